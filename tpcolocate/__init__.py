@@ -1,0 +1,1 @@
+"""Training ranks and a tensor-parallel SGLang server on the same GPUs."""
