@@ -11,12 +11,12 @@
     ├── RankLostError (ConnectionError)   another rank of the group stopped answering
     ├── RankFailedError (RuntimeError)    another library's exception on some rank, told to all
     ├── RendezvousError (RuntimeError)    the owner's URL could not be found or trusted
-    └── EngineError (RuntimeError)
-        ├── LaunchError                   the server did not come up
-        ├── RequestError                  the server refused a request, in its own words
-        ├── EngineStateError              the call does not fit the engine's state (asleep, ...)
+    └── EngineError
+        ├── LaunchError (RuntimeError)    the server did not come up
+        ├── RequestError (RuntimeError)   the server refused a request, in its own words
+        ├── EngineStateError (RuntimeError)   the call does not fit the engine's state (asleep, ...)
         ├── EngineDeadError (ConnectionError)   the server process is gone or does not answer
-        └── SyncError                     weights were not, or not certainly, updated
+        └── SyncError (RuntimeError)      weights were not, or not certainly, updated
 
 An error found by one rank of a collective call is raised on every rank that takes part, as the
 same class with the same text; ``rank`` says where it was found.  All of them pickle.
@@ -87,7 +87,7 @@ def _plain(value: Any) -> str:
 
 
 def _rebuild(cls: type[TpColocateError], message: str, state: dict[str, Any]) -> TpColocateError:
-    error = cls.__new__(cls)
+    error = cls.__new__(cls)  # not cls(message): a subclass may ask for more
     Exception.__init__(error, message)
     error.__dict__.update(state)
     return error
@@ -128,15 +128,15 @@ class RendezvousError(TpColocateError, RuntimeError):
     """The owner's URL could not be found, or what was found could not be trusted."""
 
 
-class EngineError(TpColocateError, RuntimeError):
+class EngineError(TpColocateError):
     """Anything that concerns the SGLang server."""
 
 
-class LaunchError(EngineError):
+class LaunchError(EngineError, RuntimeError):
     """The server did not come up; ``details`` is the tail of its log."""
 
 
-class RequestError(EngineError):
+class RequestError(EngineError, RuntimeError):
     """The server refused a request; the message is the server's own.
 
     Args:
@@ -148,7 +148,7 @@ class RequestError(EngineError):
         self.status = status
 
 
-class EngineStateError(EngineError):
+class EngineStateError(EngineError, RuntimeError):
     """The call does not fit the state the engine is in, for example generating while asleep."""
 
 
@@ -156,5 +156,5 @@ class EngineDeadError(EngineError, ConnectionError):
     """The server process is gone, or its socket no longer answers."""
 
 
-class SyncError(EngineError):
+class SyncError(EngineError, RuntimeError):
     """A weight sync failed; unless the message says otherwise, the engine needs a full sync before use."""
