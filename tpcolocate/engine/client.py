@@ -1,0 +1,205 @@
+"""HTTP to one SGLang server: requests, deadlines, and its errors in our words.
+
+Nothing is ever sent twice: a request whose answer was lost may have been carried out, and a weight push that was
+carried out twice opens its payload twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import weakref
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+
+from tpcolocate.errors import DeadlineError, EngineDeadError, RequestError
+
+_CONNECT_TIMEOUT_S = 5.0
+# uvicorn closes idle connections after 5 s; one that is older than this is not used again, so that no request
+# races the close and has to be repeated.
+_KEEPALIVE_S = 2.0
+_LIMITS = httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=_KEEPALIVE_S)
+
+
+class _NotOurRequests(logging.Filter):
+    """Keeps httpx's line per request out of a training log; requests to other servers stay in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.origins: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not any(str(argument).startswith(tuple(self.origins)) for argument in record.args or ())
+
+
+_quiet = _NotOurRequests()
+
+
+class ServerClient:
+    """Blocking and asyncio access to one server.  Thread-safe; one asyncio connection pool per event loop.
+
+    Args:
+        url: ``http://host:port``.
+        api_key: Sent as a bearer token.
+    """
+
+    def __init__(self, url: str, *, api_key: str | None = None) -> None:
+        self.url = url
+        _quiet.origins.add(url)
+        logging.getLogger("httpx").addFilter(_quiet)
+        self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+        # trust_env off: a proxy from the environment must not get requests meant for this machine
+        self._http = httpx.Client(base_url=url, headers=self._headers, trust_env=False, limits=_LIMITS)
+        self._async: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, httpx.AsyncClient] = weakref.WeakKeyDictionary()
+
+    def close(self) -> None:
+        """Close the connections of the blocking side; asyncio pools go with their loops."""
+        _quiet.origins.discard(self.url)
+        self._http.close()
+
+    def get(self, path: str, *, timeout_s: float) -> Any:
+        """GET a JSON answer.
+
+        Raises:
+            RequestError: The server answered with an error status.
+            EngineDeadError: It could not be reached, or closed the connection without an answer.
+            DeadlineError: It did not answer within `timeout_s`.
+        """
+        with self._errors(path, timeout_s):
+            response = self._http.get(path, timeout=_timeout(timeout_s))
+        return self._answer(path, response)
+
+    def post(self, path: str, body: Mapping[str, Any] | None = None, *, timeout_s: float, params: Mapping[str, Any] | None = None) -> Any:
+        """POST JSON and return the JSON (or text) answer.  Raises as `get`."""
+        with self._errors(path, timeout_s):
+            response = self._http.post(path, json=dict(body or {}), params=params, timeout=_timeout(timeout_s))
+        return self._answer(path, response)
+
+    async def post_async(self, path: str, body: Mapping[str, Any], *, timeout_s: float) -> Any:
+        """`post` on the running event loop."""
+        with self._errors(path, timeout_s):
+            response = await self._async_http().post(path, json=dict(body), timeout=_timeout(timeout_s))
+        return self._answer(path, response)
+
+    def stream(self, path: str, body: Mapping[str, Any], *, timeout_s: float) -> Iterator[Any]:
+        """POST and yield each server-sent JSON event; `timeout_s` bounds the wait for each."""
+        with (
+            self._errors(path, timeout_s),
+            self._http.stream("POST", path, json=dict(body), timeout=_timeout(timeout_s)) as response,
+        ):
+            if response.is_error:
+                response.read()
+                self._answer(path, response)
+            for line in response.iter_lines():
+                event = self._event(path, line)
+                if event is _DONE:
+                    return
+                if event is not None:
+                    yield event
+
+    async def stream_async(self, path: str, body: Mapping[str, Any], *, timeout_s: float) -> AsyncIterator[Any]:
+        """`stream` on the running event loop."""
+        with self._errors(path, timeout_s):
+            async with self._async_http().stream("POST", path, json=dict(body), timeout=_timeout(timeout_s)) as response:
+                if response.is_error:
+                    await response.aread()
+                    self._answer(path, response)
+                async for line in response.aiter_lines():
+                    event = self._event(path, line)
+                    if event is _DONE:
+                        return
+                    if event is not None:
+                        yield event
+
+    def is_listening(self, *, timeout_s: float) -> bool:
+        """Whether the server answers at all; schedules no forward, so it is safe while memory is released."""
+        try:
+            self.get("/model_info", timeout_s=timeout_s)
+        except RequestError as error:
+            return error.status not in (404, 401)
+        except (EngineDeadError, DeadlineError):
+            return False
+        return True
+
+    def is_healthy(self, *, timeout_s: float) -> bool:
+        """Whether the server has just generated a token.  Not while memory is released: it schedules a real forward."""
+        try:
+            self.get("/health", timeout_s=timeout_s)
+        except (RequestError, EngineDeadError, DeadlineError):
+            return False
+        return True
+
+    def _async_http(self) -> httpx.AsyncClient:
+        loop = asyncio.get_running_loop()
+        client = self._async.get(loop)
+        if client is None:
+            client = httpx.AsyncClient(base_url=self.url, headers=self._headers, trust_env=False, limits=_LIMITS)
+            self._async[loop] = client
+        return client
+
+    @contextmanager
+    def _errors(self, path: str, timeout_s: float) -> Iterator[None]:
+        try:
+            yield
+        except httpx.ConnectTimeout as error:
+            raise EngineDeadError(f"{path}: no connection within {_CONNECT_TIMEOUT_S:g} s", url=self.url) from error
+        except httpx.TimeoutException as error:
+            raise DeadlineError(
+                f"{path}: no answer within {timeout_s:g} s", hint="the request may still be carried out", url=self.url
+            ) from error
+        except httpx.TransportError as error:
+            raise EngineDeadError(
+                f"{path}: {type(error).__name__}: {error}", hint="see the end of the server's log", url=self.url
+            ) from error
+
+    def _answer(self, path: str, response: httpx.Response) -> Any:
+        if response.is_error:
+            raise RequestError(
+                f"{path}: {response.status_code}: {_message(response)}", status=response.status_code, url=self.url
+            )
+        if not response.content:
+            return None
+        try:
+            return response.json()
+        except ValueError:
+            return response.text
+
+    def _event(self, path: str, line: str) -> Any:
+        if not line.startswith("data:"):
+            return None
+        data = line[len("data:") :].strip()
+        if data == "[DONE]":
+            return _DONE
+        event = json.loads(data)
+        if isinstance(event, dict) and "error" in event:
+            error = event["error"]
+            raise RequestError(f"{path}: {error.get('message', error) if isinstance(error, dict) else error}", url=self.url)
+        return event
+
+
+_DONE = object()
+
+
+def _timeout(timeout_s: float) -> httpx.Timeout:
+    return httpx.Timeout(timeout_s, connect=min(_CONNECT_TIMEOUT_S, timeout_s))
+
+
+def _message(response: httpx.Response) -> str:
+    """The server's own words, whichever of its three error shapes it chose."""
+    try:
+        body = response.json()
+    except ValueError:
+        return response.text.strip() or response.reason_phrase
+    if isinstance(body, dict):
+        error = body.get("error", body)
+        for key in ("message", "error_message", "detail"):
+            if isinstance(error, dict) and error.get(key):
+                return str(error[key])
+    return json.dumps(body)
+
+
+__all__ = ["ServerClient"]

@@ -1,0 +1,196 @@
+"""The server's guardian: a small process between the trainer and SGLang that outlives both.
+
+Run as a script, by path, so that it imports nothing of this package and nothing heavy.  It starts the
+server, and ends it (the whole tree, and what the tree left in /dev/shm) when
+
+* the trainer says so, through the pipe on standard input,
+* the trainer is gone: the pipe reads end-of-file, or the trainer's process has exited.  The second
+  check is for forks of the trainer (data loader workers) that hold the pipe open,
+* the server's main process has exited by itself.
+
+If this process is killed, the kernel kills the server (PR_SET_PDEATHSIG), and SGLang's own
+parent-death signals end its workers.
+
+Protocol: one JSON object on standard input (see `main`), then a line ``stop``; JSON lines on standard
+output: ``{"event": "started", "pid": ...}``, then ``{"event": "exited", "code": ..., "forced": ...}``
+once nothing of the server is left.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+
+import psutil
+
+PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
+_libc = ctypes.CDLL(None, use_errno=True)
+
+# What SGLang leaves behind: scheduler message queues (24 MiB each) and load snapshots stay in /dev/shm
+# even after a graceful stop; the names are sgl_shm_<kind>_<pid>_<random> and sglang_loads_<socket>_<digest>.
+_LEFTOVER_PREFIXES = ("sgl_shm_", "sglang_")
+_SHM = "/dev/shm/"
+# Between looks at the tree; ends of the server and of the trainer are events and are not waited for.
+_LOOK_INTERVAL_MS = 2000
+
+
+def say(**event: object) -> None:
+    """Report to the trainer; it may be gone."""
+    try:
+        print(json.dumps(event), flush=True)
+    except (BrokenPipeError, ValueError):
+        pass
+
+
+def shm_files(pids: Iterable[int]) -> set[str]:
+    """SGLang's files in /dev/shm that these processes map or that carry their pid in the name."""
+    pids = set(pids)
+    found = set()
+    for pid in pids:
+        try:
+            with open(f"/proc/{pid}/maps") as maps:
+                for line in maps:
+                    at = line.find(_SHM)
+                    if at >= 0:
+                        found.add(line[at + len(_SHM) :].split(" (deleted)")[0].strip())
+        except OSError:
+            continue  # exited meanwhile
+    for name in os.listdir(_SHM):
+        parts = name.split("_")
+        if name.startswith("sgl_shm_") and len(parts) >= 4 and parts[-2].isdigit() and int(parts[-2]) in pids:
+            found.add(name)
+    return {name for name in found if name.startswith(_LEFTOVER_PREFIXES)}
+
+
+def owner_is_running(pid: int, started: float) -> bool:
+    try:
+        return psutil.Process(pid).create_time() == started
+    except psutil.Error:
+        return False
+
+
+class Tree:
+    """The server and everything it started, including what was orphaned on the way."""
+
+    def __init__(self, server: subprocess.Popen[bytes]) -> None:
+        self.server = server
+        self.pids: set[int] = {server.pid}
+        self.files: set[str] = set()
+
+    def look(self) -> list[psutil.Process]:
+        """Who is there now.  As the subreaper, this process inherits orphans, so none is missed."""
+        alive = psutil.Process().children(recursive=True)
+        self.pids.update(process.pid for process in alive)
+        self.files |= shm_files(process.pid for process in alive)
+        return alive
+
+    def end(self, grace_s: float) -> bool:
+        """SIGTERM, a bounded wait, SIGKILL for what remains; then the leftovers.  True if force was needed."""
+        forced = False
+        self.look()
+        if self.server.poll() is None:
+            self.server.terminate()
+            try:
+                self.server.wait(grace_s)
+            except subprocess.TimeoutExpired:
+                forced = True
+                self.server.kill()
+                self.server.wait()
+        deadline = time.monotonic() + 10.0
+        while (alive := self._kill_rest()) and time.monotonic() < deadline:
+            psutil.wait_procs(alive, timeout=0.2)
+        for name in self.files | shm_files(self.pids):
+            try:
+                os.unlink(_SHM + name)
+            except FileNotFoundError:
+                pass
+        return forced
+
+    def _kill_rest(self) -> list[psutil.Process]:
+        alive = []
+        for process in self.look():
+            try:
+                process.kill()
+                alive.append(process)
+            except psutil.NoSuchProcess:
+                pass
+        return alive
+
+
+class _Terminated(Exception):
+    """SIGTERM: somebody cleans up by name or by job; the server shall go too."""
+
+
+def _on_sigterm(signum: int, frame: object) -> None:
+    raise _Terminated
+
+
+def _before_exec() -> None:
+    # After fork, before exec: die with the supervisor, and leave its process group.
+    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def main() -> int:
+    # The trainer's terminal sends Ctrl-C to everyone; only the trainer decides.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _on_sigterm)
+    _libc.prctl(PR_SET_CHILD_SUBREAPER, 1)
+    job = json.loads(sys.stdin.buffer.readline())
+    owner_pid, owner_started = job["owner_pid"], job["owner_started"]
+    log = os.open(job["log_path"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    try:
+        server = subprocess.Popen(
+            job["command"],
+            env=job["env"],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            preexec_fn=_before_exec,
+            process_group=0,
+        )
+    except OSError as error:
+        say(event="exited", code=None, forced=False, error=str(error))
+        return 1
+    tree = Tree(server)
+    say(event="started", pid=server.pid)
+
+    commands = sys.stdin.fileno()
+    poller = select.poll()
+    poller.register(commands, select.POLLIN | select.POLLHUP)
+    server_fd = os.pidfd_open(server.pid)
+    poller.register(server_fd, select.POLLIN)
+    try:
+        owner_fd = os.pidfd_open(owner_pid)
+        poller.register(owner_fd, select.POLLIN)
+    except OSError:
+        pass  # exited already; the check below sees it
+    try:
+        while server.poll() is None and owner_is_running(owner_pid, owner_started):
+            ready = {fd for fd, _ in poller.poll(_LOOK_INTERVAL_MS)}
+            if commands in ready:
+                break  # "stop", or end-of-file: the trainer closed its end or died
+            tree.look()
+    except _Terminated:
+        pass
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the end below is bounded and must run to its end
+    forced = tree.end(job["grace_s"])
+    for path in job["unlink"]:  # what the trainer would have removed, had it lived
+        try:
+            os.unlink(path)
+        except OSError:
+            pass
+    say(event="exited", code=server.returncode, forced=forced)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,349 @@
+"""Independent handles for every TP rank, and the ledger that proves they came back.
+
+One serialised payload must never be given to two readers.  Each reader that closes its mapping subtracts one from a
+counter that each *export* set to one: with two readers of one export it drops below zero, and torch then keeps the
+memory for good (the whole model, at every sync).  So every TP rank gets an export of its own here, every export is
+entered in a `Ledger`, and the ledger reads the counters themselves until all readers have let go.
+
+Two transports behind one interface:
+
+* CUDA IPC: ``storage._share_cuda_()`` hands out a memory handle and a counter slot in a shared-memory file
+  (torch/csrc/CudaIPCTypes.cpp); each export has a slot of its own.
+* CPU shared memory: torch's file-system sharing strategy, used without switching it on globally; the counter stands
+  in the first bytes of the mapped file (``RefcountedMapAllocator`` in aten/src/ATen/MapAllocator.cpp) and also counts
+  the producer's own mapping.
+
+Payloads are pickled without importing sglang, from classes that the unpicklers of SGLang 0.5.9 to 0.5.23 accept.
+"""
+
+from __future__ import annotations
+
+import base64
+import inspect
+import pickle
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch.multiprocessing import reductions
+
+from tpcolocate.errors import ConfigError, DeadlineError, SyncError
+
+ALIGNMENT = 256
+"""Bytes; every tensor of a bucket starts at a multiple, which any dtype's view and any copy kernel is happy with."""
+
+_SHM = Path("/dev/shm")
+_CUDA_COUNTER_HEADER_BYTES = 64
+_POLL_INTERVAL_S = 0.0005
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor of a bucket.
+
+    Attributes:
+        name: Parameter name as the engine's loader knows it.
+        shape: Full (unsharded) shape.
+        dtype: Element type.
+        start: First byte in the bucket, a multiple of `ALIGNMENT`.
+        num_bytes: Size without padding.
+    """
+
+    name: str
+    shape: torch.Size
+    dtype: torch.dtype
+    start: int
+    num_bytes: int
+
+
+def layout(tensors: Sequence[tuple[str, torch.Size, torch.dtype]]) -> tuple[list[Entry], int]:
+    """Places in a bucket for tensors of the given names, shapes and dtypes.  Pure.
+
+    Returns:
+        The entries, and the bucket's size in bytes.
+    """
+    entries, offset = [], 0
+    for name, shape, dtype in tensors:
+        num_bytes = shape.numel() * dtype.itemsize
+        entries.append(Entry(name, shape, dtype, offset, num_bytes))
+        offset += -(-num_bytes // ALIGNMENT) * ALIGNMENT
+    return entries, offset
+
+
+def allocate(num_bytes: int, device: torch.device) -> torch.Tensor:
+    """A flat uint8 tensor of `num_bytes` that can be exported.
+
+    On a GPU it comes from the caching allocator and must not lie inside a torch_memory_saver region.  On the CPU it
+    is a shared-memory file of its own.
+    """
+    if device.type == "cpu":
+        storage = torch.UntypedStorage._new_using_filename_cpu(max(num_bytes, 1))
+        return torch.empty(0, dtype=torch.uint8).set_(storage, 0, (num_bytes,))
+    return torch.empty(max(num_bytes, 1), dtype=torch.uint8, device=device)[:num_bytes]
+
+
+def view(flat: torch.Tensor, entry: Entry) -> torch.Tensor:
+    """The place of one tensor in a bucket, with its dtype and shape."""
+    return flat[entry.start : entry.start + entry.num_bytes].view(entry.dtype).view(entry.shape)
+
+
+class Handle(ABC):
+    """One export of one storage for exactly one reader."""
+
+    def __init__(self, storage: torch.UntypedStorage) -> None:
+        # The exporter keeps the memory alive until the reader has let go.
+        self.storage = storage
+
+    @abstractmethod
+    def reduced(self) -> _Reduced:
+        """What a pickle of the flat uint8 tensor contains."""
+
+    @abstractmethod
+    def count(self) -> int:
+        """Uses outstanding: 1 before the reader let go, 0 after, below 0 if it let go more often than it should."""
+
+    @abstractmethod
+    def reclaim(self) -> None:
+        """Set the counter right, once the reader is known to be dead or finished.  Otherwise it would free too early."""
+
+
+class _Reduced:
+    """Pickles as a call of `function`; lets a plain pickler write what torch's own reducers would."""
+
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.function, self.arguments = function, arguments
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        return self.function, self.arguments
+
+
+class CpuHandle(Handle):
+    """File-system shared memory; needs the producer alive until the reader has opened it."""
+
+    def __init__(self, storage: torch.UntypedStorage) -> None:
+        super().__init__(storage)
+        self.manager, self.name, self.num_bytes = storage._share_filename_cpu_()
+        self._file = _SHM / self.name.decode().lstrip("/")
+        # The reader's rebuild takes this one over; what is left is the producer's own mapping.
+        storage._shared_incref()
+
+    def reduced(self) -> _Reduced:
+        untyped = _Reduced(
+            reductions.rebuild_storage_filename, torch.UntypedStorage, self.manager, self.name, self.num_bytes
+        )
+        typed = _Reduced(reductions.rebuild_typed_storage, untyped, torch.uint8)
+        metadata = (0, torch.Size([self.num_bytes]), (1,), False)
+        return _Reduced(reductions.rebuild_tensor, torch.Tensor, typed, metadata)
+
+    def count(self) -> int:
+        try:
+            with open(self._file, "rb") as file:
+                return int.from_bytes(file.read(4), "little", signed=True) - 1
+        except FileNotFoundError:
+            return -1  # the last count was given away: the file is unlinked while the producer still maps it
+
+    def reclaim(self) -> None:
+        count = self.count()
+        for _ in range(max(count, 0)):
+            self.storage._shared_decref()
+
+
+class CudaHandle(Handle):
+    """CUDA IPC; the receiving side finds the device by UUID, so indices need not agree."""
+
+    def __init__(self, storage: torch.UntypedStorage) -> None:
+        super().__init__(storage)
+        (
+            device,
+            self.handle,
+            self.num_bytes,
+            self.offset,
+            self.counter_file,
+            self.counter_offset,
+            self.event,
+            self.event_sync,
+        ) = storage._share_cuda_()
+        self.device_uuid = str(torch.cuda.get_device_properties(device).uuid)
+
+    def reduced(self) -> _Reduced:
+        by_name = {
+            "tensor_cls": torch.Tensor,
+            "tensor_size": torch.Size([self.num_bytes]),
+            "tensor_stride": (1,),
+            "tensor_offset": 0,
+            "storage_cls": torch.storage.TypedStorage,
+            "dtype": torch.uint8,
+            "storage_device": self.device_uuid,  # SGLang's reductions resolve it to the reader's own index
+            "storage_handle": self.handle,
+            "storage_size_bytes": self.num_bytes,
+            "storage_offset_bytes": self.offset,
+            "requires_grad": False,
+            "ref_counter_handle": self.counter_file,
+            "ref_counter_offset": self.counter_offset,
+            "event_handle": self.event,
+            "event_sync_required": self.event_sync,
+        }
+        return _Reduced(reductions.rebuild_cuda_tensor, *(by_name[name] for name in _cuda_rebuild_order(tuple(by_name))))
+
+    def count(self) -> int:
+        try:
+            with open(_SHM / self.counter_file.decode().lstrip("/"), "rb") as file:
+                file.seek(_CUDA_COUNTER_HEADER_BYTES + 8 * self.counter_offset)
+                return int.from_bytes(file.read(8), "little", signed=True)
+        except FileNotFoundError:
+            return 0  # torch removes a counter file once all of its slots were returned
+
+    def reclaim(self) -> None:
+        count = self.count()
+        if count > 0:
+            for _ in range(count):
+                torch.UntypedStorage._release_ipc_counter_cuda(self.counter_file, self.counter_offset)
+        elif count < 0:
+            # Read as unsigned by torch, a negative count would keep the memory for ever.
+            with open(_SHM / self.counter_file.decode().lstrip("/"), "r+b") as file:
+                file.seek(_CUDA_COUNTER_HEADER_BYTES + 8 * self.counter_offset)
+                file.write((0).to_bytes(8, "little"))
+
+
+def _cuda_rebuild_order(names: tuple[str, ...]) -> list[str]:
+    """Positions of ``rebuild_cuda_tensor``'s arguments, looked up by name.
+
+    Raises:
+        ConfigError: This torch takes other arguments than we know.
+    """
+    # SGLang's patch, if it was applied in this process, hides the signature behind *args.
+    function = getattr(reductions, "_rebuild_cuda_tensor_original", reductions.rebuild_cuda_tensor)
+    order = list(inspect.signature(function).parameters)
+    if set(order) != set(names):
+        raise ConfigError(
+            f"torch {torch.__version__} changed rebuild_cuda_tensor: {sorted(set(order) ^ set(names))}",
+            hint="use a torch release this version of tpcolocate knows, or transport='disk'",
+        )
+    return order
+
+
+def export(flat: torch.Tensor) -> Handle:
+    """Export a bucket to one reader.  Every call makes an independent handle.
+
+    Args:
+        flat: From `allocate`; one-dimensional uint8 starting at the beginning of its storage.
+    """
+    storage = flat.untyped_storage()
+    return CpuHandle(storage) if storage.device.type == "cpu" else CudaHandle(storage)
+
+
+def payload(handle: Handle, entries: Sequence[Entry]) -> str:
+    """What one TP rank receives: SGLang's ``flattened_bucket``, pickled and in base64.
+
+    Args:
+        handle: From `export`, used for this payload and no other.
+        entries: What the bucket holds.
+    """
+    metadata = [
+        SimpleNamespace(
+            name=entry.name,
+            shape=entry.shape,
+            dtype=entry.dtype,
+            start_idx=entry.start,
+            end_idx=entry.start + entry.num_bytes,
+            numel=entry.num_bytes,
+        )
+        for entry in entries
+    ]
+    bucket = {"flattened_tensor": handle.reduced(), "metadata": metadata}
+    return base64.b64encode(pickle.dumps(bucket, protocol=4)).decode()
+
+
+@dataclass(frozen=True, slots=True)
+class Outstanding:
+    """One handle that did not come back as it should."""
+
+    tp_rank: int
+    bucket: int
+    num_bytes: int
+    count: int
+
+    def __str__(self) -> str:
+        state = "over-released (opened more than once)" if self.count < 0 else "still held, or never opened"
+        return f"TP rank {self.tp_rank}, bucket {self.bucket} ({self.num_bytes} bytes): count {self.count}, {state}"
+
+
+class Ledger:
+    """Every handle that left this process and has not been seen to come back.
+
+    Args:
+        rank: Global rank of this process, for errors.
+    """
+
+    def __init__(self, *, rank: int) -> None:
+        self.rank = rank
+        self.num_exported = 0
+        self.num_returned = 0
+        self._open: list[tuple[Handle, int, int]] = []
+
+    def export(self, flat: torch.Tensor, *, tp_rank: int, bucket: int) -> Handle:
+        """`export` for one reader, entered before anybody can open it."""
+        handle = export(flat)
+        self._open.append((handle, tp_rank, bucket))
+        self.num_exported += 1
+        return handle
+
+    def outstanding(self) -> list[Outstanding]:
+        """Handles whose counter is not zero right now."""
+        return [
+            Outstanding(tp_rank, bucket, handle.num_bytes, count)
+            for handle, tp_rank, bucket in self._open
+            if (count := handle.count()) != 0
+        ]
+
+    def settle(self, *, deadline: float) -> None:
+        """Wait until every handle has come back; then forget them, so that their memory may be freed or reused.
+
+        The engine's answer is no proof: from SGLang 0.5.21 it precedes the release on all TP ranks but the first.
+
+        Args:
+            deadline: `time.monotonic` time.
+
+        Raises:
+            SyncError: A handle was let go more often than it was exported.
+            DeadlineError: A handle is still out.  It stays in the ledger.
+        """
+        while True:
+            waiting = self.outstanding()
+            if any(item.count < 0 for item in waiting):
+                raise SyncError(
+                    "the engine let go of a handle more often than it got it: " + "; ".join(map(str, waiting)),
+                    hint="two readers opened one payload; left alone, torch would keep that memory for ever",
+                    rank=self.rank,
+                )
+            if not waiting:
+                self.num_returned += len(self._open)
+                self._open.clear()
+                return
+            if time.monotonic() >= deadline:
+                raise DeadlineError(
+                    "the engine did not let go of " + "; ".join(map(str, waiting)),
+                    hint="restart the engine; shutdown() then reclaims the memory",
+                    rank=self.rank,
+                )
+            time.sleep(_POLL_INTERVAL_S)
+
+    def reclaim(self) -> list[Outstanding]:
+        """Set all counters right and forget the handles.  Only once the readers are dead or have certainly finished.
+
+        Returns:
+            What had not come back by itself.
+        """
+        lost = self.outstanding()
+        for handle, _, _ in self._open:
+            handle.reclaim()
+        self._open.clear()
+        return lost
+
+
+__all__ = ["ALIGNMENT", "Entry", "Handle", "Ledger", "Outstanding", "allocate", "export", "layout", "payload", "view"]

@@ -1,0 +1,82 @@
+"""What a weight sync tells about itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from time import perf_counter
+
+
+@dataclass(frozen=True, slots=True)
+class RankReport:
+    """One rank's part in a sync.
+
+    Attributes:
+        rank: Global rank.
+        seconds: Seconds per phase: ``prepare`` (checks and agreement), ``gather`` (full tensors into the bucket),
+            ``export`` (handles), ``push`` (the engine's requests, waited for by every rank), ``settle`` (until the
+            engine let go of the handles), ``finish`` (flush, version).
+        num_exported: Handles this rank exported.
+        num_returned: Handles it saw come back; equal to `num_exported` after a good sync.
+    """
+
+    rank: int
+    seconds: dict[str, float]
+    num_exported: int
+    num_returned: int
+
+
+@dataclass(frozen=True, slots=True)
+class SyncReport:
+    """What `Engine.sync_weights` did; the same on every rank of the slice but for `rank` and `seconds`.
+
+    Attributes:
+        rank: Global rank that holds this report.
+        weight_version: What the engine now reports with every generated sequence.
+        num_bytes: Bytes of weights, counted once however many TP ranks read them.
+        num_tensors: Tensors sent.
+        num_buckets: Requests they were sent in.
+        seconds: From the call to its return on this rank.
+        checked_against: Where the names and shapes came from that the weights were checked against.
+        ranks: Every rank's part, in tp order.
+    """
+
+    rank: int
+    weight_version: str
+    num_bytes: int
+    num_tensors: int
+    num_buckets: int
+    seconds: float
+    checked_against: str
+    ranks: tuple[RankReport, ...]
+
+    def __str__(self) -> str:
+        phases = next(r for r in self.ranks if r.rank == self.rank).seconds
+        parts = ", ".join(f"{name} {value * 1e3:.1f}" for name, value in phases.items())
+        return (
+            f"synced {self.num_tensors} tensors, {self.num_bytes / 2**20:.1f} MiB in {self.num_buckets} buckets, "
+            f"{self.seconds * 1e3:.1f} ms ({parts}), version {self.weight_version}"
+        )
+
+
+@dataclass(slots=True)
+class Stopwatch:
+    """Seconds per phase; a phase that is entered again adds up."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    started: float = field(default_factory=perf_counter)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        begun = perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + perf_counter() - begun
+
+    def total(self) -> float:
+        return perf_counter() - self.started
+
+
+__all__ = ["RankReport", "Stopwatch", "SyncReport"]
