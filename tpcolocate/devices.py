@@ -1,0 +1,539 @@
+"""CUDA_VISIBLE_DEVICES and its relatives -> physical devices.
+
+``torch.device("cuda", i)`` is a position in the list of devices that this process may see, never a
+physical id.  This module does that lookup, and its inverse for the server's own environment.
+All of it is pure (environments are arguments, nothing here reads ``os.environ``), except
+:func:`read_inventory`.
+
+Rules, and where they come from:
+
+* CUDA: the programming guide's section on environment variables (an invalid entry ends the list,
+  abbreviated UUIDs), and ``torch.cuda._parse_visible_devices`` for what the guide leaves open: a
+  repeated entry voids the list, an integer ends at the first character that is no digit, and the
+  first entry decides whether a list holds integers or UUIDs.
+* HIP: ROCR-Runtime's ``amd_filter_device.cpp`` (forms may be mixed, a repeated entry ends the
+  list), then HIP's own list, whose integers index what ROCR left.  Where HIP and torch differ on
+  HIP's list (empty, repeated entries), torch's reading counts: it sees no device then.
+* NPU: ASCEND_RT_VISIBLE_DEVICES holds integers only.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tpcolocate.errors import DeviceError
+
+logger = logging.getLogger(__name__)
+
+FASTEST_FIRST = "FASTEST_FIRST"
+PCI_BUS_ID = "PCI_BUS_ID"
+
+_INTEGER_PREFIX = re.compile(r"[+-]?[0-9]+")
+_WHOLE_INTEGER = re.compile(r"[0-9]+")
+_RANGE = re.compile(r"[0-9]+\s*-\s*[0-9]+")
+_DASHED = r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}"
+_FULL_UUID = re.compile(rf"(?:GPU|MIG)-{_DASHED}|GPU-[0-9a-f]{{16}}|MIG-GPU-{_DASHED}/[0-9]+/[0-9]+", re.IGNORECASE)
+_OLD_MIG = re.compile(r"MIG-(GPU-[0-9a-f-]+)/[0-9]+/[0-9]+", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class PhysicalDevice:
+    """One device of a host.
+
+    Attributes:
+        token: The entry that, put into the visibility variable, selects this device on its host.
+        index: Physical index: for an integer token, the integer; for a UUID, its place in the
+            inventory (a MIG instance has the place of its GPU).  None when the token is a UUID and
+            there is no inventory to place it.
+        uuid: Full UUID, ``"GPU-..."`` or ``"MIG-..."``, when the token itself or the inventory
+            tells it with certainty.
+    """
+
+    token: str
+    index: int | None
+    uuid: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Inventory:
+    """The physical devices of this host, in PCI bus order, as NVML lists them.
+
+    Attributes:
+        uuids: Full UUID per GPU.
+        mig_uuids: Full UUIDs of the MIG instances, per GPU; empty when none was looked for.
+        names: Product name per GPU; empty when unknown.  CUDA numbers devices fastest first unless
+            told otherwise, which equals PCI order only among GPUs of one kind, so without names an
+            integer on a host with several GPUs cannot be tied to a UUID.
+
+    Raises:
+        DeviceError: ``mig_uuids`` or ``names`` is given for another number of GPUs.
+    """
+
+    uuids: tuple[str, ...]
+    mig_uuids: tuple[tuple[str, ...], ...] = ()
+    names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for field, values in (("mig_uuids", self.mig_uuids), ("names", self.names)):
+            if len(values) not in (0, len(self.uuids)):
+                raise DeviceError(f"an inventory of {len(self.uuids)} GPUs has {len(values)} {field}")
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One list that a runtime applies to what the step before it left.
+
+    Attributes:
+        variables: Where the list may stand; the first one that is set counts.
+        mixes_forms: Integers and UUIDs may stand in one list.
+        repeat_voids: A repeated entry leaves no device at all; else it ends the list.
+        trailing_text: An integer may be followed by text, which is ignored (C's strtol).
+    """
+
+    variables: tuple[str, ...]
+    mixes_forms: bool = False
+    repeat_voids: bool = True
+    trailing_text: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Visibility:
+    """How one vendor's runtime selects devices by environment variables.
+
+    Attributes:
+        name: ``"cuda"``, ``"hip"`` or ``"npu"``.
+        steps: Lists in the order in which the runtime applies them.
+        uuid_prefixes: What UUID tokens begin with; empty where only integers are allowed.
+        child_integers: Variables that a child process is given for integer tokens.
+        child_uuids: The same for UUID tokens.
+        order_variable: Variable that fixes the numbering of devices, if the runtime has one.
+    """
+
+    name: str
+    steps: tuple[Step, ...]
+    uuid_prefixes: tuple[str, ...]
+    child_integers: tuple[str, ...]
+    child_uuids: tuple[str, ...] = ()
+    order_variable: str | None = None
+
+    @property
+    def variables(self) -> tuple[str, ...]:
+        """Every variable of the row, in the order in which the runtime looks at them."""
+        return tuple(variable for step in self.steps for variable in step.variables)
+
+
+VISIBILITY: dict[str, Visibility] = {
+    row.name: row
+    for row in (
+        Visibility(
+            name="cuda",
+            steps=(Step(("CUDA_VISIBLE_DEVICES",), trailing_text=True),),
+            uuid_prefixes=("GPU-", "MIG-"),
+            child_integers=("CUDA_VISIBLE_DEVICES",),
+            child_uuids=("CUDA_VISIBLE_DEVICES",),
+            order_variable="CUDA_DEVICE_ORDER",
+        ),
+        Visibility(
+            name="hip",
+            steps=(
+                Step(("ROCR_VISIBLE_DEVICES",), mixes_forms=True, repeat_voids=False),
+                Step(("HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES"), mixes_forms=True),
+            ),
+            uuid_prefixes=("GPU-",),
+            # SGLang maps indices through CUDA_VISIBLE_DEVICES on AMD too, with int() per entry, so
+            # it gets integers there and must not find UUIDs.  Those ROCR takes in every release.
+            child_integers=("HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES"),
+            child_uuids=("ROCR_VISIBLE_DEVICES",),
+        ),
+        Visibility(
+            name="npu",
+            steps=(Step(("ASCEND_RT_VISIBLE_DEVICES",)),),
+            uuid_prefixes=(),
+            child_integers=("ASCEND_RT_VISIBLE_DEVICES",),
+        ),
+    )
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    devices: tuple[PhysicalDevice, ...]
+    settings: str  # "NAME='value'" of every variable that took part
+    reasons: tuple[str, ...]  # why lists are shorter than their text
+
+
+def visible_tokens(
+    environ: Mapping[str, str], *, kind: str = "cuda", inventory: Inventory | None = None
+) -> tuple[str, ...] | None:
+    """Tokens of the devices that a process with this environment may see, in its numbering.
+
+    Args:
+        environ: Environment of the process.
+        kind: Row of :data:`VISIBILITY`.
+        inventory: Physical devices of the host; entries it does not hold are invalid.
+
+    Returns:
+        One token per visible device (empty: none is visible), or None when no variable is set,
+        which means all.
+
+    Raises:
+        DeviceError: Unknown ``kind``, or a range where only single integers are supported.
+    """
+    reading = _read(environ, _row(kind), inventory)
+    return None if reading is None else tuple(device.token for device in reading.devices)
+
+
+def resolve(
+    index: int, environ: Mapping[str, str], *, kind: str = "cuda", inventory: Inventory | None = None
+) -> PhysicalDevice:
+    """Physical device behind an index of this process.
+
+    Args:
+        index: ``torch.device.index``.
+        environ: Environment of the process.
+        kind: Row of :data:`VISIBILITY`.
+        inventory: Physical devices of the host.  With it ranges are checked, UUIDs are placed, and
+            integers get their UUID where CUDA's numbering is certainly PCI order: CUDA_DEVICE_ORDER
+            says so, or there is one GPU, or all GPUs have one product name, and MIG is off.
+
+    Raises:
+        DeviceError: ``index`` is not visible; the text tells the variables, how many devices they
+            make visible and, where a list was cut, by which entry and why.  Also for an unknown
+            ``kind`` and for a range where only single integers are supported.
+    """
+    row = _row(kind)
+    if not isinstance(index, int) or isinstance(index, bool):
+        raise DeviceError(
+            f"{index!r} is not a device index",
+            hint="Name the device in full, for example torch.device('cuda', local_rank).",
+        )
+    reading = _read(environ, row, inventory)
+    if reading is None:
+        if index >= 0 and (inventory is None or index < len(inventory.uuids)):
+            return _integer_device(index, inventory, _numbering_is_pci(environ, row, inventory))
+        found = "" if inventory is None else f"; this host has {_count(len(inventory.uuids))}"
+        raise DeviceError(
+            f"device index {index} is out of range: {', '.join(row.variables)} unset{found}",
+            device=f"{kind}:{index}",
+        )
+    if 0 <= index < len(reading.devices):
+        return reading.devices[index]
+    message = f"device index {index} is not visible: {reading.settings} makes {_count(len(reading.devices))} visible"
+    raise DeviceError(
+        "; ".join((message, *reading.reasons)),
+        device=f"{kind}:{index}",
+        hint="The index counts the entries of that list in this process, from 0; it is not a physical id.",
+    )
+
+
+def server_environment(tokens: Sequence[str], *, kind: str = "cuda") -> dict[str, str | None]:
+    """Variables that make a child process see exactly these devices, in this order.
+
+    Args:
+        tokens: Tokens of one form, in order; empty for no device.
+        kind: Row of :data:`VISIBILITY`.
+
+    Returns:
+        For every variable of the row, the value to set, or None to remove it.
+
+    Raises:
+        DeviceError: A token is not one of this kind, is repeated, or the forms are mixed, which
+            would hide devices from the child in silence.
+    """
+    row = _row(kind)
+    forms = [token_form(token, kind=kind) for token in tokens]
+    for position, token in enumerate(tokens):
+        if forms[position] != forms[0]:
+            raise DeviceError(
+                f"one list cannot hold both {tokens[0]!r} and {token!r}",
+                device=token,
+                hint="Use integers for all devices of the slice, or full UUIDs for all.",
+            )
+        if token.casefold() in (earlier.casefold() for earlier in tokens[:position]):
+            raise DeviceError(f"device token {token!r} is repeated in {','.join(tokens)!r}", device=token)
+    chosen = row.child_uuids if forms and forms[0] != "" else row.child_integers
+    # "-1" and not "": HIP takes an empty variable for an unset one.
+    value = ",".join(tokens) if tokens else "-1"
+    return {variable: value if variable in chosen else None for variable in row.variables}
+
+
+def token_form(token: str, *, kind: str = "cuda") -> str:
+    """Form of a token: ``""`` for an integer, else its UUID prefix, ``"GPU-"`` or ``"MIG-"``.
+
+    Raises:
+        DeviceError: It is neither, or not of this ``kind``.
+    """
+    row = _row(kind)
+    if _WHOLE_INTEGER.fullmatch(token) is not None:
+        return ""
+    for prefix in row.uuid_prefixes:
+        if token.startswith(prefix) and len(token) > len(prefix) and not re.search(r"[\s,]", token):
+            return prefix
+    allowed = " or ".join(("an integer", *(f"{prefix}<uuid>" for prefix in row.uuid_prefixes)))
+    raise DeviceError(f"{token!r} is not a {kind} device token: {allowed} is expected", device=token)
+
+
+def device_order(environ: Mapping[str, str]) -> str:
+    """How CUDA numbers the devices: CUDA_DEVICE_ORDER, ``"FASTEST_FIRST"`` by default.
+
+    Integer tokens mean the same devices to two processes only when both have the same order.
+    """
+    order = environ.get("CUDA_DEVICE_ORDER", "")
+    return FASTEST_FIRST if order == "" else order
+
+
+def read_inventory() -> Inventory | None:
+    """Ask NVML for the GPUs of this host; CUDA_VISIBLE_DEVICES does not matter to it.
+
+    Returns:
+        The inventory in PCI bus order, or None without NVML, without a driver, or when a GPU does
+        not answer (a list with a gap would shift every index behind it).
+    """
+    try:
+        import pynvml  # type: ignore[import-untyped]
+    except ImportError:
+        return None
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as error:
+        logger.debug("no device inventory: NVML did not start: %s", error)
+        return None
+    try:
+        gpus = []
+        for index in range(pynvml.nvmlDeviceGetCount()):
+            handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+            pci = pynvml.nvmlDeviceGetPciInfo(handle)
+            place = (pci.domain, pci.bus, pci.device)
+            uuid, name = pynvml.nvmlDeviceGetUUID(handle), pynvml.nvmlDeviceGetName(handle)
+            gpus.append((place, _text(uuid), _mig_uuids(pynvml, handle), _text(name)))
+    except pynvml.NVMLError as error:
+        logger.warning("no device inventory: NVML could not list the GPUs: %s", error)
+        return None
+    finally:
+        try:
+            pynvml.nvmlShutdown()
+        except pynvml.NVMLError as error:
+            logger.debug("NVML did not shut down: %s", error)
+    gpus.sort(key=lambda gpu: gpu[0])
+    return Inventory(
+        uuids=tuple(uuid for _, uuid, _, _ in gpus),
+        mig_uuids=tuple(migs for _, _, migs, _ in gpus),
+        names=tuple(name for _, _, _, name in gpus),
+    )
+
+
+def _mig_uuids(nvml: Any, handle: Any) -> tuple[str, ...]:
+    found = []
+    try:
+        for slot in range(nvml.nvmlDeviceGetMaxMigDeviceCount(handle)):
+            try:
+                mig = nvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, slot)
+            except nvml.NVMLError:
+                continue  # slots may be empty anywhere in the range
+            found.append(_text(nvml.nvmlDeviceGetUUID(mig)))
+    except nvml.NVMLError:
+        return ()  # GPUs and drivers without MIG refuse the question
+    return tuple(found)
+
+
+def _text(value: str | bytes) -> str:
+    # nvidia-ml-py returned bytes before release 12 and str since.
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def _row(kind: str) -> Visibility:
+    try:
+        return VISIBILITY[kind]
+    except KeyError:
+        raise DeviceError(f"device kind {kind!r} is unknown; known are {', '.join(VISIBILITY)}") from None
+
+
+def _count(number: int) -> str:
+    return f"{number} device{'' if number == 1 else 's'}"
+
+
+def _read(environ: Mapping[str, str], row: Visibility, inventory: Inventory | None) -> _Reading | None:
+    base: tuple[PhysicalDevice, ...] | None = None
+    settings: list[str] = []
+    reasons: list[str] = []
+    numbering_is_pci = _numbering_is_pci(environ, row, inventory)
+    for step in row.steps:
+        variable = next((name for name in step.variables if name in environ), None)
+        if variable is None:
+            continue
+        text = environ[variable]
+        setting = f"{variable}={text!r}"
+        entries = [entry.strip() for entry in text.split(",")]
+        keys, reason = _parse(entries, step, row, setting)
+        base, unplaced = _place(keys, entries, step, base, inventory, numbering_is_pci)
+        if unplaced is not None:  # the earlier cut of the two
+            reason = unplaced
+        settings.append(setting)
+        if reason is not None:
+            reasons.append(reason if len(row.steps) == 1 else f"in {variable} {reason}")
+    return None if base is None else _Reading(base, " with ".join(settings), tuple(reasons))
+
+
+def _parse(entries: list[str], step: Step, row: Visibility, setting: str) -> tuple[list[int | str], str | None]:
+    """Text only: integers and UUID tokens up to the first invalid entry, and why there is no more."""
+    if not row.uuid_prefixes:
+        for entry in entries:
+            if _RANGE.fullmatch(entry) is not None:
+                raise DeviceError(
+                    f"{setting}: the range {entry!r} is not supported", hint="List the devices one by one: 0,1,2,3."
+                )
+    keys: list[int | str] = []
+    first_form: str | None = None
+    for position, entry in enumerate(entries):
+        form = next((prefix for prefix in row.uuid_prefixes if entry.startswith(prefix)), "")
+        if first_form is None:
+            first_form = form
+        key, reason = _entry_key(entry, form, step)
+        if reason is None and form != first_form and not step.mixes_forms:
+            reason = f"the first entry {entries[0]!r} has another form, and forms do not mix"
+        if key is None or reason is not None:
+            return keys, _ends(position, entries, reason)
+        if any(_same_key(key, earlier) for earlier in keys):
+            if step.repeat_voids:
+                return [], _voids(position, entries)
+            return keys, _ends(position, entries, "it is repeated")
+        keys.append(key)
+    return keys, None
+
+
+def _entry_key(entry: str, form: str, step: Step) -> tuple[int | str | None, str | None]:
+    if form != "":
+        return entry, None
+    if entry == "":
+        return None, "it is empty"
+    match = _INTEGER_PREFIX.match(entry)
+    if match is None or (not step.trailing_text and match.end() != len(entry)):
+        return None, "it is neither an integer nor a device UUID"
+    if int(match[0]) < 0:
+        return None, "it is negative"
+    return int(match[0]), None
+
+
+def _same_key(a: int | str, b: int | str) -> bool:
+    return a.casefold() == b.casefold() if isinstance(a, str) and isinstance(b, str) else a == b
+
+
+def _place(
+    keys: list[int | str],
+    entries: list[str],
+    step: Step,
+    base: tuple[PhysicalDevice, ...] | None,
+    inventory: Inventory | None,
+    numbering_is_pci: bool,
+) -> tuple[tuple[PhysicalDevice, ...], str | None]:
+    """The devices that exist: of the host (``base`` None), or of what the step before left."""
+    devices: list[PhysicalDevice] = []
+    for position, key in enumerate(keys):
+        if base is not None:
+            device, reason = _among(key, base)
+        elif isinstance(key, int):
+            device, reason = _integer(key, inventory, numbering_is_pci)
+        else:
+            device, reason = _uuid(key, inventory)
+        if device is None:
+            return tuple(devices), _ends(position, entries, reason)
+        if any(_one_device(device, earlier) for earlier in devices):
+            if step.repeat_voids:
+                return (), _voids(position, entries)
+            return tuple(devices), _ends(position, entries, "it is repeated")
+        devices.append(device)
+    return tuple(devices), None
+
+
+def _one_device(a: PhysicalDevice, b: PhysicalDevice) -> bool:
+    if a.uuid is not None and b.uuid is not None:
+        return a.uuid.casefold() == b.uuid.casefold()
+    return a == b
+
+
+def _integer(
+    index: int, inventory: Inventory | None, numbering_is_pci: bool
+) -> tuple[PhysicalDevice | None, str | None]:
+    if inventory is not None and index >= len(inventory.uuids):
+        return None, f"this host has {_count(len(inventory.uuids))}"
+    return _integer_device(index, inventory, numbering_is_pci), None
+
+
+def _integer_device(index: int, inventory: Inventory | None, numbering_is_pci: bool) -> PhysicalDevice:
+    uuid = inventory.uuids[index] if inventory is not None and numbering_is_pci else None
+    return PhysicalDevice(token=str(index), index=index, uuid=uuid)
+
+
+def _uuid(token: str, inventory: Inventory | None) -> tuple[PhysicalDevice | None, str | None]:
+    if inventory is None:
+        return PhysicalDevice(token=token, index=None, uuid=_full_uuid(token)), None
+    if not token.startswith("MIG-"):
+        places = _matches(token, inventory.uuids)
+        if len(places) != 1:
+            return None, _mismatch(len(places), "GPU")
+        return PhysicalDevice(token=token, index=places[0], uuid=inventory.uuids[places[0]]), None
+    migs = [(gpu, uuid) for gpu, uuids in enumerate(inventory.mig_uuids) for uuid in uuids]
+    places = _matches(token, [uuid for _, uuid in migs])
+    if len(places) > 1:
+        return None, _mismatch(len(places), "MIG instance")
+    if places:
+        gpu, uuid = migs[places[0]]
+        return PhysicalDevice(token=token, index=gpu, uuid=uuid), None
+    # The older spelling names the GPU and two instance ids, which NVML's UUIDs do not show.
+    old = _OLD_MIG.fullmatch(token)
+    parents = [] if old is None else _matches(old[1], inventory.uuids)
+    index = parents[0] if len(parents) == 1 else None
+    return PhysicalDevice(token=token, index=index, uuid=_full_uuid(token)), None
+
+
+def _among(key: int | str, base: tuple[PhysicalDevice, ...]) -> tuple[PhysicalDevice | None, str | None]:
+    if isinstance(key, int):
+        if key >= len(base):
+            return None, f"the list before it leaves {_count(len(base))}"
+        return base[key], None
+    places = _matches(key, [device.token if device.uuid is None else device.uuid for device in base])
+    if len(places) != 1:
+        return None, _mismatch(len(places), "device that the list before it leaves")
+    return base[places[0]], None
+
+
+def _matches(token: str, uuids: Sequence[str]) -> list[int]:
+    folded = [uuid.casefold() for uuid in uuids]
+    equal = [place for place, uuid in enumerate(folded) if uuid == token.casefold()]
+    return equal if equal else [place for place, uuid in enumerate(folded) if uuid.startswith(token.casefold())]
+
+
+def _mismatch(number: int, what: str) -> str:
+    return f"it matches no {what}" if number == 0 else f"it is ambiguous, {number} matches"
+
+
+def _full_uuid(token: str) -> str | None:
+    if _FULL_UUID.fullmatch(token) is None:
+        return None
+    head = 8 if token.casefold().startswith("mig-gpu-") else 4
+    return token[:head].upper() + token[head:].lower()
+
+
+def _ends(position: int, entries: list[str], reason: str | None) -> str:
+    return f"entry {position + 1} of {len(entries)} ({entries[position]!r}) ends the list: {reason}"
+
+
+def _voids(position: int, entries: list[str]) -> str:
+    return f"entry {position + 1} of {len(entries)} ({entries[position]!r}) is a repeat, which voids the whole list"
+
+
+def _numbering_is_pci(environ: Mapping[str, str], row: Visibility, inventory: Inventory | None) -> bool:
+    """Whether integer i is certainly the i-th GPU of the inventory."""
+    if inventory is None or any(inventory.mig_uuids):
+        return False  # with MIG on, CUDA counts instances and not GPUs
+    if len(inventory.uuids) <= 1:
+        return True
+    if row.order_variable is None:
+        return False
+    if environ.get(row.order_variable) == PCI_BUS_ID:
+        return True
+    return len(inventory.names) > 0 and len(set(inventory.names)) == 1
