@@ -1,1 +1,53 @@
-"""Training ranks and a tensor-parallel SGLang server on the same GPUs."""
+"""Training ranks and a tensor-parallel SGLang server on the same GPUs.
+
+See `init`, `Colocation.launch` and `Engine`.
+"""
+
+from tpcolocate._version import __version__
+from tpcolocate.errors import (
+    ConfigError,
+    DeadlineError,
+    DeviceError,
+    EngineDeadError,
+    EngineError,
+    EngineStateError,
+    LaunchError,
+    LayoutError,
+    RankFailedError,
+    RankLostError,
+    RendezvousError,
+    RequestError,
+    SyncError,
+    TpColocateError,
+    WeightsMismatchError,
+)
+from tpcolocate.report import RankReport, SyncReport
+from tpcolocate.rollout import Client, Engine, Health
+from tpcolocate.session import Colocation, connect, init
+
+__all__ = [
+    "Client",
+    "Colocation",
+    "ConfigError",
+    "DeadlineError",
+    "DeviceError",
+    "Engine",
+    "EngineDeadError",
+    "EngineError",
+    "EngineStateError",
+    "Health",
+    "LaunchError",
+    "LayoutError",
+    "RankFailedError",
+    "RankLostError",
+    "RankReport",
+    "RendezvousError",
+    "RequestError",
+    "SyncError",
+    "SyncReport",
+    "TpColocateError",
+    "WeightsMismatchError",
+    "__version__",
+    "connect",
+    "init",
+]

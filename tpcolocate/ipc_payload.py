@@ -83,7 +83,7 @@ def allocate(num_bytes: int, device: torch.device) -> torch.Tensor:
     """
     if device.type == "cpu":
         storage = torch.UntypedStorage._new_using_filename_cpu(max(num_bytes, 1))
-        return torch.empty(0, dtype=torch.uint8).set_(storage, 0, (num_bytes,))
+        return torch.empty(0, dtype=torch.uint8).set_(storage)[:num_bytes]
     return torch.empty(max(num_bytes, 1), dtype=torch.uint8, device=device)[:num_bytes]
 
 
@@ -94,6 +94,8 @@ def view(flat: torch.Tensor, entry: Entry) -> torch.Tensor:
 
 class Handle(ABC):
     """One export of one storage for exactly one reader."""
+
+    num_bytes: int
 
     def __init__(self, storage: torch.UntypedStorage) -> None:
         # The exporter keeps the memory alive until the reader has let go.

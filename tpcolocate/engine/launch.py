@@ -414,6 +414,15 @@ class ServerProcess:
         """The log's last line, shown while the server loads."""
         return self.log_tail().splitlines()[-1].strip()
 
+    def remove_log(self) -> None:
+        """Remove the log of a server that ended as it should; the one of a forced end is kept to be read."""
+        if self._exit is not None and not self._exit["forced"]:
+            self.spec.log_path.unlink(missing_ok=True)
+            try:
+                self.spec.log_path.parent.rmdir()
+            except OSError:
+                pass  # logs of other servers are in it
+
     def stop(self) -> None:
         """SIGTERM, bounded wait, SIGKILL; the whole tree and its files in /dev/shm are gone afterwards.  Idempotent.
 
