@@ -1,0 +1,45 @@
+# Needs Python 3.11 and make; every target that wants the environment builds .venv by itself.
+#   make demo DEMO_ARGS=--no-sync      make test PYTEST_ARGS='-k roles'      make venv PYTHON=/path/to/python3.11
+
+# Asked by running it: a version manager's shim may be found and still not work.
+PYTHON ?= $(shell for name in python3.11 python3; do \
+	$$name -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null && echo $$name && break; done)
+BIN := .venv/bin
+DEMO_ARGS ?=
+PYTEST_ARGS ?=
+
+.PHONY: help venv demo test quick lint clean
+
+help:
+	@echo 'make demo    GRPO on a real SGLang server, two training ranks, on the CPU; writes a plot to out/'
+	@echo 'make test    every test that this machine can run (without CUDA: all but those marked gpu)'
+	@echo 'make quick   the tests that need no server, in under 90 seconds'
+	@echo 'make lint    ruff and mypy'
+	@echo 'make venv    only the set-up that the others do by themselves'
+	@echo 'make clean   remove .venv and everything else that is not source'
+
+venv:
+	@if [ -z "$(PYTHON)" ]; then \
+		echo 'No Python 3.11 found (tried python3.11 and python3: $(shell python3 --version 2>&1)).'; \
+		echo 'The pinned CPU engine has no wheels for other versions. Install 3.11, or name it: make $(or $(MAKECMDGOALS),venv) PYTHON=/path/to/python3.11'; \
+		exit 1; \
+	fi
+	@"$(PYTHON)" scripts/make_venv.py
+
+demo: venv
+	@mkdir -p out
+	$(BIN)/torchrun --standalone --nproc-per-node 2 examples/grpo.py $(DEMO_ARGS)
+
+test: venv
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+quick: venv
+	$(BIN)/python -m pytest -m 'quick and not engine and not gpu' $(PYTEST_ARGS)
+
+lint: venv
+	$(BIN)/ruff check --line-length 120 .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv out build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,136 @@
+"""Makes .venv: Python 3.11 with a pinned CPU build of the engine, the test tools, and this project.
+
+Run by ``make venv`` (and by every target that needs the environment).  Does nothing when the environment
+is current; starts over when the pins, this file or the checkout's path changed.  Standard library only.
+"""
+
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+VENV = os.path.join(ROOT, ".venv")
+VENV_PYTHON = os.path.join(VENV, "bin", "python")
+STAMP = os.path.join(VENV, ".stamp")
+LOG = os.path.join(ROOT, "out", "setup.log")
+TAIL_LINES = 30
+
+PIP = (VENV_PYTHON, "-m", "pip", "--no-input", "--disable-pip-version-check", "install", "--progress-bar", "off")
+PINNED = PIP + ("-c", "requirements/constraints.txt")
+STEPS = (
+    ("virtual environment", (sys.executable, "-m", "venv", VENV)),
+    ("torch", PINNED + ("-r", "requirements/torch.txt")),
+    ("sglang, torchvision", PIP + ("--no-deps", "-r", "requirements/engine-nodeps.txt")),
+    ("what the engine imports", PINNED + ("-r", "requirements/engine.txt")),
+    ("test tools", PINNED + ("-r", "requirements/tools.txt")),
+    ("this project", PIP + ("--no-deps", "--no-build-isolation", "-e", ".")),
+    ("import check", (VENV_PYTHON, "-c", "import torch, transformers, sglang, pytest, tpcolocate")),
+)
+
+
+def fingerprint():
+    """Hashes all that decides what the environment holds; its path counts because a moved venv is broken."""
+    digest = hashlib.sha256(repr((VENV, sys.version_info[:3])).encode())
+    folder = os.path.join(ROOT, "requirements")
+    for path in [os.path.abspath(__file__)] + sorted(os.path.join(folder, name) for name in os.listdir(folder)):
+        with open(path, "rb") as file:
+            digest.update(path.encode() + b"\0" + file.read() + b"\0")
+    return digest.hexdigest()
+
+
+def is_current(expected):
+    try:
+        with open(STAMP) as file:
+            return file.read().strip() == expected and os.access(VENV_PYTHON, os.X_OK)
+    except OSError:
+        return False
+
+
+def discard_venv():
+    if not os.path.lexists(VENV):
+        return
+    if os.path.islink(VENV) or not os.path.isfile(os.path.join(VENV, "pyvenv.cfg")):
+        # A half-made venv has pyvenv.cfg from its first moment on: what lacks it was put there by somebody.
+        sys.exit(f"{VENV} exists and is not a virtual environment: move it away")
+    if os.path.exists(STAMP):
+        os.unlink(STAMP)  # before the rest, so that an interrupted removal does not look finished
+    shutil.rmtree(VENV)
+
+
+def run_step(label, command, log, lock):
+    """Runs one step; shows its elapsed time, on one line that lives where a terminal allows it."""
+    live = sys.stdout.isatty()
+    started = time.monotonic()
+    log.write(f"\n== {label}: {' '.join(command)}\n".encode())
+    log.flush()
+    if not live:
+        print(f"  {label:24} ...", flush=True)
+    # Variables that would lead the new interpreter to packages outside of the venv.
+    env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME", "PIP_USER")}
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+        pass_fds=(lock,),  # a pip that outlives a killed set-up keeps the next one waiting
+    )
+    try:
+        while True:
+            try:
+                code = process.wait(timeout=1 if live else None)
+                break
+            except subprocess.TimeoutExpired:
+                print(f"\r  {label:24} {time.monotonic() - started:4.0f} s", end="", flush=True)
+    except BaseException:
+        process.kill()
+        process.wait()
+        raise
+    start_of_line, verdict = "\r" if live else "", "" if code == 0 else "  FAILED"
+    print(f"{start_of_line}  {label:24} {time.monotonic() - started:4.0f} s{verdict}", flush=True)
+    return code
+
+
+def print_tail():
+    with open(LOG, errors="replace") as file:
+        for line in file.readlines()[-TAIL_LINES:]:
+            print("    " + line.rstrip())
+
+
+def build(expected, lock):
+    started = time.monotonic()
+    print(f"Setting up .venv (some minutes, about 3 GB; the whole log: {os.path.relpath(LOG, ROOT)})", flush=True)
+    discard_venv()
+    os.makedirs(os.path.dirname(LOG), exist_ok=True)
+    with open(LOG, "wb") as log:
+        for label, command in STEPS:
+            code = run_step(label, command, log, lock)
+            if code != 0:
+                print_tail()
+                sys.exit(f"Setting up .venv failed at {label!r} (exit status {code})")
+    with open(STAMP + ".new", "w") as file:
+        file.write(expected + "\n")
+    os.replace(STAMP + ".new", STAMP)
+    print(f"  ready after {time.monotonic() - started:.0f} s", flush=True)
+
+
+def main():
+    if sys.version_info[:2] != (3, 11):
+        sys.exit(f"Python 3.11 is needed (this is {sys.version.split()[0]})")
+    # Two makes at once would build into each other; the folder itself is the lock, so nothing is left behind.
+    lock = os.open(os.path.join(ROOT, "requirements"), os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        print("Another set-up of .venv is running; waiting for it", flush=True)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    expected = fingerprint()
+    if not is_current(expected):
+        build(expected, lock)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("\nInterrupted; the next make starts the set-up over")

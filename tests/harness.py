@@ -1,0 +1,543 @@
+"""Runs a function on several ranks, each a process of its own, such that no outcome can hang or hide.
+
+Deadlines are nested: process group < rank deadline here < pytest-timeout < CI.  Every rank has a pipe and a
+sentinel of its own, so a rank that is killed is seen at once and not by its peers' timeouts.  Every process below a
+test session carries a tag in its environment, by which orphans are found wherever they were re-parented to.
+
+This module must not import torch: a rank's environment is set before torch is first imported there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import datetime
+import faulthandler
+import multiprocessing
+import os
+import pickle
+import resource
+import shutil
+import signal
+import tempfile
+import time
+import traceback
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from multiprocessing import forkserver, resource_tracker
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+PRELOADED = ("torch", "torch.distributed", "pytest", "psutil")
+START_TIMEOUT_S = 120.0  # interpreter and torch import, on a machine that is busy with something else
+GRACE_S = 10.0  # what the others get to finish by themselves after a first failure
+DUMP_TIMEOUT_S = 5.0  # from SIGABRT to a written dump
+SURVIVORS_TIMEOUT_S = 10.0  # what a rank started may outlive it by this much
+# A death is noticed here, an exception is dated by its rank: the peers' "connection closed" can be a little older
+# than the notice of the death that caused it.
+DEATH_NOTICE_S = 1.0
+
+SESSION_TAG = "TPC_TEST_SESSION"
+RANKS_TAG = "TPC_TEST_RANKS"
+SHM_FOLDER = Path("/dev/shm")
+SHM_PREFIXES = ("sgl_", "sglang_", "torch_", "tpcolocate")
+
+_SCRUBBED_NAMES = frozenset({
+    "RANK", "WORLD_SIZE", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "HIP_VISIBLE_DEVICES",
+    "ROCR_VISIBLE_DEVICES", "ASCEND_RT_VISIBLE_DEVICES", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF",
+    "PYTORCH_HIP_ALLOC_CONF", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY",
+})  # fmt: skip
+_SCRUBBED_PREFIXES = ("LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "TORCH_NCCL_", "SGLANG_", "TPCOLOCATE_")
+
+
+def is_scrubbed(name: str) -> bool:
+    """Whether a variable would let the machine, or a surrounding torchrun, decide what a test sees."""
+    return name.upper() in _SCRUBBED_NAMES or name.startswith(_SCRUBBED_PREFIXES)
+
+
+class RankDied(RuntimeError):
+    """The rank's process ended without a result: killed by a signal, or exited by itself."""
+
+
+class RankOverran(TimeoutError):
+    """The rank was still running at a deadline of the harness and was killed; the dump of its threads is attached."""
+
+
+class RankRaised(RuntimeError):
+    """Stands for an exception that could not be pickled; the message is the rank's own traceback."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one rank.
+
+    Args:
+        rank: The rank.
+        value: What the function returned; None if it did not.
+        error: What it raised, or RankDied, RankOverran, RankRaised; None if it returned.
+        exitcode: Of the process; negative for a signal.
+        seconds: From the common start to the return, the exception or the end of the process.
+        details: The rank's traceback, or the dump of its threads.
+    """
+
+    rank: int
+    value: Any
+    error: BaseException | None
+    exitcode: int | None
+    seconds: float
+    details: str = ""
+
+
+class RanksFailed(Exception):
+    """At least one rank failed, or left processes behind; the first cause comes first.
+
+    Args:
+        outcomes: Of every rank.
+        survivors: Descriptions of processes that outlived the ranks (and were killed).
+    """
+
+    def __init__(self, outcomes: list[Outcome], survivors: tuple[str, ...] = ()) -> None:
+        self.outcomes = outcomes
+        self.survivors = survivors
+        self.errors = {outcome.rank: outcome.error for outcome in outcomes if outcome.error is not None}
+        self.exitcodes = {outcome.rank: outcome.exitcode for outcome in outcomes}
+        super().__init__(_report(outcomes, survivors))
+
+
+def _report(outcomes: list[Outcome], survivors: tuple[str, ...]) -> str:
+    failed = sorted((outcome for outcome in outcomes if outcome.error is not None), key=_first_cause_first)
+    fine = [str(outcome.rank) for outcome in outcomes if outcome.error is None]
+    lines = [f"{len(failed)} of {len(outcomes)} ranks failed, the first cause first:"] if failed else []
+    for outcome in failed:
+        text = str(outcome.error).splitlines() or [""]
+        lines.append(f"rank {outcome.rank} after {outcome.seconds:.2f} s: {type(outcome.error).__name__}: {text[0]}")
+        lines += [f"    {line}" for line in (outcome.details.rstrip() or "\n".join(text[1:])).splitlines()]
+    if fine and failed:
+        lines.append(f"returned: rank {', '.join(fine)}")
+    lines += [f"still running after the ranks had ended (now killed): {survivor}" for survivor in survivors]
+    return "\n".join(lines)
+
+
+def _first_cause_first(outcome: Outcome) -> float:
+    return outcome.seconds - (DEATH_NOTICE_S if isinstance(outcome.error, RankDied) else 0.0)
+
+
+def run_ranks(
+    fn: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    env: Mapping[str, str | None] | Callable[[int], Mapping[str, str | None]] | None = None,
+    timeout_s: float = 60.0,
+    backend: str = "gloo",
+    init_group: bool = True,
+    expect_errors: bool = False,
+    start_method: str = "forkserver",
+) -> list[Any]:
+    """Calls ``fn(rank, *args)`` on every rank, each in a process of its own.
+
+    The ranks see a scrubbed environment with RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE set, one torch
+    thread, and a default process group whose timeout is three quarters of ``timeout_s``.  They start together,
+    once all of them have imported torch; ``timeout_s`` counts from there.
+
+    Args:
+        fn: A function at the top level of its module.
+        world_size: How many ranks.
+        *args: More arguments; pickled.
+        env: Variables, or a function from the rank to them; None as a value removes one.
+        timeout_s: Deadline of the ranks in seconds.
+        backend: Of the default process group.
+        init_group: False leaves the process group to ``fn``.
+        expect_errors: Return an ``Outcome`` per rank instead of raising for failed ranks.
+        start_method: "forkserver" forks ranks from a process that has only imported torch and pytest, which saves
+            each of them seconds; "spawn" starts an interpreter per rank, with a hash seed of its own and torch
+            imported under the rank's environment.
+
+    Returns:
+        The ranks' return values by rank, or their outcomes.
+
+    Raises:
+        RanksFailed: A rank failed (and no errors were expected), or what the ranks started outlived them.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="tpc-ranks-"))
+    tag = uuid.uuid4().hex
+    job = pickle.dumps((fn, args))
+    ranks: list[_Rank] = []
+    try:
+        for rank in range(world_size):
+            ranks.append(
+                _Rank(rank, start_method, {
+                    "job": job, "env": _rank_env(rank, world_size, env, tag), "folder": str(folder), "rank": rank,
+                    "world_size": world_size, "backend": backend if init_group else None,
+                    "group_timeout_s": 0.75 * timeout_s,
+                })
+            )  # fmt: skip
+        _watch(ranks, timeout_s, grace_s=None if expect_errors else GRACE_S)
+        # Ranks that had to be killed could not clean up: what they leave is not held against them.
+        overran = any(isinstance(rank.error, RankOverran) for rank in ranks)
+        survivors = _end_survivors(tag, timeout_s=0.0 if overran else SURVIVORS_TIMEOUT_S)
+        outcomes = [rank.outcome() for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.discard()
+        _end_survivors(tag, timeout_s=0.0)
+        shutil.rmtree(folder, ignore_errors=True)
+    failed = any(outcome.error is not None for outcome in outcomes)
+    if (survivors and not overran) or (failed and not expect_errors):
+        raise RanksFailed(outcomes, tuple(survivors))
+    return outcomes if expect_errors else [outcome.value for outcome in outcomes]
+
+
+def _rank_env(rank: int, world_size: int, env: Any, tag: str) -> dict[str, str]:
+    own = {name: value for name, value in os.environ.items() if not is_scrubbed(name)}
+    own |= {
+        "RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world_size),
+        "OMP_NUM_THREADS": "1", RANKS_TAG: tag,
+        # Gloo binds to the address of the host's name, which need not resolve.
+        "GLOO_SOCKET_IFNAME": "lo",
+    }  # fmt: skip
+    for name, value in dict(env(rank) if callable(env) else env if env is not None else {}).items():
+        if value is None:
+            own.pop(name, None)
+        else:
+            own[name] = value
+    return own
+
+
+class _Rank:
+    """The parent's end of one rank."""
+
+    def __init__(self, rank: int, start_method: str, task: dict[str, Any]) -> None:
+        context: Any = multiprocessing.get_context(start_method)
+        if start_method == "forkserver":
+            context.set_forkserver_preload(list(PRELOADED))
+        self.rank = rank
+        self.error: BaseException | None = None
+        self._dump = _dump_path(task["folder"], rank)
+        self._details = ""
+        self._value: Any = None
+        self._returned = False
+        self._ended_at: float | None = None
+        self.started = self.over = self._silent = False
+        self._zero = time.monotonic()
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_rank_main, args=(theirs, task), name=f"rank {rank}")
+        self.process.start()
+        theirs.close()
+        # Under spawn, process.sentinel is a pipe which any process that the rank forks would keep open.  Under
+        # forkserver it reports what waitpid said, and a pidfd could come too late.
+        self._pidfd = os.pidfd_open(self.process.pid) if start_method == "spawn" else None
+        self.sentinel = self.process.sentinel if self._pidfd is None else self._pidfd
+
+    def waitables(self) -> list[Connection | int]:
+        return [self.sentinel] if self._silent else [self.pipe, self.sentinel]
+
+    def go(self) -> None:
+        self._zero = time.monotonic()
+        with contextlib.suppress(OSError):  # it died since: its sentinel will say so
+            self.pipe.send_bytes(b"go")
+
+    def read(self) -> None:
+        """Takes what the rank has said, if anything; never blocks for long."""
+        while not self._silent and self.pipe.poll():
+            try:
+                message = pickle.loads(self.pipe.recv_bytes())
+            except (EOFError, OSError):
+                self._silent = True
+                return
+            kind = message["kind"]
+            if kind == "started":
+                self.started = True
+                continue
+            self._ended_at = message["at"]
+            if kind == "returned":
+                self._returned, self._value = True, pickle.loads(message["value"])
+            else:
+                self._details = message["traceback"]
+                self.error = self._unpickled(message)
+
+    @staticmethod
+    def _unpickled(message: dict[str, Any]) -> BaseException:
+        if message["error"] is not None:
+            with contextlib.suppress(Exception):
+                return pickle.loads(message["error"])
+        return RankRaised(message["traceback"])
+
+    def notice_end(self) -> None:
+        """To be called when the sentinel says that the process has ended."""
+        self.read()
+        self.process.join()
+        self.over = True
+        if self.error is None and not (self._returned and self.process.exitcode == 0):
+            if not self._returned:
+                self._ended_at = time.monotonic()
+            what = "after it had returned" if self._returned else "before it returned"
+            self.error = RankDied(f"{_exit_text(self.process.exitcode)} {what}")
+            self._details = self._read_dump()
+
+    def overrun(self, why: str) -> None:
+        """Has the process dump its threads and end; SIGABRT, because then the end is also the end of the dump."""
+        # By descent, besides the tag that _end_survivors looks for: a process that was forked and never exec'ed
+        # shows the environment of whoever it was forked from.
+        offspring: list[psutil.Process] = []
+        with contextlib.suppress(ProcessLookupError, psutil.Error):
+            offspring = psutil.Process(self.process.pid).children(recursive=True)
+            os.kill(self.process.pid, signal.SIGABRT)
+        if not wait([self.sentinel], DUMP_TIMEOUT_S):
+            self.process.kill()
+        self.process.join()
+        _kill(offspring)
+        self.read()
+        self.over = True
+        if self.error is None:
+            state = "had returned, but did not exit" if self._returned else "was still running"
+            self.error = RankOverran(f"{state} {why}")
+            self._ended_at = time.monotonic()
+            self._details = self._read_dump()
+            self._value = None
+
+    def _read_dump(self) -> str:
+        with contextlib.suppress(OSError):
+            return self._dump.read_text(errors="replace")
+        return "(no dump: it had not got as far as torch)"
+
+    def outcome(self) -> Outcome:
+        seconds = 0.0 if self._ended_at is None else max(0.0, self._ended_at - self._zero)
+        value = None if self.error is not None else self._value
+        return Outcome(self.rank, value, self.error, self.process.exitcode, seconds, self._details)
+
+    def discard(self) -> None:
+        if self.process.is_alive():
+            self.process.kill()
+        self.process.join()
+        self.process.close()
+        self.pipe.close()
+        if self._pidfd is not None:
+            os.close(self._pidfd)
+
+
+def _watch(ranks: list[_Rank], timeout_s: float, grace_s: float | None) -> None:
+    """Returns once every rank has ended; after a first failure the others get ``grace_s`` (None: all of timeout_s)."""
+    going = False
+    deadline, why = time.monotonic() + START_TIMEOUT_S, f"importing torch after {START_TIMEOUT_S:g} s"
+    while running := [rank for rank in ranks if not rank.over]:
+        ready = wait([item for rank in running for item in rank.waitables()], max(0.0, deadline - time.monotonic()))
+        for rank in running:
+            rank.read()
+            if rank.sentinel in ready:
+                rank.notice_end()
+        if not ready and time.monotonic() >= deadline:
+            for rank in running:
+                if not rank.over:
+                    rank.overrun(why)
+        failed = [rank for rank in ranks if rank.error is not None]
+        if failed and not going:
+            deadline, why = time.monotonic(), f"waiting for rank {failed[0].rank}, which never started"
+        elif failed and grace_s is not None and time.monotonic() + grace_s < deadline:
+            deadline, why = time.monotonic() + grace_s, f"{grace_s:g} s after the failure of rank {failed[0].rank}"
+            grace_s = None
+        elif not going and all(rank.started for rank in ranks):
+            going = True
+            deadline, why = time.monotonic() + timeout_s, f"at the deadline of {timeout_s:g} s"
+            for rank in ranks:
+                rank.go()
+
+
+def _exit_text(exitcode: int | None) -> str:
+    if exitcode is not None and exitcode < 0:
+        return f"killed by {signal.Signals(-exitcode).name}"
+    return f"exited with {exitcode}"
+
+
+def _dump_path(folder: str, rank: int) -> Path:
+    return Path(folder) / f"rank-{rank}.dump"
+
+
+def _rank_main(pipe: Connection, task: dict[str, Any]) -> None:
+    """What runs in a rank's process."""
+    _die_with_parent()
+    os.environ.clear()
+    os.environ.update(task["env"])
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a SIGABRT at the deadline is no crash worth a file
+    rank = task["rank"]
+    with open(_dump_path(task["folder"], rank), "w") as dump:
+        faulthandler.enable(file=dump, all_threads=True)
+        try:
+            import torch
+
+            torch.set_num_threads(1)
+            fn, args = pickle.loads(task["job"])
+            pipe.send_bytes(pickle.dumps({"kind": "started"}))
+            pipe.recv_bytes()
+            if task["backend"] is not None:
+                _init_group(task)
+            value = fn(rank, *args)
+            at = time.monotonic()
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
+            message = {"kind": "returned", "at": at, "value": pickle.dumps(value)}
+        except SystemExit:
+            raise
+        except BaseException as error:
+            # Told before anything is torn down: with a failed rank the teardown itself may hang.
+            message = {
+                "kind": "raised",
+                "at": time.monotonic(),
+                "error": _pickled(error),
+                "traceback": traceback.format_exc(),
+            }
+        pipe.send_bytes(pickle.dumps(message))
+        if message["kind"] == "raised":
+            dump.flush()
+            os._exit(1)
+
+
+def _init_group(task: dict[str, Any]) -> None:
+    import torch.distributed as dist
+
+    store = dist.FileStore(str(Path(task["folder"]) / "store"), task["world_size"])
+    timeout = datetime.timedelta(seconds=task["group_timeout_s"])
+    store.set_timeout(timeout)
+    dist.init_process_group(
+        task["backend"], store=store, rank=task["rank"], world_size=task["world_size"], timeout=timeout
+    )
+
+
+def _pickled(error: BaseException) -> bytes | None:
+    """The exception, if it survives the way there and back; many pickle and then fail to load."""
+    try:
+        data = pickle.dumps(error)
+        return data if type(pickle.loads(data)) is type(error) else None
+    except Exception:
+        return None
+
+
+def _die_with_parent() -> None:
+    # pytest-timeout ends pytest with os._exit, past every finally.
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+# --- What is left of a test -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Processes and shared memory that exist at one moment.
+
+    Args:
+        shm: Names in /dev/shm with one of ``SHM_PREFIXES``.
+        processes: Of this test session.
+    """
+
+    shm: frozenset[str]
+    processes: frozenset[psutil.Process]
+
+    @classmethod
+    def now(cls) -> Footprint:
+        """Takes the footprint."""
+        return cls(frozenset(_shm_names()), frozenset(_session_processes()))
+
+
+def tag_session() -> None:
+    """Marks every process that this one will start, directly or not; see ``leftovers``."""
+    os.environ[SESSION_TAG] = uuid.uuid4().hex
+
+
+def leftovers(since: Footprint, *, timeout_s: float = SURVIVORS_TIMEOUT_S) -> list[str]:
+    """What has appeared since and does not go away by itself within the time given.
+
+    Args:
+        since: The footprint before.
+        timeout_s: How long to wait for an end, in seconds.
+
+    Returns:
+        A line per process and per entry of /dev/shm; empty if nothing is left.
+    """
+    deadline = time.monotonic() + timeout_s
+    while True:
+        processes = [process for process in _session_processes() if process not in since.processes]
+        shm = [name for name in _shm_names() if name not in since.shm]
+        if not processes and not _ours(shm):
+            return []
+        if time.monotonic() >= deadline:
+            return [_describe(process) for process in processes] + [f"/dev/shm/{name}" for name in _ours(shm)]
+        # Sleeps if there is only shared memory to wait for, which nothing announces the end of.
+        psutil.wait_procs(processes, timeout=0.05) if processes else time.sleep(0.05)
+
+
+def end_leftovers(since: Footprint) -> None:
+    """Kills the processes that ``leftovers`` would name."""
+    _kill(process for process in _session_processes() if process not in since.processes)
+
+
+def _session_processes() -> Iterator[psutil.Process]:
+    own = psutil.Process()
+    # multiprocessing keeps these two for the life of the process, and so does torch its manager of shared files.
+    helpers = (
+        getattr(resource_tracker._resource_tracker, "_pid", None),
+        getattr(forkserver._forkserver, "_forkserver_pid", None),
+    )
+    found = set(own.children(recursive=True))
+    if SESSION_TAG in os.environ:
+        found |= set(_tagged(SESSION_TAG, os.environ[SESSION_TAG]))
+    for process in found:
+        with contextlib.suppress(psutil.Error):
+            if process.pid in (own.pid, *helpers) or process.status() == psutil.STATUS_ZOMBIE:
+                continue
+            if process.name() != "torch_shm_manager":
+                yield process
+
+
+def _tagged(name: str, value: str) -> Iterator[psutil.Process]:
+    wanted = f"{name}={value}".encode()
+    for pid in psutil.pids():
+        with contextlib.suppress(OSError, psutil.Error):
+            if wanted in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                yield psutil.Process(pid)
+
+
+def _shm_names() -> list[str]:
+    with contextlib.suppress(OSError):
+        return sorted(name for name in os.listdir(SHM_FOLDER) if name.startswith(SHM_PREFIXES))
+    return []
+
+
+def _ours(names: Iterable[str]) -> list[str]:
+    """Leaves out what belongs to a living process of somebody else, such as a server beside the tests."""
+    names = list(names)
+    if not names:
+        return []
+    family = {process.pid for process in _session_processes()} | {os.getpid()}
+    foreign: set[str] = set()
+    for pid in set(psutil.pids()) - family:
+        foreign |= {name for name in names if str(pid) in name.replace("-", "_").split("_")}
+        with contextlib.suppress(OSError):
+            maps = Path(f"/proc/{pid}/maps").read_text(errors="replace")
+            foreign |= {name for name in names if f"/dev/shm/{name}" in maps}
+    return [name for name in names if name not in foreign]
+
+
+def _end_survivors(tag: str, *, timeout_s: float) -> list[str]:
+    """Waits for what the ranks started, kills the rest, and describes what it had to kill."""
+    _, alive = psutil.wait_procs(list(_tagged(RANKS_TAG, tag)), timeout=timeout_s)
+    described = [_describe(process) for process in alive]
+    _kill(alive)
+    return described
+
+
+def _kill(processes: Iterable[psutil.Process]) -> None:
+    doomed = list(processes)
+    for process in doomed:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    psutil.wait_procs(doomed, timeout=DUMP_TIMEOUT_S)
+
+
+def _describe(process: psutil.Process) -> str:
+    with contextlib.suppress(psutil.Error):
+        return f"process {process.pid}: {' '.join(process.cmdline())[:200]}"
+    return f"process {process.pid}"

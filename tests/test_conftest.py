@@ -1,0 +1,61 @@
+"""What conftest promises to a whole run, each tried on a small run of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+GPU_TESTS = """
+import pytest
+@pytest.mark.gpu
+@pytest.mark.parametrize("n", range(3))
+def test_needs_a_gpu(n): pass
+def test_needs_none(): pass
+"""
+LEAVING_TESTS = """
+import subprocess, sys
+def test_leaves_a_process():
+    command = [sys.executable, "-c", "import time; time.sleep(600)"]
+    sys.stderr.write(f"PID {subprocess.Popen(command, start_new_session=True).pid}\\n")
+"""
+ENVIRONMENT_TESTS = """
+import os
+def test_scrubbed_and_writes():
+    assert "RANK" not in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ and os.environ["KEPT"] == "yes"
+    os.environ["STRAY"] = "1"
+def test_is_restored():
+    assert "STRAY" not in os.environ
+"""
+
+
+def run_pytest(folder, source, *options, env=None):
+    (folder / "test_some.py").write_text(source)
+    command = [sys.executable, "-m", "pytest", "-p", "conftest", "-p", "no:cacheprovider", "-o", "markers=gpu"]
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "CUDA_VISIBLE_DEVICES": ""} | (env or {})
+    return subprocess.run(
+        [*command, *options], cwd=folder, env=env, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+@pytest.mark.parametrize("options, num_lines", [((), 1), (("-k", "not needs_a_gpu"), 0)])
+def test_the_summary_says_that_gpu_tests_did_not_run(tmp_path, options, num_lines):
+    done = run_pytest(tmp_path, GPU_TESTS, *options)
+    found = [line for line in done.stdout.splitlines() if line.startswith("GPU tests: ")]
+    assert len(found) == num_lines
+    assert all(line.startswith("GPU tests: 3 not run (no CUDA device here); run them with ") for line in found)
+    assert done.returncode == 0 and "1 passed" in done.stdout
+
+
+def test_a_run_that_leaves_a_process_fails_at_its_end_and_the_process_is_ended(tmp_path):
+    done = run_pytest(tmp_path, LEAVING_TESTS, "-s")
+    pid = int(done.stderr.split("PID ")[1].split()[0])
+    assert done.returncode == 1
+    assert "the tests have left behind:" in done.stdout and f"process {pid}: " in done.stdout
+    assert not Path(f"/proc/{pid}").exists()
+
+
+def test_every_test_gets_a_scrubbed_environment_and_the_next_one_too(tmp_path):
+    done = run_pytest(tmp_path, ENVIRONMENT_TESTS, env={"RANK": "1", "TORCHELASTIC_RUN_ID": "x", "KEPT": "yes"})
+    assert done.returncode == 0, done.stdout

@@ -1,0 +1,91 @@
+"""Random models small enough to serve on a CPU in a test, each with a tokenizer of its own, made without a network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+VOCAB_SIZE = 512
+MAX_POSITIONS = 512
+PAD, EOS = "<|pad|>", "<|eos|>"
+
+_SHAPE: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": MAX_POSITIONS,
+    # Ten times the usual.  At 0.02 the layers hardly touch the residual stream: whatever the prompt and the weights,
+    # greedy decoding repeats the last token, and a test that compares tokens would not see a sync that did nothing.
+    # It may still run into a cycle here and there, and surely does behind a prompt that is one token repeated.
+    "initializer_range": 0.2,
+    "dtype": "float32",
+}
+
+
+def make_tiny_model(
+    path: str | Path, *, family: Literal["qwen3", "llama"] = "qwen3", tie: bool = False, seed: int = 0
+) -> Path:
+    """Writes a random float32 model (safetensors) and a byte-level BPE tokenizer of 512 tokens to a folder.
+
+    The same arguments give the same weights; torch's global generator is left as it was.
+
+    Args:
+        path: The folder; made if it is not there.
+        family: Architecture.
+        tie: Whether the output layer shares the embedding.
+        seed: Of the weights.
+
+    Returns:
+        The folder.
+    """
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+    path = Path(path)
+    config_class, model_class = {
+        "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+        "llama": (LlamaConfig, LlamaForCausalLM),
+    }[family]
+    tokenizer = _make_tokenizer()
+    config = config_class(
+        **_SHAPE,
+        tie_word_embeddings=tie,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = model_class(config)
+        # Norms start as ones, all alike: a sync that skips one, or takes one for another, would not show.
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                torch.nn.init.normal_(parameter, mean=1.0, std=0.2)
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def _make_tokenizer() -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=[PAD, EOS],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    # Enough different numbers for more merges than there is room for: every id of the model is a token.
+    sentences = (f"what is {n} plus {n * 7 % 1000}? it is {n + n * 7 % 1000}." for n in range(1000))
+    tokenizer.train_from_iterator(sentences, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, model_max_length=MAX_POSITIONS
+    )
