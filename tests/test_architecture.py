@@ -19,6 +19,7 @@ TOP = "__init__"
 FLOORS = (
     {TOP},
     {"session", "doctor"},
+    {"rollout"},
     {"engine", "weights", "rendezvous"},
     {"groups", "roles", "ipc_payload"},
     {"devices", "report"},

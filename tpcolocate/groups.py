@@ -42,6 +42,7 @@ _FRAME_BYTES = 2048
 # How long one wait lasts before the members are looked at.  gloo notices a closed connection by
 # itself; this is for the peer that died before its connection was made.
 _LOOK_INTERVAL_S = 1.0
+_EXIT_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +76,11 @@ class Host:
         """One string that is equal exactly on ranks that can share a server."""
         return "/".join((self.boot_id, self.network, self.shm))
 
+    @property
+    def label(self) -> str:
+        """The machine, for people; two machines of one name differ in it all the same."""
+        return f"{self.name}-{self.boot_id[:8]}"
+
 
 @dataclass(frozen=True, slots=True)
 class Member:
@@ -103,7 +109,8 @@ class Member:
     def is_running(self) -> bool:
         """Whether the process still exists; meaningful on its own host and pid namespace only."""
         try:
-            return psutil.Process(self.pid).create_time() == self.started
+            process = psutil.Process(self.pid)
+            return process.create_time() == self.started and process.status() != psutil.STATUS_ZOMBIE
         except psutil.Error:
             return False
 
@@ -297,7 +304,7 @@ class RankGroup:
                     raise RuntimeError("some rank did not come")
         except RuntimeError as error:
             elapsed = time.monotonic() - started
-            gone = [m.rank for m in self.members if not m.is_running()]
+            gone = self._gone()
             why = f"rank {_list(gone)} has exited" if gone else str(error).strip().splitlines()[0]
             self._broken = f"{what!r} failed ({why})"
             raise RankLostError(
@@ -309,6 +316,13 @@ class RankGroup:
                 slice_ranks=self.ranks,
             ) from error
         return outputs
+
+    def _gone(self) -> list[int]:
+        """Members whose process has ended; a moment's patience, since a socket closes before its process is gone."""
+        deadline = time.monotonic() + _EXIT_S
+        while not (gone := [m.rank for m in self.members if not m.is_running()]) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return gone
 
     @staticmethod
     def _wait(work: dist.Work, seconds: float) -> bool:
@@ -430,7 +444,7 @@ class _Report:
             portable: TpColocateError = error
         else:
             portable = RankFailedError(
-                f"{type(error).__name__}: {error}",
+                f"{type(error).__name__}: {error}" if str(error) else type(error).__name__,
                 rank=rank,
                 details="".join(traceback.format_exception(error)).rstrip(),
             )

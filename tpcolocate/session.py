@@ -184,7 +184,7 @@ def _rank_device(member: Member) -> roles.RankDevice:
     physical = member.facts["physical"]
     return roles.RankDevice(
         rank=member.rank,
-        host=member.host.identity,
+        host=member.host.label,
         device=None if physical is None else devices.PhysicalDevice(**physical),
     )
 

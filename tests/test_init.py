@@ -1,0 +1,169 @@
+"""`init` on real ranks: who ends up in which slice, who owns, and the same error everywhere when it cannot be."""
+
+import time
+
+import pytest
+import torch
+from harness import run_ranks
+
+import tpcolocate
+from tpcolocate import errors
+
+pytestmark = pytest.mark.quick
+
+TIMEOUT_S = 20.0
+UUIDS = [f"GPU-{i:08x}-1111-2222-3333-444444444444" for i in range(8)]
+
+
+def place(rank, tp_size, device, timeout_s=TIMEOUT_S):
+    """init() as a training script calls it, and everything that can be seen of the result."""
+    import torch.distributed as dist
+
+    tp = tp_size[rank] if isinstance(tp_size, list) else tp_size
+    where = device[rank] if isinstance(device, list) else device
+    with tpcolocate.init(tp, device=where, timeout_s=timeout_s) as colo:
+        total = None
+        if colo.group is not None:
+            number = torch.tensor([10.0**rank])
+            dist.all_reduce(number, group=colo.group)
+            total = number.item()
+        return {
+            "tp_rank": colo.tp_rank,
+            "slice": colo.slice_ranks,
+            "owner": colo.owner_rank,
+            "is_owner": colo.is_owner,
+            "visible": colo.visible_devices,
+            "group_sum": total,
+            "job": colo.job,
+            "sizes": (colo.world_size, colo.tp_size),
+        }
+
+
+def shared_list(value):
+    """All ranks see one list, and each takes the entry of its own number, as under plain torchrun."""
+    return {"CUDA_VISIBLE_DEVICES": value}, lambda world: [f"cuda:{rank}" for rank in range(world)]
+
+
+def one_each(*values):
+    """Each rank sees one device only, which is cuda:0 to it, as some launchers arrange it."""
+    return lambda rank: {"CUDA_VISIBLE_DEVICES": values[rank]}, lambda world: ["cuda:0"] * world
+
+
+CASES = [
+    # id, tp_size, environment and devices, slices in tp order, visible devices of each slice
+    ("unset", 2, 2, ({}, lambda world: ["cuda:0", "cuda:1"]), [(0, 1)], [("0", "1")]),
+    ("shared-3,1", 2, 2, shared_list("3,1"), [(1, 0)], [("1", "3")]),
+    ("shared-0,1", 2, 2, shared_list("0,1"), [(0, 1)], [("0", "1")]),
+    ("one-each-3-1", 2, 2, one_each("3", "1"), [(1, 0)], [("1", "3")]),
+    ("uuids-without-inventory", 2, 2, shared_list(f"{UUIDS[5]},{UUIDS[2]}"), [(1, 0)], [(UUIDS[2], UUIDS[5])]),
+    ("one-uuid-each", 2, 2, one_each(UUIDS[1], UUIDS[0]), [(1, 0)], [(UUIDS[0], UUIDS[1])]),
+    ("swapped-indices", 2, 2, ({"CUDA_VISIBLE_DEVICES": "4,6"}, lambda world: ["cuda:1", "cuda:0"]), [(1, 0)], [("4", "6")]),
+    ("6,4,5,7-tp2", 4, 2, shared_list("6,4,5,7"), [(1, 0), (2, 3)], [("4", "6"), ("5", "7")]),
+    ("6,4,5,7-tp4", 4, 4, shared_list("6,4,5,7"), [(1, 2, 0, 3)], [("4", "5", "6", "7")]),
+    ("unaligned-1,2-3,0", 4, 2, shared_list("1,2,3,0"), [(0, 1), (3, 2)], [("1", "2"), ("0", "3")]),
+    ("eight-tp2", 8, 2, shared_list("7,6,5,4,3,2,1,0"), [(1, 0), (3, 2), (5, 4), (7, 6)], [("6", "7"), ("4", "5"), ("2", "3"), ("0", "1")]),
+    ("eight-tp4-one-each", 8, 4, one_each(*"42617035"), [(3, 1, 0, 2), (5, 6, 7, 4)], [("1", "2", "4", "6"), ("0", "3", "5", "7")]),
+    ("cpu-tp2", 4, 2, ({}, lambda world: ["cpu"] * world), [(0, 1), (2, 3)], [(), ()]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("world, tp_size, setting, slices, visible", [case[1:] for case in CASES], ids=[case[0] for case in CASES])
+def test_slices_owners_and_device_lists(world, tp_size, setting, slices, visible):
+    env, devices = setting
+    places = run_ranks(place, world, tp_size, devices(world), env=env)
+    for ranks, tokens in zip(slices, visible, strict=True):
+        for tp_rank, rank in enumerate(ranks):
+            assert places[rank] == {
+                "tp_rank": tp_rank,
+                "slice": ranks,
+                "owner": ranks[0],
+                "is_owner": rank == ranks[0],
+                "visible": tokens,
+                # the group really consists of these ranks and of no others
+                "group_sum": sum(10.0**r for r in ranks),
+                "job": places[0]["job"],
+                "sizes": (world, tp_size),
+            }
+
+
+def test_tp_1_makes_no_group_and_every_rank_owns():
+    places = run_ranks(place, 2, 1, ["cuda:0", "cuda:1"], env={"CUDA_VISIBLE_DEVICES": "3,1"})
+    assert [p["visible"] for p in places] == [("3",), ("1",)]
+    assert all(p["is_owner"] and p["group_sum"] is None and p["slice"] == (rank,) for rank, p in enumerate(places))
+
+
+def test_without_torch_distributed_one_process_is_a_job():
+    [alone] = run_ranks(place, 1, 1, "cpu", init_group=False)
+    assert alone["is_owner"] and alone["sizes"] == (1, 1)
+
+
+def test_tp_2_without_torch_distributed_says_what_to_do():
+    [outcome] = run_ranks(place, 1, 2, "cpu", init_group=False, expect_errors=True)
+    assert isinstance(outcome.error, errors.ConfigError) and "torchrun" in str(outcome.error)
+
+
+ERRORS = [
+    ("world-not-divisible", 3, 2, "cpu", {}, errors.LayoutError, "3 ranks cannot be cut into tp slices of 2"),
+    ("disagreement", 2, [1, 2], "cpu", {}, errors.LayoutError, "tp_size=1 on ranks 0; tp_size=2 on ranks 1"),
+    ("tp-zero", 2, 0, "cpu", {}, errors.ConfigError, "tp_size=0 is no positive integer"),
+    ("tp-true", 2, True, "cpu", {}, errors.ConfigError, "tp_size=True is no positive integer"),
+    ("index-out-of-range", 2, 2, ["cuda:0", "cuda:5"], {"CUDA_VISIBLE_DEVICES": "3,1"}, errors.ConfigError, "2 devices visible"),
+    ("no-device-visible", 2, 2, ["cuda:0", "cuda:1"], {"CUDA_VISIBLE_DEVICES": ""}, errors.ConfigError, "CUDA_VISIBLE_DEVICES"),
+    ("one-device-twice", 2, 2, "cuda:0", {"CUDA_VISIBLE_DEVICES": "3,1"}, errors.DeviceError, "held by rank 0 and by rank 1"),
+    ("across-slices-too", 4, 2, ["cuda:0", "cuda:1", "cuda:1", "cuda:2"], {"CUDA_VISIBLE_DEVICES": "0,1,2,3"}, errors.DeviceError, "held by rank 1 and by rank 2"),
+    ("repeated-entry", 2, 2, ["cuda:0", "cuda:1"], {"CUDA_VISIBLE_DEVICES": "3,3"}, errors.ConfigError, "3,3"),
+    ("cpu-and-gpu", 2, 2, ["cpu", "cuda:0"], {"CUDA_VISIBLE_DEVICES": "3,1"}, errors.LayoutError, "kinds of device"),
+    ("device-order", 2, 2, ["cuda:0", "cuda:1"], lambda rank: {"CUDA_VISIBLE_DEVICES": "3,1", "CUDA_DEVICE_ORDER": ["PCI_BUS_ID", "FASTEST_FIRST"][rank]},
+     errors.LayoutError, "CUDA_DEVICE_ORDER"),
+    ("nonsense-device", 2, 2, ["cpu", "toaster:1"], {}, errors.LayoutError, "toaster"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("world, tp_size, device, env, kind, words", [case[1:] for case in ERRORS], ids=[case[0] for case in ERRORS])
+def test_every_rank_gets_the_same_clear_error(world, tp_size, device, env, kind, words):
+    outcomes = run_ranks(place, world, tp_size, device, env=env, expect_errors=True)
+    texts = {str(outcome.error) for outcome in outcomes}
+    assert len(texts) == 1, texts
+    for outcome in outcomes:
+        assert isinstance(outcome.error, kind), outcome
+        assert words in str(outcome.error)
+        assert outcome.seconds < TIMEOUT_S / 2, "told, not timed out"
+
+
+def silent(rank, tp_size, timeout_s):
+    """Rank 1 never calls init()."""
+    import torch.distributed as dist
+
+    if rank == 1:
+        # stays alive until the others have given up; a key of the default store ends it, not a sleep
+        from datetime import timedelta
+
+        dist.distributed_c10d._get_default_store().wait(["the others are done"], timedelta(seconds=40))
+        return None
+    started = time.monotonic()
+    try:
+        tpcolocate.init(tp_size, device="cpu", timeout_s=timeout_s)
+    except errors.RankLostError as error:
+        return time.monotonic() - started, str(error)
+    finally:
+        if rank == 0:
+            dist.distributed_c10d._get_default_store().set("the others are done", "1")
+
+
+def test_a_rank_that_never_calls_init_is_named():
+    found = run_ranks(silent, 3, 3, 2.0)
+    for rank in (0, 2):
+        seconds, text = found[rank]
+        assert 1.9 < seconds < 10
+        assert "ranks 1 did not call tpcolocate.init() within 2 s" in text
+
+
+def twice(rank):
+    """Two jobs one after the other in the same processes, with different slices."""
+    first = place(rank, 2, "cpu")
+    second = place(rank, 4, "cpu")
+    return first["slice"], second["slice"], first["job"] != second["job"]
+
+
+def test_init_can_be_called_again():
+    assert run_ranks(twice, 4) == [((0, 1) if rank < 2 else (2, 3), (0, 1, 2, 3), True) for rank in range(4)]
