@@ -24,7 +24,7 @@ venv:
 		echo 'The pinned CPU engine has no wheels for other versions. Install 3.11, or name it: make $(or $(MAKECMDGOALS),venv) PYTHON=/path/to/python3.11'; \
 		exit 1; \
 	fi
-	@"$(PYTHON)" scripts/make_venv.py
+	@exec "$(PYTHON)" scripts/make_venv.py
 
 demo: venv
 	@mkdir -p out

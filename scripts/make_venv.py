@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -73,6 +74,7 @@ def run_step(label, command, log, lock):
     env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME", "PIP_USER")}
     process = subprocess.Popen(
         command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+        start_new_session=True,  # so that all of it can be killed: venv and pip start processes of their own
         pass_fds=(lock,),  # a pip that outlives a killed set-up keeps the next one waiting
     )
     try:
@@ -83,7 +85,7 @@ def run_step(label, command, log, lock):
             except subprocess.TimeoutExpired:
                 print(f"\r  {label:24} {time.monotonic() - started:4.0f} s", end="", flush=True)
     except BaseException:
-        process.kill()
+        os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         raise
     start_of_line, verdict = "\r" if live else "", "" if code == 0 else "  FAILED"
@@ -130,6 +132,7 @@ def main():
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
     except KeyboardInterrupt:
