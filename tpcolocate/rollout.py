@@ -443,7 +443,7 @@ class Engine(Client):
                     self._server.stop()
             finally:
                 self.close()
-                lost = self._sync.reclaim()
+                lost = self._sync.close()
                 if lost:
                     logger.warning("reclaimed handles that the engine never gave back: %s", "; ".join(map(str, lost)))
                 self._on_shutdown()

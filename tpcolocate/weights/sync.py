@@ -98,12 +98,19 @@ class WeightSync:
         self.server = server
         self.spec = spec
         self.abandoned: list[ipc_payload.Ledger] = []
-        """Of failed syncs: handles whose readers may still hold them.  See `reclaim`."""
+        """Of failed syncs: handles whose readers may still hold them.  See `close`."""
 
-    def reclaim(self) -> list[ipc_payload.Outstanding]:
-        """Free what failed syncs left behind; only once the engine is gone."""
+    def close(self) -> list[ipc_payload.Outstanding]:
+        """Free what failed syncs left behind, and torch's counter file; only once the engine is gone.
+
+        Returns:
+            Handles that the engine never gave back.
+        """
         ledgers, self.abandoned = self.abandoned, []
-        return [item for ledger in ledgers for item in ledger.reclaim()]
+        lost = [item for ledger in ledgers for item in ledger.reclaim()]
+        if self.device.type == "cuda":
+            torch.cuda.ipc_collect()  # removes the counter file from /dev/shm, which the end of the process does not
+        return lost
 
     def run(
         self,

@@ -1,0 +1,514 @@
+"""The main job on a real SGLang server: tokens, syncs, sleep, failures.
+
+Starting a server takes half a minute on two cores, so each set-up is started once: its ranks run all checks in order
+(`drive`), and every check is a test of its own that reads what its ranks returned or raised.
+"""
+
+import asyncio
+import os
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from harness import Footprint, leftovers, run_ranks
+
+import tpcolocate
+from tpcolocate import errors
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+
+ARGS = {"context_length": 256, "max_total_tokens": 2048, "max_running_requests": 8}
+GREEDY = {"temperature": 0, "max_new_tokens": 8}
+PROMPTS = [[5, 6, 7], [100, 200, 300, 400], [17], [9, 8, 7, 6, 5, 4, 3, 2]]
+HEALTH_S = 240.0
+
+
+class World:
+    """What the checks of one set-up share on one rank."""
+
+    def __init__(self, rank, model_dir, colo):
+        from transformers import AutoModelForCausalLM
+
+        self.rank, self.model_dir, self.colo = rank, model_dir, colo
+        self.model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+        self.engine = None
+
+    def expected(self, model=None):
+        """Greedy continuations by transformers, token by token, without a cache."""
+        model = self.model if model is None else model
+        found = []
+        with torch.no_grad():
+            for prompt in PROMPTS:
+                ids = list(prompt)
+                for _ in range(GREEDY["max_new_tokens"]):
+                    ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+                    if ids[-1] == model.config.eos_token_id:
+                        break
+                found.append(ids[len(prompt) :])
+        return found
+
+    def generated(self):
+        return [answer["output_ids"] for answer in self.engine.generate(PROMPTS, GREEDY)]
+
+    def perturb(self, seed, scale=0.05):
+        """The same random step on every rank, as an optimiser would take."""
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in self.model.parameters():
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
+
+    def sharded(self):
+        import copy
+
+        from torch.distributed.fsdp import fully_shard
+
+        model = copy.deepcopy(self.model)
+        for layer in model.model.layers:
+            fully_shard(layer)
+        return fully_shard(model)
+
+
+def drive(rank, model_dir, tp_size, checks):
+    """One set-up on one rank: launch, all checks, the end."""
+    with tpcolocate.init(tp_size, device="cpu", timeout_s=60.0) as colo:
+        world = World(rank, model_dir, colo)
+        found = {}
+        with colo.launch(model_dir, health_timeout_s=HEALTH_S, **ARGS) as world.engine:
+            for check in checks:
+                try:
+                    found[check.__name__] = check(world)
+                except Exception as error:
+                    found[check.__name__] = error
+                    if isinstance(error, (errors.RankLostError, errors.EngineDeadError)):
+                        break  # the ones after it would only say so again
+        return found
+
+
+# --- checks: run on every rank, return what the test asserts on -----------------------------------------------------
+
+
+def tokens_before(world):
+    return world.generated() == world.expected()
+
+
+def tokens_after_fsdp2_sync(world):
+    old = world.expected()
+    world.perturb(1)
+    report = world.engine.sync_weights(world.sharded(), bucket_bytes=400_000)
+    new = world.expected()
+    return {"equal": world.generated() == new, "changed": new != old, "report": report, "version": world.engine.weight_version}
+
+
+def tokens_after_plain_sync(world):
+    old = world.expected()
+    world.perturb(2)
+    report = world.engine.sync_weights(world.model)
+    new = world.expected()
+    return {"equal": world.generated() == new, "changed": new != old, "report": report}
+
+
+def tokens_after_ddp_sync(world):
+    from torch.nn.parallel import DistributedDataParallel
+
+    world.perturb(3)
+    world.engine.sync_weights(DistributedDataParallel(world.model))
+    return world.generated() == world.expected()
+
+
+def tokens_after_fan_out_sync(world):
+    world.perturb(4)
+    report = world.engine.sync_weights(world.sharded(), payloads="fan_out", bucket_bytes=100_000)
+    exported = {r.rank: (r.num_exported, r.num_returned) for r in report.ranks}
+    return {"equal": world.generated() == world.expected(), "exported": exported, "buckets": report.num_buckets}
+
+
+def tokens_after_generator_sync(world):
+    world.perturb(5)
+    pairs = ((name, tensor) for name, tensor in world.model.state_dict().items())
+    report = world.engine.sync_weights(pairs, weight_version="five")
+    [answer] = world.engine.generate([PROMPTS[0]], GREEDY)
+    return {"equal": world.generated() == world.expected(), "version": answer["meta_info"]["weight_version"], "report": report.weight_version}
+
+
+def generate_forms(world):
+    engine = world.engine
+    text = engine.generate("the quick", GREEDY)
+    batch = engine.generate(["the quick", "brown fox"], GREEDY)
+    several = engine.generate([PROMPTS[0], PROMPTS[1]], {"temperature": 1.0, "n": 3, "max_new_tokens": 4})
+    logprobs = engine.generate([PROMPTS[1]], GREEDY, return_logprob=True)[0]["meta_info"]["output_token_logprobs"]
+    events = list(engine.generate("the quick", GREEDY, stream=True))
+
+    async def concurrently():
+        answers = await asyncio.gather(*(engine.generate_async(prompt, GREEDY) for prompt in PROMPTS * 4))
+        stream = await engine.generate_async("the quick", GREEDY, stream=True)
+        return [a["output_ids"] for a in answers], [event async for event in stream]
+
+    many, async_events = asyncio.run(concurrently())
+    return {
+        "dict": isinstance(text, dict) and isinstance(text["text"], str),
+        "batch_first_is_single": batch[0]["output_ids"] == text["output_ids"],
+        "n": len(several),
+        "logprobs": [(lp, token) for lp, token, *_ in logprobs],
+        "empty": engine.generate([]),
+        "stream_ends_as_single": events[-1]["text"] == text["text"] == async_events[-1]["text"],
+        "streamed": len(events) > 1,
+        "many": many == world.generated() * 4,
+    }
+
+
+def trainer_logprobs(world):
+    """The engine's log-probabilities of its own tokens against the trainer's, for the last sync's weights."""
+    worst = 0.0
+    for prompt, answer in zip(PROMPTS, world.engine.generate(PROMPTS, GREEDY, return_logprob=True)):
+        pairs = answer["meta_info"]["output_token_logprobs"]
+        tokens = [pair[1] for pair in pairs]
+        with torch.no_grad():
+            logits = world.model(torch.tensor([prompt + tokens])).logits[0].log_softmax(-1)
+        for i, (logprob, token, *_) in enumerate(pairs):
+            worst = max(worst, abs(logprob - logits[len(prompt) - 1 + i, token].item()))
+    return worst
+
+
+def refused_requests(world):
+    said = {}
+    for name, call in {
+        "unknown_field": lambda e: e.generate("a", GREEDY, max_tokens=3),
+        "nothing": lambda e: e.generate(),
+        "too_long": lambda e: e.generate([[1] * 300], GREEDY),
+        "bad_sampling": lambda e: e.generate("a", {"temperature": -1}),
+    }.items():
+        try:
+            said[name] = repr(call(world.engine))
+        except errors.TpColocateError as error:
+            said[name] = (type(error).__name__, str(error))
+    return said
+
+
+def refused_weights(world):
+    """Everything SGLang would swallow; afterwards the server must still speak as before."""
+    engine, before = world.engine, world.generated()
+    weights = dict(world.model.state_dict())
+    name = "model.layers.0.self_attn.q_proj.weight"
+    said = {}
+    for case, source, options in [
+        ("unknown_name", {**weights, "model.layers.9.mlp.up_proj.weight": torch.zeros(4, 4)}, {}),
+        ("too_few_rows", {**weights, name: weights[name][:-1]}, {}),
+        ("too_many_rows", {**weights, name: torch.cat([weights[name], weights[name][:1]])}, {}),
+        ("missing", {k: v for k, v in weights.items() if k != name}, {}),
+        ("twice", [*weights.items(), (name, weights[name])], {}),
+        ("empty", [], {}),
+        ("no_tensor", [("a", 3)], {}),
+        ("ranks_differ", [(f"rank.{world.rank}" if world.colo.tp_size > 1 else "x", torch.zeros(1))], {"partial": True}),
+        ("one_rank_raises", _raises_on(world, weights), {}),
+        ("bucket", weights, {"bucket_bytes": 0}),
+    ]:
+        try:
+            engine.sync_weights(source, **options)
+            said[case] = "accepted"
+        except errors.TpColocateError as error:
+            said[case] = (type(error).__name__, str(error))
+    return {"said": said, "unchanged": before == world.generated()}
+
+
+def _raises_on(world, weights):
+    """A list whose reading fails on the last rank only."""
+    return 3 if world.colo.tp_rank == world.colo.tp_size - 1 else weights
+
+
+def partial_sync(world):
+    name = "model.norm.weight"
+    with torch.no_grad():
+        dict(world.model.named_parameters())[name].mul_(1.5)
+    report = world.engine.sync_weights([(name, world.model.state_dict()[name])], partial=True)
+    return {"equal": world.generated() == world.expected(), "tensors": report.num_tensors}
+
+
+def sleep_and_wake(world):
+    engine = world.engine
+    said = [engine.health().value]
+    engine.sleep(["kv_cache"])
+    engine.sleep()  # what is released already stays so
+    said.append(engine.health().value)
+    for call in (lambda: engine.generate("a", GREEDY), lambda: engine.sync_weights(world.model), lambda: engine.sleep(["kv"])):
+        try:
+            call()
+            said.append("accepted")
+        except errors.TpColocateError as error:
+            said.append((type(error).__name__, error.hint))
+    engine.wake(["weights"])
+    engine.wake(["weights"])  # SGLang would die of it
+    engine.sync_weights(world.model)
+    engine.wake()
+    said.append(engine.health().value)
+    return {"said": said, "equal": world.generated() == world.expected()}
+
+
+def twenty_syncs(world):
+    """Nothing may grow: /dev/shm, descriptors, memory of trainer and server."""
+
+    def footprint():
+        # the owner sees the server's processes: they descend from it
+        processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+        shm = {name: (Path("/dev/shm") / name).stat().st_size for name in os.listdir("/dev/shm")}
+        return {
+            "shm_files": len(shm),
+            "shm_bytes": sum(shm.values()),
+            "fds": sum(p.num_fds() for p in processes),
+            "rss": sum(p.memory_info().rss for p in processes),
+        }
+
+    model = world.sharded()
+    for _ in range(3):
+        world.engine.sync_weights(model, bucket_bytes=400_000)
+    world.generated()
+    before = footprint()
+    reports = [world.engine.sync_weights(model, bucket_bytes=400_000) for _ in range(20)]
+    world.generated()
+    after = footprint()
+    returned = all(r.num_exported == r.num_returned > 0 for report in reports for r in report.ranks)
+    return {"before": before, "after": after, "returned": returned, "moved": sum(r.num_bytes for r in reports)}
+
+
+def key_is_hidden(world):
+    """The key protects the server and cannot be read from a process list."""
+    import httpx
+
+    lines = [" ".join(p.info["cmdline"] or ()) for p in psutil.process_iter(["cmdline"])]
+    bare = httpx.post(f"{world.engine.url}/generate", json={"text": "a"}, trust_env=False, timeout=10).status_code
+    return {"in_ps": any(world.engine.api_key in line for line in lines), "without_key": bare}
+
+
+def connect_from_outside(world):
+    """Another process of the same user finds the server by its file."""
+    client = tpcolocate.connect(world.colo.job, slice_index=world.colo.slice_index)
+    with_client = [a["output_ids"] for a in client.generate(PROMPTS, GREEDY)]
+    health = client.health().value
+    client.close()
+    return {"equal": with_client == world.generated(), "health": health, "url": client.url == world.engine.url}
+
+
+ALL = [
+    tokens_before, generate_forms, refused_requests, tokens_after_fsdp2_sync, trainer_logprobs, tokens_after_plain_sync,
+    tokens_after_ddp_sync, tokens_after_fan_out_sync, tokens_after_generator_sync, partial_sync, refused_weights, sleep_and_wake,
+    twenty_syncs, key_is_hidden, connect_from_outside,
+]  # fmt: skip
+TOKENS = [tokens_before, tokens_after_fsdp2_sync, trainer_logprobs, tokens_after_plain_sync]
+SETUPS = {
+    # id: family, tied embeddings, tp_size, ranks, checks
+    "qwen3-untied-tp2": ("qwen3", False, 2, 2, ALL),
+    "llama-tied-tp2": ("llama", True, 2, 2, TOKENS),
+    "qwen3-tied-tp1": ("qwen3", True, 1, 2, [*TOKENS, refused_weights, key_is_hidden, connect_from_outside]),
+    "llama-untied-tp1": ("llama", False, 1, 1, [*TOKENS, twenty_syncs]),
+}
+
+
+@pytest.fixture(scope="module", params=SETUPS)
+def setup(request, tiny_model_dir):
+    """(tp_size, what every rank found, what the set-up left behind)."""
+    family, tie, tp_size, world, checks = SETUPS[request.param]
+    before = Footprint.now()
+    found = run_ranks(drive, world, str(tiny_model_dir(family=family, tie=tie)), tp_size, checks, timeout_s=400)
+    return tp_size, found, leftovers(before)
+
+
+def results(setup, check):
+    """What every rank's `check` returned; skips where the set-up does not include it, raises what it raised."""
+    _, found, _ = setup
+    if check.__name__ not in found[0] and not any(isinstance(v, Exception) for v in found[0].values()):
+        pytest.skip("not part of this set-up")
+    for rank, of_rank in enumerate(found):
+        value = of_rank.get(check.__name__, AssertionError("not reached: see the checks before it"))
+        if isinstance(value, Exception):
+            raise AssertionError(f"rank {rank}: {type(value).__name__}: {value}") from value
+    return [of_rank[check.__name__] for of_rank in found]
+
+
+def test_tokens_equal_transformers_before_any_sync(setup):
+    assert all(results(setup, tokens_before))
+
+
+@pytest.mark.parametrize("check", [tokens_after_fsdp2_sync, tokens_after_plain_sync], ids=["fsdp2", "plain"])
+def test_tokens_equal_transformers_after_a_sync(setup, check):
+    for found in results(setup, check):
+        assert found["changed"], "the sync must have something to show"
+        assert found["equal"]
+
+
+def test_the_report_adds_up(setup):
+    for rank, found in enumerate(results(setup, tokens_after_fsdp2_sync)):
+        report = found["report"]
+        assert report.rank == rank and report.num_tensors >= 20 and report.num_buckets > 1
+        assert report.weight_version == found["version"] == "1"
+        assert "safetensors" in report.checked_against
+        mine = next(r for r in report.ranks if r.rank == rank)
+        assert set(mine.seconds) == {"prepare", "gather", "export", "push", "settle", "finish"}
+        assert sum(mine.seconds.values()) <= report.seconds
+        assert mine.num_exported == mine.num_returned == report.num_buckets
+        assert f"{report.num_tensors} tensors" in str(report)
+
+
+def test_log_probabilities_equal_the_trainers(setup):
+    assert max(results(setup, trainer_logprobs)) < 1e-3
+
+
+def test_tokens_after_a_ddp_sync(setup):
+    assert all(results(setup, tokens_after_ddp_sync))
+
+
+def test_fan_out_gives_every_tp_rank_a_handle_of_its_own_and_clients_none(setup):
+    for found in results(setup, tokens_after_fan_out_sync):
+        assert found["equal"]
+        assert found["exported"] == {0: (2 * found["buckets"],) * 2, 1: (0, 0)}
+
+
+def test_a_generator_is_a_source_too_and_the_version_is_published(setup):
+    for found in results(setup, tokens_after_generator_sync):
+        assert found["equal"] and found["version"] == found["report"] == "five"
+
+
+def test_generate_takes_and_returns_what_sglang_does(setup):
+    for found in results(setup, generate_forms):
+        logprobs = found.pop("logprobs")
+        assert len(logprobs) == GREEDY["max_new_tokens"] and all(lp <= 0 for lp, _ in logprobs)
+        assert found.pop("n") == 6 and found.pop("empty") == []
+        assert all(found.values()), found
+
+
+def test_bad_requests_are_refused_with_the_servers_own_words(setup):
+    for said in results(setup, refused_requests):
+        assert said["unknown_field"][0] == "ConfigError" and "max_tokens" in said["unknown_field"][1]
+        assert said["nothing"][0] == "ConfigError"
+        assert said["too_long"][0] == "RequestError" and "longer than the model's context length" in said["too_long"][1]
+        assert said["bad_sampling"][0] == "RequestError" and "temperature" in said["bad_sampling"][1]
+
+
+def test_weights_that_sglang_would_swallow_are_refused_on_every_rank(setup):
+    tp_size, _, _ = setup
+    found = results(setup, refused_weights)
+    for rank_found in found:
+        said = rank_found["said"]
+        assert {case: kind for case, (kind, _) in said.items()} == {
+            "unknown_name": "WeightsMismatchError",
+            "too_few_rows": "WeightsMismatchError",
+            "too_many_rows": "WeightsMismatchError",
+            "missing": "WeightsMismatchError",
+            "twice": "WeightsMismatchError",
+            "empty": "ConfigError",
+            "no_tensor": "ConfigError",
+            "ranks_differ": "WeightsMismatchError",
+            "one_rank_raises": "ConfigError",
+            "bucket": "ConfigError",
+        }
+        assert "127, 128" in said["too_few_rows"][1] and "128, 128" in said["too_few_rows"][1]
+        assert rank_found["unchanged"], "nothing of a refused sync may reach the engine"
+    if tp_size > 1:
+        assert found[0]["said"] == found[1]["said"], "the same error on every rank"
+
+
+def test_a_partial_sync_leaves_the_rest_as_it_is(setup):
+    for found in results(setup, partial_sync):
+        assert found == {"equal": True, "tensors": 1}
+
+
+def test_sleep_and_wake_are_a_state_machine_on_every_rank(setup):
+    for found in results(setup, sleep_and_wake):
+        assert found["said"] == [
+            "ready",
+            "asleep",
+            ("EngineStateError", "call wake() on every rank first"),
+            ("EngineStateError", 'call wake(["weights"]) on every rank first'),
+            ("ConfigError", "SGLang knows kv_cache, weights, cuda_graph"),
+            "ready",
+        ]
+        assert found["equal"]
+
+
+def test_twenty_syncs_grow_nothing(setup):
+    for found in results(setup, twenty_syncs):
+        before, after = found["before"], found["after"]
+        assert after["shm_files"] == before["shm_files"] and after["shm_bytes"] == before["shm_bytes"]
+        assert after["fds"] <= before["fds"] + 2  # a connection that was open at one moment and not at the other
+        # far below what one leaked model a sync would be
+        assert after["rss"] - before["rss"] < max(found["moved"] / 4, 8 * 2**20)
+        assert found["returned"]
+
+
+def test_the_key_is_needed_and_not_in_the_process_list(setup):
+    for found in results(setup, key_is_hidden):
+        assert found == {"in_ps": False, "without_key": 401}
+
+
+def test_a_process_outside_the_group_can_connect(setup):
+    for found in results(setup, connect_from_outside):
+        assert found == {"equal": True, "health": "ready", "url": True}
+
+
+def test_nothing_is_left_behind(setup):
+    _, _, left = setup
+    assert left == []
+
+
+# --- failures --------------------------------------------------------------------------------------------------------
+
+
+def launch_and_fail(rank, tp_size, kwargs):
+    """What every rank is told, and when, relative to the end of the server's process."""
+    log = Path(kwargs["log_path"])
+    with tpcolocate.init(tp_size, device="cpu", timeout_s=60.0) as colo:
+        try:
+            with colo.launch(**{**ARGS, "health_timeout_s": HEALTH_S, **kwargs}):
+                return "it came up"
+        except errors.TpColocateError as error:
+            told = time.time()
+            died = log.stat().st_mtime if log.exists() else None
+            return type(error).__name__, str(error), None if died is None else told - died
+
+
+def test_a_bad_model_path_is_the_same_error_on_every_rank_within_seconds(tmp_path, no_leftovers):
+    kwargs = {"model_path": str(tmp_path / "nowhere"), "log_path": str(tmp_path / "server.log")}
+    found = run_ranks(launch_and_fail, 2, 2, kwargs, timeout_s=200)
+    assert found[0][:2] == found[1][:2]
+    kind, text, after_s = found[0]
+    assert kind == "LaunchError" and "nowhere" in text and "server.log" in text
+    assert all(after < 5 for _, _, after in found), "within 5 s of the server's last word"
+
+
+def test_a_taken_port_is_the_same_error_on_every_rank_at_once(tmp_path, tiny_model_dir, no_leftovers):
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        started = time.monotonic()
+        kwargs = {"model_path": str(tiny_model_dir()), "port": port, "log_path": str(tmp_path / "server.log")}
+        found = run_ranks(launch_and_fail, 2, 2, kwargs, timeout_s=60)
+    assert found[0] == found[1]
+    assert found[0][0] == "ConfigError" and f"port {port} is taken" in found[0][1]
+    assert time.monotonic() - started < 30, "before anything was loaded"
+
+
+@pytest.mark.parametrize("kwargs, words", [
+    ({"tp_size": 3}, "contradicts init(tp_size=2)"),
+    ({"pp_size": 2}, "pp_size=2 is not supported"),
+    ({"api_key": "mine"}, "does not take api_key"),
+])  # fmt: skip
+def test_impossible_arguments_are_refused_before_anything_starts(kwargs, words, tmp_path, no_leftovers):
+    kwargs = {"model_path": "anything", "log_path": str(tmp_path / "server.log"), **kwargs}
+    found = run_ranks(launch_and_fail, 2, 2, kwargs, timeout_s=60)
+    assert found[0] == found[1] and found[0][0] == "ConfigError" and words in found[0][1]
+
+
+def launch_differently(rank):
+    with tpcolocate.init(2, device="cpu", timeout_s=60.0) as colo:
+        try:
+            colo.launch("model", mem_fraction_static=0.1 * (rank + 1))
+        except errors.ConfigError as error:
+            return str(error)
+
+
+def test_ranks_that_want_different_servers_are_told_the_difference():
+    found = run_ranks(launch_differently, 2)
+    assert found[0] == found[1] and "mem_fraction_static=0.1 and mem_fraction_static=0.2" in found[0]
