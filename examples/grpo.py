@@ -1,0 +1,345 @@
+"""GRPO on a real engine: FSDP2 ranks learn addition from samples of the SGLang server they share.
+
+    torchrun --standalone --nproc-per-node 2 examples/grpo.py
+    torchrun --standalone --nproc-per-node 2 examples/grpo.py --no-sync
+    torchrun --standalone --nproc-per-node 2 examples/grpo.py --model PATH --device cuda --digits 6
+
+Every step each rank has its own prompts answered, trains on the samples, and hands the new weights to the
+engine.  Two figures tell whether that works: the reward, and the *gap*, the largest difference between
+the engine's log-probability of a sampled token and the trainer's.  With a working sync the gap is
+numerical noise; ``--no-sync`` leaves the engine where it began and the gap grows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from addition import END, prompt_text, reward, sample_problems, warm_start
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import tpcolocate
+
+CPU_SERVER = {
+    "device": "cpu",
+    "dtype": "float32",
+    "attention_backend": "torch_native",
+    "sampling_backend": "pytorch",
+    "grammar_backend": "none",
+    "disable_overlap_schedule": True,
+    "disable_cuda_graph": True,
+    "max_running_requests": 64,
+    "max_total_tokens": 8192,
+    "mem_fraction_static": 0.3,
+    "context_length": 128,
+    "sleep_on_idle": True,
+}
+CUDA_SERVER = {"dtype": "bfloat16", "mem_fraction_static": 0.4, "enable_memory_saver": True}
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one step is judged by; everything is over all ranks."""
+
+    step: int
+    reward: float
+    gap: float
+    sync_seconds: float
+    sync_bytes: int
+    generate_seconds: float
+    train_seconds: float
+    grad_norm: float
+
+    HEADER = f"{'step':>4}  {'reward':>6}  {'sync s':>7}  {'gap':>8}  {'generate s':>10}  {'train s':>7}"
+
+    def __str__(self) -> str:
+        return (
+            f"{self.step:4d}  {self.reward:6.3f}  {self.sync_seconds:7.3f}  {self.gap:8.1e}"
+            f"  {self.generate_seconds:10.2f}  {self.train_seconds:7.2f}"
+        )
+
+
+@dataclass(frozen=True)
+class Samples:
+    """One rank's share of a step, padded on the right; ``n`` sequences of at most ``length`` tokens.
+
+    Attributes:
+        ids: (n, length) int64, prompt and answer.
+        mask: (n, length - 1) bool, true where ``ids[:, 1:]`` was sampled.
+        engine_log_probs: (n, length - 1) float32, the engine's, zero where nothing was sampled.
+        rewards: (n,) float32, the answers to one prompt side by side.
+    """
+
+    ids: torch.Tensor
+    mask: torch.Tensor
+    engine_log_probs: torch.Tensor
+    rewards: torch.Tensor
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--tp-size", type=int, default=2)
+    parser.add_argument("--prompts", type=int, default=16, help="prompts a step, over all ranks")
+    parser.add_argument("--group-size", type=int, default=8, help="answers a prompt")
+    parser.add_argument("--updates", type=int, default=1, help="optimizer steps on each batch of samples")
+    parser.add_argument("--lr", type=float, default=None, help="default: 3e-4, or 1e-6 with --model")
+    parser.add_argument("--digits", type=int, default=None, help="of both numbers; default: 2, or 5 with --model")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--model", type=Path, default=None, help="a Hugging Face checkpoint; default: a tiny one, made here"
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--out", type=Path, default=Path("out"), help="folder for the tiny model, the plot and the JSON"
+    )
+    parser.add_argument("--sync", action=argparse.BooleanOptionalAction, default=True, help="hand over the weights")
+    parser.add_argument(
+        "--sleep",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="engine asleep while training (with --sync)",
+    )
+    args = parser.parse_args()
+    given = args.model is not None
+    args.lr = (1e-6 if given else 3e-4) if args.lr is None else args.lr
+    args.digits = (5 if given else 2) if args.digits is None else args.digits
+    if not given and args.digits != 2:
+        parser.error("the tiny model knows numbers of 2 digits only; --digits needs --model")
+    # Weights do not survive a sleep: without a sync the engine would wake up to noise.
+    args.sleep = args.sleep and args.sync
+    return args
+
+
+def load_trainer(folder: Path, *, device: torch.device) -> torch.nn.Module:
+    """Loads the checkpoint in float32 and shards it over all ranks; on a GPU it computes in bfloat16."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_cache=False).to(device)
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16) if device.type == "cuda" else MixedPrecisionPolicy()
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    return fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+def sample(
+    engine: Any, tokenizer: Any, *, args: argparse.Namespace, generator: torch.Generator, device: torch.device
+) -> Samples:
+    """Has this rank's share of the prompts answered, and judges the answers."""
+    shots = [] if args.model is None else sample_problems(3, digits=args.digits, generator=generator)
+    problems = sample_problems(args.prompts // dist.get_world_size(), digits=args.digits, generator=generator)
+    prompts = [tokenizer.encode(prompt_text(problem, shots=shots), add_special_tokens=False) for problem in problems]
+    params: dict[str, Any] = {
+        "n": args.group_size,
+        "temperature": 1.0,
+        "max_new_tokens": args.digits + 2,  # one digit more than the numbers have, and the end
+        "stop_token_ids": [tokenizer.eos_token_id],
+    }
+    if args.model is not None:
+        params["stop"] = [END]
+    responses = engine.generate(input_ids=prompts, sampling_params=params, return_logprob=True)
+
+    scored = [response["meta_info"]["output_token_logprobs"] for response in responses]
+    answers = [[int(token) for _, token, *_ in entries] for entries in scored]
+    asked = [index // args.group_size for index in range(len(answers))]
+    length = max(len(prompts[i]) + len(answer) for i, answer in zip(asked, answers, strict=True))
+    ids = torch.zeros(len(answers), length, dtype=torch.int64)
+    mask = torch.zeros(len(answers), length - 1, dtype=torch.bool)
+    log_probs = torch.zeros(len(answers), length - 1)
+    for row, (i, answer) in enumerate(zip(asked, answers, strict=True)):
+        start, stop = len(prompts[i]), len(prompts[i]) + len(answer)
+        ids[row, :stop] = torch.tensor(prompts[i] + answer)
+        mask[row, start - 1 : stop - 1] = True
+        log_probs[row, start - 1 : stop - 1] = torch.tensor([float(entry[0]) for entry in scored[row]])
+    rewards = torch.tensor([reward(problems[i], answer, tokenizer) for i, answer in zip(asked, answers, strict=True)])
+    return Samples(ids.to(device), mask.to(device), log_probs.to(device), rewards.to(device))
+
+
+def trainer_log_probs(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """Log-probability of every token after the first, (n, length - 1).
+
+    No attention mask: the padding is on the right, where causal attention cannot see it.
+    """
+    logits = model(input_ids=ids).logits[:, :-1].float()
+    return logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+
+
+def train(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, samples: Samples, *, group_size: int, updates: int
+) -> tuple[float, float]:
+    """GRPO: the clipped loss with advantages relative to the group, averaged over the tokens of all ranks.
+
+    The behaviour policy is the engine's own log-probabilities: they are what the tokens were drawn from,
+    so that the ratio stays right whatever stands between the engine and the trainer.
+
+    Returns:
+        The gap, before any update and over all ranks, and the last gradient norm.
+
+    Collective:
+        Over the default group.
+    """
+    groups = samples.rewards.view(-1, group_size)
+    advantages = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)
+    advantages = advantages.view(-1, 1)
+    num_tokens = samples.mask.sum().float()
+    dist.all_reduce(num_tokens)
+    gap = torch.zeros((), device=samples.ids.device)
+    norm = 0.0
+    for update in range(updates):
+        difference = (trainer_log_probs(model, samples.ids) - samples.engine_log_probs) * samples.mask
+        if update == 0:
+            gap = difference.detach().abs().max()
+        ratio = difference.exp()
+        gain = torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.28) * advantages)
+        # FSDP averages the gradients over the ranks; the mean wanted here is over tokens.
+        loss = -(gain * samples.mask).sum() * dist.get_world_size() / num_tokens
+        optimizer.zero_grad()
+        loss.backward()
+        total = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norm = (total.full_tensor() if hasattr(total, "full_tensor") else total).item()
+        optimizer.step()
+    dist.all_reduce(gap, op=dist.ReduceOp.MAX)
+    return gap.item(), norm
+
+
+def run(args: argparse.Namespace, *, device: torch.device) -> list[Row]:
+    """The whole run, from the model to the last step."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    if args.prompts % world_size:
+        raise ValueError(f"--prompts {args.prompts} cannot be shared evenly by {world_size} ranks")
+    folder = args.out / "model" if args.model is None else args.model
+    if args.model is None and rank == 0:
+        warm_start(folder, seed=args.seed, target=0.25)
+    dist.barrier()
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = load_trainer(folder, device=device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    generator = torch.Generator().manual_seed(1000 * args.seed + rank)
+    server = CPU_SERVER if device.type == "cpu" else CUDA_SERVER
+    rows: list[Row] = []
+    colo = tpcolocate.init(args.tp_size, device=device)
+    try:
+        with (
+            colo.launch(str(folder), **server) as engine,
+            tqdm(total=args.steps, desc="grpo", unit="step", dynamic_ncols=True, disable=rank != 0) as progress,
+        ):
+            if rank == 0:
+                progress.write(Row.HEADER)
+            for step in range(args.steps):
+                started = time.monotonic()
+                samples = sample(engine, tokenizer, args=args, generator=generator, device=device)
+                mean_reward = samples.rewards.mean()
+                # Also the barrier before sleep: no rank's request may still be running by then.
+                dist.all_reduce(mean_reward)
+                sampled = time.monotonic()
+                if args.sleep:
+                    engine.sleep()
+                begun = time.monotonic()
+                gap, norm = train(model, optimizer, samples, group_size=args.group_size, updates=args.updates)
+                trained = time.monotonic()
+                seconds, num_bytes = 0.0, 0
+                if args.sleep:
+                    engine.wake(["weights"])
+                if args.sync:
+                    report = engine.sync_weights(model)
+                    seconds, num_bytes = report.seconds, report.num_bytes
+                if args.sleep:
+                    engine.wake(["kv_cache"])
+                    dist.barrier()  # no rank may ask before its owner has woken the engine
+                rows.append(
+                    Row(
+                        step=step,
+                        reward=mean_reward.item() / world_size,
+                        gap=gap,
+                        sync_seconds=seconds,
+                        sync_bytes=num_bytes,
+                        generate_seconds=sampled - started,
+                        train_seconds=trained - begun,
+                        grad_norm=norm,
+                    )
+                )
+                if rank == 0:
+                    progress.write(str(rows[-1]))
+                progress.update()
+                progress.set_postfix(reward=f"{rows[-1].reward:.2f}", gap=f"{gap:.0e}")
+    finally:
+        colo.close()
+    return rows
+
+
+def plot(rows: list[Row], path: Path, *, title: str) -> None:
+    """Reward and gap against the step; the gap on a logarithmic axis."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    steps = [row.step for row in rows]
+    upper.plot(steps, [row.reward for row in rows], marker=".")
+    upper.set(title=title, ylabel="reward", ylim=(0, 1))
+    lower.semilogy(steps, [max(row.gap, 1e-9) for row in rows], marker=".", color="tab:red")
+    lower.set(xlabel="step", ylabel="largest |engine - trainer|\nof a log-probability")
+    for axes in (upper, lower):
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def finish(rows: list[Row], args: argparse.Namespace, *, seconds: float) -> None:
+    """Writes the plot and the JSON, and says in a few lines what came out."""
+    name = "grpo" if args.sync else "grpo-no-sync"
+    edge = min(5, len(rows))
+    summary = {
+        "first_reward": sum(row.reward for row in rows[:edge]) / edge,
+        "last_reward": sum(row.reward for row in rows[-edge:]) / edge,
+        "max_gap": max(row.gap for row in rows),
+        "seconds": seconds,
+        "args": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
+        "rows": [asdict(row) for row in rows],
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / f"{name}.json").write_text(json.dumps(summary, indent=1) + "\n")
+    plot(
+        rows,
+        args.out / f"{name}.png",
+        title=f"GRPO, tp = {args.tp_size}, {'sync every step' if args.sync else 'no sync'}",
+    )
+    print(f"reward   {summary['first_reward']:.3f} -> {summary['last_reward']:.3f}  (means of {edge} steps)")
+    print(f"max gap  {summary['max_gap']:.1e}")
+    print(f"seconds  {seconds:.0f}, all told")
+    print(f"written  {args.out / name}.json, {args.out / name}.png")
+
+
+def main() -> None:
+    args = parse_args()
+    started = time.monotonic()
+    if args.device == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+        backend = "nccl"
+    else:
+        device = torch.device("cpu")
+        # The ranks and the engine's workers share the cores: more threads only wait for one another.
+        torch.set_num_threads(1)
+        backend = "gloo"
+    dist.init_process_group(backend)
+    try:
+        rows = run(args, device=device)
+        if dist.get_rank() == 0:
+            finish(rows, args, seconds=time.monotonic() - started)
+    finally:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""The demo, run as a user runs it, for a few steps on the real engine."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+STEPS = 4
+DEADLINE_S = 240.0
+
+
+def run_demo(out: Path, *options: str) -> dict[str, Any]:
+    """Runs the demo in a session of its own, so that nothing of it outlives the deadline."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(ROOT / "examples" / "grpo.py"), "--steps", str(STEPS), "--out", str(out), *options]
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    log = out / "log"
+    with log.open("wb") as sink:
+        process = subprocess.Popen(
+            command, env={**os.environ, "PYTHONPATH": path}, stdout=sink, stderr=sink, start_new_session=True
+        )
+        try:
+            code = process.wait(DEADLINE_S)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait(10)
+    assert code == 0, log.read_text(errors="replace")[-4000:]
+    (written,) = out.glob("grpo*.json")
+    assert written.with_suffix(".png").stat().st_size > 0
+    return json.loads(written.read_text())
+
+
+@pytest.mark.engine
+@pytest.mark.timeout(2 * DEADLINE_S + 30)
+def test_the_gap_stays_at_noise_with_the_sync_and_grows_without(tmp_path: Path) -> None:
+    results = {}
+    for name, options in {"sync": [], "no-sync": ["--no-sync"]}.items():
+        (tmp_path / name).mkdir()
+        results[name] = run_demo(tmp_path / name, *options)
+    for result in results.values():
+        assert [row["step"] for row in result["rows"]] == list(range(STEPS))
+        assert all(0.0 <= row["reward"] <= 1.0 for row in result["rows"])
+        assert result["rows"][0]["gap"] < 1e-3, "the engine and the trainer start from the same checkpoint"
+    assert all(row["sync_bytes"] > 0 for row in results["sync"]["rows"])
+    assert all(row["sync_bytes"] == 0 for row in results["no-sync"]["rows"])
+    assert results["sync"]["max_gap"] < 1e-3
+    assert results["no-sync"]["rows"][-1]["gap"] > 20 * max(results["sync"]["max_gap"], 1e-4)
