@@ -30,20 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tpcolocate
 
-CPU_SERVER = {
-    "device": "cpu",
-    "dtype": "float32",
-    "attention_backend": "torch_native",
-    "sampling_backend": "pytorch",
-    "grammar_backend": "none",
-    "disable_overlap_schedule": True,
-    "disable_cuda_graph": True,
-    "max_running_requests": 64,
-    "max_total_tokens": 8192,
-    "mem_fraction_static": 0.3,
-    "context_length": 128,
-    "sleep_on_idle": True,
-}
+CPU_SERVER = {"max_running_requests": 64, "max_total_tokens": 8192, "context_length": 128}
 CUDA_SERVER = {"dtype": "bfloat16", "mem_fraction_static": 0.4, "enable_memory_saver": True}
 
 
@@ -239,7 +226,6 @@ def run(args: argparse.Namespace, *, device: torch.device) -> list[Row]:
                 started = time.monotonic()
                 samples = sample(engine, tokenizer, args=args, generator=generator, device=device)
                 mean_reward = samples.rewards.mean()
-                # Also the barrier before sleep: no rank's request may still be running by then.
                 dist.all_reduce(mean_reward)
                 sampled = time.monotonic()
                 if args.sleep:
@@ -254,8 +240,7 @@ def run(args: argparse.Namespace, *, device: torch.device) -> list[Row]:
                     report = engine.sync_weights(model)
                     seconds, num_bytes = report.seconds, report.num_bytes
                 if args.sleep:
-                    engine.wake(["kv_cache"])
-                    dist.barrier()  # no rank may ask before its owner has woken the engine
+                    engine.wake()
                 rows.append(
                     Row(
                         step=step,
