@@ -274,7 +274,8 @@ def plot(rows: list[Row], path: Path, *, title: str) -> None:
     upper.plot(steps, [row.reward for row in rows], marker=".")
     upper.set(title=title, ylabel="reward", ylim=(0, 1))
     lower.semilogy(steps, [max(row.gap, 1e-9) for row in rows], marker=".", color="tab:red")
-    lower.set(xlabel="step", ylabel="largest |engine - trainer|\nof a log-probability")
+    # Fixed, so that noise looks like noise: a stale engine is off by whole units.
+    lower.set(xlabel="step", ylabel="largest |engine - trainer|\nof a log-probability", ylim=(1e-8, 1e2))
     for axes in (upper, lower):
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
