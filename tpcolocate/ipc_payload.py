@@ -13,26 +13,32 @@ Two transports behind one interface:
   in the first bytes of the mapped file (``RefcountedMapAllocator`` in aten/src/ATen/MapAllocator.cpp) and also counts
   the producer's own mapping.
 
-Payloads are pickled without importing sglang, from classes that the unpicklers of SGLang 0.5.9 to 0.5.23 accept.
+A payload is one of two things: a *command* for our receiver in the TP worker, which carries a description of the handle
+by value and opens it there (`command`); or SGLang's own ``flattened_bucket``, which its unpickler opens (`payload`).
+Both are pickled without importing sglang, from classes that the unpicklers of SGLang 0.5.9 to 0.5.23 accept.
 """
 
 from __future__ import annotations
 
 import base64
 import inspect
+import json
 import pickle
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch.multiprocessing import reductions
 
 from tpcolocate.errors import ConfigError, DeadlineError, SyncError
+from tpcolocate.in_server.tpcolocate_receiver import COMMAND
 
 ALIGNMENT = 256
 """Bytes; every tensor of a bucket starts at a multiple, which any dtype's view and any copy kernel is happy with."""
@@ -106,6 +112,10 @@ class Handle(ABC):
         """What a pickle of the flat uint8 tensor contains."""
 
     @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """The same in JSON types, for `tpcolocate_receiver.open_handle`."""
+
+    @abstractmethod
     def count(self) -> int:
         """Uses outstanding: 1 before the reader let go, 0 after, below 0 if it let go more often than it should."""
 
@@ -141,6 +151,9 @@ class CpuHandle(Handle):
         typed = _Reduced(reductions.rebuild_typed_storage, untyped, torch.uint8)
         metadata = (0, torch.Size([self.num_bytes]), (1,), False)
         return _Reduced(reductions.rebuild_tensor, torch.Tensor, typed, metadata)
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "cpu", "manager": _text(self.manager), "name": _text(self.name), "num_bytes": self.num_bytes}
 
     def count(self) -> int:
         try:
@@ -192,6 +205,19 @@ class CudaHandle(Handle):
         }
         return _Reduced(reductions.rebuild_cuda_tensor, *(by_name[name] for name in _cuda_rebuild_order(tuple(by_name))))
 
+    def describe(self) -> dict[str, Any]:
+        return {
+            "kind": "cuda",
+            "uuid": self.device_uuid,
+            "handle": _text(self.handle),
+            "num_bytes": self.num_bytes,
+            "offset": self.offset,
+            "counter_file": _text(self.counter_file),
+            "counter_offset": self.counter_offset,
+            "event": _text(self.event),
+            "event_sync": self.event_sync,
+        }
+
     def count(self) -> int:
         try:
             with open(_SHM / self.counter_file.decode().lstrip("/"), "rb") as file:
@@ -229,6 +255,17 @@ def _cuda_rebuild_order(names: tuple[str, ...]) -> list[str]:
     return order
 
 
+def write_file(flat: torch.Tensor, path: Path) -> dict[str, Any]:
+    """Write a bucket as safetensors, for engines that cannot map our memory; the description of it as a handle.
+
+    Args:
+        flat: The bucket, on any device.
+        path: Of the file; any number of readers may read it, and the writer removes it.
+    """
+    save_file({"bucket": flat.cpu()}, path)
+    return {"kind": "file", "path": str(path)}
+
+
 def export(flat: torch.Tensor) -> Handle:
     """Export a bucket to one reader.  Every call makes an independent handle.
 
@@ -261,18 +298,66 @@ def payload(handle: Handle, entries: Sequence[Entry]) -> str:
     return base64.b64encode(pickle.dumps(bucket, protocol=4)).decode()
 
 
+def command(job: Mapping[str, Any]) -> str:
+    """What one TP rank receives for our receiver: a JSON command as a tensor, by value; nothing in it is a handle yet.
+
+    Args:
+        job: See `tpcolocate_receiver`.
+    """
+    data = torch.frombuffer(bytearray(json.dumps(job).encode()), dtype=torch.uint8)
+    return base64.b64encode(pickle.dumps([(COMMAND, data)], protocol=4)).decode()
+
+
+def described(entries: Sequence[Entry]) -> list[list[Any]]:
+    """A bucket's contents in JSON types, for a command."""
+    return [[e.name, str(e.dtype).removeprefix("torch."), list(e.shape), e.start, e.num_bytes] for e in entries]
+
+
+class Fate(Enum):
+    """What became of a handle that did not come back as it should."""
+
+    OVER_RELEASED = "released more often than it was opened for: two readers had one payload"
+    NEVER_OPENED = "never opened"
+    HELD = "opened and not released"
+    READER_KILLED = "lost with its reader, which is dead"
+    UNKNOWN = "not released, or never opened"
+
+
 @dataclass(frozen=True, slots=True)
 class Outstanding:
-    """One handle that did not come back as it should."""
+    """One handle that did not come back as it should.
 
+    Attributes:
+        rank: Global rank that exported it.
+        tp_rank: TP rank it was made for.
+        bucket: Number of the bucket in its sync.
+        num_bytes: Of the bucket.
+        count: The counter: 1 outstanding, below 0 over-released.
+        fate: What is known.
+    """
+
+    rank: int
     tp_rank: int
     bucket: int
     num_bytes: int
     count: int
+    fate: Fate
 
     def __str__(self) -> str:
-        state = "over-released (opened more than once)" if self.count < 0 else "still held, or never opened"
-        return f"TP rank {self.tp_rank}, bucket {self.bucket} ({self.num_bytes} bytes): count {self.count}, {state}"
+        return (
+            f"bucket {self.bucket} ({self.num_bytes} bytes) of rank {self.rank} for TP rank {self.tp_rank}: "
+            f"{self.fate.value} (count {self.count})"
+        )
+
+
+@dataclass(slots=True)
+class _Line:
+    """One export in the ledger."""
+
+    handle: Handle
+    tp_rank: int
+    bucket: int
+    opened: bool | None = None
 
 
 class Ledger:
@@ -280,27 +365,41 @@ class Ledger:
 
     Args:
         rank: Global rank of this process, for errors.
+        reader_is_alive: Asked when a handle does not come back.
     """
 
-    def __init__(self, *, rank: int) -> None:
+    def __init__(self, *, rank: int, reader_is_alive: Callable[[], bool] = lambda: True) -> None:
         self.rank = rank
         self.num_exported = 0
         self.num_returned = 0
-        self._open: list[tuple[Handle, int, int]] = []
+        self.latest_return_s = 0.0
+        """Longest that a handle stayed out after the engine had answered, in seconds."""
+        self._reader_is_alive = reader_is_alive
+        self._lines: list[_Line] = []
 
     def export(self, flat: torch.Tensor, *, tp_rank: int, bucket: int) -> Handle:
         """`export` for one reader, entered before anybody can open it."""
         handle = export(flat)
-        self._open.append((handle, tp_rank, bucket))
+        self._lines.append(_Line(handle, tp_rank, bucket))
         self.num_exported += 1
         return handle
 
+    def note_opened(self, bucket: int, opened: Mapping[int, bool]) -> None:
+        """Enter what the readers said: TP rank -> whether it opened its handle of this bucket."""
+        for line in self._lines:
+            if line.bucket == bucket and line.tp_rank in opened:
+                line.opened = opened[line.tp_rank]
+
     def outstanding(self) -> list[Outstanding]:
         """Handles whose counter is not zero right now."""
+        counts = [(line, line.handle.count()) for line in self._lines]
+        if all(count == 0 for _, count in counts):
+            return []
+        alive = self._reader_is_alive()
         return [
-            Outstanding(tp_rank, bucket, handle.num_bytes, count)
-            for handle, tp_rank, bucket in self._open
-            if (count := handle.count()) != 0
+            Outstanding(self.rank, line.tp_rank, line.bucket, line.handle.num_bytes, count, _fate(line, count, alive))
+            for line, count in counts
+            if count != 0
         ]
 
     def settle(self, *, deadline: float) -> None:
@@ -312,28 +411,26 @@ class Ledger:
             deadline: `time.monotonic` time.
 
         Raises:
-            SyncError: A handle was let go more often than it was exported.
+            SyncError: A handle was let go more often than it was exported, was never opened, or its reader is dead.
+                Its memory is reclaimed.
             DeadlineError: A handle is still out.  It stays in the ledger.
         """
-        while True:
-            waiting = self.outstanding()
-            if any(item.count < 0 for item in waiting):
-                raise SyncError(
-                    "the engine let go of a handle more often than it got it: " + "; ".join(map(str, waiting)),
-                    hint="two readers opened one payload; left alone, torch would keep that memory for ever",
-                    rank=self.rank,
-                )
-            if not waiting:
-                self.num_returned += len(self._open)
-                self._open.clear()
-                return
+        started = time.monotonic()
+        while any(line.handle.count() != 0 for line in self._lines):
+            lost = [item for item in self.outstanding() if item.fate not in (Fate.HELD, Fate.UNKNOWN)]
+            if lost:
+                self.reclaim()
+                raise SyncError("handles did not come back: " + "; ".join(map(str, lost)), hint=_HINTS[lost[0].fate], rank=self.rank)
             if time.monotonic() >= deadline:
                 raise DeadlineError(
-                    "the engine did not let go of " + "; ".join(map(str, waiting)),
+                    "the engine did not let go of " + "; ".join(map(str, self.outstanding())),
                     hint="restart the engine; shutdown() then reclaims the memory",
                     rank=self.rank,
                 )
             time.sleep(_POLL_INTERVAL_S)
+        self.latest_return_s = max(self.latest_return_s, time.monotonic() - started)
+        self.num_returned += len(self._lines)
+        self._lines.clear()
 
     def reclaim(self) -> list[Outstanding]:
         """Set all counters right and forget the handles.  Only once the readers are dead or have certainly finished.
@@ -342,10 +439,46 @@ class Ledger:
             What had not come back by itself.
         """
         lost = self.outstanding()
-        for handle, _, _ in self._open:
-            handle.reclaim()
-        self._open.clear()
+        for line in self._lines:
+            line.handle.reclaim()
+        self._lines.clear()
         return lost
 
 
-__all__ = ["ALIGNMENT", "Entry", "Handle", "Ledger", "Outstanding", "allocate", "export", "layout", "payload", "view"]
+def _fate(line: _Line, count: int, alive: bool) -> Fate:
+    if count < 0:
+        return Fate.OVER_RELEASED
+    if not alive:
+        return Fate.READER_KILLED
+    if line.opened is None:
+        return Fate.UNKNOWN
+    return Fate.HELD if line.opened else Fate.NEVER_OPENED
+
+
+_HINTS = {
+    Fate.OVER_RELEASED: "every TP rank needs a payload of its own; the counter was set right, or torch would keep the memory for ever",
+    Fate.NEVER_OPENED: "the engine answered without taking the bucket; see its log",
+    Fate.READER_KILLED: "the engine died; launch() again",
+}
+
+
+def _text(data: bytes | None) -> str | None:
+    return None if data is None else base64.b64encode(data).decode()
+
+
+__all__ = [
+    "ALIGNMENT",
+    "Entry",
+    "Fate",
+    "Handle",
+    "Ledger",
+    "Outstanding",
+    "allocate",
+    "command",
+    "described",
+    "export",
+    "layout",
+    "payload",
+    "view",
+    "write_file",
+]

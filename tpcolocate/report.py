@@ -14,17 +14,24 @@ class RankReport:
 
     Attributes:
         rank: Global rank.
-        seconds: Seconds per phase: ``prepare`` (checks and agreement), ``gather`` (full tensors into the bucket),
-            ``export`` (handles), ``push`` (the engine's requests, waited for by every rank), ``settle`` (until the
-            engine let go of the handles), ``finish`` (flush, version).
+        seconds: Seconds per phase: ``prepare`` (checks and agreement), ``preflight`` (first sync only), ``gather``
+            (full tensors into the bucket), ``export`` (checksums and handles), ``push`` (the engine's requests, waited
+            for by every rank), ``settle`` (until the engine let go of the handles), ``finish`` (flush, version).
         num_exported: Handles this rank exported.
         num_returned: Handles it saw come back; equal to `num_exported` after a good sync.
+        latest_return_s: Longest that a handle stayed out after the engine had answered, in seconds.
+        peak_extra_bytes: Most memory that the sync held at once on this rank's device on top of what was there
+            before (staging and gathered tensors), as the allocator counts it; staging alone on a CPU.
+        allocated_bytes: What this rank holds after the sync (the allocator's count; shared memory on a CPU).
     """
 
     rank: int
     seconds: dict[str, float]
     num_exported: int
     num_returned: int
+    latest_return_s: float
+    peak_extra_bytes: int
+    allocated_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +45,13 @@ class SyncReport:
         num_tensors: Tensors sent.
         num_buckets: Requests they were sent in.
         seconds: From the call to its return on this rank.
+        transport: ``"ipc"``, ``"file"`` or ``"stock"``.
         checked_against: Where the names and shapes came from that the weights were checked against.
+        num_proven: Tensors whose values were read back from the parameters of every TP rank and equal what was sent.
+        unproven: Names for which that cannot be told (the engine transforms them while loading), or all that were
+            sent where nothing was read back (``transport="stock"``).
+        bucket_bytes: Size of the buckets, as planned from the least free memory of the slice.
+        warnings: What the user should look at, such as memory that rises from sync to sync.
         ranks: Every rank's part, in tp order.
     """
 
@@ -48,7 +61,12 @@ class SyncReport:
     num_tensors: int
     num_buckets: int
     seconds: float
+    transport: str
     checked_against: str
+    num_proven: int
+    unproven: tuple[str, ...]
+    bucket_bytes: int
+    warnings: tuple[str, ...]
     ranks: tuple[RankReport, ...]
 
     def __str__(self) -> str:
@@ -56,7 +74,8 @@ class SyncReport:
         parts = ", ".join(f"{name} {value * 1e3:.1f}" for name, value in phases.items())
         return (
             f"synced {self.num_tensors} tensors, {self.num_bytes / 2**20:.1f} MiB in {self.num_buckets} buckets, "
-            f"{self.seconds * 1e3:.1f} ms ({parts}), version {self.weight_version}"
+            f"{self.seconds * 1e3:.1f} ms ({parts}), {self.transport}, {self.num_proven} proven, "
+            f"version {self.weight_version}"
         )
 
 

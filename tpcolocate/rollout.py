@@ -12,6 +12,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import Enum
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -241,6 +242,8 @@ class Engine(Client):
         weight_version: str | None = None,
         bucket_bytes: int = 512 * 2**20,
         payloads: str = "per_rank",
+        transport: str = "auto",
+        folder: str | os.PathLike[str] | None = None,
         partial: bool = False,
         timeout_s: float = 600.0,
     ) -> SyncReport:
@@ -252,9 +255,13 @@ class Engine(Client):
             model_or_named_tensors: An `nn.Module` (plain, DDP, FSDP2), a state dict, or an iterable of
                 (checkpoint name, full tensor or DTensor), in the same order on every rank.
             weight_version: Reported by the server with every sequence from then on; default: a count of the syncs.
-            bucket_bytes: Staging memory per rank; a larger tensor travels by itself.
+            bucket_bytes: Most staging memory per rank, less where less is free; a larger tensor travels by itself.
             payloads: ``"per_rank"``: every rank exports from its own device.  ``"fan_out"``: the owner exports one
                 copy per TP rank; for when other ranks cannot reach their TP rank's device.
+            transport: ``"ipc"``: handles of memory that the engine maps.  ``"file"``: safetensors files.  ``"auto"``: the
+                first sync proves with a small handle that the one works, or takes the other.  ``"stock"``: handles that
+                SGLang opens by itself; nothing is read back, and a failure kills the server.
+            folder: Where files go; default: /dev/shm.
             partial: Permit that weights are missing; they stay as they are.
             timeout_s: For the whole sync, in seconds.
 
@@ -274,7 +281,13 @@ class Engine(Client):
         try:
             with self._group.together("check the state for a weight sync"):
                 self._state.check_sync()
-                options = SyncOptions(bucket_bytes=bucket_bytes, payloads=payloads, partial=partial)
+                options = SyncOptions(
+                    bucket_bytes=bucket_bytes,
+                    payloads=payloads,
+                    transport=transport,
+                    partial=partial,
+                    folder=None if folder is None else Path(folder),
+                )
             report = self._sync.run(
                 model_or_named_tensors, version=version, options=options, timeout_s=timeout_s, touched=self._weights_touched
             )

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import secrets
+import shutil
 import tempfile
 import weakref
 from collections.abc import Mapping, Sequence
@@ -26,7 +27,7 @@ import torch.distributed as dist
 from tpcolocate import devices, rendezvous, roles
 from tpcolocate._version import __version__
 from tpcolocate.engine.client import ServerClient
-from tpcolocate.engine.launch import ServerProcess, ServerSpec, child_environment, server_arguments, sglang_stub_needed
+from tpcolocate.engine.launch import RECEIVER, ServerProcess, ServerSpec, child_environment, server_arguments, sglang_stub_needed
 from tpcolocate.engine.state import State
 from tpcolocate.engine.verbs import Verbs
 from tpcolocate.errors import ConfigError, DeviceError, LayoutError, RankLostError, RendezvousError, TpColocateError
@@ -296,13 +297,23 @@ class Colocation:
             result, server, verbs = self._launch_owner(order, path, health_timeout_s, log_path)
         else:
             result, server, verbs = self._follow_owner(order, path, health_timeout_s), None, None
+        probe = ServerClient(result.url, api_key=result.api_key)
         sync = WeightSync(
-            self._slice, device=self.device, owner_rank=self.owner_rank, server=verbs, spec=result.spec
+            self._slice,
+            device=self.device,
+            owner_rank=self.owner_rank,
+            server=verbs,
+            spec=result.spec,
+            loader=RECEIVER,
+            reply_folder=self._reply_folder(order),
+            reader_is_alive=lambda: probe.is_listening(timeout_s=5.0) if server is None else not server.exited(),
         )
 
         def on_shutdown() -> None:
+            probe.close()
             if self.is_owner:
                 rendezvous.withdraw(path, order.nonce)
+                shutil.rmtree(self._reply_folder(order), ignore_errors=True)
                 if log_path is None and server is not None:
                     server.remove_log()
 
@@ -358,6 +369,7 @@ class Colocation:
         error: BaseException | None = None
         try:
             spec = self._server_spec(order, path, log_path)
+            self._reply_folder(order).mkdir(mode=0o700)
             server = ServerProcess.start(spec, health_timeout_s=health_timeout_s, heartbeat=beat)
             assert server.client is not None
             verbs = Verbs(server.client)
@@ -379,6 +391,7 @@ class Colocation:
             if server is not None:
                 server.stop()
             rendezvous.withdraw(path, order.nonce)
+            shutil.rmtree(self._reply_folder(order), ignore_errors=True)
             raise
         if error is not None:
             raise error
@@ -441,8 +454,12 @@ class Colocation:
             log_path=Path(log_path) if log_path is not None else self._default_log_path(order),
             owner_pid=pid,
             owner_started=started,
-            unlink=(str(path),),
+            unlink=(str(path), str(self._reply_folder(order))),
         )
+
+    def _reply_folder(self, order: _Order) -> Path:
+        """Where the TP workers answer; private to this user, gone with the engine."""
+        return Path("/dev/shm") / f"tpcolocate-{os.getuid()}-{order.nonce}"
 
     def _default_log_path(self, order: _Order) -> Path:
         return Path(tempfile.gettempdir()) / f"tpcolocate-{os.getuid()}" / f"{self.job}-{self.slice_index}-{order.nonce}.log"

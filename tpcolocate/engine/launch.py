@@ -32,6 +32,9 @@ logger = logging.getLogger(__name__)
 
 _SUPERVISOR = Path(__file__).with_name("supervisor.py")
 _CPU_STUB = Path(__file__).with_name("cpu_stub")
+_IN_SERVER = Path(__file__).parent.parent / "in_server"
+RECEIVER = "tpcolocate_receiver.receive"
+"""Dotted name of our weight loader, as the server's workers import it."""
 _LOOPBACK = "127.0.0.1"
 _LOCAL_HOSTS = (_LOOPBACK, "localhost", "0.0.0.0", "::")
 _LAUNCH_TRIES = 3
@@ -82,7 +85,7 @@ def server_arguments(
 ) -> dict[str, Any]:
     """SGLang's arguments for one slice: ours, then the user's on top.  Pure.
 
-    At tp=1 on a GPU nothing is added but what follows from the slice itself.
+    At tp=1 on a GPU nothing is added but what follows from the slice itself and the permission for our weight loader.
 
     Args:
         user: SGLang's own names (``mem_fraction_static=0.4``).
@@ -116,6 +119,8 @@ def server_arguments(
         arguments["gpu_id_step"] = 0
     arguments.update(user)
     arguments["tp_size"] = tp_size
+    # Permits our loader; SGLang's own ways of loading stay as they are.
+    arguments["custom_weight_loader"] = [*(user.get("custom_weight_loader") or []), RECEIVER]
     return arguments
 
 
@@ -159,7 +164,7 @@ def child_environment(
         device_type: ``"cpu"`` adds what SGLang's CPU engine reads.
         tp_size: Number of CPU core groups to bind.
         cores: Usable CPU cores, for the CPU engine.
-        stub: Folder that stands in for the CUDA kernel package on a CPU, put on PYTHONPATH.
+        stub: Folder that stands in for the CUDA kernel package on a CPU, put on PYTHONPATH behind our receiver's.
 
     Returns:
         The environment, and warnings for the user about what was left out of it.
@@ -188,9 +193,10 @@ def child_environment(
     if device_type == "cpu":
         environment["SGLANG_USE_CPU_ENGINE"] = "1"
         environment.setdefault("SGLANG_CPU_OMP_THREADS_BIND", _bind(cores, tp_size))
-        if stub is not None:
-            environment["PYTHONPATH"] = os.pathsep.join(p for p in (stub, environment.get("PYTHONPATH", "")) if p)
     environment.update(user or {})
+    # After the user's own PYTHONPATH was taken over: without the receiver there is no weight sync.
+    folders = [str(_IN_SERVER), *([stub] if stub is not None else []), environment.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(folder for folder in folders if folder)
     return environment, warnings
 
 

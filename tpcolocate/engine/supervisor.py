@@ -22,6 +22,7 @@ import ctypes
 import json
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -184,6 +185,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the end below is bounded and must run to its end
     forced = tree.end(job["grace_s"])
     for path in job["unlink"]:  # what the trainer would have removed, had it lived
+        shutil.rmtree(path, ignore_errors=True)
         try:
             os.unlink(path)
         except OSError:

@@ -48,8 +48,13 @@ class Verbs:
                 self._done(self.client.post("/end_weight_update", {}, timeout_s=timeout_s))
                 self._done(self.client.post("/begin_weight_update", {"selector": "target"}, timeout_s=timeout_s))
 
-    def push_bucket(self, payloads: Sequence[str], *, timeout_s: float) -> None:
-        """Send one bucket: one payload per TP rank, in tp order.  Never repeated, whatever happens.
+    def push(self, payloads: Sequence[str], *, load_format: str, timeout_s: float) -> None:
+        """Send one bucket or command: one payload per TP rank, in tp order.  Never repeated, whatever happens.
+
+        Args:
+            payloads: From `tpcolocate.ipc_payload`.
+            load_format: ``"flattened_bucket"``, or the dotted name of a custom weight loader.
+            timeout_s: In seconds.
 
         Raises:
             SyncError: The engine refused it.
@@ -57,7 +62,7 @@ class Verbs:
         """
         body = {
             "serialized_named_tensors": list(payloads),
-            "load_format": "flattened_bucket",
+            "load_format": load_format,
             # A failing flush kills the server through 0.5.21; it is done once, afterwards.
             "flush_cache": False,
             # Otherwise the draft model's runner opens the payload a second time.  Releases ignore the other's field.

@@ -1,4 +1,4 @@
-"""One weight sync: gather in lockstep, one payload per TP rank, agreement after every phase.
+"""One weight sync: gather in lockstep, one payload per TP rank, agreement after every phase, proof of arrival.
 
 Every rank of the slice runs the same phases for the same buckets.  After each phase the ranks exchange ok-or-error;
 the first error is raised on all of them, and nobody enters the next gather alone.
@@ -7,32 +7,49 @@ the first error is raised on all of them, and nobody enters the next gather alon
 from __future__ import annotations
 
 import hashlib
+import json
+import logging
+import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch.distributed.tensor import DTensor
 
 from tpcolocate import ipc_payload
-from tpcolocate.errors import ConfigError, DeadlineError, RankLostError, TpColocateError, WeightsMismatchError
+from tpcolocate.errors import ConfigError, DeadlineError, RankLostError, SyncError, TpColocateError, WeightsMismatchError
 from tpcolocate.groups import RankGroup
+from tpcolocate.in_server.tpcolocate_receiver import checksum
 from tpcolocate.report import RankReport, Stopwatch, SyncReport
+from tpcolocate.weights.memory import SlopeAlarm, allocated_bytes, free_bytes, plan_bucket
 from tpcolocate.weights.source import Source, Weights, full_tensor
 from tpcolocate.weights.spec import ModelSpec
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
+NamedTensors = list[tuple[str, torch.Tensor]]
 
 PAYLOADS = ("per_rank", "fan_out")
 """``per_rank``: each rank exports the memory of its own device.  ``fan_out``: the owner exports one copy per TP rank."""
+TRANSPORTS = ("auto", "ipc", "file", "stock")
+"""``ipc``: handles, opened and checked by our receiver.  ``file``: safetensors files, read by it.  ``stock``: handles,
+opened by SGLang itself, unchecked.  ``auto``: ``ipc`` if a first small handle proves that it works, else ``file``."""
+
+# The others are to hear of a missed deadline rather than to miss one of their own.
+_GRACE_S = 5.0
+_PREFLIGHT_S = 15.0
+_PREFLIGHT_BYTES = 4096
+_SHOWN = 5
 
 
 class WeightServer(Protocol):
     """What a sync needs of the engine; used on the owner only."""
 
     def begin_sync(self, *, timeout_s: float) -> None: ...
-    def push_bucket(self, payloads: Sequence[str], *, timeout_s: float) -> None: ...
+    def push(self, payloads: Sequence[str], *, load_format: str, timeout_s: float) -> None: ...
     def end_sync(self, version: str, *, timeout_s: float) -> None: ...
 
 
@@ -41,39 +58,93 @@ class SyncOptions:
     """How weights travel.
 
     Attributes:
-        bucket_bytes: Staging memory of a sync, in bytes; a larger tensor gets a bucket of its own.
+        bucket_bytes: Most staging memory of a sync, in bytes; a larger tensor gets a bucket of its own.
         payloads: One of `PAYLOADS`.
+        transport: One of `TRANSPORTS`.
         partial: Weights that are not sent stay as they are, instead of being an error.
+        folder: Where files go, for the transport ``file``; default: /dev/shm.
     """
 
     bucket_bytes: int = 512 * 2**20
     payloads: str = "per_rank"
+    transport: str = "auto"
     partial: bool = False
+    folder: Path | None = None
 
     def __post_init__(self) -> None:
         if self.bucket_bytes <= 0:
             raise ConfigError(f"bucket_bytes={self.bucket_bytes} is not positive")
         if self.payloads not in PAYLOADS:
             raise ConfigError(f"payloads={self.payloads!r} is unknown", hint=f"one of {', '.join(PAYLOADS)}")
+        if self.transport not in TRANSPORTS:
+            raise ConfigError(f"transport={self.transport!r} is unknown", hint=f"one of {', '.join(TRANSPORTS)}")
 
 
-def buckets(weights: Weights, bucket_bytes: int) -> Iterator[list[tuple[str, torch.Tensor]]]:
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What the TP workers said of a bucket, drawn together on the owner.
+
+    Attributes:
+        opened: TP rank -> whether it mapped its handle; empty if the engine cannot say.
+        problem: What is wrong, in words; None if nothing is.
+        unproven: Tensors whose arrival cannot be read back.
+    """
+
+    opened: dict[int, bool] = field(default_factory=dict)
+    problem: str | None = None
+    unproven: tuple[str, ...] = ()
+
+
+def judge(replies: dict[int, dict[str, Any] | None], entries: Sequence[ipc_payload.Entry]) -> Verdict:
+    """Draw the workers' replies to one bucket together.  Pure.
+
+    Args:
+        replies: TP rank -> reply of `tpcolocate_receiver`, None where none came.
+        entries: What the bucket held.
+    """
+    opened = {rank: reply["opened"] for rank, reply in replies.items() if reply is not None}
+    for rank, reply in replies.items():
+        if reply is None:
+            return Verdict(opened, f"TP rank {rank} did not answer")
+        if reply["error"] is not None:
+            return Verdict(opened, f"TP rank {rank}: {reply['error']}")
+        if reply["differing"]:
+            return Verdict(opened, f"TP rank {rank} holds other values than were sent: {_some(reply['differing'])}")
+    unproven = {name for reply in replies.values() if reply is not None for name in reply["unproven"]}
+    read = {e.name: sum(r["read"].get(e.name, 0) for r in replies.values() if r is not None) for e in entries}
+    missed = [e.name for e in entries if e.name not in unproven and read[e.name] < e.shape.numel()]
+    if missed:
+        return Verdict(opened, f"the engine took these tensors in part or not at all: {_some(missed)}")
+    return Verdict(opened, None, tuple(sorted(unproven)))
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
+
+
+def buckets(weights: Weights, bucket_bytes: int) -> Iterator[NamedTensors]:
     """Cut the stream into buckets of at most `bucket_bytes`, in order; the sizes are those of the full tensors."""
-    bucket: list[tuple[str, torch.Tensor]] = []
+    bucket: NamedTensors = []
     used = 0
     for name, tensor in weights:
-        size = tensor.shape.numel() * tensor.dtype.itemsize
+        size = _padded(tensor)
         if bucket and used + size > bucket_bytes:
             yield bucket
             bucket, used = [], 0
         bucket.append((name, tensor))
-        used += -(-size // ipc_payload.ALIGNMENT) * ipc_payload.ALIGNMENT
+        used += size
     if bucket:
         yield bucket
 
 
+def _padded(tensor: torch.Tensor) -> int:
+    size = tensor.shape.numel() * tensor.dtype.itemsize
+    return -(-size // ipc_payload.ALIGNMENT) * ipc_payload.ALIGNMENT
+
+
 class WeightSync:
-    """Carries out syncs of one slice.
+    """Carries out the syncs of one slice with one engine.
 
     Args:
         group: The ranks of the slice, in tp order.
@@ -81,6 +152,9 @@ class WeightSync:
         owner_rank: Global rank that talks to the engine.
         server: The engine; None on clients.
         spec: What the served model expects, if known.
+        loader: Dotted name of the receiver in the engine.
+        reply_folder: Where the receiver's replies appear; one folder for the slice, removed with the engine.
+        reader_is_alive: Whether the engine still runs, asked when handles do not come back.
     """
 
     def __init__(
@@ -91,14 +165,25 @@ class WeightSync:
         owner_rank: int,
         server: WeightServer | None,
         spec: ModelSpec | None,
+        loader: str,
+        reply_folder: Path,
+        reader_is_alive: Callable[[], bool],
     ) -> None:
         self.group = group
         self.device = device
         self.owner_rank = owner_rank
         self.server = server
         self.spec = spec
+        self.loader = loader
+        self.reply_folder = reply_folder
+        self.reader_is_alive = reader_is_alive
+        self.alarm = SlopeAlarm()
+        self.proven_ways: set[str] = set()
+        """Ways of making payloads whose handles are known to open in the engine."""
+        self.refused_ways: dict[str, str] = {}
+        """Ways whose handles are known not to open there, and why."""
         self.abandoned: list[ipc_payload.Ledger] = []
-        """Of failed syncs: handles whose readers may still hold them.  See `close`."""
+        """Of failed syncs: handles whose readers may still hold them."""
 
     def close(self) -> list[ipc_payload.Outstanding]:
         """Free what failed syncs left behind, and torch's counter file; only once the engine is gone.
@@ -106,11 +191,14 @@ class WeightSync:
         Returns:
             Handles that the engine never gave back.
         """
-        ledgers, self.abandoned = self.abandoned, []
-        lost = [item for ledger in ledgers for item in ledger.reclaim()]
+        lost = self._reclaim()
         if self.device.type == "cuda":
             torch.cuda.ipc_collect()  # removes the counter file from /dev/shm, which the end of the process does not
         return lost
+
+    def _reclaim(self) -> list[ipc_payload.Outstanding]:
+        ledgers, self.abandoned = self.abandoned, []
+        return [item for ledger in ledgers for item in ledger.reclaim()]
 
     def run(
         self,
@@ -135,44 +223,55 @@ class WeightSync:
         Raises:
             TpColocateError: The first error of any rank of the slice.
         """
-        run = _Run(self, version, options, time.monotonic() + timeout_s, timeout_s)
+        run = _Run(self, version, options, timeout_s)
         try:
-            return run.carry_out(source, touched)
+            report = run.carry_out(source, touched)
         except BaseException as error:
             self.abandoned.append(run.ledger)
             # Ranks of other slices are in the same gathers: keep them company to the end, then tell.
             if isinstance(error, TpColocateError) and not isinstance(error, RankLostError):
                 run.drain()
             raise
+        # The engine handles updates one after the other: those of earlier, failed syncs are over by now.
+        self._reclaim()
+        return report
 
 
 class _Run:
     """The state of one sync in progress."""
 
-    def __init__(self, sync: WeightSync, version: str, options: SyncOptions, deadline: float, timeout_s: float) -> None:
+    def __init__(self, sync: WeightSync, version: str, options: SyncOptions, timeout_s: float) -> None:
         self.sync = sync
         self.group = sync.group
+        self.tp_rank = sync.group.ranks.index(sync.group.rank)
+        self.is_owner = sync.group.rank == sync.owner_rank
         self.version = version
         self.options = options
-        self.deadline = deadline
+        self.deadline = time.monotonic() + timeout_s
         self.timeout_s = timeout_s
+        self.nonce = ""
+        self.transport = options.transport
         self.watch = Stopwatch()
-        self.ledger = ipc_payload.Ledger(rank=sync.group.rank)
-        self.rest: Iterator[list[tuple[str, torch.Tensor]]] = iter(())
+        self.ledger = ipc_payload.Ledger(rank=sync.group.rank, reader_is_alive=sync.reader_is_alive)
+        self.rest: Iterator[NamedTensors] = iter(())
         self.sharded = False
         self.names: set[str] = set()
+        self.unproven: set[str] = set()
         self.num_bytes = self.num_tensors = self.num_buckets = 0
+        self.bucket_bytes = options.bucket_bytes
+        self.peak_extra = 0
+        self.allocated_before = allocated_bytes(sync.device)
 
-    def left(self, what: str) -> float:
-        seconds = self.deadline - time.monotonic()
-        if seconds <= 0:
-            raise DeadlineError(f"the sync took longer than {self.timeout_s:g} s, while it should {what}", hint="raise timeout_s of sync_weights()")
-        return seconds
+    # --- the phases ----------------------------------------------------------------------------------------------
 
     def carry_out(self, source: Source, touched: Callable[[], None]) -> SyncReport:
         with self.watch.phase("prepare"):
             weights = self.together("prepare a weight sync", lambda: self.prepare(source))
-            self.on_owner("open the weight sync", lambda server: server.begin_sync(timeout_s=self.left("open the weight sync")))
+            self.plan_memory(weights)
+            self.nonce = self.on_owner("open the weight sync", self.begin)
+        if self.transport in ("auto", "ipc"):
+            with self.watch.phase("preflight"):
+                self.preflight()
         touched()
         error: BaseException | None = None
         while (bucket := self.next_bucket()) is not None:
@@ -181,8 +280,29 @@ class _Run:
             self.agree(error, None, what="take back the last handles")
             self.together("check that all weights were sent", lambda: self.check_complete(weights))
             self.on_owner("finish the weight sync", lambda server: server.end_sync(self.version, timeout_s=self.left("finish the weight sync")))
-        mine = RankReport(self.group.rank, dict(self.watch.seconds), self.ledger.num_exported, self.ledger.num_returned)
-        ranks = self.agree(None, mine, what="report the weight sync")
+            if self.sync.device.type == "cuda":
+                torch.cuda.ipc_collect()
+        return self.report()
+
+    def report(self) -> SyncReport:
+        allocated = allocated_bytes(self.sync.device)
+        warning = self.sync.alarm.note(allocated)
+        mine = RankReport(
+            rank=self.group.rank,
+            seconds=dict(self.watch.seconds),
+            num_exported=self.ledger.num_exported,
+            num_returned=self.ledger.num_returned,
+            latest_return_s=self.ledger.latest_return_s,
+            peak_extra_bytes=self.peak_extra,
+            allocated_bytes=allocated,
+        )
+        told = self.agree(None, (mine, warning), what="report the weight sync")
+        warnings = [f"rank {r.rank}: {text}" for r, text in told if text is not None]
+        refused = self.sync.refused_ways.get(self.options.payloads)
+        if self.transport == "file" and refused is not None:
+            warnings.append(f"weights go through files: {refused}")
+        for text in warnings:
+            logger.warning("%s", text)
         return SyncReport(
             rank=self.group.rank,
             weight_version=self.version,
@@ -190,14 +310,18 @@ class _Run:
             num_tensors=self.num_tensors,
             num_buckets=self.num_buckets,
             seconds=self.watch.total(),
+            transport=self.transport,
             checked_against="nothing" if self.sync.spec is None else self.sync.spec.origin,
-            ranks=tuple(ranks),
+            num_proven=self.num_tensors - len(self.unproven),
+            unproven=tuple(sorted(self.unproven)),
+            bucket_bytes=self.bucket_bytes,
+            warnings=tuple(warnings),
+            ranks=tuple(report for report, _ in told),
         )
 
     def prepare(self, source: Source) -> Weights:
         weights = Weights(source)
         self.sharded = weights.is_sharded
-        self.rest = buckets(weights, self.options.bucket_bytes)
         if weights.known is not None:
             if not weights.known:
                 raise ConfigError("there are no weights to sync", hint="pass a module with parameters")
@@ -209,6 +333,19 @@ class _Run:
                 self.sync.spec.check_complete([*(name for name, _ in weights.known), *weights.aliases])
         return weights
 
+    def plan_memory(self, weights: Weights) -> None:
+        """Agree on a bucket size that fits on every rank."""
+        largest = max((_padded(tensor) for _, tensor in weights.known), default=0) if weights.known is not None else 0
+        free = self.agree(None, free_bytes(self.sync.device), what="plan the memory of a weight sync")
+        on_cpu = self.sync.device.type == "cpu"
+        copies = len(self.group) if on_cpu else 1  # ranks of a CPU slice share one /dev/shm
+        self.bucket_bytes = plan_bucket(self.options.bucket_bytes, free, largest=largest, copies=copies)
+        self.rest = buckets(weights, self.bucket_bytes)
+
+    def begin(self, server: WeightServer) -> str:
+        server.begin_sync(timeout_s=self.left("open the weight sync"))
+        return secrets.token_hex(4)
+
     def check(self, shapes: list[tuple[str, torch.Size]]) -> None:
         if self.sync.spec is not None:
             self.sync.spec.check(shapes)
@@ -217,16 +354,80 @@ class _Run:
         if self.sync.spec is not None and not self.options.partial:
             self.sync.spec.check_complete([*self.names, *weights.aliases])
 
-    def next_bucket(self) -> list[tuple[str, torch.Tensor]] | None:
+    def preflight(self) -> None:
+        """Prove once per engine that a handle opens in every TP rank, on the GPU it should, and comes back."""
+        way = self.options.payloads
+        if way in self.sync.proven_ways:
+            self.transport = "ipc"
+            return
+        if way not in self.sync.refused_ways:
+            problem = self.probe()
+            if problem is None:
+                self.sync.proven_ways.add(way)
+                self.transport = "ipc"
+                return
+            self.sync.refused_ways[way] = problem
+        problem = self.sync.refused_ways[way]
+        if self.transport == "ipc":
+            raise SyncError(
+                f"handles of this process do not open in the engine: {problem}",
+                hint="share IPC and PID namespaces and /dev/shm, switch expandable_segments off in PYTORCH_ALLOC_CONF, or use "
+                'transport="auto", which falls back to files',
+            )
+        self.transport = "file"
+
+    def probe(self) -> str | None:
+        """One small handle there and back; what went wrong anywhere in the slice, or None."""
+        error: BaseException | None = None
+        payloads: list[str] = []
+        try:
+            if self.exports:
+                flat = ipc_payload.allocate(_PREFLIGHT_BYTES, self.sync.device)
+                flat.random_(0, 256)
+                payloads = self.commands(flat, "probe", number=-1)
+        except (TpColocateError, RuntimeError) as caught:
+            error = caught  # an export that fails is an answer, not an accident
+        told = self.agree(None, (payloads, None if error is None else str(error)), what="make the preflight's handles")
+        failed = next((text for _, text in told if text is not None), None)
+        if failed is not None:
+            self.ledger.reclaim()
+            return f"export failed: {failed.splitlines()[0]}"
+        per_tp_rank = [payload for of_rank, _ in told for payload in of_rank]
+        replies = self.on_owner("open the preflight's handles", lambda server: self.push(server, per_tp_rank, -1, _PREFLIGHT_S))
+        problem = self.probed(replies)
+        return next((text for text in self.agree(None, problem, what="take the preflight's handles back") if text is not None), None)
+
+    def probed(self, replies: dict[int, dict[str, Any] | None]) -> str | None:
+        """This rank's part of the preflight's verdict."""
+        self.ledger.note_opened(-1, {rank: reply["opened"] for rank, reply in replies.items() if reply is not None})
+        problem = None
+        for tp_rank, reply in replies.items():
+            if reply is None:
+                problem = f"TP rank {tp_rank} did not answer"
+            elif reply["error"] is not None:
+                problem = f"TP rank {tp_rank}: {reply['error']}"
+        mine = replies.get(self.tp_rank)
+        if problem is None and mine is not None and self.sync.device.type == "cuda":
+            uuid = str(torch.cuda.get_device_properties(self.sync.device).uuid)
+            if mine["uuid"] != uuid:
+                # Not a question of transport: the server runs on other GPUs than the ranks believe.
+                problem = f"TP rank {self.tp_rank} runs on GPU {mine['uuid']}, its training rank {self.group.rank} on {uuid}"
+        try:
+            self.ledger.settle(deadline=min(self.deadline, time.monotonic() + _PREFLIGHT_S))
+        except TpColocateError as error:
+            self.ledger.reclaim()
+            problem = problem if problem is not None else error.message
+        return problem
+
+    def next_bucket(self) -> NamedTensors | None:
         """The next bucket, or None at the end; all ranks agree on which."""
         error: BaseException | None = None
-        bucket: list[tuple[str, torch.Tensor]] | None = None
+        bucket: NamedTensors | None = None
         with self.watch.phase("gather"):
             try:
                 bucket = next(self.rest, None)  # a generator may gather, and may fail
                 if bucket is not None:
-                    shapes = [(name, tensor.shape) for name, tensor in bucket]
-                    self.check(shapes)
+                    self.check([(name, tensor.shape) for name, tensor in bucket])
             except BaseException as caught:
                 error = caught
             mine = None if bucket is None else [(n, tuple(t.shape), t.dtype) for n, t in bucket]
@@ -237,28 +438,33 @@ class _Run:
                 raise WeightsMismatchError(f"the ranks hold different weights: {said}", hint="every rank must pass the same names in the same order")
         return bucket
 
-    def send(self, bucket: list[tuple[str, torch.Tensor]], error: BaseException | None) -> BaseException | None:
+    def send(self, bucket: NamedTensors, error: BaseException | None) -> BaseException | None:
         """Move one bucket; returns this rank's error in taking the handles back, for the next agreement."""
-        payloads: list[str] = []
         number = self.num_buckets
-        flat: torch.Tensor | None = None
+        payloads: list[str] = []
         entries, num_bytes = ipc_payload.layout([(n, t.shape, t.dtype) for n, t in bucket])
+        flat: torch.Tensor | None = None
         if error is None:
             try:
                 with self.watch.phase("gather"):
                     flat = self.gather(bucket, entries, num_bytes)
                 with self.watch.phase("export"):
-                    payloads = self.export(flat, entries, number)
+                    payloads = self.make_payloads(flat, entries, number)
             except BaseException as caught:
                 error = caught
         with self.watch.phase("export"):
             gathered = self.agree(error, payloads, what=f"gather bucket {number}")
         with self.watch.phase("push"):
             per_tp_rank = [payload for of_rank in gathered for payload in of_rank]
-            self.on_owner(
-                f"load bucket {number}",
-                lambda server: server.push_bucket(per_tp_rank, timeout_s=self.left(f"load bucket {number}")),
+            verdict = self.on_owner(f"load bucket {number}", lambda server: self.load(server, per_tp_rank, entries, number))
+        self.ledger.note_opened(number, verdict.opened)
+        if verdict.problem is not None:
+            raise SyncError(
+                f"bucket {number} did not arrive: {verdict.problem}",
+                hint="the engine's weights are unknown now: sync again in full, or launch() again",
+                rank=self.sync.owner_rank,
             )
+        self.unproven.update(verdict.unproven)
         self.num_buckets += 1
         self.num_tensors += len(bucket)
         self.num_bytes += sum(entry.num_bytes for entry in entries)
@@ -270,35 +476,100 @@ class _Run:
                 return caught
         return None
 
-    def gather(self, bucket: list[tuple[str, torch.Tensor]], entries: list[ipc_payload.Entry], num_bytes: int) -> torch.Tensor | None:
+    @property
+    def exports(self) -> bool:
+        """Whether this rank makes payloads."""
+        if self.transport == "file":
+            return self.is_owner
+        return self.options.payloads == "per_rank" or self.is_owner
+
+    @property
+    def readers(self) -> list[int]:
+        """TP ranks that this rank makes payloads for."""
+        if not self.exports:
+            return []
+        everybody = self.transport == "file" or self.options.payloads == "fan_out"
+        return list(range(len(self.group))) if everybody else [self.tp_rank]
+
+    def gather(self, bucket: NamedTensors, entries: list[ipc_payload.Entry], num_bytes: int) -> torch.Tensor | None:
         """Full tensors into fresh staging memory.  Ranks that export nothing gather all the same."""
-        exports = self.options.payloads == "per_rank" or self.group.rank == self.sync.owner_rank
-        flat = ipc_payload.allocate(num_bytes, self.sync.device) if exports else None
-        for (_, tensor), entry in zip(bucket, entries):
+        flat = ipc_payload.allocate(num_bytes, self.sync.device) if self.exports else None
+        largest = max(range(len(entries)), key=lambda i: entries[i].num_bytes)
+        for i, ((_, tensor), entry) in enumerate(zip(bucket, entries)):
             full = full_tensor(tensor)
             if flat is not None and entry.num_bytes:
                 ipc_payload.view(flat, entry).copy_(full)
+                # The checksum covers the padding.
+                flat[entry.start + entry.num_bytes : entries[i + 1].start if i + 1 < len(entries) else num_bytes].zero_()
+            if i == largest:
+                self.note_peak()
         if flat is not None and flat.is_cuda:
             # The reader's streams know nothing of ours.
             torch.cuda.current_stream(flat.device).synchronize()
         return flat
 
-    def export(self, flat: torch.Tensor | None, entries: list[ipc_payload.Entry], number: int) -> list[str]:
-        """This rank's payloads: its own TP rank's, or (fan-out, owner) everybody's."""
+    def note_peak(self) -> None:
+        self.peak_extra = max(self.peak_extra, allocated_bytes(self.sync.device) - self.allocated_before)
+
+    def make_payloads(self, flat: torch.Tensor | None, entries: list[ipc_payload.Entry], number: int) -> list[str]:
+        """This rank's payloads for one bucket, in tp order of their readers."""
         if flat is None:
             return []
-        ledger = self.ledger
-        if self.options.payloads == "per_rank":
-            tp_rank = self.group.ranks.index(self.group.rank)
-            return [ipc_payload.payload(ledger.export(flat, tp_rank=tp_rank, bucket=number), entries)]
-        payloads = []
+        if self.transport == "stock":
+            return [ipc_payload.payload(self.exported(flat, reader, number), entries) for reader in self.readers]
+        return self.commands(flat, "load", number=number, entries=ipc_payload.described(entries))
+
+    def commands(self, flat: torch.Tensor, action: str, *, number: int, **fields: Any) -> list[str]:
+        """Commands for the receiver, one per reader, each with a handle of its own."""
+        job = {"do": action, "tp_size": len(self.group), "checksum": list(checksum(flat)), **fields}
+        file: dict[str, Any] | None = None
+        if self.transport == "file":
+            file = ipc_payload.write_file(flat, self.file(number))
+        made = []
+        for reader in self.readers:
+            handle = file if file is not None else self.exported(flat, reader, number).describe()
+            made.append(ipc_payload.command({**job, "tp_rank": reader, "handle": handle, "reply": str(self.reply(number, reader))}))
+        return made
+
+    def exported(self, flat: torch.Tensor, reader: int, number: int) -> ipc_payload.Handle:
+        """A handle for one reader, and for no other."""
+        if reader != self.readers[0] and not flat.is_cuda:
+            # A CPU file has one counter for all its readers: a copy each tells them apart.
+            flat = ipc_payload.allocate(flat.numel(), flat.device).copy_(flat)
+            self.note_peak()
+        return self.ledger.export(flat, tp_rank=reader, bucket=number)
+
+    def load(self, server: WeightServer, payloads: list[str], entries: list[ipc_payload.Entry], number: int) -> Verdict:
+        """On the owner: hand a bucket to the engine, and judge what its workers say."""
+        what = f"load bucket {number}"
+        try:
+            if self.transport == "stock":
+                server.push(payloads, load_format="flattened_bucket", timeout_s=self.left(what))
+                return Verdict(unproven=tuple(entry.name for entry in entries))
+            return judge(self.push(server, payloads, number, self.left(what)), entries)
+        finally:
+            if self.transport == "file":
+                self.file(number).unlink(missing_ok=True)
+
+    def push(self, server: WeightServer, commands: list[str], number: int, timeout_s: float) -> dict[int, dict[str, Any] | None]:
+        """On the owner: send commands; the workers' replies by TP rank."""
+        server.push(commands, load_format=self.sync.loader, timeout_s=timeout_s)
+        replies: dict[int, dict[str, Any] | None] = {}
         for tp_rank in range(len(self.group)):
-            copy = flat
-            if tp_rank and not flat.is_cuda:
-                # A CPU file has one counter for all its readers: a copy each tells them apart.
-                copy = ipc_payload.allocate(flat.numel(), flat.device).copy_(flat)
-            payloads.append(ipc_payload.payload(ledger.export(copy, tp_rank=tp_rank, bucket=number), entries))
-        return payloads
+            path = self.reply(number, tp_rank)
+            try:
+                replies[tp_rank] = json.loads(path.read_text())
+                path.unlink()
+            except FileNotFoundError:
+                replies[tp_rank] = None
+        return replies
+
+    def reply(self, number: int, tp_rank: int) -> Path:
+        return self.sync.reply_folder / f"{self.nonce}-{number}-{tp_rank}.json"
+
+    def file(self, number: int) -> Path:
+        folder = self.sync.reply_folder if self.options.folder is None else self.options.folder
+        return folder / f"tpcolocate-{self.nonce}-{number}.safetensors"
 
     def drain(self) -> None:
         """Read the remaining weights and drop them, so that gathers which span slices stay complete."""
@@ -312,13 +583,21 @@ class _Run:
         except Exception:  # the error that brought us here is the one to raise
             return
 
-    # --- agreement ---------------------------------------------------------------------------------------------
+    # --- agreement -----------------------------------------------------------------------------------------------
+
+    def left(self, what: str) -> float:
+        seconds = self.deadline - time.monotonic()
+        if seconds <= 0:
+            raise self.too_late(what)
+        return seconds
+
+    def too_late(self, what: str) -> DeadlineError:
+        return DeadlineError(f"the sync took longer than {self.timeout_s:g} s, while it should {what}", hint="raise timeout_s of sync_weights()")
 
     def agree(self, error: BaseException | None, value: T, *, what: str) -> list[T]:
         seconds = max(self.deadline - time.monotonic(), 0.0)
         if seconds == 0.0 and error is None:
-            error = DeadlineError(f"the sync took longer than {self.timeout_s:g} s, when it should {what}", hint="raise timeout_s of sync_weights()")
-        # A grace over the deadline: the others are to hear of it rather than to time out on us.
+            error = self.too_late(what)
         return self.group.agree(error, value, what=what, timeout_s=seconds + _GRACE_S)
 
     def together(self, what: str, action: Callable[[], T]) -> T:
@@ -331,12 +610,16 @@ class _Run:
         self.agree(error, None, what=what)
         return value  # type: ignore[return-value]
 
-    def on_owner(self, what: str, action: Callable[[WeightServer], None]) -> None:
-        server = self.sync.server
-        self.together(what, lambda: None if server is None else action(server))
-
-
-_GRACE_S = 5.0
+    def on_owner(self, what: str, action: Callable[[WeightServer], T]) -> T:
+        """The owner acts; every rank gets its result or its error."""
+        value: T | None = None
+        error: BaseException | None = None
+        if self.sync.server is not None:
+            try:
+                value = action(self.sync.server)
+            except BaseException as caught:
+                error = caught
+        return self.agree(error, value, what=what)[self.group.ranks.index(self.sync.owner_rank)]  # type: ignore[return-value]
 
 
 def _headline(mine: list[tuple[str, tuple[int, ...], torch.dtype]] | None) -> str:
@@ -355,4 +638,4 @@ def _repeated(names: Iterator[str]) -> str | None:
     return None
 
 
-__all__ = ["PAYLOADS", "SyncOptions", "WeightServer", "WeightSync", "buckets"]
+__all__ = ["PAYLOADS", "TRANSPORTS", "SyncOptions", "Verdict", "WeightServer", "WeightSync", "buckets", "judge"]

@@ -1,0 +1,303 @@
+"""Takes weights inside a TP worker, and proves that they arrived.
+
+SGLang calls `receive` in every TP worker for an ``/update_weights_from_tensor`` whose ``load_format`` names it (allowed
+by ``--custom-weight-loader``).  The named tensors carry one small command by value; the weights themselves lie in
+memory or in a file that the command points to.
+
+Why not SGLang's own deserialisation: there, any exception (a handle that does not open, a wrong shape) kills the whole
+server.  Here nothing is raised; what went wrong is written into the reply, and the trainer decides.
+
+Needs torch alone, and any SGLang from 0.5.9 on.  The trainer imports this module too, for `checksum`.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import time
+import traceback
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.multiprocessing import reductions
+from torch.utils._python_dispatch import TorchDispatchMode
+
+COMMAND = "tpcolocate"
+_ROW_WORDS = 1024
+
+
+def receive(model: torch.nn.Module, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """SGLang's custom weight loader hook.  Never raises; answers by a file.
+
+    Args:
+        model: The worker's model.
+        named_tensors: One tensor of uint8, the JSON command; SGLang may have moved it to the GPU.
+    """
+    job = json.loads(bytes(dict(named_tensors)[COMMAND].cpu().tolist()))
+    answer: dict[str, Any] = {"tp_rank": job["tp_rank"], "error": None, "opened": False}
+    started = time.perf_counter()
+    try:
+        _check_address(job)
+        _ACTIONS[job["do"]](model, job, answer)
+    except BaseException as error:  # an exception that leaves here takes the server down
+        answer["error"] = f"{type(error).__name__}: {error}"
+        answer["traceback"] = traceback.format_exc()
+    answer["seconds"] = time.perf_counter() - started
+    try:
+        _write(job["reply"], answer)
+    except OSError:
+        pass  # the trainer misses the reply and says so
+
+
+def _write(path: str, answer: dict[str, Any]) -> None:
+    # Complete or not there at all.
+    with open(path + ".part", "w") as file:
+        json.dump(answer, file)
+    os.replace(path + ".part", path)
+
+
+def _check_address(job: dict[str, Any]) -> None:
+    """The payload must have reached the worker it was made for."""
+    if not torch.distributed.is_initialized():
+        return
+    rank = torch.distributed.get_rank() % job["tp_size"]
+    if rank != job["tp_rank"]:
+        raise RuntimeError(f"the payload of TP rank {job['tp_rank']} reached TP rank {rank}")
+
+
+def device_uuid() -> str | None:
+    """UUID of this worker's GPU, None on a CPU."""
+    if not torch.cuda.is_available():
+        return None
+    return str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
+
+
+def open_handle(handle: dict[str, Any], device: torch.device) -> torch.Tensor:
+    """Map what the trainer exported: a flat uint8 tensor.
+
+    Args:
+        handle: As `tpcolocate.ipc_payload.Handle.describe` makes it.
+        device: Where file contents are to go.
+    """
+    kind = handle["kind"]
+    if kind == "file":
+        from safetensors.torch import load_file
+
+        return load_file(handle["path"])["bucket"].to(device)
+    if kind == "cpu":
+        storage = reductions.rebuild_storage_filename(
+            torch.UntypedStorage, _bytes(handle["manager"]), _bytes(handle["name"]), handle["num_bytes"]
+        )
+        return torch.empty(0, dtype=torch.uint8).set_(storage)
+    index = next(
+        (i for i in range(torch.cuda.device_count()) if str(torch.cuda.get_device_properties(i).uuid) == handle["uuid"]), None
+    )
+    if index is None:
+        raise RuntimeError(f"GPU {handle['uuid']} is not visible to this TP worker (it runs on {device_uuid()})")
+    # SGLang replaces this function by one that also takes UUIDs; the index is right for both.
+    rebuild = getattr(reductions, "_rebuild_cuda_tensor_original", reductions.rebuild_cuda_tensor)
+    return rebuild(
+        tensor_cls=torch.Tensor,
+        tensor_size=torch.Size([handle["num_bytes"]]),
+        tensor_stride=(1,),
+        tensor_offset=0,
+        storage_cls=torch.storage.TypedStorage,
+        dtype=torch.uint8,
+        storage_device=index,
+        storage_handle=_bytes(handle["handle"]),
+        storage_size_bytes=handle["num_bytes"],
+        storage_offset_bytes=handle["offset"],
+        requires_grad=False,
+        ref_counter_handle=_bytes(handle["counter_file"]),
+        ref_counter_offset=handle["counter_offset"],
+        event_handle=_bytes(handle["event"]),
+        event_sync_required=handle["event_sync"],
+    )
+
+
+def _bytes(text: str | None) -> bytes | None:
+    return None if text is None else base64.b64decode(text)
+
+
+def checksum(data: torch.Tensor) -> tuple[int, int]:
+    """Two 64-bit sums of a flat uint8 tensor, weighted by position along rows and along columns.
+
+    Any flipped bit changes both; moved blocks change at least one.  Two passes over the data and no copy of it.
+    Computed alike on CPU and GPU (integers wrap).
+
+    Args:
+        data: One-dimensional, contiguous, starting at a multiple of 8 bytes.
+    """
+    num_words = data.numel() // 8
+    num_rows = num_words // _ROW_WORDS
+    words = data[: num_words * 8].view(torch.int64)
+    rows = words[: num_rows * _ROW_WORDS].view(num_rows, _ROW_WORDS)
+    rest = torch.zeros(_ROW_WORDS + 8, dtype=torch.int64, device=data.device)
+    left = words[num_rows * _ROW_WORDS :]
+    rest[: left.numel()] = left
+    tail = data[num_words * 8 :]
+    rest[_ROW_WORDS : _ROW_WORDS + tail.numel()] = tail.to(torch.int64)
+    by_row = (rows.sum(1) * _odd(num_rows, data.device)).sum()
+    by_column = (rows.sum(0) * _odd(_ROW_WORDS, data.device)).sum()
+    extra = (rest * _odd(rest.numel(), data.device)).sum()
+    found = torch.stack([by_row + extra, by_column - extra]).tolist()
+    return found[0], found[1]
+
+
+def _odd(count: int, device: torch.device) -> torch.Tensor:
+    # Odd weights: multiplication by one is invertible modulo 2^64, so no single change can vanish.
+    return torch.arange(count, dtype=torch.int64, device=device) * 2 + 1
+
+
+@dataclass
+class Copy:
+    """One ``dst.copy_(src)`` that the engine's loader made out of the staging memory."""
+
+    dst: torch.Tensor
+    src: torch.Tensor
+    entry: int
+
+
+@dataclass
+class Recorder(TorchDispatchMode):
+    """Watches a loader: which parts of the staging memory went into which parts of the parameters.
+
+    Args:
+        flat: The staging memory.
+        starts: First byte of every entry in it, ascending.
+    """
+
+    flat: torch.Tensor
+    starts: list[int]
+    copies: list[Copy] = field(default_factory=list)
+    derived: set[int] = field(default_factory=set)
+    """Entries that were read by something other than a view or a copy (a cast, a transposition that materialises)."""
+    reworked: set[int] = field(default_factory=set)
+    """Entries whose destination was changed again after the copy."""
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        self._base = self.flat.untyped_storage().data_ptr()
+        self._start = self.flat.data_ptr()
+        self._written: dict[int, set[int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten.copy_.default and self._ours(args[1]):
+            dst, src = args[0], args[1]
+            entry = self._entry(src)
+            self.copies.append(Copy(dst.detach(), src.detach(), entry))
+            self._written.setdefault(_storage(dst), set()).add(entry)
+            return func(*args, **kwargs)
+        sources = [a for a in _tensors(args, kwargs) if self._ours(a)]
+        if func._schema.is_mutable:
+            for argument, spec in zip(args, func._schema.arguments):
+                if isinstance(argument, torch.Tensor) and spec.alias_info is not None and spec.alias_info.is_write:
+                    for entry in self._written.get(_storage(argument), ()):
+                        if any(c.entry == entry and _overlap(c.dst, argument) for c in self.copies):
+                            self.reworked.add(entry)
+        out = func(*args, **kwargs)
+        for source in sources:
+            if not all(self._ours(o) for o in _tensors((out,), {})) or not isinstance(out, (torch.Tensor, list, tuple)):
+                self.derived.add(self._entry(source))
+        return out
+
+    def _ours(self, tensor: Any) -> bool:
+        return isinstance(tensor, torch.Tensor) and tensor.numel() > 0 and _storage(tensor) == self._base
+
+    def _entry(self, tensor: torch.Tensor) -> int:
+        import bisect
+
+        return bisect.bisect_right(self.starts, tensor.data_ptr() - self._start) - 1
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors of one storage may share elements (by their outer bounds)."""
+
+    def bounds(t: torch.Tensor) -> tuple[int, int]:
+        low = t.data_ptr()
+        return low, low + (sum((n - 1) * s for n, s in zip(t.shape, t.stride())) + 1) * t.element_size()
+
+    (a_low, a_high), (b_low, b_high) = bounds(a), bounds(b)
+    return a_low < b_high and b_low < a_high
+
+
+def _tensors(args: Any, kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    found = []
+    stack = [*args, *kwargs.values()]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, torch.Tensor):
+            found.append(item)
+        elif isinstance(item, (list, tuple)):
+            stack.extend(item)
+    return found
+
+
+def views(flat: torch.Tensor, entries: list[list[Any]]) -> list[tuple[str, torch.Tensor]]:
+    """The bucket's tensors by name; entries are [name, dtype, shape, start, num_bytes]."""
+    return [
+        (name, flat[start : start + num_bytes].view(getattr(torch, dtype)).view(shape))
+        for name, dtype, shape, start, num_bytes in entries
+    ]
+
+
+def differing(copies: list[Copy]) -> set[int]:
+    """Entries whose parameters, read back, are not what the staging memory holds."""
+    if not copies:
+        return set()
+    flags = torch.stack([(c.dst != c.src.to(c.dst.dtype)).any() for c in copies]).tolist()
+    suspects = [c for c, flag in zip(copies, flags) if flag]
+    # NaN differs from itself; a NaN that arrived as one is the trainer's.
+    return {c.entry for c in suspects if not torch.allclose(c.dst, c.src.to(c.dst.dtype), rtol=0, atol=0, equal_nan=True)}
+
+
+def _load(model: torch.nn.Module, job: dict[str, Any], answer: dict[str, Any]) -> None:
+    device = next(model.parameters()).device
+    entries = job["entries"]
+    flat = open_handle(job["handle"], device)
+    answer["opened"] = True
+    try:
+        if list(checksum(flat)) != job["checksum"]:
+            # Checked before the first parameter is touched.
+            raise RuntimeError("the bucket does not hold what the trainer packed (checksum)")
+        answer["checked"] = True
+        recorder = Recorder(flat, [entry[3] for entry in entries])
+        with torch.no_grad(), recorder:
+            model.load_weights(views(flat, entries))
+        answer["loaded"] = True
+        unsure = recorder.derived | recorder.reworked
+        wrong = differing([c for c in recorder.copies if c.entry not in unsure])
+        read: dict[int, int] = {}
+        for copy in recorder.copies:
+            read[copy.entry] = read.get(copy.entry, 0) + copy.src.numel()
+        answer["differing"] = sorted(entries[i][0] for i in wrong)
+        answer["unproven"] = sorted(entries[i][0] for i in unsure)
+        answer["read"] = {entries[i][0]: count for i, count in read.items()}
+        del recorder
+    finally:
+        del flat
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # acknowledged means finished
+
+
+def _probe(model: torch.nn.Module, job: dict[str, Any], answer: dict[str, Any]) -> None:
+    answer["uuid"] = device_uuid()
+    flat = open_handle(job["handle"], next(model.parameters()).device)
+    answer["opened"] = True
+    found = list(checksum(flat))
+    del flat
+    if found != job["checksum"]:
+        raise RuntimeError("the handle opened, but on other memory than the trainer's")
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+_ACTIONS = {"load": _load, "probe": _probe}

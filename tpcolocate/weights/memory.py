@@ -1,0 +1,84 @@
+"""How much memory a sync may take, how much it took, and whether it comes back."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+import torch
+
+from tpcolocate.errors import ConfigError
+
+_SHM = Path("/dev/shm")
+# Fragmentation, the collectives' own buffers and whoever else uses the device need room, too.
+_USABLE = 0.8
+_ALARM_SYNCS = 5
+_ALARM_BYTES = 2**20
+
+
+def free_bytes(device: torch.device) -> int:
+    """What can still be allocated for staging on this rank: device memory, or shared memory on a CPU."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return free + reusable
+    shm = os.statvfs(_SHM)
+    return min(shm.f_bavail * shm.f_frsize, psutil.virtual_memory().available)
+
+
+def allocated_bytes(device: torch.device) -> int:
+    """What this process holds: the allocator's count, limbo included; on a CPU its shared-memory files."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return sum(path.stat().st_size for path in _SHM.glob(f"torch_{os.getpid()}_*"))
+
+
+def plan_bucket(limit: int, free: Sequence[int], *, largest: int, copies: int) -> int:
+    """Bucket size in bytes that fits on every rank.  Pure.
+
+    Args:
+        limit: The user's `bucket_bytes`.
+        free: Free bytes of every rank of the slice.
+        largest: Size of the largest single tensor, which travels alone if need be; 0 if not known in advance.
+        copies: How many times a bucket is held at once on one rank.
+
+    Raises:
+        ConfigError: Not even the largest tensor fits.
+    """
+    least = min(free)
+    room = int(least * _USABLE) // copies
+    if largest > room:
+        where = list(free).index(least)
+        raise ConfigError(
+            f"the largest tensor ({largest / 2**20:.0f} MiB, {copies} times at once) does not fit into the {least / 2**20:.0f} MiB "
+            f"that are free on the rank at position {where} of the slice",
+            hint="free memory on that rank: engine.sleep(), a smaller batch, or torch.cuda.empty_cache()",
+        )
+    return min(limit, room)
+
+
+class SlopeAlarm:
+    """Warns when memory rises from sync to sync, as it does when handles leak."""
+
+    def __init__(self) -> None:
+        self._seen: list[int] = []
+
+    def note(self, allocated: int) -> str | None:
+        """Enter what is allocated after a sync; a warning if it has only ever risen lately.
+
+        Args:
+            allocated: In bytes.
+        """
+        self._seen = [*self._seen, allocated][-_ALARM_SYNCS:]
+        steps = [later - earlier for earlier, later in zip(self._seen, self._seen[1:])]
+        if len(self._seen) < _ALARM_SYNCS or any(step < _ALARM_BYTES for step in steps):
+            return None
+        return (
+            f"memory rose at each of the last {len(steps)} syncs, by {sum(steps) / len(steps) / 2**20:.1f} MiB on average: "
+            "something keeps what a sync should give back"
+        )
+
+
+__all__ = ["SlopeAlarm", "allocated_bytes", "free_bytes", "plan_bucket"]
