@@ -31,6 +31,7 @@ from typing import Any, TypeVar
 import psutil
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import AllgatherOptions
 
 from tpcolocate.errors import LayoutError, RankFailedError, RankLostError, TpColocateError
 
@@ -43,6 +44,7 @@ _FRAME_BYTES = 2048
 # itself; this is for the peer that died before its connection was made.
 _LOOK_INTERVAL_S = 1.0
 _EXIT_S = 0.5
+_BACKEND_MARGIN_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,10 +294,15 @@ class RankGroup:
                 rank=self.rank,
                 slice_ranks=self.ranks,
             )
+        assert self.group is not None
         started = time.monotonic()
         outputs = [torch.empty_like(tensor) for _ in self.ranks]
         try:
-            work = dist.all_gather(outputs, tensor, group=self.group, async_op=True)
+            # Through the group itself, because only there an operation takes a timeout of its own; the group's is for
+            # calls that have none.  Later than ours, so that ours decides.
+            options = AllgatherOptions()
+            options.timeout = timedelta(seconds=max(deadline - started, 0.0) + _BACKEND_MARGIN_S)
+            work = self.group.allgather([outputs], [tensor], options)
             while not self._wait(work, min(_LOOK_INTERVAL_S, max(deadline - time.monotonic(), 0.001))):
                 gone = [m.rank for m in self.members if not m.is_running()]
                 if gone:

@@ -271,7 +271,8 @@ def _load(model: torch.nn.Module, job: dict[str, Any], answer: dict[str, Any]) -
         answer["checked"] = True
         recorder = Recorder(flat, [entry[3] for entry in entries])
         with torch.no_grad(), recorder:
-            model.load_weights(views(flat, entries))
+            loader: Any = model  # every SGLang model has load_weights
+            loader.load_weights(views(flat, entries))
         answer["loaded"] = True
         unsure = recorder.derived | recorder.reworked
         wrong = differing([c for c in recorder.copies if c.entry not in unsure])

@@ -7,14 +7,13 @@ the first error is raised on all of them, and nobody enters the next gather alon
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -22,8 +21,8 @@ from torch.distributed.tensor import DTensor
 from tpcolocate import ipc_payload
 from tpcolocate.errors import ConfigError, DeadlineError, RankLostError, SyncError, TpColocateError, WeightsMismatchError
 from tpcolocate.groups import RankGroup
-from tpcolocate.in_server.tpcolocate_receiver import checksum
 from tpcolocate.report import RankReport, Stopwatch, SyncReport
+from tpcolocate.weights.delivery import PAYLOADS, TRANSPORTS, Delivery, Replies, WeightServer
 from tpcolocate.weights.memory import SlopeAlarm, allocated_bytes, free_bytes, plan_bucket
 from tpcolocate.weights.source import Source, Weights, full_tensor
 from tpcolocate.weights.spec import ModelSpec
@@ -32,25 +31,12 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 NamedTensors = list[tuple[str, torch.Tensor]]
 
-PAYLOADS = ("per_rank", "fan_out")
-"""``per_rank``: each rank exports the memory of its own device.  ``fan_out``: the owner exports one copy per TP rank."""
-TRANSPORTS = ("auto", "ipc", "file", "stock")
-"""``ipc``: handles, opened and checked by our receiver.  ``file``: safetensors files, read by it.  ``stock``: handles,
-opened by SGLang itself, unchecked.  ``auto``: ``ipc`` if a first small handle proves that it works, else ``file``."""
-
 # The others are to hear of a missed deadline rather than to miss one of their own.
 _GRACE_S = 5.0
 _PREFLIGHT_S = 15.0
+# From the engine's answer to the return of all handles.  It is milliseconds; what takes longer does not come.
+_RETURN_S = 10.0
 _PREFLIGHT_BYTES = 4096
-_SHOWN = 5
-
-
-class WeightServer(Protocol):
-    """What a sync needs of the engine; used on the owner only."""
-
-    def begin_sync(self, *, timeout_s: float) -> None: ...
-    def push(self, payloads: Sequence[str], *, load_format: str, timeout_s: float) -> None: ...
-    def end_sync(self, version: str, *, timeout_s: float) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,49 +64,6 @@ class SyncOptions:
             raise ConfigError(f"payloads={self.payloads!r} is unknown", hint=f"one of {', '.join(PAYLOADS)}")
         if self.transport not in TRANSPORTS:
             raise ConfigError(f"transport={self.transport!r} is unknown", hint=f"one of {', '.join(TRANSPORTS)}")
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """What the TP workers said of a bucket, drawn together on the owner.
-
-    Attributes:
-        opened: TP rank -> whether it mapped its handle; empty if the engine cannot say.
-        problem: What is wrong, in words; None if nothing is.
-        unproven: Tensors whose arrival cannot be read back.
-    """
-
-    opened: dict[int, bool] = field(default_factory=dict)
-    problem: str | None = None
-    unproven: tuple[str, ...] = ()
-
-
-def judge(replies: dict[int, dict[str, Any] | None], entries: Sequence[ipc_payload.Entry]) -> Verdict:
-    """Draw the workers' replies to one bucket together.  Pure.
-
-    Args:
-        replies: TP rank -> reply of `tpcolocate_receiver`, None where none came.
-        entries: What the bucket held.
-    """
-    opened = {rank: reply["opened"] for rank, reply in replies.items() if reply is not None}
-    for rank, reply in replies.items():
-        if reply is None:
-            return Verdict(opened, f"TP rank {rank} did not answer")
-        if reply["error"] is not None:
-            return Verdict(opened, f"TP rank {rank}: {reply['error']}")
-        if reply["differing"]:
-            return Verdict(opened, f"TP rank {rank} holds other values than were sent: {_some(reply['differing'])}")
-    unproven = {name for reply in replies.values() if reply is not None for name in reply["unproven"]}
-    read = {e.name: sum(r["read"].get(e.name, 0) for r in replies.values() if r is not None) for e in entries}
-    missed = [e.name for e in entries if e.name not in unproven and read[e.name] < e.shape.numel()]
-    if missed:
-        return Verdict(opened, f"the engine took these tensors in part or not at all: {_some(missed)}")
-    return Verdict(opened, None, tuple(sorted(unproven)))
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
 
 
 def buckets(weights: Weights, bucket_bytes: int) -> Iterator[NamedTensors]:
@@ -244,15 +187,24 @@ class _Run:
         self.sync = sync
         self.group = sync.group
         self.tp_rank = sync.group.ranks.index(sync.group.rank)
-        self.is_owner = sync.group.rank == sync.owner_rank
         self.version = version
         self.options = options
         self.deadline = time.monotonic() + timeout_s
         self.timeout_s = timeout_s
-        self.nonce = ""
-        self.transport = options.transport
         self.watch = Stopwatch()
         self.ledger = ipc_payload.Ledger(rank=sync.group.rank, reader_is_alive=sync.reader_is_alive)
+        self.delivery = Delivery(
+            tp_rank=self.tp_rank,
+            tp_size=len(sync.group),
+            is_owner=sync.group.rank == sync.owner_rank,
+            payloads=options.payloads,
+            transport=options.transport,
+            loader=sync.loader,
+            reply_folder=sync.reply_folder,
+            file_folder=sync.reply_folder if options.folder is None else options.folder,
+            ledger=self.ledger,
+            copied=self.note_peak,
+        )
         self.rest: Iterator[NamedTensors] = iter(())
         self.sharded = False
         self.names: set[str] = set()
@@ -268,8 +220,8 @@ class _Run:
         with self.watch.phase("prepare"):
             weights = self.together("prepare a weight sync", lambda: self.prepare(source))
             self.plan_memory(weights)
-            self.nonce = self.on_owner("open the weight sync", self.begin)
-        if self.transport in ("auto", "ipc"):
+            self.delivery.nonce = self.on_owner("open the weight sync", self.begin)
+        if self.delivery.transport in ("auto", "ipc"):
             with self.watch.phase("preflight"):
                 self.preflight()
         touched()
@@ -299,7 +251,7 @@ class _Run:
         told = self.agree(None, (mine, warning), what="report the weight sync")
         warnings = [f"rank {r.rank}: {text}" for r, text in told if text is not None]
         refused = self.sync.refused_ways.get(self.options.payloads)
-        if self.transport == "file" and refused is not None:
+        if self.delivery.transport == "file" and refused is not None:
             warnings.append(f"weights go through files: {refused}")
         for text in warnings:
             logger.warning("%s", text)
@@ -310,7 +262,7 @@ class _Run:
             num_tensors=self.num_tensors,
             num_buckets=self.num_buckets,
             seconds=self.watch.total(),
-            transport=self.transport,
+            transport=self.delivery.transport,
             checked_against="nothing" if self.sync.spec is None else self.sync.spec.origin,
             num_proven=self.num_tensors - len(self.unproven),
             unproven=tuple(sorted(self.unproven)),
@@ -358,33 +310,33 @@ class _Run:
         """Prove once per engine that a handle opens in every TP rank, on the GPU it should, and comes back."""
         way = self.options.payloads
         if way in self.sync.proven_ways:
-            self.transport = "ipc"
+            self.delivery.transport = "ipc"
             return
         if way not in self.sync.refused_ways:
             problem = self.probe()
             if problem is None:
                 self.sync.proven_ways.add(way)
-                self.transport = "ipc"
+                self.delivery.transport = "ipc"
                 return
             self.sync.refused_ways[way] = problem
         problem = self.sync.refused_ways[way]
-        if self.transport == "ipc":
+        if self.delivery.transport == "ipc":
             raise SyncError(
                 f"handles of this process do not open in the engine: {problem}",
                 hint="share IPC and PID namespaces and /dev/shm, switch expandable_segments off in PYTORCH_ALLOC_CONF, or use "
                 'transport="auto", which falls back to files',
             )
-        self.transport = "file"
+        self.delivery.transport = "file"
 
     def probe(self) -> str | None:
         """One small handle there and back; what went wrong anywhere in the slice, or None."""
         error: BaseException | None = None
         payloads: list[str] = []
         try:
-            if self.exports:
+            if self.delivery.exports:
                 flat = ipc_payload.allocate(_PREFLIGHT_BYTES, self.sync.device)
                 flat.random_(0, 256)
-                payloads = self.commands(flat, "probe", number=-1)
+                payloads = self.delivery.commands(flat, "probe", number=-1)
         except (TpColocateError, RuntimeError) as caught:
             error = caught  # an export that fails is an answer, not an accident
         told = self.agree(None, (payloads, None if error is None else str(error)), what="make the preflight's handles")
@@ -393,11 +345,11 @@ class _Run:
             self.ledger.reclaim()
             return f"export failed: {failed.splitlines()[0]}"
         per_tp_rank = [payload for of_rank, _ in told for payload in of_rank]
-        replies = self.on_owner("open the preflight's handles", lambda server: self.push(server, per_tp_rank, -1, _PREFLIGHT_S))
+        replies = self.on_owner("open the preflight's handles", lambda server: self.delivery.push(server, per_tp_rank, -1, _PREFLIGHT_S))
         problem = self.probed(replies)
         return next((text for text in self.agree(None, problem, what="take the preflight's handles back") if text is not None), None)
 
-    def probed(self, replies: dict[int, dict[str, Any] | None]) -> str | None:
+    def probed(self, replies: Replies) -> str | None:
         """This rank's part of the preflight's verdict."""
         self.ledger.note_opened(-1, {rank: reply["opened"] for rank, reply in replies.items() if reply is not None})
         problem = None
@@ -449,14 +401,15 @@ class _Run:
                 with self.watch.phase("gather"):
                     flat = self.gather(bucket, entries, num_bytes)
                 with self.watch.phase("export"):
-                    payloads = self.make_payloads(flat, entries, number)
+                    payloads = self.delivery.make(flat, entries, number)
             except BaseException as caught:
                 error = caught
         with self.watch.phase("export"):
             gathered = self.agree(error, payloads, what=f"gather bucket {number}")
         with self.watch.phase("push"):
             per_tp_rank = [payload for of_rank in gathered for payload in of_rank]
-            verdict = self.on_owner(f"load bucket {number}", lambda server: self.load(server, per_tp_rank, entries, number))
+            what = f"load bucket {number}"
+            verdict = self.on_owner(what, lambda server: self.delivery.load(server, per_tp_rank, entries, number, self.left(what)))
         self.ledger.note_opened(number, verdict.opened)
         if verdict.problem is not None:
             raise SyncError(
@@ -471,29 +424,14 @@ class _Run:
         self.names.update(name for name, _ in bucket)
         with self.watch.phase("settle"):
             try:
-                self.ledger.settle(deadline=self.deadline)
+                self.ledger.settle(deadline=min(self.deadline, time.monotonic() + _RETURN_S))
             except TpColocateError as caught:
                 return caught
         return None
 
-    @property
-    def exports(self) -> bool:
-        """Whether this rank makes payloads."""
-        if self.transport == "file":
-            return self.is_owner
-        return self.options.payloads == "per_rank" or self.is_owner
-
-    @property
-    def readers(self) -> list[int]:
-        """TP ranks that this rank makes payloads for."""
-        if not self.exports:
-            return []
-        everybody = self.transport == "file" or self.options.payloads == "fan_out"
-        return list(range(len(self.group))) if everybody else [self.tp_rank]
-
     def gather(self, bucket: NamedTensors, entries: list[ipc_payload.Entry], num_bytes: int) -> torch.Tensor | None:
         """Full tensors into fresh staging memory.  Ranks that export nothing gather all the same."""
-        flat = ipc_payload.allocate(num_bytes, self.sync.device) if self.exports else None
+        flat = ipc_payload.allocate(num_bytes, self.sync.device) if self.delivery.exports else None
         largest = max(range(len(entries)), key=lambda i: entries[i].num_bytes)
         for i, ((_, tensor), entry) in enumerate(zip(bucket, entries)):
             full = full_tensor(tensor)
@@ -510,66 +448,6 @@ class _Run:
 
     def note_peak(self) -> None:
         self.peak_extra = max(self.peak_extra, allocated_bytes(self.sync.device) - self.allocated_before)
-
-    def make_payloads(self, flat: torch.Tensor | None, entries: list[ipc_payload.Entry], number: int) -> list[str]:
-        """This rank's payloads for one bucket, in tp order of their readers."""
-        if flat is None:
-            return []
-        if self.transport == "stock":
-            return [ipc_payload.payload(self.exported(flat, reader, number), entries) for reader in self.readers]
-        return self.commands(flat, "load", number=number, entries=ipc_payload.described(entries))
-
-    def commands(self, flat: torch.Tensor, action: str, *, number: int, **fields: Any) -> list[str]:
-        """Commands for the receiver, one per reader, each with a handle of its own."""
-        job = {"do": action, "tp_size": len(self.group), "checksum": list(checksum(flat)), **fields}
-        file: dict[str, Any] | None = None
-        if self.transport == "file":
-            file = ipc_payload.write_file(flat, self.file(number))
-        made = []
-        for reader in self.readers:
-            handle = file if file is not None else self.exported(flat, reader, number).describe()
-            made.append(ipc_payload.command({**job, "tp_rank": reader, "handle": handle, "reply": str(self.reply(number, reader))}))
-        return made
-
-    def exported(self, flat: torch.Tensor, reader: int, number: int) -> ipc_payload.Handle:
-        """A handle for one reader, and for no other."""
-        if reader != self.readers[0] and not flat.is_cuda:
-            # A CPU file has one counter for all its readers: a copy each tells them apart.
-            flat = ipc_payload.allocate(flat.numel(), flat.device).copy_(flat)
-            self.note_peak()
-        return self.ledger.export(flat, tp_rank=reader, bucket=number)
-
-    def load(self, server: WeightServer, payloads: list[str], entries: list[ipc_payload.Entry], number: int) -> Verdict:
-        """On the owner: hand a bucket to the engine, and judge what its workers say."""
-        what = f"load bucket {number}"
-        try:
-            if self.transport == "stock":
-                server.push(payloads, load_format="flattened_bucket", timeout_s=self.left(what))
-                return Verdict(unproven=tuple(entry.name for entry in entries))
-            return judge(self.push(server, payloads, number, self.left(what)), entries)
-        finally:
-            if self.transport == "file":
-                self.file(number).unlink(missing_ok=True)
-
-    def push(self, server: WeightServer, commands: list[str], number: int, timeout_s: float) -> dict[int, dict[str, Any] | None]:
-        """On the owner: send commands; the workers' replies by TP rank."""
-        server.push(commands, load_format=self.sync.loader, timeout_s=timeout_s)
-        replies: dict[int, dict[str, Any] | None] = {}
-        for tp_rank in range(len(self.group)):
-            path = self.reply(number, tp_rank)
-            try:
-                replies[tp_rank] = json.loads(path.read_text())
-                path.unlink()
-            except FileNotFoundError:
-                replies[tp_rank] = None
-        return replies
-
-    def reply(self, number: int, tp_rank: int) -> Path:
-        return self.sync.reply_folder / f"{self.nonce}-{number}-{tp_rank}.json"
-
-    def file(self, number: int) -> Path:
-        folder = self.sync.reply_folder if self.options.folder is None else self.options.folder
-        return folder / f"tpcolocate-{self.nonce}-{number}.safetensors"
 
     def drain(self) -> None:
         """Read the remaining weights and drop them, so that gathers which span slices stay complete."""
@@ -638,4 +516,4 @@ def _repeated(names: Iterator[str]) -> str | None:
     return None
 
 
-__all__ = ["PAYLOADS", "TRANSPORTS", "SyncOptions", "Verdict", "WeightServer", "WeightSync", "buckets", "judge"]
+__all__ = ["SyncOptions", "WeightSync", "buckets"]

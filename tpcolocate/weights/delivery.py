@@ -1,0 +1,185 @@
+"""How a bucket becomes payloads, reaches the engine, and what its workers answer.
+
+`Delivery` belongs to one sync on one rank.  Making payloads is local to every rank; handing them over is the owner's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from tpcolocate import ipc_payload
+from tpcolocate.in_server.tpcolocate_receiver import checksum
+
+PAYLOADS = ("per_rank", "fan_out")
+"""``per_rank``: each rank exports the memory of its own device.  ``fan_out``: the owner exports one copy per TP rank."""
+TRANSPORTS = ("auto", "ipc", "file", "stock")
+"""``ipc``: handles, opened and checked by our receiver.  ``file``: safetensors files, read by it.  ``stock``: handles,
+opened by SGLang itself, unchecked.  ``auto``: ``ipc`` if a first small handle proves that it works, else ``file``."""
+
+_SHOWN = 5
+Replies = dict[int, dict[str, Any] | None]
+"""TP rank -> what its receiver wrote; None where nothing came."""
+
+
+class WeightServer(Protocol):
+    """What a sync needs of the engine; used on the owner only."""
+
+    def begin_sync(self, *, timeout_s: float) -> None: ...
+    def push(self, payloads: Sequence[str], *, load_format: str, timeout_s: float) -> None: ...
+    def end_sync(self, version: str, *, timeout_s: float) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What the TP workers said of a bucket, drawn together on the owner.
+
+    Attributes:
+        opened: TP rank -> whether it mapped its handle; empty if the engine cannot say.
+        problem: What is wrong, in words; None if nothing is.
+        unproven: Tensors whose arrival cannot be read back.
+    """
+
+    opened: dict[int, bool] = field(default_factory=dict)
+    problem: str | None = None
+    unproven: tuple[str, ...] = ()
+
+
+def judge(replies: Replies, entries: Sequence[ipc_payload.Entry]) -> Verdict:
+    """Draw the workers' replies to one bucket together.  Pure.
+
+    Args:
+        replies: TP rank -> reply of `tpcolocate_receiver`, None where none came.
+        entries: What the bucket held.
+    """
+    opened = {rank: reply["opened"] for rank, reply in replies.items() if reply is not None}
+    for rank, reply in replies.items():
+        if reply is None:
+            return Verdict(opened, f"TP rank {rank} did not answer")
+        if reply["error"] is not None:
+            return Verdict(opened, f"TP rank {rank}: {reply['error']}")
+        if reply["differing"]:
+            return Verdict(opened, f"TP rank {rank} holds other values than were sent: {_some(reply['differing'])}")
+    unproven = {name for reply in replies.values() if reply is not None for name in reply["unproven"]}
+    read = {e.name: sum(r["read"].get(e.name, 0) for r in replies.values() if r is not None) for e in entries}
+    missed = [e.name for e in entries if e.name not in unproven and read[e.name] < e.shape.numel()]
+    if missed:
+        return Verdict(opened, f"the engine took these tensors in part or not at all: {_some(missed)}")
+    return Verdict(opened, None, tuple(sorted(unproven)))
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
+
+
+@dataclass(slots=True)
+class Delivery:
+    """One rank's way of handing buckets to the engine.
+
+    Attributes:
+        tp_rank: This rank's position in the slice.
+        tp_size: Ranks of the slice.
+        is_owner: Whether this rank talks to the engine.
+        payloads: One of `PAYLOADS`.
+        transport: One of `TRANSPORTS`; ``auto`` is resolved by the preflight.
+        loader: Dotted name of the receiver in the engine.
+        reply_folder: Where its replies appear.
+        file_folder: Where files go.
+        ledger: Of this sync.
+        copied: Called after a bucket was copied, for the memory report.
+        nonce: Told by the owner; keeps the replies of different syncs apart.
+    """
+
+    tp_rank: int
+    tp_size: int
+    is_owner: bool
+    payloads: str
+    transport: str
+    loader: str
+    reply_folder: Path
+    file_folder: Path
+    ledger: ipc_payload.Ledger
+    copied: Callable[[], None]
+    nonce: str = ""
+
+    @property
+    def exports(self) -> bool:
+        """Whether this rank makes payloads."""
+        if self.transport == "file":
+            return self.is_owner
+        return self.payloads == "per_rank" or self.is_owner
+
+    @property
+    def readers(self) -> list[int]:
+        """TP ranks that this rank makes payloads for."""
+        if not self.exports:
+            return []
+        everybody = self.transport == "file" or self.payloads == "fan_out"
+        return list(range(self.tp_size)) if everybody else [self.tp_rank]
+
+    def make(self, flat: torch.Tensor | None, entries: list[ipc_payload.Entry], number: int) -> list[str]:
+        """This rank's payloads for one bucket, in tp order of their readers."""
+        if flat is None:
+            return []
+        if self.transport == "stock":
+            return [ipc_payload.payload(self.exported(flat, reader, number), entries) for reader in self.readers]
+        return self.commands(flat, "load", number=number, entries=ipc_payload.described(entries))
+
+    def commands(self, flat: torch.Tensor, action: str, *, number: int, **fields: Any) -> list[str]:
+        """Commands for the receiver, one per reader, each with a handle of its own."""
+        job = {"do": action, "tp_size": self.tp_size, "checksum": list(checksum(flat)), **fields}
+        file: dict[str, Any] | None = None
+        if self.transport == "file":
+            file = ipc_payload.write_file(flat, self.file(number))
+        made = []
+        for reader in self.readers:
+            handle = file if file is not None else self.exported(flat, reader, number).describe()
+            made.append(ipc_payload.command({**job, "tp_rank": reader, "handle": handle, "reply": str(self.reply(number, reader))}))
+        return made
+
+    def exported(self, flat: torch.Tensor, reader: int, number: int) -> ipc_payload.Handle:
+        """A handle for one reader, and for no other."""
+        if reader != self.readers[0] and not flat.is_cuda:
+            # A CPU file has one counter for all its readers: a copy each tells them apart.
+            flat = ipc_payload.allocate(flat.numel(), flat.device).copy_(flat)
+            self.copied()
+        return self.ledger.export(flat, tp_rank=reader, bucket=number)
+
+    def load(self, server: WeightServer, payloads: list[str], entries: list[ipc_payload.Entry], number: int, timeout_s: float) -> Verdict:
+        """On the owner: hand a bucket to the engine, and judge what its workers say."""
+        try:
+            if self.transport == "stock":
+                server.push(payloads, load_format="flattened_bucket", timeout_s=timeout_s)
+                return Verdict(unproven=tuple(entry.name for entry in entries))
+            return judge(self.push(server, payloads, number, timeout_s), entries)
+        finally:
+            if self.transport == "file":
+                self.file(number).unlink(missing_ok=True)
+
+    def push(self, server: WeightServer, commands: list[str], number: int, timeout_s: float) -> Replies:
+        """On the owner: send commands; the workers' replies by TP rank."""
+        server.push(commands, load_format=self.loader, timeout_s=timeout_s)
+        replies: Replies = {}
+        for tp_rank in range(self.tp_size):
+            path = self.reply(number, tp_rank)
+            try:
+                replies[tp_rank] = json.loads(path.read_text())
+                path.unlink()
+            except FileNotFoundError:
+                replies[tp_rank] = None
+        return replies
+
+    def reply(self, number: int, tp_rank: int) -> Path:
+        return self.reply_folder / f"{self.nonce}-{number}-{tp_rank}.json"
+
+    def file(self, number: int) -> Path:
+        return self.file_folder / f"tpcolocate-{self.nonce}-{number}.safetensors"
+
+
+__all__ = ["PAYLOADS", "TRANSPORTS", "Delivery", "Replies", "Verdict", "WeightServer", "judge"]
