@@ -155,7 +155,7 @@ def child_environment(
     Args:
         parent: The trainer's environment.
         visibility: Variables that select the slice's devices; None removes one.
-        user: Added last, and wins.
+        user: Added last, and wins; but for the stub, which comes before its PYTHONPATH.
         device_type: ``"cpu"`` adds what SGLang's CPU engine reads.
         tp_size: Number of CPU core groups to bind.
         cores: Usable CPU cores, for the CPU engine.
@@ -187,10 +187,12 @@ def child_environment(
         environment[name] = ",".join(dict.fromkeys([*entries, "localhost", _LOOPBACK, "::1"]))
     if device_type == "cpu":
         environment["SGLANG_USE_CPU_ENGINE"] = "1"
-        environment.setdefault("SGLANG_CPU_OMP_THREADS_BIND", _bind(cores, tp_size))
-        if stub is not None:
-            environment["PYTHONPATH"] = os.pathsep.join(p for p in (stub, environment.get("PYTHONPATH", "")) if p)
-    environment.update(user or {})
+        if cores:
+            environment.setdefault("SGLANG_CPU_OMP_THREADS_BIND", _bind(cores, tp_size))
+    environment.update({} if user is None else user)
+    if device_type == "cpu" and stub is not None:
+        # After the user's: a PYTHONPATH of theirs does not bring the kernels that are missing here.
+        environment["PYTHONPATH"] = os.pathsep.join(p for p in (stub, environment.get("PYTHONPATH", "")) if p)
     return environment, warnings
 
 
@@ -231,7 +233,7 @@ class ServerSpec:
     environment: Mapping[str, str]
     log_path: Path
     owner_pid: int
-    owner_started: float
+    owner_started: int
     unlink: tuple[str, ...] = ()
     grace_s: float = 15.0
 
@@ -252,6 +254,7 @@ class ServerProcess:
         self._events = b""
         self._exit: dict[str, Any] | None = None
         self._pid_of_creator = os.getpid()
+        self._log_start = 0  # an earlier try, or an earlier server, may have written to the same file
 
     @classmethod
     def start(
@@ -280,7 +283,7 @@ class ServerProcess:
                 return server
             except BaseException as error:
                 server.stop()
-                retry = isinstance(error, LaunchError) and _is_port_clash(error) and "port" not in spec.arguments
+                retry = isinstance(error, LaunchError) and server.met_port_clash() and "port" not in spec.arguments
                 if not retry or attempt == _LAUNCH_TRIES:
                     raise
                 logger.warning("a port was taken while the server loaded; starting again (try %d of %d)", attempt + 1, _LAUNCH_TRIES)
@@ -315,6 +318,8 @@ class ServerProcess:
     def _spawn(self, command: list[str]) -> None:
         spec = self.spec
         spec.log_path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if spec.log_path.exists():
+            self._log_start = spec.log_path.stat().st_size
         self._supervisor = subprocess.Popen(
             [sys.executable, "-P", str(_SUPERVISOR)],
             stdin=subprocess.PIPE,
@@ -378,8 +383,9 @@ class ServerProcess:
         """Whether the server is gone; never blocks."""
         if self._supervisor is None:
             return True
+        gone = self._supervisor.poll() is not None  # before its last words are read, not after
         self._read_events()
-        return self._exit is not None or self._supervisor.poll() is not None
+        return gone or self._exit is not None
 
     @property
     def exit_code(self) -> int | None:
@@ -403,12 +409,27 @@ class ServerProcess:
     def log_tail(self) -> str:
         """The last lines of the server's output, for people."""
         try:
-            with open(self.spec.log_path, "rb") as log:
-                log.seek(max(log.seek(0, os.SEEK_END) - _LOG_TAIL_BYTES, 0))
-                lines = log.read().decode(errors="replace").splitlines()
+            lines = self._log_lines()
         except FileNotFoundError:
             return "(no log was written)"
-        return "\n".join(["--- last lines of the server's log ---", *lines[-_LOG_TAIL_LINES:]]).replace(self.api_key, "***")
+        return "\n".join(["--- last lines of the server's log ---", *lines[-_LOG_TAIL_LINES:]])
+
+    def _log_lines(self) -> list[str]:
+        with open(self.spec.log_path, "rb") as log:
+            end = log.seek(0, os.SEEK_END)
+            start = log.seek(max(end - _LOG_TAIL_BYTES, self._log_start))
+            text = log.read().decode(errors="replace")
+        if start > self._log_start:
+            text = text.partition("\n")[2]  # a line without its beginning, which may be half of the key
+        return text.replace(self.api_key, "***").splitlines()
+
+    def met_port_clash(self) -> bool:
+        """Whether this server's own output says that an address was taken."""
+        try:
+            text = "\n".join(self._log_lines()).lower()
+        except FileNotFoundError:
+            return False
+        return "address already in use" in text or "eaddrinuse" in text
 
     def last_line(self) -> str:
         """The log's last line, shown while the server loads."""
@@ -456,11 +477,6 @@ class ServerProcess:
             self._supervisor = None
         finally:
             supervisor.stdout.close()
-
-
-def _is_port_clash(error: LaunchError) -> bool:
-    text = (error.details or "").lower()
-    return "address already in use" in text or "eaddrinuse" in text
 
 
 def _reason(tail: str) -> str:
