@@ -10,6 +10,7 @@ import asyncio
 import json
 import logging
 import weakref
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -30,10 +31,18 @@ class _NotOurRequests(logging.Filter):
 
     def __init__(self) -> None:
         super().__init__()
-        self.origins: set[str] = set()
+        self._users: Counter[str] = Counter()
+
+    def add(self, url: str) -> None:
+        self._users[url + "/"] += 1  # with the slash: port 3000 is not port 30001
+
+    def remove(self, url: str) -> None:
+        self._users[url + "/"] -= 1
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return not any(str(argument).startswith(tuple(self.origins)) for argument in record.args or ())
+        quiet = tuple(origin for origin, users in list(self._users.items()) if users > 0)
+        arguments = record.args if isinstance(record.args, tuple) else ()
+        return not any(str(argument).startswith(quiet) for argument in arguments)
 
 
 _quiet = _NotOurRequests()
@@ -49,7 +58,8 @@ class ServerClient:
 
     def __init__(self, url: str, *, api_key: str | None = None) -> None:
         self.url = url
-        _quiet.origins.add(url)
+        _quiet.add(url)
+        self._closed = False
         logging.getLogger("httpx").addFilter(_quiet)
         self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         # trust_env off: a proxy from the environment must not get requests meant for this machine
@@ -58,7 +68,9 @@ class ServerClient:
 
     def close(self) -> None:
         """Close the connections of the blocking side; asyncio pools go with their loops."""
-        _quiet.origins.discard(self.url)
+        if not self._closed:
+            self._closed = True
+            _quiet.remove(self.url)  # others may still talk to the same server
         self._http.close()
 
     def get(self, path: str, *, timeout_s: float) -> Any:
@@ -146,7 +158,7 @@ class ServerClient:
         try:
             yield
         except httpx.ConnectTimeout as error:
-            raise EngineDeadError(f"{path}: no connection within {_CONNECT_TIMEOUT_S:g} s", url=self.url) from error
+            raise EngineDeadError(f"{path}: no connection within {min(_CONNECT_TIMEOUT_S, timeout_s):g} s", url=self.url) from error
         except httpx.TimeoutException as error:
             raise DeadlineError(
                 f"{path}: no answer within {timeout_s:g} s", hint="the request may still be carried out", url=self.url
