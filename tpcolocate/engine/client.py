@@ -7,8 +7,10 @@ carried out twice opens its payload twice.
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import logging
+import ssl
 import weakref
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Mapping
@@ -63,7 +65,7 @@ class ServerClient:
         logging.getLogger("httpx").addFilter(_quiet)
         self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         # trust_env off: a proxy from the environment must not get requests meant for this machine
-        self._http = httpx.Client(base_url=url, headers=self._headers, trust_env=False, limits=_LIMITS)
+        self._http = httpx.Client(base_url=url, headers=self._headers, trust_env=False, verify=_certificates(), limits=_LIMITS)
         self._async: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, httpx.AsyncClient] = weakref.WeakKeyDictionary()
 
     def close(self) -> None:
@@ -149,7 +151,9 @@ class ServerClient:
         loop = asyncio.get_running_loop()
         client = self._async.get(loop)
         if client is None:
-            client = httpx.AsyncClient(base_url=self.url, headers=self._headers, trust_env=False, limits=_LIMITS)
+            client = httpx.AsyncClient(
+                base_url=self.url, headers=self._headers, trust_env=False, verify=_certificates(), limits=_LIMITS
+            )
             self._async[loop] = client
         return client
 
@@ -196,6 +200,12 @@ class ServerClient:
 _DONE = object()
 
 
+@functools.cache
+def _certificates() -> ssl.SSLContext:
+    """Once for all clients: reading them takes tens of milliseconds, for servers that mostly speak plain HTTP."""
+    return httpx.create_ssl_context(trust_env=False)
+
+
 def _timeout(timeout_s: float) -> httpx.Timeout:
     return httpx.Timeout(timeout_s, connect=min(_CONNECT_TIMEOUT_S, timeout_s))
 
@@ -208,6 +218,8 @@ def _message(response: httpx.Response) -> str:
         return response.text.strip() or response.reason_phrase
     if isinstance(body, dict):
         error = body.get("error", body)
+        if isinstance(error, str) and error:
+            return error
         for key in ("message", "error_message", "detail"):
             if isinstance(error, dict) and error.get(key):
                 return str(error[key])
