@@ -73,7 +73,7 @@ def test_the_installed_torch_takes_the_arguments_that_we_know():
 
 def test_arguments_go_where_torch_wants_them(monkeypatch):
     names = list(reversed(CUDA_NAMES))
-    moved = lambda: None  # noqa: E731
+    moved = lambda: None
     moved.__signature__ = inspect.Signature([inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in names])
     monkeypatch.setattr(reductions, "rebuild_cuda_tensor", moved)
     function, arguments = cuda_handle().reduced().__reduce__()
@@ -86,7 +86,7 @@ def test_arguments_go_where_torch_wants_them(monkeypatch):
 
 @pytest.mark.parametrize("names", [CUDA_NAMES[:-1], (*CUDA_NAMES, "one_more")])
 def test_a_torch_with_other_arguments_is_refused(monkeypatch, names):
-    other = lambda: None  # noqa: E731
+    other = lambda: None
     other.__signature__ = inspect.Signature([inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in names])
     monkeypatch.setattr(reductions, "rebuild_cuda_tensor", other)
     with pytest.raises(ConfigError, match="rebuild_cuda_tensor"):

@@ -195,7 +195,7 @@ class _Run:
         )
 
     def prepare(self, source: Source) -> Weights:
-        weights = Weights(source)
+        weights = Weights(source, expected=None if self.sync.spec is None else self.sync.spec.shapes)
         self.sharded = weights.is_sharded
         self.rest = buckets(weights, self.options.bucket_bytes)
         if weights.known is not None:
