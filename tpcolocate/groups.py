@@ -28,7 +28,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
-import psutil
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import AllgatherOptions
@@ -93,8 +92,8 @@ class Member:
     tp_size: int
     host: Host
     pid: int
-    started: float
-    """Start time of the process in seconds since the epoch; with `pid` it identifies the process."""
+    started: int
+    """Start of the process in clock ticks since boot (`start_of`); with `pid` it identifies the process."""
     facts: dict[str, Any] = field(default_factory=dict)
     """Whatever else the caller exchanges; JSON types."""
     error: str | None = None
@@ -110,11 +109,7 @@ class Member:
 
     def is_running(self) -> bool:
         """Whether the process still exists; meaningful on its own host and pid namespace only."""
-        try:
-            process = psutil.Process(self.pid)
-            return process.create_time() == self.started and process.status() != psutil.STATUS_ZOMBIE
-        except psutil.Error:
-            return False
+        return start_of(self.pid) == self.started
 
 
 def exchange(store: dist.Store, member: Member, *, timeout_s: float) -> list[Member]:
@@ -462,9 +457,26 @@ def _bytes_tensor(data: bytes) -> torch.Tensor:
     return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
 
 
-def this_process() -> tuple[int, float]:
+def this_process() -> tuple[int, int]:
     """Pid and start time, which together identify this process."""
-    return os.getpid(), psutil.Process().create_time()
+    pid = os.getpid()
+    started = start_of(pid)
+    assert started is not None
+    return pid, started
+
+
+def start_of(pid: int) -> int | None:
+    """When a process started, in clock ticks since boot; None if it has ended, whether or not its parent has noticed.
+
+    Not in seconds since the epoch: those are computed from the clock, and a clock that is set makes every process
+    look like another one.  Field 22 of /proc/PID/stat; see proc(5).
+    """
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as stat:
+            fields = stat.read().rpartition(b")")[2].split()  # the name before it may hold spaces and brackets
+    except OSError:
+        return None
+    return None if fields[0] in (b"Z", b"X") else int(fields[19])
 
 
 __all__ = [
@@ -474,5 +486,6 @@ __all__ = [
     "exchange",
     "make_group",
     "plan_slices",
+    "start_of",
     "this_process",
 ]

@@ -18,9 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from tpcolocate.errors import RendezvousError
+from tpcolocate.groups import start_of
 
 _FOLDER = Path("/dev/shm")
 _POLL_INTERVAL_S = 0.05
@@ -36,7 +35,7 @@ class Announcement:
         job: Identity of the job, shared by all its ranks and by nobody else.
         slice_ranks: Global ranks in tp order.
         pid: The owner's process.
-        started: Its start time in seconds since the epoch.
+        started: Its start in clock ticks since boot, see `start_of`.
         nonce: Made anew for every launch: an announcement of an earlier launch never passes for this one's.
     """
 
@@ -45,14 +44,11 @@ class Announcement:
     job: str
     slice_ranks: tuple[int, ...]
     pid: int
-    started: float
+    started: int
     nonce: str
 
     def writer_is_running(self) -> bool:
-        try:
-            return psutil.Process(self.pid).create_time() == self.started
-        except psutil.Error:
-            return False
+        return start_of(self.pid) == self.started
 
 
 def path_for(job: str, slice_index: int) -> Path:
@@ -83,14 +79,18 @@ def read(path: Path) -> Announcement | None:
         RendezvousError: The file is another user's, readable by others, or not ours in form.
     """
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        # Anybody may put anything under this name in /dev/shm: opening a pipe would block without O_NONBLOCK.
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         return None
     except OSError as error:
         raise RendezvousError(f"{path} cannot be read: {error}") from error
-    with os.fdopen(handle) as file:
-        status = os.fstat(file.fileno())
-        if status.st_uid != os.getuid() or not stat.S_ISREG(status.st_mode):
+    status = os.fstat(handle)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(handle)
+        raise RendezvousError(f"{path} is no regular file", hint="it is not ours; remove it")
+    with os.fdopen(handle, encoding="utf-8") as file:
+        if status.st_uid != os.getuid():
             raise RendezvousError(f"{path} belongs to user id {status.st_uid}, not to {os.getuid()}", hint="it is not ours; remove it")
         if status.st_mode & 0o077:
             raise RendezvousError(f"{path} is accessible to others (mode {stat.S_IMODE(status.st_mode):o})", hint="somebody changed it; remove it")

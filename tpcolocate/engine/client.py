@@ -7,9 +7,12 @@ carried out twice opens its payload twice.
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import logging
+import ssl
 import weakref
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -30,10 +33,18 @@ class _NotOurRequests(logging.Filter):
 
     def __init__(self) -> None:
         super().__init__()
-        self.origins: set[str] = set()
+        self._users: Counter[str] = Counter()
+
+    def add(self, url: str) -> None:
+        self._users[url + "/"] += 1  # with the slash: port 3000 is not port 30001
+
+    def remove(self, url: str) -> None:
+        self._users[url + "/"] -= 1
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return not any(str(argument).startswith(tuple(self.origins)) for argument in record.args or ())
+        quiet = tuple(origin for origin, users in list(self._users.items()) if users > 0)
+        arguments = record.args if isinstance(record.args, tuple) else ()
+        return not any(str(argument).startswith(quiet) for argument in arguments)
 
 
 _quiet = _NotOurRequests()
@@ -49,16 +60,19 @@ class ServerClient:
 
     def __init__(self, url: str, *, api_key: str | None = None) -> None:
         self.url = url
-        _quiet.origins.add(url)
+        _quiet.add(url)
+        self._closed = False
         logging.getLogger("httpx").addFilter(_quiet)
         self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         # trust_env off: a proxy from the environment must not get requests meant for this machine
-        self._http = httpx.Client(base_url=url, headers=self._headers, trust_env=False, limits=_LIMITS)
+        self._http = httpx.Client(base_url=url, headers=self._headers, trust_env=False, verify=_certificates(), limits=_LIMITS)
         self._async: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, httpx.AsyncClient] = weakref.WeakKeyDictionary()
 
     def close(self) -> None:
         """Close the connections of the blocking side; asyncio pools go with their loops."""
-        _quiet.origins.discard(self.url)
+        if not self._closed:
+            self._closed = True
+            _quiet.remove(self.url)  # others may still talk to the same server
         self._http.close()
 
     def get(self, path: str, *, timeout_s: float) -> Any:
@@ -137,7 +151,9 @@ class ServerClient:
         loop = asyncio.get_running_loop()
         client = self._async.get(loop)
         if client is None:
-            client = httpx.AsyncClient(base_url=self.url, headers=self._headers, trust_env=False, limits=_LIMITS)
+            client = httpx.AsyncClient(
+                base_url=self.url, headers=self._headers, trust_env=False, verify=_certificates(), limits=_LIMITS
+            )
             self._async[loop] = client
         return client
 
@@ -146,7 +162,7 @@ class ServerClient:
         try:
             yield
         except httpx.ConnectTimeout as error:
-            raise EngineDeadError(f"{path}: no connection within {_CONNECT_TIMEOUT_S:g} s", url=self.url) from error
+            raise EngineDeadError(f"{path}: no connection within {min(_CONNECT_TIMEOUT_S, timeout_s):g} s", url=self.url) from error
         except httpx.TimeoutException as error:
             raise DeadlineError(
                 f"{path}: no answer within {timeout_s:g} s", hint="the request may still be carried out", url=self.url
@@ -184,6 +200,12 @@ class ServerClient:
 _DONE = object()
 
 
+@functools.cache
+def _certificates() -> ssl.SSLContext:
+    """Once for all clients: reading them takes tens of milliseconds, for servers that mostly speak plain HTTP."""
+    return httpx.create_ssl_context(trust_env=False)
+
+
 def _timeout(timeout_s: float) -> httpx.Timeout:
     return httpx.Timeout(timeout_s, connect=min(_CONNECT_TIMEOUT_S, timeout_s))
 
@@ -196,6 +218,8 @@ def _message(response: httpx.Response) -> str:
         return response.text.strip() or response.reason_phrase
     if isinstance(body, dict):
         error = body.get("error", body)
+        if isinstance(error, str) and error:
+            return error
         for key in ("message", "error_message", "detail"):
             if isinstance(error, dict) and error.get(key):
                 return str(error[key])

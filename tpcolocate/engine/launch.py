@@ -160,7 +160,7 @@ def child_environment(
     Args:
         parent: The trainer's environment.
         visibility: Variables that select the slice's devices; None removes one.
-        user: Added last, and wins.
+        user: Added last, and wins; but for the stub, which comes before its PYTHONPATH.
         device_type: ``"cpu"`` adds what SGLang's CPU engine reads.
         tp_size: Number of CPU core groups to bind.
         cores: Usable CPU cores, for the CPU engine.
@@ -192,9 +192,11 @@ def child_environment(
         environment[name] = ",".join(dict.fromkeys([*entries, "localhost", _LOOPBACK, "::1"]))
     if device_type == "cpu":
         environment["SGLANG_USE_CPU_ENGINE"] = "1"
-        environment.setdefault("SGLANG_CPU_OMP_THREADS_BIND", _bind(cores, tp_size))
-    environment.update(user or {})
-    # After the user's own PYTHONPATH was taken over: without the receiver there is no weight sync.
+        if cores:
+            environment.setdefault("SGLANG_CPU_OMP_THREADS_BIND", _bind(cores, tp_size))
+    environment.update({} if user is None else user)
+    # After the user's: without the receiver there is no weight sync, and their PYTHONPATH does not bring the kernels
+    # that are missing on a CPU.
     folders = [str(_IN_SERVER), *([stub] if stub is not None else []), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(folder for folder in folders if folder)
     return environment, warnings
@@ -237,7 +239,7 @@ class ServerSpec:
     environment: Mapping[str, str]
     log_path: Path
     owner_pid: int
-    owner_started: float
+    owner_started: int
     unlink: tuple[str, ...] = ()
     grace_s: float = 15.0
 
@@ -258,6 +260,7 @@ class ServerProcess:
         self._events = b""
         self._exit: dict[str, Any] | None = None
         self._pid_of_creator = os.getpid()
+        self._log_start = 0  # an earlier try, or an earlier server, may have written to the same file
 
     @classmethod
     def start(
@@ -286,7 +289,7 @@ class ServerProcess:
                 return server
             except BaseException as error:
                 server.stop()
-                retry = isinstance(error, LaunchError) and _is_port_clash(error) and "port" not in spec.arguments
+                retry = isinstance(error, LaunchError) and server.met_port_clash() and "port" not in spec.arguments
                 if not retry or attempt == _LAUNCH_TRIES:
                     raise
                 logger.warning("a port was taken while the server loaded; starting again (try %d of %d)", attempt + 1, _LAUNCH_TRIES)
@@ -321,6 +324,8 @@ class ServerProcess:
     def _spawn(self, command: list[str]) -> None:
         spec = self.spec
         spec.log_path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if spec.log_path.exists():
+            self._log_start = spec.log_path.stat().st_size
         self._supervisor = subprocess.Popen(
             [sys.executable, "-P", str(_SUPERVISOR)],
             stdin=subprocess.PIPE,
@@ -384,8 +389,9 @@ class ServerProcess:
         """Whether the server is gone; never blocks."""
         if self._supervisor is None:
             return True
+        gone = self._supervisor.poll() is not None  # before its last words are read, not after
         self._read_events()
-        return self._exit is not None or self._supervisor.poll() is not None
+        return gone or self._exit is not None
 
     @property
     def exit_code(self) -> int | None:
@@ -409,12 +415,27 @@ class ServerProcess:
     def log_tail(self) -> str:
         """The last lines of the server's output, for people."""
         try:
-            with open(self.spec.log_path, "rb") as log:
-                log.seek(max(log.seek(0, os.SEEK_END) - _LOG_TAIL_BYTES, 0))
-                lines = log.read().decode(errors="replace").splitlines()
+            lines = self._log_lines()
         except FileNotFoundError:
             return "(no log was written)"
-        return "\n".join(["--- last lines of the server's log ---", *lines[-_LOG_TAIL_LINES:]]).replace(self.api_key, "***")
+        return "\n".join(["--- last lines of the server's log ---", *lines[-_LOG_TAIL_LINES:]])
+
+    def _log_lines(self) -> list[str]:
+        with open(self.spec.log_path, "rb") as log:
+            end = log.seek(0, os.SEEK_END)
+            start = log.seek(max(end - _LOG_TAIL_BYTES, self._log_start))
+            text = log.read().decode(errors="replace")
+        if start > self._log_start:
+            text = text.partition("\n")[2]  # a line without its beginning, which may be half of the key
+        return text.replace(self.api_key, "***").splitlines()
+
+    def met_port_clash(self) -> bool:
+        """Whether this server's own output says that an address was taken."""
+        try:
+            text = "\n".join(self._log_lines()).lower()
+        except FileNotFoundError:
+            return False
+        return "address already in use" in text or "eaddrinuse" in text
 
     def last_line(self) -> str:
         """The log's last line, shown while the server loads."""
@@ -462,11 +483,6 @@ class ServerProcess:
             self._supervisor = None
         finally:
             supervisor.stdout.close()
-
-
-def _is_port_clash(error: LaunchError) -> bool:
-    text = (error.details or "").lower()
-    return "address already in use" in text or "eaddrinuse" in text
 
 
 def _reason(tail: str) -> str:

@@ -28,6 +28,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable
+from functools import partial
 
 import psutil
 
@@ -71,11 +72,17 @@ def shm_files(pids: Iterable[int]) -> set[str]:
     return {name for name in found if name.startswith(_LEFTOVER_PREFIXES)}
 
 
-def owner_is_running(pid: int, started: float) -> bool:
+def owner_is_running(pid: int, started: int) -> bool:
+    """By the start in clock ticks since boot: times since the epoch shift whenever the clock is set.
+
+    A zombie has ended, however long its parent takes to notice.
+    """
     try:
-        return psutil.Process(pid).create_time() == started
-    except psutil.Error:
+        with open(f"/proc/{pid}/stat", "rb") as stat:
+            fields = stat.read().rpartition(b")")[2].split()
+    except OSError:
         return False
+    return fields[0] not in (b"Z", b"X") and int(fields[19]) == started
 
 
 class Tree:
@@ -108,7 +115,9 @@ class Tree:
         deadline = time.monotonic() + 10.0
         while (alive := self._kill_rest()) and time.monotonic() < deadline:
             psutil.wait_procs(alive, timeout=0.2)
-        for name in self.files | shm_files(self.pids):
+        # Everything of ours has ended: a pid that exists now was given to a process of somebody else.
+        gone = {pid for pid in self.pids if not psutil.pid_exists(pid)}
+        for name in self.files | shm_files(gone):
             try:
                 os.unlink(_SHM + name)
             except FileNotFoundError:
@@ -126,24 +135,29 @@ class Tree:
         return alive
 
 
-class _Terminated(Exception):
-    """SIGTERM: somebody cleans up by name or by job; the server shall go too."""
+def _woken_by_sigterm() -> int:
+    """A descriptor that becomes readable on SIGTERM: somebody cleans up by name or by job, and the server shall go too.
+
+    Not an exception, which could hit the very code that ends the server.
+    """
+    read_end, write_end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+    signal.signal(signal.SIGTERM, lambda signum, frame: None)
+    return read_end
 
 
-def _on_sigterm(signum: int, frame: object) -> None:
-    raise _Terminated
-
-
-def _before_exec() -> None:
-    # After fork, before exec: die with the supervisor, and leave its process group.
+def _die_with(parent: int) -> None:
+    # After fork, before exec.
     _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the request was made
+        os._exit(1)
 
 
 def main() -> int:
     # The trainer's terminal sends Ctrl-C to everyone; only the trainer decides.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _on_sigterm)
+    terminated = _woken_by_sigterm()
     _libc.prctl(PR_SET_CHILD_SUBREAPER, 1)
     job = json.loads(sys.stdin.buffer.readline())
     owner_pid, owner_started = job["owner_pid"], job["owner_started"]
@@ -155,7 +169,7 @@ def main() -> int:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            preexec_fn=_before_exec,
+            preexec_fn=partial(_die_with, os.getpid()),
             process_group=0,
         )
     except OSError as error:
@@ -167,22 +181,17 @@ def main() -> int:
     commands = sys.stdin.fileno()
     poller = select.poll()
     poller.register(commands, select.POLLIN | select.POLLHUP)
-    server_fd = os.pidfd_open(server.pid)
-    poller.register(server_fd, select.POLLIN)
+    poller.register(terminated, select.POLLIN)
+    poller.register(os.pidfd_open(server.pid), select.POLLIN)
     try:
-        owner_fd = os.pidfd_open(owner_pid)
-        poller.register(owner_fd, select.POLLIN)
+        poller.register(os.pidfd_open(owner_pid), select.POLLIN)
     except OSError:
         pass  # exited already; the check below sees it
-    try:
-        while server.poll() is None and owner_is_running(owner_pid, owner_started):
-            ready = {fd for fd, _ in poller.poll(_LOOK_INTERVAL_MS)}
-            if commands in ready:
-                break  # "stop", or end-of-file: the trainer closed its end or died
-            tree.look()
-    except _Terminated:
-        pass
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the end below is bounded and must run to its end
+    while server.poll() is None and owner_is_running(owner_pid, owner_started):
+        ready = {fd for fd, _ in poller.poll(_LOOK_INTERVAL_MS)}
+        if commands in ready or terminated in ready:
+            break  # "stop", or end-of-file: the trainer closed its end or died
+        tree.look()
     forced = tree.end(job["grace_s"])
     for path in job["unlink"]:  # what the trainer would have removed, had it lived
         shutil.rmtree(path, ignore_errors=True)

@@ -272,7 +272,7 @@ class _Run:
         )
 
     def prepare(self, source: Source) -> Weights:
-        weights = Weights(source)
+        weights = Weights(source, expected=None if self.sync.spec is None else self.sync.spec.shapes)
         self.sharded = weights.is_sharded
         if weights.known is not None:
             if not weights.known:

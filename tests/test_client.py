@@ -1,0 +1,282 @@
+"""HTTP to the engine against a real server: errors in our words, nothing sent twice, nothing through a proxy."""
+
+import asyncio
+import json
+import logging
+import socket
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import httpx
+import pytest
+
+from tpcolocate.engine.client import ServerClient
+from tpcolocate.errors import DeadlineError, EngineDeadError, RequestError
+
+pytestmark = [pytest.mark.quick, pytest.mark.timeout(60)]
+
+EVENTS = [b'data: {"text": "a"}\n\n', b": a comment\n\n", b'data: {"text": "ab"}\n\n']
+ERRORS = {
+    "/openai": (400, b'{"error": {"message": "too long", "code": 400}}', "too long"),
+    "/message": (500, b'{"success": false, "message": "no such adapter"}', "no such adapter"),
+    "/error_message": (400, b'{"error_message": "bad tag"}', "bad tag"),
+    "/detail": (422, b'{"detail": "field required"}', "field required"),
+    "/detail_list": (422, b'{"detail": [{"loc": ["body"]}]}', "[{'loc': ['body']}]"),
+    "/error_text": (400, b'{"error": "plain words"}', "plain words"),
+    "/plain": (503, b"Service is starting\n", "Service is starting"),
+    "/empty": (404, b"", "Not Found"),
+    "/list": (400, b'["what"]', '["what"]'),
+}
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args):
+        pass
+
+    def answer(self, status, body, kind="application/json"):
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def events(self, chunks, finish=True):
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        for chunk in chunks:
+            self.wfile.write(b"%x\r\n%s\r\n" % (len(chunk), chunk))
+        if finish:
+            self.wfile.write(b"0\r\n\r\n")
+        else:
+            self.close_connection = True
+
+    def handle_any(self):
+        length = int(self.headers.get("Content-Length", 0))
+        body = self.rfile.read(length)
+        path = self.path.partition("?")[0]
+        self.server.requests.append((self.command, self.path, body, self.headers.get("Authorization")))
+        if path in ERRORS:
+            self.answer(*ERRORS[path][:2])
+        elif path == "/dropped":
+            self.close_connection = True
+            self.connection.shutdown(socket.SHUT_RDWR)
+        elif path == "/slow":
+            self.server.over.wait(30)
+            self.close_connection = True
+        elif path == "/text":
+            self.answer(200, b"Cache flushed.\n", "text/plain")
+        elif path == "/nothing":
+            self.answer(200, b"")
+        elif path == "/events":
+            self.events([*EVENTS, b"data: [DONE]\n\n", b'data: {"text": "never"}\n\n'])
+        elif path == "/events_error":
+            self.events([EVENTS[0], b'data: {"error": {"message": "aborted by the server"}}\n\n', b"data: [DONE]\n\n"])
+        elif path == "/events_cut":
+            self.events(EVENTS[:1], finish=False)
+        elif path == "/events_stuck":
+            self.events(EVENTS[:1], finish=False)
+            self.wfile.flush()
+            self.server.over.wait(30)
+        else:
+            self.answer(200, json.dumps({"method": self.command, "body": json.loads(body or b"null")}).encode())
+
+    do_GET = do_POST = handle_any
+
+
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128
+
+    def handle_error(self, request, client_address):
+        pass  # clients that give up close their connections
+
+    def __enter__(self):
+        self.requests, self.over = [], threading.Event()
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        return self
+
+    def __exit__(self, *error):
+        self.over.set()
+        self.shutdown()
+        self.server_close()
+
+
+@pytest.fixture
+def server():
+    with Server(("127.0.0.1", 0), Handler) as server:
+        yield server
+
+
+@pytest.fixture
+def client(server):
+    client = ServerClient(server.url, api_key="secret")
+    yield client
+    client.close()
+
+
+def send_blocking(client, path, timeout_s=10.0):
+    return client.post(path, {"a": 1}, timeout_s=timeout_s)
+
+
+def send_async(client, path, timeout_s=10.0):
+    return asyncio.run(client.post_async(path, {"a": 1}, timeout_s=timeout_s))
+
+
+def send_stream(client, path, timeout_s=10.0):
+    return list(client.stream(path, {"a": 1}, timeout_s=timeout_s))
+
+
+def send_stream_async(client, path, timeout_s=10.0):
+    async def collect():
+        return [event async for event in client.stream_async(path, {"a": 1}, timeout_s=timeout_s)]
+
+    return asyncio.run(collect())
+
+
+WAYS = [send_blocking, send_async, send_stream, send_stream_async]
+every_way = pytest.mark.parametrize("send", WAYS)
+
+
+@pytest.mark.parametrize("send", WAYS[:2])
+def test_json_goes_out_with_the_key_and_comes_back(server, client, send):
+    assert send(client, "/x") == {"method": "POST", "body": {"a": 1}}
+    [(_, _, body, authorization)] = server.requests
+    assert json.loads(body) == {"a": 1} and authorization == "Bearer secret"
+
+
+def test_get_params_and_empty_bodies(server, client):
+    assert client.get("/x", timeout_s=10.0) == {"method": "GET", "body": None}
+    assert client.post("/flush_cache", params={"timeout": 3}, timeout_s=10.0)["body"] == {}  # {} and not nothing
+    assert server.requests[1][1] == "/flush_cache?timeout=3"
+    assert client.get("/text", timeout_s=10.0) == "Cache flushed.\n"
+    assert client.get("/nothing", timeout_s=10.0) is None
+
+
+@pytest.mark.parametrize("path", ERRORS)
+@every_way
+def test_a_refusal_is_told_in_the_servers_words(server, client, send, path):
+    status, _, words = ERRORS[path]
+    with pytest.raises(RequestError) as caught:
+        send(client, path)
+    assert caught.value.message == f"{path}: {status}: {words}"
+    assert caught.value.status == status and caught.value.url == server.url
+    assert len(server.requests) == 1
+
+
+@every_way
+def test_a_dropped_connection_is_a_dead_engine_and_is_not_tried_again(server, client, send):
+    client.get("/x", timeout_s=10.0)  # an idle connection that might be used, lost and replaced
+    with pytest.raises(EngineDeadError) as caught:
+        send(client, "/dropped")
+    assert caught.value.url == server.url
+    assert [path for _, path, *_ in server.requests] == ["/x", "/dropped"]
+
+
+@every_way
+def test_no_answer_in_time_is_a_deadline_and_is_not_tried_again(server, client, send):
+    began = time.monotonic()
+    with pytest.raises(DeadlineError, match="/slow: no answer within 0.2 s"):
+        send(client, "/slow", timeout_s=0.2)
+    assert 0.2 <= time.monotonic() - began < 5
+    assert len(server.requests) == 1
+
+
+@every_way
+def test_nobody_there_is_a_dead_engine(send):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        client = ServerClient(f"http://127.0.0.1:{unused.getsockname()[1]}")
+        with pytest.raises(EngineDeadError, match="/x: ConnectError"):
+            send(client, "/x")
+        client.close()
+
+
+@pytest.mark.parametrize("send", WAYS[2:])
+class TestStreams:
+    def test_events_end_with_done(self, client, send):
+        assert send(client, "/events") == [{"text": "a"}, {"text": "ab"}]
+
+    def test_an_error_among_the_events_is_raised(self, client, send):
+        with pytest.raises(RequestError, match="/events_error: aborted by the server"):
+            send(client, "/events_error")
+
+    def test_a_stream_that_is_cut_is_no_end(self, client, send):
+        with pytest.raises(EngineDeadError):
+            send(client, "/events_cut")
+
+    def test_the_deadline_is_for_each_event(self, client, send):
+        with pytest.raises(DeadlineError):
+            send(client, "/events_stuck", timeout_s=0.3)
+
+
+def test_a_stream_that_is_left_early_gives_its_connection_back(server, client):
+    stream = client.stream("/events", {}, timeout_s=10.0)
+    assert next(stream) == {"text": "a"}
+    stream.close()
+    assert client.get("/x", timeout_s=10.0)["method"] == "GET"
+
+
+def test_several_event_loops_one_after_the_other_and_threads(server, client):
+    async def many():
+        return await asyncio.gather(*(client.post_async("/x", {"i": i}, timeout_s=10.0) for i in range(20)))
+
+    for _ in range(2):
+        assert [answer["body"]["i"] for answer in asyncio.run(many())] == list(range(20))
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(send_blocking(client, "/x"))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 8 and len(server.requests) == 48
+
+
+@pytest.mark.parametrize("name", ["HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"])
+@pytest.mark.parametrize("send", WAYS[:2])
+def test_a_proxy_of_the_environment_gets_nothing(server, monkeypatch, name, send):
+    with socket.socket() as proxy:
+        proxy.bind(("127.0.0.1", 0))  # refuses every connection
+        monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.getsockname()[1]}")
+        with pytest.raises(httpx.ConnectError):  # the variable does say something to others
+            httpx.get(server.url + "/x")
+        client = ServerClient(server.url)
+        assert send(client, "/x")["method"] == "POST"
+        client.close()
+
+
+def test_a_line_per_request_stays_out_of_the_log_for_this_server_only(server, caplog):
+    caplog.set_level(logging.INFO, logger="httpx")
+
+    def lines(call):
+        caplog.clear()
+        call()
+        return [record.getMessage() for record in caplog.records if record.name == "httpx"]
+
+    def by_others():
+        httpx.get(server.url + "/other", trust_env=False)
+
+    assert len(lines(by_others)) == 1
+    one, two = ServerClient(server.url), ServerClient(server.url)
+    assert lines(lambda: send_blocking(one, "/x")) == lines(lambda: send_async(one, "/x")) == []
+    one.close()
+    one.close()
+    assert lines(lambda: send_blocking(two, "/x")) == [], "another client of the same server goes on"
+    prefix = ServerClient(server.url[:-1])  # port 3000 is no part of port 30001
+    two.close()
+    assert len(lines(by_others)) == 1
+    prefix.close()
+
+
+@pytest.mark.parametrize("path, listening", [(None, True), ("dead", False)])
+def test_listening(server, client, path, listening):
+    if path == "dead":
+        server.shutdown()
+        server.server_close()
+    assert client.is_listening(timeout_s=5.0) is listening
+    assert client.is_healthy(timeout_s=5.0) is listening

@@ -1,0 +1,393 @@
+"""Payloads as SGLang's own code opens them in another process, and the ledger that counts them back."""
+
+import base64
+import gc
+import inspect
+import io
+import multiprocessing
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.multiprocessing import reductions
+
+from tpcolocate import ipc_payload
+from tpcolocate.errors import ConfigError, DeadlineError, SyncError
+
+pytestmark = [pytest.mark.quick, pytest.mark.timeout(120)]
+
+DTYPES = [torch.bfloat16, torch.float32, torch.int8, torch.bool, torch.float64, torch.int64, torch.float8_e4m3fn]
+
+
+# --- layout ---------------------------------------------------------------------------------------------------------
+
+tensors_to_lay_out = st.lists(
+    st.tuples(st.lists(st.integers(0, 9), max_size=4).map(torch.Size), st.sampled_from(DTYPES)), max_size=20
+)
+
+
+@given(tensors_to_lay_out)
+def test_places_are_aligned_in_order_and_do_not_overlap(shapes):
+    entries, num_bytes = ipc_payload.layout([(str(i), shape, dtype) for i, (shape, dtype) in enumerate(shapes)])
+    end = 0
+    for i, (entry, (shape, dtype)) in enumerate(zip(entries, shapes, strict=True)):
+        assert (entry.name, entry.shape, entry.dtype) == (str(i), shape, dtype)
+        assert entry.start % ipc_payload.ALIGNMENT == 0
+        assert end <= entry.start < end + ipc_payload.ALIGNMENT
+        assert entry.num_bytes == torch.empty(shape, dtype=dtype).nbytes
+        end = entry.start + entry.num_bytes
+    assert end <= num_bytes < end + ipc_payload.ALIGNMENT
+
+
+# --- CUDA, as far as it goes without a device -----------------------------------------------------------------------
+
+CUDA_NAMES = (
+    "tensor_cls", "tensor_size", "tensor_stride", "tensor_offset", "storage_cls", "dtype", "storage_device", "storage_handle",
+    "storage_size_bytes", "storage_offset_bytes", "requires_grad", "ref_counter_handle", "ref_counter_offset", "event_handle",
+    "event_sync_required",
+)  # fmt: skip
+
+
+def cuda_handle(num_bytes=256):
+    """As exported from a GPU, but for the export."""
+    handle = object.__new__(ipc_payload.CudaHandle)
+    vars(handle).update(
+        handle=b"H", num_bytes=num_bytes, offset=512, counter_file=b"/counter", counter_offset=3, event=b"E", event_sync=True,
+        device_uuid="GPU-1",
+    )  # fmt: skip
+    return handle
+
+
+def test_the_installed_torch_takes_the_arguments_that_we_know():
+    parameters = list(inspect.signature(reductions.rebuild_cuda_tensor).parameters)
+    assert ipc_payload._cuda_rebuild_order(tuple(reversed(CUDA_NAMES))) == parameters
+
+
+def test_arguments_go_where_torch_wants_them(monkeypatch):
+    names = list(reversed(CUDA_NAMES))
+    moved = lambda: None
+    moved.__signature__ = inspect.Signature([inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in names])
+    monkeypatch.setattr(reductions, "rebuild_cuda_tensor", moved)
+    function, arguments = cuda_handle().reduced().__reduce__()
+    by_name = dict(zip(names, arguments, strict=True))
+    assert function is moved
+    assert (by_name["storage_device"], by_name["ref_counter_handle"], by_name["ref_counter_offset"]) == ("GPU-1", b"/counter", 3)
+    assert (by_name["storage_handle"], by_name["storage_offset_bytes"], by_name["storage_size_bytes"]) == (b"H", 512, 256)
+    assert (by_name["tensor_size"], by_name["dtype"]) == (torch.Size([256]), torch.uint8)
+
+
+@pytest.mark.parametrize("names", [CUDA_NAMES[:-1], (*CUDA_NAMES, "one_more")])
+def test_a_torch_with_other_arguments_is_refused(monkeypatch, names):
+    other = lambda: None
+    other.__signature__ = inspect.Signature([inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in names])
+    monkeypatch.setattr(reductions, "rebuild_cuda_tensor", other)
+    with pytest.raises(ConfigError, match="rebuild_cuda_tensor"):
+        ipc_payload._cuda_rebuild_order(CUDA_NAMES)
+
+
+@pytest.mark.parametrize("stored, count", [(1, 1), (0, 0), (2**64 - 1, -1)])
+def test_the_counter_is_read_where_torch_keeps_it(monkeypatch, tmp_path, stored, count):
+    monkeypatch.setattr(ipc_payload, "_SHM", tmp_path)
+    slots = [9] * 8 + [7, 7, 7, stored, 7]  # a header of 64 bytes, then one counter per slot
+    (tmp_path / "counter").write_bytes(b"".join(slot.to_bytes(8, "little") for slot in slots))
+    assert cuda_handle().count() == count
+    if count < 0:
+        cuda_handle().reclaim()
+        assert cuda_handle().count() == 0
+        assert (tmp_path / "counter").read_bytes()[64 : 64 + 24] == (7).to_bytes(8, "little") * 3
+
+
+def test_a_counter_file_that_is_gone_means_that_all_came_back(monkeypatch, tmp_path):
+    monkeypatch.setattr(ipc_payload, "_SHM", tmp_path)
+    assert cuda_handle().count() == 0
+
+
+def test_the_trainers_process_is_left_as_it_was():
+    script = (
+        "import sys, torch, torch.multiprocessing as mp\n"
+        "from torch.multiprocessing import reductions\n"
+        "from multiprocessing.reduction import ForkingPickler\n"
+        "before = mp.get_sharing_strategy(), reductions.rebuild_cuda_tensor, dict(ForkingPickler._extra_reducers)\n"
+        "from tpcolocate import ipc_payload\n"
+        "ledger = ipc_payload.Ledger(rank=0)\n"
+        "entries, n = ipc_payload.layout([('w', torch.Size([3]), torch.float32)])\n"
+        "flat = ipc_payload.allocate(n, torch.device('cpu'))\n"
+        "assert len(ipc_payload.payload(ledger.export(flat, tp_rank=0, bucket=0), entries)) > 100\n"
+        "ledger.reclaim()\n"
+        "assert before == (mp.get_sharing_strategy(), reductions.rebuild_cuda_tensor, dict(ForkingPickler._extra_reducers))\n"
+        "assert 'sglang' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+# --- readers --------------------------------------------------------------------------------------------------------
+
+
+def reader_main(pipe):
+    """Opens payloads as a TP worker of SGLang does.  Commands: (verb, payload); answers what it found."""
+    os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
+    from sglang.srt.utils import MultiprocessingSerializer
+    from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket
+
+    pipe.send("ready")
+    held = []
+    while True:
+        verb, payload = pipe.recv()
+        try:
+            if verb == "open":
+                bucket = MultiprocessingSerializer.deserialize(payload)
+                bucket = FlattenedTensorBucket(**bucket)
+                held.append(bucket)
+                # By value, and as bytes: not every dtype has a pickle or a comparison.
+                answer = [
+                    (name, tuple(tensor.shape), str(tensor.dtype), tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+                    for name, tensor in bucket.reconstruct_tensors()
+                ]
+                del bucket
+            elif verb == "release":
+                held.clear()
+                answer = "released"
+            pipe.send(answer)
+        except Exception as error:
+            pipe.send(error)
+
+
+class Reader:
+    def __init__(self):
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=reader_main, args=(theirs,), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def wait_ready(self):
+        assert self.pipe.poll(60) and self.pipe.recv() == "ready"
+        return self
+
+    def ask(self, verb, payload=None):
+        self.pipe.send((verb, payload))
+        assert self.pipe.poll(30), "the reader hangs"
+        answer = self.pipe.recv()
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def open_and_release(self, payload):
+        found = self.ask("open", payload)
+        self.ask("release")
+        return found
+
+
+@pytest.fixture(scope="module", autouse=True)
+def starting_reader():
+    """One for all tests: importing sglang takes seconds, and the tests that need none go on meanwhile."""
+    reader = Reader()
+    yield reader
+    reader.process.kill()
+    reader.process.join()
+
+
+@pytest.fixture(scope="module")
+def reader(starting_reader):
+    return starting_reader.wait_ready()
+
+
+@pytest.fixture
+def ledger():
+    ledger = ipc_payload.Ledger(rank=5)
+    yield ledger
+    ledger.reclaim()
+
+
+def filled(tensors):
+    entries, num_bytes = ipc_payload.layout([(name, tensor.shape, tensor.dtype) for name, tensor in tensors])
+    flat = ipc_payload.allocate(num_bytes, torch.device("cpu"))
+    for entry, (_, tensor) in zip(entries, tensors, strict=True):
+        ipc_payload.view(flat, entry).copy_(tensor)
+    return flat, entries
+
+
+def as_bytes(tensors):
+    return [
+        (name, tuple(t.shape), str(t.dtype), t.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()) for name, t in tensors
+    ]
+
+
+def some(numel=100):
+    return [("w", torch.arange(numel, dtype=torch.float32))]
+
+
+def shm_file(handle):
+    return Path("/dev/shm") / handle.name.decode().lstrip("/")
+
+
+BATCHES = {
+    "every dtype": [(str(dtype), (torch.randn(5, 3) * 3).to(dtype)) for dtype in DTYPES],
+    "zero-size": [("empty", torch.empty(0)), ("also", torch.empty(3, 0, dtype=torch.bfloat16)), ("w", torch.ones(2)), ("last", torch.empty(0, 7))],
+    "only zero-size": [("empty", torch.empty(0, 4))],
+    "scalars": [("a", torch.tensor(3.5)), ("b", torch.tensor(7, dtype=torch.int8)), ("c", torch.tensor(True))],
+    "not contiguous": [("t", torch.randn(7, 5).t()), ("s", torch.randn(10, 10)[::2, 1::3]), ("e", torch.randn(4, 1).expand(4, 6))],
+    "one big among small": [("a", torch.randn(3)), ("big", torch.randn(1000, 1000)), ("b", torch.randn(3))],
+    "parameter": [("p", torch.nn.Parameter(torch.randn(4)).detach())],
+    "names": [("model.layers.0.ä weight", torch.randn(2))],
+}
+
+
+@pytest.mark.parametrize("case", BATCHES)
+def test_sglang_opens_what_was_put_in_bit_by_bit(reader, ledger, case):
+    torch.manual_seed(0)
+    tensors = BATCHES[case]
+    flat, entries = filled(tensors)
+    handle = ledger.export(flat, tp_rank=0, bucket=0)
+    assert handle.count() == 1
+    assert reader.ask("open", ipc_payload.payload(handle, entries)) == as_bytes(tensors)
+    assert handle.count() == 1, "it still holds it"
+    reader.ask("release")
+    assert handle.count() == 0
+    ledger.settle(deadline=time.monotonic() + 5)
+    assert ledger.num_returned == ledger.num_exported == 1
+
+
+def test_nothing_but_allowed_globals_is_pickled():
+    """The unpickler of 0.5.21 takes exact names only; earlier ones take these too."""
+    found = set()
+
+    class Anything:
+        def __init__(self, *args):
+            pass
+
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module, name):
+            found.add((module, name))
+            return Anything
+
+    flat, entries = filled(some())
+    handle = ipc_payload.export(flat)
+    Unpickler(io.BytesIO(base64.b64decode(ipc_payload.payload(handle, entries)))).load()
+    handle.reclaim()
+    assert found == {
+        ("types", "SimpleNamespace"), ("torch", "Size"), ("torch", "Tensor"), ("torch", "float32"), ("torch", "uint8"),
+        ("torch.storage", "UntypedStorage"), ("torch.multiprocessing.reductions", "rebuild_tensor"),
+        ("torch.multiprocessing.reductions", "rebuild_typed_storage"),
+        ("torch.multiprocessing.reductions", "rebuild_storage_filename"),
+    }  # fmt: skip
+
+
+def test_independent_exports_for_independent_readers(reader, ledger):
+    flat, entries = filled(some())
+    copy = ipc_payload.allocate(flat.numel(), flat.device).copy_(flat)
+    handles = [ledger.export(f, tp_rank=k, bucket=0) for k, f in enumerate((flat, copy))]
+    reader.open_and_release(ipc_payload.payload(handles[1], entries))
+    assert [(o.tp_rank, o.count) for o in ledger.outstanding()] == [(0, 1)]
+    reader.open_and_release(ipc_payload.payload(handles[0], entries))
+    assert ledger.outstanding() == []
+
+
+def test_a_payload_that_is_opened_twice_is_an_error_that_names_it(reader, ledger):
+    flat, entries = filled(some())
+    handle = ledger.export(flat, tp_rank=1, bucket=4)
+    payload = ipc_payload.payload(handle, entries)
+    reader.open_and_release(payload)
+    reader.open_and_release(payload)
+    assert handle.count() < 0
+    with pytest.raises(SyncError, match=r"TP rank 1, bucket 4 \(512 bytes\): count -1, over-released") as caught:
+        ledger.settle(deadline=time.monotonic() + 5)
+    assert caught.value.rank == 5
+
+
+def test_a_payload_that_is_never_opened_is_an_error_at_the_deadline_that_names_it(ledger):
+    flat, _ = filled(some())
+    ledger.export(flat, tp_rank=1, bucket=3)
+    began = time.monotonic()
+    with pytest.raises(DeadlineError, match=r"TP rank 1, bucket 3 \(512 bytes\): count 1, still held, or never opened") as caught:
+        ledger.settle(deadline=began + 0.2)
+    assert 0.2 <= time.monotonic() - began < 2
+    assert caught.value.rank == 5
+    assert len(ledger.outstanding()) == 1, "it stays in the ledger"
+
+
+def test_settling_waits_for_the_reader(reader, ledger):
+    flat, entries = filled(some())
+    reader.ask("open", ipc_payload.payload(ledger.export(flat, tp_rank=0, bucket=0), entries))
+    reader.pipe.send(("release", None))
+    ledger.settle(deadline=time.monotonic() + 10)
+    assert reader.pipe.poll(10) and reader.pipe.recv() == "released"
+
+
+def test_what_was_never_opened_is_freed_by_reclaiming(ledger):
+    flat, _ = filled(some())
+    handle = ledger.export(flat, tp_rank=0, bucket=0)
+    file = shm_file(handle)
+    assert [(o.tp_rank, o.count) for o in ledger.reclaim()] == [(0, 1)]
+    assert handle.count() == 0 and ledger.reclaim() == []
+    del flat, handle
+    assert not file.exists()
+
+
+def test_memory_outlives_its_name_here_until_the_reader_has_let_go(reader, ledger):
+    flat, entries = filled(some())
+    handle = ledger.export(flat, tp_rank=0, bucket=0)
+    payload, file = ipc_payload.payload(handle, entries), shm_file(handle)
+    del flat, handle
+    gc.collect()
+    assert file.exists()
+    assert reader.open_and_release(payload) == as_bytes(some())
+    ledger.settle(deadline=time.monotonic() + 5)
+    assert not file.exists()
+
+
+HOLDER = """
+import base64, pickle, sys, time, torch
+bucket = pickle.loads(base64.b64decode(sys.stdin.readline()))
+print(bucket["flattened_tensor"].numel(), flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_reader_that_is_killed_still_has_it_until_it_is_reclaimed(ledger):
+    flat, entries = filled(some())
+    handle = ledger.export(flat, tp_rank=0, bucket=0)
+    file = shm_file(handle)
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    holder.stdin.write(ipc_payload.payload(handle, entries) + "\n")
+    holder.stdin.flush()
+    assert holder.stdout.readline() == "512\n"
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.communicate()
+    with pytest.raises(DeadlineError, match="still held"):
+        ledger.settle(deadline=time.monotonic() + 0.1)
+    assert len(ledger.reclaim()) == 1
+    assert handle.count() == 0
+    del flat, handle
+    assert not file.exists()
+
+
+def test_many_cycles_leave_nothing(reader):
+    def ours():
+        return {name for name in os.listdir("/dev/shm") if name.startswith(f"torch_{os.getpid()}_")}, len(os.listdir("/proc/self/fd"))
+
+    def cycle(i):
+        ledger = ipc_payload.Ledger(rank=0)
+        flat, entries = filled([("w", torch.full((10_000,), float(i)))])
+        handle = ledger.export(flat, tp_rank=0, bucket=0)
+        if i % 10 == 9:
+            ledger.reclaim()
+        else:
+            reader.open_and_release(ipc_payload.payload(handle, entries))
+            ledger.settle(deadline=time.monotonic() + 5)
+
+    cycle(0)  # starts torch's manager of shared files, which keeps its connection
+    before = ours()
+    for i in range(200):
+        cycle(i)
+    gc.collect()
+    assert ours() == before

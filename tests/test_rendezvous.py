@@ -1,0 +1,214 @@
+"""The rendezvous file: complete or absent, believed only if it is ours, of this launch, of a live owner and server."""
+
+import json
+import os
+import stat
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import asdict, replace
+
+import pytest
+
+from tpcolocate import rendezvous
+from tpcolocate.errors import RendezvousError
+from tpcolocate.groups import start_of, this_process
+
+pytestmark = [pytest.mark.quick, pytest.mark.timeout(60)]
+
+PID, STARTED = this_process()
+OURS = rendezvous.Announcement("http://127.0.0.1:1", "key", "job7", (2, 3), PID, STARTED, "nonce1")
+as_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "tpcolocate-0-job7-1.json"
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(rendezvous, "_FOLDER", tmp_path)
+    return tmp_path
+
+
+def wait(path, *, healthy=lambda _: True, timeout_s=0.1, nonce="nonce1"):
+    return rendezvous.wait(path, nonce=nonce, is_healthy=healthy, timeout_s=timeout_s)
+
+
+def dead_pid():
+    """Of a process that has ended and was not reaped, so that nobody else can have the pid."""
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    started = start_of(child.pid)
+    child.stdin.close()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    return child, started
+
+
+def test_what_is_announced_is_read_and_by_its_user_alone(path):
+    assert rendezvous.read(path) is None
+    rendezvous.announce(path, OURS)
+    assert rendezvous.read(path) == OURS
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert os.listdir(path.parent) == [path.name], "no temporary file stays"
+
+
+def test_a_later_launch_replaces_an_earlier_one_whatever_its_mode(path):
+    path.write_text("old")
+    path.chmod(0o644)
+    rendezvous.announce(path, OURS)
+    assert rendezvous.read(path) == OURS
+
+
+def test_a_failed_announcement_leaves_what_was_there(path, monkeypatch):
+    rendezvous.announce(path, OURS)
+    monkeypatch.setattr(rendezvous.json, "dump", lambda *a, **k: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        rendezvous.announce(path, replace(OURS, nonce="nonce2"))
+    assert rendezvous.read(path) == OURS
+    assert os.listdir(path.parent) == [path.name]
+
+
+def test_readers_never_see_a_part(path):
+    # much longer than one write of a text file's buffer
+    versions = [replace(OURS, nonce=str(i), api_key=str(i) * 50_000) for i in range(2)]
+    rendezvous.announce(path, versions[0])
+    done = threading.Event()
+
+    def write():
+        for i in range(200):
+            rendezvous.announce(path, versions[i % 2])
+        done.set()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    seen = set()
+    while not done.is_set():
+        found = rendezvous.read(path)
+        assert found in versions
+        seen.add(found.nonce)
+    writer.join()
+    assert seen == {"0", "1"}
+
+
+def foreign(path):
+    rendezvous.announce(path, OURS)
+    os.chown(path, 12345, -1)
+
+
+def group_readable(path):
+    rendezvous.announce(path, OURS)
+    path.chmod(0o640)
+
+
+def symlink(path):
+    real = path.with_name("real")
+    rendezvous.announce(real, OURS)
+    path.symlink_to(real)
+
+
+@pytest.mark.parametrize("make, words", [
+    pytest.param(foreign, "belongs to user id 12345", marks=as_root),
+    (group_readable, "mode 640"),
+    (symlink, "cannot be read"),
+    (os.mkfifo, "no regular file"),
+    (os.mkdir, "no regular file"),
+    (lambda path: path.touch(0o600), "no announcement"),
+    (lambda path: (path.touch(0o600), path.write_bytes(b"\xff\xfe{")), "no announcement"),
+    (lambda path: (path.touch(0o600), path.write_text("[1]")), "no announcement"),
+    (lambda path: (path.touch(0o600), path.write_text(json.dumps({"url": "x"}))), "no announcement"),
+    (lambda path: (path.touch(0o600), path.write_text(json.dumps(asdict(OURS) | {"more": 1}))), "no announcement"),
+], ids=["foreign", "mode", "symlink", "fifo", "folder", "empty", "binary", "list", "incomplete", "newer"])  # fmt: skip
+def test_what_is_not_ours_is_refused_by_all_and_left_alone(path, folder, make, words):
+    path = rendezvous.path_for("job7", 1)
+    make(path)
+    with pytest.raises(RendezvousError, match=words) as caught:
+        rendezvous.read(path)
+    assert str(path) in str(caught.value)
+    with pytest.raises(RendezvousError, match=words):
+        wait(path)
+    assert rendezvous.discover() == []
+    rendezvous.withdraw(path, "nonce1")
+    assert os.path.lexists(path)
+
+
+def announced_by_the_dead(path):
+    child, started = dead_pid()
+    rendezvous.announce(path, replace(OURS, pid=child.pid, started=started))
+    return child
+
+
+def test_a_dead_writer_is_not_believed_even_before_it_is_reaped(path):
+    child = announced_by_the_dead(path)
+    with pytest.raises(RendezvousError, match=f"its writer .pid {child.pid}. is gone"):
+        wait(path)
+    child.wait()
+    with pytest.raises(RendezvousError, match="is gone"):
+        wait(path)
+
+
+@pytest.mark.parametrize("changed, words", [
+    ({"started": STARTED - 1}, "is gone"),  # the pid was given to another process
+    ({"nonce": "nonce0"}, "of another launch"),
+])  # fmt: skip
+def test_what_only_looks_like_it_is_ignored(path, changed, words):
+    rendezvous.announce(path, replace(OURS, **changed))
+    asked = []
+    with pytest.raises(RendezvousError, match=words):
+        wait(path, healthy=lambda a: asked.append(a) or True)
+    assert asked == [], "a server is asked only when all else fits"
+
+
+@pytest.mark.parametrize("prepare, words", [
+    (lambda path: None, "there is no file"),
+    (lambda path: rendezvous.announce(path, OURS), "the server at http://127.0.0.1:1 does not answer"),
+])  # fmt: skip
+def test_the_deadline_holds_and_the_message_says_what_was_seen(path, prepare, words):
+    prepare(path)
+    began = time.monotonic()
+    with pytest.raises(RendezvousError, match=words) as caught:
+        wait(path, healthy=lambda _: False, timeout_s=0.3)
+    assert 0.3 <= time.monotonic() - began < 2
+    assert str(path) in str(caught.value) and "0.3 s" in str(caught.value)
+
+
+def test_it_is_waited_for_until_file_launch_and_server_are_there(path):
+    """Each look finds the next thing missing; the last one is accepted."""
+    rendezvous.announce(path, replace(OURS, nonce="stale"))
+    looks = []
+
+    def healthy(announcement):
+        looks.append(announcement)
+        return len(looks) == 3
+
+    timer = threading.Timer(0.1, rendezvous.announce, (path, OURS))
+    timer.start()
+    assert wait(path, healthy=healthy, timeout_s=10) == OURS
+    timer.join()
+    assert looks == [OURS] * 3
+
+
+def test_withdrawing_removes_only_ones_own(path):
+    rendezvous.announce(path, OURS)
+    rendezvous.withdraw(path, "nonce0")
+    assert rendezvous.read(path) == OURS
+    rendezvous.withdraw(path, "nonce1")
+    assert not path.exists()
+    rendezvous.withdraw(path, "nonce1")
+
+
+def test_discovery_lists_the_living_of_a_job(folder):
+    one, two = replace(OURS, job="a"), replace(OURS, job="b")
+    rendezvous.announce(rendezvous.path_for("a", 0), one)
+    rendezvous.announce(rendezvous.path_for("b", 0), two)
+    announced_by_the_dead(rendezvous.path_for("c", 0)).wait()
+    (folder / "unrelated.json").write_text("{}")
+    assert rendezvous.discover() == [(rendezvous.path_for("a", 0), one), (rendezvous.path_for("b", 0), two)]
+    assert rendezvous.discover("b") == [(rendezvous.path_for("b", 0), two)]
+    assert rendezvous.discover("c") == rendezvous.discover("d") == []
+
+
+def test_the_path_is_of_one_user_one_job_and_one_slice():
+    path = rendezvous.path_for("job7", 3)
+    assert str(path) == f"/dev/shm/tpcolocate-{os.getuid()}-job7-3.json"

@@ -1,0 +1,171 @@
+"""What may be handed to sync_weights, and under which names it is sent."""
+
+import pytest
+import torch
+from harness import run_ranks
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+from tpcolocate.errors import ConfigError
+from tpcolocate.weights.source import Weights, full_tensor
+
+pytestmark = [pytest.mark.quick, pytest.mark.timeout(120)]
+
+NAMES = ["embed.weight", "layer.bias", "layer.weight", "scale"]
+
+
+class Model(nn.Module):
+    def __init__(self, tie=False):
+        super().__init__()
+        self.embed = nn.Embedding(8, 4)
+        self.layer = nn.Linear(4, 8)
+        self.register_buffer("scale", torch.ones(3))
+        self.register_buffer("scratch", torch.ones(3), persistent=False)
+        if tie:
+            self.layer.weight = self.embed.weight
+
+
+def names(source):
+    return sorted(name for name, _ in Weights(source))
+
+
+def wrapped_inside(model):
+    model.layer = checkpoint_wrapper(torch.compile(model.layer))
+    return model
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda model: model,
+    torch.compile,
+    wrapped_inside,
+    lambda model: torch.compile(wrapped_inside(model)),
+    lambda model: model.state_dict(),
+    lambda model: list(model.state_dict().items()),
+    lambda model: iter(model.state_dict().items()),
+], ids=["plain", "compiled", "wrapped inside", "both", "state dict", "list", "iterator"])  # fmt: skip
+def test_names_are_those_of_the_plain_model(wrap):
+    model = Model()
+    weights = dict(Weights(wrap(model)))
+    assert sorted(weights) == NAMES, "persistent buffers are part of a checkpoint, others are not"
+    assert all(weights[name].data_ptr() == tensor.data_ptr() for name, tensor in Model.state_dict(model).items() if name in weights)
+
+
+def ddp_names(rank):
+    from torch.nn.parallel import DistributedDataParallel
+
+    found = []
+    for wrap in (DistributedDataParallel, lambda m: torch.compile(DistributedDataParallel(m)), lambda m: DistributedDataParallel(torch.compile(m))):
+        found.append(names(wrap(Model())))
+    return found
+
+
+def test_ddp_adds_nothing_to_the_names_however_it_is_nested():
+    assert run_ranks(ddp_names, 1) == [[NAMES] * 3]
+
+
+GIVEN = pytest.mark.parametrize("give", [
+    lambda m: m, lambda m: m.state_dict(), lambda m: list(m.state_dict().items()),
+], ids=["module", "dict", "list"])  # fmt: skip
+REST = ["layer.bias", "scale"]
+
+
+@GIVEN
+@pytest.mark.parametrize("served, sent, aliases", [
+    (["embed.weight"], ["embed.weight"], {"layer.weight": "embed.weight"}),
+    (["layer.weight"], ["layer.weight"], {"embed.weight": "layer.weight"}),
+    (["embed.weight", "layer.weight"], ["embed.weight", "layer.weight"], {}),  # the engine does not tie them
+    ([], ["embed.weight"], {"layer.weight": "embed.weight"}),  # wrong, and found to be so by the spec
+])  # fmt: skip
+def test_tied_weights_are_sent_under_the_names_that_are_served(give, served, sent, aliases):
+    weights = Weights(give(Model(tie=True)), expected={*served, *REST})
+    assert sorted(name for name, _ in weights) == sorted(sent + REST)
+    assert weights.aliases == aliases
+
+
+def test_not_knowing_what_is_served_a_module_sends_tied_weights_once_and_a_dict_what_it_says():
+    assert names(Model(tie=True)) == ["embed.weight", *REST]
+    assert names(Model(tie=True).state_dict()) == NAMES
+
+
+def test_other_views_of_one_memory_are_not_tied():
+    block = torch.randn(4, 4)
+    parts = {"q": block[:2], "k": block[2:], "all": block, "t": block.t(), "e": torch.empty(0), "f": torch.empty(0)}
+    weights = Weights(parts, expected=())
+    assert [name for name, _ in weights] == list(parts) and weights.aliases == {}
+
+
+def test_a_generator_is_taken_as_it_comes():
+    taken = []
+
+    def pairs():
+        for i in range(3):
+            taken.append(i)
+            yield str(i), torch.zeros(1)
+
+    weights = Weights(pairs())
+    assert weights.known is None and taken == [] and not weights.is_sharded
+    stream = iter(weights)
+    assert next(stream)[0] == "0" and taken == [0]
+    assert [name for name, _ in stream] == ["1", "2"]
+
+
+@pytest.mark.parametrize("source, words", [
+    ({"w": torch.empty(2, device="meta")}, "w is on the meta device"),
+    (nn.Linear(2, 2, device="meta"), "weight is on the meta device"),
+    ({"w": torch.eye(2).to_sparse()}, "w has layout torch.sparse_coo"),
+    ([("w", 1.0)], r"expected \(name, tensor\), got \(str, float\)"),
+    ([torch.zeros(1)], "got Tensor"),
+    ({1: torch.zeros(1)}, r"got \(int, Tensor\)"),
+    (7, "cannot take weights from int"),
+    (None, "cannot take weights from NoneType"),
+    ("path", "got str"),
+])  # fmt: skip
+def test_what_holds_no_dense_named_data_is_refused(source, words):
+    with pytest.raises(ConfigError, match=words):
+        Weights(source)
+
+
+def test_a_generator_is_checked_as_it_comes():
+    stream = iter(Weights(item for item in [("a", torch.zeros(1)), ("b", torch.empty(1, device="meta"))]))
+    assert next(stream)[0] == "a"
+    with pytest.raises(ConfigError, match="b is on the meta device"):
+        next(stream)
+
+
+def fsdp(rank):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+    mesh = init_device_mesh("cpu", (2,))
+    torch.manual_seed(0)
+    model = Model(tie=True)
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    sharded = fully_shard(model, mesh=mesh)
+    weights = Weights(sharded)
+    full = {name: full_tensor(tensor) for name, tensor in weights}
+    from_dict = {name: full_tensor(tensor) for name, tensor in Weights(sharded.state_dict(), expected=[*full])}
+    try:
+        Weights(FullyShardedDataParallel(nn.Linear(2, 2), device_id=torch.device("cpu")))
+        refusal = None
+    except ConfigError as error:
+        refusal = error.message
+    return (
+        weights.is_sharded,
+        weights.aliases,
+        sorted(full),
+        all(torch.equal(expected[name], tensor) and not tensor.requires_grad for name, tensor in full.items()),
+        sorted(from_dict) == sorted(full) and all(torch.equal(expected[name], tensor) for name, tensor in from_dict.items()),
+        refusal,
+    )
+
+
+def test_fsdp2_is_gathered_and_fsdp1_refused():
+    expected = (True, {"layer.weight": "embed.weight"}, ["embed.weight", "layer.bias", "scale"], True, True,
+                "FSDP1 (FullyShardedDataParallel) is not supported")  # fmt: skip
+    assert run_ranks(fsdp, 2) == [expected] * 2
+
+
+def test_a_full_tensor_is_itself_and_detached():
+    parameter = nn.Parameter(torch.ones(2))
+    full = full_tensor(parameter)
+    assert full.data_ptr() == parameter.data_ptr() and not full.requires_grad

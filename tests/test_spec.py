@@ -1,0 +1,91 @@
+"""What the served model expects, read from its folder, and what is refused against it."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tpcolocate.errors import WeightsMismatchError
+from tpcolocate.weights.spec import ModelSpec, read_spec
+
+pytestmark = [pytest.mark.quick, pytest.mark.timeout(120)]
+
+SPEC = ModelSpec({"a": (2, 3), "b": (4,), "c": ()}, "somewhere")
+
+
+def shapes_of(folder):
+    return {name: tuple(tensor.shape) for name, tensor in load_file(folder / "model.safetensors").items()}
+
+
+@pytest.mark.parametrize("tie", [False, True])
+def test_it_is_read_from_the_headers_of_a_checkpoint(tiny_model_dir, tie):
+    folder = tiny_model_dir(tie=tie)
+    spec = read_spec(str(folder))
+    assert dict(spec.shapes) == shapes_of(folder)
+    assert ("lm_head.weight" in spec.shapes) is not tie
+    assert "1 safetensors files" in spec.origin and str(folder) in spec.origin
+
+
+@pytest.mark.parametrize("index", [False, True])
+def test_a_checkpoint_may_lie_in_several_files(tiny_model_dir, tmp_path, index):
+    folder = tiny_model_dir()
+    tensors = load_file(folder / "model.safetensors")
+    parts = {}
+    for i, (name, tensor) in enumerate(sorted(tensors.items())):
+        parts.setdefault(f"model-{i % 2}.safetensors", {})[name] = tensor
+    for file, part in parts.items():
+        save_file(part, tmp_path / file)
+    if index:
+        places = {name: file for file, part in parts.items() for name in part}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+        save_file({"adapter": torch.zeros(1)}, tmp_path / "adapter.safetensors")  # no part of the model
+    spec = read_spec(str(tmp_path))
+    assert dict(spec.shapes) == shapes_of(folder)
+    assert "2 safetensors files" in spec.origin
+
+
+@pytest.mark.parametrize("tie", [False, True])
+def test_without_weights_the_architecture_tells_without_being_built(tiny_model_dir, tmp_path, tie):
+    folder = tiny_model_dir(tie=tie)
+    shutil.copy(folder / "config.json", tmp_path)
+    spec = read_spec(str(tmp_path))
+    assert dict(spec.shapes) == shapes_of(folder)
+    assert "Qwen3ForCausalLM" in spec.origin
+
+
+@pytest.mark.parametrize("content", [None, {}, {"model_type": "no-such-model"}, "no json"])
+def test_what_cannot_be_known_is_none(tmp_path, content):
+    if content is not None:
+        (tmp_path / "config.json").write_text(content if isinstance(content, str) else json.dumps(content))
+    assert read_spec(str(tmp_path)) is None
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "no/such-model-in-the-cache", "not a repository id !"])
+def test_no_folder_is_none_and_asks_no_network(monkeypatch, tmp_path, name):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("socket.socket.connect", lambda *a: pytest.fail("it connects"))
+    assert read_spec(name) is None
+
+
+@pytest.mark.parametrize("tensors, words", [
+    ([("a", (2, 2))], r"a has shape \(2, 2\), the model expects \(2, 3\)"),
+    ([("a", (3, 2))], r"a has shape \(3, 2\)"),
+    ([("a", (2, 3, 1))], r"a has shape \(2, 3, 1\)"),
+    ([("c", (1,))], r"c has shape \(1,\), the model expects \(\)"),
+    ([("x", (2, 3)), ("b", (4,))], "the served model has no x"),
+    ([(f"x{i}", (1,)) for i in range(8)], "x0; x1; x2; x3; x4 and 3 more"),
+    ([("x", (1,)), ("b", (5,))], r"b has shape \(5,\)"),  # the worse news first
+])  # fmt: skip
+def test_wrong_weights_are_refused_with_where_it_was_read(tensors, words):
+    with pytest.raises(WeightsMismatchError, match=words) as caught:
+        SPEC.check([(name, torch.Size(shape)) for name, shape in tensors])
+    assert "according to somewhere" in str(caught.value)
+
+
+def test_right_weights_pass_in_part_and_completeness_is_asked_apart():
+    SPEC.check([("c", torch.Size([])), ("a", torch.Size([2, 3]))])
+    SPEC.check_complete(["c", "b", "a", "more"])
+    with pytest.raises(WeightsMismatchError, match="not all weights were sent: a; c "):
+        SPEC.check_complete(["b"])

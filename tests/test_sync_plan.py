@@ -1,0 +1,61 @@
+"""How a stream of weights is cut into buckets, and the options of a sync."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tpcolocate import ipc_payload
+from tpcolocate.errors import ConfigError
+from tpcolocate.weights.source import Weights
+from tpcolocate.weights.sync import PAYLOADS, SyncOptions, buckets
+
+pytestmark = pytest.mark.quick
+
+streams = st.lists(st.tuples(st.lists(st.integers(0, 12), max_size=3), st.sampled_from([torch.int8, torch.bfloat16, torch.float64])), max_size=25)
+
+
+@given(streams, st.integers(1, 5000), st.booleans())
+def test_nothing_is_lost_or_moved_and_buckets_keep_their_size(shapes, bucket_bytes, known):
+    pairs = [(str(i), torch.zeros(shape, dtype=dtype)) for i, (shape, dtype) in enumerate(shapes)]
+    cut = list(buckets(Weights(pairs if known else iter(pairs)), bucket_bytes))
+    assert [name for bucket in cut for name, _ in bucket] == [name for name, _ in pairs]
+    for bucket in cut:
+        entries, num_bytes = ipc_payload.layout([(name, tensor.shape, tensor.dtype) for name, tensor in bucket])
+        used = entries[-1].start + entries[-1].num_bytes
+        assert bucket and (used <= bucket_bytes or len([e for e in entries if e.num_bytes]) == 1), "only a single tensor may be larger"
+        assert num_bytes - used < ipc_payload.ALIGNMENT
+    for one, following in zip(cut, cut[1:]):
+        entries, _ = ipc_payload.layout([(name, tensor.shape, tensor.dtype) for name, tensor in [*one, following[0]]])
+        assert entries[-1].start + entries[-1].num_bytes > bucket_bytes, "no bucket is closed early"
+
+
+def test_no_weights_make_no_bucket():
+    assert list(buckets(Weights([]), 10)) == []
+
+
+def test_a_generator_is_read_one_tensor_ahead_at_most():
+    read = []
+
+    def pairs():
+        for i in range(6):
+            read.append(i)
+            yield str(i), torch.zeros(256, dtype=torch.uint8)
+
+    stream = buckets(Weights(pairs()), 512)
+    assert [name for name, _ in next(stream)] == ["0", "1"] and read == [0, 1, 2]
+
+
+@pytest.mark.parametrize("options, words", [
+    ({"bucket_bytes": 0}, "bucket_bytes=0 is not positive"),
+    ({"bucket_bytes": -1}, "bucket_bytes=-1 is not positive"),
+    ({"payloads": "each"}, "payloads='each' is unknown"),
+])  # fmt: skip
+def test_options_that_cannot_work_are_refused(options, words):
+    with pytest.raises(ConfigError, match=words):
+        SyncOptions(**options)
+
+
+@pytest.mark.parametrize("payloads", PAYLOADS)
+def test_options_that_can_work(payloads):
+    assert SyncOptions(bucket_bytes=1, payloads=payloads).payloads == payloads
