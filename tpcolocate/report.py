@@ -47,6 +47,9 @@ class SyncReport:
         seconds: From the call to its return on this rank.
         transport: ``"ipc"``, ``"file"`` or ``"stock"``.
         checked_against: Where the names and shapes came from that the weights were checked against.
+        num_replayed: Tensors that the workers copied by a plan learned at an earlier sync, without the engine's loader.
+        worker_seconds: Seconds inside the TP workers, the slowest one's: ``open`` (map the handles), ``check``
+            (checksum), ``load``, ``compare`` (read the parameters back); empty with ``transport="stock"``.
         num_proven: Tensors whose values were read back from the parameters of every TP rank and equal what was sent.
         unproven: Names for which that cannot be told (the engine transforms them while loading), or all that were
             sent where nothing was read back (``transport="stock"``).
@@ -63,6 +66,8 @@ class SyncReport:
     seconds: float
     transport: str
     checked_against: str
+    num_replayed: int
+    worker_seconds: dict[str, float]
     num_proven: int
     unproven: tuple[str, ...]
     bucket_bytes: int

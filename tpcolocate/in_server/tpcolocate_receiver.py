@@ -13,12 +13,14 @@ Needs torch alone, and any SGLang from 0.5.9 on.  The trainer imports this modul
 from __future__ import annotations
 
 import base64
+import bisect
+import hashlib
 import json
 import os
 import time
 import traceback
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -154,64 +156,134 @@ def _odd(count: int, device: torch.device) -> torch.Tensor:
 
 @dataclass
 class Copy:
-    """One ``dst.copy_(src)`` that the engine's loader made out of the staging memory."""
+    """One ``dst.copy_(src)`` that the engine's loader made out of the staging memory.
+
+    Attributes:
+        dst: View of a parameter.
+        src: View of the staging memory.
+        entry: Number of the tensor in the bucket.
+    """
 
     dst: torch.Tensor
     src: torch.Tensor
     entry: int
 
 
-@dataclass
 class Recorder(TorchDispatchMode):
     """Watches a loader: which parts of the staging memory went into which parts of the parameters.
 
     Args:
         flat: The staging memory.
         starts: First byte of every entry in it, ascending.
+        owned: Storages of the model's parameters and buffers.
+
+    Attributes:
+        copies: In the order in which they were made.
+        derived: Entries that were read by something other than a view or a copy (a cast, a transposition that
+            materialises): what reached the parameters cannot be compared with what was sent.
+        reworked: Entries whose destination was changed again after the copy.
+        repeatable: Whether the copies were all that happened, so that making them again does the same.
     """
 
-    flat: torch.Tensor
-    starts: list[int]
-    copies: list[Copy] = field(default_factory=list)
-    derived: set[int] = field(default_factory=set)
-    """Entries that were read by something other than a view or a copy (a cast, a transposition that materialises)."""
-    reworked: set[int] = field(default_factory=set)
-    """Entries whose destination was changed again after the copy."""
-
-    def __post_init__(self) -> None:
+    def __init__(self, flat: torch.Tensor, starts: list[int], owned: set[int]) -> None:
         super().__init__()
-        self._base = self.flat.untyped_storage().data_ptr()
-        self._start = self.flat.data_ptr()
-        self._written: dict[int, set[int]] = {}
+        self.copies: list[Copy] = []
+        self.derived: set[int] = set()
+        self.reworked: set[int] = set()
+        self.repeatable = True
+        self._base = _storage(flat)
+        self._start = flat.data_ptr()
+        self._starts = starts
+        self._owned = owned
+        self._written: dict[int, list[Copy]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is torch.ops.aten.copy_.default and self._ours(args[1]):
-            dst, src = args[0], args[1]
-            entry = self._entry(src)
-            self.copies.append(Copy(dst.detach(), src.detach(), entry))
-            self._written.setdefault(_storage(dst), set()).add(entry)
+        if func is torch.ops.aten.copy_.default and self._staged(args[1]):
+            copy = Copy(args[0].detach(), args[1].detach(), self._entry(args[1]))
+            self._note_rework(args[0])
+            self.copies.append(copy)
+            self._written.setdefault(_storage(args[0]), []).append(copy)
             return func(*args, **kwargs)
-        sources = [a for a in _tensors(args, kwargs) if self._ours(a)]
+        inputs = _tensors([*args, *kwargs.values()])
         if func._schema.is_mutable:
-            for argument, spec in zip(args, func._schema.arguments):
-                if isinstance(argument, torch.Tensor) and spec.alias_info is not None and spec.alias_info.is_write:
-                    for entry in self._written.get(_storage(argument), ()):
-                        if any(c.entry == entry and _overlap(c.dst, argument) for c in self.copies):
-                            self.reworked.add(entry)
+            # Filling with a constant (the padding of a vocabulary) does the same every time; nothing else does.
+            constant = len(inputs) == 1 and func.overloadpacket in _FILLS
+            if self._owns(inputs[0]) and not constant:
+                self.repeatable = False
+            self._note_rework(inputs[0])
+            return func(*args, **kwargs)
         out = func(*args, **kwargs)
-        for source in sources:
-            if not all(self._ours(o) for o in _tensors((out,), {})) or not isinstance(out, (torch.Tensor, list, tuple)):
-                self.derived.add(self._entry(source))
+        outputs = {_storage(tensor) for tensor in _tensors([out])}
+        for tensor in inputs:
+            if _storage(tensor) in outputs:
+                continue  # a view
+            if self._staged(tensor):
+                self.derived.add(self._entry(tensor))
+            if self._staged(tensor) or self._owns(tensor):
+                self.repeatable = False  # something is computed from weights, old or new
         return out
 
-    def _ours(self, tensor: Any) -> bool:
+    def _note_rework(self, target: torch.Tensor) -> None:
+        for copy in self._written.get(_storage(target), ()):
+            if _overlap(copy.dst, target):
+                self.reworked.add(copy.entry)
+
+    def _staged(self, tensor: Any) -> bool:
         return isinstance(tensor, torch.Tensor) and tensor.numel() > 0 and _storage(tensor) == self._base
 
-    def _entry(self, tensor: torch.Tensor) -> int:
-        import bisect
+    def _owns(self, tensor: torch.Tensor) -> bool:
+        return _storage(tensor) in self._owned
 
-        return bisect.bisect_right(self.starts, tensor.data_ptr() - self._start) - 1
+    def _entry(self, tensor: torch.Tensor) -> int:
+        return bisect.bisect_right(self._starts, tensor.data_ptr() - self._start) - 1
+
+
+_FILLS = (torch.ops.aten.fill_, torch.ops.aten.zero_)
+
+
+class Plan:
+    """The copies that a loader made for buckets of one layout, to be made again without it.
+
+    Args:
+        recorder: Of a load that was `Recorder.repeatable`.
+        flat: The staging memory of that load.
+        model: The model, whose parameters must still be where they were when the plan is used.
+    """
+
+    def __init__(self, recorder: Recorder, flat: torch.Tensor, model: torch.nn.Module) -> None:
+        start = flat.data_ptr()
+        self.copies = [
+            (c.dst, (c.src.data_ptr() - start) // c.src.element_size(), c.src.dtype, c.src.shape, c.src.stride(), c.entry)
+            for c in recorder.copies
+        ]
+        written = {_storage(c.dst) for c in recorder.copies}
+        self._places = {name: tensor.data_ptr() for name, tensor in _state(model) if _storage(tensor) in written}
+
+    def fits(self, model: torch.nn.Module) -> bool:
+        """Whether the parameters are where they were; a stale pointer is never written through."""
+        now = {name: tensor.data_ptr() for name, tensor in _state(model) if name in self._places}
+        return now == self._places
+
+    def replay(self, flat: torch.Tensor) -> list[Copy]:
+        """Make the copies out of a bucket of the same layout."""
+        storage, base = flat.untyped_storage(), flat.storage_offset()
+        made = []
+        for dst, offset, dtype, shape, stride, entry in self.copies:
+            src = torch.empty(0, dtype=dtype, device=flat.device)
+            src.set_(storage, base // dtype.itemsize + offset, shape, stride)
+            made.append(Copy(dst, src, entry))
+        if made:
+            torch._foreach_copy_([c.dst for c in made], [c.src for c in made])
+        return made
+
+
+_plans: dict[tuple[int, str], Plan] = {}
+
+
+def _state(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
 
 
 def _storage(tensor: torch.Tensor) -> int:
@@ -229,15 +301,13 @@ def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a_low < b_high and b_low < a_high
 
 
-def _tensors(args: Any, kwargs: dict[str, Any]) -> list[torch.Tensor]:
+def _tensors(values: list[Any]) -> list[torch.Tensor]:
     found = []
-    stack = [*args, *kwargs.values()]
-    while stack:
-        item = stack.pop()
-        if isinstance(item, torch.Tensor):
-            found.append(item)
-        elif isinstance(item, (list, tuple)):
-            stack.extend(item)
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += _tensors(list(value))
     return found
 
 
@@ -260,33 +330,69 @@ def differing(copies: list[Copy]) -> set[int]:
 
 
 def _load(model: torch.nn.Module, job: dict[str, Any], answer: dict[str, Any]) -> None:
+    clock = _Clock()
     device = next(model.parameters()).device
     entries = job["entries"]
     flat = open_handle(job["handle"], device)
     answer["opened"] = True
     try:
+        clock.lap("open")
         if list(checksum(flat)) != job["checksum"]:
             # Checked before the first parameter is touched.
             raise RuntimeError("the bucket does not hold what the trainer packed (checksum)")
-        answer["checked"] = True
-        recorder = Recorder(flat, [entry[3] for entry in entries])
-        with torch.no_grad(), recorder:
-            loader: Any = model  # every SGLang model has load_weights
-            loader.load_weights(views(flat, entries))
-        answer["loaded"] = True
-        unsure = recorder.derived | recorder.reworked
-        wrong = differing([c for c in recorder.copies if c.entry not in unsure])
+        clock.lap("check")
+        copies, unsure, replayed = _apply(model, flat, entries)
+        clock.lap("load")
+        wrong = differing([c for c in copies if c.entry not in unsure])
+        clock.lap("compare")
         read: dict[int, int] = {}
-        for copy in recorder.copies:
+        for copy in copies:
             read[copy.entry] = read.get(copy.entry, 0) + copy.src.numel()
         answer["differing"] = sorted(entries[i][0] for i in wrong)
         answer["unproven"] = sorted(entries[i][0] for i in unsure)
         answer["read"] = {entries[i][0]: count for i, count in read.items()}
-        del recorder
+        answer["replayed"] = replayed
+        answer["phases"] = clock.seconds
+        del copies
     finally:
         del flat
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # acknowledged means finished
+
+
+def _apply(model: torch.nn.Module, flat: torch.Tensor, entries: list[list[Any]]) -> tuple[list[Copy], set[int], bool]:
+    """Load a bucket: by the plan of its layout if there is one, else by the engine's own loader, watched.
+
+    Returns:
+        The copies that were made, the entries whose arrival they cannot prove, and whether the plan was used.
+    """
+    key = id(model), hashlib.sha256(json.dumps(entries).encode()).hexdigest()
+    plan = _plans.get(key)
+    if plan is not None and plan.fits(model):
+        with torch.no_grad():
+            return plan.replay(flat), set(), True
+    owned = {_storage(tensor) for _, tensor in _state(model)}
+    recorder = Recorder(flat, [entry[3] for entry in entries], owned)
+    loader: Any = model  # every SGLang model has load_weights
+    with torch.no_grad(), recorder:
+        loader.load_weights(views(flat, entries))
+    unsure = recorder.derived | recorder.reworked
+    if recorder.repeatable and not unsure:
+        _plans[key] = Plan(recorder, flat, model)
+    return recorder.copies, unsure, False
+
+
+class _Clock:
+    """Seconds per step, for whoever wants to know where the time goes."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name] = now - self._last
+        self._last = now
 
 
 def _probe(model: torch.nn.Module, job: dict[str, Any], answer: dict[str, Any]) -> None:

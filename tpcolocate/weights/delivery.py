@@ -43,11 +43,15 @@ class Verdict:
         opened: TP rank -> whether it mapped its handle; empty if the engine cannot say.
         problem: What is wrong, in words; None if nothing is.
         unproven: Tensors whose arrival cannot be read back.
+        replayed: Whether every worker repeated known copies instead of running the engine's loader.
+        worker_seconds: Step inside the workers -> seconds, the slowest worker's.
     """
 
     opened: dict[int, bool] = field(default_factory=dict)
     problem: str | None = None
     unproven: tuple[str, ...] = ()
+    replayed: bool = False
+    worker_seconds: dict[str, float] = field(default_factory=dict)
 
 
 def judge(replies: Replies, entries: Sequence[ipc_payload.Entry]) -> Verdict:
@@ -70,7 +74,15 @@ def judge(replies: Replies, entries: Sequence[ipc_payload.Entry]) -> Verdict:
     missed = [e.name for e in entries if e.name not in unproven and read[e.name] < e.shape.numel()]
     if missed:
         return Verdict(opened, f"the engine took these tensors in part or not at all: {_some(missed)}")
-    return Verdict(opened, None, tuple(sorted(unproven)))
+    answers = [reply for reply in replies.values() if reply is not None]
+    steps = {step for reply in answers for step in reply["phases"]}
+    return Verdict(
+        opened,
+        None,
+        tuple(sorted(unproven)),
+        all(reply["replayed"] for reply in answers),
+        {step: max(reply["phases"].get(step, 0.0) for reply in answers) for step in sorted(steps)},
+    )
 
 
 def _some(names: Sequence[str]) -> str:

@@ -209,7 +209,8 @@ class _Run:
         self.sharded = False
         self.names: set[str] = set()
         self.unproven: set[str] = set()
-        self.num_bytes = self.num_tensors = self.num_buckets = 0
+        self.num_bytes = self.num_tensors = self.num_buckets = self.num_replayed = 0
+        self.worker_seconds: dict[str, float] = {}
         self.bucket_bytes = options.bucket_bytes
         self.peak_extra = 0
         self.allocated_before = allocated_bytes(sync.device)
@@ -264,6 +265,8 @@ class _Run:
             seconds=self.watch.total(),
             transport=self.delivery.transport,
             checked_against="nothing" if self.sync.spec is None else self.sync.spec.origin,
+            num_replayed=self.num_replayed,
+            worker_seconds=dict(self.worker_seconds),
             num_proven=self.num_tensors - len(self.unproven),
             unproven=tuple(sorted(self.unproven)),
             bucket_bytes=self.bucket_bytes,
@@ -418,6 +421,9 @@ class _Run:
                 rank=self.sync.owner_rank,
             )
         self.unproven.update(verdict.unproven)
+        self.num_replayed += len(bucket) if verdict.replayed else 0
+        for step, seconds in verdict.worker_seconds.items():
+            self.worker_seconds[step] = self.worker_seconds.get(step, 0.0) + seconds
         self.num_buckets += 1
         self.num_tensors += len(bucket)
         self.num_bytes += sum(entry.num_bytes for entry in entries)
