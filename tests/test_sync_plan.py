@@ -1,5 +1,7 @@
 """How a stream of weights is cut into buckets, and the options of a sync."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -25,7 +27,7 @@ def test_nothing_is_lost_or_moved_and_buckets_keep_their_size(shapes, bucket_byt
         used = entries[-1].start + entries[-1].num_bytes
         assert bucket and (used <= bucket_bytes or len([e for e in entries if e.num_bytes]) == 1), "only a single tensor may be larger"
         assert num_bytes - used < ipc_payload.ALIGNMENT
-    for one, following in zip(cut, cut[1:]):
+    for one, following in itertools.pairwise(cut):
         entries, _ = ipc_payload.layout([(name, tensor.shape, tensor.dtype) for name, tensor in [*one, following[0]]])
         assert entries[-1].start + entries[-1].num_bytes > bucket_bytes, "no bucket is closed early"
 
