@@ -9,7 +9,8 @@ For plain and FSDP2 modules, per-rank and fan-out payloads, in one run and on on
 * the engine's own checksums of every parameter on every rank, against those after a stock push of the same weights;
 * seconds, with SGLang's own push of the same buckets (FlattenedTensorBucket, MultiprocessingSerializer) in between;
 * the training step's order: generate, sleep, (train), wake weights, sync, wake the rest, generate;
-* the negative control: one payload for all TP ranks.  The ledger must report it on the first sync.
+* the negative control: one payload for all TP ranks.  The ledger must report it on the first sync; without the ledger
+  (SGLang's own push, the same mistake) it leaks a model per push.
 """
 
 from __future__ import annotations
@@ -100,7 +101,8 @@ class Stock:
         self.bucket_class, self.serialize = FlattenedTensorBucket, MultiprocessingSerializer.serialize
         self.engine, self.colo, self.bucket_bytes = engine, colo, bucket_bytes
 
-    def push(self, model: torch.nn.Module) -> float:
+    def push(self, model: torch.nn.Module, *, duplicate: bool = False) -> float:
+        """Seconds of one push; `duplicate` gives every TP rank the owner's payload, which is the mistake."""
         torch.cuda.synchronize()
         dist.barrier()
         started = time.perf_counter()
@@ -109,20 +111,23 @@ class Stock:
             tensor = parameter.detach()
             tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
             if bucket and used + tensor.nbytes > self.bucket_bytes:
-                self._send(bucket)
+                self._send(bucket, duplicate)
                 bucket, used = [], 0
             bucket.append((name, tensor))
             used += tensor.nbytes
-        self._send(bucket)
+        self._send(bucket, duplicate)
         if self.colo.is_owner:
             self.engine._client.post("/flush_cache", timeout_s=60)
         dist.barrier()
         return time.perf_counter() - started
 
-    def _send(self, bucket: list[tuple[str, torch.Tensor]]) -> None:
+    def _send(self, bucket: list[tuple[str, torch.Tensor]], duplicate: bool) -> None:
         flat = self.bucket_class(named_tensors=bucket)
         torch.cuda.synchronize()
-        mine = self.serialize({"flattened_tensor": flat.get_flattened_tensor(), "metadata": flat.get_metadata()}, output_str=True)
+        mine = ""
+        if self.colo.is_owner or not duplicate:
+            content = {"flattened_tensor": flat.get_flattened_tensor(), "metadata": flat.get_metadata()}
+            mine = self.serialize(content, output_str=True)
         gathered = [None] * self.colo.tp_size if self.colo.is_owner else None
         group = self.colo.group
         if group is None:
@@ -130,6 +135,7 @@ class Stock:
         else:
             dist.gather_object(mine, gathered, dst=self.colo.owner_rank, group=group)
         if self.colo.is_owner:
+            gathered = [mine] * self.colo.tp_size if duplicate else gathered
             self.engine._verbs.push(gathered, load_format="flattened_bucket", timeout_s=120)
         if group is not None:
             dist.barrier(group=group)
@@ -146,13 +152,14 @@ def checksums(engine: tpcolocate.Engine, colo: tpcolocate.Colocation) -> str | N
 
 def repeat(engine: tpcolocate.Engine, model: torch.nn.Module, times: int, **options: object) -> dict[str, object]:
     """Syncs in a row: memory after each, handles, seconds."""
-    used, seconds, phases, balanced, proven = [], [], [], True, True
+    used, seconds, phases, workers, balanced, proven = [], [], [], [], True, True
     for _ in range(times):
         report = engine.sync_weights(model, **options)
         dist.barrier()
         used.append(round(used_mib(), 1))
         seconds.append(report.seconds)
         phases.append(next(r.seconds for r in report.ranks if r.rank == report.rank))
+        workers.append(report.worker_seconds)
         balanced &= all(r.num_exported == r.num_returned for r in report.ranks)
         proven &= report.num_proven == report.num_tensors
     n = len(used)
@@ -164,7 +171,8 @@ def repeat(engine: tpcolocate.Engine, model: torch.nn.Module, times: int, **opti
         "driver_used_mib": used if n <= 12 else [*used[:3], "...", *used[-3:]], "driver_used_mib_min_max": [min(used), max(used)],
         "slope_mib_per_sync": round(slope, 4), "seconds": summary(seconds),
         "phases_median_ms": {k: round(statistics.median(p.get(k, 0.0) for p in phases) * 1e3, 2) for k in phases[-1]},
-        "peak_extra_mib": max(r.peak_extra_bytes for r in report.ranks) / 2**20, "warnings": report.warnings,
+        "workers_median_ms": {k: round(statistics.median(w.get(k, 0.0) for w in workers) * 1e3, 2) for k in workers[-1]},
+        "replayed": report.num_replayed, "peak_extra_mib": max(r.peak_extra_bytes for r in report.ranks) / 2**20, "warnings": report.warnings,
     }  # fmt: skip
 
 
@@ -182,22 +190,33 @@ def alternate(engine: tpcolocate.Engine, stock: Stock, model: torch.nn.Module, p
     return {"ours": summary(ours), "stock": summary(theirs), "stock_over_ours": statistics.median(theirs) / statistics.median(ours)}
 
 
-def negative_control(engine: tpcolocate.Engine, model: torch.nn.Module) -> dict[str, object]:
-    """One payload for all TP ranks: must be reported on the first sync, with what it would have cost."""
+def negative_control(engine: tpcolocate.Engine, model: torch.nn.Module, bucket_bytes: int) -> dict[str, object]:
+    """One payload for all TP ranks: must be reported on the first sync, and leave nothing behind."""
     original = delivery.Delivery.load
 
-    def duplicated(self, server, payloads, entries, number, timeout_s):  # type: ignore[no-untyped-def]
-        return original(self, server, [payloads[0]] * len(payloads), entries, number, timeout_s)
+    def duplicated(self, server, payloads, *rest):  # type: ignore[no-untyped-def]
+        return original(self, server, [payloads[0]] * len(payloads), *rest)
 
+    before = torch.cuda.memory_allocated()
     delivery.Delivery.load = duplicated  # type: ignore[method-assign]
     try:
-        engine.sync_weights(model, transport="stock", bucket_bytes=2**31, timeout_s=60)
+        engine.sync_weights(model, transport="stock", bucket_bytes=bucket_bytes)
         told = None
     except tpcolocate.TpColocateError as error:
         told = f"{type(error).__name__}: {error}"
     finally:
         delivery.Delivery.load = original  # type: ignore[method-assign]
-    return {"reported": told}
+    engine.sync_weights(model, bucket_bytes=bucket_bytes)
+    return {"reported": told, "allocated_mib_more_after_the_next_sync": (torch.cuda.memory_allocated() - before) / 2**20}
+
+
+def leak(stock: Stock, model: torch.nn.Module, times: int) -> dict[str, object]:
+    """The same mistake without a ledger; what it takes stays taken until the process ends."""
+    before, more = torch.cuda.memory_allocated(), []
+    for _ in range(times):
+        stock.push(model, duplicate=True)
+        more.append(round((torch.cuda.memory_allocated() - before) / 2**20, 1))
+    return {"pushes": times, "owner_allocated_mib_more": more}
 
 
 def main() -> None:
@@ -219,7 +238,7 @@ def main() -> None:
     options = {"bucket_bytes": args.bucket_mib * 2**20}
     server = {
         "load_format": "dummy", "attention_backend": "triton", "sampling_backend": "pytorch", "grammar_backend": "none",
-        "disable_cuda_graph": True, "mem_fraction_static": 0.25, "enable_memory_saver": True, "skip_tokenizer_init": True,
+        "disable_cuda_graph": True, "mem_fraction_static": 0.2, "enable_memory_saver": True, "skip_tokenizer_init": True,
         "skip_server_warmup": True, "context_length": 1024,
     }  # fmt: skip
 
@@ -257,15 +276,10 @@ def main() -> None:
                 cycle.append({"freed_mib": round(before - asleep), "used_again_mib": round(used_mib() - before)})
             note("training_step_order", {"cycles": cycle, "checksums_equal": checksums(engine, colo) == ours})
 
-            used = used_mib()
-            control = negative_control(engine, model)
-            dist.barrier()
-            control["driver_mib_more"] = round(used_mib() - used)
-            engine.sync_weights(model, **options)
-            dist.barrier()
-            control["driver_mib_more_after_the_healing_sync"] = round(used_mib() - used)
-            note("negative_control", control)
+            note("negative_control", negative_control(engine, model, args.bucket_mib * 2**20))
             note("after_control", repeat(engine, model, 5, **options))
+            large = {"bucket_bytes": 2048 * 2**20}
+            note("plain_beside_stock_2048_mib", alternate(engine, Stock(engine, colo, 2048 * 2**20), model, args.timed, **large))
 
             from torch.distributed.fsdp import fully_shard
 
@@ -276,6 +290,7 @@ def main() -> None:
             note("fsdp2", repeat(engine, model, args.fsdp_syncs, **options))
             note("fsdp2_checksums_equal_plain", checksums(engine, colo) == ours)
             note("fsdp2_beside_stock", alternate(engine, stock, model, max(args.timed // 2, 2), **options))
+            note("leak_without_ledger", leak(stock, model, 2))
     dist.barrier()
     note("shm_left", sorted(n for n in os.listdir("/dev/shm") if n.startswith(("sgl", "tpcolocate", "torch_"))))
     dist.destroy_process_group()

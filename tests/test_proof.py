@@ -274,7 +274,9 @@ FAULTS = [
     (a_skipped_tensor, "SyncError", "in part or not at all: model.layers.1.mlp.down_proj.weight"),
     (a_loader_that_fails, "SyncError", "TP rank 0: RuntimeError"),
     (an_export_that_fails_on_one_rank, "RankFailedError", "MemoryError: no memory for a handle"),
-    (one_payload_for_two_readers, "SyncError", "bucket 0"),
+    # Which of the two handles is found first depends on when SGLang lets go: the one that was opened twice is then
+    # over-released, the one that was never opened does not come back.
+    (one_payload_for_two_readers, ("SyncError", "DeadlineError"), "bucket 0"),
 ]
 
 
@@ -283,7 +285,7 @@ def test_a_planted_fault_is_caught_on_every_rank_and_can_be_healed(found, check,
     values = results(found, check)
     for value in values:
         assert value["told"] is not None, "the fault went unnoticed"
-        assert value["told"][0] == kind and words in value["told"][1]
+        assert value["told"][0] in ((kind,) if isinstance(kind, str) else kind) and words in value["told"][1]
         assert "weights are unknown" in value["refused"], "nothing may be generated from such weights"
         assert value["healed"]
     assert values[0]["told"] == values[1]["told"]
@@ -295,7 +297,7 @@ def test_a_failing_loader_does_not_kill_the_server(found):
 
 def test_over_release_is_named_on_the_first_sync_and_nothing_stays_behind(found):
     for value in results(found, one_payload_for_two_readers):
-        assert "two readers had one payload" in value["told"][1] or "never opened" in value["told"][1]
+        assert any(words in value["told"][1] for words in ("two readers had one payload", "never opened"))
         assert value["left"] == []
 
 

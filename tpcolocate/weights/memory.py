@@ -32,7 +32,14 @@ def allocated_bytes(device: torch.device) -> int:
     """What this process holds: the allocator's count, limbo included; on a CPU its shared-memory files."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
-    return sum(path.stat().st_size for path in _SHM.glob(f"torch_{os.getpid()}_*"))
+    total = 0
+    for name in os.listdir(_SHM):
+        if name.startswith(f"torch_{os.getpid()}_"):
+            try:
+                total += (_SHM / name).stat().st_size
+            except FileNotFoundError:
+                pass  # given back meanwhile, by the garbage collector or the engine
+    return total
 
 
 def plan_bucket(limit: int, free: Sequence[int], *, largest: int, copies: int) -> int:

@@ -1,0 +1,176 @@
+"""What only a GPU can show: CUDA handles, the memory saver, UUIDs.  Two ranks, one SGLang server at tp=2.
+
+On two GPUs each rank takes its own; on a single one both share it (`TPCOLOCATE_TEST_ARGS` may then hold more server
+arguments as JSON; NCCL has to permit several ranks on a GPU).
+"""
+
+import json
+import os
+
+import pytest
+import torch
+from harness import run_ranks
+
+import tpcolocate
+from tpcolocate import errors, ipc_payload
+from tpcolocate.weights import delivery
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]
+
+PROMPTS = [[5, 6, 7, 100, 200], [100, 200, 300, 400]]
+SERVER = {
+    "attention_backend": "triton", "sampling_backend": "pytorch", "grammar_backend": "none", "disable_cuda_graph": True,
+    "mem_fraction_static": 0.2, "enable_memory_saver": True, "skip_tokenizer_init": True, "skip_server_warmup": True,
+    "context_length": 512,
+}  # fmt: skip
+
+
+def used_mib():
+    free, total = torch.cuda.mem_get_info()
+    return (total - free) / 2**20
+
+
+def gap(engine, model, device):
+    """Largest difference of a log-probability between the engine and the trainer."""
+    worst = 0.0
+    answers = engine.generate(PROMPTS, {"temperature": 1.0, "max_new_tokens": 16}, return_logprob=True)
+    for prompt, answer in zip(PROMPTS, answers):
+        pairs = answer["meta_info"]["output_token_logprobs"]
+        ids = torch.tensor([prompt + [pair[1] for pair in pairs]], device=device)
+        with torch.no_grad():
+            logits = model(ids).logits[0].float().log_softmax(-1)
+        for i, (logprob, token, *_) in enumerate(pairs):
+            worst = max(worst, abs(logprob - logits[len(prompt) - 1 + i, token].item()))
+    return worst
+
+
+def drive(rank, folder, world):
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+    from transformers import AutoModelForCausalLM
+
+    shared = torch.cuda.device_count() < world
+    device = torch.device("cuda", 0 if shared else rank)
+    torch.cuda.set_device(device)
+    dist.init_process_group("nccl", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    extra = json.loads(os.environ.get("TPCOLOCATE_TEST_ARGS", "{}"))
+    found = {}
+    with tpcolocate.init(world, device=device, allow_shared_devices=shared, timeout_s=120) as colo:
+        found["visible"] = colo.visible_devices
+        with colo.launch(folder, health_timeout_s=500, **{**SERVER, **extra}) as engine:
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device)
+            torch.manual_seed(1)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(torch.randn_like(parameter) * 0.02)
+            dist.barrier()
+            found["gap_before"] = gap(engine, model, device)
+            found["report"] = engine.sync_weights(model, bucket_bytes=64 * 2**20)
+            found["gap_after"] = gap(engine, model, device)
+
+            used = []
+            for _ in range(20):
+                report = engine.sync_weights(model, bucket_bytes=64 * 2**20)
+                dist.barrier()
+                used.append(used_mib())
+            found["used"], found["replayed"] = used, report.num_replayed == report.num_tensors
+
+            original = delivery.Delivery.commands
+
+            def corrupted(self, flat, action, **options):
+                made = original(self, flat, action, **options)
+                if action == "load" and rank == 1:
+                    flat[12345] ^= 1
+                    torch.cuda.synchronize()
+                return made
+
+            delivery.Delivery.commands = corrupted
+            try:
+                engine.sync_weights(model)
+            except errors.SyncError as error:
+                found["flipped"] = str(error)
+            delivery.Delivery.commands = original
+
+            load = delivery.Delivery.load
+            delivery.Delivery.load = lambda self, server, payloads, *rest: load(self, server, [payloads[0]] * len(payloads), *rest)
+            try:
+                engine.sync_weights(model, transport="stock", bucket_bytes=64 * 2**20)
+            except errors.SyncError as error:
+                found["duplicated"] = str(error)
+            delivery.Delivery.load = load
+
+            describe = ipc_payload.CudaHandle.describe
+            engine._sync.proven_ways.clear()
+            if rank == 1:
+                ipc_payload.CudaHandle.describe = lambda self: {**describe(self), "uuid": "00000000-0000-0000-0000-000000000000"}
+            found["file"] = engine.sync_weights(model).transport
+            ipc_payload.CudaHandle.describe = describe
+            engine._sync.refused_ways.clear()
+
+            for layer in model.model.layers:
+                fully_shard(layer)
+            fully_shard(model)
+            before = used_mib()
+            engine.sleep()
+            found["freed"] = before - used_mib()
+            engine.wake(["weights"])
+            try:
+                engine.generate(PROMPTS)
+            except errors.EngineStateError as error:
+                found["garbage"] = str(error)
+            engine.sync_weights(model)
+            engine.wake()
+            found["gap_fsdp2"] = gap(engine, model, device)
+            found["fan_out"] = engine.sync_weights(model, payloads="fan_out").num_proven
+            # FSDP's forward is a collective: no rank may leave while another still asks the trainer
+            dist.barrier()
+        found["counter_files"] = [n for n in os.listdir("/dev/shm") if n.startswith(f"cuda.shm.0.{os.getpid():x}.")]
+    dist.destroy_process_group()
+    return found
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    folder = str(tmp_path_factory.mktemp("gpu-model"))
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        hidden_size=1024, num_hidden_layers=4, num_attention_heads=16, num_key_value_heads=8, head_dim=128, intermediate_size=3072,
+        vocab_size=4096, tie_word_embeddings=False, initializer_range=0.06, dtype="bfloat16",
+    )  # fmt: skip
+    Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    return run_ranks(drive, 2, folder, 2, timeout_s=800, init_group=False, start_method="spawn", env={"GLOO_SOCKET_IFNAME": None, "OMP_NUM_THREADS": "4"})
+
+
+def test_log_probabilities_follow_the_trainer_only_after_a_sync(found):
+    for value in found:
+        assert value["gap_before"] > 1.0 > value["gap_after"] and value["gap_fsdp2"] < 1.0
+        assert value["report"].transport == "ipc" and value["report"].num_proven == value["report"].num_tensors
+
+
+def test_twenty_syncs_take_no_device_memory(found):
+    assert max(found[0]["used"]) == min(found[0]["used"])
+    assert all(value["replayed"] for value in found)
+
+
+def test_a_flipped_bit_is_caught_on_every_rank(found):
+    assert all("TP rank 1" in value["flipped"] and "checksum" in value["flipped"] for value in found)
+
+
+def test_one_payload_for_two_readers_is_reported_on_the_first_sync(found):
+    assert all("two readers had one payload" in value["duplicated"] for value in found)
+
+
+def test_a_gpu_that_the_worker_cannot_see_sends_the_weights_through_files(found):
+    assert {value["file"] for value in found} == {"file"}
+
+
+def test_sleep_frees_memory_and_garbage_is_not_generated_from(found):
+    assert all(value["freed"] > 1000 for value in found)
+    assert all("hold garbage" in value["garbage"] for value in found)
+
+
+def test_fan_out_is_proven_too_and_nothing_stays_in_shared_memory(found):
+    assert all(value["fan_out"] == value["report"].num_tensors for value in found)
+    assert all(value["counter_files"] == [] for value in found)
