@@ -343,7 +343,7 @@ def test_the_report_adds_up(setup):
         assert report.weight_version == found["version"] == "1"
         assert "safetensors" in report.checked_against
         mine = next(r for r in report.ranks if r.rank == rank)
-        assert set(mine.seconds) == {"prepare", "gather", "export", "push", "settle", "finish"}
+        assert set(mine.seconds) == {"prepare", "preflight", "gather", "export", "push", "settle", "finish"}
         assert sum(mine.seconds.values()) <= report.seconds
         assert mine.num_exported == mine.num_returned == report.num_buckets
         assert f"{report.num_tensors} tensors" in str(report)

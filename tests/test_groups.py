@@ -13,7 +13,7 @@ from tpcolocate.groups import Host, Member, RankGroup, make_group, plan_slices, 
 
 pytestmark = pytest.mark.quick
 
-HERE = Host("boot", "net:[1]", "23", "a")
+HERE = Host("boot", "net:[1]", "23", "a", "pid:[1]")
 
 
 def member(rank, *, world=4, tp=2, host=HERE, error=None):

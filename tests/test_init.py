@@ -107,15 +107,15 @@ ERRORS = [
     ("disagreement", 2, [1, 2], "cpu", {}, errors.LayoutError, "tp_size=1 on ranks 0; tp_size=2 on ranks 1"),
     ("tp-zero", 2, 0, "cpu", {}, errors.ConfigError, "tp_size=0 is no positive integer"),
     ("tp-true", 2, True, "cpu", {}, errors.ConfigError, "tp_size=True is no positive integer"),
-    ("index-out-of-range", 2, 2, ["cuda:0", "cuda:5"], {"CUDA_VISIBLE_DEVICES": "3,1"}, errors.ConfigError, "2 devices visible"),
-    ("no-device-visible", 2, 2, ["cuda:0", "cuda:1"], {"CUDA_VISIBLE_DEVICES": ""}, errors.ConfigError, "CUDA_VISIBLE_DEVICES"),
+    ("index-out-of-range", 2, 2, ["cuda:0", "cuda:5"], {"CUDA_VISIBLE_DEVICES": "3,1"}, errors.DeviceError, "2 devices visible"),
+    ("no-device-visible", 2, 2, ["cuda:0", "cuda:1"], {"CUDA_VISIBLE_DEVICES": ""}, errors.DeviceError, "CUDA_VISIBLE_DEVICES"),
     ("one-device-twice", 2, 2, "cuda:0", {"CUDA_VISIBLE_DEVICES": "3,1"}, errors.DeviceError, "held by rank 0 and by rank 1"),
     ("across-slices-too", 4, 2, ["cuda:0", "cuda:1", "cuda:1", "cuda:2"], {"CUDA_VISIBLE_DEVICES": "0,1,2,3"}, errors.DeviceError, "held by rank 1 and by rank 2"),
-    ("repeated-entry", 2, 2, ["cuda:0", "cuda:1"], {"CUDA_VISIBLE_DEVICES": "3,3"}, errors.ConfigError, "3,3"),
+    ("repeated-entry", 2, 2, ["cuda:0", "cuda:1"], {"CUDA_VISIBLE_DEVICES": "3,3"}, errors.DeviceError, "3,3"),
     ("cpu-and-gpu", 2, 2, ["cpu", "cuda:0"], {"CUDA_VISIBLE_DEVICES": "3,1"}, errors.LayoutError, "kinds of device"),
     ("device-order", 2, 2, ["cuda:0", "cuda:1"], lambda rank: {"CUDA_VISIBLE_DEVICES": "3,1", "CUDA_DEVICE_ORDER": ["PCI_BUS_ID", "FASTEST_FIRST"][rank]},
      errors.LayoutError, "CUDA_DEVICE_ORDER"),
-    ("nonsense-device", 2, 2, ["cpu", "toaster:1"], {}, errors.LayoutError, "toaster"),
+    ("nonsense-device", 2, 2, ["cpu", "toaster:1"], {}, errors.DeviceError, "toaster"),
 ]  # fmt: skip
 
 

@@ -32,6 +32,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import AllgatherOptions
 
+from tpcolocate import errors
 from tpcolocate.errors import LayoutError, RankFailedError, RankLostError, TpColocateError
 
 T = TypeVar("T")
@@ -54,6 +55,7 @@ class Host:
         boot_id: Identity of the running kernel.
         network: Network namespace; the server listens on its loopback.
         shm: Device number of /dev/shm; torch's CUDA-IPC counters and CPU handles live there.
+        pids: PID namespace; not compared for a server, but process ids mean nothing across it.
         name: Host name, for people; not compared.
     """
 
@@ -61,6 +63,7 @@ class Host:
     network: str
     shm: str
     name: str
+    pids: str = ""
 
     @classmethod
     def here(cls) -> Host:
@@ -70,12 +73,17 @@ class Host:
             network=os.readlink("/proc/self/ns/net"),
             shm=str(os.stat("/dev/shm").st_dev),
             name=os.uname().nodename,
+            pids=os.readlink("/proc/self/ns/pid"),
         )
 
     @property
     def identity(self) -> str:
         """One string that is equal exactly on ranks that can share a server."""
         return "/".join((self.boot_id, self.network, self.shm))
+
+    def sees(self, other: Host) -> bool:
+        """Whether process ids of the one mean the same to the other."""
+        return (self.boot_id, self.pids) == (other.boot_id, other.pids)
 
     @property
     def label(self) -> str:
@@ -96,8 +104,9 @@ class Member:
     """Start of the process in clock ticks since boot (`start_of`); with `pid` it identifies the process."""
     facts: dict[str, Any] = field(default_factory=dict)
     """Whatever else the caller exchanges; JSON types."""
-    error: str | None = None
-    """Set when the rank found its own situation impossible: told to all instead of leaving them waiting."""
+    error: dict[str, str | None] | None = None
+    """Set when the rank found its own situation impossible (class, message and hint of a `ConfigError`): told to all
+    instead of leaving them waiting."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -152,12 +161,14 @@ def plan_slices(members: Sequence[Member]) -> list[tuple[int, ...]]:
         Global ranks of each slice, ascending.
 
     Raises:
-        LayoutError: A rank reported an error of its own, the ranks disagree on ``tp_size``, the number
-            of ranks is no multiple of it, or a slice would span hosts or containers.
+        LayoutError: The ranks disagree on ``tp_size``, their number is no multiple of it, or a slice would span hosts
+            or containers.
+        ConfigError: A rank reported an error of its own, of the class that it names.
     """
     for member in members:
         if member.error is not None:
-            raise LayoutError(member.error, rank=member.rank)
+            kind = getattr(errors, str(member.error["kind"]))
+            raise kind(str(member.error["message"]), hint=member.error["hint"], rank=member.rank)
     sizes: dict[int, list[int]] = {}
     for member in members:
         sizes.setdefault(member.tp_size, []).append(member.rank)
@@ -242,6 +253,7 @@ class RankGroup:
         self.group = group
         self.timeout_s = timeout_s
         self._broken: str | None = None
+        self._here = self.members[self.ranks.index(rank)].host
         # torch sorts the ranks of a group; results come in that order
         self._positions = [sorted(self.ranks).index(r) for r in self.ranks]
 
@@ -299,7 +311,7 @@ class RankGroup:
             options.timeout = timedelta(seconds=max(deadline - started, 0.0) + _BACKEND_MARGIN_S)
             work = self.group.allgather([outputs], [tensor], options)
             while not self._wait(work, min(_LOOK_INTERVAL_S, max(deadline - time.monotonic(), 0.001))):
-                gone = [m.rank for m in self.members if not m.is_running()]
+                gone = self._ended()
                 if gone:
                     raise RuntimeError(f"ranks {_list(gone)} have exited")
                 if time.monotonic() >= deadline:
@@ -322,18 +334,23 @@ class RankGroup:
     def _gone(self) -> list[int]:
         """Members whose process has ended; a moment's patience, since a socket closes before its process is gone."""
         deadline = time.monotonic() + _EXIT_S
-        while not (gone := [m.rank for m in self.members if not m.is_running()]) and time.monotonic() < deadline:
+        while not (gone := self._ended()) and time.monotonic() < deadline:
             time.sleep(0.01)
         return gone
+
+    def _ended(self) -> list[int]:
+        """Members that this rank can see and that have ended; those of other hosts are the sockets' business."""
+        return [m.rank for m in self.members if m.host.sees(self._here) and not m.is_running()]
 
     @staticmethod
     def _wait(work: dist.Work, seconds: float) -> bool:
         try:
             work.wait(timedelta(seconds=seconds))
         except RuntimeError:
-            if work.is_completed():  # failed, as opposed to not there yet
-                raise
-            return False
+            if not work.is_completed():
+                return False  # not there yet
+            # Failed; or it came between the end of the wait and the question.  Waiting again tells.
+            work.wait(timedelta(seconds=seconds))
         return True
 
     def broadcast(self, value: T | None, *, src: int, what: str, timeout_s: float | None = None) -> T:

@@ -250,7 +250,7 @@ def _cuda_rebuild_order(names: tuple[str, ...]) -> list[str]:
     if set(order) != set(names):
         raise ConfigError(
             f"torch {torch.__version__} changed rebuild_cuda_tensor: {sorted(set(order) ^ set(names))}",
-            hint="use a torch release this version of tpcolocate knows, or transport='disk'",
+            hint="use a torch release this version of tpcolocate knows, or transport='ipc'",
         )
     return order
 
@@ -412,14 +412,13 @@ class Ledger:
 
         Raises:
             SyncError: A handle was let go more often than it was exported, was never opened, or its reader is dead.
-                Its memory is reclaimed.
+                Its memory is reclaimed; handles that are still held stay in the ledger.
             DeadlineError: A handle is still out.  It stays in the ledger.
         """
         started = time.monotonic()
         while any(line.handle.count() != 0 for line in self._lines):
-            lost = [item for item in self.outstanding() if item.fate not in (Fate.HELD, Fate.UNKNOWN)]
+            lost = self._take_lost()
             if lost:
-                self.reclaim()
                 raise SyncError("handles did not come back: " + "; ".join(map(str, lost)), hint=_HINTS[lost[0].fate], rank=self.rank)
             if time.monotonic() >= deadline:
                 raise DeadlineError(
@@ -431,6 +430,22 @@ class Ledger:
         self.latest_return_s = max(self.latest_return_s, time.monotonic() - started)
         self.num_returned += len(self._lines)
         self._lines.clear()
+
+    def _take_lost(self) -> list[Outstanding]:
+        """Reclaim and forget the handles that certainly nobody holds any more."""
+        lost = [item for item in self.outstanding() if item.fate not in (Fate.HELD, Fate.UNKNOWN)]
+        where = {(item.tp_rank, item.bucket) for item in lost}
+        for line in self._lines:
+            if (line.tp_rank, line.bucket) in where:
+                line.handle.reclaim()
+        self._lines = [line for line in self._lines if (line.tp_rank, line.bucket) not in where]
+        return lost
+
+    def set_aside(self) -> Ledger:
+        """Move what is still out into a ledger of its own, so that this one can go on without waiting for it."""
+        aside = Ledger(rank=self.rank, reader_is_alive=self._reader_is_alive)
+        aside._lines, self._lines = self._lines, []
+        return aside
 
     def reclaim(self) -> list[Outstanding]:
         """Set all counters right and forget the handles.  Only once the readers are dead or have certainly finished.

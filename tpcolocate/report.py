@@ -14,7 +14,7 @@ class RankReport:
 
     Attributes:
         rank: Global rank.
-        seconds: Seconds per phase: ``prepare`` (checks and agreement), ``preflight`` (first sync only), ``gather``
+        seconds: Seconds per phase: ``prepare`` (checks and agreement), ``preflight`` (where one was made), ``gather``
             (full tensors into the bucket), ``export`` (checksums and handles), ``push`` (the engine's requests, waited
             for by every rank), ``settle`` (until the engine let go of the handles), ``finish`` (flush, version).
         num_exported: Handles this rank exported.

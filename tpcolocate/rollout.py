@@ -182,10 +182,12 @@ class Client:
                 self._in_flight -= 1
 
     def health(self) -> Health:
-        """Ask the server; awake it generates a token for this (about a second when idle), so a stuck one is told from a live one."""
-        if not self._client.is_listening(timeout_s=_HEALTH_TIMEOUT_S):
-            return Health.DEAD
-        return Health.READY if self._client.is_healthy(timeout_s=_HEALTH_TIMEOUT_S) else Health.STARTING
+        """``ready`` if the server answers, else ``dead``.
+
+        Only that: whether it is asleep is known inside the job, and a token generated to find out would touch memory
+        that a sleeping server has released.
+        """
+        return Health.READY if self._client.is_listening(timeout_s=_HEALTH_TIMEOUT_S) else Health.DEAD
 
 
 class Engine(Client):
@@ -201,7 +203,8 @@ class Engine(Client):
         verbs: Owner only.
         server: Owner only.
         on_shutdown: Called once, after the server is gone (owner) or let go (client).
-        timeout_s: How long this rank waits for the others of its slice.
+        world: All ranks of the job, if there are several slices.
+        sglang_version: As the server reports it.
     """
 
     def __init__(
@@ -231,6 +234,7 @@ class Engine(Client):
         self._server = server
         self._on_shutdown = on_shutdown
         self._num_syncs = 0
+        self._before = state
         self._pid = os.getpid()
 
     # --- weights -----------------------------------------------------------------------------------------------
@@ -249,7 +253,8 @@ class Engine(Client):
     ) -> SyncReport:
         """Make the server speak with these weights.
 
-        Collective: over the slice; for sharded weights also over their mesh, that is: call it on every training rank.
+        Collective: over the slice; for sharded weights also over their mesh, and with several slices of tp_size > 1
+        over all of them: call it on every training rank.
 
         Args:
             model_or_named_tensors: An `nn.Module` (plain, DDP, FSDP2), a state dict, or an iterable of
@@ -269,10 +274,13 @@ class Engine(Client):
             What was done; see `SyncReport`.
 
         Raises:
-            WeightsMismatchError: Names or shapes are not the served model's, or differ between ranks; nothing was sent.
+            WeightsMismatchError: Names or shapes are not the served model's, or differ between ranks.  Nothing was sent,
+                unless the source is a generator, which can only be checked as it comes.
             EngineStateError: The weights are released, or the engine is shut down.
-            SyncError, EngineDeadError, DeadlineError: The engine failed.  From then on its weights are unknown:
-                generation is refused until a full sync succeeds.
+            ConfigError: An option that does not exist, or not enough memory for the largest tensor.
+            SyncError, RequestError, EngineDeadError, DeadlineError: The engine failed.  If that was after the first
+                bucket had left, its weights are unknown: generation is refused until a full sync succeeds.
+            RankFailedError: Another library's exception on some rank, such as an out-of-memory error in a gather.
             RankLostError: Another rank did not follow.
         """
         self._num_syncs += 1
@@ -298,11 +306,12 @@ class Engine(Client):
             self._world.agree(error, what="finish the weight sync of all slices", timeout_s=timeout_s)
         if error is not None:
             raise error
-        self._state = self._state.synced()
+        self._state = self._before.synced(partial=partial)
         self.weight_version = version
         return report
 
     def _weights_touched(self) -> None:
+        self._before = self._state
         self._state = self._state.sync_failed()  # until it has succeeded
 
     # --- memory ------------------------------------------------------------------------------------------------
@@ -320,6 +329,8 @@ class Engine(Client):
             EngineStateError: A rank of the slice is still generating, or the server was launched without
                 ``enable_memory_saver=True`` and would free nothing.
             ConfigError: An unknown tag.
+            DeadlineError: Requests from elsewhere still run.
+            RequestError, EngineDeadError: The server failed.
         """
         with self._group.together("get ready to sleep", timeout_s=timeout_s):
             chosen, after = self._state.sleeping(tags)
@@ -439,6 +450,9 @@ class Engine(Client):
         Args:
             wait: False ends it at once, for when other ranks may not come.
             timeout_s: How long to wait for the others; the server is ended anyway.
+
+        Raises:
+            EngineError: The end of the server could not be confirmed; the message names its pid.
         """
         # A fork of the trainer (a data loader worker) inherits this object, not the engine.
         if self._state.closed or os.getpid() != self._pid:
@@ -478,6 +492,7 @@ class Engine(Client):
 
     def _on_owner(self, what: str, action: Callable[[], None], *, timeout_s: float) -> None:
         """The owner acts; every rank returns or raises as it does."""
+        self._state.check_open(what)
         self._group.run_on(self._owner_rank, action, what=what, timeout_s=timeout_s + self._group.timeout_s)
 
 

@@ -30,7 +30,7 @@ from tpcolocate.engine.client import ServerClient
 from tpcolocate.engine.launch import RECEIVER, ServerProcess, ServerSpec, child_environment, server_arguments, sglang_stub_needed
 from tpcolocate.engine.state import State
 from tpcolocate.engine.verbs import Verbs
-from tpcolocate.errors import ConfigError, DeviceError, LayoutError, RankLostError, RendezvousError, TpColocateError
+from tpcolocate.errors import ConfigError, DeviceError, LayoutError, RankLostError, RendezvousError
 from tpcolocate.groups import Host, Member, RankGroup, exchange, make_group, plan_slices, this_process
 from tpcolocate.rollout import Client, Engine
 from tpcolocate.weights.spec import ModelSpec, read_spec
@@ -81,14 +81,14 @@ def init(
     error = _check_arguments(tp_size, timeout_s)
     if not distributed:
         if error is not None:
-            raise ConfigError(error)
+            raise error
         if tp_size > 1:
             raise ConfigError(
                 f"tp_size={tp_size} needs torch.distributed, which is not initialised",
                 hint="start the script with torchrun and call torch.distributed.init_process_group() before init()",
             )
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
-    place, here = _look_around(device)
+    place, here, trouble = _look_around(device)
     pid, started = this_process()
     member = Member(
         rank=rank,
@@ -98,7 +98,7 @@ def init(
         pid=pid,
         started=started,
         facts={**here, "job": secrets.token_hex(6), "version": __version__, "shared": allow_shared_devices},
-        error=error if error is not None else here["error"],
+        error=_told(error if error is not None else trouble),
     )
     if world_size == 1:
         members = [member]
@@ -127,25 +127,30 @@ def init(
     )
 
 
-def _check_arguments(tp_size: object, timeout_s: object) -> str | None:
+def _check_arguments(tp_size: object, timeout_s: object) -> ConfigError | None:
     if not isinstance(tp_size, int) or isinstance(tp_size, bool) or tp_size < 1:
-        return f"tp_size={tp_size!r} is no positive integer"
+        return ConfigError(f"tp_size={tp_size!r} is no positive integer", hint="GPUs per server: 1, 2, 4, ...")
     if not isinstance(timeout_s, (int, float)) or not timeout_s > 0:
-        return f"timeout_s={timeout_s!r} is no positive number of seconds"
+        return ConfigError(f"timeout_s={timeout_s!r} is no positive number of seconds")
     return None
 
 
-def _look_around(device: torch.device | str | None) -> tuple[torch.device, dict[str, Any]]:
-    """This rank's device, and what the others need to know of it (JSON types).  Errors are reported, not raised."""
+def _told(error: ConfigError | None) -> dict[str, str | None] | None:
+    """An error as the exchange carries it."""
+    return None if error is None else {"kind": type(error).__name__, "message": error.message, "hint": error.hint}
+
+
+def _look_around(device: torch.device | str | None) -> tuple[torch.device, dict[str, Any], ConfigError | None]:
+    """This rank's device, what the others need to know of it (JSON types), and what is wrong with it."""
     place = torch.device("cpu")
-    facts: dict[str, Any] = {"kind": "cpu", "physical": None, "order": None, "error": None}
+    facts: dict[str, Any] = {"kind": "cpu", "physical": None, "order": None}
     try:
         if device is None:
             place = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else place
         else:
             place = torch.device(device)
         if place.type == "cpu":
-            return place, facts
+            return place, facts, None
         if place.type == "cuda" and place.index is None:
             place = torch.device("cuda", torch.cuda.current_device())
         kind = "npu" if place.type == "npu" else "hip" if torch.version.hip else "cuda"
@@ -153,9 +158,11 @@ def _look_around(device: torch.device | str | None) -> tuple[torch.device, dict[
         if kind == "cuda" and torch.cuda.is_available():
             physical = _confirmed(physical, place)
         facts.update(kind=kind, physical=asdict(physical), order=devices.device_order(os.environ))
-    except (TpColocateError, RuntimeError, ValueError, AssertionError) as error:
-        facts["error"] = f"device {device!r}: {getattr(error, 'message', error)}"
-    return place, facts
+    except ConfigError as error:
+        return place, facts, error
+    except (RuntimeError, ValueError, AssertionError) as error:  # torch's, for what is no device
+        return place, facts, DeviceError(f"device {device!r}: {error}", hint='for example torch.device("cuda", local_rank)')
+    return place, facts, None
 
 
 def _confirmed(physical: devices.PhysicalDevice, place: torch.device) -> devices.PhysicalDevice:

@@ -443,7 +443,7 @@ class ServerProcess:
 
     def remove_log(self) -> None:
         """Remove the log of a server that ended as it should; the one of a forced end is kept to be read."""
-        if self._exit is not None and not self._exit["forced"]:
+        if self._exit is not None and not self._exit["forced"] and self._exit["code"] == 0:
             self.spec.log_path.unlink(missing_ok=True)
             try:
                 self.spec.log_path.parent.rmdir()

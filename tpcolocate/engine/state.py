@@ -45,7 +45,7 @@ class State:
 
     def check_generate(self) -> None:
         """Raises EngineStateError unless tokens generated now would be the trainer's."""
-        self._check_open("generate")
+        self.check_open("generate")
         if self.asleep:
             raise EngineStateError(
                 f"cannot generate while asleep ({self._names(self.asleep)} released)", hint="call wake() on every rank first"
@@ -59,7 +59,7 @@ class State:
 
     def check_sync(self) -> None:
         """Raises EngineStateError unless weights can be written."""
-        self._check_open("sync weights")
+        self.check_open("sync weights")
         if "weights" in self.asleep:
             raise EngineStateError("cannot sync weights while they are released", hint='call wake(["weights"]) on every rank first')
 
@@ -70,7 +70,8 @@ class State:
                 hint="call sync_weights() with the full model, or launch again",
             )
 
-    def _check_open(self, what: str) -> None:
+    def check_open(self, what: str) -> None:
+        """Raises EngineStateError after `shut_down`."""
         if self.closed:
             raise EngineStateError(f"cannot {what}: the engine was shut down", hint="launch() again")
 
@@ -81,19 +82,20 @@ class State:
             ConfigError: An unknown tag.
             EngineStateError: Shut down.
         """
-        self._check_open("sleep")
+        self.check_open("sleep")
         chosen = tuple(tag for tag in self._known(tags) if tag not in self.asleep)
         return chosen, replace(self, asleep=self.asleep | set(chosen))
 
     def waking(self, tags: Sequence[str] | None) -> tuple[tuple[str, ...], State]:
         """Tags to resume now (those that are released), and the state after it.  Raises as `sleeping`."""
-        self._check_open("wake")
+        self.check_open("wake")
         chosen = tuple(tag for tag in self._known(tags) if tag in self.asleep)
         lost = "weights" in chosen and not self.keeps_weights
         return chosen, replace(self, asleep=self.asleep - set(chosen), weights=Weights.LOST if lost else self.weights)
 
-    def synced(self) -> State:
-        return replace(self, weights=Weights.CURRENT)
+    def synced(self, *, partial: bool = False) -> State:
+        """After a sync; a partial one mends nothing that was lost or unknown."""
+        return self if partial else replace(self, weights=Weights.CURRENT)
 
     def sync_failed(self) -> State:
         return replace(self, weights=Weights.UNKNOWN)

@@ -48,6 +48,12 @@ class Verbs:
                 self._done(self.client.post("/end_weight_update", {}, timeout_s=timeout_s))
                 self._done(self.client.post("/begin_weight_update", {"selector": "target"}, timeout_s=timeout_s))
 
+    def cancel_sync(self, *, timeout_s: float) -> None:
+        """Undo `begin_sync` while nothing was sent yet: the engine goes on with the weights it has."""
+        if self.release.weight_session:
+            self._done(self.client.post("/end_weight_update", {}, timeout_s=timeout_s))
+        self.client.post("/continue_generation", {}, timeout_s=timeout_s)
+
     def push(self, payloads: Sequence[str], *, load_format: str, timeout_s: float) -> None:
         """Send one bucket or command: one payload per TP rank, in tp order.  Never repeated, whatever happens.
 

@@ -179,6 +179,7 @@ class Recorder(TorchDispatchMode):
 
     Attributes:
         copies: In the order in which they were made.
+        fills: Parts of parameters that were set to a constant.
         derived: Entries that were read by something other than a view or a copy (a cast, a transposition that
             materialises): what reached the parameters cannot be compared with what was sent.
         reworked: Entries whose destination was changed again after the copy.
@@ -188,13 +189,14 @@ class Recorder(TorchDispatchMode):
     def __init__(self, flat: torch.Tensor, starts: list[int], owned: set[int]) -> None:
         super().__init__()
         self.copies: list[Copy] = []
+        self.fills: list[tuple[torch.Tensor, Any]] = []
         self.derived: set[int] = set()
         self.reworked: set[int] = set()
         self.repeatable = True
         self._base = _storage(flat)
         self._start = flat.data_ptr()
         self._starts = starts
-        self._owned = owned
+        self.owned = owned
         self._written: dict[int, list[Copy]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -207,9 +209,10 @@ class Recorder(TorchDispatchMode):
             return func(*args, **kwargs)
         inputs = _tensors([*args, *kwargs.values()])
         if func._schema.is_mutable:
-            # Filling with a constant (the padding of a vocabulary) does the same every time; nothing else does.
-            constant = len(inputs) == 1 and func.overloadpacket in _FILLS
-            if self._owns(inputs[0]) and not constant:
+            if len(inputs) == 1 and func.overloadpacket in _FILLS:
+                # A constant, such as the padding of a vocabulary: part of the plan.
+                self.fills.append((inputs[0].detach(), args[1] if len(args) > 1 else 0))
+            elif self._owns(inputs[0]):
                 self.repeatable = False
             self._note_rework(inputs[0])
             return func(*args, **kwargs)
@@ -233,7 +236,7 @@ class Recorder(TorchDispatchMode):
         return isinstance(tensor, torch.Tensor) and tensor.numel() > 0 and _storage(tensor) == self._base
 
     def _owns(self, tensor: torch.Tensor) -> bool:
-        return _storage(tensor) in self._owned
+        return _storage(tensor) in self.owned
 
     def _entry(self, tensor: torch.Tensor) -> int:
         return bisect.bisect_right(self._starts, tensor.data_ptr() - self._start) - 1
@@ -257,13 +260,23 @@ class Plan:
             (c.dst, (c.src.data_ptr() - start) // c.src.element_size(), c.src.dtype, c.src.shape, c.src.stride(), c.entry)
             for c in recorder.copies
         ]
-        written = {_storage(c.dst) for c in recorder.copies}
-        self._places = {name: tensor.data_ptr() for name, tensor in _state(model) if _storage(tensor) in written}
+        self.fills = [fill for fill in recorder.fills if _storage(fill[0]) in recorder.owned]
+        written = {_storage(c.dst) for c in recorder.copies} | {_storage(dst) for dst, _ in self.fills}
+        self._places = [
+            (table, name, tensor.data_ptr())
+            for module in model.modules()
+            for table in (module._parameters, module._buffers)
+            for name, tensor in table.items()
+            if tensor is not None and _storage(tensor) in written
+        ]
 
-    def fits(self, model: torch.nn.Module) -> bool:
+    def fits(self) -> bool:
         """Whether the parameters are where they were; a stale pointer is never written through."""
-        now = {name: tensor.data_ptr() for name, tensor in _state(model) if name in self._places}
-        return now == self._places
+        for table, name, place in self._places:
+            tensor = table.get(name)
+            if tensor is None or tensor.data_ptr() != place:
+                return False
+        return True
 
     def replay(self, flat: torch.Tensor) -> list[Copy]:
         """Make the copies out of a bucket of the same layout."""
@@ -273,6 +286,8 @@ class Plan:
             src = torch.empty(0, dtype=dtype, device=flat.device)
             src.set_(storage, base // dtype.itemsize + offset, shape, stride)
             made.append(Copy(dst, src, entry))
+        for dst, value in self.fills:
+            dst.fill_(value)
         if made:
             torch._foreach_copy_([c.dst for c in made], [c.src for c in made])
         return made
@@ -368,7 +383,7 @@ def _apply(model: torch.nn.Module, flat: torch.Tensor, entries: list[list[Any]])
     """
     key = id(model), hashlib.sha256(json.dumps(entries).encode()).hexdigest()
     plan = _plans.get(key)
-    if plan is not None and plan.fits(model):
+    if plan is not None and plan.fits():
         with torch.no_grad():
             return plan.replay(flat), set(), True
     owned = {_storage(tensor) for _, tensor in _state(model)}

@@ -42,7 +42,7 @@ def allocated_bytes(device: torch.device) -> int:
     return total
 
 
-def plan_bucket(limit: int, free: Sequence[int], *, largest: int, copies: int) -> int:
+def plan_bucket(limit: int, free: Sequence[int], *, largest: int, copies: int, gathered: int = 0) -> int:
     """Bucket size in bytes that fits on every rank.  Pure.
 
     Args:
@@ -50,12 +50,13 @@ def plan_bucket(limit: int, free: Sequence[int], *, largest: int, copies: int) -
         free: Free bytes of every rank of the slice.
         largest: Size of the largest single tensor, which travels alone if need be; 0 if not known in advance.
         copies: How many times a bucket is held at once on one rank.
+        gathered: Size of the largest tensor that is gathered beside the bucket before it is copied in.
 
     Raises:
         ConfigError: Not even the largest tensor fits.
     """
     least = min(free)
-    room = int(least * _USABLE) // copies
+    room = (int(least * _USABLE) - gathered) // copies
     if largest > room:
         where = list(free).index(least)
         raise ConfigError(

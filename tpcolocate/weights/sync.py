@@ -30,6 +30,7 @@ from tpcolocate.weights.spec import ModelSpec
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 NamedTensors = list[tuple[str, torch.Tensor]]
+Named = tuple[str, tuple[int, ...], torch.dtype]
 
 # The others are to hear of a missed deadline rather than to miss one of their own.
 _GRACE_S = 5.0
@@ -171,6 +172,7 @@ class WeightSync:
             report = run.carry_out(source, touched)
         except BaseException as error:
             self.abandoned.append(run.ledger)
+            run.clean_up()
             # Ranks of other slices are in the same gathers: keep them company to the end, then tell.
             if isinstance(error, TpColocateError) and not isinstance(error, RankLostError):
                 run.drain()
@@ -207,6 +209,7 @@ class _Run:
         )
         self.rest: Iterator[NamedTensors] = iter(())
         self.sharded = False
+        self.begun = self.touched = False
         self.names: set[str] = set()
         self.unproven: set[str] = set()
         self.num_bytes = self.num_tensors = self.num_buckets = self.num_replayed = 0
@@ -220,17 +223,17 @@ class _Run:
     def carry_out(self, source: Source, touched: Callable[[], None]) -> SyncReport:
         with self.watch.phase("prepare"):
             weights = self.together("prepare a weight sync", lambda: self.prepare(source))
+            self.compare(weights)
             self.plan_memory(weights)
             self.delivery.nonce = self.on_owner("open the weight sync", self.begin)
         if self.delivery.transport in ("auto", "ipc"):
-            with self.watch.phase("preflight"):
-                self.preflight()
+            self.preflight()
         touched()
+        self.touched = True
         error: BaseException | None = None
-        while (bucket := self.next_bucket()) is not None:
-            error = self.send(bucket, error)
+        while (bucket := self.next_bucket(error)) is not None:
+            error = self.send(bucket)
         with self.watch.phase("finish"):
-            self.agree(error, None, what="take back the last handles")
             self.together("check that all weights were sent", lambda: self.check_complete(weights))
             self.on_owner("finish the weight sync", lambda server: server.end_sync(self.version, timeout_s=self.left("finish the weight sync")))
             if self.sync.device.type == "cuda":
@@ -288,16 +291,33 @@ class _Run:
                 self.sync.spec.check_complete([*(name for name, _ in weights.known), *weights.aliases])
         return weights
 
+    def compare(self, weights: Weights) -> None:
+        """Refuse ranks whose weights differ, before anything is sent; a generator is compared bucket by bucket."""
+        if weights.known is not None:
+            self.agree_on([(n, tuple(t.shape), t.dtype) for n, t in weights.known], None, what="compare the weights")
+
+    def agree_on(self, contents: list[Named] | None, error: BaseException | None, *, what: str) -> None:
+        digest = hashlib.sha256(repr(contents).encode()).digest()
+        views = self.agree(error, (digest, _headline(contents)), what=what)
+        if len({view[0] for view in views}) > 1:
+            said = "; ".join(f"rank {rank}: {view[1]}" for rank, view in zip(self.group.ranks, views))
+            raise WeightsMismatchError(
+                f"the ranks hold different weights: {said}", hint="every rank must pass the same names in the same order"
+            )
+
     def plan_memory(self, weights: Weights) -> None:
         """Agree on a bucket size that fits on every rank."""
         largest = max((_padded(tensor) for _, tensor in weights.known), default=0) if weights.known is not None else 0
         free = self.agree(None, free_bytes(self.sync.device), what="plan the memory of a weight sync")
         on_cpu = self.sync.device.type == "cpu"
         copies = len(self.group) if on_cpu else 1  # ranks of a CPU slice share one /dev/shm
-        self.bucket_bytes = plan_bucket(self.options.bucket_bytes, free, largest=largest, copies=copies)
+        self.bucket_bytes = plan_bucket(
+            self.options.bucket_bytes, free, largest=largest, copies=copies, gathered=largest if self.sharded else 0
+        )
         self.rest = buckets(weights, self.bucket_bytes)
 
     def begin(self, server: WeightServer) -> str:
+        self.begun = True
         server.begin_sync(timeout_s=self.left("open the weight sync"))
         return secrets.token_hex(4)
 
@@ -316,7 +336,8 @@ class _Run:
             self.delivery.transport = "ipc"
             return
         if way not in self.sync.refused_ways:
-            problem = self.probe()
+            with self.watch.phase("preflight"):
+                problem = self.probe()
             if problem is None:
                 self.sync.proven_ways.add(way)
                 self.delivery.transport = "ipc"
@@ -349,8 +370,14 @@ class _Run:
             return f"export failed: {failed.splitlines()[0]}"
         per_tp_rank = [payload for of_rank, _ in told for payload in of_rank]
         replies = self.on_owner("open the preflight's handles", lambda server: self.delivery.push(server, per_tp_rank, -1, _PREFLIGHT_S))
-        problem = self.probed(replies)
-        return next((text for text in self.agree(None, problem, what="take the preflight's handles back") if text is not None), None)
+        problem: str | None = None
+        error = None
+        try:
+            problem = self.probed(replies)
+        except SyncError as caught:
+            error = caught
+        problems = self.agree(error, problem, what="take the preflight's handles back")
+        return next((text for text in problems if text is not None), None)
 
     def probed(self, replies: Replies) -> str | None:
         """This rank's part of the preflight's verdict."""
@@ -365,48 +392,54 @@ class _Run:
         if problem is None and mine is not None and self.sync.device.type == "cuda":
             uuid = str(torch.cuda.get_device_properties(self.sync.device).uuid)
             if mine["uuid"] != uuid:
-                # Not a question of transport: the server runs on other GPUs than the ranks believe.
-                problem = f"TP rank {self.tp_rank} runs on GPU {mine['uuid']}, its training rank {self.group.rank} on {uuid}"
+                # Not a question of transport: no other one would put the server on the right GPUs.
+                raise SyncError(
+                    f"TP rank {self.tp_rank} of the server runs on GPU {mine['uuid']}, its training rank {self.group.rank} on {uuid}",
+                    hint="do not pass base_gpu_id or gpu_id_step, nor CUDA_VISIBLE_DEVICES in env=",
+                    rank=self.group.rank,
+                )
         try:
             self.ledger.settle(deadline=min(self.deadline, time.monotonic() + _PREFLIGHT_S))
-        except TpColocateError as error:
-            self.ledger.reclaim()
+        except SyncError as error:
+            problem = problem if problem is not None else error.message
+        except DeadlineError as error:
+            self.sync.abandoned.append(self.ledger.set_aside())
             problem = problem if problem is not None else error.message
         return problem
 
-    def next_bucket(self) -> NamedTensors | None:
-        """The next bucket, or None at the end; all ranks agree on which."""
-        error: BaseException | None = None
+    def next_bucket(self, error: BaseException | None) -> NamedTensors | None:
+        """The next bucket, or None at the end; all ranks agree on which, and that the last one is behind them.
+
+        Args:
+            error: What went wrong on this rank with the last bucket's handles.
+        """
         bucket: NamedTensors | None = None
         with self.watch.phase("gather"):
-            try:
-                bucket = next(self.rest, None)  # a generator may gather, and may fail
-                if bucket is not None:
-                    self.check([(name, tensor.shape) for name, tensor in bucket])
-            except BaseException as caught:
-                error = caught
+            if error is None:
+                try:
+                    bucket = next(self.rest, None)  # a generator may gather, and may fail
+                    if bucket is not None:
+                        self.check([(name, tensor.shape) for name, tensor in bucket])
+                except BaseException as caught:
+                    error = caught
             mine = None if bucket is None else [(n, tuple(t.shape), t.dtype) for n, t in bucket]
-            digest = hashlib.sha256(repr(mine).encode()).digest()
-            views = self.agree(error, (digest, _headline(mine)), what="choose the next weights")
-            if len({view[0] for view in views}) > 1:
-                said = "; ".join(f"rank {rank}: {view[1]}" for rank, view in zip(self.group.ranks, views))
-                raise WeightsMismatchError(f"the ranks hold different weights: {said}", hint="every rank must pass the same names in the same order")
+            self.agree_on(mine, error, what="choose the next weights")
         return bucket
 
-    def send(self, bucket: NamedTensors, error: BaseException | None) -> BaseException | None:
+    def send(self, bucket: NamedTensors) -> BaseException | None:
         """Move one bucket; returns this rank's error in taking the handles back, for the next agreement."""
+        error: BaseException | None = None
         number = self.num_buckets
         payloads: list[str] = []
         entries, num_bytes = ipc_payload.layout([(n, t.shape, t.dtype) for n, t in bucket])
         flat: torch.Tensor | None = None
-        if error is None:
-            try:
-                with self.watch.phase("gather"):
-                    flat = self.gather(bucket, entries, num_bytes)
-                with self.watch.phase("export"):
-                    payloads = self.delivery.make(flat, entries, number)
-            except BaseException as caught:
-                error = caught
+        try:
+            with self.watch.phase("gather"):
+                flat = self.gather(bucket, entries, num_bytes)
+            with self.watch.phase("export"):
+                payloads = self.delivery.make(flat, entries, number)
+        except BaseException as caught:
+            error = caught
         with self.watch.phase("export"):
             gathered = self.agree(error, payloads, what=f"gather bucket {number}")
         with self.watch.phase("push"):
@@ -454,6 +487,15 @@ class _Run:
 
     def note_peak(self) -> None:
         self.peak_extra = max(self.peak_extra, allocated_bytes(self.sync.device) - self.allocated_before)
+
+    def clean_up(self) -> None:
+        """After a failure: no files left, and an engine that was not touched goes on with the weights it has."""
+        self.delivery.file(self.num_buckets).unlink(missing_ok=True)
+        if self.sync.server is not None and self.begun and not self.touched:
+            try:
+                self.sync.server.cancel_sync(timeout_s=_GRACE_S)
+            except TpColocateError as error:
+                logger.warning("the engine could not be told to go on: %s", error)
 
     def drain(self) -> None:
         """Read the remaining weights and drop them, so that gathers which span slices stay complete."""
@@ -506,8 +548,8 @@ class _Run:
         return self.agree(error, value, what=what)[self.group.ranks.index(self.sync.owner_rank)]  # type: ignore[return-value]
 
 
-def _headline(mine: list[tuple[str, tuple[int, ...], torch.dtype]] | None) -> str:
-    if mine is None:
+def _headline(mine: list[Named] | None) -> str:
+    if not mine:
         return "no more weights"
     name, shape, dtype = mine[0]
     return f"{len(mine)} tensors from {name} {shape} {dtype}"
