@@ -60,8 +60,8 @@ class Case:
 SIXTEEN = [[(17 * i + 3 * j + 2) % 500 for j in range(12)] for i in range(16)]
 CASES = (
     Case("one_token", [5, 6, 7, 100, 200], 1, rounds=600),
-    Case("batch", SIXTEEN, 16, rounds=100),
-    Case("logprobs", SIXTEEN, 16, {"return_logprob": True}, rounds=100),
+    Case("batch", SIXTEEN, 16, rounds=200),
+    Case("logprobs", SIXTEEN, 16, {"return_logprob": True}, rounds=200),
 )
 
 
@@ -97,7 +97,7 @@ class Requests:
 
 def main() -> None:
     parser = served.parser(__doc__)
-    parser.add_argument("--rounds", type=int, default=None, help="of every case; default: 600 of the shortest, 100 of the others")
+    parser.add_argument("--rounds", type=int, default=None, help="of every case; default: 600 of the shortest, 200 of the others")
     parser.add_argument("--case", choices=[case.name for case in CASES], action="append", help="default: all")
     args = parser.parse_args()
     rank = served.join_ranks()
