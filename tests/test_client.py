@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import httpx
 import pytest
 
+from tpcolocate.engine import connections
 from tpcolocate.engine.client import ServerClient
 from tpcolocate.errors import DeadlineError, EngineDeadError, RequestError
 
@@ -78,6 +79,8 @@ class Handler(BaseHTTPRequestHandler):
             self.events([EVENTS[0], b'data: {"error": {"message": "aborted by the server"}}\n\n', b"data: [DONE]\n\n"])
         elif path == "/events_cut":
             self.events(EVENTS[:1], finish=False)
+        elif path == "/events_short":
+            self.events(EVENTS[:1])
         elif path == "/events_stuck":
             self.events(EVENTS[:1], finish=False)
             self.wfile.flush()
@@ -192,7 +195,7 @@ def test_nobody_there_is_a_dead_engine(send):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         client = ServerClient(f"http://127.0.0.1:{unused.getsockname()[1]}")
-        with pytest.raises(EngineDeadError, match="/x: ConnectError"):
+        with pytest.raises(EngineDeadError, match="/x: Connect(ionRefused)?Error"):
             send(client, "/x")
         client.close()
 
@@ -206,9 +209,10 @@ class TestStreams:
         with pytest.raises(RequestError, match="/events_error: aborted by the server"):
             send(client, "/events_error")
 
-    def test_a_stream_that_is_cut_is_no_end(self, client, send):
+    @pytest.mark.parametrize("path", ["/events_cut", "/events_short"])
+    def test_a_stream_that_is_cut_is_no_end(self, client, send, path):
         with pytest.raises(EngineDeadError):
-            send(client, "/events_cut")
+            send(client, path)
 
     def test_the_deadline_is_for_each_event(self, client, send):
         with pytest.raises(DeadlineError):
@@ -220,6 +224,44 @@ def test_a_stream_that_is_left_early_gives_its_connection_back(server, client):
     assert next(stream) == {"text": "a"}
     stream.close()
     assert client.get("/x", timeout_s=10.0)["method"] == "GET"
+
+
+@pytest.fixture
+def accepted(server, monkeypatch):
+    """Connections that the server has accepted so far."""
+    found = []
+    original = server.get_request
+    monkeypatch.setattr(server, "get_request", lambda: found.append(original()) or found[-1])
+    return found
+
+
+def test_one_connection_serves_one_request_after_the_other(client, accepted):
+    for _ in range(5):
+        assert client.post("/x", {"a": 1}, timeout_s=10.0)["body"] == {"a": 1}
+    with pytest.raises(RequestError):
+        client.get("/openai", timeout_s=10.0)
+    assert client.get("/x", timeout_s=10.0)["method"] == "GET"
+    assert len(accepted) == 1
+
+
+def test_a_connection_that_the_server_has_closed_is_not_used_again(server, client, accepted):
+    client.get("/x", timeout_s=10.0)
+    accepted[0][0].shutdown(socket.SHUT_RDWR)
+    assert client.get("/x", timeout_s=10.0)["method"] == "GET"
+    assert len(accepted) == 2 and len(server.requests) == 2, "found closed before anything was sent on it"
+
+
+def test_an_old_idle_connection_is_not_used_again(client, accepted, monkeypatch):
+    client.get("/x", timeout_s=10.0)
+    monkeypatch.setattr(connections, "KEEPALIVE_S", 0.0)
+    client.get("/x", timeout_s=10.0)
+    assert len(accepted) == 2
+
+
+def test_nan_is_refused_before_anything_is_sent(server, client):
+    with pytest.raises(ValueError, match="JSON"):
+        client.post("/x", {"temperature": float("nan")}, timeout_s=10.0)
+    assert server.requests == []
 
 
 def test_several_event_loops_one_after_the_other_and_threads(server, client):

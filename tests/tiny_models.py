@@ -27,7 +27,12 @@ _SHAPE: dict[str, Any] = {
 
 
 def make_tiny_model(
-    path: str | Path, *, family: Literal["qwen3", "llama"] = "qwen3", tie: bool = False, seed: int = 0
+    path: str | Path,
+    *,
+    family: Literal["qwen3", "llama"] = "qwen3",
+    tie: bool = False,
+    seed: int = 0,
+    kv_heads: int = _SHAPE["num_key_value_heads"],
 ) -> Path:
     """Writes a random float32 model (safetensors) and a byte-level BPE tokenizer of 512 tokens to a folder.
 
@@ -38,6 +43,7 @@ def make_tiny_model(
         family: Architecture.
         tie: Whether the output layer shares the embedding.
         seed: Of the weights.
+        kv_heads: Key-value heads; the server's tp_size must divide them.
 
     Returns:
         The folder.
@@ -52,7 +58,7 @@ def make_tiny_model(
     }[family]
     tokenizer = _make_tokenizer()
     config = config_class(
-        **_SHAPE,
+        **{**_SHAPE, "num_key_value_heads": kv_heads},
         tie_word_embeddings=tie,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,

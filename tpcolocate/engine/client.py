@@ -7,25 +7,30 @@ carried out twice opens its payload twice.
 from __future__ import annotations
 
 import asyncio
-import functools
+import http.client
 import json
 import logging
-import ssl
 import weakref
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+from urllib.parse import urlencode
 
 import httpx
 
-from tpcolocate.errors import DeadlineError, EngineDeadError, RequestError
+from tpcolocate.engine.connections import (
+    CONNECT_TIMEOUT_S,
+    KEEPALIVE_S,
+    MAX_IDLE,
+    Connections,
+    ConnectTimeout,
+    certificates,
+)
+from tpcolocate.errors import DeadlineError, EngineDeadError, RequestError, TpColocateError
 
-_CONNECT_TIMEOUT_S = 5.0
-# uvicorn closes idle connections after 5 s; one that is older than this is not used again, so that no request
-# races the close and has to be repeated.
-_KEEPALIVE_S = 2.0
-_LIMITS = httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=_KEEPALIVE_S)
+_LIMITS = httpx.Limits(max_connections=None, max_keepalive_connections=MAX_IDLE, keepalive_expiry=KEEPALIVE_S)
+_encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
 class _NotOurRequests(logging.Filter):
@@ -64,16 +69,15 @@ class ServerClient:
         self._closed = False
         logging.getLogger("httpx").addFilter(_quiet)
         self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
-        # trust_env off: a proxy from the environment must not get requests meant for this machine
-        self._http = httpx.Client(base_url=url, headers=self._headers, trust_env=False, verify=_certificates(), limits=_LIMITS)
+        self._connections = Connections(url, self._headers)
         self._async: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, httpx.AsyncClient] = weakref.WeakKeyDictionary()
 
     def close(self) -> None:
-        """Close the connections of the blocking side; asyncio pools go with their loops."""
+        """Close the idle connections of the blocking side; asyncio pools go with their loops."""
         if not self._closed:
             self._closed = True
             _quiet.remove(self.url)  # others may still talk to the same server
-        self._http.close()
+        self._connections.close()
 
     def get(self, path: str, *, timeout_s: float) -> Any:
         """GET a JSON answer.
@@ -83,51 +87,63 @@ class ServerClient:
             EngineDeadError: It could not be reached, or closed the connection without an answer.
             DeadlineError: It did not answer within `timeout_s`.
         """
-        with self._errors(path, timeout_s):
-            response = self._http.get(path, timeout=_timeout(timeout_s))
-        return self._answer(path, response)
+        return self._exchange("GET", path, None, timeout_s=timeout_s)
 
     def post(self, path: str, body: Mapping[str, Any] | None = None, *, timeout_s: float, params: Mapping[str, Any] | None = None) -> Any:
         """POST JSON and return the JSON (or text) answer.  Raises as `get`."""
-        with self._errors(path, timeout_s):
-            response = self._http.post(path, json=dict(body or {}), params=params, timeout=_timeout(timeout_s))
-        return self._answer(path, response)
+        return self._exchange("POST", path, {} if body is None else body, timeout_s=timeout_s, params=params)
+
+    def _exchange(
+        self, method: str, path: str, body: Mapping[str, Any] | None, *, timeout_s: float, params: Mapping[str, Any] | None = None
+    ) -> Any:
+        target = f"{path}?{urlencode(params)}" if params else path
+        data = None if body is None else _encode(body)
+        with (
+            self._errors(path, timeout_s),
+            self._connections.request(method, target, body=data, timeout_s=timeout_s) as response,
+        ):
+            content = response.read()
+        return self._answer(path, response.status, response.reason, content)
 
     async def post_async(self, path: str, body: Mapping[str, Any], *, timeout_s: float) -> Any:
         """`post` on the running event loop."""
         with self._errors(path, timeout_s):
-            response = await self._async_http().post(path, json=dict(body), timeout=_timeout(timeout_s))
-        return self._answer(path, response)
+            response = await self._async_http().post(path, content=_encode(body), timeout=_timeout(timeout_s))
+        return self._answer(path, response.status_code, response.reason_phrase, response.content)
 
     def stream(self, path: str, body: Mapping[str, Any], *, timeout_s: float) -> Iterator[Any]:
         """POST and yield each server-sent JSON event; `timeout_s` bounds the wait for each."""
         with (
             self._errors(path, timeout_s),
-            self._http.stream("POST", path, json=dict(body), timeout=_timeout(timeout_s)) as response,
+            self._connections.request("POST", path, body=_encode(body), timeout_s=timeout_s) as response,
         ):
-            if response.is_error:
-                response.read()
-                self._answer(path, response)
-            for line in response.iter_lines():
-                event = self._event(path, line)
+            if response.status >= 400:
+                self._answer(path, response.status, response.reason, response.read())
+            for line in response:
+                event = self._event(path, line.decode())
                 if event is _DONE:
                     return
                 if event is not None:
                     yield event
+            raise self._cut(path)
 
     async def stream_async(self, path: str, body: Mapping[str, Any], *, timeout_s: float) -> AsyncIterator[Any]:
         """`stream` on the running event loop."""
         with self._errors(path, timeout_s):
-            async with self._async_http().stream("POST", path, json=dict(body), timeout=_timeout(timeout_s)) as response:
+            async with self._async_http().stream("POST", path, content=_encode(body), timeout=_timeout(timeout_s)) as response:
                 if response.is_error:
-                    await response.aread()
-                    self._answer(path, response)
+                    self._answer(path, response.status_code, response.reason_phrase, await response.aread())
                 async for line in response.aiter_lines():
                     event = self._event(path, line)
                     if event is _DONE:
                         return
                     if event is not None:
                         yield event
+                raise self._cut(path)
+
+    def _cut(self, path: str) -> EngineDeadError:
+        # The standard library takes the end of a connection for the end of a chunked answer that is read by lines.
+        return EngineDeadError(f"{path}: the stream ended without [DONE]", hint="see the end of the server's log", url=self.url)
 
     def is_listening(self, *, timeout_s: float) -> bool:
         """Whether the server answers at all; schedules no forward, so it is safe while memory is released."""
@@ -151,8 +167,13 @@ class ServerClient:
         loop = asyncio.get_running_loop()
         client = self._async.get(loop)
         if client is None:
+            # trust_env off: a proxy from the environment must not get requests meant for this machine
             client = httpx.AsyncClient(
-                base_url=self.url, headers=self._headers, trust_env=False, verify=_certificates(), limits=_LIMITS
+                base_url=self.url,
+                headers={**self._headers, "Content-Type": "application/json"},
+                trust_env=False,
+                verify=certificates(),
+                limits=_LIMITS,
             )
             self._async[loop] = client
         return client
@@ -161,28 +182,28 @@ class ServerClient:
     def _errors(self, path: str, timeout_s: float) -> Iterator[None]:
         try:
             yield
-        except httpx.ConnectTimeout as error:
-            raise EngineDeadError(f"{path}: no connection within {min(_CONNECT_TIMEOUT_S, timeout_s):g} s", url=self.url) from error
-        except httpx.TimeoutException as error:
+        except TpColocateError:
+            raise  # some of them are connection errors too
+        except (ConnectTimeout, httpx.ConnectTimeout) as error:
+            raise EngineDeadError(f"{path}: no connection within {min(CONNECT_TIMEOUT_S, timeout_s):g} s", url=self.url) from error
+        except (TimeoutError, httpx.TimeoutException) as error:
             raise DeadlineError(
                 f"{path}: no answer within {timeout_s:g} s", hint="the request may still be carried out", url=self.url
             ) from error
-        except httpx.TransportError as error:
+        except (OSError, http.client.HTTPException, httpx.TransportError) as error:
             raise EngineDeadError(
                 f"{path}: {type(error).__name__}: {error}", hint="see the end of the server's log", url=self.url
             ) from error
 
-    def _answer(self, path: str, response: httpx.Response) -> Any:
-        if response.is_error:
-            raise RequestError(
-                f"{path}: {response.status_code}: {_message(response)}", status=response.status_code, url=self.url
-            )
-        if not response.content:
+    def _answer(self, path: str, status: int, reason: str, content: bytes) -> Any:
+        if status >= 400:
+            raise RequestError(f"{path}: {status}: {_message(content, reason)}", status=status, url=self.url)
+        if not content:
             return None
         try:
-            return response.json()
+            return json.loads(content)
         except ValueError:
-            return response.text
+            return content.decode(errors="replace")
 
     def _event(self, path: str, line: str) -> Any:
         if not line.startswith("data:"):
@@ -200,22 +221,21 @@ class ServerClient:
 _DONE = object()
 
 
-@functools.cache
-def _certificates() -> ssl.SSLContext:
-    """Once for all clients: reading them takes tens of milliseconds, for servers that mostly speak plain HTTP."""
-    return httpx.create_ssl_context(trust_env=False)
+def _encode(body: Mapping[str, Any]) -> bytes:
+    return _encoder.encode(body).encode()
 
 
 def _timeout(timeout_s: float) -> httpx.Timeout:
-    return httpx.Timeout(timeout_s, connect=min(_CONNECT_TIMEOUT_S, timeout_s))
+    return httpx.Timeout(timeout_s, connect=min(CONNECT_TIMEOUT_S, timeout_s))
 
 
-def _message(response: httpx.Response) -> str:
+def _message(content: bytes, reason: str) -> str:
     """The server's own words, whichever of its three error shapes it chose."""
     try:
-        body = response.json()
+        body = json.loads(content)
     except ValueError:
-        return response.text.strip() or response.reason_phrase
+        text = content.decode(errors="replace").strip()
+        return text if text else reason
     if isinstance(body, dict):
         error = body.get("error", body)
         if isinstance(error, str) and error:

@@ -365,6 +365,7 @@ class ServerProcess:
                     )
                 listening = listening or self.client.is_listening(timeout_s=1.0)
                 if listening and self.client.is_healthy(timeout_s=30.0):
+                    logger.info("SGLang is ready at %s after %.1f s", self.url, time.monotonic() - started)
                     return
                 now = time.monotonic()
                 if now >= deadline:
