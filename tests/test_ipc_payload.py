@@ -7,6 +7,7 @@ import io
 import multiprocessing
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from torch.multiprocessing import reductions
 
 from tpcolocate import ipc_payload
 from tpcolocate.errors import ConfigError, DeadlineError, SyncError
+from tpcolocate.ipc_payload import Fate
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(120)]
 
@@ -299,20 +301,65 @@ def test_a_payload_that_is_opened_twice_is_an_error_that_names_it(reader, ledger
     reader.open_and_release(payload)
     reader.open_and_release(payload)
     assert handle.count() < 0
-    with pytest.raises(SyncError, match=r"TP rank 1, bucket 4 \(512 bytes\): count -1, over-released") as caught:
+    with pytest.raises(SyncError, match=r"bucket 4 \(512 bytes\) of rank 5 for TP rank 1: released more often .* \(count -1\)") as caught:
         ledger.settle(deadline=time.monotonic() + 5)
-    assert caught.value.rank == 5
+    assert caught.value.rank == 5 and "payload of its own" in caught.value.hint
+    assert ledger.outstanding() == [] and ledger.num_returned == 0, "told once, and not counted as returned"
 
 
-def test_a_payload_that_is_never_opened_is_an_error_at_the_deadline_that_names_it(ledger):
-    flat, _ = filled(some())
-    ledger.export(flat, tp_rank=1, bucket=3)
+# What the readers said, and whether they live -> how the ledger calls a handle that is still out.
+FATES = [
+    (None, True, Fate.UNKNOWN),
+    ({1: True}, True, Fate.HELD),
+    ({1: False}, True, Fate.NEVER_OPENED),
+    ({0: False}, True, Fate.UNKNOWN),  # another TP rank's word
+    (None, False, Fate.READER_KILLED),
+    ({1: True}, False, Fate.READER_KILLED),
+]
+
+
+@pytest.mark.parametrize("said, alive, fate", FATES)
+def test_a_handle_that_is_out_is_named_with_what_is_known_of_it(said, alive, fate):
+    ledger = ipc_payload.Ledger(rank=5, reader_is_alive=lambda: alive)
+    handle = ledger.export(filled(some())[0], tp_rank=1, bucket=3)
+    if said is not None:
+        ledger.note_opened(2, {1: said is not FATES[1][0]})  # of another bucket
+        ledger.note_opened(3, said)
+    [item] = ledger.outstanding()
+    assert item == ipc_payload.Outstanding(5, 1, 3, 512, 1, fate)
+    assert str(item) == f"bucket 3 (512 bytes) of rank 5 for TP rank 1: {fate.value} (count 1)"
     began = time.monotonic()
-    with pytest.raises(DeadlineError, match=r"TP rank 1, bucket 3 \(512 bytes\): count 1, still held, or never opened") as caught:
-        ledger.settle(deadline=began + 0.2)
-    assert 0.2 <= time.monotonic() - began < 2
-    assert caught.value.rank == 5
-    assert len(ledger.outstanding()) == 1, "it stays in the ledger"
+    waits = fate in (Fate.HELD, Fate.UNKNOWN)
+    with pytest.raises(DeadlineError if waits else SyncError, match=re.escape(str(item))) as caught:
+        ledger.settle(deadline=began + (0.1 if waits else 60))
+    assert caught.value.rank == 5 and caught.value.hint
+    assert waits == (0.1 <= time.monotonic() - began) and time.monotonic() - began < 2
+    if waits:
+        assert ledger.outstanding() == [item], "it stays in the ledger"
+        assert ledger.reclaim() == [item]
+    assert handle.count() == 0 and ledger.outstanding() == [], "given back"
+
+
+def test_a_handle_that_came_back_is_nobodys_fault(ledger):
+    """Whatever was said of it, and even if the reader died afterwards."""
+    ledger._reader_is_alive = lambda: pytest.fail("nobody needs to be asked")
+    handle = ledger.export(filled(some())[0], tp_rank=0, bucket=0)
+    ledger.note_opened(0, {0: False})
+    handle.reclaim()
+    ledger.settle(deadline=time.monotonic())
+    assert (ledger.num_exported, ledger.num_returned) == (1, 1)
+
+
+def test_the_longest_absence_is_kept(ledger, monkeypatch):
+    assert ledger.latest_return_s == 0.0
+    handle = ledger.export(filled(some())[0], tp_rank=0, bucket=0)
+    monkeypatch.setattr(ipc_payload.time, "sleep", lambda _: handle.reclaim() if time.monotonic() >= began + 0.03 else None)
+    began = time.monotonic()
+    ledger.settle(deadline=began + 5)
+    longest = ledger.latest_return_s
+    assert 0.02 < longest < 1
+    ledger.settle(deadline=time.monotonic() + 5)
+    assert ledger.latest_return_s == longest
 
 
 def test_settling_waits_for_the_reader(reader, ledger):
@@ -327,7 +374,7 @@ def test_what_was_never_opened_is_freed_by_reclaiming(ledger):
     flat, _ = filled(some())
     handle = ledger.export(flat, tp_rank=0, bucket=0)
     file = shm_file(handle)
-    assert [(o.tp_rank, o.count) for o in ledger.reclaim()] == [(0, 1)]
+    assert [(o.tp_rank, o.count, o.fate) for o in ledger.reclaim()] == [(0, 1, Fate.UNKNOWN)]
     assert handle.count() == 0 and ledger.reclaim() == []
     del flat, handle
     assert not file.exists()
@@ -363,10 +410,12 @@ def test_a_reader_that_is_killed_still_has_it_until_it_is_reclaimed(ledger):
     assert holder.stdout.readline() == "512\n"
     os.kill(holder.pid, signal.SIGKILL)
     holder.communicate()
-    with pytest.raises(DeadlineError, match="still held"):
+    with pytest.raises(DeadlineError, match=Fate.UNKNOWN.value):
         ledger.settle(deadline=time.monotonic() + 0.1)
-    assert len(ledger.reclaim()) == 1
-    assert handle.count() == 0
+    ledger._reader_is_alive = lambda: False
+    with pytest.raises(SyncError, match=Fate.READER_KILLED.value):
+        ledger.settle(deadline=time.monotonic() + 60)
+    assert handle.count() == 0 and ledger.reclaim() == []
     del flat, handle
     assert not file.exists()
 

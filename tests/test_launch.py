@@ -1,6 +1,7 @@
 """Arguments, environment, ports and the life of the server process; the server is a stand-in here."""
 
 import errno
+import importlib.machinery
 import json
 import os
 import socket
@@ -12,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tpcolocate.engine import launch
-from tpcolocate.engine.launch import ServerProcess, ServerSpec, child_environment, hold_port, server_arguments, to_argv
+from tpcolocate.engine.launch import RECEIVER, ServerProcess, ServerSpec, child_environment, hold_port, server_arguments, to_argv
 from tpcolocate.errors import ConfigError, DeadlineError, LaunchError
 from tpcolocate.groups import this_process
+from tpcolocate.in_server import tpcolocate_receiver
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(60)]
 
@@ -30,10 +32,37 @@ pytestmark = [pytest.mark.quick, pytest.mark.timeout(60)]
     ({"tp_size": 2, "pp_size": 1, "dp_size": 1}, 2, "cuda", False,
      {"disable_custom_all_reduce": True, "tp_size": 2, "pp_size": 1, "dp_size": 1}),
 ])  # fmt: skip
-def test_a_gpu_server_gets_what_the_slice_asks_for_and_nothing_more(user, tp_size, device, shared, expected):
+def test_a_gpu_server_gets_what_the_slice_asks_for_our_loader_and_nothing_more(user, tp_size, device, shared, expected):
     before = dict(user)
-    assert server_arguments(user, tp_size=tp_size, device_type=device, shared_device=shared) == expected
+    arguments = server_arguments(user, tp_size=tp_size, device_type=device, shared_device=shared)
+    assert arguments == {"custom_weight_loader": [RECEIVER]} | expected
     assert user == before
+
+
+@pytest.mark.parametrize("theirs, expected", [
+    (None, [RECEIVER]),
+    ([], [RECEIVER]),
+    (["their.loader", "another.one"], ["their.loader", "another.one", RECEIVER]),
+    (("their.loader",), ["their.loader", RECEIVER]),
+    ("their.loader", ["their.loader", RECEIVER]),
+    ([RECEIVER], [RECEIVER]),
+])  # fmt: skip
+def test_our_loader_is_permitted_beside_theirs(theirs, expected):
+    user = {"custom_weight_loader": theirs}
+    assert server_arguments(user, tp_size=1, device_type="cuda")["custom_weight_loader"] == expected
+    assert user == {"custom_weight_loader": theirs}
+
+
+def test_the_permitted_loader_is_found_on_the_path_that_the_server_gets(tmp_path):
+    """In a folder of its own: the server's environment need not have this package."""
+    environment, _ = child_environment({"PATH": os.environ["PATH"], "PYTHONPATH": str(tmp_path)}, visibility={})
+    module, _, function = RECEIVER.rpartition(".")
+    (tmp_path / f"{module}.py").write_text("raise SystemExit('another module of this name came first')")
+    [folder, *_] = environment["PYTHONPATH"].split(os.pathsep)
+    spec = importlib.machinery.PathFinder.find_spec(module, environment["PYTHONPATH"].split(os.pathsep))
+    assert spec.origin == str(Path(folder) / f"{module}.py") == tpcolocate_receiver.__file__
+    assert callable(getattr(tpcolocate_receiver, function))
+    assert os.listdir(folder) and not (Path(folder) / "tpcolocate").exists()
 
 
 def test_a_cpu_server_gets_what_a_cpu_needs_and_the_user_wins():
@@ -71,7 +100,8 @@ def test_arguments_become_a_command_line(arguments, argv):
 # --- environment ----------------------------------------------------------------------------------------------------
 
 LOOPBACK = "localhost,127.0.0.1,::1"
-PROXIES = {"NO_PROXY": LOOPBACK, "no_proxy": LOOPBACK}
+IN_SERVER = str(Path(tpcolocate_receiver.__file__).parent)
+ALWAYS = {"NO_PROXY": LOOPBACK, "no_proxy": LOOPBACK, "PYTHONPATH": IN_SERVER}
 TORCHRUN = {
     "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "GROUP_WORLD_SIZE": "1",
     "ROLE_RANK": "1", "ROLE_WORLD_SIZE": "2", "ROLE_NAME": "default", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500",
@@ -101,16 +131,17 @@ TORCHRUN = {
      {"SGLANG_USE_CPU_ENGINE": "1", "SGLANG_CPU_OMP_THREADS_BIND": "all"}),
     ({}, {"device_type": "cpu"}, {"SGLANG_USE_CPU_ENGINE": "1"}),
     ({"PYTHONPATH": "/mine"}, {"device_type": "cpu", "stub": "/stub"},
-     {"SGLANG_USE_CPU_ENGINE": "1", "PYTHONPATH": "/stub:/mine"}),
-    ({}, {"device_type": "cpu", "stub": "/stub"}, {"SGLANG_USE_CPU_ENGINE": "1", "PYTHONPATH": "/stub"}),
+     {"SGLANG_USE_CPU_ENGINE": "1", "PYTHONPATH": f"{IN_SERVER}:/stub:/mine"}),
+    ({}, {"device_type": "cpu", "stub": "/stub"}, {"SGLANG_USE_CPU_ENGINE": "1", "PYTHONPATH": f"{IN_SERVER}:/stub"}),
     ({"PYTHONPATH": "/old"}, {"device_type": "cpu", "stub": "/stub", "user": {"PYTHONPATH": "/new"}},
-     {"SGLANG_USE_CPU_ENGINE": "1", "PYTHONPATH": "/stub:/new"}),
-    ({"PYTHONPATH": "/mine"}, {"device_type": "cuda", "stub": "/stub"}, {"PYTHONPATH": "/mine"}),
+     {"SGLANG_USE_CPU_ENGINE": "1", "PYTHONPATH": f"{IN_SERVER}:/stub:/new"}),
+    ({"PYTHONPATH": "/mine"}, {"device_type": "cuda", "stub": "/stub"}, {"PYTHONPATH": f"{IN_SERVER}:/mine"}),
+    ({"PYTHONPATH": "/old"}, {"user": {"PYTHONPATH": "/new"}}, {"PYTHONPATH": f"{IN_SERVER}:/new"}),
 ])  # fmt: skip
 def test_the_servers_environment(parent, more, expected):
     before = dict(parent)
     environment, warnings = child_environment(parent, **{"visibility": {}, **more})
-    assert environment == PROXIES | expected
+    assert environment == ALWAYS | expected
     assert warnings == []
     assert parent == before, "the trainer's own is never written"
 

@@ -120,7 +120,9 @@ def server_arguments(
     arguments.update(user)
     arguments["tp_size"] = tp_size
     # Permits our loader; SGLang's own ways of loading stay as they are.
-    arguments["custom_weight_loader"] = [*(user.get("custom_weight_loader") or []), RECEIVER]
+    theirs = user.get("custom_weight_loader")
+    theirs = [] if theirs is None else [theirs] if isinstance(theirs, str) else theirs
+    arguments["custom_weight_loader"] = list(dict.fromkeys([*theirs, RECEIVER]))
     return arguments
 
 
@@ -197,7 +199,7 @@ def child_environment(
     environment.update({} if user is None else user)
     # After the user's: without the receiver there is no weight sync, and their PYTHONPATH does not bring the kernels
     # that are missing on a CPU.
-    folders = [str(_IN_SERVER), *([stub] if stub is not None else []), environment.get("PYTHONPATH", "")]
+    folders = [str(_IN_SERVER), *([stub] if device_type == "cpu" and stub is not None else []), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(folder for folder in folders if folder)
     return environment, warnings
 
