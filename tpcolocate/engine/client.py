@@ -7,9 +7,12 @@ carried out twice opens its payload twice.
 from __future__ import annotations
 
 import asyncio
-import http.client
+import functools
 import json
 import logging
+import ssl
+import threading
+import time
 import weakref
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Mapping
@@ -18,18 +21,16 @@ from typing import Any
 from urllib.parse import urlencode
 
 import httpx
+import urllib3
 
-from tpcolocate.engine.connections import (
-    CONNECT_TIMEOUT_S,
-    KEEPALIVE_S,
-    MAX_IDLE,
-    Connections,
-    ConnectTimeout,
-    certificates,
-)
 from tpcolocate.errors import DeadlineError, EngineDeadError, RequestError, TpColocateError
 
-_LIMITS = httpx.Limits(max_connections=None, max_keepalive_connections=MAX_IDLE, keepalive_expiry=KEEPALIVE_S)
+_CONNECT_TIMEOUT_S = 5.0
+# uvicorn closes idle connections after 5 s; one that is older than this is not used again, so that no request
+# races the close and has to be repeated.
+_KEEPALIVE_S = 2.0
+_MAX_IDLE = 64
+_LIMITS = httpx.Limits(max_connections=None, max_keepalive_connections=_MAX_IDLE, keepalive_expiry=_KEEPALIVE_S)
 _encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
@@ -69,7 +70,10 @@ class ServerClient:
         self._closed = False
         logging.getLogger("httpx").addFilter(_quiet)
         self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
-        self._connections = Connections(url, self._headers)
+        # urllib3 for blocking requests: through httpx each costs a millisecond more, a tenth of a short generation.
+        self._lock = threading.Lock()
+        self._pool: urllib3.HTTPConnectionPool | None = None
+        self._used = 0.0
         self._async: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, httpx.AsyncClient] = weakref.WeakKeyDictionary()
 
     def close(self) -> None:
@@ -77,7 +81,10 @@ class ServerClient:
         if not self._closed:
             self._closed = True
             _quiet.remove(self.url)  # others may still talk to the same server
-        self._connections.close()
+        with self._lock:
+            pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.close()
 
     def get(self, path: str, *, timeout_s: float) -> Any:
         """GET a JSON answer.
@@ -98,12 +105,34 @@ class ServerClient:
     ) -> Any:
         target = f"{path}?{urlencode(params)}" if params else path
         data = None if body is None else _encode(body)
-        with (
-            self._errors(path, timeout_s),
-            self._connections.request(method, target, body=data, timeout_s=timeout_s) as response,
-        ):
-            content = response.read()
-        return self._answer(path, response.status, response.reason, content)
+        with self._errors(path, timeout_s):
+            response = self._send(method, target, data, timeout_s, whole=True)
+        return self._answer(path, response.status, response.reason, response.data)
+
+    def _send(self, method: str, target: str, data: bytes | None, timeout_s: float, *, whole: bool) -> urllib3.BaseHTTPResponse:
+        return self._fresh_pool().urlopen(
+            method,
+            target,
+            body=data,
+            headers={**self._headers, "Content-Type": "application/json"},
+            timeout=urllib3.Timeout(connect=min(_CONNECT_TIMEOUT_S, timeout_s), read=timeout_s),
+            retries=False,
+            redirect=False,
+            preload_content=whole,
+        )
+
+    def _fresh_pool(self) -> urllib3.HTTPConnectionPool:
+        with self._lock:
+            now = time.monotonic()
+            if self._pool is not None and now - self._used > _KEEPALIVE_S:
+                # Requests in flight keep their connections; the idle ones may be about to be closed by the server.
+                self._pool.close()
+                self._pool = None
+            if self._pool is None:
+                more = {"ssl_context": certificates()} if self.url.startswith("https") else {}
+                self._pool = urllib3.connection_from_url(self.url, maxsize=_MAX_IDLE, **more)
+            self._used = now
+            return self._pool
 
     async def post_async(self, path: str, body: Mapping[str, Any], *, timeout_s: float) -> Any:
         """`post` on the running event loop."""
@@ -113,19 +142,20 @@ class ServerClient:
 
     def stream(self, path: str, body: Mapping[str, Any], *, timeout_s: float) -> Iterator[Any]:
         """POST and yield each server-sent JSON event; `timeout_s` bounds the wait for each."""
-        with (
-            self._errors(path, timeout_s),
-            self._connections.request("POST", path, body=_encode(body), timeout_s=timeout_s) as response,
-        ):
-            if response.status >= 400:
-                self._answer(path, response.status, response.reason, response.read())
-            for line in response:
-                event = self._event(path, line.decode())
-                if event is _DONE:
-                    return
-                if event is not None:
-                    yield event
-            raise self._cut(path)
+        with self._errors(path, timeout_s):
+            response = self._send("POST", path, _encode(body), timeout_s, whole=False)
+            try:
+                if response.status >= 400:
+                    self._answer(path, response.status, response.reason, response.read())
+                for line in response:
+                    event = self._event(path, line.decode())
+                    if event is _DONE:
+                        return
+                    if event is not None:
+                        yield event
+                raise self._cut(path)
+            finally:
+                response.close()
 
     async def stream_async(self, path: str, body: Mapping[str, Any], *, timeout_s: float) -> AsyncIterator[Any]:
         """`stream` on the running event loop."""
@@ -142,7 +172,6 @@ class ServerClient:
                 raise self._cut(path)
 
     def _cut(self, path: str) -> EngineDeadError:
-        # The standard library takes the end of a connection for the end of a chunked answer that is read by lines.
         return EngineDeadError(f"{path}: the stream ended without [DONE]", hint="see the end of the server's log", url=self.url)
 
     def is_listening(self, *, timeout_s: float) -> bool:
@@ -184,18 +213,21 @@ class ServerClient:
             yield
         except TpColocateError:
             raise  # some of them are connection errors too
-        except (ConnectTimeout, httpx.ConnectTimeout) as error:
-            raise EngineDeadError(f"{path}: no connection within {min(CONNECT_TIMEOUT_S, timeout_s):g} s", url=self.url) from error
-        except (TimeoutError, httpx.TimeoutException) as error:
+        except (urllib3.exceptions.ConnectTimeoutError, httpx.ConnectTimeout) as error:
+            if isinstance(error, urllib3.exceptions.NewConnectionError):  # refused, which urllib3 counts among them
+                raise self._unreachable(path, error) from error
+            raise EngineDeadError(f"{path}: no connection within {min(_CONNECT_TIMEOUT_S, timeout_s):g} s", url=self.url) from error
+        except (urllib3.exceptions.ReadTimeoutError, httpx.TimeoutException) as error:
             raise DeadlineError(
                 f"{path}: no answer within {timeout_s:g} s", hint="the request may still be carried out", url=self.url
             ) from error
-        except (OSError, http.client.HTTPException, httpx.TransportError) as error:
-            raise EngineDeadError(
-                f"{path}: {type(error).__name__}: {error}", hint="see the end of the server's log", url=self.url
-            ) from error
+        except (urllib3.exceptions.HTTPError, httpx.TransportError, OSError) as error:
+            raise self._unreachable(path, error) from error
 
-    def _answer(self, path: str, status: int, reason: str, content: bytes) -> Any:
+    def _unreachable(self, path: str, error: Exception) -> EngineDeadError:
+        return EngineDeadError(f"{path}: {type(error).__name__}: {error}", hint="see the end of the server's log", url=self.url)
+
+    def _answer(self, path: str, status: int, reason: str | None, content: bytes) -> Any:
         if status >= 400:
             raise RequestError(f"{path}: {status}: {_message(content, reason)}", status=status, url=self.url)
         if not content:
@@ -225,17 +257,23 @@ def _encode(body: Mapping[str, Any]) -> bytes:
     return _encoder.encode(body).encode()
 
 
+@functools.cache
+def certificates() -> ssl.SSLContext:
+    """Once for all clients: reading them takes tens of milliseconds, for servers that mostly speak plain HTTP."""
+    return httpx.create_ssl_context(trust_env=False)
+
+
 def _timeout(timeout_s: float) -> httpx.Timeout:
-    return httpx.Timeout(timeout_s, connect=min(CONNECT_TIMEOUT_S, timeout_s))
+    return httpx.Timeout(timeout_s, connect=min(_CONNECT_TIMEOUT_S, timeout_s))
 
 
-def _message(content: bytes, reason: str) -> str:
+def _message(content: bytes, reason: str | None) -> str:
     """The server's own words, whichever of its three error shapes it chose."""
     try:
         body = json.loads(content)
     except ValueError:
         text = content.decode(errors="replace").strip()
-        return text if text else reason
+        return text if text else str(reason)
     if isinstance(body, dict):
         error = body.get("error", body)
         if isinstance(error, str) and error:
