@@ -38,10 +38,13 @@ def receive(model: torch.nn.Module, named_tensors: Iterable[tuple[str, torch.Ten
         model: The worker's model.
         named_tensors: One tensor of uint8, the JSON command; SGLang may have moved it to the GPU.
     """
-    job = json.loads(bytes(dict(named_tensors)[COMMAND].cpu().tolist()))
-    answer: dict[str, Any] = {"tp_rank": job["tp_rank"], "error": None, "opened": False}
+    answer: dict[str, Any] = {"tp_rank": None, "error": None, "opened": False}
+    reply: Any = None
     started = time.perf_counter()
     try:
+        job = json.loads(bytes(dict(named_tensors)[COMMAND].cpu().tolist()))
+        reply = job["reply"]
+        answer["tp_rank"] = job["tp_rank"]
         _check_address(job)
         _ACTIONS[job["do"]](model, job, answer)
     except BaseException as error:  # an exception that leaves here takes the server down
@@ -49,15 +52,16 @@ def receive(model: torch.nn.Module, named_tensors: Iterable[tuple[str, torch.Ten
         answer["traceback"] = traceback.format_exc()
     answer["seconds"] = time.perf_counter() - started
     try:
-        _write(job["reply"], answer)
-    except OSError:
+        _write(reply, answer)
+    except Exception:
         pass  # the trainer misses the reply and says so
 
 
 def _write(path: str, answer: dict[str, Any]) -> None:
+    text = json.dumps(answer)
     # Complete or not there at all.
     with open(path + ".part", "w") as file:
-        json.dump(answer, file)
+        file.write(text)
     os.replace(path + ".part", path)
 
 
@@ -127,8 +131,9 @@ def _bytes(text: str | None) -> bytes | None:
 def checksum(data: torch.Tensor) -> tuple[int, int]:
     """Two 64-bit sums of a flat uint8 tensor, weighted by position along rows and along columns.
 
-    Any flipped bit changes both; moved blocks change at least one.  Two passes over the data and no copy of it.
-    Computed alike on CPU and GPU (integers wrap).
+    Any flipped bit changes both.  Moved words, rows and blocks change at least one, but for words that differ in
+    nothing except their highest bits (the weights of a sum that no flipped bit escapes differ by even numbers).  Two
+    passes over the data and no copy of it.  Computed alike on CPU and GPU (integers wrap).
 
     Args:
         data: One-dimensional, contiguous, starting at a multiple of 8 bytes.
@@ -178,10 +183,11 @@ class Recorder(TorchDispatchMode):
         owned: Storages of the model's parameters and buffers.
 
     Attributes:
-        copies: In the order in which they were made.
-        fills: Parts of parameters that were set to a constant.
-        derived: Entries that were read by something other than a view or a copy (a cast, a transposition that
-            materialises): what reached the parameters cannot be compared with what was sent.
+        copies: Into the model, in the order in which they were made.
+        fills: Parts of the model that were set to a constant, and to which.
+        derived: Entries that were read, or changed in the staging memory, by something other than a view or a copy
+            into the model (a cast, a transposition that materialises, a copy to somewhere else): what reached the
+            parameters cannot be compared with what was sent.
         reworked: Entries whose destination was changed again after the copy.
         repeatable: Whether the copies were all that happened, so that making them again does the same.
     """
@@ -200,32 +206,39 @@ class Recorder(TorchDispatchMode):
         self._written: dict[int, list[Copy]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.ops.aten.copy_.default and self._staged(args[1]):
+        kwargs = {} if kwargs is None else kwargs
+        if func is torch.ops.aten.copy_.default and self._staged(args[1]) and self._owns(args[0]):
             copy = Copy(args[0].detach(), args[1].detach(), self._entry(args[1]))
             self._note_rework(args[0])
             self.copies.append(copy)
             self._written.setdefault(_storage(args[0]), []).append(copy)
             return func(*args, **kwargs)
-        inputs = _tensors([*args, *kwargs.values()])
-        if func._schema.is_mutable:
-            if len(inputs) == 1 and func.overloadpacket in _FILLS:
-                # A constant, such as the padding of a vocabulary: part of the plan.
-                self.fills.append((inputs[0].detach(), args[1] if len(args) > 1 else 0))
-            elif self._owns(inputs[0]):
-                self.repeatable = False
-            self._note_rework(inputs[0])
-            return func(*args, **kwargs)
+        written, inputs = _operands(func, args, kwargs)
+        # A constant, such as the padding of a vocabulary, can be part of a plan; nothing else that is written can.
+        constant = not inputs and func.overloadpacket in _FILLS
+        for tensor in written:
+            if self._owns(tensor):
+                self._note_rework(tensor)
+                if constant:
+                    self.fills.append((tensor.detach(), args[1] if len(args) > 1 else 0))
+                else:
+                    self.repeatable = False
+            elif self._staged(tensor):
+                self._note_derived(tensor)
         out = func(*args, **kwargs)
-        outputs = {_storage(tensor) for tensor in _tensors([out])}
+        outputs = set() if written else {_storage(tensor) for tensor in _tensors([out])}
         for tensor in inputs:
             if _storage(tensor) in outputs:
                 continue  # a view
             if self._staged(tensor):
-                self.derived.add(self._entry(tensor))
-            if self._staged(tensor) or self._owns(tensor):
-                self.repeatable = False  # something is computed from weights, old or new
+                self._note_derived(tensor)
+            elif self._owns(tensor):
+                self.repeatable = False  # something is computed from old weights
         return out
+
+    def _note_derived(self, staged: torch.Tensor) -> None:
+        self.derived.add(self._entry(staged))
+        self.repeatable = False
 
     def _note_rework(self, target: torch.Tensor) -> None:
         for copy in self._written.get(_storage(target), ()):
@@ -236,7 +249,7 @@ class Recorder(TorchDispatchMode):
         return isinstance(tensor, torch.Tensor) and tensor.numel() > 0 and _storage(tensor) == self._base
 
     def _owns(self, tensor: torch.Tensor) -> bool:
-        return _storage(tensor) in self.owned
+        return tensor.numel() > 0 and _storage(tensor) in self.owned
 
     def _entry(self, tensor: torch.Tensor) -> int:
         return bisect.bisect_right(self._starts, tensor.data_ptr() - self._start) - 1
@@ -260,7 +273,7 @@ class Plan:
             (c.dst, (c.src.data_ptr() - start) // c.src.element_size(), c.src.dtype, c.src.shape, c.src.stride(), c.entry)
             for c in recorder.copies
         ]
-        self.fills = [fill for fill in recorder.fills if _storage(fill[0]) in recorder.owned]
+        self.fills = recorder.fills
         written = {_storage(c.dst) for c in recorder.copies} | {_storage(dst) for dst, _ in self.fills}
         self._places = [
             (table, name, tensor.data_ptr())
@@ -316,6 +329,16 @@ def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a_low < b_high and b_low < a_high
 
 
+def _operands(func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Tensors that an operator writes to, and those that it reads and does not write to."""
+    written: list[Any] = []
+    read: list[Any] = []
+    for i, argument in enumerate(func._schema.arguments):
+        value = kwargs.get(argument.name) if argument.kwarg_only or i >= len(args) else args[i]
+        (written if argument.is_write else read).append(value)
+    return _tensors(written), _tensors(read)
+
+
 def _tensors(values: list[Any]) -> list[torch.Tensor]:
     found = []
     for value in values:
@@ -338,10 +361,10 @@ def differing(copies: list[Copy]) -> set[int]:
     """Entries whose parameters, read back, are not what the staging memory holds."""
     if not copies:
         return set()
-    flags = torch.stack([(c.dst != c.src.to(c.dst.dtype)).any() for c in copies]).tolist()
+    flags = torch.stack([(c.dst != c.src.to(c.dst)).any() for c in copies]).tolist()
     suspects = [c for c, flag in zip(copies, flags) if flag]
     # NaN differs from itself; a NaN that arrived as one is the trainer's.
-    return {c.entry for c in suspects if not torch.allclose(c.dst, c.src.to(c.dst.dtype), rtol=0, atol=0, equal_nan=True)}
+    return {c.entry for c in suspects if not torch.allclose(c.dst, c.src.to(c.dst), rtol=0, atol=0, equal_nan=True)}
 
 
 def _load(model: torch.nn.Module, job: dict[str, Any], answer: dict[str, Any]) -> None:
@@ -350,6 +373,7 @@ def _load(model: torch.nn.Module, job: dict[str, Any], answer: dict[str, Any]) -
     entries = job["entries"]
     flat = open_handle(job["handle"], device)
     answer["opened"] = True
+    source = flat.device
     try:
         clock.lap("open")
         if list(checksum(flat)) != job["checksum"]:
@@ -372,7 +396,9 @@ def _load(model: torch.nn.Module, job: dict[str, Any], answer: dict[str, Any]) -
     finally:
         del flat
         if device.type == "cuda":
-            torch.cuda.synchronize(device)  # acknowledged means finished
+            # Acknowledged means finished, on the GPU that was read from as well (fan-out).
+            for used in {device, source}:
+                torch.cuda.synchronize(used)
 
 
 def _apply(model: torch.nn.Module, flat: torch.Tensor, entries: list[list[Any]]) -> tuple[list[Copy], set[int], bool]:

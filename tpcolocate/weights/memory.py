@@ -53,11 +53,11 @@ def plan_bucket(limit: int, free: Sequence[int], *, largest: int, copies: int, g
         gathered: Size of the largest tensor that is gathered beside the bucket before it is copied in.
 
     Raises:
-        ConfigError: Not even the largest tensor fits.
+        ConfigError: Not even the largest tensor fits, or nothing at all.
     """
     least = min(free)
     room = (int(least * _USABLE) - gathered) // copies
-    if largest > room:
+    if max(largest, 1) > room:
         where = list(free).index(least)
         raise ConfigError(
             f"the largest tensor ({largest / 2**20:.0f} MiB, {copies} times at once) does not fit into the {least / 2**20:.0f} MiB "

@@ -1,0 +1,232 @@
+"""What the owner makes of the workers' replies, and who makes which payload for whom."""
+
+import base64
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tpcolocate import ipc_payload
+from tpcolocate.in_server.tpcolocate_receiver import COMMAND, checksum
+from tpcolocate.weights.delivery import Delivery, Verdict, judge
+
+pytestmark = [pytest.mark.quick, pytest.mark.timeout(60)]
+
+
+def entries_of(**shapes):
+    return ipc_payload.layout([(name, torch.Size(shape), torch.float32) for name, shape in shapes.items()])[0]
+
+
+A_AND_B = entries_of(a=(4, 2), b=(6,))
+ALL = {"a": 8, "b": 6}
+
+
+def reply(read=ALL, **changes):
+    return {
+        "tp_rank": 0, "error": None, "opened": True, "differing": [], "unproven": [], "read": dict(read), "replayed": False,
+        "phases": {}, "seconds": 0.1, **changes,
+    }  # fmt: skip
+
+
+FAILED = {"tp_rank": 0, "error": "ValueError: bad", "opened": True, "traceback": "...", "seconds": 0.1}
+UNREAD = "the engine took these tensors in part or not at all: "
+EMPTY_FIRST = entries_of(e=(0, 3), a=(4, 2), f=(0,))
+MANY = entries_of(**{f"w{i}": (2,) for i in range(8)})
+JUDGED = [
+    # what came, what the bucket held, the problem, what is unproven
+    ("one rank took all", {0: reply()}, A_AND_B, None, ()),
+    ("no reply", {0: None}, A_AND_B, "TP rank 0 did not answer", ()),
+    ("no reply of one", {0: reply(), 1: None}, A_AND_B, "TP rank 1 did not answer", ()),
+    ("error", {0: FAILED}, A_AND_B, "TP rank 0: ValueError: bad", ()),
+    ("error of one", {0: reply(), 1: FAILED}, A_AND_B, "TP rank 1: ValueError: bad", ()),
+    ("error before opening", {0: {**FAILED, "opened": False}}, A_AND_B, "TP rank 0: ValueError: bad", ()),
+    ("an error without words", {0: {**FAILED, "error": ""}}, A_AND_B, "TP rank 0: ", ()),
+    ("differing", {0: reply(differing=["b"])}, A_AND_B, "TP rank 0 holds other values than were sent: b", ()),
+    ("differing on one", {0: reply(), 1: reply(differing=["a", "b"])}, A_AND_B, "TP rank 1 holds other values than were sent: a, b", ()),
+    ("differing and read twice", {0: reply(differing=["a"]), 1: reply()}, A_AND_B, "TP rank 0 holds other values than were sent: a", ()),
+    ("differing, many", {0: reply({}, differing=[e.name for e in MANY])}, MANY,
+     "TP rank 0 holds other values than were sent: w0, w1, w2, w3, w4 and 3 more", ()),
+    ("unread", {0: reply({"a": 8})}, A_AND_B, UNREAD + "b", ()),
+    ("nothing read", {0: reply({}), 1: reply({})}, A_AND_B, UNREAD + "a, b", ()),
+    ("unread, exactly as many as are shown", {0: reply({"w0": 2, "w1": 2, "w7": 2})}, MANY, UNREAD + "w2, w3, w4, w5, w6", ()),
+    ("unread, one more than is shown", {0: reply({"w0": 2, "w1": 2})}, MANY, UNREAD + "w2, w3, w4, w5, w6 and 1 more", ()),
+    ("partly read", {0: reply({"a": 7, "b": 6})}, A_AND_B, UNREAD + "a", ()),
+    ("parts add up", {0: reply({"a": 4, "b": 3}), 1: reply({"a": 4, "b": 3})}, A_AND_B, None, ()),
+    ("unequal parts add up", {0: reply({"a": 8, "b": 4}), 1: reply({"b": 2})}, A_AND_B, None, ()),
+    ("parts do not add up", {0: reply({"a": 4, "b": 3}), 1: reply({"a": 4, "b": 2})}, A_AND_B, UNREAD + "b", ()),
+    ("of four ranks one took nothing", {i: reply({"a": 2, "b": 6} if i else {"b": 6}) for i in range(4)}, A_AND_B, UNREAD + "a", ()),
+    ("replicated", {0: reply(), 1: reply()}, A_AND_B, None, ()),
+    ("replicated in part", {0: reply({"a": 8, "b": 3}), 1: reply({"a": 8, "b": 3})}, A_AND_B, None, ()),
+    ("unproven need not be read", {0: reply({"b": 6}, unproven=["a"])}, A_AND_B, None, ("a",)),
+    ("unproven on one rank", {0: reply({"a": 4, "b": 6}, unproven=["a"]), 1: reply({"b": 6})}, A_AND_B, None, ("a",)),
+    ("unproven on all ranks", {0: reply({}, unproven=["b", "a"]), 1: reply({}, unproven=["a"])}, A_AND_B, None, ("a", "b")),
+    ("one unproven, the other unread", {0: reply({}, unproven=["a"])}, A_AND_B, UNREAD + "b", ()),
+    ("nothing to read in empty tensors", {0: reply({"a": 8})}, EMPTY_FIRST, None, ()),
+    ("only empty tensors", {0: reply({}), 1: reply({})}, entries_of(e=(0, 3)), None, ()),
+    ("an empty bucket", {0: reply({})}, [], None, ()),
+    ("a scalar", {0: reply({"s": 1})}, entries_of(s=()), None, ()),
+    ("a scalar unread", {0: reply({})}, entries_of(s=()), UNREAD + "s", ()),
+    ("names beyond the bucket", {0: reply({**ALL, "c": 1})}, A_AND_B, None, ()),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("replies, entries, problem, unproven", [case[1:] for case in JUDGED], ids=[case[0] for case in JUDGED])
+def test_replies_are_judged(replies, entries, problem, unproven):
+    verdict = judge(replies, entries)
+    assert (verdict.problem, verdict.unproven) == (problem, unproven)
+    assert verdict.opened == {rank: answer["opened"] for rank, answer in replies.items() if answer is not None}
+
+
+@pytest.mark.parametrize("replayed, expected", [([True], True), ([True, True], True), ([True, False], False), ([False, False], False)])
+def test_a_bucket_is_replayed_if_every_worker_did(replayed, expected):
+    verdict = judge({rank: reply(replayed=value) for rank, value in enumerate(replayed)}, A_AND_B)
+    assert verdict.replayed is expected and verdict.problem is None
+
+
+def test_the_slowest_worker_is_reported_step_by_step():
+    steps = [{"open": 0.1, "load": 0.5}, {"open": 0.3, "load": 0.2, "compare": 0.1}]
+    verdict = judge({rank: reply(phases=phases) for rank, phases in enumerate(steps)}, A_AND_B)
+    assert verdict.worker_seconds == {"open": 0.3, "load": 0.5, "compare": 0.1}
+
+
+# --- payloads -------------------------------------------------------------------------------------------------------
+
+
+class Server:
+    """Takes what is pushed; its workers answer with what `answers` says."""
+
+    def __init__(self, answers):
+        self.answers, self.pushed = answers, []
+
+    def push(self, payloads, *, load_format, timeout_s):
+        self.pushed.append((list(payloads), load_format))
+        for payload in payloads:
+            job = json.loads(bytes(dict(pickle.loads(base64.b64decode(payload)))[COMMAND].tolist()))
+            if job["tp_rank"] in self.answers:
+                Path(job["reply"]).write_text(json.dumps(self.answers[job["tp_rank"]]))
+
+
+@pytest.fixture
+def delivery(tmp_path):
+    """A function that makes one rank's delivery; whatever it exported is given back."""
+    made = []
+
+    def make(tp_rank=0, tp_size=2, payloads="per_rank", transport="ipc"):
+        ledger = ipc_payload.Ledger(rank=7)
+        (tmp_path / "files").mkdir(exist_ok=True)
+        copies = []
+        one = Delivery(
+            tp_rank=tp_rank, tp_size=tp_size, is_owner=tp_rank == 0, payloads=payloads, transport=transport, loader="r.receive",
+            reply_folder=tmp_path, file_folder=tmp_path / "files", ledger=ledger, copied=lambda: copies.append(1), nonce="abc",
+        )  # fmt: skip
+        made.append((one, copies))
+        return one
+
+    make.copies = lambda: sum(len(copies) for _, copies in made)
+    yield make
+    for one, _ in made:
+        one.ledger.reclaim()
+
+
+def bucket(values=(1.0, 2.0)):
+    entries, num_bytes = ipc_payload.layout([("a", torch.Size([len(values)]), torch.float32)])
+    flat = ipc_payload.allocate(num_bytes, torch.device("cpu"))
+    ipc_payload.view(flat, entries[0]).copy_(torch.tensor(values))
+    return flat, entries
+
+
+def jobs(payloads):
+    return [json.loads(bytes(dict(pickle.loads(base64.b64decode(payload)))[COMMAND].tolist())) for payload in payloads]
+
+
+READERS = [
+    # payloads, transport, readers of TP ranks 0 and 1
+    ("per_rank", "ipc", [0], [1]),
+    ("per_rank", "stock", [0], [1]),
+    ("per_rank", "file", [0, 1], []),
+    ("fan_out", "ipc", [0, 1], []),
+    ("fan_out", "stock", [0, 1], []),
+    ("fan_out", "file", [0, 1], []),
+]
+
+
+@pytest.mark.parametrize("payloads, transport, first, second", READERS)
+def test_every_tp_rank_is_served_once_and_in_order(delivery, payloads, transport, first, second):
+    ranks = [delivery(tp_rank, payloads=payloads, transport=transport) for tp_rank in (0, 1)]
+    assert [one.readers for one in ranks] == [first, second]
+    flat, entries = bucket()
+    made = [one.make(flat if one.exports else None, entries, 3) for one in ranks]
+    assert [len(of_rank) for of_rank in made] == [len(first), len(second)]
+    exported = [one.ledger.num_exported for one in ranks]
+    assert exported == ([0, 0] if transport == "file" else [len(first), len(second)])
+    if transport != "stock":
+        told = jobs([payload for of_rank in made for payload in of_rank])
+        assert [job["tp_rank"] for job in told] == [0, 1] and {job["tp_size"] for job in told} == {2}
+        assert len({job["reply"] for job in told}) == 2, "each answers in a file of its own"
+        assert all(job["checksum"] == list(checksum(flat)) and job["entries"] == ipc_payload.described(entries) for job in told)
+        handles = [json.dumps(job["handle"]) for job in told]
+        assert len(set(handles)) == (1 if transport == "file" else len(first) or 2)
+
+
+def test_fan_out_on_a_cpu_copies_once_per_further_reader(delivery):
+    flat, entries = bucket()
+    made = jobs(delivery(tp_size=3, payloads="fan_out").make(flat, entries, 0))
+    assert len({job["handle"]["name"] for job in made}) == 3, "one counter would not tell the readers apart"
+    assert delivery.copies() == 2
+
+
+def test_a_file_holds_the_bucket_and_goes_once_it_was_loaded(delivery, tmp_path):
+    one = delivery(tp_size=1, transport="file")
+    flat, entries = bucket()
+    payloads = one.make(flat, entries, 4)
+    [job] = jobs(payloads)
+    assert torch.equal(load_file(job["handle"]["path"])["bucket"], flat)
+    server = Server({0: reply({"a": 2})})
+    assert one.load(server, payloads, entries, 4, 5.0).problem is None
+    assert list((tmp_path / "files").iterdir()) == [] and not one.reply(4, 0).exists()
+
+
+def test_a_file_goes_though_the_push_failed(delivery, tmp_path):
+    class Broken:
+        def push(self, *args, **kwargs):
+            raise ConnectionError("gone")
+
+    one = delivery(transport="file")
+    flat, entries = bucket()
+    payloads = one.make(flat, entries, 4)
+    with pytest.raises(ConnectionError):
+        one.load(Broken(), payloads, entries, 4, 5.0)
+    assert list((tmp_path / "files").iterdir()) == []
+
+
+def test_replies_are_collected_and_missing_ones_told(delivery):
+    one = delivery(payloads="fan_out")
+    flat, entries = bucket()
+    payloads = one.make(flat, entries, 2)
+    server = Server({0: reply({"a": 2})})
+    verdict = one.load(server, payloads, entries, 2, 5.0)
+    assert (verdict.problem, verdict.opened) == ("TP rank 1 did not answer", {0: True})
+    assert server.pushed == [(payloads, "r.receive")]
+
+
+def test_the_reply_to_another_bucket_or_sync_is_none(delivery):
+    one, other = delivery(tp_size=1), delivery(tp_size=1)
+    other.nonce = "def"
+    flat, entries = bucket()
+    for stale in (one.reply(0, 0), one.reply(2, 0), other.reply(1, 0)):
+        stale.write_text(json.dumps(reply({"a": 2})))
+    assert one.load(Server({}), one.make(flat, entries, 1), entries, 1, 5.0).problem == "TP rank 0 did not answer"
+
+
+def test_sglangs_own_way_proves_nothing(delivery):
+    class Stock:
+        def push(self, payloads, *, load_format, timeout_s):
+            self.load_format = load_format
+
+    one, server = delivery(transport="stock"), Stock()
+    flat, entries = bucket()
+    verdict = one.load(server, one.make(flat, entries, 0), entries, 0, 5.0)
+    assert verdict == Verdict(unproven=("a",)) and server.load_format == "flattened_bucket"

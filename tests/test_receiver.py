@@ -1,0 +1,812 @@
+"""What runs inside the engine's workers: the checksum, the watched loader, the copies made again, and the reply."""
+
+import json
+import multiprocessing
+import os
+
+import pytest
+import torch
+from harness import PRELOADED
+from hypothesis import example, given
+from hypothesis import strategies as st
+from torch import nn
+
+from tpcolocate import ipc_payload
+from tpcolocate.in_server import tpcolocate_receiver
+from tpcolocate.in_server.tpcolocate_receiver import COMMAND, Copy, Recorder, _apply, checksum, differing, open_handle, receive, views
+
+pytestmark = [pytest.mark.quick, pytest.mark.timeout(60)]
+
+CPU = torch.device("cpu")
+WORD = 8
+ROW = WORD * tpcolocate_receiver._ROW_WORDS
+
+
+# --- checksum -------------------------------------------------------------------------------------------------------
+
+
+def random_bytes(size, seed=0):
+    return torch.randint(0, 256, (size,), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def test_every_flipped_bit_of_small_data_changes_both_sums():
+    for size in [*range(1, 18), 63, 64, 65]:
+        data = random_bytes(size, seed=size)
+        original = checksum(data)
+        for bit in range(8 * size):
+            data[bit // 8] ^= 1 << bit % 8
+            assert all(was != now for was, now in zip(original, checksum(data))), (size, bit)
+            data[bit // 8] ^= 1 << bit % 8
+
+
+@given(st.integers(1, 5000), st.integers(0, 2**32), st.floats(0, 1, exclude_max=True))
+def test_a_flipped_bit_of_any_data_changes_both_sums(size, seed, where):
+    data = random_bytes(size, seed)
+    before = checksum(data)
+    bit = int(where * size * 8)
+    data[bit // 8] ^= 1 << bit % 8
+    assert all(was != now for was, now in zip(before, checksum(data)))
+
+
+@pytest.mark.parametrize("fill", [0x00, 0xFF, 0x80])
+@pytest.mark.parametrize("size", [ROW - 1, ROW, ROW + 1, 3 * ROW, 3 * ROW + 13])
+def test_a_flipped_bit_at_every_seam_of_uniform_data_changes_both_sums(fill, size):
+    data = torch.full((size,), fill, dtype=torch.uint8)
+    before = checksum(data)
+    seams = {0, 7, 8, size - 1, size - 8, size // 2, *(row * ROW + i for row in range(4) for i in (-8, -1, 0, 7, 8))}
+    for byte in sorted(seam for seam in seams if 0 <= seam < size):
+        for bit in (0, 7):
+            data[byte] ^= 1 << bit
+            assert all(was != now for was, now in zip(before, checksum(data))), (byte, bit)
+            data[byte] ^= 1 << bit
+
+
+def swap(data, one, other, length):
+    moved = data.clone()
+    moved[one : one + length], moved[other : other + length] = data[other : other + length], data[one : one + length]
+    return moved
+
+
+@given(st.integers(2, 6 * 1024), st.data())
+def test_swapped_words_change_it(num_words, data):
+    content = random_bytes(num_words * WORD + data.draw(st.integers(0, 7)), seed=num_words)
+    one = data.draw(st.integers(0, num_words - 1))
+    other = data.draw(st.integers(0, num_words - 1).filter(lambda word: word != one))
+    assert checksum(swap(content, one * WORD, other * WORD, WORD)) != checksum(content)
+
+
+@pytest.mark.parametrize("one, other, length", [
+    (0, ROW, ROW), (0, 4 * ROW, ROW), (ROW, 3 * ROW, 2 * ROW),  # rows, which leaves the sums along them as they are
+    (8, 8 + ROW, 8), (0, 512, 256), (0, 5 * ROW - 256, 256),  # columns, and what a bucket is aligned to
+    (3, 1000, 100), (1, 2, 1), (0, 6 * ROW, 8), (5 * ROW + 8, 6 * ROW + 16, 24),  # not aligned; across the last full row
+    (6 * ROW + 80, 6 * ROW + 81, 1),  # in the last, incomplete word
+])  # fmt: skip
+def test_swapped_blocks_change_it(one, other, length):
+    content = random_bytes(6 * ROW + 83)
+    content[one], content[one + length - 1] = 1, 1
+    content[other] = 2  # what is swapped does differ
+    assert checksum(swap(content, one, other, length)) != checksum(content)
+
+
+@given(st.integers(1, 3 * ROW), st.integers(1, 3000))
+def test_shifted_data_changes_it(size, by):
+    content = random_bytes(size + by, seed=size)
+    content[-1] = content[0] ^ 1
+    assert checksum(torch.roll(content, by)) != checksum(content) or torch.equal(torch.roll(content, by), content)
+
+
+@given(st.integers(0, 5000))
+@example(0)
+@example(7)
+def test_it_is_a_function_of_the_bytes_alone(size):
+    data = random_bytes(size, seed=size)
+    found = checksum(data)
+    assert found == checksum(data.clone()) and all(-(2**63) <= part < 2**63 for part in found)
+    elsewhere = torch.zeros(size + 3 * 256, dtype=torch.uint8)
+    elsewhere[256 : 256 + size] = data
+    assert checksum(elsewhere[256 : 256 + size]) == found, "wherever they lie"
+    assert json.loads(json.dumps(found)) == list(found)
+
+
+def test_it_is_what_it_was():
+    """Trainer and worker may run on different machines of one job: the sums are part of the protocol."""
+    data = torch.arange(2 * ROW + 21, dtype=torch.int64).to(torch.uint8)
+    by_row = by_column = 0
+    content = bytes(data.tolist())
+    word = lambda at: int.from_bytes(content[at : at + WORD], "little", signed=True)
+    for row in range(2):
+        for column in range(ROW // WORD):
+            by_row += word(row * ROW + column * WORD) * (2 * row + 1)
+            by_column += word(row * ROW + column * WORD) * (2 * column + 1)
+    extra = sum(word(2 * ROW + i * WORD) * (2 * i + 1) for i in range(2))
+    extra += sum(byte * (2 * (ROW // WORD + i) + 1) for i, byte in enumerate(content[2 * ROW + 16 :]))
+    wrapped = [(total + 2**63) % 2**64 - 2**63 for total in (by_row + extra, by_column - extra)]
+    assert list(checksum(data)) == wrapped
+
+
+# --- models, each with one habit of an engine's loader --------------------------------------------------------------
+
+
+class Model(nn.Module):
+    """`weights` are its parameters; `load` says what its loader does with each tensor."""
+
+    def __init__(self, load, **weights):
+        super().__init__()
+        for name, tensor in weights.items():
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+        self.load = load
+
+    def load_weights(self, weights):
+        for name, tensor in weights:
+            self.load(self, name, tensor)
+
+
+def plain(model, name, tensor):
+    getattr(model, name).data.copy_(tensor)
+
+
+def fused(model, name, tensor):
+    rows = {"q": (0, 4), "k": (4, 2), "v": (6, 2)}[name]
+    model.qkv.data.narrow(0, *rows).copy_(tensor)
+
+
+def fused_shard(model, name, tensor):
+    """One TP rank of two: its rows of every tensor."""
+    start, size = {"q": (0, 2), "k": (2, 1), "v": (3, 1)}[name]
+    model.qkv.data.narrow(0, start, size).copy_(tensor.narrow(0, size, size))
+
+
+def column_shard(model, name, tensor):
+    model.w.data.copy_(tensor[:, 2:4])
+
+
+def replicated(model, name, tensor):
+    """Grouped-query attention with more TP ranks than heads: the same head for several."""
+    model.kv.data[:2].copy_(tensor[:2])
+    model.kv.data[2:].copy_(tensor[:2])
+
+
+def transposed(model, name, tensor):
+    model.w.data.copy_(tensor.t())
+
+
+def transposed_into(model, name, tensor):
+    model.w.data.t().copy_(tensor)
+
+
+def padded(model, name, tensor):
+    model.w.data[: len(tensor)].copy_(tensor)
+    model.w.data[len(tensor) :].fill_(0)
+
+
+def padded_before(model, name, tensor):
+    model.w.data[len(tensor) :].zero_()
+    model.w.data[: len(tensor)].copy_(tensor)
+
+
+def setitem(model, name, tensor):
+    model.w.data[:4] = tensor
+
+
+def materialised(model, name, tensor):
+    model.w.data.copy_(tensor.t().contiguous())
+
+
+def cast_first(model, name, tensor):
+    model.w.data.copy_(tensor.to(torch.bfloat16))
+
+
+def scaled_first(model, name, tensor):
+    model.w.data.copy_(tensor * 2)
+
+
+def scaled_in_staging(model, name, tensor):
+    model.w.data.copy_(tensor.mul_(2))
+
+
+def scaled_into_staging(model, name, tensor):
+    torch.mul(torch.full_like(model.w, 3.0), 2.0, out=tensor)
+    model.w.data.copy_(tensor)
+
+
+def by_way_of_a_copy(model, name, tensor):
+    between = torch.empty(tensor.shape)
+    between.copy_(tensor)
+    model.w.data.copy_(between)
+
+
+def added(model, name, tensor):
+    model.w.data.zero_()
+    model.w.data.add_(tensor)
+
+
+def indexed(model, name, tensor):
+    model.w.data.index_copy_(0, torch.arange(len(tensor)), tensor)
+
+
+def many_at_once(model, name, tensor):
+    torch._foreach_copy_([model.w.data[:1], model.w.data[1:]], [tensor[:1], tensor[1:]])
+
+
+def written_out(model, name, tensor):
+    torch.add(tensor, 0.0, out=model.w.data)
+
+
+def asked_for_a_value(model, name, tensor):
+    model.w.data.copy_(tensor)
+    model.largest = tensor.max().item()
+
+
+def rescaled(model, name, tensor):
+    model.w.data.copy_(tensor)
+    model.w.data.mul_(2)
+
+
+def partly_rescaled(model, name, tensor):
+    model.w.data.copy_(tensor)
+    model.w.data[0].mul_(2)
+
+
+def filled_over(model, name, tensor):
+    model.w.data.copy_(tensor)
+    model.w.data[0].fill_(1)
+
+
+def copied_over(model, name, tensor):
+    model.w.data.copy_(tensor)
+    model.w.data.copy_(torch.ones(tensor.shape))
+
+
+def derives_a_buffer(model, name, tensor):
+    model.w.data.copy_(tensor)
+    model.doubled = model.w.data * 2
+
+
+def derives_in_place(model, name, tensor):
+    model.w.data.copy_(tensor)
+    model.also.data.copy_(model.w.data)
+
+
+def derives_beside(model, name, tensor):
+    """Into memory that is no parameter: absorbed weights are kept so."""
+    model.w.data.copy_(tensor)
+    if not hasattr(model, "beside"):
+        model.beside = torch.empty(tensor.shape)
+    model.beside.copy_(model.w.data)
+
+
+def counts(model, name, tensor):
+    model.w.data.copy_(tensor)
+    model.also.data.add_(1)
+
+
+def skips(model, name, tensor):
+    if hasattr(model, name):
+        getattr(model, name).data.copy_(tensor)
+
+
+def halves(model, name, tensor):
+    model.w.data[:2].copy_(tensor[:2])
+
+
+W = {"w": (4, 4)}
+NOTHING = set()
+LOADERS = [
+    # loader, parameters, tensors sent, derived, reworked, repeatable, elements read
+    (plain, {"a": (3, 5), "b": (7,), "c": ()}, {"a": (3, 5), "b": (7,), "c": ()}, NOTHING, NOTHING, True, {"a": 15, "b": 7, "c": 1}),
+    (plain, {"a": (0, 5), "b": (2,)}, {"a": (0, 5), "b": (2,)}, NOTHING, NOTHING, True, {"b": 2}),
+    (fused, {"qkv": (8, 3)}, {"q": (4, 3), "k": (2, 3), "v": (2, 3)}, NOTHING, NOTHING, True, {"q": 12, "k": 6, "v": 6}),
+    (fused_shard, {"qkv": (4, 3)}, {"q": (4, 3), "k": (2, 3), "v": (2, 3)}, NOTHING, NOTHING, True, {"q": 6, "k": 3, "v": 3}),
+    (column_shard, {"w": (4, 2)}, W, NOTHING, NOTHING, True, {"w": 8}),
+    (replicated, {"kv": (4, 3)}, {"kv": (4, 3)}, NOTHING, NOTHING, True, {"kv": 12}),
+    (transposed, {"w": (5, 3)}, {"w": (3, 5)}, NOTHING, NOTHING, True, {"w": 15}),
+    (transposed_into, {"w": (5, 3)}, {"w": (3, 5)}, NOTHING, NOTHING, True, {"w": 15}),
+    (padded, {"w": (6, 4)}, W, NOTHING, NOTHING, True, {"w": 16}),
+    (padded_before, {"w": (6, 4)}, W, NOTHING, NOTHING, True, {"w": 16}),
+    (setitem, {"w": (6, 4)}, W, NOTHING, NOTHING, True, {"w": 16}),
+    (skips, {"a": (2,)}, {"a": (2,), "gone": (3,)}, NOTHING, NOTHING, True, {"a": 2}),
+    (halves, W, W, NOTHING, NOTHING, True, {"w": 8}),
+    (materialised, {"w": (5, 3)}, {"w": (3, 5)}, {"w"}, NOTHING, False, {}),
+    (cast_first, W, W, {"w"}, NOTHING, False, {}),
+    (scaled_first, W, W, {"w"}, NOTHING, False, {}),
+    (scaled_in_staging, W, W, {"w"}, NOTHING, False, {"w": 16}),
+    (scaled_into_staging, W, W, {"w"}, NOTHING, False, {"w": 16}),
+    (by_way_of_a_copy, W, W, {"w"}, NOTHING, False, {}),
+    (added, W, W, {"w"}, NOTHING, False, {}),
+    (indexed, W, W, {"w"}, NOTHING, False, {}),
+    (many_at_once, W, W, {"w"}, NOTHING, False, {}),
+    (written_out, W, W, {"w"}, NOTHING, False, {}),
+    (asked_for_a_value, W, W, {"w"}, NOTHING, False, {"w": 16}),
+    (rescaled, W, W, NOTHING, {"w"}, False, {"w": 16}),
+    (partly_rescaled, W, W, NOTHING, {"w"}, False, {"w": 16}),
+    (filled_over, W, W, NOTHING, {"w"}, True, {"w": 16}),
+    (copied_over, W, W, NOTHING, {"w"}, False, {"w": 16}),
+    (derives_a_buffer, W, W, NOTHING, NOTHING, False, {"w": 16}),
+    (derives_in_place, {"w": (4, 4), "also": (4, 4)}, W, NOTHING, NOTHING, False, {"w": 16}),
+    (derives_beside, W, W, NOTHING, NOTHING, False, {"w": 16}),
+    (counts, {"w": (4, 4), "also": (1,)}, W, NOTHING, NOTHING, False, {"w": 16}),
+]  # fmt: skip
+IDS = [case[0].__name__ for case in LOADERS]
+
+
+def model_of(load, shapes, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(99)
+    return Model(load, **{name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()})
+
+
+def bucket_of(tensors):
+    """(staging memory, entries as they come in a command)."""
+    entries, num_bytes = ipc_payload.layout([(name, tensor.shape, tensor.dtype) for name, tensor in tensors.items()])
+    flat = torch.zeros(num_bytes, dtype=torch.uint8)
+    for entry in entries:
+        ipc_payload.view(flat, entry).copy_(tensors[entry.name])
+    return flat, json.loads(json.dumps(ipc_payload.described(entries)))
+
+
+def sent(shapes, seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+
+
+def watched(model, flat, entries):
+    owned = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+    recorder = Recorder(flat, [entry[3] for entry in entries], owned)
+    with torch.no_grad(), recorder:
+        model.load_weights(views(flat, entries))
+    return recorder
+
+
+def elements_read(copies, entries):
+    read = {}
+    for copy in copies:
+        name = entries[copy.entry][0]
+        read[name] = read.get(name, 0) + copy.src.numel()
+    return read
+
+
+def bits(model):
+    return {name: parameter.detach().reshape(-1).view(torch.uint8).tolist() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("load, shapes, send, derived, reworked, repeatable, read", LOADERS, ids=IDS)
+def test_what_a_loader_does_is_seen(load, shapes, send, derived, reworked, repeatable, read):
+    tensors = sent(send)
+    flat, entries = bucket_of(tensors)
+    model, unwatched = model_of(load, shapes), model_of(load, shapes)
+    recorder = watched(model, flat, entries)
+    assert {entries[i][0] for i in recorder.derived} == derived
+    assert {entries[i][0] for i in recorder.reworked} == reworked
+    assert recorder.repeatable == repeatable
+    assert elements_read(recorder.copies, entries) == read
+    unwatched.load_weights([(name, tensor.clone()) for name, tensor in tensors.items()])
+    assert bits(model) == bits(unwatched), "and nothing is changed by looking"
+    assert differing([c for c in recorder.copies if c.entry not in recorder.derived | recorder.reworked]) == set()
+
+
+def test_casting_copies_are_copies():
+    """The trainer's float32 into the engine's bfloat16: compared after the same cast."""
+    flat, entries = bucket_of(sent(W))
+    model = model_of(plain, W, torch.bfloat16)
+    recorder = watched(model, flat, entries)
+    assert recorder.repeatable and not recorder.derived | recorder.reworked and len(recorder.copies) == 1
+    assert torch.equal(model.w, sent(W)["w"].to(torch.bfloat16))
+    assert differing(recorder.copies) == set()
+    model.w.data[1, 1] += 1
+    assert differing(recorder.copies) == {0}
+
+
+def test_tensors_are_told_apart_whatever_their_size():
+    """Tensors without elements share their place with the next one."""
+    shapes = {"e0": (0, 3), "a": (1,), "e1": (2, 0), "e2": (0,), "b": (200,), "c": (64,), "e3": (0,)}
+    tensors = sent(shapes)
+    flat, entries = bucket_of(tensors)
+    copies = watched(model_of(plain, shapes), flat, entries).copies
+    assert [(entries[c.entry][0], c.src.numel()) for c in copies] == [("a", 1), ("b", 200), ("c", 64)]
+
+
+def test_one_rework_does_not_spoil_the_tensors_beside_it():
+    def load(model, name, tensor):
+        fused(model, name, tensor)
+        if name == "v":
+            model.qkv.data[4:6].mul_(2)
+
+    flat, entries = bucket_of(sent({"q": (4, 3), "k": (2, 3), "v": (2, 3)}))
+    recorder = watched(model_of(load, {"qkv": (8, 3)}), flat, entries)
+    assert {entries[i][0] for i in recorder.reworked} == {"k"}
+
+
+# --- plans ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def no_plans(monkeypatch):
+    monkeypatch.setattr(tpcolocate_receiver, "_plans", {})
+
+
+def applied(model, tensors):
+    """(whether a plan was used, what could not be proven, what differs)."""
+    flat, entries = bucket_of(tensors)
+    with torch.no_grad():
+        copies, unsure, replayed = _apply(model, flat, entries)
+    wrong = differing([c for c in copies if c.entry not in unsure])
+    return replayed, {entries[i][0] for i in unsure}, wrong, elements_read(copies, entries)
+
+
+@pytest.mark.parametrize("load, shapes, send, derived, reworked, repeatable, read", LOADERS, ids=IDS)
+def test_later_loads_give_the_same_bits_by_a_plan_only_where_that_is_known(load, shapes, send, derived, reworked, repeatable, read):
+    model, stock = model_of(load, shapes), model_of(load, shapes)
+    for seed in range(3):
+        tensors = sent(send, seed)
+        replayed, unsure, wrong, found = applied(model, {name: tensor.clone() for name, tensor in tensors.items()})
+        stock.load_weights([(name, tensor.clone()) for name, tensor in tensors.items()])
+        assert replayed == (seed > 0 and repeatable and not reworked)
+        assert bits(model) == bits(stock), "as the engine's own loader leaves them"
+        assert (unsure, wrong, found) == (derived | reworked, set(), read)
+        for name in ("doubled", "beside", "largest"):
+            if hasattr(stock, name):
+                assert torch.equal(torch.as_tensor(getattr(model, name)), torch.as_tensor(getattr(stock, name)))
+
+
+def test_a_plan_casts_as_the_loader_did():
+    model = model_of(plain, W, torch.bfloat16)
+    applied(model, sent(W, 1))
+    assert applied(model, sent(W, 2))[0]
+    assert torch.equal(model.w, sent(W, 2)["w"].to(torch.bfloat16))
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9), st.sampled_from(["float32", "bfloat16", "int8", "float64"])), min_size=1, max_size=8))
+def test_any_layout_is_replayed_bit_by_bit(shapes):
+    tpcolocate_receiver._plans.clear()
+
+    def tensors(seed):
+        return {f"w{i}": (torch.randn(a, b, generator=torch.Generator().manual_seed(seed)) * 9).to(getattr(torch, dtype)) for i, (a, b, dtype) in enumerate(shapes)}
+
+    model = Model(plain, **{name: torch.zeros_like(tensor) for name, tensor in tensors(0).items()})
+    for seed in range(2):
+        assert applied(model, tensors(seed))[:3] == (seed > 0, set(), set())
+        assert all(torch.equal(parameter, tensors(seed)[name]) for name, parameter in model.named_parameters())
+
+
+def test_a_plan_never_writes_through_a_stale_pointer():
+    model = model_of(plain, {"a": (4,), "b": (4,)})
+    applied(model, sent({"a": (4,), "b": (4,)}, 1))
+    old = model.a
+    model.a = nn.Parameter(torch.zeros(4), requires_grad=False)
+    before = old.clone()
+    tensors = sent({"a": (4,), "b": (4,)}, 2)
+    assert applied(model, tensors)[0] is False
+    assert torch.equal(model.a, tensors["a"]) and torch.equal(model.b, tensors["b"]) and torch.equal(old, before)
+    tensors = sent({"a": (4,), "b": (4,)}, 3)
+    assert applied(model, tensors)[0] is True, "and the new place is learned"
+    assert torch.equal(model.a, tensors["a"])
+
+
+def test_memory_that_moves_below_a_parameter_is_seen():
+    model = model_of(plain, W)
+    applied(model, sent(W, 1))
+    model.w.data = torch.zeros(4, 4)
+    assert applied(model, sent(W, 2))[0] is False
+    assert torch.equal(model.w, sent(W, 2)["w"])
+
+
+def test_a_parameter_that_is_gone_is_no_place_to_write_to():
+    def load(model, name, tensor):
+        if hasattr(model, "w"):
+            model.w.data.copy_(tensor)
+
+    model = model_of(load, W)
+    applied(model, sent(W, 1))
+    del model.w
+    assert applied(model, sent(W, 2)) == (False, set(), set(), {})
+
+
+def test_every_layout_has_a_plan_of_its_own():
+    shapes = {"a": (4,), "b": (4,), "c": (8,)}
+    model = model_of(plain, shapes)
+
+    def load(seed, names):
+        tensors = {name: tensor for name, tensor in sent(shapes, seed).items() if name in names}
+        tensors = {name: tensors[name] for name in names}
+        replayed, *_ = applied(model, tensors)
+        assert all(torch.equal(getattr(model, name), tensor) for name, tensor in tensors.items())
+        return replayed
+
+    layouts = ["ab", "ba", "c", "abc", "a"]
+    assert [load(1, names) for names in layouts] == [False] * 5
+    assert [load(2, names) for names in layouts] == [True] * 5
+
+
+def test_models_do_not_share_plans():
+    one, other = model_of(plain, W), model_of(plain, W)
+    applied(one, sent(W, 1))
+    assert applied(other, sent(W, 2))[0] is False
+    assert torch.equal(one.w, sent(W, 1)["w"]) and torch.equal(other.w, sent(W, 2)["w"])
+
+
+# --- reading back ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int8, torch.bool], ids=str)
+def test_a_parameter_that_was_changed_behind_the_loader_is_found(dtype):
+    src = [torch.tensor([[1.0, 0.0], [0.0, 1.0]]).to(dtype) for _ in range(3)]
+    copies = [Copy(tensor.clone(), tensor, i) for i, tensor in enumerate(src)]
+    assert differing(copies) == set()
+    copies[1].dst.view(torch.uint8)[0, 0] ^= 1
+    assert differing(copies) == {1}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn], ids=str)
+def test_a_nan_that_arrived_as_one_is_the_trainers(dtype):
+    sick, well = torch.tensor([1.0, float("nan")]).to(dtype), torch.tensor([1.0, 2.0]).to(dtype)
+    assert differing([Copy(sick.clone(), sick, 0)]) == set()
+    assert differing([Copy(sick.clone(), well, 0), Copy(well.clone(), sick, 1)]) == {0, 1}
+    assert differing([]) == set()
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), 3.4e38, 1e-45])
+def test_extremes_are_compared_exactly(value):
+    src = torch.tensor([value])
+    assert differing([Copy(src.clone(), src, 0)]) == set()
+    assert differing([Copy(torch.tensor([1.0]), src, 0)]) == {0}
+
+
+# --- the hook -------------------------------------------------------------------------------------------------------
+
+
+def hand_over(model, job, tmp_path):
+    """Calls the hook as SGLang does; (the reply or None, files in the folder)."""
+    data = job if isinstance(job, bytes) else json.dumps(job).encode()
+    tensor = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+    receive(model, [(COMMAND, tensor)])
+    reply = tmp_path / "reply.json"
+    answer = json.loads(reply.read_text()) if reply.exists() else None
+    return answer, sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".safetensors")
+
+
+def load_job(tmp_path, tensors, **changes):
+    """A bucket in a file, which any number of loads may read."""
+    flat, entries = bucket_of(tensors)
+    handle = ipc_payload.write_file(flat, tmp_path / "bucket.safetensors")
+    return {
+        "do": "load", "tp_rank": 1, "tp_size": 2, "handle": handle, "entries": entries, "number": 0,
+        "checksum": list(checksum(flat)), "reply": str(tmp_path / "reply.json"), **changes,
+    }  # fmt: skip
+
+
+def test_a_load_is_answered_in_full(tmp_path):
+    model = model_of(plain, {"a": (3, 5), "b": (7,)})
+    for seed in range(2):
+        tensors = sent({"a": (3, 5), "b": (7,)}, seed)
+        answer, files = hand_over(model, load_job(tmp_path, tensors), tmp_path)
+        assert answer.pop("seconds") > 0 and set(answer.pop("phases")) == {"open", "check", "load", "compare"}
+        assert answer == {
+            "tp_rank": 1, "error": None, "opened": True, "differing": [], "unproven": [], "read": {"a": 15, "b": 7}, "replayed": seed == 1,
+        }  # fmt: skip
+        assert files == ["reply.json"]
+        assert all(torch.equal(getattr(model, name), tensor) for name, tensor in tensors.items())
+
+
+def test_what_cannot_be_proven_and_what_is_skipped_are_in_the_reply(tmp_path):
+    def load(model, name, tensor):
+        if name == "w":
+            cast_first(model, name, tensor)
+
+    answer, _ = hand_over(model_of(load, W), load_job(tmp_path, sent({"w": (4, 4), "gone": (3,)})), tmp_path)
+    assert (answer["error"], answer["unproven"], answer["read"]) == (None, ["w"], {})
+
+
+def test_a_parameter_that_is_changed_by_the_loaders_end_is_in_the_reply(tmp_path):
+    """By something the watch cannot see: another thread, a kernel of its own."""
+    model = model_of(plain, W)
+    load_weights = model.load_weights
+
+    def load_and_spoil(weights):
+        load_weights(weights)
+        model.w.data.numpy()[0, 0] += 1
+
+    model.load_weights = load_and_spoil
+    answer, _ = hand_over(model, load_job(tmp_path, sent(W)), tmp_path)
+    assert (answer["error"], answer["differing"]) == (None, ["w"])
+
+
+@pytest.mark.parametrize("action", ["load", "probe"])
+def test_memory_that_is_not_the_trainers_is_refused_before_a_parameter_is_touched(tmp_path, action):
+    model = model_of(plain, W)
+    before = bits(model)
+    answer, files = hand_over(model, load_job(tmp_path, sent(W), do=action, checksum=[1, 2]), tmp_path)
+    assert answer["opened"] and answer["error"].startswith("RuntimeError: ")
+    assert bits(model) == before and files == ["reply.json"]
+
+
+def test_a_probe_opens_and_loads_nothing(tmp_path):
+    model = model_of(plain, W)
+    before = bits(model)
+    answer, _ = hand_over(model, load_job(tmp_path, sent(W), do="probe"), tmp_path)
+    assert (answer["error"], answer["opened"], answer["uuid"]) == (None, True, tpcolocate_receiver.device_uuid())
+    assert bits(model) == before
+
+
+def raising(error):
+    def load(model, name, tensor):
+        raise error
+
+    return load
+
+
+@pytest.mark.parametrize("error", [ValueError("bad"), RuntimeError("shape"), AssertionError("x"), KeyError("name"), SystemExit(3), KeyboardInterrupt()],
+                         ids=lambda error: type(error).__name__)  # fmt: skip
+def test_a_loader_that_fails_does_not_take_the_worker_down(tmp_path, error):
+    model = model_of(raising(error), W)
+    for _ in range(2):  # nothing of a failed load is learned
+        answer, files = hand_over(model, load_job(tmp_path, sent(W)), tmp_path)
+        assert answer["error"] == f"{type(error).__name__}: {error}" and "in load" in answer["traceback"]
+        assert answer["opened"] and files == ["reply.json"]
+
+
+JUNK = [None, 0, -1, 1.5, "x", "", [], {}, [None], {"kind": "cpu"}, {"kind": "file", "path": "/nowhere"}, {"kind": "unheard-of"}]
+
+
+@pytest.mark.parametrize("field", ["do", "handle", "entries", "checksum"])
+def test_junk_in_any_field_is_told_and_never_raised(tmp_path, field):
+    for junk in JUNK:
+        model = model_of(plain, W)
+        before = bits(model)
+        answer, files = hand_over(model, load_job(tmp_path, sent(W), **{field: junk}), tmp_path)
+        if field == "entries" and junk in ("", [], {}):
+            assert answer["error"] is None and answer["read"] == {}, "an empty bucket is one"
+        else:
+            assert answer["error"] and answer["traceback"], junk
+        assert bits(model) == before and files == ["reply.json"]
+        (tmp_path / "reply.json").unlink()
+
+
+@pytest.mark.parametrize("field", ["do", "tp_rank", "handle", "entries", "checksum"])
+def test_a_missing_field_is_told(tmp_path, field):
+    job = load_job(tmp_path, sent(W))
+    del job[field]
+    answer, files = hand_over(model_of(plain, W), job, tmp_path)
+    assert answer["error"] == f"KeyError: '{field}'" and files == ["reply.json"]
+
+
+@pytest.mark.parametrize("junk", [None, 0, "", [], {}, "/nowhere/reply.json", "\0"])
+def test_a_reply_that_cannot_be_written_is_missed_by_the_trainer_and_not_raised(tmp_path, junk):
+    model = model_of(plain, W)
+    assert hand_over(model, load_job(tmp_path, sent(W), reply=junk), tmp_path) == (None, [])
+
+
+@pytest.mark.parametrize("job", [b"", b"{", b"\xff\xfe", b"null", b"[]", b"3", b'"x"', b"{}", b'{"reply": 3}', b'{"tp_rank": 0}'])
+def test_a_command_that_is_none_is_not_raised(tmp_path, job):
+    assert hand_over(model_of(plain, W), job, tmp_path) == (None, [])
+
+
+@pytest.mark.parametrize("named_tensors", [[], [("other", torch.zeros(3))], None, [(COMMAND, None)]])
+def test_no_command_at_all_is_not_raised(named_tensors):
+    receive(model_of(plain, W), named_tensors)
+
+
+def test_a_reply_is_complete_or_not_there(tmp_path, monkeypatch):
+    """Whoever looks for it while it is being written finds nothing, and never a part."""
+    seen = []
+    replace = os.replace
+
+    def look(source, target):
+        seen.append((os.path.exists(target), json.loads(open(source).read())))
+        replace(source, target)
+
+    monkeypatch.setattr(tpcolocate_receiver.os, "replace", look)
+    answer, files = hand_over(model_of(plain, W), load_job(tmp_path, sent(W)), tmp_path)
+    assert seen == [(False, answer)] and files == ["reply.json"]
+
+
+@pytest.mark.parametrize("rank, tp_size, tp_rank, right", [(0, 2, 0, True), (1, 2, 1, True), (3, 2, 1, True), (0, 2, 1, False), (2, 2, 1, False)])
+def test_a_payload_that_reached_another_worker_is_told(tmp_path, monkeypatch, rank, tp_size, tp_rank, right):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
+    model = model_of(plain, W)
+    before = bits(model)
+    answer, _ = hand_over(model, load_job(tmp_path, sent(W), tp_rank=tp_rank, tp_size=tp_size), tmp_path)
+    if right:
+        assert answer["error"] is None
+    else:
+        assert answer["error"] == f"RuntimeError: the payload of TP rank {tp_rank} reached TP rank {rank % tp_size}"
+        assert not answer["opened"] and bits(model) == before, "the handle is not even opened"
+
+
+# --- handles, opened in another process -----------------------------------------------------------------------------
+
+
+def worker_main(pipe):
+    """A TP worker: opens what it is told to, by the receiver alone."""
+    model = model_of(plain, W)
+    while (job := pipe.recv()) is not None:
+        if "reply" in job:
+            receive(model, [(COMMAND, torch.frombuffer(bytearray(json.dumps(job).encode()), dtype=torch.uint8))])
+            pipe.send(model.w.tolist())
+            continue
+        try:
+            flat = open_handle(job, CPU)
+            answer = bytes(flat.tolist()), str(flat.dtype), list(flat.shape)
+            del flat  # before the answer, or whoever reads it finds the handle still out
+        except Exception as error:
+            answer = error
+        pipe.send(answer)
+
+
+@pytest.fixture(scope="module")
+def worker():
+    """A function that hands one job to a process of its own and returns its answer."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOADED))  # as for ranks: there is one such server for all
+    pipe, theirs = context.Pipe()
+    process = context.Process(target=worker_main, args=(theirs,), daemon=True)
+    process.start()
+    theirs.close()
+
+    def ask(job):
+        pipe.send(job)
+        assert pipe.poll(50), "the worker hangs"
+        return pipe.recv()
+
+    yield ask
+    pipe.send(None)
+    process.join(5)
+    process.kill()
+    process.join()
+
+
+def staged(content):
+    flat = ipc_payload.allocate(content.numel(), CPU)
+    return flat.copy_(content)
+
+
+@pytest.mark.parametrize("size", [1, 7, 256, 5000])
+def test_shared_memory_is_opened_and_let_go(worker, size):
+    content = random_bytes(size)
+    ledger = ipc_payload.Ledger(rank=0)
+    handle = ledger.export(staged(content), tp_rank=0, bucket=0)
+    job = json.loads(json.dumps(handle.describe()))
+    assert job["kind"] == "cpu" and handle.count() == 1
+    assert worker(job) == (bytes(content.tolist()), "torch.uint8", [size])
+    assert handle.count() == 0, "let go as soon as it was dropped"
+    assert len(ledger.reclaim()) == 0
+
+
+@pytest.mark.parametrize("size", [0, 1, 5000])
+def test_a_file_is_opened(worker, tmp_path, size):
+    content = random_bytes(size)
+    job = json.loads(json.dumps(ipc_payload.write_file(content, tmp_path / "bucket.safetensors")))
+    assert worker(job) == (bytes(content.tolist()), "torch.uint8", [size])
+    assert os.listdir(tmp_path) == ["bucket.safetensors"], "its writer removes it"
+
+
+@pytest.mark.parametrize("changes", [{"kind": "file", "path": "/nowhere"}, {"name": "AAAA"}, {"manager": None}, {"kind": "cuda", "uuid": "GPU-1"}])
+def test_what_does_not_open_is_an_error_in_the_worker_and_leaves_the_handle_alone(worker, changes):
+    ledger = ipc_payload.Ledger(rank=0)
+    handle = ledger.export(staged(random_bytes(100)), tp_rank=0, bucket=0)
+    assert isinstance(worker({**handle.describe(), **changes}), Exception)
+    assert handle.count() == 1
+    ledger.reclaim()
+
+
+def test_a_load_over_shared_memory_gives_the_handle_back_before_it_is_acknowledged(worker, tmp_path):
+    for seed in range(3):
+        tensors = sent(W, seed)
+        flat, entries = bucket_of(tensors)
+        ledger = ipc_payload.Ledger(rank=0)
+        handle = ledger.export(staged(flat), tp_rank=0, bucket=0)
+        reply = tmp_path / f"{seed}.json"
+        assert worker(load_job(tmp_path, tensors, handle=handle.describe(), entries=entries, reply=str(reply))) == tensors["w"].tolist()
+        answer = json.loads(reply.read_text())
+        assert (answer["error"], answer["replayed"], answer["read"]) == (None, seed > 0, {"w": 16})
+        assert handle.count() == 0
+        assert ledger.reclaim() == []
+
+
+def test_a_load_that_fails_gives_the_handle_back_too(worker, tmp_path):
+    tensors = {"nowhere": torch.ones(3)}
+    flat, entries = bucket_of(tensors)
+    ledger = ipc_payload.Ledger(rank=0)
+    handle = ledger.export(staged(flat), tp_rank=0, bucket=0)
+    worker(load_job(tmp_path, tensors, handle=handle.describe(), entries=entries))
+    assert "nowhere" in json.loads((tmp_path / "reply.json").read_text())["error"]
+    assert handle.count() == 0 and ledger.reclaim() == []
