@@ -253,11 +253,7 @@ def _cuda_rebuild_order(names: tuple[str, ...]) -> list[str]:
     if set(order) != set(names):
         raise ConfigError(
             f"torch {torch.__version__} changed rebuild_cuda_tensor: {sorted(set(order) ^ set(names))}",
-<<<<<<< HEAD
             hint="use a torch release this version of tpcolocate knows, or transport='ipc'",
-=======
-            hint="use a torch release this version of tpcolocate knows, or transport='file'",
->>>>>>> suite
         )
     return order
 
