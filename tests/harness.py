@@ -32,7 +32,8 @@ from typing import Any
 
 import psutil
 
-PRELOADED = ("torch", "torch.distributed", "pytest", "psutil")
+# All that is nothing but imports; tpcolocate takes a rank another second of a core.
+PRELOADED = ("torch", "torch.distributed", "pytest", "psutil", "tpcolocate")
 START_TIMEOUT_S = 120.0  # interpreter and torch import, on a machine that is busy with something else
 GRACE_S = 10.0  # what the others get to finish by themselves after a first failure
 DUMP_TIMEOUT_S = 5.0  # from SIGABRT to a written dump

@@ -304,7 +304,14 @@ SETUPS = {
 }
 
 
-@pytest.fixture(scope="module", params=SETUPS)
+def setups_with(*checks):
+    """Runs a test on every set-up that includes all of `checks`; its server is started once for all its tests."""
+    names = [name for name, (*_, included) in SETUPS.items() if all(check in included for check in checks)]
+    assert names, "a check that no set-up includes is never run"
+    return pytest.mark.parametrize("setup", names, indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module")
 def setup(request, tiny_model_dir):
     """(tp_size, what every rank found, what the set-up left behind)."""
     family, tie, tp_size, world, checks = SETUPS[request.param]
@@ -314,10 +321,8 @@ def setup(request, tiny_model_dir):
 
 
 def results(setup, check):
-    """What every rank's `check` returned; skips where the set-up does not include it, raises what it raised."""
+    """What every rank's `check` returned; raises what it raised."""
     _, found, _ = setup
-    if check.__name__ not in found[0] and not any(isinstance(v, Exception) for v in found[0].values()):
-        pytest.skip("not part of this set-up")
     for rank, of_rank in enumerate(found):
         value = of_rank.get(check.__name__, AssertionError("not reached: see the checks before it"))
         if isinstance(value, Exception):
@@ -325,10 +330,12 @@ def results(setup, check):
     return [of_rank[check.__name__] for of_rank in found]
 
 
+@setups_with(tokens_before)
 def test_tokens_equal_transformers_before_any_sync(setup):
     assert all(results(setup, tokens_before))
 
 
+@setups_with(tokens_after_fsdp2_sync, tokens_after_plain_sync)
 @pytest.mark.parametrize("check", [tokens_after_fsdp2_sync, tokens_after_plain_sync], ids=["fsdp2", "plain"])
 def test_tokens_equal_transformers_after_a_sync(setup, check):
     for found in results(setup, check):
@@ -336,6 +343,7 @@ def test_tokens_equal_transformers_after_a_sync(setup, check):
         assert found["equal"]
 
 
+@setups_with(tokens_after_fsdp2_sync)
 def test_the_report_adds_up(setup):
     for rank, found in enumerate(results(setup, tokens_after_fsdp2_sync)):
         report = found["report"]
@@ -349,25 +357,30 @@ def test_the_report_adds_up(setup):
         assert f"{report.num_tensors} tensors" in str(report)
 
 
+@setups_with(trainer_logprobs)
 def test_log_probabilities_equal_the_trainers(setup):
     assert max(results(setup, trainer_logprobs)) < 1e-3
 
 
+@setups_with(tokens_after_ddp_sync)
 def test_tokens_after_a_ddp_sync(setup):
     assert all(results(setup, tokens_after_ddp_sync))
 
 
+@setups_with(tokens_after_fan_out_sync)
 def test_fan_out_gives_every_tp_rank_a_handle_of_its_own_and_clients_none(setup):
     for found in results(setup, tokens_after_fan_out_sync):
         assert found["equal"]
         assert found["exported"] == {0: (2 * found["buckets"],) * 2, 1: (0, 0)}
 
 
+@setups_with(tokens_after_generator_sync)
 def test_a_generator_is_a_source_too_and_the_version_is_published(setup):
     for found in results(setup, tokens_after_generator_sync):
         assert found["equal"] and found["version"] == found["report"] == "five"
 
 
+@setups_with(generate_forms)
 def test_generate_takes_and_returns_what_sglang_does(setup):
     for found in results(setup, generate_forms):
         logprobs = found.pop("logprobs")
@@ -376,6 +389,7 @@ def test_generate_takes_and_returns_what_sglang_does(setup):
         assert all(found.values()), found
 
 
+@setups_with(refused_requests)
 def test_bad_requests_are_refused_with_the_servers_own_words(setup):
     for said in results(setup, refused_requests):
         assert said["unknown_field"][0] == "ConfigError" and "max_tokens" in said["unknown_field"][1]
@@ -384,6 +398,7 @@ def test_bad_requests_are_refused_with_the_servers_own_words(setup):
         assert said["bad_sampling"][0] == "RequestError" and "temperature" in said["bad_sampling"][1]
 
 
+@setups_with(refused_weights)
 def test_weights_that_sglang_would_swallow_are_refused_on_every_rank(setup):
     tp_size, _, _ = setup
     found = results(setup, refused_weights)
@@ -407,11 +422,13 @@ def test_weights_that_sglang_would_swallow_are_refused_on_every_rank(setup):
         assert found[0]["said"] == found[1]["said"], "the same error on every rank"
 
 
+@setups_with(partial_sync)
 def test_a_partial_sync_leaves_the_rest_as_it_is(setup):
     for found in results(setup, partial_sync):
         assert found == {"equal": True, "tensors": 1}
 
 
+@setups_with(sleep_and_wake)
 def test_sleep_and_wake_are_a_state_machine_on_every_rank(setup):
     for found in results(setup, sleep_and_wake):
         assert found["said"] == [
@@ -425,6 +442,7 @@ def test_sleep_and_wake_are_a_state_machine_on_every_rank(setup):
         assert found["equal"]
 
 
+@setups_with(twenty_syncs)
 def test_twenty_syncs_grow_nothing(setup):
     for found in results(setup, twenty_syncs):
         before, after = found["before"], found["after"]
@@ -435,16 +453,19 @@ def test_twenty_syncs_grow_nothing(setup):
         assert found["returned"]
 
 
+@setups_with(key_is_hidden)
 def test_the_key_is_needed_and_not_in_the_process_list(setup):
     for found in results(setup, key_is_hidden):
         assert found == {"in_ps": False, "without_key": 401}
 
 
+@setups_with(connect_from_outside)
 def test_a_process_outside_the_group_can_connect(setup):
     for found in results(setup, connect_from_outside):
         assert found == {"equal": True, "health": "ready", "url": True}
 
 
+@setups_with()
 def test_nothing_is_left_behind(setup):
     _, _, left = setup
     assert left == []

@@ -669,7 +669,8 @@ def test_a_missing_field_is_told(tmp_path, field):
 
 
 @pytest.mark.parametrize("junk", [None, 0, "", [], {}, "/nowhere/reply.json", "\0"])
-def test_a_reply_that_cannot_be_written_is_missed_by_the_trainer_and_not_raised(tmp_path, junk):
+def test_a_reply_that_cannot_be_written_is_missed_by_the_trainer_and_not_raised(tmp_path, monkeypatch, junk):
+    monkeypatch.chdir(tmp_path)
     model = model_of(plain, W)
     assert hand_over(model, load_job(tmp_path, sent(W), reply=junk), tmp_path) == (None, [])
 

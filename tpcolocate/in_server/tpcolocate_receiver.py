@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import base64
 import bisect
+import contextlib
 import hashlib
 import json
 import os
@@ -59,10 +60,16 @@ def receive(model: torch.nn.Module, named_tensors: Iterable[tuple[str, torch.Ten
 
 def _write(path: str, answer: dict[str, Any]) -> None:
     text = json.dumps(answer)
+    part = path + ".part"
     # Complete or not there at all.
-    with open(path + ".part", "w") as file:
-        file.write(text)
-    os.replace(path + ".part", path)
+    try:
+        with open(part, "w") as file:
+            file.write(text)
+        os.replace(part, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(part)
+        raise
 
 
 def _check_address(job: dict[str, Any]) -> None:
