@@ -261,6 +261,7 @@ class ServerProcess:
         self._supervisor: subprocess.Popen[bytes] | None = None
         self._events = b""
         self._exit: dict[str, Any] | None = None
+        self._ended_by_us = False
         self._pid_of_creator = os.getpid()
         self._log_start = 0  # an earlier try, or an earlier server, may have written to the same file
 
@@ -445,8 +446,8 @@ class ServerProcess:
         return self.log_tail().splitlines()[-1].strip()
 
     def remove_log(self) -> None:
-        """Remove the log of a server that ended as it should; the one of a forced end is kept to be read."""
-        if self._exit is not None and not self._exit["forced"] and self._exit["code"] == 0:
+        """Remove the log of a server that ended as it should; the one of a crash or a forced end is kept to be read."""
+        if self._ended_by_us and self._exit is not None and not self._exit["forced"]:
             self.spec.log_path.unlink(missing_ok=True)
             try:
                 self.spec.log_path.parent.rmdir()
@@ -462,6 +463,7 @@ class ServerProcess:
         # A fork of the trainer inherits this object, not the server.
         if self._supervisor is None or os.getpid() != self._pid_of_creator:
             return
+        self._ended_by_us = not self.exited()
         supervisor, self._supervisor = self._supervisor, None
         if self.client is not None:
             self.client.close()
