@@ -86,6 +86,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--model", type=Path, default=None, help="a Hugging Face checkpoint; default: a tiny one, made here"
     )
+    parser.add_argument("--server-args", type=json.loads, default={}, help="more SGLang arguments, as JSON")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
         "--out", type=Path, default=Path("out"), help="folder for the tiny model, the plot and the JSON"
@@ -212,7 +213,7 @@ def run(args: argparse.Namespace, *, device: torch.device) -> list[Row]:
     model = load_trainer(folder, device=device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
     generator = torch.Generator().manual_seed(1000 * args.seed + rank)
-    server = CPU_SERVER if device.type == "cpu" else CUDA_SERVER
+    server = {**(CPU_SERVER if device.type == "cpu" else CUDA_SERVER), **args.server_args}
     rows: list[Row] = []
     colo = tpcolocate.init(args.tp_size, device=device)
     try:

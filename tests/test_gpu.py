@@ -62,7 +62,7 @@ def drive(rank, folder, world):
             torch.manual_seed(1)
             with torch.no_grad():
                 for parameter in model.parameters():
-                    parameter.add_(torch.randn_like(parameter) * 0.02)
+                    parameter.add_(torch.randn_like(parameter) * 0.05)
             dist.barrier()
             found["gap_before"] = gap(engine, model, device)
             found["report"] = engine.sync_weights(model, bucket_bytes=64 * 2**20)
@@ -145,7 +145,9 @@ def found(tmp_path_factory):
 
 def test_log_probabilities_follow_the_trainer_only_after_a_sync(found):
     for value in found:
-        assert value["gap_before"] > 1.0 > value["gap_after"] and value["gap_fsdp2"] < 1.0
+        # bf16 noise on random weights is some tenths; other weights are whole units away
+        assert value["gap_after"] < 1.0 and value["gap_fsdp2"] < 1.0
+        assert value["gap_before"] > 4 * max(value["gap_after"], value["gap_fsdp2"])
         assert value["report"].transport == "ipc" and value["report"].num_proven == value["report"].num_tensors
 
 
