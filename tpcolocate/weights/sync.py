@@ -130,14 +130,14 @@ class WeightSync:
         """Of failed syncs: handles whose readers may still hold them."""
 
     def close(self) -> list[ipc_payload.Outstanding]:
-        """Free what failed syncs left behind, and torch's counter file; only once the engine is gone.
+        """Free what failed syncs left behind; only once the engine is gone.
 
         Returns:
             Handles that the engine never gave back.
         """
         lost = self._reclaim()
         if self.device.type == "cuda":
-            torch.cuda.ipc_collect()  # removes the counter file from /dev/shm, which the end of the process does not
+            torch.cuda.ipc_collect()
         return lost
 
     def _reclaim(self) -> list[ipc_payload.Outstanding]:
