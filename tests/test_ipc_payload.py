@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from harness import PRELOADED
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.multiprocessing import reductions
@@ -112,23 +113,29 @@ def test_a_counter_file_that_is_gone_means_that_all_came_back(monkeypatch, tmp_p
     assert cuda_handle().count() == 0
 
 
-def test_the_trainers_process_is_left_as_it_was():
-    script = (
-        "import sys, torch, torch.multiprocessing as mp\n"
-        "from torch.multiprocessing import reductions\n"
-        "from multiprocessing.reduction import ForkingPickler\n"
-        "before = mp.get_sharing_strategy(), reductions.rebuild_cuda_tensor, dict(ForkingPickler._extra_reducers)\n"
-        "from tpcolocate import ipc_payload\n"
-        "ledger = ipc_payload.Ledger(rank=0)\n"
-        "entries, n = ipc_payload.layout([('w', torch.Size([3]), torch.float32)])\n"
-        "flat = ipc_payload.allocate(n, torch.device('cpu'))\n"
-        "assert len(ipc_payload.payload(ledger.export(flat, tp_rank=0, bucket=0), entries)) > 100\n"
-        "ledger.reclaim()\n"
-        "assert before == (mp.get_sharing_strategy(), reductions.rebuild_cuda_tensor, dict(ForkingPickler._extra_reducers))\n"
-        "assert 'sglang' not in sys.modules\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 0, done.stderr
+FRESH = (
+    "import sys, torch, torch.multiprocessing as mp\n"
+    "from torch.multiprocessing import reductions\n"
+    "from multiprocessing.reduction import ForkingPickler\n"
+    "before = mp.get_sharing_strategy(), reductions.rebuild_cuda_tensor, dict(ForkingPickler._extra_reducers)\n"
+    "from tpcolocate import ipc_payload\n"
+    "ledger = ipc_payload.Ledger(rank=0)\n"
+    "entries, n = ipc_payload.layout([('w', torch.Size([3]), torch.float32)])\n"
+    "flat = ipc_payload.allocate(n, torch.device('cpu'))\n"
+    "assert len(ipc_payload.payload(ledger.export(flat, tp_rank=0, bucket=0), entries)) > 100\n"
+    "ledger.reclaim()\n"
+    "assert before == (mp.get_sharing_strategy(), reductions.rebuild_cuda_tensor, dict(ForkingPickler._extra_reducers))\n"
+    "assert 'sglang' not in sys.modules\n"
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fresh_interpreter():
+    """Importing torch there takes seconds, in which the tests before the one that asks for it go on."""
+    process = subprocess.Popen([sys.executable, "-c", FRESH], stderr=subprocess.PIPE, text=True)
+    yield process
+    process.kill()
+    process.communicate()
 
 
 # --- readers --------------------------------------------------------------------------------------------------------
@@ -392,24 +399,27 @@ def test_memory_outlives_its_name_here_until_the_reader_has_let_go(reader, ledge
     assert not file.exists()
 
 
-HOLDER = """
-import base64, pickle, sys, time, torch
-bucket = pickle.loads(base64.b64decode(sys.stdin.readline()))
-print(bucket["flattened_tensor"].numel(), flush=True)
-time.sleep(600)
-"""
+def holder_main(pipe):
+    """Opens a payload as any unpickler does, and keeps it."""
+    bucket = pickle.loads(base64.b64decode(pipe.recv()))
+    pipe.send(bucket["flattened_tensor"].numel())
+    pipe.recv()
 
 
 def test_a_reader_that_is_killed_still_has_it_until_it_is_reclaimed(ledger):
     flat, entries = filled(some())
     handle = ledger.export(flat, tp_rank=0, bucket=0)
     file = shm_file(handle)
-    holder = subprocess.Popen([sys.executable, "-c", HOLDER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    holder.stdin.write(ipc_payload.payload(handle, entries) + "\n")
-    holder.stdin.flush()
-    assert holder.stdout.readline() == "512\n"
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOADED))
+    pipe, theirs = context.Pipe()
+    holder = context.Process(target=holder_main, args=(theirs,), daemon=True)
+    holder.start()
+    theirs.close()
+    pipe.send(ipc_payload.payload(handle, entries))
+    assert pipe.poll(30) and pipe.recv() == 512
     os.kill(holder.pid, signal.SIGKILL)
-    holder.communicate()
+    holder.join()
     with pytest.raises(DeadlineError, match=Fate.UNKNOWN.value):
         ledger.settle(deadline=time.monotonic() + 0.1)
     ledger._reader_is_alive = lambda: False
@@ -418,6 +428,11 @@ def test_a_reader_that_is_killed_still_has_it_until_it_is_reclaimed(ledger):
     assert handle.count() == 0 and ledger.reclaim() == []
     del flat, handle
     assert not file.exists()
+
+
+def test_the_trainers_process_is_left_as_it_was(fresh_interpreter):
+    _, said = fresh_interpreter.communicate(timeout=60)
+    assert fresh_interpreter.returncode == 0, said
 
 
 def test_many_cycles_leave_nothing(reader):

@@ -13,7 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tpcolocate.engine import launch
-from tpcolocate.engine.launch import RECEIVER, ServerProcess, ServerSpec, child_environment, hold_port, server_arguments, to_argv
+from tpcolocate.engine.launch import (
+    RECEIVER,
+    ServerProcess,
+    ServerSpec,
+    child_environment,
+    hold_port,
+    server_arguments,
+    to_argv,
+)
 from tpcolocate.errors import ConfigError, DeadlineError, LaunchError
 from tpcolocate.groups import this_process
 from tpcolocate.in_server import tpcolocate_receiver

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,17 @@ from torch import nn
 
 from tpcolocate import ipc_payload
 from tpcolocate.in_server import tpcolocate_receiver
-from tpcolocate.in_server.tpcolocate_receiver import COMMAND, Copy, Recorder, _apply, checksum, differing, open_handle, receive, views
+from tpcolocate.in_server.tpcolocate_receiver import (
+    COMMAND,
+    Copy,
+    Recorder,
+    _apply,
+    checksum,
+    differing,
+    open_handle,
+    receive,
+    views,
+)
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(60)]
 
@@ -691,7 +702,7 @@ def test_a_reply_is_complete_or_not_there(tmp_path, monkeypatch):
     replace = os.replace
 
     def look(source, target):
-        seen.append((os.path.exists(target), json.loads(open(source).read())))
+        seen.append((os.path.exists(target), json.loads(Path(source).read_text())))
         replace(source, target)
 
     monkeypatch.setattr(tpcolocate_receiver.os, "replace", look)
