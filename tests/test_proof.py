@@ -3,6 +3,7 @@
 One server serves all checks; the faults are planted on the trainer's side, between our code and the engine.
 """
 
+import gc
 import os
 
 from pathlib import Path
