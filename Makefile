@@ -37,7 +37,8 @@ quick: venv
 	$(BIN)/python -m pytest -m 'quick and not engine and not gpu' $(PYTEST_ARGS)
 
 lint: venv
-	$(BIN)/ruff check --line-length 120 .
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:

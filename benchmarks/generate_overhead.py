@@ -97,7 +97,9 @@ class Requests:
 
 def main() -> None:
     parser = served.parser(__doc__)
-    parser.add_argument("--rounds", type=int, default=None, help="of every case; default: 600 of the shortest, 200 of the others")
+    parser.add_argument(
+        "--rounds", type=int, default=None, help="of every case; default: 600 of the shortest, 200 of the others"
+    )
     parser.add_argument("--case", choices=[case.name for case in CASES], action="append", help="default: all")
     args = parser.parse_args()
     rank = served.join_ranks()
@@ -151,7 +153,9 @@ def measured(engine: tpcolocate.Engine, case: Case, rounds: int | None, settings
     ours = seconds.pop("engine.generate")
     best, other = sorted(seconds, key=lambda name: statistics.median(seconds[name]))
     comparison = ratio_of_medians(ours, seconds[best])
-    comparison["median_of_differences_s"] = float(f"{statistics.median(a - b for a, b in zip(ours, seconds[best])):.3g}")
+    comparison["median_of_differences_s"] = float(
+        f"{statistics.median(a - b for a, b in zip(ours, seconds[best])):.3g}"
+    )
     return record(
         f"generate_overhead_{case.name}_tp{settings['tp_size']}",
         metric="one engine.generate, from the call to the parsed answer",

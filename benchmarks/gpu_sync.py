@@ -164,7 +164,9 @@ def repeat(engine: tpcolocate.Engine, model: torch.nn.Module, times: int, **opti
         proven &= report.num_proven == report.num_tensors
     n = len(used)
     mean = (n - 1) / 2
-    slope = sum((i - mean) * (u - statistics.fmean(used)) for i, u in enumerate(used)) / max(sum((i - mean) ** 2 for i in range(n)), 1)
+    slope = sum((i - mean) * (u - statistics.fmean(used)) for i, u in enumerate(used)) / max(
+        sum((i - mean) ** 2 for i in range(n)), 1
+    )
     return {
         "syncs": times, "mib": report.num_bytes / 2**20, "buckets": report.num_buckets, "tensors": report.num_tensors,
         "all_handles_back_each_time": balanced, "all_tensors_proven_each_time": proven, "transport": report.transport,
@@ -180,14 +182,20 @@ def summary(values: list[float]) -> dict[str, float]:
     return {"n": len(values), "median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
-def alternate(engine: tpcolocate.Engine, stock: Stock, model: torch.nn.Module, pairs: int, **options: object) -> dict[str, object]:
+def alternate(
+    engine: tpcolocate.Engine, stock: Stock, model: torch.nn.Module, pairs: int, **options: object
+) -> dict[str, object]:
     """Ours and stock in turn, and the engine's checksums after each, which must agree."""
     ours, theirs = [], []
     for _ in range(pairs):
         dist.barrier()
         ours.append(engine.sync_weights(model, **options).seconds)
         theirs.append(stock.push(model))
-    return {"ours": summary(ours), "stock": summary(theirs), "stock_over_ours": statistics.median(theirs) / statistics.median(ours)}
+    return {
+        "ours": summary(ours),
+        "stock": summary(theirs),
+        "stock_over_ours": statistics.median(theirs) / statistics.median(ours),
+    }
 
 
 def negative_control(engine: tpcolocate.Engine, model: torch.nn.Module, bucket_bytes: int) -> dict[str, object]:
@@ -207,7 +215,10 @@ def negative_control(engine: tpcolocate.Engine, model: torch.nn.Module, bucket_b
     finally:
         delivery.Delivery.load = original  # type: ignore[method-assign]
     engine.sync_weights(model, bucket_bytes=bucket_bytes)
-    return {"reported": told, "allocated_mib_more_after_the_next_sync": (torch.cuda.memory_allocated() - before) / 2**20}
+    return {
+        "reported": told,
+        "allocated_mib_more_after_the_next_sync": (torch.cuda.memory_allocated() - before) / 2**20,
+    }
 
 
 def leak(stock: Stock, model: torch.nn.Module, times: int) -> dict[str, object]:
@@ -279,7 +290,10 @@ def main() -> None:
             note("negative_control", negative_control(engine, model, args.bucket_mib * 2**20))
             note("after_control", repeat(engine, model, 5, **options))
             large = {"bucket_bytes": 2048 * 2**20}
-            note("plain_beside_stock_2048_mib", alternate(engine, Stock(engine, colo, 2048 * 2**20), model, args.timed, **large))
+            note(
+                "plain_beside_stock_2048_mib",
+                alternate(engine, Stock(engine, colo, 2048 * 2**20), model, args.timed, **large),
+            )
 
             from torch.distributed.fsdp import fully_shard
 

@@ -112,9 +112,19 @@ def main() -> None:
     if rank != 0:
         dist.destroy_process_group()
         return
-    settings = model | {"device": args.device, "tp_size": tp_size, "ranks": tp_size, "server_arguments": served.SERVER[args.device]}
+    settings = model | {
+        "device": args.device,
+        "tp_size": tp_size,
+        "ranks": tp_size,
+        "server_arguments": served.SERVER[args.device],
+    }
     baseline = {"what": "torch.distributed.broadcast_object_list of the URL over the slice's group", **summary(bare)}
-    common: dict[str, Any] = {"unit": "s", "baseline": baseline, "target": f"under {TARGET_S} s on every client, every time", "load_before": load}
+    common: dict[str, Any] = {
+        "unit": "s",
+        "baseline": baseline,
+        "target": f"under {TARGET_S} s on every client, every time",
+        "load_before": load,
+    }
     publish(
         record(
             f"launch_latency_tp{tp_size}",

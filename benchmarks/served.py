@@ -64,7 +64,10 @@ def checkpoint(given: str | None, *, kv_heads: int = 2) -> Iterator[tuple[str, d
             make_tiny_model(folder, kv_heads=kv_heads)
         path = everyone(folder)[0]
         try:
-            yield path, {"model": "tiny random Qwen3, hidden 128, 2 layers, vocabulary 512, float32", "kv_heads": kv_heads}
+            yield (
+                path,
+                {"model": "tiny random Qwen3, hidden 128, 2 layers, vocabulary 512, float32", "kv_heads": kv_heads},
+            )
         finally:
             if dist.is_initialized() and sys.exc_info()[0] is None:
                 dist.barrier()  # rank 0 removes the folder

@@ -73,7 +73,12 @@ def run_step(label, command, log, lock):
     # Variables that would lead the new interpreter to packages outside of the venv.
     env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME", "PIP_USER")}
     process = subprocess.Popen(
-        command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+        command,
+        cwd=ROOT,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
         start_new_session=True,  # so that all of it can be killed: venv and pip start processes of their own
         pass_fds=(lock,),  # a pip that outlives a killed set-up keeps the next one waiting
     )

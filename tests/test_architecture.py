@@ -28,9 +28,7 @@ FLOORS = (
 FLOOR_OF = {room: number for number, floor in enumerate(FLOORS) for room in floor}
 # Not modules of the package: put on the PYTHONPATH of another process.
 NOT_MODULES = {("engine", "cpu_stub")}
-SOURCES = sorted(
-    path for path in PACKAGE.rglob("*.py") if path.relative_to(PACKAGE).parts[:2] not in NOT_MODULES
-)
+SOURCES = sorted(path for path in PACKAGE.rglob("*.py") if path.relative_to(PACKAGE).parts[:2] not in NOT_MODULES)
 
 
 def room_of(path):

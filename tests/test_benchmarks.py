@@ -143,7 +143,9 @@ def test_the_ratio_has_an_interval_around_it():
     assert found["low"] <= found["ratio_of_medians"] == 1.5 <= found["high"]
     noisy = record.ratio_of_medians([1.0 + (i * 37 % 101) / 101 for i in range(80)], theirs)
     assert noisy["low"] < noisy["ratio_of_medians"] < noisy["high"]
-    assert noisy == record.ratio_of_medians([1.0 + (i * 37 % 101) / 101 for i in range(80)], theirs), "the same each time"
+    assert noisy == record.ratio_of_medians([1.0 + (i * 37 % 101) / 101 for i in range(80)], theirs), (
+        "the same each time"
+    )
     with pytest.raises(ValueError):
         record.ratio_of_medians([1.0], [1.0, 2.0])
 

@@ -73,14 +73,18 @@ JUDGED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("replies, entries, problem, unproven", [case[1:] for case in JUDGED], ids=[case[0] for case in JUDGED])
+@pytest.mark.parametrize(
+    "replies, entries, problem, unproven", [case[1:] for case in JUDGED], ids=[case[0] for case in JUDGED]
+)
 def test_replies_are_judged(replies, entries, problem, unproven):
     verdict = judge(replies, entries)
     assert (verdict.problem, verdict.unproven) == (problem, unproven)
     assert verdict.opened == {rank: answer["opened"] for rank, answer in replies.items() if answer is not None}
 
 
-@pytest.mark.parametrize("replayed, expected", [([True], True), ([True, True], True), ([True, False], False), ([False, False], False)])
+@pytest.mark.parametrize(
+    "replayed, expected", [([True], True), ([True, True], True), ([True, False], False), ([False, False], False)]
+)
 def test_a_bucket_is_replayed_if_every_worker_did(replayed, expected):
     verdict = judge({rank: reply(replayed=value) for rank, value in enumerate(replayed)}, A_AND_B)
     assert verdict.replayed is expected and verdict.problem is None
@@ -166,7 +170,9 @@ def test_every_tp_rank_is_served_once_and_in_order(delivery, payloads, transport
         told = jobs([payload for of_rank in made for payload in of_rank])
         assert [job["tp_rank"] for job in told] == [0, 1] and {job["tp_size"] for job in told} == {2}
         assert len({job["reply"] for job in told}) == 2, "each answers in a file of its own"
-        assert all(job["checksum"] == list(checksum(flat)) and job["entries"] == ipc_payload.described(entries) for job in told)
+        assert all(
+            job["checksum"] == list(checksum(flat)) and job["entries"] == ipc_payload.described(entries) for job in told
+        )
         handles = [json.dumps(job["handle"]) for job in told]
         assert len(set(handles)) == (1 if transport == "file" else len(first) or 2)
 

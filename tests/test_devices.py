@@ -35,109 +35,127 @@ ROCR = "ROCR_VISIBLE_DEVICES"
 NPU = "ASCEND_RT_VISIBLE_DEVICES"
 
 
-@pytest.mark.parametrize("text, inventory, tokens", [
-    pytest.param(None, None, None, id="unset-means-all"),
-    pytest.param(None, ALIKE, None, id="unset-with-inventory"),
-    pytest.param("0", None, ("0",), id="one"),
-    pytest.param("3,1", None, ("3", "1"), id="any-order"),
-    pytest.param("6,4,5,7", None, ("6", "4", "5", "7"), id="four-in-any-order"),
-    pytest.param(" 3 , 1 ", None, ("3", "1"), id="spaces"),
-    pytest.param("", None, (), id="empty-means-none"),
-    pytest.param("-1", None, (), id="minus-one-means-none"),
-    pytest.param("-1,0", None, (), id="minus-one-first"),
-    pytest.param("NoDevFiles", None, (), id="no-dev-files"),
-    pytest.param("0,1,-1,2", None, ("0", "1"), id="negative-cuts"),
-    pytest.param("0,,1", None, ("0",), id="empty-entry-cuts"),
-    pytest.param("0,1,", None, ("0", "1"), id="trailing-comma"),
-    pytest.param("0,x,1", None, ("0",), id="text-cuts"),
-    pytest.param("0,+,1", None, ("0",), id="bare-sign-cuts"),
-    pytest.param("1gpu2,2ampere", None, ("1", "2"), id="strtol-ignores-trailing-text"),
-    pytest.param("+1,02", None, ("1", "2"), id="sign-and-leading-zero"),
-    pytest.param("0-3", None, ("0",), id="a-range-is-its-first-number"),
-    pytest.param("0,0", None, (), id="repeat-voids"),
-    pytest.param("0,1,2,1", None, (), id="late-repeat-voids"),
-    pytest.param("1,01", None, (), id="repeat-in-another-spelling"),
-    pytest.param("0,-1,0", None, ("0",), id="repeat-behind-the-cut"),
-    pytest.param("0,3,4,1", ALIKE, ("0", "3"), id="out-of-range-cuts"),
-    pytest.param("9,0", ALIKE, (), id="out-of-range-first"),
-    pytest.param("1,9,1", ALIKE, (), id="repeat-behind-out-of-range"),
-    pytest.param("0,3,4,1", None, ("0", "3", "4", "1"), id="range-unknown"),
-    pytest.param(f"{B},{A}", None, (B, A), id="uuids"),
-    pytest.param(f"{B}, {A}", None, (B, A), id="uuids-and-spaces"),
-    pytest.param(f"{B},{A}", ALIKE, (B, A), id="uuids-with-inventory"),
-    pytest.param("GPU-8f2b,GPU-00", None, ("GPU-8f2b", "GPU-00"), id="abbreviations"),
-    pytest.param("GPU-8f2b,GPU-00", ALIKE, ("GPU-8f2b", "GPU-00"), id="abbreviations-with-inventory"),
-    pytest.param("GPU-8F2B", ALIKE, ("GPU-8F2B",), id="upper-case"),
-    pytest.param("GPU-fd,GPU-8f2,GPU-00", ALIKE, ("GPU-fd",), id="ambiguous-cuts"),
-    pytest.param("GPU-fd,GPU-ee,GPU-00", ALIKE, ("GPU-fd",), id="unmatched-cuts"),
-    pytest.param(f"{A},{A}", None, (), id="uuid-repeat-voids"),
-    pytest.param(f"{A},GPU-8f2a", ALIKE, (), id="abbreviated-repeat-voids"),
-    pytest.param(f"{A},1", None, (A,), id="integer-after-uuid-cuts"),
-    pytest.param(f"1,{A}", None, ("1",), id="uuid-after-integer-cuts"),
-    pytest.param(MIG_1, None, (MIG_1,), id="mig"),
-    pytest.param(OLD_MIG, None, (OLD_MIG,), id="old-mig"),
-    pytest.param("MIG-77777777", WITH_MIG, ("MIG-77777777",), id="unknown-mig-is-opaque"),
-    pytest.param("MIG-1", WITH_MIG, (), id="ambiguous-mig"),
-    pytest.param(f"{MIG_1},{A}", None, (MIG_1,), id="gpu-after-mig-cuts"),
-    pytest.param(f"{A},{MIG_1}", None, (A,), id="mig-after-gpu-cuts"),
-])
+@pytest.mark.parametrize(
+    "text, inventory, tokens",
+    [
+        pytest.param(None, None, None, id="unset-means-all"),
+        pytest.param(None, ALIKE, None, id="unset-with-inventory"),
+        pytest.param("0", None, ("0",), id="one"),
+        pytest.param("3,1", None, ("3", "1"), id="any-order"),
+        pytest.param("6,4,5,7", None, ("6", "4", "5", "7"), id="four-in-any-order"),
+        pytest.param(" 3 , 1 ", None, ("3", "1"), id="spaces"),
+        pytest.param("", None, (), id="empty-means-none"),
+        pytest.param("-1", None, (), id="minus-one-means-none"),
+        pytest.param("-1,0", None, (), id="minus-one-first"),
+        pytest.param("NoDevFiles", None, (), id="no-dev-files"),
+        pytest.param("0,1,-1,2", None, ("0", "1"), id="negative-cuts"),
+        pytest.param("0,,1", None, ("0",), id="empty-entry-cuts"),
+        pytest.param("0,1,", None, ("0", "1"), id="trailing-comma"),
+        pytest.param("0,x,1", None, ("0",), id="text-cuts"),
+        pytest.param("0,+,1", None, ("0",), id="bare-sign-cuts"),
+        pytest.param("1gpu2,2ampere", None, ("1", "2"), id="strtol-ignores-trailing-text"),
+        pytest.param("+1,02", None, ("1", "2"), id="sign-and-leading-zero"),
+        pytest.param("0-3", None, ("0",), id="a-range-is-its-first-number"),
+        pytest.param("0,0", None, (), id="repeat-voids"),
+        pytest.param("0,1,2,1", None, (), id="late-repeat-voids"),
+        pytest.param("1,01", None, (), id="repeat-in-another-spelling"),
+        pytest.param("0,-1,0", None, ("0",), id="repeat-behind-the-cut"),
+        pytest.param("0,3,4,1", ALIKE, ("0", "3"), id="out-of-range-cuts"),
+        pytest.param("9,0", ALIKE, (), id="out-of-range-first"),
+        pytest.param("1,9,1", ALIKE, (), id="repeat-behind-out-of-range"),
+        pytest.param("0,3,4,1", None, ("0", "3", "4", "1"), id="range-unknown"),
+        pytest.param(f"{B},{A}", None, (B, A), id="uuids"),
+        pytest.param(f"{B}, {A}", None, (B, A), id="uuids-and-spaces"),
+        pytest.param(f"{B},{A}", ALIKE, (B, A), id="uuids-with-inventory"),
+        pytest.param("GPU-8f2b,GPU-00", None, ("GPU-8f2b", "GPU-00"), id="abbreviations"),
+        pytest.param("GPU-8f2b,GPU-00", ALIKE, ("GPU-8f2b", "GPU-00"), id="abbreviations-with-inventory"),
+        pytest.param("GPU-8F2B", ALIKE, ("GPU-8F2B",), id="upper-case"),
+        pytest.param("GPU-fd,GPU-8f2,GPU-00", ALIKE, ("GPU-fd",), id="ambiguous-cuts"),
+        pytest.param("GPU-fd,GPU-ee,GPU-00", ALIKE, ("GPU-fd",), id="unmatched-cuts"),
+        pytest.param(f"{A},{A}", None, (), id="uuid-repeat-voids"),
+        pytest.param(f"{A},GPU-8f2a", ALIKE, (), id="abbreviated-repeat-voids"),
+        pytest.param(f"{A},1", None, (A,), id="integer-after-uuid-cuts"),
+        pytest.param(f"1,{A}", None, ("1",), id="uuid-after-integer-cuts"),
+        pytest.param(MIG_1, None, (MIG_1,), id="mig"),
+        pytest.param(OLD_MIG, None, (OLD_MIG,), id="old-mig"),
+        pytest.param("MIG-77777777", WITH_MIG, ("MIG-77777777",), id="unknown-mig-is-opaque"),
+        pytest.param("MIG-1", WITH_MIG, (), id="ambiguous-mig"),
+        pytest.param(f"{MIG_1},{A}", None, (MIG_1,), id="gpu-after-mig-cuts"),
+        pytest.param(f"{A},{MIG_1}", None, (A,), id="mig-after-gpu-cuts"),
+    ],
+)
 def test_visible_tokens_of_cuda(text, inventory, tokens):
     environ = {} if text is None else {CVD: text}
     assert visible_tokens(environ, inventory=inventory) == tokens
 
 
-@pytest.mark.parametrize("environ, inventory, index, device", [
-    pytest.param({CVD: "3,1"}, None, 0, PhysicalDevice("3", 3, None), id="3,1-first"),
-    pytest.param({CVD: "3,1"}, None, 1, PhysicalDevice("1", 1, None), id="3,1-second"),
-    pytest.param({CVD: "6,4,5,7"}, None, 2, PhysicalDevice("5", 5, None), id="6,4,5,7"),
-    pytest.param({CVD: "5"}, None, 0, PhysicalDevice("5", 5, None), id="one-entry-per-rank"),
-    pytest.param({}, None, 2, PhysicalDevice("2", 2, None), id="unset"),
-    pytest.param({}, ALIKE, 2, PhysicalDevice("2", 2, C), id="unset-with-inventory"),
-    pytest.param({CVD: "3,1"}, ALIKE, 0, PhysicalDevice("3", 3, D), id="alike-gpus"),
-    pytest.param({CVD: "3,1"}, UNLIKE, 0, PhysicalDevice("3", 3, None), id="unlike-gpus-fastest-first"),
-    pytest.param({CVD: "3,1"}, NAMELESS, 0, PhysicalDevice("3", 3, None), id="nameless-gpus"),
-    pytest.param({CVD: "3,1", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}, UNLIKE, 0, PhysicalDevice("3", 3, D), id="pci-order"),
-    pytest.param({CVD: "3", "CUDA_DEVICE_ORDER": "FASTEST_FIRST"}, UNLIKE, 0, PhysicalDevice("3", 3, None), id="fff"),
-    pytest.param({CVD: "0"}, Inventory(uuids=(A,)), 0, PhysicalDevice("0", 0, A), id="single-gpu"),
-    pytest.param({CVD: "0"}, WITH_MIG, 0, PhysicalDevice("0", 0, None), id="integer-on-a-mig-host"),
-    pytest.param({CVD: B}, None, 0, PhysicalDevice(B, None, B), id="full-uuid"),
-    pytest.param({CVD: B.replace("8f2b", "8F2B")}, None, 0, PhysicalDevice(B.replace("8f2b", "8F2B"), None, B),
-                 id="full-uuid-upper-case"),
-    pytest.param({CVD: B}, UNLIKE, 0, PhysicalDevice(B, 1, B), id="full-uuid-placed"),
-    pytest.param({CVD: "GPU-8f2b"}, None, 0, PhysicalDevice("GPU-8f2b", None, None), id="abbreviated"),
-    pytest.param({CVD: "GPU-fd,GPU-8F2B"}, ALIKE, 1, PhysicalDevice("GPU-8F2B", 1, B), id="abbreviated-placed"),
-    pytest.param({CVD: MIG_2}, None, 0, PhysicalDevice(MIG_2, None, MIG_2), id="mig"),
-    pytest.param({CVD: MIG_2}, WITH_MIG, 0, PhysicalDevice(MIG_2, 1, MIG_2), id="mig-placed"),
-    pytest.param({CVD: "MIG-12"}, WITH_MIG, 0, PhysicalDevice("MIG-12", 1, MIG_2), id="mig-abbreviated"),
-    pytest.param({CVD: "MIG-12"}, None, 0, PhysicalDevice("MIG-12", None, None), id="mig-abbreviated-unplaced"),
-    pytest.param({CVD: OLD_MIG}, None, 0, PhysicalDevice(OLD_MIG, None, OLD_MIG), id="old-mig"),
-    pytest.param({CVD: OLD_MIG}, WITH_MIG, 0, PhysicalDevice(OLD_MIG, 1, OLD_MIG), id="old-mig-placed"),
-    pytest.param({CVD: "0,1,-1,2"}, None, 1, PhysicalDevice("1", 1, None), id="before-the-cut"),
-])
+@pytest.mark.parametrize(
+    "environ, inventory, index, device",
+    [
+        pytest.param({CVD: "3,1"}, None, 0, PhysicalDevice("3", 3, None), id="3,1-first"),
+        pytest.param({CVD: "3,1"}, None, 1, PhysicalDevice("1", 1, None), id="3,1-second"),
+        pytest.param({CVD: "6,4,5,7"}, None, 2, PhysicalDevice("5", 5, None), id="6,4,5,7"),
+        pytest.param({CVD: "5"}, None, 0, PhysicalDevice("5", 5, None), id="one-entry-per-rank"),
+        pytest.param({}, None, 2, PhysicalDevice("2", 2, None), id="unset"),
+        pytest.param({}, ALIKE, 2, PhysicalDevice("2", 2, C), id="unset-with-inventory"),
+        pytest.param({CVD: "3,1"}, ALIKE, 0, PhysicalDevice("3", 3, D), id="alike-gpus"),
+        pytest.param({CVD: "3,1"}, UNLIKE, 0, PhysicalDevice("3", 3, None), id="unlike-gpus-fastest-first"),
+        pytest.param({CVD: "3,1"}, NAMELESS, 0, PhysicalDevice("3", 3, None), id="nameless-gpus"),
+        pytest.param(
+            {CVD: "3,1", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}, UNLIKE, 0, PhysicalDevice("3", 3, D), id="pci-order"
+        ),
+        pytest.param(
+            {CVD: "3", "CUDA_DEVICE_ORDER": "FASTEST_FIRST"}, UNLIKE, 0, PhysicalDevice("3", 3, None), id="fff"
+        ),
+        pytest.param({CVD: "0"}, Inventory(uuids=(A,)), 0, PhysicalDevice("0", 0, A), id="single-gpu"),
+        pytest.param({CVD: "0"}, WITH_MIG, 0, PhysicalDevice("0", 0, None), id="integer-on-a-mig-host"),
+        pytest.param({CVD: B}, None, 0, PhysicalDevice(B, None, B), id="full-uuid"),
+        pytest.param(
+            {CVD: B.replace("8f2b", "8F2B")},
+            None,
+            0,
+            PhysicalDevice(B.replace("8f2b", "8F2B"), None, B),
+            id="full-uuid-upper-case",
+        ),
+        pytest.param({CVD: B}, UNLIKE, 0, PhysicalDevice(B, 1, B), id="full-uuid-placed"),
+        pytest.param({CVD: "GPU-8f2b"}, None, 0, PhysicalDevice("GPU-8f2b", None, None), id="abbreviated"),
+        pytest.param({CVD: "GPU-fd,GPU-8F2B"}, ALIKE, 1, PhysicalDevice("GPU-8F2B", 1, B), id="abbreviated-placed"),
+        pytest.param({CVD: MIG_2}, None, 0, PhysicalDevice(MIG_2, None, MIG_2), id="mig"),
+        pytest.param({CVD: MIG_2}, WITH_MIG, 0, PhysicalDevice(MIG_2, 1, MIG_2), id="mig-placed"),
+        pytest.param({CVD: "MIG-12"}, WITH_MIG, 0, PhysicalDevice("MIG-12", 1, MIG_2), id="mig-abbreviated"),
+        pytest.param({CVD: "MIG-12"}, None, 0, PhysicalDevice("MIG-12", None, None), id="mig-abbreviated-unplaced"),
+        pytest.param({CVD: OLD_MIG}, None, 0, PhysicalDevice(OLD_MIG, None, OLD_MIG), id="old-mig"),
+        pytest.param({CVD: OLD_MIG}, WITH_MIG, 0, PhysicalDevice(OLD_MIG, 1, OLD_MIG), id="old-mig-placed"),
+        pytest.param({CVD: "0,1,-1,2"}, None, 1, PhysicalDevice("1", 1, None), id="before-the-cut"),
+    ],
+)
 def test_resolve_on_cuda(environ, inventory, index, device):
     assert resolve(index, environ, inventory=inventory) == device
 
 
-@pytest.mark.parametrize("environ, tokens", [
-    pytest.param({}, None, id="unset"),
-    pytest.param({HIP: "3,1"}, ("3", "1"), id="hip"),
-    pytest.param({CVD: "3,1"}, ("3", "1"), id="cuda-on-amd"),
-    pytest.param({HIP: "2", CVD: "3,1"}, ("2",), id="hip-before-cuda"),
-    pytest.param({ROCR: "6,4"}, ("6", "4"), id="rocr"),
-    pytest.param({ROCR: "6,4,7", HIP: "2,0"}, ("7", "6"), id="rocr-then-hip"),
-    pytest.param({ROCR: "6,4,7", CVD: "1"}, ("4",), id="rocr-then-cuda"),
-    pytest.param({ROCR: "6,4,7", HIP: "0", CVD: "1"}, ("6",), id="rocr-then-hip-not-cuda"),
-    pytest.param({ROCR: "6,4", HIP: "1,2,0"}, ("4",), id="hip-beyond-rocr-cuts"),
-    pytest.param({ROCR: "6,4", HIP: ""}, (), id="empty-hip"),
-    pytest.param({ROCR: "", HIP: "0"}, (), id="empty-rocr"),
-    pytest.param({ROCR: f"0,{AMD_1}"}, ("0", AMD_1), id="rocr-mixes-forms"),
-    pytest.param({ROCR: f"{AMD_1},{AMD_0}", HIP: "1,0"}, (AMD_0, AMD_1), id="rocr-uuids-then-hip"),
-    pytest.param({ROCR: f"{AMD_1},{AMD_0}", HIP: AMD_0}, (AMD_0,), id="rocr-uuids-then-hip-uuid"),
-    pytest.param({ROCR: f"{AMD_1}", HIP: AMD_0}, (), id="hip-uuid-that-rocr-hid"),
-    pytest.param({ROCR: "0,1,0,2"}, ("0", "1"), id="rocr-repeat-cuts"),
-    pytest.param({HIP: "0,1,0,2"}, (), id="hip-repeat-voids"),
-    pytest.param({HIP: "1gpu"}, (), id="hip-wants-whole-integers"),
-])
+@pytest.mark.parametrize(
+    "environ, tokens",
+    [
+        pytest.param({}, None, id="unset"),
+        pytest.param({HIP: "3,1"}, ("3", "1"), id="hip"),
+        pytest.param({CVD: "3,1"}, ("3", "1"), id="cuda-on-amd"),
+        pytest.param({HIP: "2", CVD: "3,1"}, ("2",), id="hip-before-cuda"),
+        pytest.param({ROCR: "6,4"}, ("6", "4"), id="rocr"),
+        pytest.param({ROCR: "6,4,7", HIP: "2,0"}, ("7", "6"), id="rocr-then-hip"),
+        pytest.param({ROCR: "6,4,7", CVD: "1"}, ("4",), id="rocr-then-cuda"),
+        pytest.param({ROCR: "6,4,7", HIP: "0", CVD: "1"}, ("6",), id="rocr-then-hip-not-cuda"),
+        pytest.param({ROCR: "6,4", HIP: "1,2,0"}, ("4",), id="hip-beyond-rocr-cuts"),
+        pytest.param({ROCR: "6,4", HIP: ""}, (), id="empty-hip"),
+        pytest.param({ROCR: "", HIP: "0"}, (), id="empty-rocr"),
+        pytest.param({ROCR: f"0,{AMD_1}"}, ("0", AMD_1), id="rocr-mixes-forms"),
+        pytest.param({ROCR: f"{AMD_1},{AMD_0}", HIP: "1,0"}, (AMD_0, AMD_1), id="rocr-uuids-then-hip"),
+        pytest.param({ROCR: f"{AMD_1},{AMD_0}", HIP: AMD_0}, (AMD_0,), id="rocr-uuids-then-hip-uuid"),
+        pytest.param({ROCR: f"{AMD_1}", HIP: AMD_0}, (), id="hip-uuid-that-rocr-hid"),
+        pytest.param({ROCR: "0,1,0,2"}, ("0", "1"), id="rocr-repeat-cuts"),
+        pytest.param({HIP: "0,1,0,2"}, (), id="hip-repeat-voids"),
+        pytest.param({HIP: "1gpu"}, (), id="hip-wants-whole-integers"),
+    ],
+)
 def test_visible_tokens_of_hip(environ, tokens):
     assert visible_tokens(environ, kind="hip") == tokens
 
@@ -149,40 +167,54 @@ def test_resolve_on_hip_composes_and_knows_uuids():
     assert resolve(1, {}, kind="hip", inventory=two) == PhysicalDevice("1", 1, None)
 
 
-@pytest.mark.parametrize("environ, tokens", [
-    pytest.param({}, None, id="unset"),
-    pytest.param({NPU: "6,4,5,7"}, ("6", "4", "5", "7"), id="list"),
-    pytest.param({NPU: "0,1,-1,2"}, ("0", "1"), id="negative-cuts"),
-    pytest.param({NPU: "1,1"}, (), id="repeat-voids"),
-    pytest.param({NPU: f"0,{A}"}, ("0",), id="uuid-cuts"),
-    pytest.param({CVD: "3", NPU: "2"}, ("2",), id="cuda-does-not-matter"),
-])
+@pytest.mark.parametrize(
+    "environ, tokens",
+    [
+        pytest.param({}, None, id="unset"),
+        pytest.param({NPU: "6,4,5,7"}, ("6", "4", "5", "7"), id="list"),
+        pytest.param({NPU: "0,1,-1,2"}, ("0", "1"), id="negative-cuts"),
+        pytest.param({NPU: "1,1"}, (), id="repeat-voids"),
+        pytest.param({NPU: f"0,{A}"}, ("0",), id="uuid-cuts"),
+        pytest.param({CVD: "3", NPU: "2"}, ("2",), id="cuda-does-not-matter"),
+    ],
+)
 def test_visible_tokens_of_npu(environ, tokens):
     assert visible_tokens(environ, kind="npu") == tokens
 
 
-@pytest.mark.parametrize("index, environ, kind, inventory, words", [
-    pytest.param(2, {CVD: "3,1"}, "cuda", None, ("device index 2", "CUDA_VISIBLE_DEVICES='3,1'", "2 devices"),
-                 id="past"),
-    pytest.param(-1, {CVD: "3,1"}, "cuda", None, ("device index -1", "'3,1'"), id="negative-index"),
-    pytest.param(0, {CVD: ""}, "cuda", None, ("CUDA_VISIBLE_DEVICES=''", "0 devices"), id="none-visible"),
-    pytest.param(2, {CVD: "0,1,-1,2"}, "cuda", None, ("2 devices", "entry 3 of 4 ('-1')", "negative"), id="tail"),
-    pytest.param(1, {CVD: "0,x,2"}, "cuda", None, ("1 device visible", "entry 2 of 3 ('x')", "neither"), id="text"),
-    pytest.param(1, {CVD: "0,,2"}, "cuda", None, ("entry 2 of 3 ('')", "empty"), id="empty-entry"),
-    pytest.param(1, {CVD: "0,4"}, "cuda", ALIKE, ("entry 2 of 2 ('4')", "this host has 4 devices"), id="no-such-gpu"),
-    pytest.param(0, {CVD: "1,2,1"}, "cuda", None, ("0 devices", "entry 3 of 3 ('1')", "voids"), id="repeat"),
-    pytest.param(1, {CVD: f"{A},1"}, "cuda", None, ("entry 2 of 2 ('1')", "forms do not mix"), id="mixed"),
-    pytest.param(1, {CVD: "GPU-fd,GPU-8f"}, "cuda", ALIKE, ("'GPU-8f'", "ambiguous", "2 matches"), id="ambiguous"),
-    pytest.param(0, {CVD: "GPU-ee"}, "cuda", ALIKE, ("'GPU-ee'", "matches no GPU"), id="unmatched"),
-    pytest.param(4, {}, "cuda", ALIKE, ("CUDA_VISIBLE_DEVICES unset", "4 devices"), id="unset-past-inventory"),
-    pytest.param(-1, {}, "cuda", None, ("device index -1", "unset"), id="unset-negative"),
-    pytest.param(1, {ROCR: "6,4", HIP: "1,2"}, "hip", None,
-                 ("ROCR_VISIBLE_DEVICES='6,4'", "HIP_VISIBLE_DEVICES='1,2'", "entry 2 of 2 ('2')", "leaves 2 devices"),
-                 id="hip-past-rocr"),
-    pytest.param(0, {NPU: "0-3"}, "npu", None, ("ASCEND_RT_VISIBLE_DEVICES='0-3'", "range '0-3'"), id="npu-range"),
-    pytest.param(0, {}, "tpu", None, ("'tpu'", "cuda, hip, npu"), id="unknown-kind"),
-    pytest.param(None, {}, "cuda", None, ("None", "torch.device"), id="torch-device-without-index"),
-])
+@pytest.mark.parametrize(
+    "index, environ, kind, inventory, words",
+    [
+        pytest.param(
+            2, {CVD: "3,1"}, "cuda", None, ("device index 2", "CUDA_VISIBLE_DEVICES='3,1'", "2 devices"), id="past"
+        ),
+        pytest.param(-1, {CVD: "3,1"}, "cuda", None, ("device index -1", "'3,1'"), id="negative-index"),
+        pytest.param(0, {CVD: ""}, "cuda", None, ("CUDA_VISIBLE_DEVICES=''", "0 devices"), id="none-visible"),
+        pytest.param(2, {CVD: "0,1,-1,2"}, "cuda", None, ("2 devices", "entry 3 of 4 ('-1')", "negative"), id="tail"),
+        pytest.param(1, {CVD: "0,x,2"}, "cuda", None, ("1 device visible", "entry 2 of 3 ('x')", "neither"), id="text"),
+        pytest.param(1, {CVD: "0,,2"}, "cuda", None, ("entry 2 of 3 ('')", "empty"), id="empty-entry"),
+        pytest.param(
+            1, {CVD: "0,4"}, "cuda", ALIKE, ("entry 2 of 2 ('4')", "this host has 4 devices"), id="no-such-gpu"
+        ),
+        pytest.param(0, {CVD: "1,2,1"}, "cuda", None, ("0 devices", "entry 3 of 3 ('1')", "voids"), id="repeat"),
+        pytest.param(1, {CVD: f"{A},1"}, "cuda", None, ("entry 2 of 2 ('1')", "forms do not mix"), id="mixed"),
+        pytest.param(1, {CVD: "GPU-fd,GPU-8f"}, "cuda", ALIKE, ("'GPU-8f'", "ambiguous", "2 matches"), id="ambiguous"),
+        pytest.param(0, {CVD: "GPU-ee"}, "cuda", ALIKE, ("'GPU-ee'", "matches no GPU"), id="unmatched"),
+        pytest.param(4, {}, "cuda", ALIKE, ("CUDA_VISIBLE_DEVICES unset", "4 devices"), id="unset-past-inventory"),
+        pytest.param(-1, {}, "cuda", None, ("device index -1", "unset"), id="unset-negative"),
+        pytest.param(
+            1,
+            {ROCR: "6,4", HIP: "1,2"},
+            "hip",
+            None,
+            ("ROCR_VISIBLE_DEVICES='6,4'", "HIP_VISIBLE_DEVICES='1,2'", "entry 2 of 2 ('2')", "leaves 2 devices"),
+            id="hip-past-rocr",
+        ),
+        pytest.param(0, {NPU: "0-3"}, "npu", None, ("ASCEND_RT_VISIBLE_DEVICES='0-3'", "range '0-3'"), id="npu-range"),
+        pytest.param(0, {}, "tpu", None, ("'tpu'", "cuda, hip, npu"), id="unknown-kind"),
+        pytest.param(None, {}, "cuda", None, ("None", "torch.device"), id="torch-device-without-index"),
+    ],
+)
 def test_what_cannot_be_resolved_says_why(index, environ, kind, inventory, words):
     with pytest.raises(DeviceError) as caught:
         resolve(index, environ, kind=kind, inventory=inventory)
@@ -190,44 +222,54 @@ def test_what_cannot_be_resolved_says_why(index, environ, kind, inventory, words
         assert word in str(caught.value)
 
 
-@pytest.mark.parametrize("tokens, kind, environ", [
-    pytest.param(("1", "3"), "cuda", {CVD: "1,3"}, id="integers"),
-    pytest.param((B, A), "cuda", {CVD: f"{B},{A}"}, id="uuids"),
-    pytest.param((MIG_1,), "cuda", {CVD: MIG_1}, id="mig"),
-    pytest.param((), "cuda", {CVD: "-1"}, id="none"),
-    pytest.param(("1", "3"), "hip", {ROCR: None, HIP: "1,3", CVD: "1,3"}, id="hip-integers"),
-    pytest.param((AMD_1, AMD_0), "hip", {ROCR: f"{AMD_1},{AMD_0}", HIP: None, CVD: None}, id="hip-uuids"),
-    pytest.param(("0",), "npu", {NPU: "0"}, id="npu"),
-])
+@pytest.mark.parametrize(
+    "tokens, kind, environ",
+    [
+        pytest.param(("1", "3"), "cuda", {CVD: "1,3"}, id="integers"),
+        pytest.param((B, A), "cuda", {CVD: f"{B},{A}"}, id="uuids"),
+        pytest.param((MIG_1,), "cuda", {CVD: MIG_1}, id="mig"),
+        pytest.param((), "cuda", {CVD: "-1"}, id="none"),
+        pytest.param(("1", "3"), "hip", {ROCR: None, HIP: "1,3", CVD: "1,3"}, id="hip-integers"),
+        pytest.param((AMD_1, AMD_0), "hip", {ROCR: f"{AMD_1},{AMD_0}", HIP: None, CVD: None}, id="hip-uuids"),
+        pytest.param(("0",), "npu", {NPU: "0"}, id="npu"),
+    ],
+)
 def test_server_environment(tokens, kind, environ):
     assert server_environment(tokens, kind=kind) == environ
     child = {name: value for name, value in environ.items() if value is not None}
     assert visible_tokens(child, kind=kind) == tokens
 
 
-@pytest.mark.parametrize("tokens, kind, word", [
-    pytest.param(("1", A), "cuda", "both", id="mixed"),
-    pytest.param((A, MIG_1), "cuda", "both", id="mig-and-gpu"),
-    pytest.param(("1", "2", "1"), "cuda", "repeated", id="repeat"),
-    pytest.param((A, A.upper()), "cuda", "repeated", id="repeat-in-another-case"),
-    pytest.param(("",), "cuda", "expected", id="empty"),
-    pytest.param(("-1",), "cuda", "expected", id="negative"),
-    pytest.param(("1,2",), "cuda", "expected", id="two-in-one"),
-    pytest.param(("GPU-a b",), "cuda", "expected", id="space"),
-    pytest.param(("GPU-",), "cuda", "expected", id="bare-prefix"),
-    pytest.param((MIG_1,), "hip", "expected", id="mig-on-amd"),
-    pytest.param((A,), "npu", "expected", id="uuid-on-npu"),
-    pytest.param(("0",), "tpu", "unknown", id="unknown-kind"),
-])
+@pytest.mark.parametrize(
+    "tokens, kind, word",
+    [
+        pytest.param(("1", A), "cuda", "both", id="mixed"),
+        pytest.param((A, MIG_1), "cuda", "both", id="mig-and-gpu"),
+        pytest.param(("1", "2", "1"), "cuda", "repeated", id="repeat"),
+        pytest.param((A, A.upper()), "cuda", "repeated", id="repeat-in-another-case"),
+        pytest.param(("",), "cuda", "expected", id="empty"),
+        pytest.param(("-1",), "cuda", "expected", id="negative"),
+        pytest.param(("1,2",), "cuda", "expected", id="two-in-one"),
+        pytest.param(("GPU-a b",), "cuda", "expected", id="space"),
+        pytest.param(("GPU-",), "cuda", "expected", id="bare-prefix"),
+        pytest.param((MIG_1,), "hip", "expected", id="mig-on-amd"),
+        pytest.param((A,), "npu", "expected", id="uuid-on-npu"),
+        pytest.param(("0",), "tpu", "unknown", id="unknown-kind"),
+    ],
+)
 def test_server_environment_refuses_what_would_hide_devices(tokens, kind, word):
     with pytest.raises(DeviceError, match=word):
         server_environment(tokens, kind=kind)
 
 
-@pytest.mark.parametrize("environ, order", [
-    ({}, "FASTEST_FIRST"), ({"CUDA_DEVICE_ORDER": ""}, "FASTEST_FIRST"),
-    ({"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}, "PCI_BUS_ID"),
-])
+@pytest.mark.parametrize(
+    "environ, order",
+    [
+        ({}, "FASTEST_FIRST"),
+        ({"CUDA_DEVICE_ORDER": ""}, "FASTEST_FIRST"),
+        ({"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}, "PCI_BUS_ID"),
+    ],
+)
 def test_device_order(environ, order):
     assert devices.device_order(environ) == order
 
@@ -309,11 +351,14 @@ def test_read_inventory_sorts_by_pci_bus_and_shuts_down(monkeypatch):
     assert nvml.open == 0
 
 
-@pytest.mark.parametrize("nvml", [
-    pytest.param(None, id="no-module"),  # None in sys.modules makes the import fail
-    pytest.param(FakeNvml(GPUS, init_fails=True), id="no-driver"),
-    pytest.param(FakeNvml(GPUS, lost=1), id="a-gpu-is-lost"),
-])
+@pytest.mark.parametrize(
+    "nvml",
+    [
+        pytest.param(None, id="no-module"),  # None in sys.modules makes the import fail
+        pytest.param(FakeNvml(GPUS, init_fails=True), id="no-driver"),
+        pytest.param(FakeNvml(GPUS, lost=1), id="a-gpu-is-lost"),
+    ],
+)
 def test_read_inventory_is_none_where_nvml_does_not_tell(monkeypatch, nvml):
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
     assert devices.read_inventory() is None

@@ -98,7 +98,12 @@ def tokens_after_fsdp2_sync(world):
     world.perturb(1)
     report = world.engine.sync_weights(world.sharded(), bucket_bytes=400_000)
     new = world.expected()
-    return {"equal": world.generated() == new, "changed": new != old, "report": report, "version": world.engine.weight_version}
+    return {
+        "equal": world.generated() == new,
+        "changed": new != old,
+        "report": report,
+        "version": world.engine.weight_version,
+    }
 
 
 def tokens_after_plain_sync(world):
@@ -129,7 +134,11 @@ def tokens_after_generator_sync(world):
     pairs = ((name, tensor) for name, tensor in world.model.state_dict().items())
     report = world.engine.sync_weights(pairs, weight_version="five")
     [answer] = world.engine.generate([PROMPTS[0]], GREEDY)
-    return {"equal": world.generated() == world.expected(), "version": answer["meta_info"]["weight_version"], "report": report.weight_version}
+    return {
+        "equal": world.generated() == world.expected(),
+        "version": answer["meta_info"]["weight_version"],
+        "report": report.weight_version,
+    }
 
 
 def generate_forms(world):
@@ -200,7 +209,11 @@ def refused_weights(world):
         ("twice", [*weights.items(), (name, weights[name])], {}),
         ("empty", [], {}),
         ("no_tensor", [("a", 3)], {}),
-        ("ranks_differ", [(f"rank.{world.rank}" if world.colo.tp_size > 1 else "x", torch.zeros(1))], {"partial": True}),
+        (
+            "ranks_differ",
+            [(f"rank.{world.rank}" if world.colo.tp_size > 1 else "x", torch.zeros(1))],
+            {"partial": True},
+        ),
         ("one_rank_raises", _raises_on(world, weights), {}),
         ("bucket", weights, {"bucket_bytes": 0}),
     ]:
@@ -231,7 +244,11 @@ def sleep_and_wake(world):
     engine.sleep(["kv_cache"])
     engine.sleep()  # what is released already stays so
     said.append(engine.health().value)
-    for call in (lambda: engine.generate("a", GREEDY), lambda: engine.sync_weights(world.model), lambda: engine.sleep(["kv"])):
+    for call in (
+        lambda: engine.generate("a", GREEDY),
+        lambda: engine.sync_weights(world.model),
+        lambda: engine.sleep(["kv"]),
+    ):
         try:
             call()
             said.append("accepted")

@@ -15,7 +15,15 @@ ALL = [cls for _, cls in inspect.getmembers(errors, inspect.isclass) if cls.__mo
 
 @pytest.mark.parametrize("cls", ALL, ids=lambda c: c.__name__)
 def test_every_error_pickles_with_all_it_carries(cls):
-    error = cls("boom 7", hint="turn it off", rank=3, slice_ranks=(2, 3), device="GPU-abc", url="http://127.0.0.1:1", details="tail")
+    error = cls(
+        "boom 7",
+        hint="turn it off",
+        rank=3,
+        slice_ranks=(2, 3),
+        device="GPU-abc",
+        url="http://127.0.0.1:1",
+        details="tail",
+    )
     error.add_note("first seen in bucket 4")
     for copied in (pickle.loads(pickle.dumps(error)), copy.copy(error)):
         assert type(copied) is cls
@@ -33,10 +41,17 @@ def test_request_error_keeps_its_status():
     assert pickle.loads(pickle.dumps(errors.RequestError("no", status=400))).status == 400
 
 
-@pytest.mark.parametrize("cls, standard", [
-    (errors.ConfigError, ValueError), (errors.DeadlineError, TimeoutError), (errors.RankLostError, ConnectionError),
-    (errors.EngineDeadError, ConnectionError), (errors.LaunchError, RuntimeError), (errors.WeightsMismatchError, ValueError),
-])
+@pytest.mark.parametrize(
+    "cls, standard",
+    [
+        (errors.ConfigError, ValueError),
+        (errors.DeadlineError, TimeoutError),
+        (errors.RankLostError, ConnectionError),
+        (errors.EngineDeadError, ConnectionError),
+        (errors.LaunchError, RuntimeError),
+        (errors.WeightsMismatchError, ValueError),
+    ],
+)
 def test_errors_are_what_users_already_catch(cls, standard):
     assert issubclass(cls, standard) and issubclass(cls, errors.TpColocateError)
 

@@ -92,7 +92,9 @@ def drive(rank, folder, world):
             delivery.Delivery.commands = original
 
             load = delivery.Delivery.load
-            delivery.Delivery.load = lambda self, server, payloads, *rest: load(self, server, [payloads[0]] * len(payloads), *rest)
+            delivery.Delivery.load = lambda self, server, payloads, *rest: load(
+                self, server, [payloads[0]] * len(payloads), *rest
+            )
             try:
                 engine.sync_weights(model, transport="stock", bucket_bytes=64 * 2**20)
             except errors.SyncError as error:
@@ -102,7 +104,10 @@ def drive(rank, folder, world):
             describe = ipc_payload.CudaHandle.describe
             engine._sync.proven_ways.clear()
             if rank == 1:
-                ipc_payload.CudaHandle.describe = lambda self: {**describe(self), "uuid": "00000000-0000-0000-0000-000000000000"}
+                ipc_payload.CudaHandle.describe = lambda self: {
+                    **describe(self),
+                    "uuid": "00000000-0000-0000-0000-000000000000",
+                }
             found["file"] = engine.sync_weights(model).transport
             ipc_payload.CudaHandle.describe = describe
             engine._sync.refused_ways.clear()
@@ -140,7 +145,16 @@ def found(tmp_path_factory):
         vocab_size=4096, tie_word_embeddings=False, initializer_range=0.06, dtype="bfloat16",
     )  # fmt: skip
     Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    return run_ranks(drive, 2, folder, 2, timeout_s=800, init_group=False, start_method="spawn", env={"GLOO_SOCKET_IFNAME": None, "OMP_NUM_THREADS": "4"})
+    return run_ranks(
+        drive,
+        2,
+        folder,
+        2,
+        timeout_s=800,
+        init_group=False,
+        start_method="spawn",
+        env={"GLOO_SOCKET_IFNAME": None, "OMP_NUM_THREADS": "4"},
+    )
 
 
 def test_log_probabilities_follow_the_trainer_only_after_a_sync(found):

@@ -136,8 +136,9 @@ def test_a_killed_rank_is_noticed_at_once_and_named():
 def late(rank):
     group = group_of(rank, [0, 1], timeout_s=30.0)
     if rank == 1:
-        import torch.distributed as dist
         from datetime import timedelta
+
+        import torch.distributed as dist
 
         dist.distributed_c10d._get_default_store().wait(["gave up"], timedelta(seconds=20))
         return None

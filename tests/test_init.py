@@ -67,7 +67,9 @@ CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("world, tp_size, setting, slices, visible", [case[1:] for case in CASES], ids=[case[0] for case in CASES])
+@pytest.mark.parametrize(
+    "world, tp_size, setting, slices, visible", [case[1:] for case in CASES], ids=[case[0] for case in CASES]
+)
 def test_slices_owners_and_device_lists(world, tp_size, setting, slices, visible):
     env, devices = setting
     places = run_ranks(place, world, tp_size, devices(world), env=env)
@@ -119,7 +121,9 @@ ERRORS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("world, tp_size, device, env, kind, words", [case[1:] for case in ERRORS], ids=[case[0] for case in ERRORS])
+@pytest.mark.parametrize(
+    "world, tp_size, device, env, kind, words", [case[1:] for case in ERRORS], ids=[case[0] for case in ERRORS]
+)
 def test_every_rank_gets_the_same_clear_error(world, tp_size, device, env, kind, words):
     outcomes = run_ranks(place, world, tp_size, device, env=env, expect_errors=True)
     texts = {str(outcome.error) for outcome in outcomes}

@@ -77,20 +77,32 @@ def test_the_installed_torch_takes_the_arguments_that_we_know():
 def test_arguments_go_where_torch_wants_them(monkeypatch):
     names = list(reversed(CUDA_NAMES))
     moved = lambda: None
-    moved.__signature__ = inspect.Signature([inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in names])
+    moved.__signature__ = inspect.Signature(
+        [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in names]
+    )
     monkeypatch.setattr(reductions, "rebuild_cuda_tensor", moved)
     function, arguments = cuda_handle().reduced().__reduce__()
     by_name = dict(zip(names, arguments, strict=True))
     assert function is moved
-    assert (by_name["storage_device"], by_name["ref_counter_handle"], by_name["ref_counter_offset"]) == ("GPU-1", b"/counter", 3)
-    assert (by_name["storage_handle"], by_name["storage_offset_bytes"], by_name["storage_size_bytes"]) == (b"H", 512, 256)
+    assert (by_name["storage_device"], by_name["ref_counter_handle"], by_name["ref_counter_offset"]) == (
+        "GPU-1",
+        b"/counter",
+        3,
+    )
+    assert (by_name["storage_handle"], by_name["storage_offset_bytes"], by_name["storage_size_bytes"]) == (
+        b"H",
+        512,
+        256,
+    )
     assert (by_name["tensor_size"], by_name["dtype"]) == (torch.Size([256]), torch.uint8)
 
 
 @pytest.mark.parametrize("names", [CUDA_NAMES[:-1], (*CUDA_NAMES, "one_more")])
 def test_a_torch_with_other_arguments_is_refused(monkeypatch, names):
     other = lambda: None
-    other.__signature__ = inspect.Signature([inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in names])
+    other.__signature__ = inspect.Signature(
+        [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in names]
+    )
     monkeypatch.setattr(reductions, "rebuild_cuda_tensor", other)
     with pytest.raises(ConfigError, match="rebuild_cuda_tensor"):
         ipc_payload._cuda_rebuild_order(CUDA_NAMES)
@@ -158,7 +170,12 @@ def reader_main(pipe):
                 held.append(bucket)
                 # By value, and as bytes: not every dtype has a pickle or a comparison.
                 answer = [
-                    (name, tuple(tensor.shape), str(tensor.dtype), tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+                    (
+                        name,
+                        tuple(tensor.shape),
+                        str(tensor.dtype),
+                        tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes(),
+                    )
                     for name, tensor in bucket.reconstruct_tensors()
                 ]
                 del bucket
@@ -227,7 +244,8 @@ def filled(tensors):
 
 def as_bytes(tensors):
     return [
-        (name, tuple(t.shape), str(t.dtype), t.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()) for name, t in tensors
+        (name, tuple(t.shape), str(t.dtype), t.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        for name, t in tensors
     ]
 
 
@@ -241,10 +259,19 @@ def shm_file(handle):
 
 BATCHES = {
     "every dtype": [(str(dtype), (torch.randn(5, 3) * 3).to(dtype)) for dtype in DTYPES],
-    "zero-size": [("empty", torch.empty(0)), ("also", torch.empty(3, 0, dtype=torch.bfloat16)), ("w", torch.ones(2)), ("last", torch.empty(0, 7))],
+    "zero-size": [
+        ("empty", torch.empty(0)),
+        ("also", torch.empty(3, 0, dtype=torch.bfloat16)),
+        ("w", torch.ones(2)),
+        ("last", torch.empty(0, 7)),
+    ],
     "only zero-size": [("empty", torch.empty(0, 4))],
     "scalars": [("a", torch.tensor(3.5)), ("b", torch.tensor(7, dtype=torch.int8)), ("c", torch.tensor(True))],
-    "not contiguous": [("t", torch.randn(7, 5).t()), ("s", torch.randn(10, 10)[::2, 1::3]), ("e", torch.randn(4, 1).expand(4, 6))],
+    "not contiguous": [
+        ("t", torch.randn(7, 5).t()),
+        ("s", torch.randn(10, 10)[::2, 1::3]),
+        ("e", torch.randn(4, 1).expand(4, 6)),
+    ],
     "one big among small": [("a", torch.randn(3)), ("big", torch.randn(1000, 1000)), ("b", torch.randn(3))],
     "parameter": [("p", torch.nn.Parameter(torch.randn(4)).detach())],
     "names": [("model.layers.0.ä weight", torch.randn(2))],
@@ -308,7 +335,9 @@ def test_a_payload_that_is_opened_twice_is_an_error_that_names_it(reader, ledger
     reader.open_and_release(payload)
     reader.open_and_release(payload)
     assert handle.count() < 0
-    with pytest.raises(SyncError, match=r"bucket 4 \(512 bytes\) of rank 5 for TP rank 1: released more often .* \(count -1\)") as caught:
+    with pytest.raises(
+        SyncError, match=r"bucket 4 \(512 bytes\) of rank 5 for TP rank 1: released more often .* \(count -1\)"
+    ) as caught:
         ledger.settle(deadline=time.monotonic() + 5)
     assert caught.value.rank == 5 and "payload of its own" in caught.value.hint
     assert ledger.outstanding() == [] and ledger.num_returned == 0, "told once, and not counted as returned"
@@ -360,7 +389,9 @@ def test_a_handle_that_came_back_is_nobodys_fault(ledger):
 def test_the_longest_absence_is_kept(ledger, monkeypatch):
     assert ledger.latest_return_s == 0.0
     handle = ledger.export(filled(some())[0], tp_rank=0, bucket=0)
-    monkeypatch.setattr(ipc_payload.time, "sleep", lambda _: handle.reclaim() if time.monotonic() >= began + 0.03 else None)
+    monkeypatch.setattr(
+        ipc_payload.time, "sleep", lambda _: handle.reclaim() if time.monotonic() >= began + 0.03 else None
+    )
     began = time.monotonic()
     ledger.settle(deadline=began + 5)
     longest = ledger.latest_return_s
@@ -437,7 +468,9 @@ def test_the_trainers_process_is_left_as_it_was(fresh_interpreter):
 
 def test_many_cycles_leave_nothing(reader):
     def ours():
-        return {name for name in os.listdir("/dev/shm") if name.startswith(f"torch_{os.getpid()}_")}, len(os.listdir("/proc/self/fd"))
+        return {name for name in os.listdir("/dev/shm") if name.startswith(f"torch_{os.getpid()}_")}, len(
+            os.listdir("/proc/self/fd")
+        )
 
     def cycle(i):
         ledger = ipc_payload.Ledger(rank=0)

@@ -243,7 +243,9 @@ def stand_in(monkeypatch, tmp_path, no_leftovers):
 
         monkeypatch.setattr(ServerProcess, "_spawn", spawn_instead)
         pid, started = this_process()
-        spec = ServerSpec("model", arguments, dict(os.environ), tmp_path / "logs" / "server.log", pid, started, grace_s=3.0)
+        spec = ServerSpec(
+            "model", arguments, dict(os.environ), tmp_path / "logs" / "server.log", pid, started, grace_s=3.0
+        )
         return ServerProcess.start(spec, health_timeout_s=health_timeout_s)
 
     return start, commands

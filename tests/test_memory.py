@@ -46,7 +46,12 @@ def test_a_tensor_that_fits_nowhere_is_told_before_anything_is_sent(free, larges
     assert words in caught.value.message and "sleep" in caught.value.hint
 
 
-@given(st.integers(1, 2**40), st.lists(st.integers(0, 2**40), min_size=1, max_size=8), st.integers(0, 2**40), st.integers(1, 8))
+@given(
+    st.integers(1, 2**40),
+    st.lists(st.integers(0, 2**40), min_size=1, max_size=8),
+    st.integers(0, 2**40),
+    st.integers(1, 8),
+)
 def test_all_copies_of_a_bucket_and_of_the_largest_tensor_fit_on_every_rank(limit, free, largest, copies):
     try:
         planned = plan_bucket(limit, free, largest=largest, copies=copies)

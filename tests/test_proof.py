@@ -5,12 +5,10 @@ One server serves all checks; the faults are planted on the trainer's side, betw
 
 import gc
 import os
-
 from pathlib import Path
 
 import psutil
 import pytest
-import torch
 from harness import Footprint, leftovers, run_ranks
 from test_engine import ARGS, HEALTH_S, World
 
@@ -112,7 +110,9 @@ def swapped_payloads(world):
     """Rank 0's payload reaches TP rank 1, and the other way round."""
 
     def make(original):
-        return lambda self, server, commands, number, timeout_s: original(self, server, commands[::-1], number, timeout_s)
+        return lambda self, server, commands, number, timeout_s: original(
+            self, server, commands[::-1], number, timeout_s
+        )
 
     with planted(delivery.Delivery, "push", make):
         told, _ = failing_sync(world)
@@ -125,7 +125,10 @@ def a_skipped_tensor(world):
 
     def make(original):
         def described(entries):
-            return [[e[0].replace("mlp.down_proj", "mlp.nowhere") if e[0] == victim else e[0], *e[1:]] for e in original(entries)]
+            return [
+                [e[0].replace("mlp.down_proj", "mlp.nowhere") if e[0] == victim else e[0], *e[1:]]
+                for e in original(entries)
+            ]
 
         return described
 
@@ -140,7 +143,10 @@ def a_loader_that_fails(world):
     def make(original):
         def described(entries):
             # one row too many for what the bucket holds of it: the view raises in the worker
-            return [[*e[:2], [e[2][0] + 1, *e[2][1:]], *e[3:]] if e[0] == "model.norm.weight" else e for e in original(entries)]
+            return [
+                [*e[:2], [e[2][0] + 1, *e[2][1:]], *e[3:]] if e[0] == "model.norm.weight" else e
+                for e in original(entries)
+            ]
 
         return described
 
@@ -227,7 +233,12 @@ def many_syncs(world):
     def footprint():
         processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
         shm = {name: (Path("/dev/shm") / name).stat().st_size for name in os.listdir("/dev/shm")}
-        return {"files": len(shm), "bytes": sum(shm.values()), "fds": sum(p.num_fds() for p in processes), "rss": sum(p.memory_info().rss for p in processes)}
+        return {
+            "files": len(shm),
+            "bytes": sum(shm.values()),
+            "fds": sum(p.num_fds() for p in processes),
+            "rss": sum(p.memory_info().rss for p in processes),
+        }
 
     source = world.model
     for _ in range(10):
@@ -238,7 +249,9 @@ def many_syncs(world):
     moved = 0
     for _ in range(NUM_SYNCS):
         report = world.engine.sync_weights(source)
-        good += all(r.num_exported == r.num_returned > 0 for r in report.ranks) and report.num_proven == report.num_tensors
+        good += (
+            all(r.num_exported == r.num_returned > 0 for r in report.ranks) and report.num_proven == report.num_tensors
+        )
         moved += report.num_bytes
     world.generated()
     return {"before": before, "after": footprint(), "good": good, "moved": moved, "warnings": report.warnings}
@@ -258,7 +271,9 @@ def found(tiny_model_dir):
 
 
 def results(found, check):
-    values = [of_rank.get(check.__name__, AssertionError("not reached: see the checks before it")) for of_rank in found[0]]
+    values = [
+        of_rank.get(check.__name__, AssertionError("not reached: see the checks before it")) for of_rank in found[0]
+    ]
     for rank, value in enumerate(values):
         if isinstance(value, Exception):
             raise AssertionError(f"rank {rank}: {type(value).__name__}: {value}") from value

@@ -376,7 +376,9 @@ def elements_read(copies, entries):
 
 
 def bits(model):
-    return {name: parameter.detach().reshape(-1).view(torch.uint8).tolist() for name, parameter in model.named_parameters()}
+    return {
+        name: parameter.detach().reshape(-1).view(torch.uint8).tolist() for name, parameter in model.named_parameters()
+    }
 
 
 @pytest.mark.parametrize("load, shapes, send, derived, reworked, repeatable, read", LOADERS, ids=IDS)
@@ -444,7 +446,9 @@ def applied(model, tensors):
 
 
 @pytest.mark.parametrize("load, shapes, send, derived, reworked, repeatable, read", LOADERS, ids=IDS)
-def test_later_loads_give_the_same_bits_by_a_plan_only_where_that_is_known(load, shapes, send, derived, reworked, repeatable, read):
+def test_later_loads_give_the_same_bits_by_a_plan_only_where_that_is_known(
+    load, shapes, send, derived, reworked, repeatable, read
+):
     model, stock = model_of(load, shapes), model_of(load, shapes)
     for seed in range(3):
         tensors = sent(send, seed)
@@ -465,12 +469,21 @@ def test_a_plan_casts_as_the_loader_did():
     assert torch.equal(model.w, sent(W, 2)["w"].to(torch.bfloat16))
 
 
-@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9), st.sampled_from(["float32", "bfloat16", "int8", "float64"])), min_size=1, max_size=8))
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 9), st.integers(0, 9), st.sampled_from(["float32", "bfloat16", "int8", "float64"])),
+        min_size=1,
+        max_size=8,
+    )
+)
 def test_any_layout_is_replayed_bit_by_bit(shapes):
     tpcolocate_receiver._plans.clear()
 
     def tensors(seed):
-        return {f"w{i}": (torch.randn(a, b, generator=torch.Generator().manual_seed(seed)) * 9).to(getattr(torch, dtype)) for i, (a, b, dtype) in enumerate(shapes)}
+        return {
+            f"w{i}": (torch.randn(a, b, generator=torch.Generator().manual_seed(seed)) * 9).to(getattr(torch, dtype))
+            for i, (a, b, dtype) in enumerate(shapes)
+        }
 
     model = Model(plain, **{name: torch.zeros_like(tensor) for name, tensor in tensors(0).items()})
     for seed in range(2):
@@ -654,7 +667,20 @@ def test_a_loader_that_fails_does_not_take_the_worker_down(tmp_path, error):
         assert answer["opened"] and files == ["reply.json"]
 
 
-JUNK = [None, 0, -1, 1.5, "x", "", [], {}, [None], {"kind": "cpu"}, {"kind": "file", "path": "/nowhere"}, {"kind": "unheard-of"}]
+JUNK = [
+    None,
+    0,
+    -1,
+    1.5,
+    "x",
+    "",
+    [],
+    {},
+    [None],
+    {"kind": "cpu"},
+    {"kind": "file", "path": "/nowhere"},
+    {"kind": "unheard-of"},
+]
 
 
 @pytest.mark.parametrize("field", ["do", "handle", "entries", "checksum"])
@@ -686,7 +712,9 @@ def test_a_reply_that_cannot_be_written_is_missed_by_the_trainer_and_not_raised(
     assert hand_over(model, load_job(tmp_path, sent(W), reply=junk), tmp_path) == (None, [])
 
 
-@pytest.mark.parametrize("job", [b"", b"{", b"\xff\xfe", b"null", b"[]", b"3", b'"x"', b"{}", b'{"reply": 3}', b'{"tp_rank": 0}'])
+@pytest.mark.parametrize(
+    "job", [b"", b"{", b"\xff\xfe", b"null", b"[]", b"3", b'"x"', b"{}", b'{"reply": 3}', b'{"tp_rank": 0}']
+)
 def test_a_command_that_is_none_is_not_raised(tmp_path, job):
     assert hand_over(model_of(plain, W), job, tmp_path) == (None, [])
 
@@ -710,7 +738,10 @@ def test_a_reply_is_complete_or_not_there(tmp_path, monkeypatch):
     assert seen == [(False, answer)] and files == ["reply.json"]
 
 
-@pytest.mark.parametrize("rank, tp_size, tp_rank, right", [(0, 2, 0, True), (1, 2, 1, True), (3, 2, 1, True), (0, 2, 1, False), (2, 2, 1, False)])
+@pytest.mark.parametrize(
+    "rank, tp_size, tp_rank, right",
+    [(0, 2, 0, True), (1, 2, 1, True), (3, 2, 1, True), (0, 2, 1, False), (2, 2, 1, False)],
+)
 def test_a_payload_that_reached_another_worker_is_told(tmp_path, monkeypatch, rank, tp_size, tp_rank, right):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
@@ -791,7 +822,10 @@ def test_a_file_is_opened(worker, tmp_path, size):
     assert os.listdir(tmp_path) == ["bucket.safetensors"], "its writer removes it"
 
 
-@pytest.mark.parametrize("changes", [{"kind": "file", "path": "/nowhere"}, {"name": "AAAA"}, {"manager": None}, {"kind": "cuda", "uuid": "GPU-1"}])
+@pytest.mark.parametrize(
+    "changes",
+    [{"kind": "file", "path": "/nowhere"}, {"name": "AAAA"}, {"manager": None}, {"kind": "cuda", "uuid": "GPU-1"}],
+)
 def test_what_does_not_open_is_an_error_in_the_worker_and_leaves_the_handle_alone(worker, changes):
     ledger = ipc_payload.Ledger(rank=0)
     handle = ledger.export(staged(random_bytes(100)), tp_rank=0, bucket=0)
@@ -807,7 +841,10 @@ def test_a_load_over_shared_memory_gives_the_handle_back_before_it_is_acknowledg
         ledger = ipc_payload.Ledger(rank=0)
         handle = ledger.export(staged(flat), tp_rank=0, bucket=0)
         reply = tmp_path / f"{seed}.json"
-        assert worker(load_job(tmp_path, tensors, handle=handle.describe(), entries=entries, reply=str(reply))) == tensors["w"].tolist()
+        assert (
+            worker(load_job(tmp_path, tensors, handle=handle.describe(), entries=entries, reply=str(reply)))
+            == tensors["w"].tolist()
+        )
         answer = json.loads(reply.read_text())
         assert (answer["error"], answer["replayed"], answer["read"]) == (None, seed > 0, {"w": 16})
         assert handle.count() == 0

@@ -52,71 +52,101 @@ def own(texts, inventory=None):
     return {rank: resolve(0, {CVD: text}, inventory=inventory) for rank, text in texts.items()}
 
 
-@pytest.mark.parametrize("held, ranks, tokens", [
-    pytest.param(listed("0", [0]), (0,), ("0",), id="tp1"),
-    pytest.param(listed("0,1", [0, 1]), (0, 1), ("0", "1"), id="in-order"),
-    pytest.param(listed("3,1", [0, 1]), (1, 0), ("1", "3"), id="3,1"),
-    pytest.param(listed("6,4,5,7", [0, 1, 2, 3]), (1, 2, 0, 3), ("4", "5", "6", "7"), id="6,4,5,7"),
-    pytest.param(some(listed("6,4,5,7", [0, 1, 2, 3]), 0, 1), (1, 0), ("4", "6"), id="6,4,5,7-first-slice"),
-    pytest.param(some(listed("6,4,5,7", [0, 1, 2, 3]), 2, 3), (2, 3), ("5", "7"), id="6,4,5,7-second-slice"),
-    pytest.param(own({4: "3", 5: "1"}), (5, 4), ("1", "3"), id="one-entry-per-rank"),
-    pytest.param(own({0: "10", 1: "9"}), (1, 0), ("9", "10"), id="numbers-not-strings"),
-    pytest.param(listed("1,0", [0, 1], HOST), (1, 0), ("0", "1"), id="integers-stay-integers"),
-    pytest.param(listed(f"{D},{A}", [0, 1], HOST), (1, 0), (A, D), id="uuids-by-inventory"),
-    pytest.param(listed(f"{C},{B}", [0, 1], HOST), (1, 0), (B, C), id="inventory-beats-text"),
-    pytest.param(listed(f"{C},{B}", [0, 1], UNLIKE), (1, 0), (B, C), id="uuids-on-unlike-gpus"),
-    pytest.param(listed(f"{C},{B}", [0, 1]), (0, 1), (C, B), id="uuids-by-text"),
-    pytest.param(listed("GPU-fd,GPU-8f2b", [0, 1], HOST), (1, 0), (B, D), id="abbreviations-come-out-in-full"),
-    pytest.param(listed("GPU-fd,GPU-8f2b", [0, 1]), (1, 0), ("GPU-8f2b", "GPU-fd"), id="abbreviations-unplaced"),
-    pytest.param(own({0: D, 1: "GPU-8f2b"}), (1, 0), ("GPU-8f2b", D), id="abbreviated-and-full-unplaced"),
-    pytest.param(own({0: D, 1: "0"}, HOST), (1, 0), (A, D), id="mixed-forms-with-inventory"),
-    pytest.param(own({0: MIG_2, 1: MIG_1}), (1, 0), (MIG_1, MIG_2), id="mig"),
-    pytest.param(own({0: MIG_1, 1: MIG_2}, Inventory((A, B), mig_uuids=((MIG_2,), (MIG_1,)))), (1, 0), (MIG_2, MIG_1),
-                 id="mig-by-inventory"),
-    pytest.param(own({0: MIG_2, 1: MIG_1}, Inventory((A,), mig_uuids=((MIG_1, MIG_2),))), (1, 0), (MIG_1, MIG_2),
-                 id="mig-of-one-gpu"),
-    pytest.param({0: None}, (0,), (), id="cpu-tp1"),
-    pytest.param({3: None, 2: None}, (2, 3), (), id="cpu"),
-])
+@pytest.mark.parametrize(
+    "held, ranks, tokens",
+    [
+        pytest.param(listed("0", [0]), (0,), ("0",), id="tp1"),
+        pytest.param(listed("0,1", [0, 1]), (0, 1), ("0", "1"), id="in-order"),
+        pytest.param(listed("3,1", [0, 1]), (1, 0), ("1", "3"), id="3,1"),
+        pytest.param(listed("6,4,5,7", [0, 1, 2, 3]), (1, 2, 0, 3), ("4", "5", "6", "7"), id="6,4,5,7"),
+        pytest.param(some(listed("6,4,5,7", [0, 1, 2, 3]), 0, 1), (1, 0), ("4", "6"), id="6,4,5,7-first-slice"),
+        pytest.param(some(listed("6,4,5,7", [0, 1, 2, 3]), 2, 3), (2, 3), ("5", "7"), id="6,4,5,7-second-slice"),
+        pytest.param(own({4: "3", 5: "1"}), (5, 4), ("1", "3"), id="one-entry-per-rank"),
+        pytest.param(own({0: "10", 1: "9"}), (1, 0), ("9", "10"), id="numbers-not-strings"),
+        pytest.param(listed("1,0", [0, 1], HOST), (1, 0), ("0", "1"), id="integers-stay-integers"),
+        pytest.param(listed(f"{D},{A}", [0, 1], HOST), (1, 0), (A, D), id="uuids-by-inventory"),
+        pytest.param(listed(f"{C},{B}", [0, 1], HOST), (1, 0), (B, C), id="inventory-beats-text"),
+        pytest.param(listed(f"{C},{B}", [0, 1], UNLIKE), (1, 0), (B, C), id="uuids-on-unlike-gpus"),
+        pytest.param(listed(f"{C},{B}", [0, 1]), (0, 1), (C, B), id="uuids-by-text"),
+        pytest.param(listed("GPU-fd,GPU-8f2b", [0, 1], HOST), (1, 0), (B, D), id="abbreviations-come-out-in-full"),
+        pytest.param(listed("GPU-fd,GPU-8f2b", [0, 1]), (1, 0), ("GPU-8f2b", "GPU-fd"), id="abbreviations-unplaced"),
+        pytest.param(own({0: D, 1: "GPU-8f2b"}), (1, 0), ("GPU-8f2b", D), id="abbreviated-and-full-unplaced"),
+        pytest.param(own({0: D, 1: "0"}, HOST), (1, 0), (A, D), id="mixed-forms-with-inventory"),
+        pytest.param(own({0: MIG_2, 1: MIG_1}), (1, 0), (MIG_1, MIG_2), id="mig"),
+        pytest.param(
+            own({0: MIG_1, 1: MIG_2}, Inventory((A, B), mig_uuids=((MIG_2,), (MIG_1,)))),
+            (1, 0),
+            (MIG_2, MIG_1),
+            id="mig-by-inventory",
+        ),
+        pytest.param(
+            own({0: MIG_2, 1: MIG_1}, Inventory((A,), mig_uuids=((MIG_1, MIG_2),))),
+            (1, 0),
+            (MIG_1, MIG_2),
+            id="mig-of-one-gpu",
+        ),
+        pytest.param({0: None}, (0,), (), id="cpu-tp1"),
+        pytest.param({3: None, 2: None}, (2, 3), (), id="cpu"),
+    ],
+)
 def test_assign(held, ranks, tokens):
     assert assign(members(held)) == Roles(ranks=ranks, owner_rank=ranks[0], visible_devices=tokens, shared=False)
 
 
-@pytest.mark.parametrize("held, token", [
-    pytest.param({1: integer(0), 0: integer(0)}, "0", id="integers"),
-    pytest.param({0: uuid("GPU-8f2a", 0, A), 1: uuid(A, 0, A)}, A, id="abbreviation"),
-    pytest.param({0: uuid("GPU-8f2a"), 1: uuid(A, None, A)}, "GPU-8f2a", id="abbreviation-unplaced"),
-    pytest.param({0: integer(2, C), 1: uuid(C, 2, C), 5: uuid(C, 2, C)}, "2", id="mixed-forms"),
-])
+@pytest.mark.parametrize(
+    "held, token",
+    [
+        pytest.param({1: integer(0), 0: integer(0)}, "0", id="integers"),
+        pytest.param({0: uuid("GPU-8f2a", 0, A), 1: uuid(A, 0, A)}, A, id="abbreviation"),
+        pytest.param({0: uuid("GPU-8f2a"), 1: uuid(A, None, A)}, "GPU-8f2a", id="abbreviation-unplaced"),
+        pytest.param({0: integer(2, C), 1: uuid(C, 2, C), 5: uuid(C, 2, C)}, "2", id="mixed-forms"),
+    ],
+)
 def test_assign_on_one_shared_device(held, token):
     ranks = tuple(sorted(held))
     roles = assign(members(held), allow_shared_devices=True)
     assert roles == Roles(ranks=ranks, owner_rank=ranks[0], visible_devices=(token,), shared=True)
 
 
-@pytest.mark.parametrize("held, shared", [
-    pytest.param(listed("3,1", [0, 1]), False, id="distinct-devices"),
-    pytest.param({0: None, 1: None}, False, id="cpu"),
-    pytest.param({0: integer(0)}, False, id="tp1"),
-])
+@pytest.mark.parametrize(
+    "held, shared",
+    [
+        pytest.param(listed("3,1", [0, 1]), False, id="distinct-devices"),
+        pytest.param({0: None, 1: None}, False, id="cpu"),
+        pytest.param({0: integer(0)}, False, id="tp1"),
+    ],
+)
 def test_allowing_shared_devices_changes_nothing_where_none_is_shared(held, shared):
     assert assign(members(held), allow_shared_devices=True) == assign(members(held))
     assert assign(members(held), allow_shared_devices=True).shared is shared
 
 
-@pytest.mark.parametrize("held, allow, words", [
-    pytest.param({0: integer(1), 1: None}, False, ("mixes CPU and GPU", "on the CPU 1", "GPUs 0"), id="cpu-and-gpu"),
-    pytest.param({4: integer(1), 7: integer(1)}, False, ("'1'", "rank 4", "rank 7", "'h'"), id="held-twice"),
-    pytest.param({0: uuid("GPU-8f2a"), 1: uuid(A, None, A)}, False, ("GPU-8f2a", "rank 0", "rank 1"), id="abbreviated"),
-    pytest.param({0: integer(0, A), 1: uuid(A, 0, A)}, False, ("rank 0", "rank 1"), id="held-twice-mixed-forms"),
-    pytest.param({0: integer(0), 1: integer(0), 2: integer(1), 3: integer(1)}, True, ("in part", "rank 3 on 1"),
-                 id="two-and-two"),
-    pytest.param({0: integer(0), 1: integer(0), 2: integer(1)}, True, ("in part",), id="two-and-one"),
-    pytest.param(own({0: "0", 1: A}), False, ("cannot be ordered", "rank 0 on 0", f"rank 1 on {A}"), id="unplaced-mix"),
-    pytest.param({0: uuid(A, 0, A), 1: uuid(B, None, B)}, False, ("cannot be ordered",), id="partly-placed"),
-    pytest.param(own({0: "0", 1: D}, UNLIKE), False, ("cannot hold", "PCI_BUS_ID"), id="mix-on-unlike-gpus"),
-    pytest.param({0: uuid(A, 0, A), 1: uuid(MIG_1, 1, MIG_1)}, False, ("cannot hold",), id="gpu-and-mig"),
-])
+@pytest.mark.parametrize(
+    "held, allow, words",
+    [
+        pytest.param(
+            {0: integer(1), 1: None}, False, ("mixes CPU and GPU", "on the CPU 1", "GPUs 0"), id="cpu-and-gpu"
+        ),
+        pytest.param({4: integer(1), 7: integer(1)}, False, ("'1'", "rank 4", "rank 7", "'h'"), id="held-twice"),
+        pytest.param(
+            {0: uuid("GPU-8f2a"), 1: uuid(A, None, A)}, False, ("GPU-8f2a", "rank 0", "rank 1"), id="abbreviated"
+        ),
+        pytest.param({0: integer(0, A), 1: uuid(A, 0, A)}, False, ("rank 0", "rank 1"), id="held-twice-mixed-forms"),
+        pytest.param(
+            {0: integer(0), 1: integer(0), 2: integer(1), 3: integer(1)},
+            True,
+            ("in part", "rank 3 on 1"),
+            id="two-and-two",
+        ),
+        pytest.param({0: integer(0), 1: integer(0), 2: integer(1)}, True, ("in part",), id="two-and-one"),
+        pytest.param(
+            own({0: "0", 1: A}), False, ("cannot be ordered", "rank 0 on 0", f"rank 1 on {A}"), id="unplaced-mix"
+        ),
+        pytest.param({0: uuid(A, 0, A), 1: uuid(B, None, B)}, False, ("cannot be ordered",), id="partly-placed"),
+        pytest.param(own({0: "0", 1: D}, UNLIKE), False, ("cannot hold", "PCI_BUS_ID"), id="mix-on-unlike-gpus"),
+        pytest.param({0: uuid(A, 0, A), 1: uuid(MIG_1, 1, MIG_1)}, False, ("cannot hold",), id="gpu-and-mig"),
+    ],
+)
 def test_devices_that_cannot_serve_one_slice(held, allow, words):
     with pytest.raises(DeviceError) as caught:
         assign(members(held), allow_shared_devices=allow)
@@ -125,31 +155,37 @@ def test_devices_that_cannot_serve_one_slice(held, allow, words):
     assert caught.value.slice_ranks == tuple(sorted(held))
 
 
-@pytest.mark.parametrize("slice_, word", [
-    pytest.param([], "no ranks", id="empty"),
-    pytest.param([RankDevice(0, "h", integer(0)), RankDevice(0, "h", integer(1))], "twice", id="rank-twice"),
-    pytest.param([RankDevice(0, "h", integer(0)), RankDevice(1, "g", integer(1))], "rank 1 on g", id="two-hosts"),
-])
+@pytest.mark.parametrize(
+    "slice_, word",
+    [
+        pytest.param([], "no ranks", id="empty"),
+        pytest.param([RankDevice(0, "h", integer(0)), RankDevice(0, "h", integer(1))], "twice", id="rank-twice"),
+        pytest.param([RankDevice(0, "h", integer(0)), RankDevice(1, "g", integer(1))], "rank 1 on g", id="two-hosts"),
+    ],
+)
 def test_members_that_are_no_slice(slice_, word):
     with pytest.raises(LayoutError, match=word):
         assign(slice_)
 
 
-@pytest.mark.parametrize("a, b, same", [
-    pytest.param(integer(0), integer(0), True, id="index"),
-    pytest.param(integer(0), integer(1), False, id="other-index"),
-    pytest.param(integer(1), integer(10), False, id="no-prefix-among-integers"),
-    pytest.param(integer(0, A), uuid(A, 3, A), True, id="uuid-beats-index"),
-    pytest.param(uuid(MIG_1, 0, MIG_1), uuid(MIG_2, 0, MIG_2), False, id="mig-instances-of-one-gpu"),
-    pytest.param(integer(0), uuid(A, 0, A), True, id="index-where-one-uuid-is-unknown"),
-    pytest.param(integer(1), uuid(A, 0, A), False, id="other-index-where-one-uuid-is-unknown"),
-    pytest.param(uuid(A, None, A), uuid(A.upper(), None, A.upper()), True, id="case"),
-    pytest.param(uuid("GPU-8f2a"), uuid(A, None, A), True, id="abbreviation"),
-    pytest.param(uuid("GPU-8F2A"), uuid(A, 0, A), True, id="abbreviation-in-another-case"),
-    pytest.param(uuid("GPU-8f2a"), uuid("GPU-8f"), True, id="abbreviations"),
-    pytest.param(uuid("GPU-8f2b"), uuid(A, None, A), False, id="other-abbreviation"),
-    pytest.param(integer(0), uuid("GPU-8f2a"), False, id="integer-and-unplaced-uuid"),
-])
+@pytest.mark.parametrize(
+    "a, b, same",
+    [
+        pytest.param(integer(0), integer(0), True, id="index"),
+        pytest.param(integer(0), integer(1), False, id="other-index"),
+        pytest.param(integer(1), integer(10), False, id="no-prefix-among-integers"),
+        pytest.param(integer(0, A), uuid(A, 3, A), True, id="uuid-beats-index"),
+        pytest.param(uuid(MIG_1, 0, MIG_1), uuid(MIG_2, 0, MIG_2), False, id="mig-instances-of-one-gpu"),
+        pytest.param(integer(0), uuid(A, 0, A), True, id="index-where-one-uuid-is-unknown"),
+        pytest.param(integer(1), uuid(A, 0, A), False, id="other-index-where-one-uuid-is-unknown"),
+        pytest.param(uuid(A, None, A), uuid(A.upper(), None, A.upper()), True, id="case"),
+        pytest.param(uuid("GPU-8f2a"), uuid(A, None, A), True, id="abbreviation"),
+        pytest.param(uuid("GPU-8F2A"), uuid(A, 0, A), True, id="abbreviation-in-another-case"),
+        pytest.param(uuid("GPU-8f2a"), uuid("GPU-8f"), True, id="abbreviations"),
+        pytest.param(uuid("GPU-8f2b"), uuid(A, None, A), False, id="other-abbreviation"),
+        pytest.param(integer(0), uuid("GPU-8f2a"), False, id="integer-and-unplaced-uuid"),
+    ],
+)
 def test_same_device(a, b, same):
     assert same_device(a, b) is same
     assert same_device(b, a) is same
@@ -161,15 +197,25 @@ def test_check_exclusive_accepts_the_same_index_on_other_hosts_and_cpu_ranks():
     check_exclusive([])
 
 
-@pytest.mark.parametrize("job, words", [
-    pytest.param(members({0: integer(3), 1: integer(1), 2: integer(3)}), ("rank 0", "rank 2", "'3'", "'h'"),
-                 id="index"),
-    pytest.param(members({0: integer(3)}) + members({6: integer(2), 1: integer(2)}, host="g"),
-                 ("rank 1", "rank 6", "'2'", "'g'"), id="on-the-second-host"),
-    pytest.param(members({0: uuid("GPU-8f2a"), 1: uuid(A, None, A)}), ("rank 0", "rank 1", "GPU-8f2a"),
-                 id="abbreviation"),
-    pytest.param(members(own({0: "GPU-8f2a", 1: "0"}, HOST)), ("rank 0", "rank 1", A), id="integer-and-abbreviation"),
-])
+@pytest.mark.parametrize(
+    "job, words",
+    [
+        pytest.param(
+            members({0: integer(3), 1: integer(1), 2: integer(3)}), ("rank 0", "rank 2", "'3'", "'h'"), id="index"
+        ),
+        pytest.param(
+            members({0: integer(3)}) + members({6: integer(2), 1: integer(2)}, host="g"),
+            ("rank 1", "rank 6", "'2'", "'g'"),
+            id="on-the-second-host",
+        ),
+        pytest.param(
+            members({0: uuid("GPU-8f2a"), 1: uuid(A, None, A)}), ("rank 0", "rank 1", "GPU-8f2a"), id="abbreviation"
+        ),
+        pytest.param(
+            members(own({0: "GPU-8f2a", 1: "0"}, HOST)), ("rank 0", "rank 1", A), id="integer-and-abbreviation"
+        ),
+    ],
+)
 def test_check_exclusive_names_ranks_device_and_host(job, words):
     with pytest.raises(DeviceError) as caught:
         check_exclusive(list(reversed(job)))

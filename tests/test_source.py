@@ -47,14 +47,22 @@ def test_names_are_those_of_the_plain_model(wrap):
     model = Model()
     weights = dict(Weights(wrap(model)))
     assert sorted(weights) == NAMES, "persistent buffers are part of a checkpoint, others are not"
-    assert all(weights[name].data_ptr() == tensor.data_ptr() for name, tensor in Model.state_dict(model).items() if name in weights)
+    assert all(
+        weights[name].data_ptr() == tensor.data_ptr()
+        for name, tensor in Model.state_dict(model).items()
+        if name in weights
+    )
 
 
 def ddp_names(rank):
     from torch.nn.parallel import DistributedDataParallel
 
     found = []
-    for wrap in (DistributedDataParallel, lambda m: torch.compile(DistributedDataParallel(m)), lambda m: DistributedDataParallel(torch.compile(m))):
+    for wrap in (
+        DistributedDataParallel,
+        lambda m: torch.compile(DistributedDataParallel(m)),
+        lambda m: DistributedDataParallel(torch.compile(m)),
+    ):
         found.append(names(wrap(Model())))
     return found
 
@@ -154,7 +162,8 @@ def fsdp(rank):
         weights.aliases,
         sorted(full),
         all(torch.equal(expected[name], tensor) and not tensor.requires_grad for name, tensor in full.items()),
-        sorted(from_dict) == sorted(full) and all(torch.equal(expected[name], tensor) for name, tensor in from_dict.items()),
+        sorted(from_dict) == sorted(full)
+        and all(torch.equal(expected[name], tensor) for name, tensor in from_dict.items()),
         refusal,
     )
 

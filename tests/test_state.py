@@ -79,7 +79,9 @@ def test_a_copy_of_half_written_weights_is_no_better_than_they_were():
 
 
 @pytest.mark.parametrize("call", [State.sleeping, State.waking])
-@pytest.mark.parametrize("tags, words", [("weights", "not the string"), (["weight"], "unknown tags"), (["weights", "x"], "unknown tags")])
+@pytest.mark.parametrize(
+    "tags, words", [("weights", "not the string"), (["weight"], "unknown tags"), (["weights", "x"], "unknown tags")]
+)
 def test_unknown_tags_are_refused(call, tags, words):
     with pytest.raises(ConfigError, match=words):
         call(AWAKE, tags)
@@ -89,6 +91,11 @@ def test_a_failed_sync_is_repaired_by_one_that_succeeds_and_nothing_opens_a_clos
     assert AWAKE.sync_failed().weights is Weights.UNKNOWN
     assert AWAKE.sync_failed().synced() == AWAKE
     closed = AWAKE.shut_down()
-    for call in (lambda: closed.sleeping(None), lambda: closed.waking(None), closed.check_sync, closed.synced().check_generate):
+    for call in (
+        lambda: closed.sleeping(None),
+        lambda: closed.waking(None),
+        closed.check_sync,
+        closed.synced().check_generate,
+    ):
         with pytest.raises(EngineStateError, match="shut down"):
             call()

@@ -101,17 +101,27 @@ class Server:
     def start(self, **job):
         pid, started = this_process()
         self.guardian = subprocess.Popen(
-            [sys.executable, "-P", str(SUPERVISOR)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+            [sys.executable, "-P", str(SUPERVISOR)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
         )
-        self.guardian.stdin.write(json.dumps(self.job | {"owner_pid": pid, "owner_started": started} | job).encode() + b"\n")
+        self.guardian.stdin.write(
+            json.dumps(self.job | {"owner_pid": pid, "owner_started": started} | job).encode() + b"\n"
+        )
         self.guardian.stdin.flush()
         return self.wait_up()
 
     def wait_up(self):
         until(lambda: (self.folder / "server").exists(), "the stand-in server is up")
-        self.processes = {name: psutil.Process(int((self.folder / name).read_text())) for name in ("server", "worker", "orphan")}
+        self.processes = {
+            name: psutil.Process(int((self.folder / name).read_text())) for name in ("server", "worker", "orphan")
+        }
         pids = {name: process.pid for name, process in self.processes.items()}
-        self.shm = [Path(f"/dev/shm/sgl_shm_mq_{pids['server']}_abcd1234"), Path(f"/dev/shm/sglang_loads_test_{pids['orphan']}.shm")]
+        self.shm = [
+            Path(f"/dev/shm/sgl_shm_mq_{pids['server']}_abcd1234"),
+            Path(f"/dev/shm/sglang_loads_test_{pids['orphan']}.shm"),
+        ]
         assert all(path.exists() for path in self.shm)
         assert os.getsid(pids["orphan"]) != os.getsid(pids["server"])
         return self

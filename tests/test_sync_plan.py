@@ -15,7 +15,10 @@ from tpcolocate.weights.sync import SyncOptions, buckets
 
 pytestmark = pytest.mark.quick
 
-streams = st.lists(st.tuples(st.lists(st.integers(0, 12), max_size=3), st.sampled_from([torch.int8, torch.bfloat16, torch.float64])), max_size=25)
+streams = st.lists(
+    st.tuples(st.lists(st.integers(0, 12), max_size=3), st.sampled_from([torch.int8, torch.bfloat16, torch.float64])),
+    max_size=25,
+)
 
 
 @given(streams, st.integers(1, 5000), st.booleans())
@@ -25,7 +28,9 @@ def test_nothing_is_lost_or_moved_and_buckets_keep_their_size(shapes, bucket_byt
     assert [name for bucket in cut for name, _ in bucket] == [name for name, _ in pairs]
     for bucket in cut:
         entries, num_bytes = ipc_payload.layout([(name, tensor.shape, tensor.dtype) for name, tensor in bucket])
-        assert bucket and (num_bytes <= bucket_bytes or len([e for e in entries if e.num_bytes]) == 1), "only a single tensor may be larger"
+        assert bucket and (num_bytes <= bucket_bytes or len([e for e in entries if e.num_bytes]) == 1), (
+            "only a single tensor may be larger"
+        )
     for one, following in itertools.pairwise(cut):
         _, num_bytes = ipc_payload.layout([(name, tensor.shape, tensor.dtype) for name, tensor in [*one, following[0]]])
         assert num_bytes > bucket_bytes, "no bucket is closed early"

@@ -21,7 +21,7 @@ def greedy_tokens(model, tokenizer, num_tokens=12):
         out = model.generate(
             ids, attention_mask=mask, max_new_tokens=num_tokens, min_new_tokens=num_tokens, do_sample=False
         )
-        rows.append(tuple(out[0, ids.shape[1]:].tolist()))
+        rows.append(tuple(out[0, ids.shape[1] :].tolist()))
     return rows
 
 

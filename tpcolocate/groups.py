@@ -359,7 +359,9 @@ class RankGroup:
         Raises:
             RankLostError: As `all_gather`.
         """
-        return self.all_gather(value if self.rank == src else None, what=what, timeout_s=timeout_s)[self.ranks.index(src)]  # type: ignore[return-value]
+        return self.all_gather(value if self.rank == src else None, what=what, timeout_s=timeout_s)[
+            self.ranks.index(src)
+        ]  # type: ignore[return-value]
 
     def agree(
         self, error: BaseException | None, value: T | None = None, *, what: str, timeout_s: float | None = None

@@ -206,7 +206,9 @@ class CudaHandle(Handle):
             "event_handle": self.event,
             "event_sync_required": self.event_sync,
         }
-        return _Reduced(reductions.rebuild_cuda_tensor, *(by_name[name] for name in _cuda_rebuild_order(tuple(by_name))))
+        return _Reduced(
+            reductions.rebuild_cuda_tensor, *(by_name[name] for name in _cuda_rebuild_order(tuple(by_name)))
+        )
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -422,7 +424,9 @@ class Ledger:
         while any(line.handle.count() != 0 for line in self._lines):
             lost = self._take_lost()
             if lost:
-                raise SyncError("handles did not come back: " + "; ".join(map(str, lost)), hint=_HINTS[lost[0].fate], rank=self.rank)
+                raise SyncError(
+                    "handles did not come back: " + "; ".join(map(str, lost)), hint=_HINTS[lost[0].fate], rank=self.rank
+                )
             if time.monotonic() >= deadline:
                 raise DeadlineError(
                     "the engine did not let go of " + "; ".join(map(str, self.outstanding())),

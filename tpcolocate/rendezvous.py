@@ -91,14 +91,22 @@ def read(path: Path) -> Announcement | None:
         raise RendezvousError(f"{path} is no regular file", hint="it is not ours; remove it")
     with os.fdopen(handle, encoding="utf-8") as file:
         if status.st_uid != os.getuid():
-            raise RendezvousError(f"{path} belongs to user id {status.st_uid}, not to {os.getuid()}", hint="it is not ours; remove it")
+            raise RendezvousError(
+                f"{path} belongs to user id {status.st_uid}, not to {os.getuid()}", hint="it is not ours; remove it"
+            )
         if status.st_mode & 0o077:
-            raise RendezvousError(f"{path} is accessible to others (mode {stat.S_IMODE(status.st_mode):o})", hint="somebody changed it; remove it")
+            raise RendezvousError(
+                f"{path} is accessible to others (mode {stat.S_IMODE(status.st_mode):o})",
+                hint="somebody changed it; remove it",
+            )
         try:
             fields: dict[str, Any] = json.load(file)
             return Announcement(**{**fields, "slice_ranks": tuple(fields["slice_ranks"])})
         except (ValueError, TypeError, KeyError) as error:
-            raise RendezvousError(f"{path} is no announcement of this version: {error}", hint="remove it, or use one version of tpcolocate") from error
+            raise RendezvousError(
+                f"{path} is no announcement of this version: {error}",
+                hint="remove it, or use one version of tpcolocate",
+            ) from error
 
 
 def wait(

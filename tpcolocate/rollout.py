@@ -11,7 +11,7 @@ import os
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -41,7 +41,7 @@ _KNOWN_FIELDS = frozenset(
 )
 
 
-class Health(str, Enum):
+class Health(StrEnum):
     """What `health` found."""
 
     STARTING = "starting"
@@ -146,7 +146,9 @@ class Client:
             body["text" if _is_text(prompts) else "input_ids"] = prompts if isinstance(prompts, str) else list(prompts)
         given = body.get("text", body.get("input_ids"))
         if given is None and body.get("input_embeds") is None:
-            raise ConfigError("there is nothing to generate from", hint="pass prompts, or text=, input_ids= or input_embeds=")
+            raise ConfigError(
+                "there is nothing to generate from", hint="pass prompts, or text=, input_ids= or input_embeds="
+            )
         if given is not None and not isinstance(given, str) and len(given) == 0:
             return None
         unknown = set(body) - _KNOWN_FIELDS
@@ -297,7 +299,11 @@ class Engine(Client):
                     folder=None if folder is None else Path(folder),
                 )
             report = self._sync.run(
-                model_or_named_tensors, version=version, options=options, timeout_s=timeout_s, touched=self._weights_touched
+                model_or_named_tensors,
+                version=version,
+                options=options,
+                timeout_s=timeout_s,
+                touched=self._weights_touched,
             )
         except TpColocateError as caught:
             error = caught
@@ -335,9 +341,15 @@ class Engine(Client):
         with self._group.together("get ready to sleep", timeout_s=timeout_s):
             chosen, after = self._state.sleeping(tags)
             if not self._state.frees_memory:
-                raise EngineStateError("sleep() would free nothing: the server has no memory saver", hint="launch(enable_memory_saver=True)")
+                raise EngineStateError(
+                    "sleep() would free nothing: the server has no memory saver",
+                    hint="launch(enable_memory_saver=True)",
+                )
             if chosen and self._in_flight:
-                raise EngineStateError(f"cannot sleep: {self._in_flight} requests of rank {self._group.rank} are in flight", hint="wait for them first")
+                raise EngineStateError(
+                    f"cannot sleep: {self._in_flight} requests of rank {self._group.rank} are in flight",
+                    hint="wait for them first",
+                )
 
         def act() -> None:
             if chosen and self._verbs is not None:
@@ -390,7 +402,11 @@ class Engine(Client):
 
     def unload_lora(self, name: str, *, timeout_s: float = 120.0) -> None:
         """Remove a LoRA adapter.  Collective: over the slice."""
-        self._on_owner(f"unload LoRA adapter {name!r}", lambda: self._owned().unload_lora(name, timeout_s=timeout_s), timeout_s=timeout_s)
+        self._on_owner(
+            f"unload LoRA adapter {name!r}",
+            lambda: self._owned().unload_lora(name, timeout_s=timeout_s),
+            timeout_s=timeout_s,
+        )
 
     def init_weights_update_group(
         self,
@@ -478,7 +494,9 @@ class Engine(Client):
     def __enter__(self) -> Engine:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.shutdown(wait=error is None)
 
     # --- inside ------------------------------------------------------------------------------------------------

@@ -27,7 +27,14 @@ import torch.distributed as dist
 from tpcolocate import devices, rendezvous, roles
 from tpcolocate._version import __version__
 from tpcolocate.engine.client import ServerClient
-from tpcolocate.engine.launch import RECEIVER, ServerProcess, ServerSpec, child_environment, server_arguments, sglang_stub_needed
+from tpcolocate.engine.launch import (
+    RECEIVER,
+    ServerProcess,
+    ServerSpec,
+    child_environment,
+    server_arguments,
+    sglang_stub_needed,
+)
 from tpcolocate.engine.state import State
 from tpcolocate.engine.verbs import Verbs
 from tpcolocate.errors import ConfigError, DeviceError, LayoutError, RankLostError, RendezvousError
@@ -161,7 +168,11 @@ def _look_around(device: torch.device | str | None) -> tuple[torch.device, dict[
     except ConfigError as error:
         return place, facts, error
     except (RuntimeError, ValueError, AssertionError) as error:  # torch's, for what is no device
-        return place, facts, DeviceError(f"device {device!r}: {error}", hint='for example torch.device("cuda", local_rank)')
+        return (
+            place,
+            facts,
+            DeviceError(f"device {device!r}: {error}", hint='for example torch.device("cuda", local_rank)'),
+        )
     return place, facts, None
 
 
@@ -201,11 +212,17 @@ def _check_alike(members: Sequence[Member]) -> None:
     for fact, what, hint in (
         ("version", "versions of tpcolocate", "install one version on all hosts"),
         ("kind", "kinds of device", "train on one kind of device"),
-        ("order", "CUDA_DEVICE_ORDER", "set CUDA_DEVICE_ORDER=PCI_BUS_ID for all ranks: without agreement device numbers mean different GPUs"),
+        (
+            "order",
+            "CUDA_DEVICE_ORDER",
+            "set CUDA_DEVICE_ORDER=PCI_BUS_ID for all ranks: without agreement device numbers mean different GPUs",
+        ),
     ):
         values = {str(member.facts[fact]): member.rank for member in reversed(members)}
         if len(values) > 1:
-            said = ", ".join(f"{value} on rank {rank}" for value, rank in sorted(values.items(), key=lambda item: item[1]))
+            said = ", ".join(
+                f"{value} on rank {rank}" for value, rank in sorted(values.items(), key=lambda item: item[1])
+            )
             raise LayoutError(f"the ranks have different {what}: {said}", hint=hint)
 
 
@@ -404,12 +421,17 @@ class Colocation:
             raise error
         assert launched is not None and server is not None and verbs is not None
         if beat.broken is not None:
-            logger.warning("the slice's group failed while the server loaded; clients find it in %s: %s", path, beat.broken)
+            logger.warning(
+                "the slice's group failed while the server loaded; clients find it in %s: %s", path, beat.broken
+            )
         return launched, server, verbs
 
     def _follow_owner(self, order: _Order, path: Path, health_timeout_s: float) -> _Launched:
         try:
-            while not self._slice.all_gather("follow", what="wait for the server", timeout_s=_HEARTBEAT_TIMEOUT_S)[0] == "done":
+            while (
+                not self._slice.all_gather("follow", what="wait for the server", timeout_s=_HEARTBEAT_TIMEOUT_S)[0]
+                == "done"
+            ):
                 pass
             outcome: list[_Launched | None] = self._slice.agree(None, None, what="launch the server")
             assert outcome[0] is not None
@@ -469,7 +491,11 @@ class Colocation:
         return Path("/dev/shm") / f"tpcolocate-{os.getuid()}-{order.nonce}"
 
     def _default_log_path(self, order: _Order) -> Path:
-        return Path(tempfile.gettempdir()) / f"tpcolocate-{os.getuid()}" / f"{self.job}-{self.slice_index}-{order.nonce}.log"
+        return (
+            Path(tempfile.gettempdir())
+            / f"tpcolocate-{os.getuid()}"
+            / f"{self.job}-{self.slice_index}-{order.nonce}.log"
+        )
 
     def _announcement(self, order: _Order, launched: _Launched) -> rendezvous.Announcement:
         pid, started = this_process()
@@ -497,7 +523,9 @@ class Colocation:
     def __enter__(self) -> Colocation:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 
@@ -567,7 +595,10 @@ def _initial_state(info: Mapping[str, Any], device_type: str) -> State:
     saver = bool(info.get("enable_memory_saver"))
     # SGLang has no memory saver on the CPU: release and resume answer 200 there and change nothing.
     on_cpu = device_type == "cpu"
-    return State(frees_memory=saver or on_cpu, keeps_weights=bool(info.get("enable_weights_cpu_backup")) or (on_cpu and not saver))
+    return State(
+        frees_memory=saver or on_cpu,
+        keeps_weights=bool(info.get("enable_weights_cpu_backup")) or (on_cpu and not saver),
+    )
 
 
 def _answers(announcement: rendezvous.Announcement) -> bool:
@@ -604,7 +635,9 @@ def connect(job: str | None = None, *, slice_index: int | None = None) -> Client
         )
     announcement = found[0][1]
     if not _answers(announcement):
-        raise RendezvousError(f"the server at {announcement.url} does not answer", hint="see its owner's output", url=announcement.url)
+        raise RendezvousError(
+            f"the server at {announcement.url} does not answer", hint="see its owner's output", url=announcement.url
+        )
     return Client(announcement.url, api_key=announcement.api_key)
 
 

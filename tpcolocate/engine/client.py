@@ -74,7 +74,9 @@ class ServerClient:
         self._lock = threading.Lock()
         self._pool: urllib3.HTTPConnectionPool | None = None
         self._used = 0.0
-        self._async: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, httpx.AsyncClient] = weakref.WeakKeyDictionary()
+        self._async: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, httpx.AsyncClient] = (
+            weakref.WeakKeyDictionary()
+        )
 
     def close(self) -> None:
         """Close the idle connections of the blocking side; asyncio pools go with their loops."""
@@ -96,12 +98,25 @@ class ServerClient:
         """
         return self._exchange("GET", path, None, timeout_s=timeout_s)
 
-    def post(self, path: str, body: Mapping[str, Any] | None = None, *, timeout_s: float, params: Mapping[str, Any] | None = None) -> Any:
+    def post(
+        self,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        *,
+        timeout_s: float,
+        params: Mapping[str, Any] | None = None,
+    ) -> Any:
         """POST JSON and return the JSON (or text) answer.  Raises as `get`."""
         return self._exchange("POST", path, {} if body is None else body, timeout_s=timeout_s, params=params)
 
     def _exchange(
-        self, method: str, path: str, body: Mapping[str, Any] | None, *, timeout_s: float, params: Mapping[str, Any] | None = None
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None,
+        *,
+        timeout_s: float,
+        params: Mapping[str, Any] | None = None,
     ) -> Any:
         target = f"{path}?{urlencode(params)}" if params else path
         data = None if body is None else _encode(body)
@@ -109,7 +124,9 @@ class ServerClient:
             response = self._send(method, target, data, timeout_s, whole=True)
         return self._answer(path, response.status, response.reason, response.data)
 
-    def _send(self, method: str, target: str, data: bytes | None, timeout_s: float, *, whole: bool) -> urllib3.BaseHTTPResponse:
+    def _send(
+        self, method: str, target: str, data: bytes | None, timeout_s: float, *, whole: bool
+    ) -> urllib3.BaseHTTPResponse:
         return self._fresh_pool().urlopen(
             method,
             target,
@@ -160,7 +177,9 @@ class ServerClient:
     async def stream_async(self, path: str, body: Mapping[str, Any], *, timeout_s: float) -> AsyncIterator[Any]:
         """`stream` on the running event loop."""
         with self._errors(path, timeout_s):
-            async with self._async_http().stream("POST", path, content=_encode(body), timeout=_timeout(timeout_s)) as response:
+            async with self._async_http().stream(
+                "POST", path, content=_encode(body), timeout=_timeout(timeout_s)
+            ) as response:
                 if response.is_error:
                     self._answer(path, response.status_code, response.reason_phrase, await response.aread())
                 async for line in response.aiter_lines():
@@ -172,7 +191,9 @@ class ServerClient:
                 raise self._cut(path)
 
     def _cut(self, path: str) -> EngineDeadError:
-        return EngineDeadError(f"{path}: the stream ended without [DONE]", hint="see the end of the server's log", url=self.url)
+        return EngineDeadError(
+            f"{path}: the stream ended without [DONE]", hint="see the end of the server's log", url=self.url
+        )
 
     def is_listening(self, *, timeout_s: float) -> bool:
         """Whether the server answers at all; schedules no forward, so it is safe while memory is released."""
@@ -216,7 +237,9 @@ class ServerClient:
         except (urllib3.exceptions.ConnectTimeoutError, httpx.ConnectTimeout) as error:
             if isinstance(error, urllib3.exceptions.NewConnectionError):  # refused, which urllib3 counts among them
                 raise self._unreachable(path, error) from error
-            raise EngineDeadError(f"{path}: no connection within {min(_CONNECT_TIMEOUT_S, timeout_s):g} s", url=self.url) from error
+            raise EngineDeadError(
+                f"{path}: no connection within {min(_CONNECT_TIMEOUT_S, timeout_s):g} s", url=self.url
+            ) from error
         except (urllib3.exceptions.ReadTimeoutError, httpx.TimeoutException) as error:
             raise DeadlineError(
                 f"{path}: no answer within {timeout_s:g} s", hint="the request may still be carried out", url=self.url
@@ -225,7 +248,9 @@ class ServerClient:
             raise self._unreachable(path, error) from error
 
     def _unreachable(self, path: str, error: Exception) -> EngineDeadError:
-        return EngineDeadError(f"{path}: {type(error).__name__}: {error}", hint="see the end of the server's log", url=self.url)
+        return EngineDeadError(
+            f"{path}: {type(error).__name__}: {error}", hint="see the end of the server's log", url=self.url
+        )
 
     def _answer(self, path: str, status: int, reason: str | None, content: bytes) -> Any:
         if status >= 400:
@@ -246,7 +271,9 @@ class ServerClient:
         event = json.loads(data)
         if isinstance(event, dict) and "error" in event:
             error = event["error"]
-            raise RequestError(f"{path}: {error.get('message', error) if isinstance(error, dict) else error}", url=self.url)
+            raise RequestError(
+                f"{path}: {error.get('message', error) if isinstance(error, dict) else error}", url=self.url
+            )
         return event
 
 

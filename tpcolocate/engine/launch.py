@@ -106,7 +106,8 @@ def server_arguments(
             )
     if user.get("tp_size", tp_size) != tp_size:
         raise ConfigError(
-            f"launch(tp_size={user['tp_size']!r}) contradicts init(tp_size={tp_size})", hint="pass tp_size to init() only"
+            f"launch(tp_size={user['tp_size']!r}) contradicts init(tp_size={tp_size})",
+            hint="pass tp_size to init() only",
         )
     arguments: dict[str, Any] = {}
     if device_type == "cpu":
@@ -179,8 +180,14 @@ def child_environment(
     }
     for name in _ALLOCATOR_VARIABLES:
         if "expandable_segments:true" in environment.get(name, "").lower().replace(" ", ""):
-            kept = [part for part in environment[name].split(",") if not part.strip().lower().startswith("expandable_segments")]
-            warnings.append(f"{name}={environment[name]!r}: expandable_segments breaks SGLang's memory saver; left out for the server")
+            kept = [
+                part
+                for part in environment[name].split(",")
+                if not part.strip().lower().startswith("expandable_segments")
+            ]
+            warnings.append(
+                f"{name}={environment[name]!r}: expandable_segments breaks SGLang's memory saver; left out for the server"
+            )
             environment.pop(name)
             if kept:
                 environment[name] = ",".join(kept)
@@ -199,7 +206,11 @@ def child_environment(
     environment.update({} if user is None else user)
     # After the user's: without the receiver there is no weight sync, and their PYTHONPATH does not bring the kernels
     # that are missing on a CPU.
-    folders = [str(_IN_SERVER), *([stub] if device_type == "cpu" and stub is not None else []), environment.get("PYTHONPATH", "")]
+    folders = [
+        str(_IN_SERVER),
+        *([stub] if device_type == "cpu" and stub is not None else []),
+        environment.get("PYTHONPATH", ""),
+    ]
     environment["PYTHONPATH"] = os.pathsep.join(folder for folder in folders if folder)
     return environment, warnings
 
@@ -228,7 +239,9 @@ def hold_port(port: int = 0) -> socket.socket:
         held.bind((_LOOPBACK, port))
     except OSError as error:
         held.close()
-        raise ConfigError(f"port {port} is taken: {error}", hint="leave out the port, and a free one is held for you") from error
+        raise ConfigError(
+            f"port {port} is taken: {error}", hint="leave out the port, and a free one is held for you"
+        ) from error
     return held
 
 
@@ -295,7 +308,11 @@ class ServerProcess:
                 retry = isinstance(error, LaunchError) and server.met_port_clash() and "port" not in spec.arguments
                 if not retry or attempt == _LAUNCH_TRIES:
                     raise
-                logger.warning("a port was taken while the server loaded; starting again (try %d of %d)", attempt + 1, _LAUNCH_TRIES)
+                logger.warning(
+                    "a port was taken while the server loaded; starting again (try %d of %d)",
+                    attempt + 1,
+                    _LAUNCH_TRIES,
+                )
         raise AssertionError("unreachable")
 
     def _start_once(self, deadline: float, budget_s: float, heartbeat: Callable[[str, float], None] | None) -> None:
@@ -319,8 +336,16 @@ class ServerProcess:
             self.url = f"http://{_LOOPBACK if host in _LOCAL_HOSTS else host}:{port}"
             self.client = ServerClient(self.url, api_key=self.api_key)
             self._spawn(
-                [sys.executable, "-m", "sglang.launch_server", "--model-path", spec.model_path,
-                 "--config", str(config), *to_argv(arguments)]  # fmt: skip
+                [
+                    sys.executable,
+                    "-m",
+                    "sglang.launch_server",
+                    "--model-path",
+                    spec.model_path,
+                    "--config",
+                    str(config),
+                    *to_argv(arguments),
+                ]  # fmt: skip
             )
             self._wait_healthy(deadline, budget_s, heartbeat)
 
@@ -481,7 +506,8 @@ class ServerProcess:
                 supervisor.kill()  # takes the server along: PR_SET_PDEATHSIG
                 supervisor.wait(5.0)
                 raise EngineError(
-                    f"the server (pid {self.pid}) had to be abandoned to the kernel", hint="check with ps that it is gone"
+                    f"the server (pid {self.pid}) had to be abandoned to the kernel",
+                    hint="check with ps that it is gone",
                 ) from None
             self._supervisor = supervisor
             self._read_events()
@@ -494,7 +520,9 @@ def _reason(tail: str) -> str:
     """The line of a Python traceback that names the error, if there is one."""
     for line in reversed(tail.splitlines()):
         head = line.strip().split(":", 1)[0]
-        if (head.endswith(("Error", "Exception")) or ": error: " in line) and " " not in head.rsplit(".", 1)[-1].strip():
+        if (head.endswith(("Error", "Exception")) or ": error: " in line) and " " not in head.rsplit(".", 1)[
+            -1
+        ].strip():
             return f": {line.strip()}"
     return ""
 
@@ -504,4 +532,12 @@ def sglang_stub_needed() -> str | None:
     return str(_CPU_STUB) if find_spec("sgl_kernel") is None else None
 
 
-__all__ = ["ServerProcess", "ServerSpec", "child_environment", "hold_port", "server_arguments", "sglang_stub_needed", "to_argv"]
+__all__ = [
+    "ServerProcess",
+    "ServerSpec",
+    "child_environment",
+    "hold_port",
+    "server_arguments",
+    "sglang_stub_needed",
+    "to_argv",
+]

@@ -39,7 +39,9 @@ def release(version: str) -> Release:
     try:
         parsed = Version(version)
     except InvalidVersion as error:
-        raise ConfigError(f"the server reports version {version!r}, which is no version", hint=f"use SGLang {OLDEST} or newer") from error
+        raise ConfigError(
+            f"the server reports version {version!r}, which is no version", hint=f"use SGLang {OLDEST} or newer"
+        ) from error
     if parsed < OLDEST:
         raise ConfigError(f"SGLang {version} is not supported", hint=f"use {OLDEST} or newer")
     # a development build of a release already behaves as that release

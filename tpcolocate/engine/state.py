@@ -48,7 +48,8 @@ class State:
         self.check_open("generate")
         if self.asleep:
             raise EngineStateError(
-                f"cannot generate while asleep ({self._names(self.asleep)} released)", hint="call wake() on every rank first"
+                f"cannot generate while asleep ({self._names(self.asleep)} released)",
+                hint="call wake() on every rank first",
             )
         if self.weights is Weights.LOST:
             raise EngineStateError(
@@ -61,7 +62,9 @@ class State:
         """Raises EngineStateError unless weights can be written."""
         self.check_open("sync weights")
         if "weights" in self.asleep:
-            raise EngineStateError("cannot sync weights while they are released", hint='call wake(["weights"]) on every rank first')
+            raise EngineStateError(
+                "cannot sync weights while they are released", hint='call wake(["weights"]) on every rank first'
+            )
 
     def _check_known(self, what: str) -> None:
         if self.weights is Weights.UNKNOWN:

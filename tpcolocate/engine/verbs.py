@@ -92,7 +92,9 @@ class Verbs:
         self.client.post("/continue_generation", {}, timeout_s=max(deadline - time.monotonic(), 1.0))
         reported = self.client.get("/model_info", timeout_s=max(deadline - time.monotonic(), 1.0)).get("weight_version")
         if reported != version:
-            raise SyncError(f"the engine reports weight version {reported!r} after {version!r} was set", url=self.client.url)
+            raise SyncError(
+                f"the engine reports weight version {reported!r} after {version!r} was set", url=self.client.url
+            )
 
     # --- memory ------------------------------------------------------------------------------------------------
 
@@ -127,7 +129,13 @@ class Verbs:
     # --- adapters and update groups ----------------------------------------------------------------------------
 
     def load_lora(
-        self, name: str, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], *, tp_size: int, timeout_s: float
+        self,
+        name: str,
+        tensors: Mapping[str, torch.Tensor],
+        config: Mapping[str, Any],
+        *,
+        tp_size: int,
+        timeout_s: float,
     ) -> None:
         """Load an adapter from full tensors, replacing one of that name.
 
@@ -138,7 +146,10 @@ class Verbs:
             tp_size: Number of payloads, where the release takes one per rank.
         """
         if not self.info.get("enable_lora"):
-            raise ConfigError("the server was not started for LoRA", hint="launch(enable_lora=True, max_lora_rank=..., lora_target_modules=[...])")
+            raise ConfigError(
+                "the server was not started for LoRA",
+                hint="launch(enable_lora=True, max_lora_rank=..., lora_target_modules=[...])",
+            )
         self.unload_lora(name, missing_ok=True, timeout_s=timeout_s)
         payload = _by_value({key: tensor.detach().cpu() for key, tensor in tensors.items()})
         body: dict[str, Any] = {"lora_name": name, "config_dict": dict(config)}

@@ -106,7 +106,12 @@ def open_handle(handle: dict[str, Any], device: torch.device) -> torch.Tensor:
         )
         return torch.empty(0, dtype=torch.uint8).set_(storage)
     index = next(
-        (i for i in range(torch.cuda.device_count()) if str(torch.cuda.get_device_properties(i).uuid) == handle["uuid"]), None
+        (
+            i
+            for i in range(torch.cuda.device_count())
+            if str(torch.cuda.get_device_properties(i).uuid) == handle["uuid"]
+        ),
+        None,
     )
     if index is None:
         raise RuntimeError(f"GPU {handle['uuid']} is not visible to this TP worker (it runs on {device_uuid()})")
@@ -277,7 +282,14 @@ class Plan:
     def __init__(self, recorder: Recorder, flat: torch.Tensor, model: torch.nn.Module) -> None:
         start = flat.data_ptr()
         self.copies = [
-            (c.dst, (c.src.data_ptr() - start) // c.src.element_size(), c.src.dtype, c.src.shape, c.src.stride(), c.entry)
+            (
+                c.dst,
+                (c.src.data_ptr() - start) // c.src.element_size(),
+                c.src.dtype,
+                c.src.shape,
+                c.src.stride(),
+                c.entry,
+            )
             for c in recorder.copies
         ]
         self.fills = recorder.fills

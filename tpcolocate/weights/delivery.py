@@ -153,7 +153,11 @@ class Delivery:
         made = []
         for reader in self.readers:
             handle = file if file is not None else self.exported(flat, reader, number).describe()
-            made.append(ipc_payload.command({**job, "tp_rank": reader, "handle": handle, "reply": str(self.reply(number, reader))}))
+            made.append(
+                ipc_payload.command(
+                    {**job, "tp_rank": reader, "handle": handle, "reply": str(self.reply(number, reader))}
+                )
+            )
         return made
 
     def exported(self, flat: torch.Tensor, reader: int, number: int) -> ipc_payload.Handle:
@@ -164,7 +168,9 @@ class Delivery:
             self.copied()
         return self.ledger.export(flat, tp_rank=reader, bucket=number)
 
-    def load(self, server: WeightServer, payloads: list[str], entries: list[ipc_payload.Entry], number: int, timeout_s: float) -> Verdict:
+    def load(
+        self, server: WeightServer, payloads: list[str], entries: list[ipc_payload.Entry], number: int, timeout_s: float
+    ) -> Verdict:
         """On the owner: hand a bucket to the engine, and judge what its workers say."""
         try:
             if self.transport == "stock":

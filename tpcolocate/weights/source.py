@@ -43,7 +43,8 @@ class Weights:
             self.known = None
         else:
             raise ConfigError(
-                f"cannot take weights from {type(source).__name__}", hint="pass an nn.Module, a state dict, or (name, tensor) pairs"
+                f"cannot take weights from {type(source).__name__}",
+                hint="pass an nn.Module, a state dict, or (name, tensor) pairs",
             )
         self._source = source
 
@@ -84,7 +85,10 @@ def _of_module(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
         else:
             break
     if any(isinstance(m, FullyShardedDataParallel) for m in module.modules()):
-        raise ConfigError("FSDP1 (FullyShardedDataParallel) is not supported", hint="shard with torch.distributed.fsdp.fully_shard (FSDP2)")
+        raise ConfigError(
+            "FSDP1 (FullyShardedDataParallel) is not supported",
+            hint="shard with torch.distributed.fsdp.fully_shard (FSDP2)",
+        )
     weights = []
     # state_dict rather than named_parameters: some checkpoints hold persistent buffers (routing biases).
     for name, tensor in module.state_dict(keep_vars=True).items():
@@ -104,13 +108,19 @@ def _memory(tensor: torch.Tensor) -> object:
 
 
 def _checked(item: object) -> tuple[str, torch.Tensor]:
-    if not (isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str) and isinstance(item[1], torch.Tensor)):
-        raise ConfigError(f"expected (name, tensor), got {_describe(item)}", hint="for example model.state_dict().items()")
+    if not (
+        isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str) and isinstance(item[1], torch.Tensor)
+    ):
+        raise ConfigError(
+            f"expected (name, tensor), got {_describe(item)}", hint="for example model.state_dict().items()"
+        )
     name, tensor = item
     if tensor.is_meta:
         raise ConfigError(f"{name} is on the meta device and holds no data", hint="materialise the model first")
     if tensor.layout is not torch.strided:
-        raise ConfigError(f"{name} has layout {tensor.layout}; only dense tensors can be sent", hint="convert it with to_dense()")
+        raise ConfigError(
+            f"{name} has layout {tensor.layout}; only dense tensors can be sent", hint="convert it with to_dense()"
+        )
     return name, tensor
 
 

@@ -19,7 +19,14 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from tpcolocate import ipc_payload
-from tpcolocate.errors import ConfigError, DeadlineError, RankLostError, SyncError, TpColocateError, WeightsMismatchError
+from tpcolocate.errors import (
+    ConfigError,
+    DeadlineError,
+    RankLostError,
+    SyncError,
+    TpColocateError,
+    WeightsMismatchError,
+)
 from tpcolocate.groups import RankGroup
 from tpcolocate.report import RankReport, Stopwatch, SyncReport
 from tpcolocate.weights.delivery import PAYLOADS, TRANSPORTS, Delivery, Replies, WeightServer
@@ -235,7 +242,10 @@ class _Run:
             error = self.send(bucket)
         with self.watch.phase("finish"):
             self.together("check that all weights were sent", lambda: self.check_complete(weights))
-            self.on_owner("finish the weight sync", lambda server: server.end_sync(self.version, timeout_s=self.left("finish the weight sync")))
+            self.on_owner(
+                "finish the weight sync",
+                lambda server: server.end_sync(self.version, timeout_s=self.left("finish the weight sync")),
+            )
             if self.sync.device.type == "cuda":
                 torch.cuda.ipc_collect()
         return self.report()
@@ -302,7 +312,8 @@ class _Run:
         if len({view[0] for view in views}) > 1:
             said = "; ".join(f"rank {rank}: {view[1]}" for rank, view in zip(self.group.ranks, views))
             raise WeightsMismatchError(
-                f"the ranks hold different weights: {said}", hint="every rank must pass the same names in the same order"
+                f"the ranks hold different weights: {said}",
+                hint="every rank must pass the same names in the same order",
             )
 
     def plan_memory(self, weights: Weights) -> None:
@@ -369,7 +380,9 @@ class _Run:
             self.ledger.reclaim()
             return f"export failed: {failed.splitlines()[0]}"
         per_tp_rank = [payload for of_rank, _ in told for payload in of_rank]
-        replies = self.on_owner("open the preflight's handles", lambda server: self.delivery.push(server, per_tp_rank, -1, _PREFLIGHT_S))
+        replies = self.on_owner(
+            "open the preflight's handles", lambda server: self.delivery.push(server, per_tp_rank, -1, _PREFLIGHT_S)
+        )
         problem: str | None = None
         error = None
         try:
@@ -445,7 +458,9 @@ class _Run:
         with self.watch.phase("push"):
             per_tp_rank = [payload for of_rank in gathered for payload in of_rank]
             what = f"load bucket {number}"
-            verdict = self.on_owner(what, lambda server: self.delivery.load(server, per_tp_rank, entries, number, self.left(what)))
+            verdict = self.on_owner(
+                what, lambda server: self.delivery.load(server, per_tp_rank, entries, number, self.left(what))
+            )
         self.ledger.note_opened(number, verdict.opened)
         if verdict.problem is not None:
             raise SyncError(
@@ -477,7 +492,9 @@ class _Run:
             if flat is not None and entry.num_bytes:
                 ipc_payload.view(flat, entry).copy_(full)
                 # The checksum covers the padding.
-                flat[entry.start + entry.num_bytes : entries[i + 1].start if i + 1 < len(entries) else num_bytes].zero_()
+                flat[
+                    entry.start + entry.num_bytes : entries[i + 1].start if i + 1 < len(entries) else num_bytes
+                ].zero_()
             if i == largest:
                 self.note_peak()
         if flat is not None and flat.is_cuda:
@@ -518,7 +535,10 @@ class _Run:
         return seconds
 
     def too_late(self, what: str) -> DeadlineError:
-        return DeadlineError(f"the sync took longer than {self.timeout_s:g} s, while it should {what}", hint="raise timeout_s of sync_weights()")
+        return DeadlineError(
+            f"the sync took longer than {self.timeout_s:g} s, while it should {what}",
+            hint="raise timeout_s of sync_weights()",
+        )
 
     def agree(self, error: BaseException | None, value: T, *, what: str) -> list[T]:
         seconds = max(self.deadline - time.monotonic(), 0.0)
