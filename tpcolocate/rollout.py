@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
@@ -33,6 +34,7 @@ logger = logging.getLogger(__name__)
 Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
 
 _HEALTH_TIMEOUT_S = 30.0
+_AT_ONCE_S = 5.0
 # Fields of /generate in every supported release; any other is looked up in the server's own description, because
 # SGLang drops what it does not know without a word.
 _KNOWN_FIELDS = frozenset(
@@ -449,13 +451,17 @@ class Engine(Client):
     # --- life --------------------------------------------------------------------------------------------------
 
     def health(self) -> Health:
-        """``ready``, ``asleep`` or ``dead``, on any rank; asleep is told from dead without scheduling a forward."""
+        """``starting``, ``ready``, ``asleep`` or ``dead``, on any rank; asleep is told from dead without a forward."""
         if self._state.closed or (self._server is not None and self._server.exited()):
             return Health.DEAD
         if self._state.asleep:
             return Health.ASLEEP if self._client.is_listening(timeout_s=_HEALTH_TIMEOUT_S) else Health.DEAD
-        # Past launch a server that listens and cannot generate is no longer starting.
-        return Health.READY if self._client.is_healthy(timeout_s=_HEALTH_TIMEOUT_S) else Health.DEAD
+        asked = time.monotonic()
+        if self._client.is_healthy(timeout_s=_HEALTH_TIMEOUT_S):
+            return Health.READY
+        # SGLang refuses at once while it warms up, and after 20 s without a token; gone, it does not answer at all.
+        at_once = time.monotonic() - asked < _AT_ONCE_S
+        return Health.STARTING if at_once and self._client.is_listening(timeout_s=_AT_ONCE_S) else Health.DEAD
 
     def shutdown(self, *, wait: bool = True, timeout_s: float = 60.0) -> None:
         """End the server, all of it, and take back what it left in /dev/shm.  Idempotent.
