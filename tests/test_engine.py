@@ -552,3 +552,54 @@ def launch_differently(rank):
 def test_ranks_that_want_different_servers_are_told_the_difference():
     found = run_ranks(launch_differently, 2)
     assert found[0] == found[1] and "mem_fraction_static=0.1 and mem_fraction_static=0.2" in found[0]
+
+
+def die(rank, model_dir):
+    """A TP worker is killed under a running engine; then the owner itself."""
+    import signal
+
+    with tpcolocate.init(2, device="cpu", timeout_s=60.0) as colo:
+        engine = colo.launch(model_dir, health_timeout_s=HEALTH_S, **ARGS)
+        world = World(rank, model_dir, colo)
+        engine.sync_weights(world.model)
+        told = {"before": engine.health().value}
+        if colo.is_owner:
+            workers = [p for p in psutil.Process().children(recursive=True) if "scheduler" in " ".join(p.cmdline())]
+            told["workers"] = len(workers)
+            workers[-1].kill()
+            psutil.wait_procs(psutil.Process().children(recursive=True), timeout=60)
+        colo._slice.all_gather(None, what="wait for the end of the server", timeout_s=90)
+        told["after"] = engine.health().value
+        try:
+            engine.generate(PROMPTS, GREEDY, timeout_s=20)
+        except errors.TpColocateError as error:
+            told["generate"] = type(error).__name__
+        started = time.monotonic()
+        try:
+            engine.sync_weights(world.model, timeout_s=60)
+        except errors.TpColocateError as error:
+            told["sync"] = (type(error).__name__, str(error))
+        told["seconds"] = time.monotonic() - started
+        colo._slice.all_gather(None, what="meet once more")
+        if colo.is_owner:
+            Path(model_dir, "told").write_text(repr(told))
+            os.kill(os.getpid(), signal.SIGKILL)
+        try:
+            colo._slice.all_gather(None, what="hear of the owner's death")
+        except errors.RankLostError as error:
+            told["lost"] = str(error)
+        return told
+
+
+def test_a_dead_worker_and_a_dead_owner_are_told_and_leave_nothing(tmp_path, no_leftovers):
+    from tiny_models import make_tiny_model
+
+    model_dir = make_tiny_model(tmp_path / "model", family="qwen3", tie=True)
+    owner, client = run_ranks(die, 2, str(model_dir), timeout_s=300, expect_errors=True)
+    assert owner.exitcode == -9 and client.error is None, client
+    told = client.value
+    assert told["before"] == "ready" and told["after"] == "dead"
+    assert told["generate"] == "EngineDeadError"
+    assert told["sync"][0] == "EngineDeadError" and told["seconds"] < 30
+    assert "0 has exited" in told["lost"]
+    assert f"'sync': {told['sync']!r}" in (model_dir / "told").read_text(), "the same error on both ranks"

@@ -104,7 +104,7 @@ def init(
         host=Host.here(),
         pid=pid,
         started=started,
-        facts={**here, "job": secrets.token_hex(6), "version": __version__, "shared": allow_shared_devices},
+        facts={**here, "job": f"{pid}-{secrets.token_hex(4)}", "version": __version__, "shared": allow_shared_devices},
         error=_told(error if error is not None else trouble),
     )
     if world_size == 1:
@@ -241,7 +241,7 @@ class Colocation:
         device: What this rank trains on.
         visible_devices: Device tokens of the slice in tp order: what the server, and it alone, will see.
         group: The slice's process group (gloo); None with tp_size 1.
-        job: Random identity of the job, the same on all ranks.
+        job: Identity of the job, the same on all ranks: the pid of rank 0 and something random.
     """
 
     def __init__(
@@ -488,7 +488,7 @@ class Colocation:
 
     def _reply_folder(self, order: _Order) -> Path:
         """Where the TP workers answer; private to this user, gone with the engine."""
-        return Path("/dev/shm") / f"tpcolocate-{os.getuid()}-{order.nonce}"
+        return Path("/dev/shm") / f"tpcolocate-{os.getuid()}-{self.job}-{order.nonce}"
 
     def _default_log_path(self, order: _Order) -> Path:
         return (
