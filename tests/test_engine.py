@@ -315,6 +315,7 @@ TOKENS = [tokens_before, tokens_after_fsdp2_sync, trainer_logprobs, tokens_after
 SETUPS = {
     # id: family, tied embeddings, tp_size, ranks, checks
     "qwen3-untied-tp2": ("qwen3", False, 2, 2, ALL),
+    "two-slices-tp2": ("qwen3", True, 2, 4, [tokens_before, tokens_after_fsdp2_sync, connect_from_outside]),
     "llama-tied-tp2": ("llama", True, 2, 2, TOKENS),
     "qwen3-tied-tp1": ("qwen3", True, 1, 2, [*TOKENS, refused_weights, key_is_hidden, connect_from_outside]),
     "llama-untied-tp1": ("llama", False, 1, 1, [*TOKENS, twenty_syncs]),
@@ -567,7 +568,9 @@ def die(rank, model_dir):
             workers = [p for p in psutil.Process().children(recursive=True) if "scheduler" in " ".join(p.cmdline())]
             told["workers"] = len(workers)
             workers[-1].kill()
-            psutil.wait_procs(psutil.Process().children(recursive=True), timeout=60)
+            # torch keeps its manager of shared files for the life of the process
+            mine = [p for p in psutil.Process().children(recursive=True) if p.name() != "torch_shm_manager"]
+            psutil.wait_procs(mine, timeout=60)
         colo._slice.all_gather(None, what="wait for the end of the server", timeout_s=90)
         told["after"] = engine.health().value
         try:

@@ -290,8 +290,11 @@ class Engine(Client):
         self._num_syncs += 1
         version = str(self._num_syncs) if weight_version is None else weight_version
         error: TpColocateError | None = None
+        several = self._world is not None and len(self._world) > len(self._group)
+        everybody = self._world if self._world is not None and several else self._group
         try:
-            with self._group.together("check the state for a weight sync"):
+            # All slices together: the gathers of sharded weights span them, and a slice that stays away would hang them.
+            with everybody.together("check the state for a weight sync"):
                 self._state.check_sync()
                 options = SyncOptions(
                     bucket_bytes=bucket_bytes,
@@ -309,9 +312,9 @@ class Engine(Client):
             )
         except TpColocateError as caught:
             error = caught
-        if self._world is not None and len(self._world) > len(self._group) and not isinstance(error, RankLostError):
+        if everybody is not self._group and not isinstance(error, RankLostError):
             # A slice that failed must not leave the others to their next step.
-            self._world.agree(error, what="finish the weight sync of all slices", timeout_s=timeout_s)
+            everybody.agree(error, what="finish the weight sync of all slices", timeout_s=timeout_s)
         if error is not None:
             raise error
         self._state = self._before.synced(partial=partial)
