@@ -125,7 +125,6 @@ def init(
     return Colocation(
         roles=mine,
         slice_index=index,
-        num_slices=len(plan),
         device=place,
         job=members[0].facts["job"],
         group=RankGroup([members[r] for r in mine.ranks], rank=rank, group=group, timeout_s=timeout_s),
@@ -249,7 +248,6 @@ class Colocation:
         *,
         roles: roles.Roles,
         slice_index: int,
-        num_slices: int,
         device: torch.device,
         job: str,
         group: RankGroup,
@@ -267,7 +265,6 @@ class Colocation:
         self.device = device
         self.visible_devices = roles.visible_devices
         self.job = job
-        self._num_slices = num_slices
         self._shared = roles.shared
         self._slice = group
         self._world = world
