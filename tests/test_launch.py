@@ -286,6 +286,14 @@ def test_the_key_is_in_a_private_file_and_not_on_the_command_line(stand_in, monk
     assert not config.exists(), "once it was read"
 
 
+def test_no_key_looks_like_an_option():
+    """SGLang makes command-line arguments of its config file; one key in 64 of a wider alphabet begins with a dash."""
+    spec = ServerSpec("model", {}, {}, Path("unused"), *this_process())
+    keys = {ServerProcess(spec).api_key for _ in range(500)}
+    assert len(keys) == 500
+    assert all(key.isalnum() and len(key) == 64 for key in keys)
+
+
 def test_a_taken_port_is_tried_again_with_others(stand_in, caplog):
     start, commands = stand_in
     server = start(CLASH, SERVE)

@@ -267,7 +267,8 @@ class ServerProcess:
 
     def __init__(self, spec: ServerSpec) -> None:
         self.spec = spec
-        self.api_key = secrets.token_urlsafe(32)
+        # Hexadecimal: SGLang turns its config file into arguments, and a key that began with a dash would be an option.
+        self.api_key = secrets.token_hex(32)
         self.url = ""
         self.pid: int | None = None
         self.client: ServerClient | None = None
