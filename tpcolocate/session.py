@@ -127,6 +127,7 @@ def init(
         slice_index=index,
         device=place,
         job=members[0].facts["job"],
+        tp_ranks={r: tp_rank for of_slice in plan for tp_rank, r in enumerate(of_slice.ranks)},
         group=RankGroup([members[r] for r in mine.ranks], rank=rank, group=group, timeout_s=timeout_s),
         world=None if world is None else RankGroup(members, rank=rank, group=world, timeout_s=timeout_s),
         world_size=world_size,
@@ -250,6 +251,7 @@ class Colocation:
         slice_index: int,
         device: torch.device,
         job: str,
+        tp_ranks: Mapping[int, int],
         group: RankGroup,
         world: RankGroup | None,
         world_size: int,
@@ -266,6 +268,7 @@ class Colocation:
         self.visible_devices = roles.visible_devices
         self.job = job
         self._shared = roles.shared
+        self._tp_ranks = tp_ranks
         self._slice = group
         self._world = world
         self._engines: weakref.WeakSet[Engine] = weakref.WeakSet()
@@ -326,7 +329,8 @@ class Colocation:
             server=verbs,
             spec=result.spec,
             loader=RECEIVER,
-            reply_folder=self._reply_folder(order),
+            tp_ranks=self._tp_ranks,
+            folder=self._sync_folder(order),
             reader_is_alive=lambda: probe.is_listening(timeout_s=5.0) if server is None else not server.exited(),
         )
 
@@ -334,7 +338,7 @@ class Colocation:
             probe.close()
             if self.is_owner:
                 rendezvous.withdraw(path, order.nonce)
-                shutil.rmtree(self._reply_folder(order), ignore_errors=True)
+                shutil.rmtree(self._sync_folder(order), ignore_errors=True)
                 if log_path is None and server is not None:
                     server.remove_log()
 
@@ -390,7 +394,7 @@ class Colocation:
         error: BaseException | None = None
         try:
             spec = self._server_spec(order, path, log_path)
-            self._reply_folder(order).mkdir(mode=0o700)
+            self._sync_folder(order).mkdir(mode=0o700)
             server = ServerProcess.start(spec, health_timeout_s=health_timeout_s, heartbeat=beat)
             assert server.client is not None
             verbs = Verbs(server.client)
@@ -412,7 +416,7 @@ class Colocation:
             if server is not None:
                 server.stop()
             rendezvous.withdraw(path, order.nonce)
-            shutil.rmtree(self._reply_folder(order), ignore_errors=True)
+            shutil.rmtree(self._sync_folder(order), ignore_errors=True)
             raise
         if error is not None:
             raise error
@@ -480,11 +484,11 @@ class Colocation:
             log_path=Path(log_path) if log_path is not None else self._default_log_path(order),
             owner_pid=pid,
             owner_started=started,
-            unlink=(str(path), str(self._reply_folder(order))),
+            unlink=(str(path), str(self._sync_folder(order))),
         )
 
-    def _reply_folder(self, order: _Order) -> Path:
-        """Where the TP workers answer; private to this user, gone with the engine."""
+    def _sync_folder(self, order: _Order) -> Path:
+        """Where syncs have their sockets and files; private to this user, gone with the engine."""
         return Path("/dev/shm") / f"tpcolocate-{os.getuid()}-{self.job}-{order.nonce}"
 
     def _default_log_path(self, order: _Order) -> Path:

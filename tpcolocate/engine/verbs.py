@@ -7,15 +7,21 @@ import io
 import pickle
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from tpcolocate import ipc_payload
+from tpcolocate.engine.channel import Channel
 from tpcolocate.engine.client import ServerClient
 from tpcolocate.engine.releases import Release, release
 from tpcolocate.errors import ConfigError, DeadlineError, RequestError, SyncError
+from tpcolocate.groups import this_process
 
 _IDLE_POLL_S = 0.05
+# From the moment at which the workers leave a sync by themselves to SGLang's answer.
+_ANSWER_S = 10.0
 
 
 class Verbs:
@@ -79,6 +85,37 @@ class Verbs:
             self._done(self.client.post("/update_weights_from_tensor", body, timeout_s=timeout_s))
         except RequestError as error:
             raise SyncError(f"the engine refused a bucket: {error.message}", url=self.client.url) from error
+
+    def open_workers(self, path: Path, session: str, *, loader: str, tp_size: int, timeout_s: float) -> Channel:
+        """Reach our receiver in every TP worker, by one request that lasts as long as the sync.
+
+        Args:
+            path: Where the socket is to be, in a folder of this user alone.
+            session: A name that was never used before.
+            loader: Dotted name of the receiver.
+            tp_size: Number of workers.
+            timeout_s: For the whole sync, in seconds; the workers leave by themselves after it.
+        """
+        pid, started = this_process()
+        payloads = [
+            ipc_payload.command(
+                {
+                    "session": session,
+                    "endpoint": f"ipc://{path}",
+                    "peer": [pid, started],
+                    "for": tp_rank,
+                    "tp_rank": tp_rank,
+                    "tp_size": tp_size,
+                    "timeout_s": timeout_s,
+                }
+            )
+            for tp_rank in range(tp_size)
+        ]
+        return Channel(
+            path,
+            tp_size=tp_size,
+            request=lambda: self.push(payloads, load_format=loader, timeout_s=timeout_s + _ANSWER_S),
+        )
 
     def end_sync(self, version: str, *, timeout_s: float) -> None:
         """Close the session, drop the cache of the old weights, publish the version, let generation go on."""
