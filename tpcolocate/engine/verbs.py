@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from tpcolocate.engine.client import ServerClient
-from tpcolocate.engine.releases import Release, release
+from tpcolocate.engine.releases import Release, check_draft_model, release
 from tpcolocate.errors import ConfigError, DeadlineError, RequestError, SyncError
 
 _IDLE_POLL_S = 0.05
@@ -29,6 +29,10 @@ class Verbs:
         self.client = client
         self.info: dict[str, Any] = client.get("/server_info", timeout_s=30.0)
         self.release: Release = release(str(self.info["version"]))
+        check_draft_model(
+            f"SGLang {self.release.version}", self.info.get("speculative_algorithm"), self.release.target_only
+        )
+        client.check = self.release.check  # nothing that this release would drop is sent
 
     # --- weights -----------------------------------------------------------------------------------------------
 
@@ -71,9 +75,8 @@ class Verbs:
             "load_format": load_format,
             # A failing flush kills the server through 0.5.21; it is done once, afterwards.
             "flush_cache": False,
-            # Otherwise the draft model's runner opens the payload a second time.  Releases ignore the other's field.
-            "disable_draft_model": True,
-            "selector": "target",
+            # Otherwise the draft model's runner opens the payload a second time.
+            **self.release.target_only,
         }
         try:
             self._done(self.client.post("/update_weights_from_tensor", body, timeout_s=timeout_s))
