@@ -45,7 +45,7 @@ TARGET = {"selector": "target"}
 def test_features_by_version(version, session, per_rank, target_only):
     row = release(version)
     assert (row.version, row.weight_session, row.lora_payload_per_rank) == (version, session, per_rank)
-    assert row.target_only == target_only
+    assert row.target_only() == target_only
 
 
 @pytest.mark.parametrize("version", ["0.5.8", "0.4.10", "unknown", "", "None"])

@@ -148,7 +148,7 @@ def check_installed(arguments: Mapping[str, Any], installed: Installed | None) -
     if (algorithm := arguments.get("speculative_algorithm")) is not None:
         fields = installed.request_fields("UpdateWeightsFromTensorReqInput")
         if fields is None and row is not None:
-            fields = frozenset(row.target_only)
+            fields = frozenset(row.target_only())
         if fields is not None:
             check_draft_model(installed.name, algorithm, fields)
     known = installed.arguments()

@@ -112,7 +112,9 @@ ENDPOINTS: Mapping[str, Endpoint] = {
     "/resume_memory_occupation": Endpoint("ResumeMemoryOccupationReqInput", _fields("tags")),
     "/pause_generation": Endpoint("PauseGenerationReqInput", _fields("mode")),
     "/continue_generation": Endpoint("ContinueGenerationReqInput", _fields(torch_empty_cache=Span("0.5.12"))),
-    "/abort_request": Endpoint("AbortReq", _fields("rid abort_all finished_reason abort_message")),
+    "/abort_request": Endpoint(
+        "AbortReq", _fields("rid abort_all finished_reason abort_message", weight_versions=Span("0.5.19"))
+    ),
     "/weights_checker": Endpoint(
         "CheckWeightsReqInput",
         _fields(
@@ -125,7 +127,7 @@ ENDPOINTS: Mapping[str, Endpoint] = {
 server describes them itself."""
 
 TARGET_ONLY: Mapping[str, Any] = {"selector": "target", "disable_draft_model": True}
-"""Fields of ``/update_weights_from_tensor`` that keep an update from a draft model; no release has both."""
+"""Fields that keep a weight update from a draft model; no release has both."""
 
 EXACT_UNPICKLER = Span("0.5.21")
 """Payloads may name only listed (module, name) pairs.  Before, whole modules were allowed, and their names with them.
@@ -136,13 +138,10 @@ HEALTH_RUNS_RELEASED = Span("0.5.10")
 release is asked for its health while it sleeps."""
 
 SERVER_INFO = (
-    "version",
-    "enable_memory_saver",
-    "enable_weights_cpu_backup",
-    "enable_lora",
-    "speculative_algorithm",
-)
-"""Keys of ``/server_info`` that decide what may be asked of a server."""
+    "version", "weight_version", "enable_memory_saver", "enable_weights_cpu_backup", "speculative_algorithm", "enable_lora",
+    "max_lora_rank", "lora_target_modules", "max_loaded_loras", "lora_paths",
+)  # fmt: skip
+"""Keys of ``/server_info`` that may decide what is asked of a server."""
 
 RENAMED = (
     ("stream_output", "incremental_streaming_output"),
@@ -208,13 +207,12 @@ class Release:
         """``/load_lora_adapter_from_tensors`` takes one payload per TP rank; otherwise one that all ranks read."""
         return self.has("/load_lora_adapter_from_tensors", "serialized_named_tensors")
 
-    @property
-    def target_only(self) -> Mapping[str, Any]:
+    def target_only(self, path: str = "/update_weights_from_tensor") -> Mapping[str, Any]:
         """Fields that keep a weight update from a draft model, whose runner would open each payload a second time.
 
         Empty where the release knows no way to do that.
         """
-        return {name: value for name, value in TARGET_ONLY.items() if self.has("/update_weights_from_tensor", name)}
+        return {name: value for name, value in TARGET_ONLY.items() if self.has(path, name)}
 
     def check(self, path: str, names: Mapping[str, Any]) -> None:
         """Lets a request through that this release carries out in full.  Paths outside the table pass.
