@@ -66,7 +66,7 @@ def _ask(version):
     folder = folder_of(version)
     if not (folder / "sglang").is_dir():
         pytest.fail(f"SGLang {version} is not in {folder}: make contracts fetches it", pytrace=False)
-    out = HERE / ".." / ".." / "out"
+    out = HERE.parents[1] / "out"
     out.mkdir(exist_ok=True)
     answers = out / f"contracts-{version}.pickle"
     answers.unlink(missing_ok=True)
