@@ -661,6 +661,7 @@ def test_a_taken_port_is_the_same_error_on_every_rank_at_once(tmp_path, tiny_mod
     ({"tp_size": 3}, "contradicts init(tp_size=2)"),
     ({"pp_size": 2}, "pp_size=2 is not supported"),
     ({"api_key": "mine"}, "does not take api_key"),
+    ({"mem_fraction": 0.4}, "has no argument mem_fraction"),
 ])  # fmt: skip
 def test_impossible_arguments_are_refused_before_anything_starts(kwargs, words, tmp_path, no_leftovers):
     kwargs = {"model_path": "anything", "log_path": str(tmp_path / "server.log"), **kwargs}

@@ -27,10 +27,12 @@ import torch.distributed as dist
 from tpcolocate import devices, rendezvous, roles
 from tpcolocate._version import __version__
 from tpcolocate.engine.client import ServerClient
+from tpcolocate.engine.installed import find_installed
 from tpcolocate.engine.launch import (
     RECEIVER,
     ServerProcess,
     ServerSpec,
+    check_installed,
     child_environment,
     server_arguments,
     sglang_stub_needed,
@@ -308,7 +310,7 @@ class Colocation:
             The engine, on every rank; a context manager that shuts it down.
 
         Raises:
-            ConfigError: Arguments that cannot work, or that differ between the ranks of the slice.
+            ConfigError: Arguments that cannot work, that the installed SGLang lacks, or that differ between the ranks.
             LaunchError, DeadlineError: The server did not come up; the log's tail is in the error.
             RankLostError: A rank of the slice died.
 
@@ -371,6 +373,8 @@ class Colocation:
             arguments = server_arguments(
                 server_args, tp_size=self.tp_size, device_type=self.device.type, shared_device=self._shared
             )
+            if self.is_owner:  # the environment that counts is the owner's
+                check_installed(arguments, find_installed({**os.environ, **env}))
         except BaseException as caught:
             error = caught
         order = _Order(model, arguments, env, secrets.token_hex(8))

@@ -15,7 +15,7 @@ import torch
 from tpcolocate import ipc_payload
 from tpcolocate.engine.channel import Channel
 from tpcolocate.engine.client import ServerClient
-from tpcolocate.engine.releases import Release, release
+from tpcolocate.engine.releases import Release, check_draft_model, release
 from tpcolocate.errors import ConfigError, DeadlineError, RequestError, SyncError
 from tpcolocate.groups import this_process
 
@@ -35,6 +35,10 @@ class Verbs:
         self.client = client
         self.info: dict[str, Any] = client.get("/server_info", timeout_s=30.0)
         self.release: Release = release(str(self.info["version"]))
+        check_draft_model(
+            f"SGLang {self.release.version}", self.info.get("speculative_algorithm"), self.release.target_only()
+        )
+        client.check = self.release.check  # nothing that this release would drop is sent
 
     # --- weights -----------------------------------------------------------------------------------------------
 
@@ -77,9 +81,8 @@ class Verbs:
             "load_format": load_format,
             # A failing flush kills the server through 0.5.21; it is done once, afterwards.
             "flush_cache": False,
-            # Otherwise the draft model's runner opens the payload a second time.  Releases ignore the other's field.
-            "disable_draft_model": True,
-            "selector": "target",
+            # Otherwise the draft model's runner opens the payload a second time.
+            **self.release.target_only(),
         }
         try:
             self._done(self.client.post("/update_weights_from_tensor", body, timeout_s=timeout_s))
@@ -217,9 +220,9 @@ class Verbs:
 
 
 def _by_value(tensors: dict[str, torch.Tensor]) -> str:
-    """Plain pickle of CPU tensors, contents included; no handle, nothing to give back."""
+    """Plain pickle of a dict of CPU tensors, contents included; no handle, nothing to give back."""
     buffer = io.BytesIO()
-    pickle.Pickler(buffer, protocol=4).dump(list(tensors.items()))
+    pickle.Pickler(buffer, protocol=4).dump(tensors)
     return base64.b64encode(buffer.getvalue()).decode()
 
 
