@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from tpcolocate import ipc_payload
 from tpcolocate.errors import (
@@ -30,13 +29,13 @@ from tpcolocate.errors import (
 from tpcolocate.groups import RankGroup
 from tpcolocate.report import RankReport, Stopwatch, SyncReport
 from tpcolocate.weights.delivery import PAYLOADS, TRANSPORTS, Delivery, Replies, WeightServer
+from tpcolocate.weights.items import Item, Items, full_bytes, full_tensor, is_collective
 from tpcolocate.weights.memory import SlopeAlarm, allocated_bytes, free_bytes, plan_bucket
-from tpcolocate.weights.source import Source, Weights, full_tensor
+from tpcolocate.weights.source import Source, Weights
 from tpcolocate.weights.spec import ModelSpec
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-NamedTensors = list[tuple[str, torch.Tensor]]
 Named = tuple[str, tuple[int, ...], torch.dtype]
 
 # The others are to hear of a missed deadline rather than to miss one of their own.
@@ -74,9 +73,9 @@ class SyncOptions:
             raise ConfigError(f"transport={self.transport!r} is unknown", hint=f"one of {', '.join(TRANSPORTS)}")
 
 
-def buckets(weights: Weights, bucket_bytes: int) -> Iterator[NamedTensors]:
+def buckets(weights: Weights, bucket_bytes: int) -> Iterator[Items]:
     """Cut the stream into buckets of at most `bucket_bytes`, in order; the sizes are those of the full tensors."""
-    bucket: NamedTensors = []
+    bucket: Items = []
     used = 0
     for name, tensor in weights:
         size = _padded(tensor)
@@ -89,9 +88,8 @@ def buckets(weights: Weights, bucket_bytes: int) -> Iterator[NamedTensors]:
         yield bucket
 
 
-def _padded(tensor: torch.Tensor) -> int:
-    size = tensor.shape.numel() * tensor.dtype.itemsize
-    return -(-size // ipc_payload.ALIGNMENT) * ipc_payload.ALIGNMENT
+def _padded(item: Item) -> int:
+    return -(-full_bytes(item) // ipc_payload.ALIGNMENT) * ipc_payload.ALIGNMENT
 
 
 class WeightSync:
@@ -214,7 +212,7 @@ class _Run:
             ledger=self.ledger,
             copied=self.note_peak,
         )
-        self.rest: Iterator[NamedTensors] = iter(())
+        self.rest: Iterator[Items] = iter(())
         self.sharded = False
         self.begun = self.touched = False
         self.names: set[str] = set()
@@ -323,7 +321,7 @@ class _Run:
         on_cpu = self.sync.device.type == "cpu"
         copies = len(self.group) if on_cpu else 1  # ranks of a CPU slice share one /dev/shm
         self.bucket_bytes = plan_bucket(
-            self.options.bucket_bytes, free, largest=largest, copies=copies, gathered=largest if self.sharded else 0
+            self.options.bucket_bytes, free, largest=largest, copies=copies, gathered=weights.reading_bytes
         )
         self.rest = buckets(weights, self.bucket_bytes)
 
@@ -420,13 +418,13 @@ class _Run:
             problem = problem if problem is not None else error.message
         return problem
 
-    def next_bucket(self, error: BaseException | None) -> NamedTensors | None:
+    def next_bucket(self, error: BaseException | None) -> Items | None:
         """The next bucket, or None at the end; all ranks agree on which, and that the last one is behind them.
 
         Args:
             error: What went wrong on this rank with the last bucket's handles.
         """
-        bucket: NamedTensors | None = None
+        bucket: Items | None = None
         with self.watch.phase("gather"):
             if error is None:
                 try:
@@ -439,7 +437,7 @@ class _Run:
             self.agree_on(mine, error, what="choose the next weights")
         return bucket
 
-    def send(self, bucket: NamedTensors) -> BaseException | None:
+    def send(self, bucket: Items) -> BaseException | None:
         """Move one bucket; returns this rank's error in taking the handles back, for the next agreement."""
         error: BaseException | None = None
         number = self.num_buckets
@@ -483,7 +481,7 @@ class _Run:
                 return caught
         return None
 
-    def gather(self, bucket: NamedTensors, entries: list[ipc_payload.Entry], num_bytes: int) -> torch.Tensor | None:
+    def gather(self, bucket: Items, entries: list[ipc_payload.Entry], num_bytes: int) -> torch.Tensor | None:
         """Full tensors into fresh staging memory.  Ranks that export nothing gather all the same."""
         flat = ipc_payload.allocate(num_bytes, self.sync.device) if self.delivery.exports else None
         largest = max(range(len(entries)), key=lambda i: entries[i].num_bytes)
@@ -521,8 +519,8 @@ class _Run:
         try:
             for bucket in self.rest:
                 for _, tensor in bucket:
-                    if isinstance(tensor, DTensor):
-                        tensor.full_tensor()
+                    if is_collective(tensor):
+                        full_tensor(tensor)
         except Exception:  # the error that brought us here is the one to raise
             return
 

@@ -1,0 +1,146 @@
+"""Weights of a transformers model under the names of its checkpoint."""
+
+import shutil
+
+import pytest
+import torch
+from harness import run_ranks
+from safetensors.torch import load_file
+from torch import nn
+
+from tpcolocate.errors import ConfigError
+from tpcolocate.weights.items import Derived, full_bytes, full_tensor
+from tpcolocate.weights.source import Weights
+from tpcolocate.weights.spec import read_spec
+
+pytestmark = [pytest.mark.quick, pytest.mark.timeout(120)]
+
+FAMILIES = pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+FUSED = "model.layers.0.mlp.experts.gate_up_proj"
+
+
+def checkpoint(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def load(folder):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def build(folder):
+    """As a trainer that starts from scratch: transformers has not seen a checkpoint of it."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
+
+
+@FAMILIES
+@pytest.mark.parametrize("knows", [True, False], ids=["served names known", "unknown"])
+def test_experts_are_sent_one_by_one_as_views_of_the_fused_parameters(tiny_model_dir, family, knows):
+    saved = checkpoint(tiny_model_dir(family=family))
+    model = load(tiny_model_dir(family=family))
+    assert FUSED in model.state_dict(), "otherwise there is nothing to convert"
+    weights = Weights(model, expected=saved if knows else None)
+    sent = dict(weights)
+    assert sorted(sent) == sorted(saved) and len(weights.known) == len(sent)
+    live = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    for name, tensor in sent.items():
+        assert torch.equal(tensor, saved[name]), name
+        assert tensor.untyped_storage().data_ptr() in live and not (tensor.requires_grad and tensor.ndim == 3)
+    assert weights.reading_bytes == 0 and not weights.is_sharded
+
+
+@FAMILIES
+def test_a_model_that_no_checkpoint_was_loaded_into_is_converted_as_well(tiny_model_dir, family):
+    folder = tiny_model_dir(family=family)
+    assert sorted(name for name, _ in Weights(build(folder))) == sorted(checkpoint(folder))
+
+
+def test_what_is_served_under_the_models_own_names_is_left_alone(tiny_model_dir):
+    model = load(tiny_model_dir(family="qwen3_moe"))
+    state = model.state_dict(keep_vars=True)
+    assert all(item is state[name] for name, item in Weights(model, expected=state))
+
+
+def test_names_are_compared_as_they_are_served(tiny_model_dir):
+    folder = tiny_model_dir(family="qwen3_moe")
+    model, served = load(folder), [f"text.{name}" for name in checkpoint(folder)]
+    weights = Weights(model, expected=served, rename=lambda name: f"text.{name}")
+    assert sorted(name for name, _ in weights) == sorted(served)
+    fused = [f"text.{name}" for name in model.state_dict()]
+    weights = Weights(model, expected=fused, rename=lambda name: f"text.{name}")
+    assert sorted(name for name, _ in weights) == sorted(fused)
+
+
+def test_a_dense_model_is_what_it_was(tiny_model_dir):
+    folder = tiny_model_dir(family="qwen3")
+    for expected in (None, checkpoint(folder)):
+        model = load(folder)
+        state = model.state_dict(keep_vars=True)
+        assert [(name, id(item)) for name, item in Weights(model, expected=expected)] == [
+            (name, id(tensor)) for name, tensor in state.items()
+        ]
+
+
+def test_other_modules_are_none_of_its_business():
+    model = nn.Sequential(nn.Linear(2, 2))
+    assert [name for name, _ in Weights(model, expected=["a"])] == ["0.weight", "0.bias"]
+
+
+def test_weights_that_transformers_computes_to_save_them_are_refused(tiny_model_dir):
+    from transformers.core_model_loading import Transpose, WeightConverter
+
+    model = load(tiny_model_dir(family="qwen3"))
+    model._weight_conversions = [WeightConverter("q_proj.weight", "q_proj.weight", operations=[Transpose(0, 1)])]
+    with pytest.raises(ConfigError, match="q_proj.weight of a Qwen3ForCausalLM is not a part of one") as caught:
+        Weights(model)
+    assert "pass (name, tensor) pairs" in caught.value.hint
+
+
+@FAMILIES
+def test_an_architecture_without_weights_is_read_under_the_names_of_a_checkpoint(tiny_model_dir, tmp_path, family):
+    folder = tiny_model_dir(family=family)
+    shutil.copy(folder / "config.json", tmp_path)
+    spec = read_spec(str(tmp_path))
+    assert dict(spec.shapes) == {name: tuple(tensor.shape) for name, tensor in checkpoint(folder).items()}
+
+
+def sharded(rank, folder):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    model = load(folder)
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    weights = Weights(model, expected=checkpoint(folder))
+    gathers, full = 0, DTensor.full_tensor
+
+    def counted(self):
+        nonlocal gathers
+        gathers += 1
+        return full(self)
+
+    DTensor.full_tensor = counted
+    try:
+        found = {name: full_tensor(item).clone() for name, item in weights}
+    finally:
+        DTensor.full_tensor = full
+    saved = checkpoint(folder)
+    experts = [item for name, item in weights if ".experts." in name]
+    return {
+        "equal": sorted(found) == sorted(saved) and all(torch.equal(found[name], saved[name]) for name in saved),
+        "gathers": gathers == len(model.state_dict()),
+        "bytes": weights.reading_bytes == max(full_bytes(tensor) for tensor in model.state_dict().values()),
+        "derived": all(isinstance(item, Derived) and item.is_collective for item in experts),
+        "sharded": weights.is_sharded,
+    }
+
+
+def test_sharded_experts_are_gathered_once_a_layer_and_not_once_an_expert(tiny_model_dir):
+    folder = tiny_model_dir(family="qwen3_moe")
+    found = run_ranks(sharded, 2, folder)
+    assert found == [dict.fromkeys(["equal", "gathers", "bytes", "derived", "sharded"], True)] * 2
