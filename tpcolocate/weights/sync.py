@@ -31,7 +31,7 @@ from tpcolocate.report import RankReport, Stopwatch, SyncReport
 from tpcolocate.weights.delivery import PAYLOADS, TRANSPORTS, Delivery, Replies, WeightServer
 from tpcolocate.weights.items import Item, Items, full_bytes, full_tensor, is_collective
 from tpcolocate.weights.memory import SlopeAlarm, allocated_bytes, free_bytes, plan_bucket
-from tpcolocate.weights.source import Source, Weights
+from tpcolocate.weights.source import Rename, Source, Weights
 from tpcolocate.weights.spec import ModelSpec
 
 logger = logging.getLogger(__name__)
@@ -56,6 +56,7 @@ class SyncOptions:
         transport: One of `TRANSPORTS`.
         partial: Weights that are not sent stay as they are, instead of being an error.
         folder: Where files go, for the transport ``file``; default: /dev/shm.
+        rename: From the source's names to the served checkpoint's; see `Weights`.
     """
 
     bucket_bytes: int = 512 * 2**20
@@ -63,6 +64,7 @@ class SyncOptions:
     transport: str = "auto"
     partial: bool = False
     folder: Path | None = None
+    rename: Rename | None = None
 
     def __post_init__(self) -> None:
         if self.bucket_bytes <= 0:
@@ -286,7 +288,8 @@ class _Run:
         )
 
     def prepare(self, source: Source) -> Weights:
-        weights = Weights(source, expected=None if self.sync.spec is None else self.sync.spec.shapes)
+        expected = None if self.sync.spec is None else self.sync.spec.shapes
+        weights = Weights(source, expected=expected, rename=self.options.rename)
         self.sharded = weights.is_sharded
         if weights.known is not None:
             if not weights.known:
