@@ -4,12 +4,10 @@ import shutil
 
 import pytest
 import torch
-from harness import run_ranks
 from safetensors.torch import load_file
 from torch import nn
 
 from tpcolocate.errors import ConfigError
-from tpcolocate.weights.items import Derived, full_bytes, full_tensor
 from tpcolocate.weights.source import Weights
 from tpcolocate.weights.spec import read_spec
 
@@ -105,42 +103,3 @@ def test_an_architecture_without_weights_is_read_under_the_names_of_a_checkpoint
     shutil.copy(folder / "config.json", tmp_path)
     spec = read_spec(str(tmp_path))
     assert dict(spec.shapes) == {name: tuple(tensor.shape) for name, tensor in checkpoint(folder).items()}
-
-
-def sharded(rank, folder):
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor import DTensor
-
-    model = load(folder)
-    for layer in model.model.layers:
-        fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))
-    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
-    weights = Weights(model, expected=checkpoint(folder))
-    gathers, full = 0, DTensor.full_tensor
-
-    def counted(self):
-        nonlocal gathers
-        gathers += 1
-        return full(self)
-
-    DTensor.full_tensor = counted
-    try:
-        found = {name: full_tensor(item).clone() for name, item in weights}
-    finally:
-        DTensor.full_tensor = full
-    saved = checkpoint(folder)
-    experts = [item for name, item in weights if ".experts." in name]
-    return {
-        "equal": sorted(found) == sorted(saved) and all(torch.equal(found[name], saved[name]) for name in saved),
-        "gathers": gathers == len(model.state_dict()),
-        "bytes": weights.reading_bytes == max(full_bytes(tensor) for tensor in model.state_dict().values()),
-        "derived": all(isinstance(item, Derived) and item.is_collective for item in experts),
-        "sharded": weights.is_sharded,
-    }
-
-
-def test_sharded_experts_are_gathered_once_a_layer_and_not_once_an_expert(tiny_model_dir):
-    folder = tiny_model_dir(family="qwen3_moe")
-    found = run_ranks(sharded, 2, folder)
-    assert found == [dict.fromkeys(["equal", "gathers", "bytes", "derived", "sharded"], True)] * 2

@@ -113,7 +113,6 @@ def uneven(rank):
     model, expected = build()
     said["plain"] = equal(read(model), expected)
     said["empty"] = model.gate.weight.to_local().numel() == 0
-    # An empty shard of tied weights must not look like two tensors: the ranks would send different things.
     weights = Weights(model.state_dict(), expected=expected)
     said["tied"] = sorted(weights.aliases), [name for name, _ in weights] == list(expected)
     model, expected = build(offload_policy=CPUOffloadPolicy(pin_memory=False))
@@ -126,6 +125,11 @@ def uneven(rank):
     weights = read(model)
     said["mixed"] = equal(weights, expected), {tensor.dtype for tensor in weights.values()} == {torch.float32}
     said["bytes"] = Weights(model).reading_bytes
+    model = nn.Sequential(nn.Linear(3, 2, bias=False), nn.Linear(3, 2, bias=False))
+    model[1].weight = model[0].weight
+    # A state dict shows tied weights as two tensors, and the third rank's have no address.
+    weights = Weights(fully_shard(model, mesh=init_device_mesh("cpu", (3,))).state_dict(), expected=["0.weight"])
+    said["tied and empty"] = [name for name, _ in weights], weights.aliases
     return said
 
 
@@ -141,23 +145,8 @@ def test_uneven_shards_frozen_tied_offloaded_and_master_weights_come_whole():
             "unsharded": ("Parameter", True),
             "mixed": (True, True),
             "bytes": 5 * 4 * 4 * 4,
+            "tied and empty": (["0.weight"], {"1.weight": "0.weight"}),
         }
-
-
-def empty_and_tied(rank):
-    """Tied weights of which the last rank holds nothing, as a state dict shows them."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    model = nn.Sequential(nn.Linear(3, 2, bias=False), nn.Linear(3, 2, bias=False))
-    model[1].weight = model[0].weight
-    fully_shard(model, mesh=init_device_mesh("cpu", (3,)))
-    weights = Weights(model.state_dict(), expected=["0.weight"])
-    return [name for name, _ in weights], weights.aliases
-
-
-def test_ranks_with_empty_shards_see_the_same_ties():
-    assert run_ranks(empty_and_tied, 3) == [(["0.weight"], {"1.weight": "0.weight"})] * 3
 
 
 def meshes(rank):
