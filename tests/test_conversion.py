@@ -97,6 +97,34 @@ def test_weights_that_transformers_computes_to_save_them_are_refused(tiny_model_
     assert "pass (name, tensor) pairs" in caught.value.hint
 
 
+def test_a_conversion_that_transformers_cannot_undo_is_refused(tiny_model_dir):
+    model = load(tiny_model_dir(family="qwen3_moe"))
+    model._weight_conversions[0].quantization_operation = object()  # as loading a quantised checkpoint leaves it
+    with pytest.raises(
+        ConfigError, match="how a Qwen3MoeForCausalLM is named in its checkpoint: Cannot reverse"
+    ) as caught:
+        Weights(model)
+    assert "pass (name, tensor) pairs" in caught.value.hint
+
+
+@pytest.mark.parametrize("layout", ["transposed", "with gaps"])
+def test_experts_that_do_not_lie_contiguous_are_cut_where_they_lie(tiny_model_dir, layout):
+    folder = tiny_model_dir(family="qwen3_moe")
+    model, saved = load(folder), checkpoint(folder)
+    experts = model.model.layers[0].mlp.experts
+    held = experts.gate_up_proj.detach()
+    if layout == "transposed":
+        held = held.transpose(1, 2).contiguous().transpose(1, 2)
+    else:
+        held = torch.cat([held, held], dim=2)[:, :, : held.shape[2]]
+    experts.gate_up_proj = nn.Parameter(held)
+    assert not experts.gate_up_proj.is_contiguous()
+    sent = dict(Weights(model, expected=saved))
+    assert all(torch.equal(sent[name], tensor) for name, tensor in saved.items())
+    memory = experts.gate_up_proj.untyped_storage().data_ptr()
+    assert sent["model.layers.0.mlp.experts.4.up_proj.weight"].untyped_storage().data_ptr() == memory
+
+
 @FAMILIES
 def test_an_architecture_without_weights_is_read_under_the_names_of_a_checkpoint(tiny_model_dir, tmp_path, family):
     folder = tiny_model_dir(family=family)

@@ -19,6 +19,8 @@ from torch.distributed.tensor import DTensor
 from tpcolocate.errors import ConfigError
 from tpcolocate.weights.items import Items, Whole
 
+_PAIRS = "pass (name, tensor) pairs with the names and tensors of the served checkpoint"
+
 
 def to_checkpoint(module: nn.Module, weights: Items, *, is_served: Callable[[str], bool]) -> Items:
     """Weights of a module under the names that its `save_pretrained` writes, as views wherever the tensors are full.
@@ -29,7 +31,7 @@ def to_checkpoint(module: nn.Module, weights: Items, *, is_served: Callable[[str
         is_served: Whether the served checkpoint has a name; those need no conversion, whatever `save_pretrained` does.
 
     Raises:
-        ConfigError: The model converts its weights in a way that is not a mere cutting into parts.
+        ConfigError: The model converts its weights in a way that is not a mere cutting into parts, or cannot be undone.
     """
     revert = _reverting(module)
     odd = {name: item for name, item in weights if not is_served(name)}
@@ -37,20 +39,26 @@ def to_checkpoint(module: nn.Module, weights: Items, *, is_served: Callable[[str
         return weights
     blanks = {}
     for name, item in odd.items():
-        blank = torch.empty(item.shape, dtype=item.dtype, device="meta")
-        # What is gathered or computed comes contiguous; what lies there, as it lies.
-        lies = isinstance(item, torch.Tensor) and not isinstance(item, DTensor)
-        blanks[name] = blank.as_strided(item.shape, item.stride()) if lies else blank  # type: ignore[union-attr]
+        if isinstance(item, torch.Tensor) and not isinstance(item, DTensor):
+            blanks[name] = torch.empty_strided(item.shape, item.stride(), dtype=item.dtype, device="meta")
+        else:  # what is gathered or computed comes contiguous
+            blanks[name] = torch.empty(item.shape, dtype=item.dtype, device="meta")
     name_of = {_storage_id(blank): name for name, blank in blanks.items()}
     parts: dict[str, Items] = {}
     wholes = {name: Whole(item) for name, item in odd.items()}
-    for target, part in revert(blanks).items():
+    try:
+        reverted = revert(blanks)
+    except Exception as error:  # of whatever kind the model's own conversion raises
+        raise ConfigError(
+            f"transformers cannot say how a {type(module).__name__} is named in its checkpoint: {error}", hint=_PAIRS
+        ) from error
+    for target, part in reverted.items():
         origin = name_of.get(_storage_id(part))
         if origin is None:
             raise ConfigError(
                 f"{target} of a {type(module).__name__} is not a part of one of the trainer's tensors but computed from them "
                 "when transformers saves the model",
-                hint="pass (name, tensor) pairs with the names and tensors of the served checkpoint",
+                hint=_PAIRS,
             )
         whole = odd[origin]
         item = (

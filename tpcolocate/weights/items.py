@@ -90,6 +90,8 @@ class Whole:
 
     def __init__(self, item: Item) -> None:
         self._item = item
+        lies = isinstance(item, torch.Tensor) and not isinstance(item, DTensor)
+        self._live = item.detach() if lies else None  # type: ignore[union-attr]
         self._num_parts = 0
         self._unread: set[int] = set()
         self._full: torch.Tensor | None = None
@@ -102,9 +104,9 @@ class Whole:
             stride: In elements, within the whole tensor: contiguous, unless it is a plain tensor that is not.
             offset: In elements, from the whole tensor's first.
         """
+        if self._live is not None:
+            return self._live.as_strided(size, stride, self._live.storage_offset() + offset)
         item = self._item
-        if isinstance(item, torch.Tensor) and not isinstance(item, DTensor):
-            return item.detach().as_strided(size, stride, item.storage_offset() + offset)
         number = self._num_parts
         self._num_parts += 1
         return Derived(
