@@ -72,6 +72,25 @@ def test_names_are_compared_as_they_are_served(tiny_model_dir):
     assert sorted(name for name, _ in weights) == sorted(fused)
 
 
+class Actor(nn.Module):
+    """A policy inside a module of the trainer's, compiled, beside a value head."""
+
+    def __init__(self, policy):
+        super().__init__()
+        self.policy = torch.compile(policy)
+        self.value_head = nn.Linear(4, 1)
+
+
+def test_a_model_inside_a_module_is_converted_under_its_prefix(tiny_model_dir):
+    saved = checkpoint(tiny_model_dir(family="mixtral"))
+    actor = Actor(load(tiny_model_dir(family="mixtral")))
+    head = ["value_head.bias", "value_head.weight"]
+    assert sorted(name for name, _ in Weights(actor)) == [*sorted(f"policy.{name}" for name in saved), *head]
+    policy_only = lambda name: name.removeprefix("policy.") if name.startswith("policy.") else None  # noqa: E731
+    sent = dict(Weights(actor, expected=saved, rename=policy_only))
+    assert sorted(sent) == sorted(saved) and all(torch.equal(sent[name], tensor) for name, tensor in saved.items())
+
+
 def test_a_dense_model_is_what_it_was(tiny_model_dir):
     folder = tiny_model_dir(family="qwen3")
     for expected in (None, checkpoint(folder)):

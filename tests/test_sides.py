@@ -200,30 +200,12 @@ class Actor(nn.Module):
 
 def renamed(world):
     actor = Actor(trainer(world, 11))
-    pairs = [(f"policy.{name}", tensor) for name, tensor in experts_apart(actor.policy)]
-    pairs += [(f"value_head.{name}", tensor) for name, tensor in actor.value_head.state_dict().items()]
     names = lambda name: name.removeprefix("policy.") if name.startswith("policy.") else None  # noqa: E731
-    found = synced(world, pairs, actor.policy, rename=names)
+    found = synced(world, actor, actor.policy, rename=names)
     try:
-        world.engine.sync_weights(pairs)
+        world.engine.sync_weights(actor)
     except errors.WeightsMismatchError as error:
         return {**found, "without": error.message}
-
-
-def experts_apart(model):
-    """What a user without this library's help would write down for Qwen3-MoE."""
-    for name, tensor in model.state_dict().items():
-        stem, _, kind = name.rpartition(".")
-        if kind == "gate_up_proj":
-            for i, expert in enumerate(tensor):
-                gate, up = expert.chunk(2)
-                yield f"{stem}.{i}.gate_proj.weight", gate
-                yield f"{stem}.{i}.up_proj.weight", up
-        elif kind == "down_proj":
-            for i, expert in enumerate(tensor):
-                yield f"{stem}.{i}.down_proj.weight", expert
-        else:
-            yield name, tensor
 
 
 def fsdp2(world):

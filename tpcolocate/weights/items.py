@@ -18,7 +18,7 @@ class Derived:
     Attributes:
         shape: Full shape.
         dtype: Of what `make` returns.
-        device: Where `make` puts it.
+        device: Of the tensor that it is computed from; what FSDP2 has offloaded is gathered elsewhere.
         make: Computes it.  If `is_collective`, every rank calls it for the same tensors in the same order.
         is_collective: Whether `make` gathers.
         extra_bytes: Memory that `make` takes beside its result, in bytes.

@@ -15,6 +15,7 @@ from torch import nn
 
 from tpcolocate.errors import ConfigError
 from tpcolocate.weights.items import Derived, Items, full_bytes, full_tensor, is_collective, reading_bytes
+from tpcolocate.weights.names import without_wrappers
 
 _MERGE_FIRST = "send a copy that peft has merged: copy.deepcopy(model).merge_and_unload()"
 
@@ -36,27 +37,26 @@ def inner_model(module: nn.Module) -> nn.Module | None:
     return module.get_base_model()
 
 
-def merged(module: nn.Module, weights: Items, *, wrapper_segments: tuple[str, ...]) -> Items:
+def merged(module: nn.Module, weights: Items) -> Items:
     """Weights of a module with peft layers, as the module computes with them; those of any other unchanged.
 
     Args:
         module: What the weights were taken from.
-        weights: With the names of the module's state dict, without `wrapper_segments`.
-        wrapper_segments: Parts of a module's path that are not in those names.
+        weights: With the names of the module's state dict, `without_wrappers`.
 
     Raises:
         ConfigError: An active adapter that is not a plain LoRA.
     """
     if "peft" not in sys.modules:
         return weights
-    places = _Places(module, wrapper_segments)
+    places = _Places(module)
     return [entry for name, item in weights if (entry := places.resolve(name, item)) is not None]
 
 
 class _Places:
     """The peft layers of a module, by path."""
 
-    def __init__(self, module: nn.Module, wrapper_segments: tuple[str, ...]) -> None:
+    def __init__(self, module: nn.Module) -> None:
         from peft.tuners.tuners_utils import BaseTunerLayer
         from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 
@@ -64,9 +64,7 @@ class _Places:
         self._layers: dict[str, Any] = {}
         for path, layer in module.named_modules(remove_duplicate=False):
             if isinstance(layer, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-                for segment in wrapper_segments:
-                    path = f"{path}.".replace(segment, "").removesuffix(".")
-                self._layers[path] = layer
+                self._layers[without_wrappers(path)] = layer
 
     def resolve(self, name: str, tensor: Any) -> tuple[str, Any] | None:
         """The name without peft and what it stands for; None if the model does not compute with that tensor."""
@@ -149,8 +147,8 @@ def _sum(base: torch.Tensor, steps: list[tuple[nn.Module, str]]) -> Derived:
         for (layer, adapter), of_step in zip(steps, factors):
             full = {name: full_tensor(factor) for name, factor in of_step.items()}
             delta = torch.func.functional_call(_Delta(layer), full, (adapter,))
-            # In the wider of the two dtypes, rounded once.
-            whole = (whole + delta).to(base.dtype)
+            # In the wider of the two dtypes, rounded once.  peft puts some deltas where an offloaded base weight lies.
+            whole = (whole + delta.to(whole.device)).to(base.dtype)
         return whole
 
     return Derived(

@@ -14,12 +14,10 @@ from tpcolocate.errors import ConfigError
 from tpcolocate.weights import lora
 from tpcolocate.weights.conversion import to_checkpoint
 from tpcolocate.weights.items import Derived, Item, Items, full_tensor, is_collective, reading_bytes
+from tpcolocate.weights.names import without_wrappers
 
 Source = nn.Module | Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]
 Rename = Callable[[str], str | None] | Mapping[str, str | None]
-
-# Wrappers that put a segment of their own into every name below them.
-_WRAPPER_SEGMENTS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
 
 
 class Weights:
@@ -65,7 +63,7 @@ class Weights:
 
     def _of_module(self, module: nn.Module, expected: Collection[str] | None) -> Items:
         module = _unwrapped(module)
-        weights = lora.merged(module, _state(module), wrapper_segments=_WRAPPER_SEGMENTS)
+        weights = lora.merged(module, _state(module))
         served = frozenset(() if expected is None else expected)
         return to_checkpoint(
             module, weights, is_served=lambda name: name in served or self._served_name(name) in served
@@ -142,10 +140,8 @@ def _state(module: nn.Module) -> Items:
     # state_dict rather than named_parameters: some checkpoints hold persistent buffers (routing biases), and FSDP2 puts
     # its shards back in place first.
     for name, tensor in module.state_dict(keep_vars=True).items():
-        for segment in _WRAPPER_SEGMENTS:
-            name = name.replace(segment, "")
         if isinstance(tensor, torch.Tensor):  # not the extra state of a module
-            weights.append(_checked((name, tensor)))
+            weights.append(_checked((without_wrappers(name), tensor)))
     return weights
 
 
