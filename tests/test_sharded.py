@@ -6,7 +6,7 @@ import pytest
 import torch
 from harness import run_ranks
 from test_conversion import checkpoint, load
-from test_lora import adapted, lora, same
+from test_merging import adapted, lora, same
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from tpcolocate.errors import ConfigError
-from tpcolocate.weights import lora
+from tpcolocate.weights import merging
 from tpcolocate.weights.conversion import to_checkpoint
 from tpcolocate.weights.items import Derived, Item, Items, full_tensor, is_collective, reading_bytes
 from tpcolocate.weights.names import without_wrappers
@@ -63,7 +63,7 @@ class Weights:
 
     def _of_module(self, module: nn.Module, expected: Collection[str] | None) -> Items:
         module = _unwrapped(module)
-        weights = lora.merged(module, _state(module))
+        weights = merging.merged(module, _state(module))
         served = frozenset(() if expected is None else expected)
         return to_checkpoint(
             module, weights, is_served=lambda name: name in served or self._served_name(name) in served
@@ -124,7 +124,7 @@ def _unwrapped(module: nn.Module) -> nn.Module:
             module = module.module
         elif isinstance(inner := getattr(module, "_orig_mod", None), nn.Module):
             module = inner
-        elif (inside := lora.inner_model(module)) is not None:
+        elif (inside := merging.inner_model(module)) is not None:
             module = inside
         else:
             return module
