@@ -27,7 +27,7 @@ from tpcolocate.errors import ConfigError, EngineStateError, RankLostError, TpCo
 from tpcolocate.groups import RankGroup
 from tpcolocate.report import SyncReport
 from tpcolocate.weights.options import SyncOptions
-from tpcolocate.weights.source import Source
+from tpcolocate.weights.source import Rename, Source
 from tpcolocate.weights.sync import WeightSync
 
 logger = logging.getLogger(__name__)
@@ -255,6 +255,7 @@ class Engine(Client):
         payloads: str = "per_rank",
         transport: str = "auto",
         folder: str | os.PathLike[str] | None = None,
+        rename: Rename | None = None,
         partial: bool = False,
         parts: bool | None = None,
         timeout_s: float = 600.0,
@@ -265,8 +266,8 @@ class Engine(Client):
         over all of them: call it on every training rank.
 
         Args:
-            model_or_named_tensors: An `nn.Module` (plain, DDP, FSDP2), a state dict, or an iterable of
-                (checkpoint name, full tensor or DTensor), in the same order on every rank.
+            model_or_named_tensors: An `nn.Module` (plain, DDP, FSDP2, DTensor-parallel, peft), a state dict, or an
+                iterable of (checkpoint name, full tensor or DTensor), in the same order on every rank.
             weight_version: Reported by the server with every sequence from then on; default: a count of the syncs.
             bucket_bytes: Most staging memory per rank, less where less is free; a larger tensor travels by itself.
             payloads: ``"per_rank"``: every rank exports from its own device.  ``"fan_out"``: the owner exports one
@@ -275,6 +276,8 @@ class Engine(Client):
                 first sync proves with a small handle that the one works, or takes the other.  ``"stock"``: handles that
                 SGLang opens by itself; nothing is read back, and a failure kills the server.
             folder: Where files go; default: /dev/shm.
+            rename: A function or a mapping from the source's names to those of the served checkpoint; None for a
+                weight that is not to be sent, such as a value head's.  The same on every rank.
             partial: Permit that weights are missing; they stay as they are.
             parts: Move only the parts of tensors that each TP worker reads, once the first sync has shown which, instead
                 of full tensors.  Default: on a CPU; on GPUs it has to be asked for.
@@ -310,6 +313,7 @@ class Engine(Client):
                     folder=None if folder is None else Path(folder),
                     # Not yet measured on GPUs.
                     parts=self._sync.device.type == "cpu" if parts is None else parts,
+                    rename=rename,
                 )
             report = self._sync.run(
                 model_or_named_tensors,
