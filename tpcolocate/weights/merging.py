@@ -129,7 +129,8 @@ def _steps(layer: Any, name: list[str]) -> list[tuple[nn.Module, str]]:
                 hint=_MERGE_FIRST,
             )
     target = layer.parameter_name if isinstance(layer, lora.ParamWrapper) else "weight"
-    return [(layer, adapter) for adapter in adapters] if name[-1] == target else []
+    steps: list[tuple[nn.Module, str]] = [(layer, adapter) for adapter in adapters]
+    return steps if name[-1] == target else []
 
 
 def _is_floating(layer: Any) -> bool:

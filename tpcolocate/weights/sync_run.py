@@ -132,6 +132,8 @@ class SyncRun:
         known = weights.known
         left = weights if known is None else [item for item in known if item[0] not in moved]
         self.rest = buckets(left, self.bucket_bytes)
+        if moved and left:
+            self.unstage()
         error: BaseException | None = None
         while known is None or len(moved) < len(known):
             bucket = self.next_bucket(error)
@@ -270,6 +272,9 @@ class SyncRun:
                 self.delivery.workers.finish()
 
         self.on_owner("end the weight sync", finish)
+        self.settle_together()
+
+    def settle_together(self) -> None:
         self.together(
             "take the staging memory back",
             lambda: self.ledger.settle(deadline=min(self.deadline, time.monotonic() + _RETURN_S)),
@@ -670,6 +675,12 @@ class SyncRun:
                 rank=self.group.rank,
             )
 
+    def unstage(self) -> None:
+        """Take the moves' staging memory back before buckets need theirs."""
+        with self.watch.phase("settle"):
+            self.ask("let go of the staging memory", {"do": "run", "release": ["stage0", "stage1"]})
+            self.settle_together()
+
     def number(self) -> int:
         self.num_commands += 1
         return self.num_commands - 1
@@ -747,16 +758,22 @@ class SyncRun:
         """Full tensors into fresh staging memory.  Ranks that export nothing gather all the same."""
         flat = ipc_payload.allocate(num_bytes, self.sync.device) if self.delivery.exports else None
         largest = max(range(len(entries)), key=lambda i: entries[i].num_bytes)
-        for i, ((_, tensor), entry) in enumerate(zip(bucket, entries)):
-            full = full_tensor(tensor)
-            if flat is not None and entry.num_bytes:
-                ipc_payload.view(flat, entry).copy_(full)
-                # The checksum covers the padding.
-                flat[
-                    entry.start + entry.num_bytes : entries[i + 1].start if i + 1 < len(entries) else num_bytes
-                ].zero_()
-            if i == largest:
-                self.note_peak()
+        failure: Exception | None = None
+        for i, ((_, item), entry) in enumerate(zip(bucket, entries)):
+            if failure is not None and not is_collective(item):
+                continue
+            try:
+                full = full_tensor(item)
+                if flat is not None and entry.num_bytes and failure is None:
+                    ipc_payload.view(flat, entry).copy_(full)
+                    end = entries[i + 1].start if i + 1 < len(entries) else num_bytes
+                    flat[entry.start + entry.num_bytes : end].zero_()  # the checksum covers the padding
+                if i == largest:
+                    self.note_peak()
+            except Exception as error:  # the other ranks are in the gathers of the rest
+                failure = error if failure is None else failure
+        if failure is not None:
+            raise failure
         if flat is not None and flat.is_cuda:
             # The reader's streams know nothing of ours.
             torch.cuda.current_stream(flat.device).synchronize()
