@@ -8,7 +8,7 @@ peft.utils.other.ModulesToSaveWrapper, in peft 0.21.
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -129,8 +129,8 @@ def _steps(layer: Any, name: list[str]) -> list[tuple[nn.Module, str]]:
                 hint=_MERGE_FIRST,
             )
     target = layer.parameter_name if isinstance(layer, lora.ParamWrapper) else "weight"
-    steps: list[tuple[nn.Module, str]] = [(layer, adapter) for adapter in adapters]
-    return steps if name[-1] == target else []
+    # peft's layers are modules, which its own annotations do not say.
+    return [(cast(nn.Module, layer), adapter) for adapter in adapters] if name[-1] == target else []
 
 
 def _is_floating(layer: Any) -> bool:
