@@ -333,6 +333,25 @@ def update_group_guards(world):
     return {"said": found, "unchanged": unchanged, "equal": speaks_as(world, world.model)}
 
 
+def sender_that_leaves(world):
+    """In the middle of an update: the weights are unknown, and a full sync mends them."""
+    engine = world.engine
+    weights = list(world.model.named_parameters())
+    sender = meet(world)
+    sender.send(tensor for _, tensor in weights[:5])
+    found = {
+        "update": said(lambda: engine.update_weights_from_distributed(**described(weights), timeout_s=30)),
+        "generate": said(lambda: engine.generate(PROMPTS, GREEDY)),
+        "health": engine.health().value,
+        "go on": said(engine.continue_generation),
+    }
+    sender.end()
+    engine.destroy_weights_update_group()
+    world.perturb(12)
+    version = engine.sync_weights(world.model).weight_version
+    return {**found, "version": version == engine.weight_version, "equal": speaks_as(world, world.model)}
+
+
 # --- pauses ---------------------------------------------------------------------------------------------------------
 
 
@@ -529,7 +548,7 @@ def saved_and_resumed(world):
 CHECKS = [
     launched_from_a_checkpoint, lora_beside_each_other, lora_in_parts_of_fused_projections, lora_of_wrapped_models, lora_refused,
     lora_on_synced_weights, update_group_guards, update_groups, sync_under_requests, sync_under_a_pause, abort_and_flush,
-    saved_and_resumed,
+    saved_and_resumed, sender_that_leaves,
 ]  # fmt: skip
 
 
@@ -616,6 +635,15 @@ def test_weights_come_through_an_update_group_twice_in_a_row_and_in_part(setup):
             {"equal": True, "version": found[-1]["version"]},
         ]
         assert found[-1]["version"].isdecimal()
+
+
+def test_an_update_that_breaks_off_leaves_the_weights_unknown_until_a_full_sync(setup):
+    found = results(setup, sender_that_leaves)
+    for of_rank in found:
+        assert of_rank["update"][0] == "SyncError" and "did not take the broadcast weights" in of_rank["update"][1]
+        assert of_rank["generate"][0] == "EngineStateError" == of_rank["go on"][0] and of_rank["health"] == "paused"
+        assert of_rank["version"] and of_rank["equal"]
+    assert all(of_rank["update"] == found[0]["update"] for of_rank in found)
 
 
 def test_update_groups_are_guarded_on_every_rank(setup):

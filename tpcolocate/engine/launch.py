@@ -86,6 +86,9 @@ _MUST_BE_ONE = (
     "moe_data_parallel_size",
     "attn_cp_size",
     "attention_context_parallel_size",
+    "dcp_size",
+    "decode_context_parallel_size",
+    "dwdp_size",
 )
 _QUANTISED = "a sync would write the trainer's values into quantised parameters"
 _NO_DRAFT = "the draft's weights are not synced, and no speculative algorithm has been tried under a sync"
