@@ -148,6 +148,8 @@ def test_a_cancelled_sync_lets_generation_go_on_whether_or_not_a_session_was_ope
     client.asked.clear()
     verbs.cancel_sync(timeout_s=1)
     assert client.paths == [END, GO_ON]
+    verbs.cancel_sync(timeout_s=1)
+    assert client.paths == [END, GO_ON, GO_ON], "a session is closed once"
 
 
 def test_nothing_goes_on_with_weights_of_a_sync_that_failed_half_way():
