@@ -8,12 +8,13 @@ BIN := .venv/bin
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
 
-.PHONY: help venv demo test quick lint clean
+.PHONY: help venv demo test quick contracts lint clean
 
 help:
 	@echo 'make demo    GRPO on a real SGLang server, two training ranks, on the CPU; writes a plot to out/'
 	@echo 'make test    every test that this machine can run (without CUDA: all but those marked gpu)'
 	@echo 'make quick   the tests that need no server, in under 90 seconds'
+	@echo 'make contracts  what we rely on in SGLang, asked of the code of its releases; fetches them, the newest too'
 	@echo 'make lint    ruff and mypy'
 	@echo 'make venv    only the set-up that the others do by themselves'
 	@echo 'make clean   remove .venv and everything else that is not source'
@@ -36,11 +37,15 @@ test: venv
 quick: venv
 	$(BIN)/python -m pytest -m 'quick and not engine and not gpu' $(PYTEST_ARGS)
 
+contracts: venv
+	$(BIN)/python tests/contracts/fetch.py
+	$(BIN)/python -m pytest -m '' tests/contracts $(PYTEST_ARGS)
+
 lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv out build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf .venv .contracts out build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -17,6 +17,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 VENV = os.path.join(ROOT, ".venv")
 VENV_PYTHON = os.path.join(VENV, "bin", "python")
 STAMP = os.path.join(VENV, ".stamp")
+OTHER_ENGINE = os.path.join(VENV, "sglang-0.5.20")  # as requirements/engine-other-nodeps.txt pins it
 LOG = os.path.join(ROOT, "out", "setup.log")
 TAIL_LINES = 30
 
@@ -26,6 +27,10 @@ STEPS = (
     ("virtual environment", (sys.executable, "-m", "venv", VENV)),
     ("torch", PINNED + ("-r", "requirements/torch.txt")),
     ("sglang, torchvision", PIP + ("--no-deps", "-r", "requirements/engine-nodeps.txt")),
+    (
+        "sglang, another release",
+        PIP + ("--no-deps", "--target", OTHER_ENGINE, "-r", "requirements/engine-other-nodeps.txt"),
+    ),
     ("what the engine imports", PINNED + ("-r", "requirements/engine.txt")),
     ("test tools", PINNED + ("-r", "requirements/tools.txt")),
     ("this project", PIP + ("--no-deps", "--no-build-isolation", "-e", ".")),

@@ -4,6 +4,7 @@ import os
 
 import harness
 import pytest
+from hypothesis import settings
 
 _GPU_COMMAND = "make test PYTEST_ARGS='-m gpu', on a machine with CUDA devices and a CUDA build of SGLang"
 _gpu_tests_skipped = pytest.StashKey[int]()
@@ -13,6 +14,9 @@ def pytest_configure():
     # Before any test module imports torch.  Ranks, servers and references share two cores: threads that spin for
     # each other there cost several times what they save.
     os.environ["OMP_NUM_THREADS"] = "1"
+    # How long one example takes says more about the other processes of this machine; pytest-timeout bounds the test.
+    settings.register_profile("tpcolocate", deadline=None)
+    settings.load_profile("tpcolocate")
 
 
 @pytest.hookimpl(trylast=True)  # after -m and -k have taken out theirs

@@ -1,16 +1,13 @@
 """What the owner makes of the workers' replies, and who makes which payload for whom."""
 
-import base64
 import json
-import pickle
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from tpcolocate import ipc_payload
-from tpcolocate.in_server.tpcolocate_receiver import COMMAND, checksum
+from tpcolocate.in_server.tpcolocate_receiver.sums import checksum
 from tpcolocate.weights.delivery import Delivery, Verdict, judge
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(60)]
@@ -38,8 +35,6 @@ MANY = entries_of(**{f"w{i}": (2,) for i in range(8)})
 JUDGED = [
     # what came, what the bucket held, the problem, what is unproven
     ("one rank took all", {0: reply()}, A_AND_B, None, ()),
-    ("no reply", {0: None}, A_AND_B, "TP rank 0 did not answer", ()),
-    ("no reply of one", {0: reply(), 1: None}, A_AND_B, "TP rank 1 did not answer", ()),
     ("error", {0: FAILED}, A_AND_B, "TP rank 0: ValueError: bad", ()),
     ("error of one", {0: reply(), 1: FAILED}, A_AND_B, "TP rank 1: ValueError: bad", ()),
     ("error before opening", {0: {**FAILED, "opened": False}}, A_AND_B, "TP rank 0: ValueError: bad", ()),
@@ -79,7 +74,7 @@ JUDGED = [
 def test_replies_are_judged(replies, entries, problem, unproven):
     verdict = judge(replies, entries)
     assert (verdict.problem, verdict.unproven) == (problem, unproven)
-    assert verdict.opened == {rank: answer["opened"] for rank, answer in replies.items() if answer is not None}
+    assert verdict.opened == {rank: answer["opened"] for rank, answer in replies.items()}
 
 
 @pytest.mark.parametrize(
@@ -96,21 +91,26 @@ def test_the_slowest_worker_is_reported_step_by_step():
     assert verdict.worker_seconds == {"open": 0.3, "load": 0.5, "compare": 0.1}
 
 
+def test_what_was_learned_is_told_only_by_workers_whose_loader_was_watched():
+    verdict = judge({0: reply(learned={"a": []}), 1: reply(replayed=True)}, A_AND_B)
+    assert verdict.learned == {0: {"a": []}} and not verdict.replayed
+
+
 # --- payloads -------------------------------------------------------------------------------------------------------
 
 
-class Server:
-    """Takes what is pushed; its workers answer with what `answers` says."""
+class Workers:
+    """Take what is posted, and answer what `answers` says."""
 
     def __init__(self, answers):
-        self.answers, self.pushed = answers, []
+        self.answers, self.posted = answers, []
 
-    def push(self, payloads, *, load_format, timeout_s):
-        self.pushed.append((list(payloads), load_format))
-        for payload in payloads:
-            job = json.loads(bytes(dict(pickle.loads(base64.b64decode(payload)))[COMMAND].tolist()))
-            if job["tp_rank"] in self.answers:
-                Path(job["reply"]).write_text(json.dumps(self.answers[job["tp_rank"]]))
+    def post(self, commands, number):
+        self.posted.append((commands, number))
+
+    def collect(self, number, *, timeout_s):
+        assert number == self.posted[-1][1]
+        return self.answers
 
 
 @pytest.fixture
@@ -123,8 +123,8 @@ def delivery(tmp_path):
         (tmp_path / "files").mkdir(exist_ok=True)
         copies = []
         one = Delivery(
-            tp_rank=tp_rank, tp_size=tp_size, is_owner=tp_rank == 0, payloads=payloads, transport=transport, loader="r.receive",
-            reply_folder=tmp_path, file_folder=tmp_path / "files", ledger=ledger, copied=lambda: copies.append(1), nonce="abc",
+            tp_rank=tp_rank, tp_size=tp_size, is_owner=tp_rank == 0, payloads=payloads, transport=transport,
+            file_folder=tmp_path / "files", ledger=ledger, copied=lambda: copies.append(1), session="abc",
         )  # fmt: skip
         made.append((one, copies))
         return one
@@ -140,10 +140,6 @@ def bucket(values=(1.0, 2.0)):
     flat = ipc_payload.allocate(num_bytes, torch.device("cpu"))
     ipc_payload.view(flat, entries[0]).copy_(torch.tensor(values))
     return flat, entries
-
-
-def jobs(payloads):
-    return [json.loads(bytes(dict(pickle.loads(base64.b64decode(payload)))[COMMAND].tolist())) for payload in payloads]
 
 
 READERS = [
@@ -167,9 +163,8 @@ def test_every_tp_rank_is_served_once_and_in_order(delivery, payloads, transport
     exported = [one.ledger.num_exported for one in ranks]
     assert exported == ([0, 0] if transport == "file" else [len(first), len(second)])
     if transport != "stock":
-        told = jobs([payload for of_rank in made for payload in of_rank])
-        assert [job["tp_rank"] for job in told] == [0, 1] and {job["tp_size"] for job in told} == {2}
-        assert len({job["reply"] for job in told}) == 2, "each answers in a file of its own"
+        told = [command for of_rank in made for command in of_rank]
+        assert [command["for"] for command in told] == [0, 1] and {command["do"] for command in told} == {"load"}
         assert all(
             job["checksum"] == list(checksum(flat)) and job["entries"] == ipc_payload.described(entries) for job in told
         )
@@ -179,7 +174,7 @@ def test_every_tp_rank_is_served_once_and_in_order(delivery, payloads, transport
 
 def test_fan_out_on_a_cpu_copies_once_per_further_reader(delivery):
     flat, entries = bucket()
-    made = jobs(delivery(tp_size=3, payloads="fan_out").make(flat, entries, 0))
+    made = delivery(tp_size=3, payloads="fan_out").make(flat, entries, 0)
     assert len({job["handle"]["name"] for job in made}) == 3, "one counter would not tell the readers apart"
     assert delivery.copies() == 2
 
@@ -187,44 +182,35 @@ def test_fan_out_on_a_cpu_copies_once_per_further_reader(delivery):
 def test_a_file_holds_the_bucket_and_goes_once_it_was_loaded(delivery, tmp_path):
     one = delivery(tp_size=1, transport="file")
     flat, entries = bucket()
-    payloads = one.make(flat, entries, 4)
-    [job] = jobs(payloads)
-    assert torch.equal(load_file(job["handle"]["path"])["bucket"], flat)
-    server = Server({0: reply({"a": 2})})
-    assert one.load(server, payloads, entries, 4, 5.0).problem is None
-    assert list((tmp_path / "files").iterdir()) == [] and not one.reply(4, 0).exists()
+    [command] = commands = one.make(flat, entries, 4)
+    assert torch.equal(load_file(command["handle"]["path"])["bucket"], flat)
+    one.workers = Workers({0: reply({"a": 2})})
+    assert one.load(None, commands, entries, 4, 5.0).problem is None
+    assert list((tmp_path / "files").iterdir()) == []
 
 
 def test_a_file_goes_though_the_push_failed(delivery, tmp_path):
     class Broken:
-        def push(self, *args, **kwargs):
+        def post(self, *args):
             raise ConnectionError("gone")
 
     one = delivery(transport="file")
     flat, entries = bucket()
-    payloads = one.make(flat, entries, 4)
+    commands = one.make(flat, entries, 4)
+    one.workers = Broken()
     with pytest.raises(ConnectionError):
-        one.load(Broken(), payloads, entries, 4, 5.0)
+        one.load(None, commands, entries, 4, 5.0)
     assert list((tmp_path / "files").iterdir()) == []
 
 
-def test_replies_are_collected_and_missing_ones_told(delivery):
+def test_every_worker_gets_its_own_command(delivery):
     one = delivery(payloads="fan_out")
     flat, entries = bucket()
-    payloads = one.make(flat, entries, 2)
-    server = Server({0: reply({"a": 2})})
-    verdict = one.load(server, payloads, entries, 2, 5.0)
-    assert (verdict.problem, verdict.opened) == ("TP rank 1 did not answer", {0: True})
-    assert server.pushed == [(payloads, "r.receive")]
-
-
-def test_the_reply_to_another_bucket_or_sync_is_none(delivery):
-    one, other = delivery(tp_size=1), delivery(tp_size=1)
-    other.nonce = "def"
-    flat, entries = bucket()
-    for stale in (one.reply(0, 0), one.reply(2, 0), other.reply(1, 0)):
-        stale.write_text(json.dumps(reply({"a": 2})))
-    assert one.load(Server({}), one.make(flat, entries, 1), entries, 1, 5.0).problem == "TP rank 0 did not answer"
+    commands = one.make(flat, entries, 2)
+    one.workers = Workers({0: reply({"a": 2}), 1: {**FAILED, "opened": False}})
+    verdict = one.load(None, commands, entries, 2, 5.0)
+    assert (verdict.problem, verdict.opened) == ("TP rank 1: ValueError: bad", {0: True, 1: False})
+    assert one.workers.posted == [({0: commands[0], 1: commands[1]}, 2)]
 
 
 def test_sglangs_own_way_proves_nothing(delivery):

@@ -141,6 +141,98 @@ def tokens_after_generator_sync(world):
     }
 
 
+def step_of_sharded(world, model, seed):
+    """The same random step for the whole model and for the sharded one, in place."""
+    from torch.distributed.tensor import distribute_tensor
+
+    world.perturb(seed)
+    whole = dict(world.model.named_parameters())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(distribute_tensor(whole[name].detach(), parameter.device_mesh, parameter.placements))
+
+
+def tokens_by_parts(world):
+    """Sync after sync: what is known of the engine's loader is used, shards go where they are read."""
+    model = world.sharded()
+    found = []
+    for seed in range(30, 33):
+        old = world.expected()
+        step_of_sharded(world, model, seed)
+        report = world.engine.sync_weights(model, bucket_bytes=60_000)
+        new = world.expected()
+        found.append({
+            "equal": world.generated() == new, "changed": new != old, "by_plan": report.num_replayed == report.num_tensors,
+            "proven": report.num_proven == report.num_tensors, "warnings": report.warnings, "bytes": report.num_bytes,
+            "staged": [r.staged_bytes for r in report.ranks], "commands": report.num_buckets,
+        })  # fmt: skip
+    return found
+
+
+def masters_in_other_dtypes(world):
+    """The engine's copy rounds; parts are rounded before they travel, and proven after."""
+    import copy
+
+    kept = world.model
+    found = []
+    for dtype in (torch.float64, torch.float32):
+        world.model = copy.deepcopy(kept).to(dtype)
+        world.perturb(40)
+        for _ in range(2):
+            report = world.engine.sync_weights(world.model)
+        world.model = world.model.float()
+        found.append(
+            (world.generated() == world.expected(), report.num_proven == report.num_tensors, report.num_replayed)
+        )
+    world.model = kept
+    world.engine.sync_weights(world.model)
+    return found
+
+
+def a_slice_whose_engine_forgot(world):
+    """The other slice moves parts; they share collectives, so both must send full tensors once."""
+    model = world.sharded()
+    world.engine.sync_weights(model)
+    if world.colo.slice_index == 0:
+        world.engine._sync.knowledge.confirm(("another engine",))
+    step_of_sharded(world, model, 50)
+    first = world.engine.sync_weights(model)
+    step_of_sharded(world, model, 51)
+    second = world.engine.sync_weights(model)
+    by_parts = [all(r.staged_bytes < 0.6 * report.num_bytes for r in report.ranks) for report in (first, second)]
+    return {"equal": world.generated() == world.expected(), "by_parts": by_parts}
+
+
+def a_slice_that_fails_on_the_way(world):
+    """In the middle of the moves of one slice; the other one must not wait for it, and both can go on."""
+    from tpcolocate.weights.mover import Mover
+
+    model = world.sharded()
+    world.engine.sync_weights(model)
+    stage, calls = Mover.stage, []
+
+    def failing(self, *args):
+        stage(self, *args)
+        calls.append(1)
+        if len(calls) == 2:
+            raise MemoryError("planted")
+
+    if world.rank == 1:
+        Mover.stage = failing
+    told = None
+    begun = time.monotonic()
+    try:
+        world.engine.sync_weights(model, bucket_bytes=60_000)
+    except errors.TpColocateError as error:
+        told = f"{type(error).__name__}: {error}"
+    finally:
+        Mover.stage = stage
+    seconds = time.monotonic() - begun
+    step_of_sharded(world, model, 52)
+    world.engine.sync_weights(model)
+    return {"told": told, "seconds": seconds, "healed": world.generated() == world.expected()}
+
+
 def generate_forms(world):
     engine = world.engine
     text = engine.generate("the quick", GREEDY)
@@ -322,13 +414,16 @@ def connect_from_outside(world):
 ALL = [
     tokens_before, generate_forms, refused_requests, tokens_after_fsdp2_sync, trainer_logprobs, tokens_after_plain_sync,
     tokens_after_ddp_sync, tokens_after_fan_out_sync, tokens_after_generator_sync, partial_sync, refused_weights, lora_is_refused, sleep_and_wake,
-    twenty_syncs, key_is_hidden, connect_from_outside,
+    twenty_syncs, tokens_by_parts, masters_in_other_dtypes, key_is_hidden, connect_from_outside,
 ]  # fmt: skip
-TOKENS = [tokens_before, tokens_after_fsdp2_sync, trainer_logprobs, tokens_after_plain_sync]
+TOKENS = [tokens_before, tokens_after_fsdp2_sync, trainer_logprobs, tokens_after_plain_sync, tokens_by_parts]
+SLICES = [
+    tokens_before, tokens_after_fsdp2_sync, tokens_by_parts, a_slice_whose_engine_forgot, a_slice_that_fails_on_the_way, connect_from_outside,
+]  # fmt: skip
 SETUPS = {
     # id: family, tied embeddings, tp_size, ranks, checks
     "qwen3-untied-tp2": ("qwen3", False, 2, 2, ALL),
-    "two-slices-tp2": ("qwen3", True, 2, 4, [tokens_before, tokens_after_fsdp2_sync, connect_from_outside]),
+    "two-slices-tp2": ("qwen3", True, 2, 4, SLICES),
     "llama-tied-tp2": ("llama", True, 2, 2, TOKENS),
     "qwen3-tied-tp1": (
         "qwen3",
@@ -367,6 +462,37 @@ def results(setup, check):
     return [of_rank[check.__name__] for of_rank in found]
 
 
+@setups_with(tokens_by_parts)
+def test_tokens_equal_transformers_after_syncs_of_parts(setup):
+    tp_size = setup[0]
+    for found in results(setup, tokens_by_parts):
+        for one in found:
+            assert one["equal"] and one["changed"] and one["proven"] and one["warnings"] == ()
+        last = found[-1]
+        assert last["by_plan"] and last["commands"] > 3, "in several steps"
+        if tp_size == 2:
+            assert all(staged < 0.6 * last["bytes"] for staged in last["staged"]), "half of it, and the norms"
+
+
+@setups_with(masters_in_other_dtypes)
+def test_masters_of_another_dtype_arrive_rounded(setup):
+    for found in results(setup, masters_in_other_dtypes):
+        assert found == [(True, True, 25), (True, True, 25)]
+
+
+@setups_with(a_slice_whose_engine_forgot)
+def test_slices_that_know_different_things_send_full_tensors_together(setup):
+    for found in results(setup, a_slice_whose_engine_forgot):
+        assert found == {"equal": True, "by_parts": [False, True]}
+
+
+@setups_with(a_slice_that_fails_on_the_way)
+def test_one_slice_that_fails_on_the_way_does_not_hold_up_the_other(setup):
+    found = results(setup, a_slice_that_fails_on_the_way)
+    for one in found:
+        assert "MemoryError: planted" in one["told"] and one["seconds"] < 30 and one["healed"]
+
+
 @setups_with(tokens_before)
 def test_tokens_equal_transformers_before_any_sync(setup):
     assert all(results(setup, tokens_before))
@@ -388,7 +514,7 @@ def test_the_report_adds_up(setup):
         assert report.weight_version == found["version"] == "1"
         assert "safetensors" in report.checked_against
         mine = next(r for r in report.ranks if r.rank == rank)
-        assert set(mine.seconds) == {"prepare", "preflight", "gather", "export", "push", "settle", "finish"}
+        assert set(mine.seconds) == {"prepare", "open", "preflight", "gather", "export", "push", "settle", "finish"}
         assert sum(mine.seconds.values()) <= report.seconds
         # one handle a bucket, and one for the preflight of the first sync
         assert mine.num_exported == mine.num_returned == report.num_buckets + 1
@@ -561,6 +687,7 @@ def test_a_taken_port_is_the_same_error_on_every_rank_at_once(tmp_path, tiny_mod
     ({"pp_size": 2}, "pp_size=2 is not supported"),
     ({"api_key": "mine"}, "does not take api_key"),
     ({"enable_dp_attention": True}, "enable_dp_attention=True is not supported"),
+    ({"mem_fraction": 0.4}, "has no argument mem_fraction"),
 ])  # fmt: skip
 def test_impossible_arguments_are_refused_before_anything_starts(kwargs, words, tmp_path, no_leftovers):
     kwargs = {"model_path": "anything", "log_path": str(tmp_path / "server.log"), **kwargs}

@@ -13,7 +13,7 @@ from harness import run_ranks
 
 import tpcolocate
 from tpcolocate import errors, ipc_payload
-from tpcolocate.weights import delivery
+from tpcolocate.weights import delivery, mover
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]
 
@@ -70,10 +70,54 @@ def drive(rank, folder, world):
 
             used = []
             for _ in range(20):
-                report = engine.sync_weights(model, bucket_bytes=64 * 2**20)
+                report = engine.sync_weights(model, bucket_bytes=64 * 2**20, parts=False)
                 dist.barrier()
                 used.append(used_mib())
             found["used"], found["replayed"] = used, report.num_replayed == report.num_tensors
+
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(torch.randn_like(parameter) * 0.05)
+            parts = []
+            for _ in range(3):  # staged, then lent
+                parts.append(engine.sync_weights(model, bucket_bytes=64 * 2**20, parts=True))
+            found["parts"], found["gap_parts"] = parts, gap(engine, model, device)
+            used = []
+            for _ in range(20):
+                engine.sync_weights(model, bucket_bytes=64 * 2**20, parts=True)
+                dist.barrier()
+                used.append(used_mib())
+            found["used_parts"] = used
+            lent = [loan.handle for loan in engine._sync.mover.loans._loans.values()]
+            counts = [handle.count() for handle in lent]
+            model.to("cpu")  # a trainer that makes room
+            torch.cuda.empty_cache()
+            dist.barrier()
+            before = used_mib()
+            engine.wake()
+            dist.barrier()
+            found["lent"] = (set(counts), {handle.count() for handle in lent}, before - used_mib())
+            model.to(device)
+            begin_sums = mover.Mover.begin_sums
+
+            def spoiled(self, moves, tensors):
+                sums = begin_sums(self, moves, tensors)
+                torch.cuda.synchronize()
+                if rank == 1:
+                    model.model.layers[1].mlp.down_proj.weight.data[0, 0] += 1
+                    torch.cuda.synchronize()
+                return sums
+
+            for _ in range(2):
+                engine.sync_weights(model, parts=True)
+            mover.Mover.begin_sums = spoiled
+            try:
+                engine.sync_weights(model, parts=True)
+            except errors.SyncError as error:
+                found["spoiled"] = str(error)
+            mover.Mover.begin_sums = begin_sums
+            if rank == 1:
+                model.model.layers[1].mlp.down_proj.weight.data[0, 0] -= 1
 
             original = delivery.Delivery.commands
 
@@ -86,7 +130,7 @@ def drive(rank, folder, world):
 
             delivery.Delivery.commands = corrupted
             try:
-                engine.sync_weights(model)
+                engine.sync_weights(model, parts=False)
             except errors.SyncError as error:
                 found["flipped"] = str(error)
             delivery.Delivery.commands = original
@@ -126,6 +170,8 @@ def drive(rank, folder, world):
             engine.sync_weights(model)
             engine.wake()
             found["gap_fsdp2"] = gap(engine, model, device)
+            found["fsdp2_parts"] = [engine.sync_weights(model, parts=True, bucket_bytes=64 * 2**20) for _ in range(4)]
+            found["gap_fsdp2_parts"] = gap(engine, model, device)
             found["fan_out"] = engine.sync_weights(model, payloads="fan_out").num_proven
             # FSDP's forward is a collective: no rank may leave while another still asks the trainer
             dist.barrier()
@@ -168,6 +214,27 @@ def test_log_probabilities_follow_the_trainer_only_after_a_sync(found):
 def test_twenty_syncs_take_no_device_memory(found):
     assert max(found[0]["used"]) == min(found[0]["used"])
     assert all(value["replayed"] for value in found)
+
+
+def test_parts_move_out_of_lent_memory_and_take_none(found):
+    for value in found:
+        assert value["gap_parts"] < 1.0 and value["gap_fsdp2_parts"] < 1.0
+        for report in (value["parts"][-1], value["fsdp2_parts"][-1]):
+            assert report.num_proven == report.num_tensors == report.num_replayed and report.warnings == ()
+            assert all(r.num_lent > 0 and r.direct_bytes > 0 for r in report.ranks)
+        assert all(r.staged_bytes == 0 for r in value["parts"][-1].ranks), "a plain module is read where it lies"
+        assert max(value["used_parts"]) == min(value["used_parts"])
+
+
+def test_memory_that_the_trainer_moved_away_goes_back_to_the_driver(found):
+    for value in found:
+        before, after, freed = value["lent"]
+        assert before == {1} and after == {0} and freed > 100
+
+
+def test_lent_memory_that_changes_while_it_is_read_is_told(found):
+    words = "TP rank 1 holds other values than were sent: model.layers.1.mlp.down_proj.weight"
+    assert all(words in value["spoiled"] for value in found)
 
 
 def test_a_flipped_bit_is_caught_on_every_rank(found):

@@ -3,6 +3,7 @@
 One server serves all checks; the faults are planted on the trainer's side, between our code and the engine.
 """
 
+import copy
 import gc
 import os
 from pathlib import Path
@@ -14,7 +15,8 @@ from test_engine import ARGS, HEALTH_S, World
 
 import tpcolocate
 from tpcolocate import errors, ipc_payload
-from tpcolocate.weights import delivery
+from tpcolocate.engine import channel
+from tpcolocate.weights import delivery, loans, mover, moves
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
@@ -38,15 +40,14 @@ def drive(rank, model_dir, tp_size, checks):
         return found
 
 
-def failing_sync(world, **options):
-    """What a sync with a planted fault says, what generation says after it, and whether a full sync heals it."""
+def failing_sync(world, model=None, **options):
+    """What a sync with a planted fault says."""
     world.perturb(3)
-    told = after = None
     try:
-        world.engine.sync_weights(world.model, bucket_bytes=BUCKET, **options)
+        world.engine.sync_weights(world.model if model is None else model(), bucket_bytes=BUCKET, **options)
     except errors.TpColocateError as error:
-        told = (type(error).__name__, str(error))
-    return told, after
+        return type(error).__name__, str(error)
+    return None
 
 
 def heal(world):
@@ -90,7 +91,7 @@ def everything_is_proven(world):
 
 
 def a_flipped_bit(world):
-    """In the staging memory of the last rank, after the checksum was taken and before the engine reads."""
+    """In the staging memory of the last rank, after the checksum was taken and before the engine reads; full tensors."""
 
     def make(original):
         def commands(self, flat, action, **options):
@@ -102,20 +103,88 @@ def a_flipped_bit(world):
         return commands
 
     with planted(delivery.Delivery, "commands", make, here=world.rank == 1):
-        told, _ = failing_sync(world)
+        told = failing_sync(world, parts=False)
+    return {"told": told, **heal(world)}
+
+
+def a_flipped_bit_of_a_part(world):
+    """In the staging memory of the last rank, after a part was staged: the sums at both ends differ."""
+
+    def make(original):
+        def stage(self, step, tensors, half, sending):
+            original(self, step, tensors, half, sending)
+            half[8] ^= 1
+
+        return stage
+
+    with planted(mover.Mover, "stage", make, here=world.rank == 1):
+        told = failing_sync(world)
+    return {"told": told, **heal(world)}
+
+
+def a_part_that_went_astray(world):
+    """Between the ranks of a sharded model: the last rank receives what it should, but in another order."""
+
+    def make(original):
+        def stage(self, step, tensors, half, sending):
+            original(self, step, tensors, half, sending)
+            if end := sum(step.num_coming):
+                half[:end] = half[:end].roll(moves.ALIGNMENT)
+
+        return stage
+
+    with planted(mover.Mover, "stage", make, here=world.rank == 1):
+        told = failing_sync(world, world.sharded)
+    return {"told": told, **heal(world)}
+
+
+def lent_memory_that_changes_while_it_is_read(world):
+    """The trainer goes on training on another stream, say: what was summed up is no longer what is copied."""
+    world.model.share_memory()
+    for _ in range(3):
+        report = world.engine.sync_weights(world.model)
+    lent = [r.num_lent for r in report.ranks]
+
+    def make(original):
+        def begin_sums(self, moves, tensors):
+            found = original(self, moves, tensors)
+            if world.rank == 1:
+                world.model.model.layers[1].mlp.down_proj.weight.data[0, -1] += 1
+            return found
+
+        return begin_sums
+
+    with planted(mover.Mover, "begin_sums", make, here=world.rank == 1):
+        told = failing_sync(world)
+    if world.rank == 1:
+        world.model.model.layers[1].mlp.down_proj.weight.data[0, -1] -= 1
+    return {"told": told, "lent": lent, **heal(world)}
+
+
+def staging_that_fails_on_one_rank(world):
+    def make(original):
+        def stage(self, step, tensors, half, sending):
+            original(self, step, tensors, half, sending)
+            raise MemoryError("no memory to stage in")
+
+        return stage
+
+    with planted(mover.Mover, "stage", make, here=world.rank == 1):
+        told = failing_sync(world, world.sharded)
     return {"told": told, **heal(world)}
 
 
 def swapped_payloads(world):
-    """Rank 0's payload reaches TP rank 1, and the other way round."""
+    """What was made for TP rank 0 reaches TP rank 1, and the other way round."""
 
     def make(original):
-        return lambda self, server, commands, number, timeout_s: original(
-            self, server, commands[::-1], number, timeout_s
-        )
+        def post(self, commands, number):
+            return original(self, {k: commands[len(commands) - 1 - k] for k in commands}, number)
 
-    with planted(delivery.Delivery, "push", make):
-        told, _ = failing_sync(world)
+        return post
+
+    with planted(channel.Channel, "post", make):
+        told = failing_sync(world)
     return {"told": told, **heal(world)}
 
 
@@ -133,7 +202,7 @@ def a_skipped_tensor(world):
         return described
 
     with planted(ipc_payload, "described", make):
-        told, _ = failing_sync(world)
+        told = failing_sync(world, parts=False)
     return {"told": told, **heal(world)}
 
 
@@ -151,7 +220,7 @@ def a_loader_that_fails(world):
         return described
 
     with planted(ipc_payload, "described", make):
-        told, _ = failing_sync(world)
+        told = failing_sync(world, parts=False)
     return {"told": told, **heal(world), "health": world.engine.health().value}
 
 
@@ -167,7 +236,7 @@ def one_payload_for_two_readers(world):
 
     before = set(os.listdir("/dev/shm"))
     with planted(delivery.Delivery, "load", make):
-        told, _ = failing_sync(world, transport="stock")
+        told = failing_sync(world, transport="stock")
     result = {"told": told, **heal(world)}
     # what the fault left is taken back by the sync that healed it, but for what the traceback of the error still holds
     gc.collect()
@@ -183,7 +252,7 @@ def an_export_that_fails_on_one_rank(world):
         return export
 
     with planted(ipc_payload.Ledger, "export", make, here=world.rank == 1):
-        told, _ = failing_sync(world)
+        told = failing_sync(world)
     return {"told": told, **heal(world)}
 
 
@@ -201,7 +270,7 @@ def handles_that_do_not_open(world):
     found = {}
     with planted(ipc_payload.CpuHandle, "describe", make, here=world.rank == 1):
         try:
-            world.engine.sync_weights(world.model, transport="ipc")
+            world.engine.sync_weights(world.model, transport="ipc", parts=False)
         except errors.SyncError as error:
             found["ipc"] = str(error)
         world.perturb(7)
@@ -209,7 +278,7 @@ def handles_that_do_not_open(world):
     found.update(
         transport=report.transport, warnings=report.warnings, proven=report.num_proven == report.num_tensors,
         equal=world.generated() == world.expected(),
-        files=[n for n in os.listdir(sync.reply_folder) if n.endswith(".safetensors")],
+        files=[n for n in os.listdir(sync.folder)],
     )  # fmt: skip
     sync.refused_ways.clear()
     return found
@@ -227,39 +296,112 @@ def files_in_a_folder(world):
     }  # fmt: skip
 
 
-def many_syncs(world):
-    """/dev/shm, descriptors and memory over 200 syncs, and every handle back each time."""
+def footprint():
+    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    # Of this rank and its server alone: others on this machine may have servers of their own.
+    ours = tuple(f"torch_{process.pid}_" for process in processes)
+    shm = {name: (Path("/dev/shm") / name).stat().st_size for name in os.listdir("/dev/shm") if name.startswith(ours)}
+    return {
+        "files": len(shm),
+        "bytes": sum(shm.values()),
+        "fds": sum(p.num_fds() for p in processes),
+        "rss": sum(p.memory_info().rss for p in processes),
+    }
 
-    def footprint():
-        processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
-        shm = {name: (Path("/dev/shm") / name).stat().st_size for name in os.listdir("/dev/shm")}
-        return {
-            "files": len(shm),
-            "bytes": sum(shm.values()),
-            "fds": sum(p.num_fds() for p in processes),
-            "rss": sum(p.memory_info().rss for p in processes),
-        }
 
-    source = world.model
+def repeated(world, times, **options):
+    """Syncs in a row: what the machine holds before and after, and how many were as they should be."""
     for _ in range(10):
-        world.engine.sync_weights(source)
+        world.engine.sync_weights(world.model, **options)
     world.generated()
+    gc.collect()  # what the checks before this one have left to the tracebacks of their errors
+    world.engine.sync_weights(world.model, **options)
     before = footprint()
-    good = 0
-    moved = 0
-    for _ in range(NUM_SYNCS):
-        report = world.engine.sync_weights(source)
+    good = moved = 0
+    for _ in range(times):
+        report = world.engine.sync_weights(world.model, **options)
         good += (
-            all(r.num_exported == r.num_returned > 0 for r in report.ranks) and report.num_proven == report.num_tensors
+            all(r.num_exported == r.num_returned and r.num_exported + r.num_lent > 0 for r in report.ranks)
+            and report.num_proven == report.num_tensors == report.num_replayed
         )
         moved += report.num_bytes
     world.generated()
-    return {"before": before, "after": footprint(), "good": good, "moved": moved, "warnings": report.warnings}
+    return {
+        "before": before, "after": footprint(), "good": good, "times": times, "moved": moved, "warnings": report.warnings,
+        "bytes": [(r.direct_bytes, r.staged_bytes) for r in report.ranks],
+    }  # fmt: skip
+
+
+def many_syncs(world):
+    """/dev/shm, descriptors and memory over 200 syncs, and every handle back each time."""
+    return repeated(world, NUM_SYNCS)
+
+
+def many_syncs_of_full_tensors(world):
+    return repeated(world, 40, parts=False)
+
+
+def many_syncs_of_lent_memory(world):
+    """The worker reads the trainer's parameters where they lie: nothing is exported, nothing staged."""
+    world.model.share_memory()
+    return repeated(world, 40)
+
+
+def memory_that_is_taken_back(world):
+    """As when the trainer has moved its weights away: what only the worker still maps is called back by wake()."""
+    lent = world.engine._sync.mover.loans
+    had = list(lent._loans.values())
+    before = [loan.handle.count() for loan in had]
+    with planted(loans.Loans, "expired", lambda original: lambda self: list(self._loans.values())):
+        world.engine.wake()
+    after = [loan.handle.count() for loan in had]
+    world.perturb(9)
+    report = world.engine.sync_weights(world.model)
+    return {
+        "before": set(before), "after": set(after), "num": len(had), "equal": world.generated() == world.expected(),
+        "proven": report.num_proven == report.num_tensors,
+    }  # fmt: skip
+
+
+def lent_memory_of_another_model(world):
+    """A model in other memory: what was lent of the one before comes back at its first sync."""
+    world.engine.sync_weights(world.model)
+    world.engine.sync_weights(world.model)
+    lent = list(world.engine._sync.mover.loans._loans.values())
+    old, world.model = world.model, copy.deepcopy(world.model)
+    world.perturb(10)
+    report = world.engine.sync_weights(world.model)
+    del old
+    return {
+        "lent": len(lent), "back": {loan.handle.count() for loan in lent}, "left": [r.num_lent for r in report.ranks],
+        "equal": world.generated() == world.expected(),
+    }  # fmt: skip
+
+
+def handles_of_lent_memory_that_do_not_open(world):
+    """The handles of staging memory do, those of the trainer's own memory do not: the library stages, and says so."""
+    world.model.share_memory()
+    world.engine.sync_weights(world.model)
+
+    def make(original):
+        return lambda self, loan: [loan.name, {**original(self, loan)[1], "name": ipc_payload._text(b"/torch_0_0_0")}]
+
+    with planted(loans.Loans, "describe", make, here=world.rank == 1):
+        report = world.engine.sync_weights(world.model)
+        later = world.engine.sync_weights(world.model)
+    world.engine._sync.lending_refused = None
+    world.model = copy.deepcopy(world.model)
+    return {
+        "warnings": report.warnings, "later": later.warnings, "lent": [r.num_lent for r in later.ranks],
+        "equal": world.generated() == world.expected(), "proven": later.num_proven == later.num_tensors,
+    }  # fmt: skip
 
 
 CHECKS = [
-    everything_is_proven, a_flipped_bit, swapped_payloads, a_skipped_tensor, a_loader_that_fails, an_export_that_fails_on_one_rank,
-    handles_that_do_not_open, files_in_a_folder, many_syncs, one_payload_for_two_readers,
+    everything_is_proven, a_skipped_tensor, a_loader_that_fails, a_flipped_bit, a_flipped_bit_of_a_part, a_part_that_went_astray,
+    staging_that_fails_on_one_rank, swapped_payloads, an_export_that_fails_on_one_rank, handles_that_do_not_open, files_in_a_folder,
+    many_syncs, many_syncs_of_full_tensors, handles_of_lent_memory_that_do_not_open, lent_memory_that_changes_while_it_is_read,
+    many_syncs_of_lent_memory, memory_that_is_taken_back, lent_memory_of_another_model, one_payload_for_two_readers,
 ]  # fmt: skip
 
 
@@ -287,7 +429,15 @@ def test_a_sync_proves_every_tensor(found):
 
 FAULTS = [
     (a_flipped_bit, "SyncError", "TP rank 1: RuntimeError: the bucket does not hold what the trainer packed"),
-    (swapped_payloads, "SyncError", "the payload of TP rank 0 reached TP rank 1"),
+    (a_flipped_bit_of_a_part, "SyncError", "TP rank 1 holds other values than were sent"),
+    (a_part_that_went_astray, "SyncError", "TP rank 1 holds other values than were sent"),
+    (
+        lent_memory_that_changes_while_it_is_read,
+        "SyncError",
+        "TP rank 1 holds other values than were sent: model.layers.1.mlp.down_proj.weight",
+    ),
+    (staging_that_fails_on_one_rank, "RankFailedError", "MemoryError: no memory to stage in"),
+    (swapped_payloads, "SyncError", "the payload of TP rank 1 reached TP rank 0"),
     (a_skipped_tensor, "SyncError", "in part or not at all: model.layers.1.mlp.down_proj.weight"),
     (a_loader_that_fails, "SyncError", "TP rank 0: RuntimeError"),
     (an_export_that_fails_on_one_rank, "RankFailedError", "MemoryError: no memory for a handle"),
@@ -331,13 +481,46 @@ def test_files_by_choice(found):
         assert value == {"equal": True, "transport": "file", "left": [], "proven": True, "exported": [0, 0]}
 
 
-def test_200_syncs_grow_nothing(found):
-    for value in results(found, many_syncs):
+@pytest.mark.parametrize(
+    "check", [many_syncs, many_syncs_of_full_tensors, many_syncs_of_lent_memory], ids=lambda check: check.__name__
+)
+def test_many_syncs_grow_nothing(found, check):
+    for value in results(found, check):
         before, after = value["before"], value["after"]
-        assert value["good"] == NUM_SYNCS and value["warnings"] == ()
+        assert value["good"] == value["times"] and value["warnings"] == ()
         assert (after["files"], after["bytes"]) == (before["files"], before["bytes"])
         assert after["fds"] <= before["fds"] + 2
         assert after["rss"] - before["rss"] < max(16 * 2**20, value["moved"] / 20)
+
+
+def test_parts_are_less_than_the_whole_and_lent_memory_is_not_staged(found):
+    [staged, _] = results(found, many_syncs)
+    [whole, _] = results(found, many_syncs_of_full_tensors)
+    [lent, _] = results(found, many_syncs_of_lent_memory)
+    model = whole["moved"] / whole["times"]
+    for (none, parts), (also_none, full), (direct, nothing) in zip(staged["bytes"], whole["bytes"], lent["bytes"]):
+        assert (none, also_none, nothing) == (0, 0, 0) and full >= model
+        assert direct == parts and model / 2 <= parts < 0.55 * model, "half of it, and the norms"
+
+
+def test_memory_that_the_trainer_dropped_comes_back(found):
+    for value in results(found, memory_that_is_taken_back):
+        assert value["num"] > 0 and value["before"] == {1} and value["after"] == {0}
+        assert value["equal"] and value["proven"]
+    for value in results(found, lent_memory_of_another_model):
+        assert value["lent"] > 0 and value["back"] == {0} and value["left"] == [0, 0] and value["equal"]
+
+
+def test_what_cannot_be_lent_is_staged_and_said(found):
+    for value in results(found, handles_of_lent_memory_that_do_not_open):
+        [warning] = value["warnings"]
+        assert "is not mapped by the engine: TP rank 1" in warning
+        assert value["later"] == () and value["lent"] == [0, 0] and value["equal"] and value["proven"]
+
+
+def test_the_fault_was_planted_into_lent_memory(found):
+    for value in results(found, lent_memory_that_changes_while_it_is_read):
+        assert all(value["lent"])
 
 
 def test_nothing_is_left_behind(found):

@@ -3,34 +3,32 @@
 import json
 import multiprocessing
 import os
-from pathlib import Path
+import threading
+import time
 
 import pytest
 import torch
+import zmq
 from harness import PRELOADED
 from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
 
 from tpcolocate import ipc_payload
-from tpcolocate.in_server import tpcolocate_receiver
-from tpcolocate.in_server.tpcolocate_receiver import (
-    COMMAND,
-    Copy,
-    Recorder,
-    _apply,
-    checksum,
-    differing,
-    open_handle,
-    receive,
-    views,
-)
+from tpcolocate.engine.channel import Channel
+from tpcolocate.groups import start_of, this_process
+from tpcolocate.in_server.tpcolocate_receiver import COMMAND, receive, sums
+from tpcolocate.in_server.tpcolocate_receiver.handles import device_uuid, open_handle
+from tpcolocate.in_server.tpcolocate_receiver.hook import _apply
+from tpcolocate.in_server.tpcolocate_receiver.plans import Plans, Program
+from tpcolocate.in_server.tpcolocate_receiver.sums import checksum, word_sum
+from tpcolocate.in_server.tpcolocate_receiver.watch import Copy, Recorder, differing, views
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(60)]
 
 CPU = torch.device("cpu")
 WORD = 8
-ROW = WORD * tpcolocate_receiver._ROW_WORDS
+ROW = WORD * sums._ROW_WORDS
 
 
 # --- checksum -------------------------------------------------------------------------------------------------------
@@ -431,16 +429,13 @@ def test_one_rework_does_not_spoil_the_tensors_beside_it():
 # --- plans ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(autouse=True)
-def no_plans(monkeypatch):
-    monkeypatch.setattr(tpcolocate_receiver, "_plans", {})
-
-
 def applied(model, tensors):
-    """(whether a plan was used, what could not be proven, what differs)."""
+    """(whether the loader was not needed, what could not be proven, what differs, elements read)."""
     flat, entries = bucket_of(tensors)
+    if not hasattr(model, "plans") or not model.plans.fit():
+        model.plans = Plans()
     with torch.no_grad():
-        copies, unsure, replayed = _apply(model, flat, entries)
+        copies, unsure, replayed = _apply(model, model.plans, flat, entries)
     wrong = differing([c for c in copies if c.entry not in unsure])
     return replayed, {entries[i][0] for i in unsure}, wrong, elements_read(copies, entries)
 
@@ -477,8 +472,6 @@ def test_a_plan_casts_as_the_loader_did():
     )
 )
 def test_any_layout_is_replayed_bit_by_bit(shapes):
-    tpcolocate_receiver._plans.clear()
-
     def tensors(seed):
         return {
             f"w{i}": (torch.randn(a, b, generator=torch.Generator().manual_seed(seed)) * 9).to(getattr(torch, dtype))
@@ -524,7 +517,7 @@ def test_a_parameter_that_is_gone_is_no_place_to_write_to():
     assert applied(model, sent(W, 2)) == (False, set(), set(), {})
 
 
-def test_every_layout_has_a_plan_of_its_own():
+def test_what_is_known_of_a_tensor_serves_any_bucket_it_comes_in():
     shapes = {"a": (4,), "b": (4,), "c": (8,)}
     model = model_of(plain, shapes)
 
@@ -535,16 +528,142 @@ def test_every_layout_has_a_plan_of_its_own():
         assert all(torch.equal(getattr(model, name), tensor) for name, tensor in tensors.items())
         return replayed
 
-    layouts = ["ab", "ba", "c", "abc", "a"]
-    assert [load(1, names) for names in layouts] == [False] * 5
+    layouts = ["ab", "ba", "bc", "abc", "a"]
+    assert [load(1, names) for names in layouts] == [False, True, False, True, True]
     assert [load(2, names) for names in layouts] == [True] * 5
 
 
-def test_models_do_not_share_plans():
-    one, other = model_of(plain, W), model_of(plain, W)
-    applied(one, sent(W, 1))
-    assert applied(other, sent(W, 2))[0] is False
-    assert torch.equal(one.w, sent(W, 1)["w"]) and torch.equal(other.w, sent(W, 2)["w"])
+def test_a_tensor_of_another_shape_or_dtype_is_learned_anew():
+    model = model_of(lambda model, name, tensor: model.w.data.view(-1)[: tensor.numel()].copy_(tensor.view(-1)), W)
+    first, other = sent(W, 1)["w"], sent({"w": (2, 8)}, 2)["w"]
+    assert [applied(model, {"w": tensor})[0] for tensor in (first, first, other, other, first.double())] == [
+        False, True, False, True, False,
+    ]  # fmt: skip
+
+
+def test_a_constant_below_a_copy_is_written_before_it_and_only_with_its_tensor():
+    """A loader that clears the whole parameter first: made again for another tensor, it would wipe this one out."""
+
+    def load(model, name, tensor):
+        parameter = getattr(model, name)
+        parameter.data.zero_()
+        parameter.data[: len(tensor)].copy_(tensor)
+
+    shapes = {"a": (4, 2), "b": (4, 2)}
+    model = model_of(load, {"a": (6, 2), "b": (6, 2)})
+    applied(model, sent(shapes, 1))
+    model.a.data.fill_(7)
+    replayed, *_ = applied(model, {"b": sent(shapes, 2)["b"]})
+    assert replayed and torch.equal(model.b[:4], sent(shapes, 2)["b"]) and not model.b[4:].any()
+    assert (model.a == 7).all()
+
+
+def test_a_constant_below_the_copies_of_two_tensors_makes_both_the_loaders():
+    def load(model, name, tensor):
+        if name == "q":
+            model.qkv.data.zero_()
+        fused(model, name, tensor)
+
+    send = {"q": (4, 3), "k": (2, 3), "v": (2, 3)}
+    model, stock = model_of(load, {"qkv": (8, 3)}), model_of(load, {"qkv": (8, 3)})
+    for seed in range(2):
+        assert applied(model, sent(send, seed))[0] is False
+        stock.load_weights(sent(send, seed).items())
+        assert bits(model) == bits(stock)
+
+
+def test_a_quantised_parameter_is_refused_in_words():
+    model = Model(lambda m, n, t: m.w.data.copy_(t), w=torch.zeros(4, 4, dtype=torch.float8_e4m3fn))
+    with pytest.raises(RuntimeError, match="w is torch.float32 and went into a parameter of torch.float8_e4m3fn"):
+        applied(model, sent(W))
+
+
+def test_parameters_that_nothing_was_copied_into_are_told():
+    shapes = {"a": (4, 3), "b": (6, 4), "c": (4, 4), "d": (3,)}
+
+    def load(model, name, tensor):
+        if name == "b":
+            padded_into(model.b, tensor)
+        elif name == "c":
+            model.c.data[:, :2].copy_(tensor)
+        else:
+            plain(model, name, tensor)
+
+    def padded_into(parameter, tensor):
+        parameter.data[: len(tensor)].copy_(tensor)
+        parameter.data[len(tensor) :].fill_(0)
+
+    model = model_of(load, shapes)
+    applied(model, sent({"a": (4, 3), "b": (4, 4), "c": (4, 2)}))
+    assert model.plans.unwritten(model) == ["c", "d"], "half of c, and nothing of d"
+
+
+# --- programs -------------------------------------------------------------------------------------------------------
+
+
+def test_a_program_copies_parts_out_of_regions_and_sums_up_what_arrived():
+    model = model_of(plain, {"a": (4, 6), "b": (3,)})
+    tensors = sent({"a": (4, 6), "b": (3,)}, 1)
+    applied(model, tensors)
+    new = sent({"a": (4, 6), "b": (3,)}, 2)
+    # the upper half of a lies in columns of one region, the lower half and b in another
+    left = torch.zeros(4, 8)
+    left[:2, 1:7] = new["a"][:2]
+    right = torch.cat([new["a"][2:].reshape(-1), new["b"]])
+    pieces = [
+        ["a", 0, [0, 0], [2, 6], "left", 4, "float32", [8, 1]],
+        ["a", 0, [2, 0], [2, 6], "right", 0, "float32", [6, 1]],
+        ["b", 0, None, None, "right", 48, "float32", [1]],
+    ]
+    regions = {"left": left.view(-1).view(torch.uint8), "right": right.view(torch.uint8)}
+    program = Program(pieces, model.plans)
+    for keep in (True, True, False):
+        model.a.data.zero_(), model.b.data.zero_()
+        found, _ = program.run(model.plans, regions, keep=keep)
+        assert torch.equal(model.a, new["a"]) and torch.equal(model.b, new["b"])
+        assert found == [int(word_sum(part)) for part in (new["a"][:2], new["a"][2:], new["b"])]
+
+
+def test_a_program_writes_the_loaders_constants_again():
+    model = model_of(padded, {"w": (6, 4)})
+    applied(model, sent(W, 1))
+    model.w.data.fill_(9)
+    new = sent(W, 2)["w"]
+    program = Program([["w", 0, None, None, "r", 0, "float32", [4, 1]]], model.plans)
+    program.run(model.plans, {"r": new.view(-1).view(torch.uint8)}, keep=False)
+    assert torch.equal(model.w[:4], new) and not model.w[4:].any()
+
+
+# --- sums of words --------------------------------------------------------------------------------------------------
+
+
+@given(
+    st.lists(st.integers(1, 9), min_size=0, max_size=3),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.int8, torch.float64, torch.bool]),
+    st.integers(0, 2**31),
+)
+def test_a_sum_of_words_is_the_same_however_the_memory_lies(shape, dtype, seed):
+    generator = torch.Generator().manual_seed(seed)
+    values = (torch.randn(shape, generator=generator) * 99).to(dtype)
+    wide = torch.zeros([*shape[:-1], 64] if shape else [64], dtype=dtype)
+    inside = wide[..., 8 : 8 + shape[-1]] if shape else wide[8]
+    inside.copy_(values)
+    odd = torch.zeros(values.numel() + 1, dtype=dtype)[1:].view(shape)
+    odd.copy_(values)
+    expected = int(word_sum(values.clone()))
+    assert int(word_sum(inside)) == int(word_sum(odd)) == expected
+    if values.numel() > 1 and len(shape) > 1:
+        turned = values.transpose(0, 1).contiguous().transpose(0, 1)
+        assert int(word_sum(turned)) == expected
+
+
+@given(st.integers(1, 300), st.integers(0, 2**31), st.floats(0, 1, exclude_max=True))
+def test_a_flipped_bit_changes_a_sum_of_words(size, seed, where):
+    data = random_bytes(size, seed)
+    before = int(word_sum(data))
+    bit = int(where * size * 8)
+    data[bit // 8] ^= 1 << bit % 8
+    assert int(word_sum(data)) != before
 
 
 # --- reading back ---------------------------------------------------------------------------------------------------
@@ -577,37 +696,81 @@ def test_extremes_are_compared_exactly(value):
 # --- the hook -------------------------------------------------------------------------------------------------------
 
 
-def hand_over(model, job, tmp_path):
-    """Calls the hook as SGLang does; (the reply or None, files in the folder)."""
-    data = job if isinstance(job, bytes) else json.dumps(job).encode()
-    tensor = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
-    receive(model, [(COMMAND, tensor)])
-    reply = tmp_path / "reply.json"
-    answer = json.loads(reply.read_text()) if reply.exists() else None
-    return answer, sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".safetensors")
+def opening(path, **changes):
+    """What SGLang hands to the hook for a session of one TP worker."""
+    job = {
+        "session": ipc_payload.new_session(), "endpoint": f"ipc://{path}", "peer": list(this_process()),
+        "for": 0, "tp_rank": 0, "tp_size": 1, "timeout_s": 30.0, **changes,
+    }  # fmt: skip
+    return [(COMMAND, torch.frombuffer(bytearray(json.dumps(job).encode()), dtype=torch.uint8))]
 
 
-def load_job(tmp_path, tensors, **changes):
+class Session:
+    """The trainer's end of a session with a model in this process."""
+
+    def __init__(self, model, tmp_path, **changes):
+        path = tmp_path / "s.sock"
+        self.channel = Channel(path, tp_size=1, request=lambda: receive(model, opening(path, **changes)))
+        self.numbers = iter(range(1000))
+        self.rank = changes.get("tp_rank", 0)
+
+    def __enter__(self):
+        self.greeting = self.channel.greet(timeout_s=20)[self.rank]
+        return self
+
+    def __exit__(self, *exc):
+        self.channel.finish()
+
+    def ask(self, command):
+        number = next(self.numbers)
+        self.channel.post({self.rank: {"for": self.rank, **command}}, number)
+        return self.channel.collect(number, timeout_s=20)[self.rank]
+
+
+def load_command(tmp_path, tensors, **changes):
     """A bucket in a file, which any number of loads may read."""
     flat, entries = bucket_of(tensors)
     handle = ipc_payload.write_file(flat, tmp_path / "bucket.safetensors")
-    return {
-        "do": "load", "tp_rank": 1, "tp_size": 2, "handle": handle, "entries": entries, "number": 0,
-        "checksum": list(checksum(flat)), "reply": str(tmp_path / "reply.json"), **changes,
-    }  # fmt: skip
+    return {"do": "load", "handle": handle, "entries": entries, "checksum": list(checksum(flat)), **changes}
+
+
+def test_a_session_says_who_is_there_and_remembers_from_one_to_the_next(tmp_path):
+    model = model_of(plain, W)
+    seen = []
+    for seed in range(3):
+        with Session(model, tmp_path) as session:
+            assert session.greeting["error"] is None and session.greeting["uuid"] == device_uuid()
+            seen.append((session.greeting["plans"], session.ask(load_command(tmp_path, sent(W, seed)))["replayed"]))
+        if seed == 1:
+            model.w.data = model.w.data.clone()
+    assert [replayed for _, replayed in seen] == [False, True, False], "the parameter has moved"
+    assert seen[0][0] == seen[1][0] != seen[2][0]
+    assert os.listdir(tmp_path) == ["bucket.safetensors"], "the socket is gone"
 
 
 def test_a_load_is_answered_in_full(tmp_path):
     model = model_of(plain, {"a": (3, 5), "b": (7,)})
     for seed in range(2):
         tensors = sent({"a": (3, 5), "b": (7,)}, seed)
-        answer, files = hand_over(model, load_job(tmp_path, tensors), tmp_path)
+        with Session(model, tmp_path) as session:
+            answer = session.ask(load_command(tmp_path, tensors))
         assert answer.pop("seconds") > 0 and set(answer.pop("phases")) == {"open", "check", "load", "compare"}
+        learned = {"a": [[0, [3, 5], [5, 1], "float32"]], "b": [[0, [7], [1], "float32"]]}
         assert answer == {
-            "tp_rank": 1, "error": None, "opened": True, "differing": [], "unproven": [], "read": {"a": 15, "b": 7}, "replayed": seed == 1,
+            "tp_rank": 0, "number": 0, "error": None, "opened": True, "differing": [], "unproven": [],
+            "read": {"a": 15, "b": 7}, "replayed": seed == 1, **({"learned": learned} if seed == 0 else {}),
         }  # fmt: skip
-        assert files == ["reply.json"]
         assert all(torch.equal(getattr(model, name), tensor) for name, tensor in tensors.items())
+
+
+def test_only_what_can_be_made_again_counts_as_learned(tmp_path):
+    def load(model, name, tensor):
+        (cast_first if name == "w" else plain)(model, name, tensor)
+
+    with Session(model_of(load, {**W, "a": (2,)}), tmp_path) as session:
+        answer = session.ask(load_command(tmp_path, sent({**W, "a": (2,)})))
+        assert set(answer["learned"]) == {"a"} and answer["unproven"] == ["w"]
+        assert session.ask({"do": "survey"})["unwritten"] == ["w"]
 
 
 def test_what_cannot_be_proven_and_what_is_skipped_are_in_the_reply(tmp_path):
@@ -615,7 +778,8 @@ def test_what_cannot_be_proven_and_what_is_skipped_are_in_the_reply(tmp_path):
         if name == "w":
             cast_first(model, name, tensor)
 
-    answer, _ = hand_over(model_of(load, W), load_job(tmp_path, sent({"w": (4, 4), "gone": (3,)})), tmp_path)
+    with Session(model_of(load, W), tmp_path) as session:
+        answer = session.ask(load_command(tmp_path, sent({"w": (4, 4), "gone": (3,)})))
     assert (answer["error"], answer["unproven"], answer["read"]) == (None, ["w"], {})
 
 
@@ -629,7 +793,8 @@ def test_a_parameter_that_is_changed_by_the_loaders_end_is_in_the_reply(tmp_path
         model.w.data.numpy()[0, 0] += 1
 
     model.load_weights = load_and_spoil
-    answer, _ = hand_over(model, load_job(tmp_path, sent(W)), tmp_path)
+    with Session(model, tmp_path) as session:
+        answer = session.ask(load_command(tmp_path, sent(W)))
     assert (answer["error"], answer["differing"]) == (None, ["w"])
 
 
@@ -637,17 +802,62 @@ def test_a_parameter_that_is_changed_by_the_loaders_end_is_in_the_reply(tmp_path
 def test_memory_that_is_not_the_trainers_is_refused_before_a_parameter_is_touched(tmp_path, action):
     model = model_of(plain, W)
     before = bits(model)
-    answer, files = hand_over(model, load_job(tmp_path, sent(W), do=action, checksum=[1, 2]), tmp_path)
+    with Session(model, tmp_path) as session:
+        answer = session.ask(load_command(tmp_path, sent(W), do=action, checksum=[1, 2]))
     assert answer["opened"] and answer["error"].startswith("RuntimeError: ")
-    assert bits(model) == before and files == ["reply.json"]
+    assert bits(model) == before
 
 
 def test_a_probe_opens_and_loads_nothing(tmp_path):
     model = model_of(plain, W)
     before = bits(model)
-    answer, _ = hand_over(model, load_job(tmp_path, sent(W), do="probe"), tmp_path)
-    assert (answer["error"], answer["opened"], answer["uuid"]) == (None, True, tpcolocate_receiver.device_uuid())
+    with Session(model, tmp_path) as session:
+        answer = session.ask(load_command(tmp_path, sent(W), do="probe"))
+    assert (answer["error"], answer["opened"], answer["uuid"]) == (None, True, device_uuid())
     assert bits(model) == before
+
+
+def test_regions_are_mapped_run_and_let_go(tmp_path):
+    model = model_of(plain, W)
+    ledger = ipc_payload.Ledger(rank=0)
+    lent, staged_one = staged(torch.zeros(64, dtype=torch.uint8)), staged(torch.zeros(64, dtype=torch.uint8))
+    handles = {
+        "loan0": ledger.export(lent, tp_rank=0, bucket=0),
+        "stage0": ledger.export(staged_one, tp_rank=0, bucket=1),
+    }
+    with Session(model, tmp_path) as session:
+        session.ask(load_command(tmp_path, sent(W)))
+        programs = [
+            [key, [["w", 0, None, None, region, 0, "float32", [4, 1]]]]
+            for key, region in (("k/direct", "loan0"), ("k/0", "stage0"))
+        ]
+        answer = session.ask({"do": "run", "map": [[n, h.describe()] for n, h in handles.items()], "define": programs})
+        assert answer["error"] is None and answer["mapped"] == ["loan0", "stage0"]
+        for key, memory in (("k/direct", lent), ("k/0", staged_one)):
+            new = sent(W, 3)["w"] if key == "k/0" else sent(W, 4)["w"]
+            memory.copy_(new.view(-1).view(torch.uint8))
+            answer = session.ask({"do": "run", "program": key, "keep": key == "k/direct"})
+            assert answer["error"] is None and torch.equal(model.w, new)
+            assert answer["sums"] == [int(word_sum(new))]
+    assert (handles["loan0"].count(), handles["stage0"].count()) == (1, 0), "what is lent stays, what is staged goes"
+    with Session(model, tmp_path) as session:
+        lent.copy_(sent(W, 5)["w"].view(-1).view(torch.uint8))
+        assert session.ask({"do": "run", "program": "k/direct", "keep": True})["error"] is None
+        assert torch.equal(model.w, sent(W, 5)["w"])
+        assert session.ask({"do": "run", "release": ["loan0", "never"]})["error"] is None
+        assert handles["loan0"].count() == 0
+        assert "KeyError" in session.ask({"do": "run", "program": "k/direct", "keep": True})["error"]
+    assert ledger.reclaim() == []
+
+
+def test_parameters_that_move_inside_a_session_are_not_written_through(tmp_path):
+    model = model_of(plain, W)
+    with Session(model, tmp_path) as session:
+        session.ask(load_command(tmp_path, sent(W)))
+        session.ask({"do": "run", "define": [["k", [["w", 0, None, None, "r", 0, "float32", [4, 1]]]]]})
+        model.w.data = torch.zeros(4, 4)
+        assert "moved" in session.ask({"do": "run", "program": "k", "keep": True})["error"]
+    assert not model.w.any()
 
 
 def raising(error):
@@ -660,11 +870,11 @@ def raising(error):
 @pytest.mark.parametrize("error", [ValueError("bad"), RuntimeError("shape"), AssertionError("x"), KeyError("name"), SystemExit(3), KeyboardInterrupt()],
                          ids=lambda error: type(error).__name__)  # fmt: skip
 def test_a_loader_that_fails_does_not_take_the_worker_down(tmp_path, error):
-    model = model_of(raising(error), W)
-    for _ in range(2):  # nothing of a failed load is learned
-        answer, files = hand_over(model, load_job(tmp_path, sent(W)), tmp_path)
-        assert answer["error"] == f"{type(error).__name__}: {error}" and "in load" in answer["traceback"]
-        assert answer["opened"] and files == ["reply.json"]
+    with Session(model_of(raising(error), W), tmp_path) as session:
+        for _ in range(2):  # nothing of a failed load is learned
+            answer = session.ask(load_command(tmp_path, sent(W)))
+            assert answer["error"] == f"{type(error).__name__}: {error}" and "in load" in answer["traceback"]
+            assert answer["opened"]
 
 
 JUNK = [
@@ -683,40 +893,35 @@ JUNK = [
 ]
 
 
-@pytest.mark.parametrize("field", ["do", "handle", "entries", "checksum"])
+@pytest.mark.parametrize("field", ["do", "for", "handle", "entries", "checksum"])
 def test_junk_in_any_field_is_told_and_never_raised(tmp_path, field):
-    for junk in JUNK:
-        model = model_of(plain, W)
-        before = bits(model)
-        answer, files = hand_over(model, load_job(tmp_path, sent(W), **{field: junk}), tmp_path)
-        if field == "entries" and junk in ("", [], {}):
-            assert answer["error"] is None and answer["read"] == {}, "an empty bucket is one"
-        else:
-            assert answer["error"] and answer["traceback"], junk
-        assert bits(model) == before and files == ["reply.json"]
-        (tmp_path / "reply.json").unlink()
-
-
-@pytest.mark.parametrize("field", ["do", "tp_rank", "handle", "entries", "checksum"])
-def test_a_missing_field_is_told(tmp_path, field):
-    job = load_job(tmp_path, sent(W))
-    del job[field]
-    answer, files = hand_over(model_of(plain, W), job, tmp_path)
-    assert answer["error"] == f"KeyError: '{field}'" and files == ["reply.json"]
-
-
-@pytest.mark.parametrize("junk", [None, 0, "", [], {}, "/nowhere/reply.json", "\0"])
-def test_a_reply_that_cannot_be_written_is_missed_by_the_trainer_and_not_raised(tmp_path, monkeypatch, junk):
-    monkeypatch.chdir(tmp_path)
     model = model_of(plain, W)
-    assert hand_over(model, load_job(tmp_path, sent(W), reply=junk), tmp_path) == (None, [])
+    before = bits(model)
+    with Session(model, tmp_path) as session:
+        for junk in JUNK:
+            answer = session.ask(load_command(tmp_path, sent(W), **{field: junk}))
+            if field == "entries" and junk in ("", [], {}):
+                assert answer["error"] is None and answer["read"] == {}, "an empty bucket is one"
+            elif field == "for" and junk == 0:
+                assert answer["error"] is None
+                before = bits(model)
+            else:
+                assert answer["error"] and answer["traceback"], junk
+            assert bits(model) == before
 
 
-@pytest.mark.parametrize(
-    "job", [b"", b"{", b"\xff\xfe", b"null", b"[]", b"3", b'"x"', b"{}", b'{"reply": 3}', b'{"tp_rank": 0}']
-)
-def test_a_command_that_is_none_is_not_raised(tmp_path, job):
-    assert hand_over(model_of(plain, W), job, tmp_path) == (None, [])
+@pytest.mark.parametrize("field", ["handle", "entries", "checksum"])
+def test_a_missing_field_is_told(tmp_path, field):
+    command = load_command(tmp_path, sent(W))
+    del command[field]
+    with Session(model_of(plain, W), tmp_path) as session:
+        assert session.ask(command)["error"] == f"KeyError: '{field}'"
+
+
+@pytest.mark.parametrize("job", [b"", b"{", b"\xff\xfe", b"null", b"[]", b"3", b'"x"', b"{}", b'{"session": 3}'])
+def test_a_command_that_is_none_is_not_raised(job):
+    data = torch.frombuffer(bytearray(job), dtype=torch.uint8) if job else torch.empty(0, dtype=torch.uint8)
+    receive(model_of(plain, W), [(COMMAND, data)])
 
 
 @pytest.mark.parametrize("named_tensors", [[], [("other", torch.zeros(3))], None, [(COMMAND, None)]])
@@ -724,18 +929,37 @@ def test_no_command_at_all_is_not_raised(named_tensors):
     receive(model_of(plain, W), named_tensors)
 
 
-def test_a_reply_is_complete_or_not_there(tmp_path, monkeypatch):
-    """Whoever looks for it while it is being written finds nothing, and never a part."""
-    seen = []
-    replace = os.replace
+def test_a_second_model_in_the_worker_does_not_take_part(tmp_path):
+    """A draft model's runner gets the same request: it must not open what the target's has opened."""
+    draft = model_of(plain, W)
+    before = bits(draft)
+    with Session(model_of(plain, W), tmp_path, session="once") as session:
+        receive(draft, opening(tmp_path / "s.sock", session="once"))
+        session.ask(load_command(tmp_path, sent(W)))
+    assert bits(draft) == before
 
-    def look(source, target):
-        seen.append((os.path.exists(target), json.loads(Path(source).read_text())))
-        replace(source, target)
 
-    monkeypatch.setattr(tpcolocate_receiver.os, "replace", look)
-    answer, files = hand_over(model_of(plain, W), load_job(tmp_path, sent(W)), tmp_path)
-    assert seen == [(False, answer)] and files == ["reply.json"]
+@pytest.mark.parametrize("gone", ["the socket", "the process", "the time"])
+def test_a_trainer_that_is_gone_does_not_keep_the_worker(tmp_path, gone):
+    path = tmp_path / "s.sock"
+    changes = {"the process": {"peer": list(this_process())}, "the time": {"timeout_s": 0.3}}.get(gone, {})
+    if gone == "the process":
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        child.start()
+        changes = {"peer": [child.pid, start_of(child.pid)]}
+    worker = threading.Thread(target=receive, args=(model_of(plain, W), opening(path, **changes)))
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as socket:
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.bind(f"ipc://{path}")
+        worker.start()
+        assert socket.poll(20_000), "it has come"
+        if gone == "the socket":
+            path.unlink()
+        if gone == "the process":
+            child.kill()
+            child.join()
+        worker.join(20)
+        assert not worker.is_alive()
 
 
 @pytest.mark.parametrize(
@@ -747,12 +971,21 @@ def test_a_payload_that_reached_another_worker_is_told(tmp_path, monkeypatch, ra
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
     model = model_of(plain, W)
     before = bits(model)
-    answer, _ = hand_over(model, load_job(tmp_path, sent(W), tp_rank=tp_rank, tp_size=tp_size), tmp_path)
+    with Session(model, tmp_path, tp_rank=tp_rank, tp_size=tp_size, **{"for": tp_rank}) as session:
+        answer = session.ask(load_command(tmp_path, sent(W)))
     if right:
-        assert answer["error"] is None
+        assert session.greeting["error"] is answer["error"] is None
     else:
-        assert answer["error"] == f"RuntimeError: the payload of TP rank {tp_rank} reached TP rank {rank % tp_size}"
+        told = f"RuntimeError: the payload of TP rank {tp_rank} reached TP rank {rank % tp_size}"
+        assert session.greeting["error"] == answer["error"] == told
         assert not answer["opened"] and bits(model) == before, "the handle is not even opened"
+
+
+def test_a_command_for_another_worker_is_told(tmp_path):
+    model = model_of(plain, W)
+    with Session(model, tmp_path) as session:
+        answer = session.ask(load_command(tmp_path, sent(W), **{"for": 1}))
+    assert answer["error"] == "RuntimeError: the payload of TP rank 1 reached TP rank 0" and not answer["opened"]
 
 
 # --- handles, opened in another process -----------------------------------------------------------------------------
@@ -762,8 +995,8 @@ def worker_main(pipe):
     """A TP worker: opens what it is told to, by the receiver alone."""
     model = model_of(plain, W)
     while (job := pipe.recv()) is not None:
-        if "reply" in job:
-            receive(model, [(COMMAND, torch.frombuffer(bytearray(json.dumps(job).encode()), dtype=torch.uint8))])
+        if "endpoint" in job:
+            receive(model, opening(**job))
             pipe.send(model.w.tolist())
             continue
         try:
@@ -834,18 +1067,29 @@ def test_what_does_not_open_is_an_error_in_the_worker_and_leaves_the_handle_alon
     ledger.reclaim()
 
 
+def session_with(worker, tmp_path, command):
+    """One command in a session with a worker in another process: its answer, and what its parameter holds after it."""
+    path = tmp_path / "s.sock"
+    held = []
+    channel = Channel(
+        path, tp_size=1, request=lambda: held.append(worker({"path": str(path), "endpoint": f"ipc://{path}"}))
+    )
+    channel.greet(timeout_s=30)
+    channel.post({0: {"for": 0, **command}}, 0)
+    answer = channel.collect(0, timeout_s=30)[0]
+    channel.finish()
+    return answer, held[0]
+
+
 def test_a_load_over_shared_memory_gives_the_handle_back_before_it_is_acknowledged(worker, tmp_path):
     for seed in range(3):
         tensors = sent(W, seed)
         flat, entries = bucket_of(tensors)
         ledger = ipc_payload.Ledger(rank=0)
         handle = ledger.export(staged(flat), tp_rank=0, bucket=0)
-        reply = tmp_path / f"{seed}.json"
-        assert (
-            worker(load_job(tmp_path, tensors, handle=handle.describe(), entries=entries, reply=str(reply)))
-            == tensors["w"].tolist()
-        )
-        answer = json.loads(reply.read_text())
+        command = load_command(tmp_path, tensors, handle=handle.describe(), entries=entries)
+        answer, weights = session_with(worker, tmp_path, command)
+        assert weights == tensors["w"].tolist()
         assert (answer["error"], answer["replayed"], answer["read"]) == (None, seed > 0, {"w": 16})
         assert handle.count() == 0
         assert ledger.reclaim() == []
@@ -856,6 +1100,8 @@ def test_a_load_that_fails_gives_the_handle_back_too(worker, tmp_path):
     flat, entries = bucket_of(tensors)
     ledger = ipc_payload.Ledger(rank=0)
     handle = ledger.export(staged(flat), tp_rank=0, bucket=0)
-    worker(load_job(tmp_path, tensors, handle=handle.describe(), entries=entries))
-    assert "nowhere" in json.loads((tmp_path / "reply.json").read_text())["error"]
+    answer, _ = session_with(
+        worker, tmp_path, load_command(tmp_path, tensors, handle=handle.describe(), entries=entries)
+    )
+    assert "nowhere" in answer["error"]
     assert handle.count() == 0 and ledger.reclaim() == []

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from tpcolocate import ipc_payload
 from tpcolocate.errors import ConfigError
 from tpcolocate.weights.delivery import PAYLOADS, TRANSPORTS
+from tpcolocate.weights.options import SyncOptions
 from tpcolocate.weights.source import Weights
-from tpcolocate.weights.sync import SyncOptions, buckets
+from tpcolocate.weights.sync_run import buckets
 
 pytestmark = pytest.mark.quick
 

@@ -24,6 +24,7 @@ import base64
 import inspect
 import json
 import pickle
+import secrets
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -108,7 +109,11 @@ class Handle(ABC):
 
     def __init__(self, storage: torch.UntypedStorage) -> None:
         # The exporter keeps the memory alive until the reader has let go.
-        self.storage = storage
+        self.storage: torch.UntypedStorage | None = storage
+
+    def drop_storage(self) -> None:
+        """Keep no reference to the memory: whoever lends it for long does not decide how long it lives."""
+        self.storage = None
 
     @abstractmethod
     def reduced(self) -> _Reduced:
@@ -147,6 +152,9 @@ class CpuHandle(Handle):
         # The reader's rebuild takes this one over; what is left is the producer's own mapping.
         storage._shared_incref()
 
+    def drop_storage(self) -> None:
+        """The file is gone with its last mapping, and `reclaim` needs this one."""
+
     def reduced(self) -> _Reduced:
         untyped = _Reduced(
             reductions.rebuild_storage_filename, torch.UntypedStorage, self.manager, self.name, self.num_bytes
@@ -168,11 +176,15 @@ class CpuHandle(Handle):
     def reclaim(self) -> None:
         count = self.count()
         for _ in range(max(count, 0)):
+            assert self.storage is not None
             self.storage._shared_decref()
 
 
 class CudaHandle(Handle):
-    """CUDA IPC; the receiving side finds the device by UUID, so indices need not agree."""
+    """CUDA IPC; the receiving side finds the device by UUID, so indices need not agree.
+
+    torch keeps exported memory by itself (CudaIPCSentData) until the counter says that nobody reads it.
+    """
 
     def __init__(self, storage: torch.UntypedStorage) -> None:
         super().__init__(storage)
@@ -277,7 +289,11 @@ def export(flat: torch.Tensor) -> Handle:
     Args:
         flat: From `allocate`; one-dimensional uint8 starting at the beginning of its storage.
     """
-    storage = flat.untyped_storage()
+    return export_storage(flat.untyped_storage())
+
+
+def export_storage(storage: torch.UntypedStorage) -> Handle:
+    """Export any storage to one reader; on a CPU it moves into shared memory if it is not there yet."""
     return CpuHandle(storage) if storage.device.type == "cpu" else CudaHandle(storage)
 
 
@@ -311,6 +327,11 @@ def command(job: Mapping[str, Any]) -> str:
     """
     data = torch.frombuffer(bytearray(json.dumps(job).encode()), dtype=torch.uint8)
     return base64.b64encode(pickle.dumps([(COMMAND, data)], protocol=4)).decode()
+
+
+def new_session() -> str:
+    """A name for a sync that no other has."""
+    return secrets.token_hex(8)
 
 
 def described(entries: Sequence[Entry]) -> list[list[Any]]:
@@ -499,7 +520,9 @@ __all__ = [
     "command",
     "described",
     "export",
+    "export_storage",
     "layout",
+    "new_session",
     "payload",
     "view",
     "write_file",

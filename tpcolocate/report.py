@@ -14,12 +14,17 @@ class RankReport:
 
     Attributes:
         rank: Global rank.
-        seconds: Seconds per phase: ``prepare`` (checks and agreement), ``preflight`` (where one was made), ``gather``
-            (full tensors into the bucket), ``export`` (checksums and handles), ``push`` (the engine's requests, waited
-            for by every rank), ``settle`` (until the engine let go of the handles), ``finish`` (flush, version).
-        num_exported: Handles this rank exported.
-        num_returned: Handles it saw come back; equal to `num_exported` after a good sync.
+        seconds: Seconds per phase: ``prepare`` (checks and agreement), ``open`` (until the TP workers listen),
+            ``preflight`` (where one was made), ``lend`` and ``plan`` (where parts are moved), ``gather`` (weights into
+            staging memory), ``export`` (checksums and handles), ``push`` (the workers, waited for by every rank),
+            ``settle`` (until they let go of the handles), ``prove`` (comparison of what they hold), ``finish`` (flush,
+            version).
+        num_exported: Handles this rank exported for this sync.
+        num_returned: Handles of those that it saw come back; equal to `num_exported` after a good sync.
+        num_lent: Handles of this rank's own parameters that the engine keeps open from sync to sync.
         latest_return_s: Longest that a handle stayed out after the engine had answered, in seconds.
+        direct_bytes: What this rank's TP worker copied straight out of this rank's parameters.
+        staged_bytes: What went through this rank's staging memory.
         peak_extra_bytes: Most memory that the sync held at once on this rank's device on top of what was there
             before (staging and gathered tensors), as the allocator counts it; staging alone on a CPU.
         allocated_bytes: What this rank holds after the sync (the allocator's count; shared memory on a CPU).
@@ -29,7 +34,10 @@ class RankReport:
     seconds: dict[str, float]
     num_exported: int
     num_returned: int
+    num_lent: int
     latest_return_s: float
+    direct_bytes: int
+    staged_bytes: int
     peak_extra_bytes: int
     allocated_bytes: int
 
@@ -43,7 +51,7 @@ class SyncReport:
         weight_version: What the engine now reports with every generated sequence.
         num_bytes: Bytes of weights, counted once however many TP ranks read them.
         num_tensors: Tensors sent.
-        num_buckets: Requests they were sent in.
+        num_buckets: Commands they were sent in.
         seconds: From the call to its return on this rank.
         transport: ``"ipc"``, ``"file"`` or ``"stock"``.
         checked_against: Where the names and shapes came from that the weights were checked against.

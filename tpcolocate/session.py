@@ -27,10 +27,12 @@ import torch.distributed as dist
 from tpcolocate import devices, rendezvous, roles
 from tpcolocate._version import __version__
 from tpcolocate.engine.client import ServerClient
+from tpcolocate.engine.installed import find_installed
 from tpcolocate.engine.launch import (
     RECEIVER,
     ServerProcess,
     ServerSpec,
+    check_installed,
     child_environment,
     server_arguments,
     sglang_stub_needed,
@@ -129,6 +131,7 @@ def init(
         slice_index=index,
         device=place,
         job=members[0].facts["job"],
+        tp_ranks={r: tp_rank for of_slice in plan for tp_rank, r in enumerate(of_slice.ranks)},
         group=RankGroup([members[r] for r in mine.ranks], rank=rank, group=group, timeout_s=timeout_s),
         world=None if world is None else RankGroup(members, rank=rank, group=world, timeout_s=timeout_s),
         world_size=world_size,
@@ -252,6 +255,7 @@ class Colocation:
         slice_index: int,
         device: torch.device,
         job: str,
+        tp_ranks: Mapping[int, int],
         group: RankGroup,
         world: RankGroup | None,
         world_size: int,
@@ -268,6 +272,7 @@ class Colocation:
         self.visible_devices = roles.visible_devices
         self.job = job
         self._shared = roles.shared
+        self._tp_ranks = tp_ranks
         self._slice = group
         self._world = world
         self._engines: weakref.WeakSet[Engine] = weakref.WeakSet()
@@ -307,7 +312,7 @@ class Colocation:
             The engine, on every rank; a context manager that shuts it down.
 
         Raises:
-            ConfigError: Arguments that cannot work, or that differ between the ranks of the slice.
+            ConfigError: Arguments that cannot work, that the installed SGLang lacks, or that differ between the ranks.
             LaunchError, DeadlineError: The server did not come up; the log's tail is in the error.
             RankLostError: A rank of the slice died.
 
@@ -328,7 +333,8 @@ class Colocation:
             server=verbs,
             spec=result.spec,
             loader=RECEIVER,
-            reply_folder=self._reply_folder(order),
+            tp_ranks=self._tp_ranks,
+            folder=self._sync_folder(order),
             reader_is_alive=lambda: probe.is_listening(timeout_s=5.0) if server is None else not server.exited(),
         )
 
@@ -336,7 +342,7 @@ class Colocation:
             probe.close()
             if self.is_owner:
                 rendezvous.withdraw(path, order.nonce)
-                shutil.rmtree(self._reply_folder(order), ignore_errors=True)
+                shutil.rmtree(self._sync_folder(order), ignore_errors=True)
                 if log_path is None and server is not None:
                     server.remove_log()
 
@@ -375,6 +381,8 @@ class Colocation:
             version = saved_version(model)
             if version is not None:
                 arguments.setdefault("weight_version", version)
+            if self.is_owner:  # the environment that counts is the owner's
+                check_installed(arguments, find_installed({**os.environ, **env}))
         except BaseException as caught:
             error = caught
         order = _Order(model, arguments, env, secrets.token_hex(8))
@@ -398,7 +406,7 @@ class Colocation:
         error: BaseException | None = None
         try:
             spec = self._server_spec(order, path, log_path)
-            self._reply_folder(order).mkdir(mode=0o700)
+            self._sync_folder(order).mkdir(mode=0o700)
             server = ServerProcess.start(spec, health_timeout_s=health_timeout_s, heartbeat=beat)
             assert server.client is not None
             verbs = Verbs(server.client)
@@ -422,7 +430,7 @@ class Colocation:
             if server is not None:
                 server.stop()
             rendezvous.withdraw(path, order.nonce)
-            shutil.rmtree(self._reply_folder(order), ignore_errors=True)
+            shutil.rmtree(self._sync_folder(order), ignore_errors=True)
             raise
         if error is not None:
             raise error
@@ -491,11 +499,11 @@ class Colocation:
             log_path=Path(log_path) if log_path is not None else self._default_log_path(order),
             owner_pid=pid,
             owner_started=started,
-            unlink=(str(path), str(self._reply_folder(order))),
+            unlink=(str(path), str(self._sync_folder(order))),
         )
 
-    def _reply_folder(self, order: _Order) -> Path:
-        """Where the TP workers answer; private to this user, gone with the engine."""
+    def _sync_folder(self, order: _Order) -> Path:
+        """Where syncs have their sockets and files; private to this user, gone with the engine."""
         return Path("/dev/shm") / f"tpcolocate-{os.getuid()}-{self.job}-{order.nonce}"
 
     def _default_log_path(self, order: _Order) -> Path:

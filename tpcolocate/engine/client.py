@@ -15,7 +15,7 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlencode
@@ -62,10 +62,14 @@ class ServerClient:
     Args:
         url: ``http://host:port``.
         api_key: Sent as a bearer token.
+
+    Attributes:
+        check: Asked before every `post`, with the path and all names in body and query; raises what must not be sent.
     """
 
     def __init__(self, url: str, *, api_key: str | None = None) -> None:
         self.url = url
+        self.check: Callable[[str, Mapping[str, Any]], None] | None = None
         _quiet.add(url)
         self._closed = False
         logging.getLogger("httpx").addFilter(_quiet)
@@ -106,7 +110,9 @@ class ServerClient:
         timeout_s: float,
         params: Mapping[str, Any] | None = None,
     ) -> Any:
-        """POST JSON and return the JSON (or text) answer.  Raises as `get`."""
+        """POST JSON and return the JSON (or text) answer.  Raises as `get`, and what `check` raises."""
+        if self.check is not None:
+            self.check(path, {**({} if body is None else body), **({} if params is None else params)})
         return self._exchange("POST", path, {} if body is None else body, timeout_s=timeout_s, params=params)
 
     def _exchange(

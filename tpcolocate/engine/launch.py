@@ -7,6 +7,7 @@ theirs sends SIGQUIT to whoever called them.
 
 from __future__ import annotations
 
+import difflib
 import json
 import logging
 import os
@@ -26,6 +27,8 @@ from typing import Any
 from tqdm import tqdm
 
 from tpcolocate.engine.client import ServerClient
+from tpcolocate.engine.installed import Installed
+from tpcolocate.engine.releases import check_draft_model, other_spelling, release
 from tpcolocate.errors import ConfigError, DeadlineError, EngineError, LaunchError
 
 logger = logging.getLogger(__name__)
@@ -89,6 +92,8 @@ _MUST_BE_ONE = (
     "dcp_size",
     "decode_context_parallel_size",
     "dwdp_size",
+    "attn_dp_size",
+    "attention_data_parallel_size",
 )
 _QUANTISED = "a sync would write the trainer's values into quantised parameters"
 _NO_DRAFT = "the draft's weights are not synced, and no speculative algorithm has been tried under a sync"
@@ -157,6 +162,54 @@ def server_arguments(
     theirs = [] if theirs is None else [theirs] if isinstance(theirs, str) else theirs
     arguments["custom_weight_loader"] = list(dict.fromkeys([*theirs, RECEIVER]))
     return arguments
+
+
+def check_installed(arguments: Mapping[str, Any], installed: Installed | None) -> None:
+    """Refuses what the SGLang that would be started does not take, before anything is started.
+
+    Args:
+        arguments: From `server_arguments`.
+        installed: From `find_installed`.  What it cannot tell is left to the server.
+
+    Raises:
+        ConfigError: The release is too old, lacks an argument, or takes it and does nothing with it.
+    """
+    if installed is None:
+        return
+    row = None if installed.version is None else release(installed.version)
+    if (algorithm := arguments.get("speculative_algorithm")) is not None:
+        fields = installed.request_fields("UpdateWeightsFromTensorReqInput")
+        if fields is None and row is not None:
+            fields = frozenset(row.target_only())
+        if fields is not None:
+            check_draft_model(installed.name, algorithm, fields)
+    known = installed.arguments()
+    if known is None:
+        return
+    for name, value in arguments.items():
+        plain = name.replace("_", "-")
+        if plain not in known:
+            spelling = other_spelling(name, known)
+            if spelling is None:
+                close = difflib.get_close_matches(plain, known, n=3)
+                spelling = " or ".join(word.replace("-", "_") for word in close) if close else None
+            raise ConfigError(
+                f"{installed.name} has no argument {name} (launch got {name}={value!r})",
+                hint="see python -m sglang.launch_server --help"
+                if spelling is None
+                else f"this release has {spelling}",
+            )
+        if (unused := known[plain]) is not None:
+            spelling = other_spelling(name, known)
+            raise ConfigError(
+                f"{installed.name} takes {name} and does nothing with it; it says: {unused}",
+                hint="leave it out" if spelling is None else f"use {spelling}",
+            )
+        if value is False and f"no-{plain}" in known:
+            raise ConfigError(
+                f"{name}=False would leave {installed.name} at its default",
+                hint=f"pass no_{name}=True to switch it off",
+            )
 
 
 def to_argv(arguments: Mapping[str, Any]) -> list[str]:
@@ -568,6 +621,7 @@ def sglang_stub_needed() -> str | None:
 __all__ = [
     "ServerProcess",
     "ServerSpec",
+    "check_installed",
     "child_environment",
     "hold_port",
     "server_arguments",

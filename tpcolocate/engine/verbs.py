@@ -8,12 +8,15 @@ import pickle
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from tpcolocate import ipc_payload
+from tpcolocate.engine.channel import Channel
 from tpcolocate.engine.client import ServerClient
-from tpcolocate.engine.releases import Release, release
+from tpcolocate.engine.releases import Release, check_draft_model, release
 from tpcolocate.errors import (
     DeadlineError,
     EngineDeadError,
@@ -22,8 +25,11 @@ from tpcolocate.errors import (
     SyncError,
     TpColocateError,
 )
+from tpcolocate.groups import this_process
 
 _IDLE_POLL_S = 0.05
+# From the moment at which the workers leave a sync by themselves to SGLang's answer.
+_ANSWER_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +58,10 @@ class Verbs:
         self.client = client
         self.info: dict[str, Any] = client.get("/server_info", timeout_s=30.0)
         self.release: Release = release(str(self.info["version"]))
+        check_draft_model(
+            f"SGLang {self.release.version}", self.info.get("speculative_algorithm"), self.release.target_only()
+        )
+        client.check = self.release.check  # nothing that this release would drop is sent
         self.paused: str | None = None
         """How the user has paused generation; a sync then leaves it so."""
         self.cache_is_stale = False
@@ -133,9 +143,8 @@ class Verbs:
             "load_format": load_format,
             # A failing flush kills the server through 0.5.21; it is done once, afterwards.
             "flush_cache": False,
-            # Otherwise the draft model's runner opens the payload a second time.  Releases ignore the other's field.
-            "disable_draft_model": True,
-            "selector": "target",
+            # Otherwise the draft model's runner opens the payload a second time.
+            **self.release.target_only(),
         }
         try:
             self._done(self.client.post("/update_weights_from_tensor", body, timeout_s=timeout_s))
@@ -160,7 +169,7 @@ class Verbs:
             "dtypes": [dtype for _, _, dtype in weights],
             "group_name": group_name,
             "flush_cache": False,
-            "selector": "target",
+            **self.release.target_only("/update_weights_from_distributed"),
         }
         try:
             self._done(self.client.post("/update_weights_from_distributed", body, timeout_s=timeout_s))
@@ -168,6 +177,37 @@ class Verbs:
             raise SyncError(
                 f"the engine did not take the broadcast weights: {error.message}", url=self.client.url
             ) from error
+
+    def open_workers(self, path: Path, session: str, *, loader: str, tp_size: int, timeout_s: float) -> Channel:
+        """Reach our receiver in every TP worker, by one request that lasts as long as the sync.
+
+        Args:
+            path: Where the socket is to be, in a folder of this user alone.
+            session: A name that was never used before.
+            loader: Dotted name of the receiver.
+            tp_size: Number of workers.
+            timeout_s: For the whole sync, in seconds; the workers leave by themselves after it.
+        """
+        pid, started = this_process()
+        payloads = [
+            ipc_payload.command(
+                {
+                    "session": session,
+                    "endpoint": f"ipc://{path}",
+                    "peer": [pid, started],
+                    "for": tp_rank,
+                    "tp_rank": tp_rank,
+                    "tp_size": tp_size,
+                    "timeout_s": timeout_s,
+                }
+            )
+            for tp_rank in range(tp_size)
+        ]
+        return Channel(
+            path,
+            tp_size=tp_size,
+            request=lambda: self.push(payloads, load_format=loader, timeout_s=timeout_s + _ANSWER_S),
+        )
 
     def end_sync(self, version: str, *, timeout_s: float) -> None:
         """Close the session, publish the version, and let generation go on unless the user has paused it."""

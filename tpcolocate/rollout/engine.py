@@ -22,13 +22,15 @@ from tpcolocate.rollout.client import HEALTH_TIMEOUT_S, Health
 from tpcolocate.rollout.generation import GenerationCalls
 from tpcolocate.rollout.update_groups import UpdateGroupCalls
 from tpcolocate.weights.checkpoint import Checkpoint, CheckpointWriter, count_shards, save
+from tpcolocate.weights.options import SyncOptions
 from tpcolocate.weights.source import Source, Weights
 from tpcolocate.weights.spec import local_folder
-from tpcolocate.weights.sync import SyncOptions
 
 logger = logging.getLogger(__name__)
 
 _AT_ONCE_S = 5.0
+# SIGTERM, a bounded wait, SIGKILL: see ServerProcess.stop.
+_SERVER_ENDS_S = 40.0
 
 
 class Engine(AdapterCalls, UpdateGroupCalls, GenerationCalls):
@@ -54,6 +56,7 @@ class Engine(AdapterCalls, UpdateGroupCalls, GenerationCalls):
         transport: str = "auto",
         folder: str | os.PathLike[str] | None = None,
         partial: bool = False,
+        parts: bool | None = None,
         timeout_s: float = 600.0,
     ) -> SyncReport:
         """Make the server speak with these weights.
@@ -74,6 +77,8 @@ class Engine(AdapterCalls, UpdateGroupCalls, GenerationCalls):
                 SGLang opens by itself; nothing is read back, and a failure kills the server.
             folder: Where files go; default: /dev/shm.
             partial: Permit that weights are missing; they stay as they are.
+            parts: Move only the parts of tensors that each TP worker reads, once the first sync has shown which, instead
+                of full tensors.  Default: on a CPU; on GPUs it has to be asked for.
             timeout_s: For the whole sync, in seconds.
 
         Returns:
@@ -105,6 +110,8 @@ class Engine(AdapterCalls, UpdateGroupCalls, GenerationCalls):
                     transport=transport,
                     partial=partial,
                     folder=None if folder is None else Path(folder),
+                    # Not yet measured on GPUs.
+                    parts=self._sync.device.type == "cpu" if parts is None else parts,
                 )
             report = self._sync.run(
                 model_or_named_tensors,
@@ -209,6 +216,7 @@ class Engine(AdapterCalls, UpdateGroupCalls, GenerationCalls):
                 self._verbs.wait_idle(timeout_s=timeout_s)
                 self._verbs.release_memory(chosen, timeout_s=timeout_s)
 
+        self._sync.call_back(timeout_s=timeout_s)
         self._on_owner("sleep", act, timeout_s=timeout_s)
         self._state = after
 
@@ -225,6 +233,7 @@ class Engine(AdapterCalls, UpdateGroupCalls, GenerationCalls):
             if chosen and self._verbs is not None:
                 self._verbs.resume_memory(chosen, timeout_s=timeout_s)
 
+        self._sync.call_back(timeout_s=timeout_s)
         self._on_owner("wake", act, timeout_s=timeout_s)
         self._state = after
 
@@ -263,22 +272,29 @@ class Engine(AdapterCalls, UpdateGroupCalls, GenerationCalls):
         if self._state.closed or os.getpid() != self._pid:
             return
         self._state = self._state.shut_down()
+        wait = wait and self._came("shut the engine down", timeout_s)
         try:
-            if wait:
-                try:
-                    self._group.all_gather(None, what="shut the engine down", timeout_s=timeout_s)
-                except RankLostError as error:
-                    logger.warning("shutting down without the others: %s", error)
+            if self._server is not None:
+                self._server.stop()
         finally:
-            try:
-                if self._server is not None:
-                    self._server.stop()
-            finally:
-                self.close()
-                lost = self._sync.close()
-                if lost:
-                    logger.warning("reclaimed handles that the engine never gave back: %s", "; ".join(map(str, lost)))
-                self._on_shutdown()
+            if wait:
+                # Not before the server is gone: a counter that is set right while somebody still reads would drop below
+                # zero when that reader lets go.
+                self._came("end the server", timeout_s + _SERVER_ENDS_S)
+            self.close()
+            lost = self._sync.close(timeout_s=0.0 if self._server is not None else _SERVER_ENDS_S)
+            if lost:
+                logger.warning("reclaimed handles that the engine never gave back: %s", "; ".join(map(str, lost)))
+            self._on_shutdown()
+
+    def _came(self, what: str, timeout_s: float) -> bool:
+        """Wait for the other ranks; False if one of them does not come."""
+        try:
+            self._group.all_gather(None, what=what, timeout_s=timeout_s)
+            return True
+        except RankLostError as error:
+            logger.warning("shutting down without the others: %s", error)
+            return False
 
     def __enter__(self) -> Engine:
         return self

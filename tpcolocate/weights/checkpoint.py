@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from tpcolocate.errors import ConfigError
 from tpcolocate.weights.source import Weights, full_tensor
 from tpcolocate.weights.spec import safetensors_files
-from tpcolocate.weights.sync import buckets
+from tpcolocate.weights.sync_run import buckets
 
 VERSION_KEY = "weight_version"
 _INDEX = "model.safetensors.index.json"

@@ -5,8 +5,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,7 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from tpcolocate import ipc_payload
-from tpcolocate.in_server.tpcolocate_receiver import checksum
+from tpcolocate.in_server.tpcolocate_receiver.sums import checksum
 
 PAYLOADS = ("per_rank", "fan_out")
 """``per_rank``: each rank exports the memory of its own device.  ``fan_out``: the owner exports one copy per TP rank."""
@@ -23,8 +22,19 @@ TRANSPORTS = ("auto", "ipc", "file", "stock")
 opened by SGLang itself, unchecked.  ``auto``: ``ipc`` if a first small handle proves that it works, else ``file``."""
 
 _SHOWN = 5
-Replies = dict[int, dict[str, Any] | None]
-"""TP rank -> what its receiver wrote; None where nothing came."""
+Command = dict[str, Any]
+Replies = Mapping[int, dict[str, Any]]
+"""TP rank -> what its receiver answered."""
+
+
+class Workers(Protocol):
+    """The receivers in the TP workers, for the length of a sync; used on the owner only."""
+
+    def greet(self, *, timeout_s: float) -> dict[int, dict[str, Any]]: ...
+    def post(self, commands: Mapping[int, Command], number: int) -> None: ...
+    def collect(self, number: int, *, timeout_s: float) -> dict[int, dict[str, Any]]: ...
+    def finish(self) -> None: ...
+    def close(self) -> None: ...
 
 
 class WeightServer(Protocol):
@@ -33,6 +43,7 @@ class WeightServer(Protocol):
     def begin_sync(self, *, timeout_s: float) -> None: ...
     def cancel_sync(self, *, timeout_s: float) -> None: ...
     def push(self, payloads: Sequence[str], *, load_format: str, timeout_s: float) -> None: ...
+    def open_workers(self, path: Path, session: str, *, loader: str, tp_size: int, timeout_s: float) -> Workers: ...
     def end_sync(self, version: str, *, timeout_s: float) -> None: ...
 
 
@@ -45,6 +56,7 @@ class Verdict:
         problem: What is wrong, in words; None if nothing is.
         unproven: Tensors whose arrival cannot be read back.
         replayed: Whether every worker repeated known copies instead of running the engine's loader.
+        learned: TP rank -> tensor -> its copies, where the loader was watched; see `moves.reads_of`.
         worker_seconds: Step inside the workers -> seconds, the slowest worker's.
     """
 
@@ -52,6 +64,7 @@ class Verdict:
     problem: str | None = None
     unproven: tuple[str, ...] = ()
     replayed: bool = False
+    learned: dict[int, dict[str, Any]] = field(default_factory=dict)
     worker_seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -59,34 +72,37 @@ def judge(replies: Replies, entries: Sequence[ipc_payload.Entry]) -> Verdict:
     """Draw the workers' replies to one bucket together.  Pure.
 
     Args:
-        replies: TP rank -> reply of `tpcolocate_receiver`, None where none came.
+        replies: TP rank -> answer of `tpcolocate_receiver`.
         entries: What the bucket held.
     """
-    opened = {rank: reply["opened"] for rank, reply in replies.items() if reply is not None}
+    opened = {rank: reply["opened"] for rank, reply in replies.items()}
     for rank, reply in replies.items():
-        if reply is None:
-            return Verdict(opened, f"TP rank {rank} did not answer")
         if reply["error"] is not None:
             return Verdict(opened, f"TP rank {rank}: {reply['error']}")
         if reply["differing"]:
-            return Verdict(opened, f"TP rank {rank} holds other values than were sent: {_some(reply['differing'])}")
-    unproven = {name for reply in replies.values() if reply is not None for name in reply["unproven"]}
-    read = {e.name: sum(r["read"].get(e.name, 0) for r in replies.values() if r is not None) for e in entries}
+            return Verdict(opened, f"TP rank {rank} holds other values than were sent: {some(reply['differing'])}")
+    unproven = {name for reply in replies.values() for name in reply["unproven"]}
+    read = {e.name: sum(r["read"].get(e.name, 0) for r in replies.values()) for e in entries}
     missed = [e.name for e in entries if e.name not in unproven and read[e.name] < e.shape.numel()]
     if missed:
-        return Verdict(opened, f"the engine took these tensors in part or not at all: {_some(missed)}")
-    answers = [reply for reply in replies.values() if reply is not None]
-    steps = {step for reply in answers for step in reply["phases"]}
+        return Verdict(opened, f"the engine took these tensors in part or not at all: {some(missed)}")
     return Verdict(
         opened,
         None,
         tuple(sorted(unproven)),
-        all(reply["replayed"] for reply in answers),
-        {step: max(reply["phases"].get(step, 0.0) for reply in answers) for step in sorted(steps)},
+        all(reply["replayed"] for reply in replies.values()),
+        {rank: reply["learned"] for rank, reply in replies.items() if "learned" in reply},
+        slowest(replies),
     )
 
 
-def _some(names: Sequence[str]) -> str:
+def slowest(replies: Replies) -> dict[str, float]:
+    """Step inside the workers -> seconds, the slowest worker's."""
+    steps = {step for reply in replies.values() for step in reply["phases"]}
+    return {step: max(reply["phases"].get(step, 0.0) for reply in replies.values()) for step in sorted(steps)}
+
+
+def some(names: Sequence[str]) -> str:
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + more
 
@@ -101,12 +117,11 @@ class Delivery:
         is_owner: Whether this rank talks to the engine.
         payloads: One of `PAYLOADS`.
         transport: One of `TRANSPORTS`; ``auto`` is resolved by the preflight.
-        loader: Dotted name of the receiver in the engine.
-        reply_folder: Where its replies appear.
         file_folder: Where files go.
         ledger: Of this sync.
         copied: Called after a bucket was copied, for the memory report.
-        nonce: Told by the owner; keeps the replies of different syncs apart.
+        session: Told by the owner; keeps the files of different syncs apart.
+        workers: On the owner: the TP workers, while a sync is open.
     """
 
     tp_rank: int
@@ -114,12 +129,11 @@ class Delivery:
     is_owner: bool
     payloads: str
     transport: str
-    loader: str
-    reply_folder: Path
     file_folder: Path
     ledger: ipc_payload.Ledger
     copied: Callable[[], None]
-    nonce: str = ""
+    session: str = ""
+    workers: Workers | None = None
 
     @property
     def exports(self) -> bool:
@@ -136,29 +150,28 @@ class Delivery:
         everybody = self.transport == "file" or self.payloads == "fan_out"
         return list(range(self.tp_size)) if everybody else [self.tp_rank]
 
-    def make(self, flat: torch.Tensor | None, entries: list[ipc_payload.Entry], number: int) -> list[str]:
-        """This rank's payloads for one bucket, in tp order of their readers."""
+    def make(self, flat: torch.Tensor | None, entries: list[ipc_payload.Entry], number: int) -> list[Any]:
+        """This rank's payloads (``stock``) or commands for one bucket, in tp order of their readers."""
         if flat is None:
             return []
         if self.transport == "stock":
             return [ipc_payload.payload(self.exported(flat, reader, number), entries) for reader in self.readers]
         return self.commands(flat, "load", number=number, entries=ipc_payload.described(entries))
 
-    def commands(self, flat: torch.Tensor, action: str, *, number: int, **fields: Any) -> list[str]:
+    def commands(self, flat: torch.Tensor, action: str, *, number: int, **fields: Any) -> list[Command]:
         """Commands for the receiver, one per reader, each with a handle of its own."""
-        job = {"do": action, "tp_size": self.tp_size, "checksum": list(checksum(flat)), **fields}
+        job = {"do": action, "checksum": list(checksum(flat)), **fields}
         file: dict[str, Any] | None = None
         if self.transport == "file":
             file = ipc_payload.write_file(flat, self.file(number))
-        made = []
-        for reader in self.readers:
-            handle = file if file is not None else self.exported(flat, reader, number).describe()
-            made.append(
-                ipc_payload.command(
-                    {**job, "tp_rank": reader, "handle": handle, "reply": str(self.reply(number, reader))}
-                )
-            )
-        return made
+        return [
+            {
+                **job,
+                "for": reader,
+                "handle": file if file is not None else self.exported(flat, reader, number).describe(),
+            }
+            for reader in self.readers
+        ]
 
     def exported(self, flat: torch.Tensor, reader: int, number: int) -> ipc_payload.Handle:
         """A handle for one reader, and for no other."""
@@ -169,36 +182,28 @@ class Delivery:
         return self.ledger.export(flat, tp_rank=reader, bucket=number)
 
     def load(
-        self, server: WeightServer, payloads: list[str], entries: list[ipc_payload.Entry], number: int, timeout_s: float
+        self, server: WeightServer, payloads: list[Any], entries: list[ipc_payload.Entry], number: int, timeout_s: float
     ) -> Verdict:
         """On the owner: hand a bucket to the engine, and judge what its workers say."""
         try:
             if self.transport == "stock":
                 server.push(payloads, load_format="flattened_bucket", timeout_s=timeout_s)
                 return Verdict(unproven=tuple(entry.name for entry in entries))
-            return judge(self.push(server, payloads, number, timeout_s), entries)
+            return judge(self.ask(payloads, number, timeout_s), entries)
         finally:
             if self.transport == "file":
                 self.file(number).unlink(missing_ok=True)
 
-    def push(self, server: WeightServer, commands: list[str], number: int, timeout_s: float) -> Replies:
-        """On the owner: send commands; the workers' replies by TP rank."""
-        server.push(commands, load_format=self.loader, timeout_s=timeout_s)
-        replies: Replies = {}
-        for tp_rank in range(self.tp_size):
-            path = self.reply(number, tp_rank)
-            try:
-                replies[tp_rank] = json.loads(path.read_text())
-                path.unlink()
-            except FileNotFoundError:
-                replies[tp_rank] = None
-        return replies
-
-    def reply(self, number: int, tp_rank: int) -> Path:
-        return self.reply_folder / f"{self.nonce}-{number}-{tp_rank}.json"
+    def ask(self, commands: list[Command], number: int, timeout_s: float) -> Replies:
+        """On the owner: send one command to each TP rank; their answers."""
+        assert self.workers is not None
+        self.workers.post(dict(enumerate(commands)), number)
+        return self.workers.collect(number, timeout_s=timeout_s)
 
     def file(self, number: int) -> Path:
-        return self.file_folder / f"tpcolocate-{self.nonce}-{number}.safetensors"
+        return self.file_folder / f"tpcolocate-{self.session}-{number}.safetensors"
 
 
-__all__ = ["PAYLOADS", "TRANSPORTS", "Delivery", "Replies", "Verdict", "WeightServer", "judge"]
+__all__ = [
+    "PAYLOADS", "TRANSPORTS", "Command", "Delivery", "Replies", "Verdict", "WeightServer", "Workers", "judge", "slowest", "some",
+]  # fmt: skip

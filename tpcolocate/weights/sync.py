@@ -1,97 +1,35 @@
-"""One weight sync: gather in lockstep, one payload per TP rank, agreement after every phase, proof of arrival.
+"""Weight syncs of one slice with one engine: what lasts from one to the next.
 
-Every rank of the slice runs the same phases for the same buckets.  After each phase the ranks exchange ok-or-error;
-the first error is raised on all of them, and nobody enters the next gather alone.
+See `sync_run` for the phases of a single sync.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import secrets
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TypeVar
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from tpcolocate import ipc_payload
-from tpcolocate.errors import (
-    ConfigError,
-    DeadlineError,
-    RankLostError,
-    SyncError,
-    TpColocateError,
-    WeightsMismatchError,
-)
+from tpcolocate.errors import DeadlineError, RankLostError, SyncError, TpColocateError
 from tpcolocate.groups import RankGroup
-from tpcolocate.report import RankReport, Stopwatch, SyncReport
-from tpcolocate.weights.delivery import PAYLOADS, TRANSPORTS, Delivery, Replies, WeightServer
-from tpcolocate.weights.memory import SlopeAlarm, allocated_bytes, free_bytes, plan_bucket
-from tpcolocate.weights.source import Source, Weights, full_tensor
+from tpcolocate.report import SyncReport
+from tpcolocate.weights.delivery import WeightServer
+from tpcolocate.weights.knowledge import Knowledge
+from tpcolocate.weights.loans import Loan
+from tpcolocate.weights.memory import SlopeAlarm
+from tpcolocate.weights.mover import Mover, Moves
+from tpcolocate.weights.options import SyncOptions
+from tpcolocate.weights.source import Source
 from tpcolocate.weights.spec import ModelSpec
+from tpcolocate.weights.sync_run import SyncRun
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
-NamedTensors = list[tuple[str, torch.Tensor]]
-Named = tuple[str, tuple[int, ...], torch.dtype]
 
-# The others are to hear of a missed deadline rather than to miss one of their own.
-_GRACE_S = 5.0
-_PREFLIGHT_S = 15.0
-# From the engine's answer to the return of all handles.  It is milliseconds; what takes longer does not come.
-_RETURN_S = 10.0
-_PREFLIGHT_BYTES = 4096
-
-
-@dataclass(frozen=True, slots=True)
-class SyncOptions:
-    """How weights travel.
-
-    Attributes:
-        bucket_bytes: Most staging memory of a sync, in bytes; a larger tensor gets a bucket of its own.
-        payloads: One of `PAYLOADS`.
-        transport: One of `TRANSPORTS`.
-        partial: Weights that are not sent stay as they are, instead of being an error.
-        folder: Where files go, for the transport ``file``; default: /dev/shm.
-    """
-
-    bucket_bytes: int = 512 * 2**20
-    payloads: str = "per_rank"
-    transport: str = "auto"
-    partial: bool = False
-    folder: Path | None = None
-
-    def __post_init__(self) -> None:
-        if self.bucket_bytes <= 0:
-            raise ConfigError(f"bucket_bytes={self.bucket_bytes} is not positive")
-        if self.payloads not in PAYLOADS:
-            raise ConfigError(f"payloads={self.payloads!r} is unknown", hint=f"one of {', '.join(PAYLOADS)}")
-        if self.transport not in TRANSPORTS:
-            raise ConfigError(f"transport={self.transport!r} is unknown", hint=f"one of {', '.join(TRANSPORTS)}")
-
-
-def buckets(weights: Weights, bucket_bytes: int) -> Iterator[NamedTensors]:
-    """Cut the stream into buckets of at most `bucket_bytes`, in order; the sizes are those of the full tensors."""
-    bucket: NamedTensors = []
-    used = 0
-    for name, tensor in weights:
-        size = _padded(tensor)
-        if bucket and used + size > bucket_bytes:
-            yield bucket
-            bucket, used = [], 0
-        bucket.append((name, tensor))
-        used += size
-    if bucket:
-        yield bucket
-
-
-def _padded(tensor: torch.Tensor) -> int:
-    size = tensor.shape.numel() * tensor.dtype.itemsize
-    return -(-size // ipc_payload.ALIGNMENT) * ipc_payload.ALIGNMENT
+_POLL_S = 0.001
+_END_POLL_S = 0.2
 
 
 class WeightSync:
@@ -101,10 +39,11 @@ class WeightSync:
         group: The ranks of the slice, in tp order.
         device: Where this rank's staging memory lies.
         owner_rank: Global rank that talks to the engine.
+        tp_ranks: Global rank -> TP rank in its own slice, for all ranks of the job.
         server: The engine; None on clients.
         spec: What the served model expects, if known.
         loader: Dotted name of the receiver in the engine.
-        reply_folder: Where the receiver's replies appear; one folder for the slice, removed with the engine.
+        folder: For sockets and files; one for the slice, private to this user, removed with the engine.
         reader_is_alive: Whether the engine still runs, asked when handles do not come back.
     """
 
@@ -114,10 +53,11 @@ class WeightSync:
         *,
         device: torch.device,
         owner_rank: int,
+        tp_ranks: Mapping[int, int],
         server: WeightServer | None,
         spec: ModelSpec | None,
         loader: str,
-        reply_folder: Path,
+        folder: Path,
         reader_is_alive: Callable[[], bool],
     ) -> None:
         self.group = group
@@ -126,7 +66,7 @@ class WeightSync:
         self.server = server
         self.spec = spec
         self.loader = loader
-        self.reply_folder = reply_folder
+        self.folder = folder
         self.reader_is_alive = reader_is_alive
         self.alarm = SlopeAlarm()
         self.proven_ways: set[str] = set()
@@ -135,19 +75,50 @@ class WeightSync:
         """Ways whose handles are known not to open there, and why."""
         self.abandoned: list[ipc_payload.Ledger] = []
         """Of failed syncs: handles whose readers may still hold them."""
+        self.knowledge = Knowledge()
+        self.mover = Mover(device, tp_rank=group.ranks.index(group.rank), tp_ranks=tp_ranks, tp_size=len(group))
+        self.moves: tuple[object, Moves] | None = None
+        """The moves of the last sync, and what they hold for."""
+        self.defined: str | None = None
+        """Key of the moves whose programs the workers have."""
+        self.lent: frozenset[str] = frozenset()
+        """Names whose memory the workers map from sync to sync; the same on every rank."""
+        self.lending_refused: str | None = None
+        """Why the engine cannot map the trainer's own memory, if it cannot."""
 
-    def close(self) -> list[ipc_payload.Outstanding]:
-        """Free what failed syncs left behind; only once the engine is gone.
+    @property
+    def tp_rank(self) -> int:
+        return self.group.ranks.index(self.group.rank)
+
+    @property
+    def is_owner(self) -> bool:
+        return self.group.rank == self.owner_rank
+
+    def close(self, *, timeout_s: float) -> list[ipc_payload.Outstanding]:
+        """Free what failed syncs left behind, and what was lent; only once the engine is gone.
+
+        Args:
+            timeout_s: How long to wait for the engine's end, where there is anything that it might still read.
 
         Returns:
             Handles that the engine never gave back.
         """
-        lost = self._reclaim()
+        if not self.abandoned and not len(self.mover.loans):
+            return []
+        deadline = time.monotonic() + timeout_s
+        while self.reader_is_alive():
+            if time.monotonic() >= deadline:
+                logger.warning("the engine still runs: memory that it maps stays allocated until this process ends")
+                return []
+            time.sleep(_END_POLL_S)
+        lost = self.reclaim()
+        self.mover.loans.reclaim()
         if self.device.type == "cuda":
             torch.cuda.ipc_collect()
         return lost
 
-    def _reclaim(self) -> list[ipc_payload.Outstanding]:
+    def reclaim(self) -> list[ipc_payload.Outstanding]:
+        """Set the counters of failed syncs right; only once the engine is known to be past them."""
         ledgers, self.abandoned = self.abandoned, []
         return [item for ledger in ledgers for item in ledger.reclaim()]
 
@@ -174,414 +145,90 @@ class WeightSync:
         Raises:
             TpColocateError: The first error of any rank of the slice.
         """
-        run = _Run(self, version, options, timeout_s)
+        run = SyncRun(self, version, options, timeout_s)
         try:
             report = run.carry_out(source, touched)
         except BaseException as error:
-            self.abandoned.append(run.ledger)
             run.clean_up()
+            self.abandoned.append(run.ledger)
             # Ranks of other slices are in the same gathers: keep them company to the end, then tell.
             if isinstance(error, TpColocateError) and not isinstance(error, RankLostError):
-                run.drain()
+                run.keep_company()
             raise
         # The engine handles updates one after the other: those of earlier, failed syncs are over by now.
-        self._reclaim()
+        self.reclaim()
         return report
 
+    def call_back(self, *, timeout_s: float) -> int:
+        """Take back what was lent and has been dropped by the trainer since.
 
-class _Run:
-    """The state of one sync in progress."""
+        Until then torch keeps that memory for the workers that map it.
 
-    def __init__(self, sync: WeightSync, version: str, options: SyncOptions, timeout_s: float) -> None:
-        self.sync = sync
-        self.group = sync.group
-        self.tp_rank = sync.group.ranks.index(sync.group.rank)
-        self.version = version
-        self.options = options
-        self.deadline = time.monotonic() + timeout_s
-        self.timeout_s = timeout_s
-        self.watch = Stopwatch()
-        self.ledger = ipc_payload.Ledger(rank=sync.group.rank, reader_is_alive=sync.reader_is_alive)
-        self.delivery = Delivery(
-            tp_rank=self.tp_rank,
-            tp_size=len(sync.group),
-            is_owner=sync.group.rank == sync.owner_rank,
-            payloads=options.payloads,
-            transport=options.transport,
-            loader=sync.loader,
-            reply_folder=sync.reply_folder,
-            file_folder=sync.reply_folder if options.folder is None else options.folder,
-            ledger=self.ledger,
-            copied=self.note_peak,
-        )
-        self.rest: Iterator[NamedTensors] = iter(())
-        self.sharded = False
-        self.begun = self.touched = False
-        self.names: set[str] = set()
-        self.unproven: set[str] = set()
-        self.num_bytes = self.num_tensors = self.num_buckets = self.num_replayed = 0
-        self.worker_seconds: dict[str, float] = {}
-        self.bucket_bytes = options.bucket_bytes
-        self.peak_extra = 0
-        self.allocated_before = allocated_bytes(sync.device)
+        Collective: over the slice; does nothing where nothing was lent.
 
-    # --- the phases ----------------------------------------------------------------------------------------------
-
-    def carry_out(self, source: Source, touched: Callable[[], None]) -> SyncReport:
-        with self.watch.phase("prepare"):
-            weights = self.together("prepare a weight sync", lambda: self.prepare(source))
-            self.compare(weights)
-            self.plan_memory(weights)
-            self.delivery.nonce = self.on_owner("open the weight sync", self.begin)
-        if self.delivery.transport in ("auto", "ipc"):
-            self.preflight()
-        touched()
-        self.touched = True
-        error: BaseException | None = None
-        while (bucket := self.next_bucket(error)) is not None:
-            error = self.send(bucket)
-        with self.watch.phase("finish"):
-            self.together("check that all weights were sent", lambda: self.check_complete(weights))
-            self.on_owner(
-                "finish the weight sync",
-                lambda server: server.end_sync(self.version, timeout_s=self.left("finish the weight sync")),
-            )
-            if self.sync.device.type == "cuda":
-                torch.cuda.ipc_collect()
-        return self.report()
-
-    def report(self) -> SyncReport:
-        allocated = allocated_bytes(self.sync.device)
-        warning = self.sync.alarm.note(allocated)
-        mine = RankReport(
-            rank=self.group.rank,
-            seconds=dict(self.watch.seconds),
-            num_exported=self.ledger.num_exported,
-            num_returned=self.ledger.num_returned,
-            latest_return_s=self.ledger.latest_return_s,
-            peak_extra_bytes=self.peak_extra,
-            allocated_bytes=allocated,
-        )
-        told = self.agree(None, (mine, warning), what="report the weight sync")
-        warnings = [f"rank {r.rank}: {text}" for r, text in told if text is not None]
-        refused = self.sync.refused_ways.get(self.options.payloads)
-        if self.delivery.transport == "file" and refused is not None:
-            warnings.append(f"weights go through files: {refused}")
-        for text in warnings:
-            logger.warning("%s", text)
-        return SyncReport(
-            rank=self.group.rank,
-            weight_version=self.version,
-            num_bytes=self.num_bytes,
-            num_tensors=self.num_tensors,
-            num_buckets=self.num_buckets,
-            seconds=self.watch.total(),
-            transport=self.delivery.transport,
-            checked_against="nothing" if self.sync.spec is None else self.sync.spec.origin,
-            num_replayed=self.num_replayed,
-            worker_seconds=dict(self.worker_seconds),
-            num_proven=self.num_tensors - len(self.unproven),
-            unproven=tuple(sorted(self.unproven)),
-            bucket_bytes=self.bucket_bytes,
-            warnings=tuple(warnings),
-            ranks=tuple(report for report, _ in told),
-        )
-
-    def prepare(self, source: Source) -> Weights:
-        weights = Weights(source, expected=None if self.sync.spec is None else self.sync.spec.shapes)
-        self.sharded = weights.is_sharded
-        if weights.known is not None:
-            if not weights.known:
-                raise ConfigError("there are no weights to sync", hint="pass a module with parameters")
-            repeated = _repeated(name for name, _ in weights.known)
-            if repeated is not None:
-                raise WeightsMismatchError(f"{repeated} is given twice", hint="names must be unique")
-            self.check([(name, tensor.shape) for name, tensor in weights.known])
-            if self.sync.spec is not None and not self.options.partial:
-                self.sync.spec.check_complete([*(name for name, _ in weights.known), *weights.aliases])
-        return weights
-
-    def compare(self, weights: Weights) -> None:
-        """Refuse ranks whose weights differ, before anything is sent; a generator is compared bucket by bucket."""
-        if weights.known is not None:
-            self.agree_on([(n, tuple(t.shape), t.dtype) for n, t in weights.known], None, what="compare the weights")
-
-    def agree_on(self, contents: list[Named] | None, error: BaseException | None, *, what: str) -> None:
-        digest = hashlib.sha256(repr(contents).encode()).digest()
-        views = self.agree(error, (digest, _headline(contents)), what=what)
-        if len({view[0] for view in views}) > 1:
-            said = "; ".join(f"rank {rank}: {view[1]}" for rank, view in zip(self.group.ranks, views))
-            raise WeightsMismatchError(
-                f"the ranks hold different weights: {said}",
-                hint="every rank must pass the same names in the same order",
-            )
-
-    def plan_memory(self, weights: Weights) -> None:
-        """Agree on a bucket size that fits on every rank."""
-        largest = max((_padded(tensor) for _, tensor in weights.known), default=0) if weights.known is not None else 0
-        free = self.agree(None, free_bytes(self.sync.device), what="plan the memory of a weight sync")
-        on_cpu = self.sync.device.type == "cpu"
-        copies = len(self.group) if on_cpu else 1  # ranks of a CPU slice share one /dev/shm
-        self.bucket_bytes = plan_bucket(
-            self.options.bucket_bytes, free, largest=largest, copies=copies, gathered=largest if self.sharded else 0
-        )
-        self.rest = buckets(weights, self.bucket_bytes)
-
-    def begin(self, server: WeightServer) -> str:
-        self.begun = True
-        server.begin_sync(timeout_s=self.left("open the weight sync"))
-        return secrets.token_hex(4)
-
-    def check(self, shapes: list[tuple[str, torch.Size]]) -> None:
-        if self.sync.spec is not None:
-            self.sync.spec.check(shapes)
-
-    def check_complete(self, weights: Weights) -> None:
-        if self.sync.spec is not None and not self.options.partial:
-            self.sync.spec.check_complete([*self.names, *weights.aliases])
-
-    def preflight(self) -> None:
-        """Prove once per engine that a handle opens in every TP rank, on the GPU it should, and comes back."""
-        way = self.options.payloads
-        if way in self.sync.proven_ways:
-            self.delivery.transport = "ipc"
-            return
-        if way not in self.sync.refused_ways:
-            with self.watch.phase("preflight"):
-                problem = self.probe()
-            if problem is None:
-                self.sync.proven_ways.add(way)
-                self.delivery.transport = "ipc"
-                return
-            self.sync.refused_ways[way] = problem
-        problem = self.sync.refused_ways[way]
-        if self.delivery.transport == "ipc":
-            raise SyncError(
-                f"handles of this process do not open in the engine: {problem}",
-                hint="share IPC and PID namespaces and /dev/shm, switch expandable_segments off in PYTORCH_ALLOC_CONF, or use "
-                'transport="auto", which falls back to files',
-            )
-        self.delivery.transport = "file"
-
-    def probe(self) -> str | None:
-        """One small handle there and back; what went wrong anywhere in the slice, or None."""
-        error: BaseException | None = None
-        payloads: list[str] = []
-        try:
-            if self.delivery.exports:
-                flat = ipc_payload.allocate(_PREFLIGHT_BYTES, self.sync.device)
-                flat.random_(0, 256)
-                payloads = self.delivery.commands(flat, "probe", number=-1)
-        except (TpColocateError, RuntimeError) as caught:
-            error = caught  # an export that fails is an answer, not an accident
-        told = self.agree(None, (payloads, None if error is None else str(error)), what="make the preflight's handles")
-        failed = next((text for _, text in told if text is not None), None)
-        if failed is not None:
-            self.ledger.reclaim()
-            return f"export failed: {failed.splitlines()[0]}"
-        per_tp_rank = [payload for of_rank, _ in told for payload in of_rank]
-        replies = self.on_owner(
-            "open the preflight's handles", lambda server: self.delivery.push(server, per_tp_rank, -1, _PREFLIGHT_S)
-        )
-        problem: str | None = None
-        error = None
-        try:
-            problem = self.probed(replies)
-        except SyncError as caught:
-            error = caught
-        problems = self.agree(error, problem, what="take the preflight's handles back")
-        return next((text for text in problems if text is not None), None)
-
-    def probed(self, replies: Replies) -> str | None:
-        """This rank's part of the preflight's verdict."""
-        self.ledger.note_opened(-1, {rank: reply["opened"] for rank, reply in replies.items() if reply is not None})
-        problem = None
-        for tp_rank, reply in replies.items():
-            if reply is None:
-                problem = f"TP rank {tp_rank} did not answer"
-            elif reply["error"] is not None:
-                problem = f"TP rank {tp_rank}: {reply['error']}"
-        mine = replies.get(self.tp_rank)
-        if problem is None and mine is not None and self.sync.device.type == "cuda":
-            uuid = str(torch.cuda.get_device_properties(self.sync.device).uuid)
-            if mine["uuid"] != uuid:
-                # Not a question of transport: no other one would put the server on the right GPUs.
-                raise SyncError(
-                    f"TP rank {self.tp_rank} of the server runs on GPU {mine['uuid']}, its training rank {self.group.rank} on {uuid}",
-                    hint="do not pass base_gpu_id or gpu_id_step, nor CUDA_VISIBLE_DEVICES in env=",
-                    rank=self.group.rank,
-                )
-        try:
-            self.ledger.settle(deadline=min(self.deadline, time.monotonic() + _PREFLIGHT_S))
-        except SyncError as error:
-            problem = problem if problem is not None else error.message
-        except DeadlineError as error:
-            self.sync.abandoned.append(self.ledger.set_aside())
-            problem = problem if problem is not None else error.message
-        return problem
-
-    def next_bucket(self, error: BaseException | None) -> NamedTensors | None:
-        """The next bucket, or None at the end; all ranks agree on which, and that the last one is behind them.
-
-        Args:
-            error: What went wrong on this rank with the last bucket's handles.
+        Returns:
+            Bytes that this rank has back.
         """
-        bucket: NamedTensors | None = None
-        with self.watch.phase("gather"):
-            if error is None:
-                try:
-                    bucket = next(self.rest, None)  # a generator may gather, and may fail
-                    if bucket is not None:
-                        self.check([(name, tensor.shape) for name, tensor in bucket])
-                except BaseException as caught:
-                    error = caught
-            mine = None if bucket is None else [(n, tuple(t.shape), t.dtype) for n, t in bucket]
-            self.agree_on(mine, error, what="choose the next weights")
-        return bucket
-
-    def send(self, bucket: NamedTensors) -> BaseException | None:
-        """Move one bucket; returns this rank's error in taking the handles back, for the next agreement."""
+        if not self.lent:
+            return 0
+        expired = self.mover.loans.expired()
+        names = [loan.name for loan in expired]
+        what = "take back memory that the engine still maps"
+        of_ranks = self.group.all_gather(names, what=what, timeout_s=timeout_s)
+        if not any(of_ranks):
+            return 0
         error: BaseException | None = None
-        number = self.num_buckets
-        payloads: list[str] = []
-        entries, num_bytes = ipc_payload.layout([(n, t.shape, t.dtype) for n, t in bucket])
-        flat: torch.Tensor | None = None
-        try:
-            with self.watch.phase("gather"):
-                flat = self.gather(bucket, entries, num_bytes)
-            with self.watch.phase("export"):
-                payloads = self.delivery.make(flat, entries, number)
-        except BaseException as caught:
-            error = caught
-        with self.watch.phase("export"):
-            gathered = self.agree(error, payloads, what=f"gather bucket {number}")
-        with self.watch.phase("push"):
-            per_tp_rank = [payload for of_rank in gathered for payload in of_rank]
-            what = f"load bucket {number}"
-            verdict = self.on_owner(
-                what, lambda server: self.delivery.load(server, per_tp_rank, entries, number, self.left(what))
-            )
-        self.ledger.note_opened(number, verdict.opened)
-        if verdict.problem is not None:
-            raise SyncError(
-                f"bucket {number} did not arrive: {verdict.problem}",
-                hint="the engine's weights are unknown now: sync again in full, or launch() again",
-                rank=self.sync.owner_rank,
-            )
-        self.unproven.update(verdict.unproven)
-        self.num_replayed += len(bucket) if verdict.replayed else 0
-        for step, seconds in verdict.worker_seconds.items():
-            self.worker_seconds[step] = self.worker_seconds.get(step, 0.0) + seconds
-        self.num_buckets += 1
-        self.num_tensors += len(bucket)
-        self.num_bytes += sum(entry.num_bytes for entry in entries)
-        self.names.update(name for name, _ in bucket)
-        with self.watch.phase("settle"):
+        if self.server is not None:
             try:
-                self.ledger.settle(deadline=min(self.deadline, time.monotonic() + _RETURN_S))
-            except TpColocateError as caught:
-                return caught
-        return None
-
-    def gather(self, bucket: NamedTensors, entries: list[ipc_payload.Entry], num_bytes: int) -> torch.Tensor | None:
-        """Full tensors into fresh staging memory.  Ranks that export nothing gather all the same."""
-        flat = ipc_payload.allocate(num_bytes, self.sync.device) if self.delivery.exports else None
-        largest = max(range(len(entries)), key=lambda i: entries[i].num_bytes)
-        for i, ((_, tensor), entry) in enumerate(zip(bucket, entries)):
-            full = full_tensor(tensor)
-            if flat is not None and entry.num_bytes:
-                ipc_payload.view(flat, entry).copy_(full)
-                # The checksum covers the padding.
-                flat[
-                    entry.start + entry.num_bytes : entries[i + 1].start if i + 1 < len(entries) else num_bytes
-                ].zero_()
-            if i == largest:
-                self.note_peak()
-        if flat is not None and flat.is_cuda:
-            # The reader's streams know nothing of ours.
-            torch.cuda.current_stream(flat.device).synchronize()
-        return flat
-
-    def note_peak(self) -> None:
-        self.peak_extra = max(self.peak_extra, allocated_bytes(self.sync.device) - self.allocated_before)
-
-    def clean_up(self) -> None:
-        """After a failure: no files left, and an engine that was not touched goes on with the weights it has."""
-        self.delivery.file(self.num_buckets).unlink(missing_ok=True)
-        if self.sync.server is not None and self.begun and not self.touched:
-            try:
-                self.sync.server.cancel_sync(timeout_s=_GRACE_S)
-            except TpColocateError as error:
-                logger.warning("the engine could not be told to go on: %s", error)
-
-    def drain(self) -> None:
-        """Read the remaining weights and drop them, so that gathers which span slices stay complete."""
-        if not self.sharded:
-            return
-        try:
-            for bucket in self.rest:
-                for _, tensor in bucket:
-                    if isinstance(tensor, DTensor):
-                        tensor.full_tensor()
-        except Exception:  # the error that brought us here is the one to raise
-            return
-
-    # --- agreement -----------------------------------------------------------------------------------------------
-
-    def left(self, what: str) -> float:
-        seconds = self.deadline - time.monotonic()
-        if seconds <= 0:
-            raise self.too_late(what)
-        return seconds
-
-    def too_late(self, what: str) -> DeadlineError:
-        return DeadlineError(
-            f"the sync took longer than {self.timeout_s:g} s, while it should {what}",
-            hint="raise timeout_s of sync_weights()",
-        )
-
-    def agree(self, error: BaseException | None, value: T, *, what: str) -> list[T]:
-        seconds = max(self.deadline - time.monotonic(), 0.0)
-        if seconds == 0.0 and error is None:
-            error = self.too_late(what)
-        return self.group.agree(error, value, what=what, timeout_s=seconds + _GRACE_S)
-
-    def together(self, what: str, action: Callable[[], T]) -> T:
-        value: T | None = None
-        error: BaseException | None = None
-        try:
-            value = action()
-        except BaseException as caught:
-            error = caught
-        self.agree(error, None, what=what)
-        return value  # type: ignore[return-value]
-
-    def on_owner(self, what: str, action: Callable[[WeightServer], T]) -> T:
-        """The owner acts; every rank gets its result or its error."""
-        value: T | None = None
-        error: BaseException | None = None
-        if self.sync.server is not None:
-            try:
-                value = action(self.sync.server)
+                self._release(self.server, of_ranks, timeout_s)
             except BaseException as caught:
                 error = caught
-        return self.agree(error, value, what=what)[self.group.ranks.index(self.sync.owner_rank)]  # type: ignore[return-value]
+        self.group.agree(error, None, what=what, timeout_s=timeout_s)
+        self.returned(expired, timeout_s=timeout_s)
+        if self.device.type == "cuda":
+            torch.cuda.ipc_collect()
+            # Whoever moved these weights away wants the engine to have the memory, not this process's allocator.
+            torch.cuda.empty_cache()
+        return sum(loan.num_bytes for loan in expired)
+
+    def _release(self, server: WeightServer, of_ranks: list[list[str]], timeout_s: float) -> None:
+        session = ipc_payload.new_session()
+        server.begin_sync(timeout_s=timeout_s)
+        try:
+            workers = server.open_workers(
+                self.folder / f"{session}.sock",
+                session,
+                loader=self.loader,
+                tp_size=len(self.group),
+                timeout_s=timeout_s,
+            )
+            try:
+                workers.greet(timeout_s=timeout_s)
+                workers.post({k: {"do": "run", "for": k, "release": names} for k, names in enumerate(of_ranks)}, 0)
+                for tp_rank, reply in workers.collect(0, timeout_s=timeout_s).items():
+                    if reply["error"] is not None:
+                        raise SyncError(f"TP rank {tp_rank} did not let go of the trainer's memory: {reply['error']}")
+            finally:
+                workers.close()
+        finally:
+            server.cancel_sync(timeout_s=timeout_s)
+
+    def returned(self, loans: list[Loan], *, timeout_s: float) -> None:
+        """Wait until the workers have let go of loans that they were told to release, and forget them.
+
+        Raises:
+            DeadlineError: One of them is still held.
+        """
+        deadline = time.monotonic() + timeout_s
+        while loans and any(loan.handle.count() > 0 for loan in loans):
+            if time.monotonic() >= deadline:
+                raise DeadlineError(
+                    f"TP rank {self.tp_rank} did not let go of memory that was lent to it",
+                    hint="shut the engine down; the memory is then reclaimed",
+                    rank=self.group.rank,
+                )
+            time.sleep(_POLL_S)
+        self.mover.loans.take({loan.name for loan in loans})
 
 
-def _headline(mine: list[Named] | None) -> str:
-    if not mine:
-        return "no more weights"
-    name, shape, dtype = mine[0]
-    return f"{len(mine)} tensors from {name} {shape} {dtype}"
-
-
-def _repeated(names: Iterator[str]) -> str | None:
-    seen: set[str] = set()
-    for name in names:
-        if name in seen:
-            return name
-        seen.add(name)
-    return None
-
-
-__all__ = ["SyncOptions", "WeightSync", "buckets"]
+__all__ = ["WeightSync"]

@@ -1,0 +1,208 @@
+"""What a weight sync costs beside the stock push of the same weights, and where the time goes.
+
+    torchrun --standalone --nproc-per-node 2 benchmarks/sync_speed.py --tp-size 2 --shared-device --out result.json
+    torchrun --standalone --nproc-per-node 1 benchmarks/sync_speed.py --tp-size 1 --out result.json
+
+In one run, on one server, in turns: ours (proof included, pause and version included) and the common way
+(``full_tensor()`` per parameter where sharded, flattened buckets of 512 MB, SGLang's own serialiser; flush included, pause
+and version not).  For a plain module and for FSDP2.  Before every pair the weights change; after it the engine's own
+checksums of every parameter on every rank must be those of the stock push.  Beside them: one device-to-device copy of
+the same bytes, and the first sync of an engine, which learns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from gpu_sync import SHAPES, Stock, checksums, make_model, summary, used_mib, write_config
+
+import tpcolocate
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="8b")
+    parser.add_argument("--tp-size", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=7, help="pairs of ours and stock, for each kind of module")
+    parser.add_argument(
+        "--staging-mib", type=int, nargs="+", default=[512], help="for FSDP2; the first is paired with stock"
+    )
+    parser.add_argument("--modules", nargs="+", default=["plain", "fsdp2"], choices=["plain", "fsdp2"])
+    parser.add_argument("--stock-mib", type=int, default=512)
+    parser.add_argument("--shared-device", action="store_true", help="all ranks on one GPU (a test rig)")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--server-log", type=Path, default=None)
+    return parser.parse_args()
+
+
+def change(model: torch.nn.Module, seed: int, device: torch.device) -> None:
+    """A step in place, the same on every rank that holds the same."""
+    generator = torch.Generator(device).manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+            local.mul_(1.0 + 0.01 * torch.rand((), generator=generator, device=device))
+    torch.cuda.synchronize()
+
+
+def copy_floor(num_bytes: int, device: torch.device) -> dict[str, float]:
+    """Seconds of one device-to-device copy of as many bytes, on this rank alone."""
+    source = torch.empty(num_bytes, dtype=torch.uint8, device=device).random_()
+    target = torch.empty_like(source)
+    seconds = []
+    for _ in range(7):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        target.copy_(source)
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    del source, target
+    torch.cuda.empty_cache()
+    return summary(seconds)
+
+
+def described(reports: list[tpcolocate.SyncReport]) -> dict[str, Any]:
+    """Seconds, and where they went, in milliseconds (medians)."""
+
+    def medians(dicts: list[dict[str, float]]) -> dict[str, float]:
+        names = dict.fromkeys(name for one in dicts for name in one)
+        return {name: round(statistics.median(one.get(name, 0.0) for one in dicts) * 1e3, 2) for name in names}
+
+    last = reports[-1]
+    return {
+        "seconds": summary([r.seconds for r in reports]),
+        "phases_ms": medians([next(x.seconds for x in r.ranks if x.rank == r.rank) for r in reports]),
+        "workers_ms": medians([r.worker_seconds for r in reports]),
+        "direct_mib": [round(x.direct_bytes / 2**20, 1) for x in last.ranks],
+        "staged_mib": [round(x.staged_bytes / 2**20, 1) for x in last.ranks],
+        "peak_extra_mib": [round(x.peak_extra_bytes / 2**20, 1) for x in last.ranks],
+        "by_plan": last.num_replayed, "tensors": last.num_tensors, "proven": last.num_proven, "commands": last.num_buckets,
+        "all_handles_back": all(x.num_exported == x.num_returned for r in reports for x in r.ranks),
+        "lent": [x.num_lent for x in last.ranks], "warnings": list(last.warnings),
+    }  # fmt: skip
+
+
+class Bench:
+    """One engine, one kind of module after the other."""
+
+    def __init__(
+        self, engine: tpcolocate.Engine, colo: tpcolocate.Colocation, stock: Stock, device: torch.device
+    ) -> None:
+        self.engine, self.colo, self.stock, self.device = engine, colo, stock, device
+        self.seed = 0
+
+    def ours(self, model: torch.nn.Module, **options: Any) -> tpcolocate.SyncReport:
+        torch.cuda.synchronize()
+        dist.barrier()
+        return self.engine.sync_weights(model, **options)
+
+    def verified(self, model: torch.nn.Module) -> bool:
+        """Whether the engine holds what a stock push of the same weights leaves."""
+        mine = checksums(self.engine, self.colo)
+        self.stock.push(model)
+        return mine == checksums(self.engine, self.colo)
+
+    def pairs(self, model: torch.nn.Module, rounds: int, staging_bytes: int) -> dict[str, Any]:
+        reports, theirs, equal = [], [], []
+        for _ in range(3):  # the last ones at which anything is mapped or planned
+            self.ours(model, parts=True, bucket_bytes=staging_bytes)
+        for _ in range(rounds):
+            self.seed += 1
+            change(model, self.seed, self.device)
+            reports.append(self.ours(model, parts=True, bucket_bytes=staging_bytes))
+            theirs.append(self.stock.push(model))
+        for _ in range(2):
+            self.seed += 1
+            change(model, self.seed, self.device)
+            self.ours(model, parts=True, bucket_bytes=staging_bytes)
+            equal.append(self.verified(model))
+        ours = described(reports)
+        return {
+            "ours": ours, "stock": summary(theirs), "checksums_equal_stock": all(equal),
+            "stock_over_ours": statistics.median(theirs) / ours["seconds"]["median"],
+        }  # fmt: skip
+
+    def alone(self, model: torch.nn.Module, rounds: int, staging_bytes: int) -> dict[str, Any]:
+        for _ in range(2):
+            self.ours(model, parts=True, bucket_bytes=staging_bytes)
+        return described([self.ours(model, parts=True, bucket_bytes=staging_bytes) for _ in range(rounds)])
+
+
+def main() -> None:
+    args = parse_args()
+    local = int(os.environ["LOCAL_RANK"])
+    device = torch.device("cuda", 0 if args.shared_device else local)
+    torch.cuda.set_device(device)
+    dist.init_process_group("nccl")
+    rank = dist.get_rank()
+    folder = Path("/tmp/tpcolocate-speed-model")
+    if rank == 0:
+        write_config(folder, args.shape)
+    dist.barrier()
+    command = "torchrun --standalone --nproc-per-node {} benchmarks/sync_speed.py --shape {} --tp-size {} --rounds {} --staging-mib {} --modules {}{}".format(
+        dist.get_world_size(), args.shape, args.tp_size, args.rounds, " ".join(map(str, args.staging_mib)), " ".join(args.modules),
+        " --shared-device" if args.shared_device else "",
+    )  # fmt: skip
+    result: dict[str, Any] = {
+        "command": command, "gpu": torch.cuda.get_device_name(device), "torch": torch.__version__, "shape": args.shape,
+        "tp_size": args.tp_size, "ranks": dist.get_world_size(), "shared_device": args.shared_device,
+    }  # fmt: skip
+    server = {
+        "load_format": "dummy", "attention_backend": "triton", "sampling_backend": "pytorch", "grammar_backend": "none",
+        "disable_cuda_graph": True, "mem_fraction_static": 0.2, "skip_tokenizer_init": True, "skip_server_warmup": True,
+        "context_length": 1024, "max_total_tokens": 8192,
+    }  # fmt: skip
+
+    def note(name: str, value: object) -> None:
+        result[name] = value
+        if rank == 0:
+            print(name, json.dumps(value), flush=True)
+            args.out.write_text(json.dumps(result, indent=1))
+
+    with tpcolocate.init(args.tp_size, device=device, allow_shared_devices=args.shared_device) as colo:
+        started = time.perf_counter()
+        with colo.launch(folder, health_timeout_s=400, log_path=args.server_log, **server) as engine:
+            note("launch_seconds", time.perf_counter() - started)
+            note("sglang", engine.sglang_version)
+            model = make_model(folder, device, seed=1)
+            num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+            note("mib", num_bytes / 2**20)
+            if rank == 0:
+                note("one_copy", copy_floor(num_bytes, device))
+            dist.barrier()
+            bench = Bench(engine, colo, Stock(engine, colo, args.stock_mib * 2**20), device)
+            bench.stock.push(model)
+            first = bench.ours(model, parts=True, bucket_bytes=args.staging_mib[0] * 2**20)
+            note("first_sync", {**described([first]), "checksums_equal_stock": bench.verified(model)})
+            note("first_sync_stock", summary([bench.stock.push(model) for _ in range(5)]))
+            for kind in args.modules:
+                if kind == "fsdp2":
+                    from torch.distributed.fsdp import fully_shard
+
+                    for layer in model.model.layers:
+                        fully_shard(layer)
+                    fully_shard(model)
+                    torch.cuda.empty_cache()
+                note(kind, bench.pairs(model, args.rounds, args.staging_mib[0] * 2**20))
+                if kind == "fsdp2":
+                    for mib in args.staging_mib[1:]:
+                        note(f"fsdp2_{mib}_mib", bench.alone(model, args.rounds, mib * 2**20))
+                before = used_mib()
+                for _ in range(10):
+                    bench.ours(model, parts=True, bucket_bytes=args.staging_mib[0] * 2**20)
+                note(f"{kind}_device_mib_more_after_10_syncs", round(used_mib() - before, 1))
+    dist.barrier()
+    note("shm_left", sorted(n for n in os.listdir("/dev/shm") if n.startswith(("sgl", "tpcolocate", "torch_"))))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

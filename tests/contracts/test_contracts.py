@@ -1,0 +1,338 @@
+"""What we rely on in SGLang, asked of the code of its releases: what they take, what they pass on, what they refuse.
+
+One process per release runs ``probe.py`` with that release on its path, and every contract is a test of its own that
+reads what the probe has found: a new release that breaks one is one failing test that names both.
+
+The releases that also run for real (see tests/test_engine.py) are checked by ``make test``; all of them, the newest on
+the index among them, by ``make contracts``, which fetches them first.
+"""
+
+import ast
+import os
+import pickle
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import fetch
+import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+import tpcolocate
+from tpcolocate.engine.installed import Installed
+from tpcolocate.engine.releases import ENDPOINTS, EXACT_UNPICKLER, HEALTH_RUNS_RELEASED, RENAMED, release
+from tpcolocate.in_server import tpcolocate_receiver
+
+pytestmark = pytest.mark.timeout(300)
+
+HERE = Path(__file__).resolve().parent
+PACKAGE = Path(tpcolocate.__file__).parent
+PROBE_TIMEOUT_S = 240
+GET = ("/model_info", "/server_info", "/health")
+NEWEST = fetch.newest()
+
+
+def folder_of(version):
+    """Where a release lies: installed into the environment, beside it in a folder of its own, or fetched."""
+    if version == metadata.version("sglang"):
+        return Path(metadata.distribution("sglang").locate_file(""))
+    if version in fetch.INSTALLED:
+        return Path(sys.prefix) / f"sglang-{version}"
+    return fetch.folder_of(version)
+
+
+def releases():
+    """Every release as a test parameter; those that are not in the environment are for ``make contracts``."""
+    known = [*fetch.PINNED, *fetch.INSTALLED]
+    known += ["newest"] if NEWEST is None else [] if NEWEST in known else [NEWEST]
+    fetched = pytest.mark.contracts
+    return [pytest.param(version, marks=() if version in fetch.INSTALLED else fetched) for version in known]
+
+
+every_release = pytest.mark.parametrize("version", releases(), scope="module")
+_probed = {}
+
+
+def probe(version):
+    """All that one release has to say; asked once."""
+    if version not in _probed:
+        _probed[version] = _ask(version)
+    return _probed[version]
+
+
+def _ask(version):
+    folder = folder_of(version)
+    if not (folder / "sglang").is_dir():
+        pytest.fail(f"SGLang {version} is not in {folder}: make contracts fetches it", pytrace=False)
+    out = HERE.parents[1] / "out"
+    out.mkdir(exist_ok=True)
+    answers = out / f"contracts-{version}.pickle"
+    answers.unlink(missing_ok=True)
+    path = [folder, PACKAGE / "engine" / "cpu_stub", PACKAGE / "in_server", HERE, PACKAGE.parent]
+    environment = {
+        **os.environ,
+        "PROBED": str(folder),
+        "PYTHONPATH": os.pathsep.join(map(str, path)),
+        "SGLANG_USE_CPU_ENGINE": "1",
+        "NO_PROXY": "127.0.0.1",
+        "no_proxy": "127.0.0.1",
+    }
+    log = answers.with_suffix(".log")
+    with log.open("wb") as output:
+        command = [sys.executable, "-P", str(HERE / "probe.py"), str(answers)]
+        done = subprocess.run(
+            command, env=environment, stdout=output, stderr=output, timeout=PROBE_TIMEOUT_S, check=False, cwd=out
+        )
+    found = pickle.loads(answers.read_bytes()) if answers.exists() else {}
+    tail = "\n".join(log.read_text(errors="replace").splitlines()[-30:])
+    return {"answers": found, "end": f"the probe ended with {done.returncode}:\n{tail}"}
+
+
+def answer(version, contract):
+    """What a release said to one contract."""
+    asked = probe(version)
+    if contract not in asked["answers"]:
+        pytest.fail(f"SGLang {version} was not asked {contract}: {asked['end']}", pytrace=False)
+    found = asked["answers"][contract]
+    if "error" in found:
+        pytest.fail(f"SGLang {version}, {contract}: {found['error']}\n{found['traceback']}", pytrace=False)
+    return found["value"]
+
+
+# --- payloads -------------------------------------------------------------------------------------------------------
+
+
+@every_release
+def test_the_release_is_the_one_that_is_meant(version):
+    assert answer(version, "version")["version"] == version
+
+
+@every_release
+def test_our_bucket_passes_the_unpickler(version):
+    """And its bucket class gives back every tensor bit by bit; the handle returns when it lets go."""
+    assert answer(version, "bucket_passes_the_unpickler") == {"before": 1, "held": 1, "after": 0}
+
+
+@every_release
+def test_our_command_passes_the_unpickler(version):
+    answer(version, "command_passes_the_unpickler")
+
+
+@every_release
+def test_our_cuda_handle_passes_the_unpickler_and_its_uuid_is_found(version):
+    answer(version, "cuda_handle_passes_the_unpickler")
+
+
+@every_release
+def test_the_unpickler_is_as_exact_as_the_table_says(version):
+    found = answer(version, "unpickler_rules")
+    assert found == {"exact": Version(version) in EXACT_UNPICKLER, "os_system": False}
+
+
+# --- inside the server ----------------------------------------------------------------------------------------------
+
+
+@every_release
+def test_the_loader_is_called_with_model_and_named_tensors_of_its_tp_rank(version):
+    assert answer(version, "the_loader_is_called_with_model_and_named_tensors") == [{"for": 0}, {"for": 1}]
+
+
+@every_release
+def test_our_receiver_is_found_by_its_name(version):
+    answer(version, "our_receiver_is_found_by_its_name")
+
+
+@every_release
+def test_a_loader_that_was_not_permitted_is_not_called(version):
+    found = answer(version, "a_loader_that_was_not_permitted_is_not_called")
+    assert found["called"] == 0 and "Unknown load_format" in found["refused"]
+
+
+@every_release
+def test_a_stock_bucket_reaches_the_models_own_loader(version):
+    answer(version, "a_stock_bucket_reaches_the_models_own_loader")
+
+
+@every_release
+def test_a_draft_model_is_left_alone_where_the_table_says_so(version):
+    found = answer(version, "a_draft_model_is_left_alone")
+    assert found["without"], "otherwise there is nothing to be kept from it"
+    assert (found["with"] == []) == bool(release(version).target_only())
+
+
+@every_release
+def test_health_runs_while_memory_is_released_as_the_table_says(version):
+    found = answer(version, "health_while_released")
+    assert found == {"asks": True, "guarded": Version(version) not in HEALTH_RUNS_RELEASED}
+
+
+# --- requests ---------------------------------------------------------------------------------------------------------
+
+
+@every_release
+def test_every_endpoint_is_there_as_the_table_says(version):
+    routes = answer(version, "endpoints")["routes"]
+    row = release(version)
+    for path, endpoint in ENDPOINTS.items():
+        there = path in routes and "POST" in routes[path]["methods"]
+        assert there == row.has(path), path
+        assert not there or endpoint.request is None or endpoint.request in " ".join(routes[path]["takes"]), path
+    for path in GET:
+        assert "GET" in routes[path]["methods"], path
+    assert "POST" in routes["/generate"]["methods"]
+
+
+@pytest.mark.parametrize("path", ENDPOINTS)
+@every_release
+def test_its_fields_are_those_of_the_table(version, path):
+    """Both ways: what the table has, the release has; what the release has and we could send, the table has."""
+    found, row, endpoint = answer(version, "endpoints"), release(version), ENDPOINTS[path]
+    if not row.has(path):
+        assert endpoint.request is None or endpoint.request not in found["fields"]
+        return
+    taken = set(found["routes"][path]["query"] if endpoint.request is None else found["fields"][endpoint.request])
+    taken -= {"rid", "http_worker_ipc"} - set(endpoint.fields)  # of every request, and for SGLang itself
+    assert taken == {name for name in endpoint.fields if row.has(path, name)}
+
+
+@every_release
+def test_a_push_arrives(version):
+    sent = answer(version, "a_push_arrives")
+    names = {"serialized_named_tensors", "load_format", "flush_cache", *release(version).target_only()}
+    assert {path: set(fields) for path, fields in sent.items()} == {"/update_weights_from_tensor": names}
+
+
+@every_release
+def test_begin_and_end_of_a_sync_arrive_and_the_version_is_reported(version):
+    sent = answer(version, "begin_and_end_of_a_sync_arrive")
+    assert ("/begin_weight_update" in sent) == ("/end_weight_update" in sent) == release(version).weight_session
+    assert {"/pause_generation", "/flush_cache", "/update_weight_version", "/continue_generation"} <= set(sent)
+
+
+@every_release
+def test_sleep_and_wake_arrive(version):
+    sent = answer(version, "sleep_and_wake_arrive")
+    assert sent["/release_memory_occupation"] == sent["/resume_memory_occupation"] == ["tags"]
+
+
+@every_release
+def test_update_groups_arrive(version):
+    sent = answer(version, "update_groups_arrive")
+    assert {"/init_weights_update_group", "/destroy_weights_update_group"} <= set(sent)
+
+
+@every_release
+def test_an_adapter_arrives_and_passes_the_unpickler(version):
+    sent = answer(version, "an_adapter_arrives_and_passes_the_unpickler")
+    form = "serialized_named_tensors" if release(version).lora_payload_per_rank else "serialized_tensors"
+    assert form in sent["/load_lora_adapter_from_tensors"]
+
+
+@every_release
+def test_generate_describes_its_fields_and_has_those_we_know(version):
+    found = answer(version, "generate_describes_its_fields")
+    assert found["missing"] == [] and found["num"] > 40
+
+
+@every_release
+def test_server_info_says_what_is_asked_of_it(version):
+    assert answer(version, "server_info_says_what_is_asked_of_it") == {"version": version, "missing": []}
+
+
+@every_release
+def test_refusals_are_worded_as_we_read_them(version):
+    found = answer(version, "refusals_are_worded_as_we_read_them")
+    assert found == {"session": release(version).weight_session, "adapter": True}
+
+
+# --- arguments --------------------------------------------------------------------------------------------------------
+
+
+@every_release
+def test_every_argument_parses(version):
+    assert len(answer(version, "every_argument_parses")) == 16
+
+
+@every_release
+def test_arguments_are_read_from_the_source_as_the_parser_has_them(version):
+    found = answer(version, "arguments_are_read_from_the_source_as_the_parser_has_them")
+    assert found["version"] == version and found["num"] > 300
+    assert found["not_read"] == found["not_there"] == []
+    path = "/update_weights_from_tensor"
+    assert set(found["update_fields"]) == {name for name in ENDPOINTS[path].fields if release(version).has(path, name)}
+
+
+@every_release
+def test_no_argument_has_left_without_the_successor_that_the_table_names(version):
+    """For every renamed argument that this release or an older one had, one of the two names is there."""
+    known = Installed(folder_of(version) / "sglang", version).arguments()
+    older = [param.values[0] for param in releases() if param.values[0] != "newest"]
+    older = [v for v in older if Version(v) < Version(version) and (folder_of(v) / "sglang").is_dir()]
+    had = set(known).union(*(Installed(folder_of(v) / "sglang", v).arguments() for v in older))
+    for old, new in RENAMED:
+        names = {old.replace("_", "-"), new.partition("=")[0].replace("_", "-")}
+        assert names & set(known) or not names & had, (old, new)
+
+
+# --- the receiver -----------------------------------------------------------------------------------------------------
+
+
+def imports_of(folder):
+    """Top-level names of all that the files of a package import from outside of it."""
+    found = set()
+    for path in Path(folder).glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found.update(alias.name.partition(".")[0] for alias in node.names)
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                found.add(node.module.partition(".")[0])
+    return found - sys.stdlib_module_names
+
+
+@every_release
+def test_the_receiver_imports_only_what_comes_with_sglang(version):
+    assert imports_of(Path(tpcolocate_receiver.__file__).parent) == {"torch", "zmq", "safetensors"}
+    [distribution] = metadata.distributions(name="sglang", path=[str(folder_of(version))])
+    brought = {Requirement(line).name for line in distribution.requires if not Requirement(line).marker}
+    # safetensors comes with transformers
+    assert {"torch", "pyzmq", "transformers"} <= brought, sorted(brought)
+
+
+def test_the_receiver_imports_with_torch_and_pyzmq_alone():
+    """By its own name from its own folder, as a TP worker does it, and with everything else out of reach."""
+    script = (
+        "import sys, torch\n"
+        "try:\n    import zmq\nexcept ImportError:\n    pass\n"
+        "class Nothing:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        top = name.partition('.')[0]\n"
+        "        if top not in sys.stdlib_module_names | {'torch', 'zmq', 'tpcolocate_receiver'}:\n"
+        "            raise ImportError(f'{name} is not for the receiver')\n"
+        "sys.meta_path.insert(0, Nothing())\n"
+        "import tpcolocate_receiver\n"
+        "assert callable(tpcolocate_receiver.receive) and 'tpcolocate' not in sys.modules\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE / "in_server")}
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", script], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+# --- that all this can fail -------------------------------------------------------------------------------------------
+
+
+def test_a_release_that_is_not_there_fails_and_is_not_skipped():
+    with pytest.raises(pytest.fail.Exception, match="SGLang 0.0.0 is not in .*make contracts fetches it"):
+        answer("0.0.0", "version")
+
+
+def test_a_contract_that_was_broken_or_not_asked_fails(monkeypatch):
+    broken = {"answers": {"x": {"error": "KeyError: 'y'", "traceback": "..."}}, "end": "the probe ended with -9"}
+    monkeypatch.setitem(_probed, "0.0.0", broken)
+    with pytest.raises(pytest.fail.Exception, match="SGLang 0.0.0, x: KeyError: 'y'"):
+        answer("0.0.0", "x")
+    with pytest.raises(pytest.fail.Exception, match="not asked z: the probe ended with -9"):
+        answer("0.0.0", "z")

@@ -1,0 +1,144 @@
+"""The main job on a real server of another SGLang release than the one installed.
+
+It lies in a folder of its own inside the environment (see scripts/make_venv.py) and comes first on the server's path,
+as a user would choose between two.  It runs on the same torch.
+"""
+
+import sys
+from pathlib import Path
+
+import pytest
+from harness import Footprint, leftovers, run_ranks
+from test_engine import (
+    ARGS,
+    HEALTH_S,
+    World,
+    refused_weights,
+    tokens_after_fsdp2_sync,
+    tokens_after_plain_sync,
+    tokens_before,
+    trainer_logprobs,
+    twenty_syncs,
+)
+
+import tpcolocate
+from tpcolocate import errors
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
+
+OTHER = "0.5.20"
+FOLDER = Path(sys.prefix) / f"sglang-{OTHER}"
+# The session, which it lacks, and its own field are what a sync needs to get right on it.
+LACKS = {"enable_amd_monokernel": True}
+
+
+def version(world):
+    return world.engine.sglang_version
+
+
+def stock_sync(world):
+    """Through SGLang's own unpickler and bucket class, in its workers."""
+    world.perturb(7)
+    report = world.engine.sync_weights(world.model, transport="stock")
+    return {
+        "equal": world.generated() == world.expected(),
+        "returned": [(r.num_exported, r.num_returned) for r in report.ranks],
+    }
+
+
+CHECKS = (version, tokens_before, tokens_after_fsdp2_sync, trainer_logprobs, tokens_after_plain_sync, refused_weights,
+          stock_sync, twenty_syncs)  # fmt: skip
+
+
+def drive(rank, model_dir):
+    with tpcolocate.init(2, device="cpu", timeout_s=60.0) as colo:
+        env = {"PYTHONPATH": str(FOLDER)}
+        found = {}
+        try:
+            colo.launch(model_dir, env=env, health_timeout_s=HEALTH_S, **ARGS, **LACKS)
+        except errors.ConfigError as error:
+            found["lacks"] = str(error)
+        world = World(rank, model_dir, colo)
+        with colo.launch(model_dir, env=env, health_timeout_s=HEALTH_S, **ARGS) as world.engine:
+            for check in CHECKS:
+                try:
+                    found[check.__name__] = check(world)
+                except Exception as error:
+                    found[check.__name__] = error
+                    if isinstance(error, (errors.RankLostError, errors.EngineDeadError)):
+                        break
+        return found
+
+
+@pytest.fixture(scope="module")
+def job(tiny_model_dir):
+    """(what every rank found, what was left behind); one server for all tests."""
+    assert (FOLDER / "sglang").is_dir(), f"{FOLDER} is not there: make venv installs it"
+    before = Footprint.now()
+    found = run_ranks(drive, 2, str(tiny_model_dir(family="qwen3", tie=False)), timeout_s=350)
+    return found, leftovers(before)
+
+
+def of(job, name):
+    """What every rank found; raises what it raised."""
+    for rank, found in enumerate(job[0]):
+        value = found.get(name, AssertionError("not reached: see the checks before it"))
+        if isinstance(value, Exception):
+            raise AssertionError(f"rank {rank}: {type(value).__name__}: {value}") from value
+    return [found[name] for found in job[0]]
+
+
+def test_it_is_the_other_release(job):
+    assert of(job, "version") == [OTHER, OTHER]
+
+
+def test_an_argument_that_it_lacks_is_refused_by_its_name_on_every_rank(job):
+    said = of(job, "lacks")
+    assert said[0] == said[1] and f"SGLang {OTHER} has no argument enable_amd_monokernel" in said[0]
+
+
+def test_tokens_equal_transformers_before_any_sync(job):
+    assert all(of(job, "tokens_before"))
+
+
+@pytest.mark.parametrize("check", ["tokens_after_fsdp2_sync", "tokens_after_plain_sync"])
+def test_tokens_equal_transformers_after_a_sync(job, check):
+    for found in of(job, check):
+        assert found["changed"], "the sync must have something to show"
+        assert found["equal"]
+
+
+def test_the_version_is_published_and_every_handle_came_back(job):
+    for found in of(job, "tokens_after_fsdp2_sync"):
+        report = found["report"]
+        assert report.weight_version == found["version"] == "1"
+        assert all(r.num_exported == r.num_returned > 0 for r in report.ranks)
+        assert report.unproven == ()
+
+
+def test_log_probabilities_equal_the_trainers(job):
+    assert max(of(job, "trainer_logprobs")) < 1e-3
+
+
+def test_weights_that_sglang_would_swallow_are_refused(job):
+    for found in of(job, "refused_weights"):
+        said = found["said"]
+        assert "accepted" not in said.values() and found["unchanged"]
+        assert said["unknown_name"][0] == said["too_few_rows"][0] == said["missing"][0] == "WeightsMismatchError"
+
+
+def test_a_stock_sync_arrives(job):
+    for found in of(job, "stock_sync"):
+        assert found["equal"]
+        assert all(exported == returned > 0 for exported, returned in found["returned"])
+
+
+def test_twenty_syncs_grow_nothing(job):
+    for found in of(job, "twenty_syncs"):
+        before, after = found["before"], found["after"]
+        assert after["shm_files"] == before["shm_files"] and after["shm_bytes"] == before["shm_bytes"]
+        assert after["fds"] <= before["fds"] + 2 and found["returned"]
+
+
+def test_nothing_is_left_behind(job):
+    assert job[1] == []

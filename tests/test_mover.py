@@ -1,0 +1,179 @@
+"""Parts of sharded weights reach the workers that read them: four ranks, two slices, no engine.
+
+The worker is the receiver's own code (`Plans`, `Program`) over a small model that loads as a TP rank does; the server
+around it, its processes and handles are in test_engine.py and test_proof.py.
+"""
+
+import pytest
+import torch
+from harness import run_ranks
+from torch import nn
+
+from tpcolocate import ipc_payload
+from tpcolocate.in_server.tpcolocate_receiver.plans import Plans, Program
+from tpcolocate.in_server.tpcolocate_receiver.watch import Recorder, storage_of, views
+from tpcolocate.weights.knowledge import Knowledge
+from tpcolocate.weights.mover import Mover
+
+pytestmark = [pytest.mark.quick, pytest.mark.timeout(120)]
+
+WORLD, TP = 4, 2
+SHAPES = {
+    "column": (12, 6), "row": (10, 8), "uneven": (7, 4), "norm": (5,), "scale": (), "tiny": (1, 4), "expert": (3, 4, 6), "big": (64, 16),
+}  # fmt: skip
+
+
+class Worker(nn.Module):
+    """One TP rank of an engine: columns, rows and experts cut as SGLang cuts them, in bf16, with padding."""
+
+    def __init__(self, tp_rank):
+        super().__init__()
+        self.k = tp_rank
+        sizes = {
+            "column": (6, 6), "row": (10, 4), "uneven": (4, 4), "norm": (5,), "scale": (), "tiny": (1, 4), "expert": (3, 2, 6), "big": (32, 16),
+        }  # fmt: skip
+        for name, size in sizes.items():
+            self.register_parameter(
+                name, nn.Parameter(torch.full(size, -1.0, dtype=torch.bfloat16), requires_grad=False)
+            )
+
+    def load_weights(self, weights):
+        for name, tensor in weights:
+            target = getattr(self, name).data
+            if name in ("column", "big"):
+                half = tensor.shape[0] // 2
+                target.copy_(tensor.narrow(0, self.k * half, half))
+            elif name == "row":
+                target.copy_(tensor.narrow(1, self.k * 4, 4))
+            elif name == "uneven":  # a vocabulary: the last rank's rows are padded
+                rows = min(4, 7 - 4 * self.k)
+                target[:rows].copy_(tensor.narrow(0, self.k * 4, rows))
+                target[rows:].fill_(0)
+            elif name == "expert":
+                for e in range(3):
+                    target[e].copy_(tensor[e].narrow(0, self.k * 2, 2))
+            else:
+                target.copy_(tensor)
+
+
+def full_weights(seed):
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+
+
+def learned(tp_rank, knowledge=None):
+    """A worker that has been loaded once, what it learned, and what it would tell."""
+    model, plans = Worker(tp_rank), Plans()
+    weights = full_weights(0)
+    entries, size = ipc_payload.layout([(n, t.shape, t.dtype) for n, t in weights.items()])
+    flat = torch.zeros(size, dtype=torch.uint8)
+    for entry in entries:
+        ipc_payload.view(flat, entry).copy_(weights[entry.name])
+    told = ipc_payload.described(entries)
+    recorder = Recorder(flat, [entry[3] for entry in told], {storage_of(p) for p in model.parameters()})
+    with torch.no_grad(), recorder:
+        model.load_weights(views(flat, told))
+    plans.learn(recorder, flat, told, model)
+    return model, plans, entries, plans.described(list(SHAPES))
+
+
+def sharded(how, weights):
+    """The weights as this rank's training holds them."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    one, two = init_device_mesh("cpu", (WORLD,)), init_device_mesh("cpu", (2, 2))
+    found = {}
+    for name, tensor in weights.items():
+        if how == "plain" or tensor.dim() == 0 or (how == "mixed" and name == "norm"):
+            found[name] = tensor
+        elif how == "hsdp":
+            found[name] = distribute_tensor(tensor, two, [Replicate(), Shard(0)])
+        elif how == "tensor_parallel":
+            dim = 1 if name in ("row", "expert") else 0
+            found[name] = distribute_tensor(tensor, two, [Replicate(), Shard(dim)])
+        elif how == "mixed" and name == "row":
+            found[name] = distribute_tensor(tensor, two, [Shard(0), Replicate()])
+        elif how == "mixed" and name == "big":
+            found[name] = distribute_tensor(tensor, one, [Replicate()])
+        elif how == "bf16":
+            found[name] = distribute_tensor(tensor.bfloat16(), one, [Shard(0)])
+        else:
+            found[name] = distribute_tensor(tensor, one, [Shard(0)])
+    return found
+
+
+def moves_on_a_rank(rank, how, staging_bytes):
+    model, plans, entries, _ = learned(rank % TP)
+    knowledge = Knowledge()
+    knowledge.learn({k: learned(k)[3] for k in range(TP)}, entries, TP)
+    mover = Mover(torch.device("cpu"), tp_rank=rank % TP, tp_ranks={r: r % TP for r in range(WORLD)}, tp_size=TP)
+    seen = []
+    moves = None
+    for seed in (1, 2):
+        weights = full_weights(seed)
+        tensors = {name: mover.hold(tensor) for name, tensor in sharded(how, weights).items()}
+        assert all(one is not None for one in tensors.values())
+        if moves is None:
+            moves = mover.plan(tensors, knowledge.reads, set(), staging_bytes=staging_bytes)
+            programs = {key: Program(pieces, plans) for key, pieces in mover.definitions(moves, tensors)}
+        sums = mover.begin_sums(moves, tensors)
+        regions = {f"stage{i}": torch.zeros(moves.stage_bytes, dtype=torch.uint8) for i in (0, 1)}
+        sending = torch.zeros(moves.send_bytes, dtype=torch.uint8)
+        found = {}
+        for i, step in enumerate(moves.steps):
+            mover.stage(step, tensors, regions[f"stage{i % 2}"], sending)
+            found[f"{moves.key}/{i}"], _ = programs[f"{moves.key}/{i}"].run(plans, regions, keep=False)
+        expected = sums.expected()
+        reference = Worker(rank % TP)
+        reference.load_weights(weights.items())
+        seen.append({
+            "equal": all(torch.equal(getattr(model, name), getattr(reference, name)) for name in SHAPES),
+            "sums": all(found[key] == expected[key] for key in found) and len(found) == len(moves.steps),
+            "steps": len(moves.steps), "stage": moves.stage_bytes, "send": moves.send_bytes,
+            "staged": sum(step.num_bytes for step in moves.steps),
+            "sent": sum(sum(step.num_going) for step in moves.steps),
+        })  # fmt: skip
+    return seen
+
+
+WAYS = ["plain", "fsdp", "hsdp", "tensor_parallel", "mixed", "bf16"]
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_every_worker_gets_what_its_loader_would_have_taken(how):
+    for rank, seen in enumerate(run_ranks(moves_on_a_rank, WORLD, how, 2**20, timeout_s=60)):
+        assert all(one["equal"] and one["sums"] for one in seen), (rank, seen)
+        assert (seen[0]["sent"] > 0) == (how != "plain"), "what another rank reads is sent to it, and nothing else"
+
+
+def test_little_staging_memory_is_kept_to():
+    room = 3 * 512
+    for how in ("fsdp", "plain"):
+        of_ranks = run_ranks(moves_on_a_rank, WORLD, how, room, timeout_s=60)
+        assert len({seen[0]["steps"] for seen in of_ranks}) == 1, "all ranks go through the same steps"
+        for seen in of_ranks:
+            assert all(one["equal"] and one["sums"] for one in seen)
+            # slices of the largest tensor are rounded up to a row, and parts to their alignment
+            assert 2 * seen[0]["stage"] + seen[0]["send"] <= 1.25 * room and seen[0]["steps"] > 3
+
+
+def test_a_rank_of_two_moves_half_of_the_bytes():
+    """Of what is cut in two; norms are read by both."""
+    whole = sum(torch.Size(shape).numel() * 2 for shape in SHAPES.values())
+    for seen in run_ranks(moves_on_a_rank, WORLD, "fsdp", 2**20, timeout_s=60):
+        assert whole / 2 <= seen[0]["staged"] < 0.62 * whole
+
+
+class Slow:
+    def wait(self, timeout=None):
+        raise RuntimeError("timed out")
+
+
+def test_a_mesh_that_does_not_answer_is_a_missed_deadline():
+    from tpcolocate.errors import DeadlineError
+
+    mover = Mover(torch.device("cpu"), tp_rank=0, tp_ranks={0: 0}, tp_size=1)
+    mover.deadline = 0.0
+    with pytest.raises(DeadlineError, match="did not move their parts in time"):
+        mover._finish(Slow())

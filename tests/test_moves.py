@@ -1,0 +1,160 @@
+"""Which parts go where: boxes, reads, pieces and steps.  Pure."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tpcolocate.in_server.tpcolocate_receiver.boxes import Box, box_of, is_covered, strides_of, whole
+from tpcolocate.weights.moves import cut, is_read_whole, pieces_of, place, reads_of, shards
+
+pytestmark = [pytest.mark.quick, pytest.mark.timeout(60)]
+
+SHAPES = st.lists(st.integers(1, 6), min_size=0, max_size=4)
+
+
+@st.composite
+def tensor_and_box(draw):
+    shape = tuple(draw(SHAPES))
+    starts = tuple(draw(st.integers(0, n - 1)) for n in shape)
+    lengths = tuple(draw(st.integers(1, n - start)) for n, start in zip(shape, starts))
+    return torch.arange(torch.Size(shape).numel()).view(shape), Box(starts, lengths)
+
+
+def narrowed(tensor, box):
+    for dim, (start, length) in enumerate(zip(box.starts, box.lengths)):
+        tensor = tensor.narrow(dim, start, length)
+    return tensor
+
+
+@given(tensor_and_box(), st.data())
+def test_every_rectangular_view_is_recognised(case, data):
+    tensor, box = case
+    view = narrowed(tensor, box)
+    for dim in reversed(range(view.dim())):  # as when a loader picks one expert
+        if view.shape[dim] == 1 and data.draw(st.booleans()):
+            view = view.select(dim, 0)
+    found = box_of(view.storage_offset(), tuple(view.shape), view.stride(), tuple(tensor.shape))
+    assert found is not None
+    assert torch.equal(narrowed(tensor, found[0]).reshape(view.shape), view)
+    for size, dim in zip(view.shape, found[1], strict=True):
+        assert size == (1 if dim is None else found[0].lengths[dim])
+
+
+@given(tensor_and_box(), st.data())
+def test_no_other_view_is_taken_for_a_rectangular_one(case, data):
+    """Whatever a loader makes of a tensor: if it is said to be a box, the box holds the same elements in the same order."""
+    tensor, box = case
+    view = narrowed(tensor, box)
+    for _ in range(data.draw(st.integers(0, 3))):
+        kind = data.draw(st.sampled_from(["transpose", "flatten", "step", "unsqueeze", "split"]))
+        if kind == "transpose" and view.dim() > 1:
+            view = view.transpose(0, data.draw(st.integers(1, view.dim() - 1)))
+        elif kind == "flatten" and view.is_contiguous():
+            view = view.view(-1)
+        elif kind == "step" and view.dim():
+            view = view[:: data.draw(st.integers(1, 3))]
+        elif kind == "unsqueeze":
+            view = view.unsqueeze(data.draw(st.integers(0, view.dim())))
+        elif kind == "split" and view.dim() and view.shape[0] % 2 == 0:
+            view = view.unflatten(0, (2, -1))
+    found = box_of(view.storage_offset(), tuple(view.shape), view.stride(), tuple(tensor.shape))
+    if found is not None:
+        assert torch.equal(narrowed(tensor, found[0]).reshape(view.shape), view)
+
+
+NOT_BOXES = [
+    ("transposed", 0, (4, 3), (1, 4), (3, 4)),
+    ("flattened", 0, (12,), (1,), (3, 4)),
+    ("every other row", 0, (2, 4), (8, 1), (4, 4)),
+    ("over the end of a row", 3, (2,), (1,), (3, 4)),
+    ("beyond the tensor", 12, (1,), (1,), (3, 4)),
+]
+
+
+@pytest.mark.parametrize("offset, shape, strides, full", [c[1:] for c in NOT_BOXES], ids=[c[0] for c in NOT_BOXES])
+def test_what_is_no_box(offset, shape, strides, full):
+    assert box_of(offset, shape, strides, full) is None
+
+
+@given(SHAPES, st.data())
+def test_covering_is_counted_exactly(shape, data):
+    full = tuple(shape)
+    boxes, seen = [], torch.zeros(full, dtype=torch.bool)
+    for _ in range(data.draw(st.integers(0, 4))):
+        starts = tuple(data.draw(st.integers(0, n - 1)) for n in full)
+        boxes.append(Box(starts, tuple(data.draw(st.integers(1, n - s)) for n, s in zip(full, starts))))
+        narrowed(seen, boxes[-1]).fill_(True)
+    assert is_covered(boxes, full) == bool(seen.all())
+
+
+@given(st.integers(1, 20), st.integers(1, 9), st.integers(0, 1))
+def test_shards_are_those_of_torch(size, num_ranks, dim):
+    full = (size, 3) if dim == 0 else (3, size)
+    chunks = torch.arange(size).chunk(num_ranks)
+    slabs = shards(full, dim, num_ranks)
+    assert len(slabs) == num_ranks and is_covered([s for s in slabs if s.volume], full)
+    for i, slab in enumerate(slabs):
+        length = len(chunks[i]) if i < len(chunks) else 0
+        assert slab.lengths[dim] == length and (not length or slab.starts[dim] == chunks[i][0])
+
+
+@given(tensor_and_box(), st.integers(1, 4), st.data())
+def test_pieces_put_together_are_what_is_read(case, num_ranks, data):
+    tensor, box = case
+    full = tuple(tensor.shape)
+    dim = data.draw(st.integers(0, len(full) - 1)) if full else 0
+    slabs = shards(full, dim, num_ranks) if full else [whole(full)]
+    view = narrowed(tensor, box)
+    described = [[view.storage_offset(), list(view.shape), list(view.stride()), "int64"]]
+    reads = reads_of(described, full)
+    [read] = reads
+    target = torch.full(view.shape, -1)
+    for piece in pieces_of("w", reads, slabs):
+        local = narrowed(tensor, slabs[piece.holder])
+        starts, lengths = piece.target()
+        part = target
+        if starts is not None:
+            for d, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+                part = part.narrow(d, start, length)
+        source = piece.view(local, slabs[piece.holder])
+        assert source.shape == piece.shape == part.shape and piece.num_bytes == 8 * part.numel()
+        assert (part == -1).all(), "no element comes twice"
+        part.copy_(source)
+    assert torch.equal(target, view) and read.number == 0
+
+
+def test_a_copy_that_reads_no_box_makes_the_tensor_unknown_and_empty_ones_do_not_count():
+    assert reads_of([[0, [2], [1], "float32"], [0, [3, 4], [1, 3], "float32"]], (4, 3)) is None
+    [read] = reads_of([[0, [0, 3], [3, 1], "float32"], [3, [1, 3], [3, 1], "bfloat16"]], (4, 3))
+    assert (read.number, read.box, read.dtype) == (1, Box((1, 0), (1, 3)), torch.bfloat16)
+
+
+def test_whether_the_ranks_read_everything():
+    halves = [reads_of([[start, [2, 3], [3, 1], "float32"]], (4, 3)) for start in (0, 6)]
+    assert is_read_whole(tuple(halves), (4, 3))
+    assert not is_read_whole((halves[0], halves[0]), (4, 3)), "twice the same half is no whole"
+
+
+@given(st.lists(st.integers(1, 50), max_size=20), st.integers(1, 60))
+def test_steps_keep_order_and_room(costs, room):
+    names = [f"w{i}" for i in range(len(costs))]
+    by_name = dict(zip(names, costs))
+    steps = cut(names, by_name, room)
+    assert list(itertools.chain(*steps)) == names
+    assert all(sum(by_name[n] for n in step) <= room or len(step) == 1 for step in steps)
+
+
+def test_pieces_lie_behind_one_another_aligned():
+    reads = reads_of([[0, [3], [1], "bfloat16"], [0, [3], [1], "float32"]], (3,))
+    pieces = pieces_of("w", reads, [whole((3,))])
+    assert place(pieces) == ([0, 16], 32)
+    assert place(pieces, 64) == ([64, 80], 96)
+    assert place([]) == ([], 0)
+
+
+def test_strides_are_those_of_torch():
+    for shape in [(), (3,), (2, 3), (1, 4, 5), (4, 1, 2)]:
+        assert strides_of(shape) == torch.empty(shape).stride()

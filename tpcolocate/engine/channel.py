@@ -1,0 +1,158 @@
+"""One weight sync's connection to the TP workers: one request of SGLang's, and a local socket beside it.
+
+SGLang's ``/update_weights_from_tensor`` reaches all TP workers at once and costs several milliseconds; a sync makes it
+once.  Inside it the receiver in every worker connects to a socket in a folder that only this user can enter, and takes
+commands in JSON until it is told to leave.  The request is answered when all of them have left.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import zmq
+
+from tpcolocate.errors import DeadlineError, EngineDeadError, EngineError, SyncError
+
+_POLL_MS = 20
+_LEAVE_S = 5.0
+# sun_path holds 108 bytes with its end.
+_LONGEST_PATH = 107
+
+
+class Channel:
+    """Commands to the TP workers of one server, for the length of one sync.
+
+    Args:
+        path: Where the socket is to be; its folder is private to this user.
+        tp_size: Number of workers.
+        request: Makes SGLang's request and returns when that was answered; runs in a thread of its own, from now on.
+    """
+
+    def __init__(self, path: Path, *, tp_size: int, request: Callable[[], None]) -> None:
+        if len(str(path)) > _LONGEST_PATH:
+            raise SyncError(f"the socket's path is longer than {_LONGEST_PATH} bytes: {path}")
+        self._path = path
+        self._tp_size = tp_size
+        self._due: dict[int, set[int]] = {}
+        self._early: dict[tuple[int | None, int], dict[str, Any]] = {}
+        self._failure: BaseException | None = None
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._thread = threading.Thread(target=self._ask, args=(request,), name="tpcolocate sync", daemon=True)
+        self._present: dict[int, dict[str, Any]] = {}
+        try:
+            self._socket.bind(f"ipc://{path}")
+            self._thread.start()
+        except BaseException:
+            self.close()
+            raise
+
+    def greet(self, *, timeout_s: float) -> dict[int, dict[str, Any]]:
+        """Wait until all workers are here: TP rank -> what it said when it connected.
+
+        Raises:
+            EngineError: The request failed, so nobody will connect.
+            DeadlineError: Not all workers connected in time.
+        """
+        deadline = time.monotonic() + timeout_s
+        while len(self._present) < self._tp_size:
+            tp_rank, answer = self._receive(deadline, "open the weight sync")
+            self._present[tp_rank] = answer
+        return self._present
+
+    def _ask(self, request: Callable[[], None]) -> None:
+        try:
+            request()
+        except BaseException as error:
+            self._failure = error
+
+    def post(self, commands: Mapping[int, dict[str, Any]], number: int) -> None:
+        """Send a command to each TP rank; `collect` has the answers.
+
+        Args:
+            commands: TP rank -> command.
+            number: Identifies the answers.
+        """
+        self._due[number] = set(commands)
+        for tp_rank, command in commands.items():
+            try:
+                self._socket.send_multipart(
+                    [str(tp_rank).encode(), json.dumps({**command, "number": number}).encode()], zmq.NOBLOCK
+                )
+            except zmq.ZMQError as error:
+                raise EngineDeadError(f"TP rank {tp_rank} has left the weight sync: {error}") from error
+
+    def collect(self, number: int, *, timeout_s: float) -> dict[int, dict[str, Any]]:
+        """The answers to a `post`, by TP rank.
+
+        Raises:
+            EngineError: The request has failed or ended before all answers came.
+            DeadlineError: Not all answers came in time.
+        """
+        deadline = time.monotonic() + timeout_s
+        found: dict[int, dict[str, Any]] = {}
+        for tp_rank in sorted(self._due.pop(number)):
+            while (number, tp_rank) not in self._early:
+                came, answer = self._receive(deadline, f"answer command {number}")
+                self._early[answer.get("number"), came] = answer
+            found[tp_rank] = self._early.pop((number, tp_rank))
+        return found
+
+    def _receive(self, deadline: float, what: str) -> tuple[int, dict[str, Any]]:
+        while not self._socket.poll(_POLL_MS):
+            if not self._thread.is_alive():
+                if self._failure is not None:
+                    raise self._failure
+                if not self._socket.poll(0):  # what came before the end still counts
+                    raise EngineError(
+                        "the engine ended the weight sync by itself",
+                        hint="the server's log says why",
+                    )
+            elif time.monotonic() >= deadline:
+                raise DeadlineError(f"the TP workers did not {what} in time", hint="see the server's log")
+        name, content = self._socket.recv_multipart()
+        return int(name), json.loads(content)
+
+    def close(self) -> None:
+        """Tell the workers that this was all, and wait, for a bounded time, until SGLang has answered."""
+        if self._socket.closed:
+            return
+        try:
+            if self._thread.is_alive():
+                for tp_rank in self._present:
+                    try:
+                        self._socket.send_multipart(
+                            [str(tp_rank).encode(), json.dumps({"do": "leave", "for": tp_rank}).encode()], zmq.NOBLOCK
+                        )
+                    except zmq.ZMQError:
+                        pass  # it has left
+                self._thread.join(_LEAVE_S)
+        finally:
+            self._socket.close()
+            self._context.term()
+            self._path.unlink(missing_ok=True)
+
+    def finish(self) -> None:
+        """`close`, and raise what SGLang's request raised.
+
+        Raises:
+            EngineError: The request failed, or was not answered.
+        """
+        self.close()
+        if self._failure is not None:
+            raise self._failure
+        if self._thread.is_alive():
+            raise DeadlineError(
+                f"the engine did not answer within {_LEAVE_S:g} s after the weight sync was over",
+                hint="see the server's log",
+            )
+
+
+__all__ = ["Channel"]

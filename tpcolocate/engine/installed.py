@@ -1,0 +1,177 @@
+"""The SGLang that a launch would start, read from its source: nothing of it is imported.
+
+Importing sglang takes seconds, patches torch and may initialise a device; a training rank must have none of that.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata, util
+from importlib.machinery import PathFinder
+from pathlib import Path
+
+# Without these the source was not understood: every release has them.
+_LANDMARKS = frozenset({"model-path", "host", "port", "config", "tp-size"})
+
+
+@dataclass(frozen=True, slots=True)
+class Installed:
+    """One SGLang on disk.
+
+    Attributes:
+        folder: Of the package ``sglang``.
+        version: As it would report it; None for a checkout that was never built.
+    """
+
+    folder: Path
+    version: str | None
+
+    @property
+    def name(self) -> str:
+        """For people: ``SGLang 0.5.20``."""
+        return f"SGLang in {self.folder}" if self.version is None else f"SGLang {self.version}"
+
+    def arguments(self) -> Mapping[str, str | None] | None:
+        """The server's command-line arguments, without dashes in front.
+
+        Returns:
+            Name -> None, or why the release takes it and does nothing with it; None if the source is not understood.
+        """
+        srt = self.folder / "srt"
+        found: dict[str, str | None] = {}
+        try:
+            for path in [srt / "server_args.py", *sorted((srt / "arg_groups" / "fields").glob("*.py"))]:
+                found.update(_arguments_in(ast.parse(path.read_bytes())))
+        except (OSError, SyntaxError, ValueError):
+            return None
+        return found if found.keys() >= _LANDMARKS else None
+
+    def request_fields(self, request: str) -> frozenset[str] | None:
+        """Fields of one request structure of ``managers/io_struct.py``, base classes left out; None if not understood."""
+        try:
+            tree = ast.parse((self.folder / "srt" / "managers" / "io_struct.py").read_bytes())
+        except (OSError, SyntaxError, ValueError):
+            return None
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef) and node.name == request:
+                return frozenset(
+                    item.target.id
+                    for item in node.body
+                    if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
+                )
+        return None
+
+
+def find_installed(environment: Mapping[str, str]) -> Installed | None:
+    """What ``python -m sglang.launch_server`` would start in this environment, with this interpreter.
+
+    Args:
+        environment: The server's; its PYTHONPATH may put another SGLang before the trainer's.
+
+    Returns:
+        None if there is none, or none that can be found without running it.
+    """
+    entries = [] if environment.get("PYTHONSAFEPATH") else [""]  # -m looks in the current folder first
+    entries += [entry for entry in environment.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    entries += sys.path
+    spec = PathFinder.find_spec("sglang", entries)
+    if spec is None or spec.origin is None:
+        try:
+            spec = util.find_spec("sglang")  # an editable install has a finder of its own
+        except ValueError:
+            return None
+    if spec is None or spec.origin is None:
+        return None
+    folder = Path(spec.origin).parent
+    return Installed(folder, _version(folder))
+
+
+def _version(folder: Path) -> str | None:
+    """As ``sglang/version.py`` finds it, but for the distributions elsewhere on the path, which may be others."""
+    try:
+        for node in ast.parse((folder / "_version.py").read_bytes()).body:
+            if _assigns(node, "__version__") and isinstance(node, ast.Assign):
+                return str(ast.literal_eval(node.value))
+    except (OSError, SyntaxError, ValueError):
+        pass
+    for distribution in metadata.distributions(name="sglang", path=[str(folder.parent)]):
+        return distribution.version
+    return None
+
+
+def _arguments_in(tree: ast.Module) -> Iterator[tuple[str, str | None]]:
+    """Registrations of both kinds: ``A[type, ...]`` fields (from 0.5.14), and ``add_argument`` calls."""
+    for node in tree.body:
+        if not isinstance(node, ast.ClassDef):
+            continue
+        if node.name == "ServerArgs" or any(_assigns(item, "_NS_PATH") for item in node.body):
+            for item in node.body:
+                if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
+                    yield from ((name, None) for name in _annotated(item.target.id, item.annotation))
+        for item in node.body:
+            if isinstance(item, ast.FunctionDef) and item.name == "add_cli_args":
+                for call in ast.walk(item):
+                    if isinstance(call, ast.Call) and getattr(call.func, "attr", None) == "add_argument":
+                        yield from _added(call)
+
+
+def _assigns(node: ast.stmt, name: str) -> bool:
+    return isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == name for t in node.targets)
+
+
+def _annotated(field: str, annotation: ast.expr) -> Iterator[str]:
+    """Arguments of ``field: A[type, "help"]`` and of ``field: A[type, Arg(...)]``; see ``arg_groups/arg_utils.py``."""
+    if not (
+        isinstance(annotation, ast.Subscript)
+        and isinstance(annotation.value, ast.Name)
+        and annotation.value.id in ("A", "Annotated")
+        and isinstance(annotation.slice, ast.Tuple)
+    ):
+        return
+    for part in annotation.slice.elts[1:]:
+        if not isinstance(part, ast.Call):
+            yield _plain(field)  # the help text
+            return
+        if isinstance(part.func, ast.Name) and part.func.id == "Arg":
+            options = {keyword.arg: keyword.value for keyword in part.keywords}
+            if "no_cli" in options and ast.literal_eval(options["no_cli"]):
+                return
+            names = [ast.literal_eval(options["cli_name"])] if "cli_name" in options else [field]
+            if "aliases" in options:
+                names += ast.literal_eval(options["aliases"]) or []
+            yield from _with_negation(names, options.get("action"))
+            return
+
+
+def _added(call: ast.Call) -> Iterator[tuple[str, str | None]]:
+    """Arguments of ``parser.add_argument("--name", "--alias", action=...)``."""
+    options = {keyword.arg: keyword.value for keyword in call.keywords}
+    names = [a.value for a in call.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+    action = options.get("action")
+    unused = None
+    if isinstance(action, ast.Name) and action.id == "DeprecatedAction":
+        # Warns and goes on, or stops the launch: either way nothing comes of the argument.
+        text = options.get("error_message", options.get("help"))
+        try:
+            unused = str(ast.literal_eval(text)) if text is not None else "it is deprecated"
+        except ValueError:
+            unused = "it is deprecated"
+    yield from ((name, unused) for name in _with_negation(names, action))
+
+
+def _with_negation(names: Sequence[str], action: ast.expr | None) -> Iterator[str]:
+    for name in names:
+        yield _plain(name)
+        if isinstance(action, ast.Attribute) and action.attr == "BooleanOptionalAction":
+            yield f"no-{_plain(name)}"
+
+
+def _plain(name: str) -> str:
+    return name.removeprefix("--").replace("_", "-")
+
+
+__all__ = ["Installed", "find_installed"]

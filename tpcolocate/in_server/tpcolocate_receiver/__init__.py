@@ -1,0 +1,15 @@
+"""Takes weights inside a TP worker, and proves that they arrived.
+
+SGLang calls `receive` in every TP worker for an ``/update_weights_from_tensor`` whose ``load_format`` names it (allowed
+by ``--custom-weight-loader``).  The named tensors carry one small command by value: where to listen for more.  The
+weights themselves lie in memory or in files that later commands point to.
+
+Why not SGLang's own deserialisation: there, any exception (a handle that does not open, a wrong shape) kills the whole
+server.  Here nothing is raised; what went wrong is answered, and the trainer decides.
+
+Needs torch and pyzmq, and any SGLang from 0.5.9 on.  The trainer imports `sums` and `boxes` too.
+"""
+
+from .hook import COMMAND, receive
+
+__all__ = ["COMMAND", "receive"]

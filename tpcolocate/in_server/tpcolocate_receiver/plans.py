@@ -1,0 +1,272 @@
+"""What was learned from watching an engine's loader, and the same copies made again without it."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .boxes import box_of, is_covered, whole
+from .sums import word_sum
+from .watch import Copy, Recorder, overlap, storage_of
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """One copy of a tensor, or a part of it, into a parameter.
+
+    Attributes:
+        dst: View of the parameter.
+        offset: First element that is read, from the tensor's first.
+        shape: Of what is read.
+        strides: Of what is read, in elements of a contiguous tensor.
+    """
+
+    dst: torch.Tensor
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    def described(self) -> list[Any] | None:
+        """In JSON types; None if what is written has another shape than what is read."""
+        if tuple(self.dst.shape) != self.shape:
+            return None
+        return [self.offset, list(self.shape), list(self.strides), str(self.dst.dtype).removeprefix("torch.")]
+
+
+class Plans:
+    """What is known of one model's loader, tensor by tensor.
+
+    A tensor is known once its copies are all that the loader does with it.  Constants that the loader writes beside
+    them (the padding of a vocabulary) are written again each time; a constant below a copy belongs to its tensor.
+    """
+
+    def __init__(self) -> None:
+        self.identity = secrets.token_hex(8)
+        self._copies: dict[str, list[Learnt]] = {}
+        self._kinds: dict[str, tuple[str, tuple[int, ...]]] = {}
+        self._fills: list[tuple[torch.Tensor, Any]] = []
+        self._own_fills: dict[str, list[tuple[torch.Tensor, Any]]] = {}
+        self._places: dict[tuple[int, str], tuple[dict[str, Any], int]] = {}
+        self.programs: dict[str, Program] = {}
+
+    def learn(self, recorder: Recorder, flat: torch.Tensor, entries: Sequence[Sequence[Any]], model: Any) -> None:
+        """Remember a watched load.
+
+        Args:
+            recorder: Of a load that has just ended.
+            flat: The staging memory it read.
+            entries: What lay in it.
+            model: The model that was loaded.
+        """
+        refused = recorder.derived | recorder.reworked
+        if recorder.foreign:
+            refused = set(range(len(entries)))
+        of_entry: dict[int, list[Copy]] = {i: [] for i in range(len(entries)) if i not in refused}
+        for copy in recorder.copies:
+            if copy.entry in of_entry:
+                of_entry[copy.entry].append(copy)
+        fills: list[tuple[torch.Tensor, Any]] = []
+        own: dict[int, list[tuple[torch.Tensor, Any]]] = {}
+        for dst, value in recorder.fills if not recorder.foreign else ():
+            below = {c.entry for c in recorder.copies if storage_of(c.dst) == storage_of(dst) and overlap(c.dst, dst)}
+            if not below:
+                fills.append((dst, value))
+            elif len(below) == 1:
+                own.setdefault(below.pop(), []).append((dst, value))
+            else:
+                for entry in below:  # made again for one of them, it would wipe out the others
+                    of_entry.pop(entry, None)
+        start = flat.data_ptr()
+        for i, copies in of_entry.items():
+            name, dtype, shape, first, _ = entries[i]
+            self._kinds[name] = (dtype, tuple(shape))
+            self._copies[name] = [
+                Learnt(
+                    c.dst,
+                    (c.src.data_ptr() - start - first) // c.src.element_size(),
+                    tuple(c.src.shape),
+                    tuple(c.src.stride()),
+                )
+                for c in copies
+            ]
+            self._own_fills[name] = own.get(i, [])
+        known = {(storage_of(dst), dst.data_ptr(), tuple(dst.shape)) for dst, _ in self._fills}
+        self._fills += [f for f in fills if (storage_of(f[0]), f[0].data_ptr(), tuple(f[0].shape)) not in known]
+        written = {storage_of(c.dst) for copies in of_entry.values() for c in copies}
+        written |= {storage_of(dst) for dst, _ in (*fills, *(f for of in own.values() for f in of))}
+        for table, name, tensor in _tables(model):
+            if storage_of(tensor) in written:
+                self._places[id(table), name] = (table, tensor.data_ptr())
+
+    def knows(self, entries: Sequence[Sequence[Any]]) -> bool:
+        """Whether all these tensors, of these shapes and dtypes, can be copied without the loader."""
+        return all(self._kinds.get(name) == (dtype, tuple(shape)) for name, dtype, shape, *_ in entries)
+
+    def fit(self) -> bool:
+        """Whether the parameters are where they were; a stale pointer is never written through."""
+        for (_, name), (table, place) in self._places.items():
+            tensor = table.get(name)
+            if tensor is None or tensor.data_ptr() != place:
+                return False
+        return True
+
+    def described(self, names: Sequence[str]) -> dict[str, list[Any]]:
+        """Name -> what is read of it, copy by copy; names whose copies cannot be told in this way are left out."""
+        found = {}
+        for name in names:
+            copies = [copy.described() for copy in self._copies.get(name, ())]
+            if name in self._copies and None not in copies:
+                found[name] = copies
+        return found
+
+    def fill(self, names: Sequence[str]) -> None:
+        """Write the constants that belong to these tensors; before their copies."""
+        for name in names:
+            for dst, value in self._own_fills[name]:
+                dst.fill_(value)
+        for dst, value in self._fills:
+            dst.fill_(value)
+
+    def replay(self, flat: torch.Tensor, entries: Sequence[Sequence[Any]]) -> list[Copy]:
+        """Make the copies of a bucket's tensors again."""
+        storage, base = flat.untyped_storage(), flat.storage_offset()
+        made = []
+        for i, (name, dtype, _, start, _) in enumerate(entries):
+            kind = getattr(torch, dtype)
+            for learnt in self._copies[name]:
+                src = torch.empty(0, dtype=kind, device=flat.device)
+                src.set_(storage, (base + start) // kind.itemsize + learnt.offset, learnt.shape, learnt.strides)
+                made.append(Copy(learnt.dst, src, i))
+        self.fill([entry[0] for entry in entries])
+        if made:
+            torch._foreach_copy_([c.dst for c in made], [c.src for c in made])
+        return made
+
+    def target(self, name: str, number: int) -> torch.Tensor:
+        """What the copy of that number writes to."""
+        return self._copies[name][number].dst
+
+    def unwritten(self, model: Any) -> list[str]:
+        """Parameters that no known tensor, or only a part of them, is copied or filled into."""
+        parts: dict[int, list[torch.Tensor]] = {}
+        targets = [c.dst for copies in self._copies.values() for c in copies]
+        for dst in (*targets, *(d for d, _ in self._fills), *(d for of in self._own_fills.values() for d, _ in of)):
+            parts.setdefault(storage_of(dst), []).append(dst)
+        found = []
+        for name, parameter in model.named_parameters():
+            if parameter.numel() and not _is_written(parameter, parts.get(storage_of(parameter), [])):
+                found.append(name)
+        return found
+
+
+def _is_written(parameter: torch.Tensor, parts: Sequence[torch.Tensor]) -> bool:
+    if not parameter.is_contiguous():  # only its bounds can be told
+        return sum(part.numel() for part in parts) >= parameter.numel()
+    boxes = []
+    for part in parts:
+        offset = (part.data_ptr() - parameter.data_ptr()) // parameter.element_size()
+        if offset < 0 or offset >= parameter.numel() or part.numel() == 0:
+            continue
+        if part.numel() == parameter.numel():
+            boxes.append(whole(parameter.shape))
+            continue
+        found = box_of(offset, tuple(part.shape), tuple(part.stride()), tuple(parameter.shape))
+        if found is not None:
+            boxes.append(found[0])
+    return is_covered(boxes, tuple(parameter.shape))
+
+
+def _tables(model: Any) -> list[tuple[dict[str, Any], str, torch.Tensor]]:
+    """Every parameter and buffer with the table of the module that holds it."""
+    return [
+        (table, name, tensor)
+        for module in model.modules()
+        for table in (module._parameters, module._buffers)
+        for name, tensor in table.items()
+        if tensor is not None
+    ]
+
+
+class Program:
+    """Copies out of memory that stays mapped, prepared once and run at every sync.
+
+    Args:
+        pieces: From the trainer, each [tensor name, number of its copy, starts and lengths of the part of what that copy
+            writes (None: all of it), region, first byte in it, dtype there, strides there in elements].
+        plans: Of the model.
+    """
+
+    def __init__(self, pieces: Sequence[Sequence[Any]], plans: Plans) -> None:
+        self.regions = {piece[4] for piece in pieces}
+        self._names = list(dict.fromkeys(piece[0] for piece in pieces))
+        self._dst: list[torch.Tensor] = []
+        self._src: list[tuple[str, int, torch.dtype, list[int]]] = []
+        for name, number, starts, lengths, region, first, dtype, strides in pieces:
+            dst = plans.target(name, number)
+            if starts is not None:
+                for dim, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+                    dst = dst.narrow(dim, start, length)
+            self._dst.append(dst)
+            self._src.append((region, first, getattr(torch, dtype), strides))
+        self._views: list[torch.Tensor] | None = None
+
+    def run(self, plans: Plans, regions: dict[str, torch.Tensor], *, keep: bool) -> tuple[list[int], dict[str, float]]:
+        """Copy, and sum up what the parameters hold afterwards; both are over when it returns.
+
+        Args:
+            plans: Of the model.
+            regions: What is mapped, by name.
+            keep: Whether the regions stay mapped, so that their views can be used again.
+
+        Returns:
+            `word_sum` of every piece's target, in order; and seconds: ``copy``, ``sum``.
+        """
+        views = self._views
+        if views is None:
+            views = [
+                _view(regions[region], first, dtype, dst.shape, strides)
+                for dst, (region, first, dtype, strides) in zip(self._dst, self._src)
+            ]
+            self._views = views if keep else None
+        if not views:
+            return [], {}
+        marks = [_mark(self._dst[0])]
+        plans.fill(self._names)
+        torch._foreach_copy_(self._dst, views)
+        marks.append(_mark(self._dst[0]))
+        sums = torch.stack([word_sum(dst) for dst in self._dst])
+        marks.append(_mark(self._dst[0]))
+        found = sums.tolist()
+        return found, {step: _between(*pair) for step, pair in zip(("copy", "sum"), zip(marks, marks[1:]))}
+
+    def forget(self) -> None:
+        """Drop the views, so that the regions can be let go."""
+        self._views = None
+
+
+def _mark(tensor: torch.Tensor) -> Any:
+    """Now, as the tensor's device has it."""
+    if not tensor.is_cuda:
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _between(begun: Any, ended: Any) -> float:
+    return ended - begun if isinstance(begun, float) else begun.elapsed_time(ended) / 1e3
+
+
+def _view(
+    region: torch.Tensor, first: int, dtype: torch.dtype, shape: Sequence[int], strides: Sequence[int]
+) -> torch.Tensor:
+    start = region.storage_offset() + first
+    if start % dtype.itemsize:
+        raise ValueError(f"byte {start} of a region is no place for {dtype}")
+    out = torch.empty(0, dtype=dtype, device=region.device)
+    return out.set_(region.untyped_storage(), start // dtype.itemsize, tuple(shape), tuple(strides))

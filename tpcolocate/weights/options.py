@@ -1,0 +1,41 @@
+"""How weights travel, as the caller of a sync may choose."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tpcolocate.errors import ConfigError
+from tpcolocate.weights.delivery import PAYLOADS, TRANSPORTS
+
+
+@dataclass(frozen=True, slots=True)
+class SyncOptions:
+    """How weights travel.
+
+    Attributes:
+        bucket_bytes: Most staging memory of a sync, in bytes; a larger tensor gets a bucket of its own.
+        payloads: One of `PAYLOADS`.
+        transport: One of `TRANSPORTS`.
+        partial: Weights that are not sent stay as they are, instead of being an error.
+        folder: Where files go, for the transport ``file``; default: /dev/shm.
+        parts: Move only the parts that each TP worker reads, where that is known, instead of full tensors.
+    """
+
+    bucket_bytes: int = 512 * 2**20
+    payloads: str = "per_rank"
+    transport: str = "auto"
+    partial: bool = False
+    folder: Path | None = None
+    parts: bool = True
+
+    def __post_init__(self) -> None:
+        if self.bucket_bytes <= 0:
+            raise ConfigError(f"bucket_bytes={self.bucket_bytes} is not positive")
+        if self.payloads not in PAYLOADS:
+            raise ConfigError(f"payloads={self.payloads!r} is unknown", hint=f"one of {', '.join(PAYLOADS)}")
+        if self.transport not in TRANSPORTS:
+            raise ConfigError(f"transport={self.transport!r} is unknown", hint=f"one of {', '.join(TRANSPORTS)}")
+
+
+__all__ = ["SyncOptions"]
