@@ -122,6 +122,27 @@ def tokens_after_ddp_sync(world):
     return world.generated() == world.expected()
 
 
+def tokens_after_two_dimensional_sync(world):
+    """FSDP2 over two ranks, tensor parallelism over two: every weight is sharded twice, over all slices."""
+    import copy
+
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    world.perturb(6)
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    columns = {f"self_attn.{name}_proj": ColwiseParallel() for name in "qkv"}
+    columns |= {f"mlp.{name}_proj": ColwiseParallel() for name in ("gate", "up")}
+    rows = {"self_attn.o_proj": RowwiseParallel(), "mlp.down_proj": RowwiseParallel()}
+    model = copy.deepcopy(world.model)
+    for layer in model.model.layers:
+        fully_shard(parallelize_module(layer, mesh["tp"], {**columns, **rows}), mesh=mesh["dp"])
+    fully_shard(model, mesh=mesh["dp"])
+    world.engine.sync_weights(model)
+    return world.generated() == world.expected()
+
+
 def tokens_after_fan_out_sync(world):
     world.perturb(4)
     report = world.engine.sync_weights(world.sharded(), payloads="fan_out", bucket_bytes=100_000)
@@ -418,7 +439,7 @@ ALL = [
 ]  # fmt: skip
 TOKENS = [tokens_before, tokens_after_fsdp2_sync, trainer_logprobs, tokens_after_plain_sync, tokens_by_parts]
 SLICES = [
-    tokens_before, tokens_after_fsdp2_sync, tokens_by_parts, a_slice_whose_engine_forgot, a_slice_that_fails_on_the_way, connect_from_outside,
+    tokens_before, tokens_after_fsdp2_sync, tokens_by_parts, tokens_after_two_dimensional_sync, a_slice_whose_engine_forgot, a_slice_that_fails_on_the_way, connect_from_outside,
 ]  # fmt: skip
 SETUPS = {
     # id: family, tied embeddings, tp_size, ranks, checks
@@ -529,6 +550,11 @@ def test_log_probabilities_equal_the_trainers(setup):
 @setups_with(tokens_after_ddp_sync)
 def test_tokens_after_a_ddp_sync(setup):
     assert all(results(setup, tokens_after_ddp_sync))
+
+
+@setups_with(tokens_after_two_dimensional_sync)
+def test_tokens_after_a_sync_from_a_mesh_of_two_dimensions(setup):
+    assert all(results(setup, tokens_after_two_dimensional_sync))
 
 
 @setups_with(tokens_after_fan_out_sync)

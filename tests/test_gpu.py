@@ -257,3 +257,26 @@ def test_sleep_frees_memory_and_garbage_is_not_generated_from(found):
 def test_fan_out_is_proven_too_and_nothing_stays_in_shared_memory(found):
     assert all(value["fan_out"] == value["report"].num_tensors for value in found)
     assert all(value["counter_files"] == [] for value in found)
+
+
+def offloaded(rank, world):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+
+    from tpcolocate.weights.items import full_tensor
+    from tpcolocate.weights.source import Weights
+
+    torch.cuda.set_device(rank)
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 3), torch.nn.Linear(3, 7))
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    fully_shard(model, mesh=init_device_mesh("cuda", (world,)), offload_policy=CPUOffloadPolicy())
+    held = {parameter.to_local().device.type for parameter in model.parameters()}
+    full = {name: full_tensor(item) for name, item in Weights(model)}
+    equal = all(torch.equal(full[name].cpu(), tensor) for name, tensor in expected.items())
+    return held, {tensor.device.type for tensor in full.values()}, equal
+
+
+def test_offloaded_shards_are_gathered_by_the_gpus():
+    world = min(2, torch.cuda.device_count())
+    assert run_ranks(offloaded, world, world, backend="nccl", timeout_s=120) == [({"cpu"}, {"cuda"}, True)] * world

@@ -56,8 +56,9 @@ A, B = (
     GOOD,
     {name.removeprefix("base_model.model."): tensor for name, tensor in GOOD.items()},
     {name.replace(".weight", ".default.weight"): tensor for name, tensor in GOOD.items()},
-], ids=["saved", "without a prefix", "of a state dict"])  # fmt: skip
-def test_names_come_in_three_forms_and_go_in_one(given):
+    {name.replace(".layers.", "._checkpoint_wrapped_module.layers."): tensor for name, tensor in GOOD.items()},
+], ids=["saved", "without a prefix", "of a state dict", "wrapped"])  # fmt: skip
+def test_names_come_in_several_forms_and_go_in_one(given):
     adapter = make_adapter(given, CONFIG)
     assert list(adapter.tensors) == list(GOOD)
     assert all(adapter.tensors[name] is tensor for name, tensor in zip(GOOD, given.values()))

@@ -174,7 +174,44 @@ def test_fsdp2_is_gathered_and_fsdp1_refused():
     assert run_ranks(fsdp, 2) == [expected] * 2
 
 
-def test_a_full_tensor_is_itself_and_detached():
-    parameter = nn.Parameter(torch.ones(2))
-    full = full_tensor(parameter)
-    assert full.data_ptr() == parameter.data_ptr() and not full.requires_grad
+def strip_actor(name):
+    return None if name.startswith("value_head.") else name.removeprefix("actor.")
+
+
+class Actor(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.actor = Model(tie=True)
+        self.value_head = nn.Linear(4, 1)
+
+
+@pytest.mark.parametrize("rename", [
+    strip_actor,
+    {"actor.embed.weight": "embed.weight", "actor.layer.weight": "layer.weight", "actor.layer.bias": "layer.bias",
+     "actor.scale": "scale", "value_head.weight": None, "value_head.bias": None},
+], ids=["function", "mapping"])  # fmt: skip
+@pytest.mark.parametrize("give", [
+    lambda m: m, lambda m: m.state_dict(), lambda m: list(m.state_dict().items()), lambda m: iter(m.state_dict().items()),
+], ids=["module", "dict", "list", "iterator"])  # fmt: skip
+def test_names_are_mapped_before_ties_are_looked_at_and_none_leaves_a_weight_out(give, rename):
+    model = Actor()
+    weights = Weights(give(model), expected=["embed.weight", *REST], rename=rename)
+    given = dict(weights)
+    if weights.known is None:
+        assert sorted(given) == NAMES  # as it comes
+    else:
+        assert sorted(given) == ["embed.weight", *REST] and weights.aliases == {"layer.weight": "embed.weight"}
+    assert given["scale"].data_ptr() == model.actor.scale.data_ptr()
+
+
+def test_a_mapping_leaves_alone_what_it_lacks():
+    assert names_renamed({"scale": "factor"}) == ["embed.weight", "factor", "layer.bias", "layer.weight"]
+
+
+def names_renamed(rename):
+    return sorted(name for name, _ in Weights(Model(), rename=rename))
+
+
+def test_a_name_is_a_string_or_none():
+    with pytest.raises(ConfigError, match="rename gave int for scale"):
+        names_renamed(lambda name: 3)

@@ -11,6 +11,7 @@ pytestmark = pytest.mark.quick
 
 PROMPTS = ("hello", "what is 12 plus 30?", "\N{SNOWMAN} bytes", "the quick brown fox jumps")
 KINDS = [(family, tie) for family in ("qwen3", "llama") for tie in (True, False)]
+KINDS += [("qwen3_moe", True), ("mixtral", False)]
 
 
 def greedy_tokens(model, tokenizer, num_tokens=12):

@@ -24,17 +24,29 @@ _SHAPE: dict[str, Any] = {
     "initializer_range": 0.2,
     "dtype": "float32",
 }
+# Of the families with experts.  Neither 5 experts nor their router can be cut into equal shards.
+_NUM_EXPERTS = 5
+_MOE: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {
+        "num_experts": _NUM_EXPERTS,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "norm_topk_prob": True,
+    },
+    "mixtral": {"num_local_experts": _NUM_EXPERTS, "num_experts_per_tok": 2, "intermediate_size": 64},
+}
 
 
 def make_tiny_model(
     path: str | Path,
     *,
-    family: Literal["qwen3", "llama"] = "qwen3",
+    family: Literal["qwen3", "llama", "qwen3_moe", "mixtral"] = "qwen3",
     tie: bool = False,
     seed: int = 0,
     kv_heads: int = _SHAPE["num_key_value_heads"],
+    vocab_size: int = VOCAB_SIZE,
 ) -> Path:
-    """Writes a random float32 model (safetensors) and a byte-level BPE tokenizer of 512 tokens to a folder.
+    """Writes a random float32 model (safetensors) and a byte-level BPE tokenizer to a folder.
 
     The same arguments give the same weights; torch's global generator is left as it was.
 
@@ -44,21 +56,19 @@ def make_tiny_model(
         tie: Whether the output layer shares the embedding.
         seed: Of the weights.
         kv_heads: Key-value heads; the server's tp_size must divide them.
+        vocab_size: Of model and tokenizer.
 
     Returns:
         The folder.
     """
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+    import transformers
 
     path = Path(path)
-    config_class, model_class = {
-        "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-        "llama": (LlamaConfig, LlamaForCausalLM),
-    }[family]
-    tokenizer = _make_tokenizer()
-    config = config_class(
-        **{**_SHAPE, "num_key_value_heads": kv_heads},
+    prefix = {"qwen3": "Qwen3", "llama": "Llama", "qwen3_moe": "Qwen3Moe", "mixtral": "Mixtral"}[family]
+    tokenizer = _make_tokenizer(vocab_size)
+    config = getattr(transformers, f"{prefix}Config")(
+        **{**_SHAPE, **_MOE.get(family, {}), "num_key_value_heads": kv_heads, "vocab_size": vocab_size},
         tie_word_embeddings=tie,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
@@ -66,7 +76,7 @@ def make_tiny_model(
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = model_class(config)
+        model = getattr(transformers, f"{prefix}ForCausalLM")(config)
         # Norms start as ones, all alike: a sync that skips one, or takes one for another, would not show.
         for parameter in model.parameters():
             if parameter.ndim == 1:
@@ -76,7 +86,7 @@ def make_tiny_model(
     return path
 
 
-def _make_tokenizer() -> Any:
+def _make_tokenizer(vocab_size: int) -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -84,7 +94,7 @@ def _make_tokenizer() -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
+        vocab_size=vocab_size,
         special_tokens=[PAD, EOS],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,

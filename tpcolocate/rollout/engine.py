@@ -23,7 +23,7 @@ from tpcolocate.rollout.generation import GenerationCalls
 from tpcolocate.rollout.update_groups import UpdateGroupCalls
 from tpcolocate.weights.checkpoint import Checkpoint, CheckpointWriter, count_shards, save
 from tpcolocate.weights.options import SyncOptions
-from tpcolocate.weights.source import Source, Weights
+from tpcolocate.weights.source import Rename, Source, Weights
 from tpcolocate.weights.spec import local_folder
 
 logger = logging.getLogger(__name__)
@@ -55,6 +55,7 @@ class Engine(AdapterCalls, UpdateGroupCalls, GenerationCalls):
         payloads: str = "per_rank",
         transport: str = "auto",
         folder: str | os.PathLike[str] | None = None,
+        rename: Rename | None = None,
         partial: bool = False,
         parts: bool | None = None,
         timeout_s: float = 600.0,
@@ -65,8 +66,8 @@ class Engine(AdapterCalls, UpdateGroupCalls, GenerationCalls):
         over all of them: call it on every training rank.
 
         Args:
-            model_or_named_tensors: An `nn.Module` (plain, DDP, FSDP2), a state dict, or an iterable of
-                (checkpoint name, full tensor or DTensor), in the same order on every rank.
+            model_or_named_tensors: An `nn.Module` (plain, DDP, FSDP2, DTensor-parallel, peft), a state dict, or an
+                iterable of (checkpoint name, full tensor or DTensor), in the same order on every rank.
             weight_version: Reported by the server with every sequence from then on; default: that of a `Checkpoint`, else
                 a count of the syncs, which goes on from a version that is a number.
             bucket_bytes: Most staging memory per rank, less where less is free; a larger tensor travels by itself.
@@ -76,6 +77,8 @@ class Engine(AdapterCalls, UpdateGroupCalls, GenerationCalls):
                 first sync proves with a small handle that the one works, or takes the other.  ``"stock"``: handles that
                 SGLang opens by itself; nothing is read back, and a failure kills the server.
             folder: Where files go; default: /dev/shm.
+            rename: A function or a mapping from the source's names to those of the served checkpoint; None for a
+                weight that is not to be sent, such as a value head's.  The same on every rank.
             partial: Permit that weights are missing; they stay as they are.
             parts: Move only the parts of tensors that each TP worker reads, once the first sync has shown which, instead
                 of full tensors.  Default: on a CPU; on GPUs it has to be asked for.
@@ -112,6 +115,7 @@ class Engine(AdapterCalls, UpdateGroupCalls, GenerationCalls):
                     folder=None if folder is None else Path(folder),
                     # Not yet measured on GPUs.
                     parts=self._sync.device.type == "cpu" if parts is None else parts,
+                    rename=rename,
                 )
             report = self._sync.run(
                 model_or_named_tensors,
@@ -132,7 +136,12 @@ class Engine(AdapterCalls, UpdateGroupCalls, GenerationCalls):
         return report if stale is None else replace(report, warnings=(*report.warnings, stale))
 
     def save_weights(
-        self, model_or_named_tensors: Source, *, folder: str | os.PathLike[str], timeout_s: float = 600.0
+        self,
+        model_or_named_tensors: Source,
+        *,
+        folder: str | os.PathLike[str],
+        rename: Rename | None = None,
+        timeout_s: float = 600.0,
     ) -> None:
         """Write a checkpoint of these weights, as Hugging Face lays it out, with `weight_version` in it.
 
@@ -146,6 +155,7 @@ class Engine(AdapterCalls, UpdateGroupCalls, GenerationCalls):
         Args:
             model_or_named_tensors: As for `sync_weights`, but no generator.
             folder: Must not exist, or be empty.
+            rename: As for `sync_weights`.
             timeout_s: How long the other ranks wait for the last file, in seconds.
 
         Raises:
@@ -159,7 +169,8 @@ class Engine(AdapterCalls, UpdateGroupCalls, GenerationCalls):
         try:
             with everybody.together("get ready to save the weights"):
                 spec = self._sync.spec
-                weights = Weights(model_or_named_tensors, expected=None if spec is None else spec.shapes)
+                expected = None if spec is None else spec.shapes
+                weights = Weights(model_or_named_tensors, expected=expected, rename=rename)
                 if weights.known is None:
                     raise ConfigError("cannot save a generator", hint="pass the module, a mapping or a list")
                 if spec is not None:

@@ -13,7 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from tpcolocate.errors import ConfigError
-from tpcolocate.weights.source import Weights, full_tensor
+from tpcolocate.weights.items import full_tensor
+from tpcolocate.weights.source import Weights
 from tpcolocate.weights.spec import safetensors_files
 from tpcolocate.weights.sync_run import buckets
 

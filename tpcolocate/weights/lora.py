@@ -18,7 +18,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tpcolocate.errors import ConfigError, WeightsMismatchError
-from tpcolocate.weights.source import full_tensor
+from tpcolocate.weights.items import full_tensor
+from tpcolocate.weights.names import without_wrappers
 from tpcolocate.weights.spec import ModelSpec
 
 _PREFIX = "base_model.model."
@@ -108,7 +109,7 @@ def make_adapter(tensors: Mapping[str, torch.Tensor], config: Any) -> Adapter:
     named: dict[str, torch.Tensor] = {}
     unknown, adapters = [], set()
     for name, tensor in tensors.items():
-        matched = _NAME.match(name) if isinstance(name, str) else None
+        matched = _NAME.match(without_wrappers(name)) if isinstance(name, str) else None
         if matched is None or not isinstance(tensor, torch.Tensor):
             unknown.append(str(name))
             continue
@@ -153,7 +154,7 @@ def adapter_of(model: nn.Module, adapter_name: str | None) -> Adapter:
         )
     if adapter_name is None and len(configs) == 1:
         [adapter_name] = configs
-    if adapter_name not in configs:
+    if adapter_name is None or adapter_name not in configs:
         raise ConfigError(
             f"adapter_name={adapter_name!r} is none of the model's adapters", hint=f"one of {', '.join(configs)}"
         )

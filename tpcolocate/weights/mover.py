@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from tpcolocate.errors import DeadlineError
 from tpcolocate.in_server.tpcolocate_receiver.sums import word_sum
+from tpcolocate.weights.items import Derived, Item
 from tpcolocate.weights.loans import Loans
 from tpcolocate.weights.moves import Box, Piece, ReadsOfRanks, cut, pieces_of, place, shards, whole
 
@@ -141,13 +142,15 @@ class Mover:
         self._numbers = itertools.count()
         self._layouts: dict[object, _Layout | None] = {}
 
-    def hold(self, tensor: torch.Tensor) -> Held | None:
-        """How a tensor lies among the ranks; None for what only `full_tensor` can put together.
+    def hold(self, tensor: Item) -> Held | None:
+        """How a tensor lies among the ranks; None for what only `full_tensor` can put together, or compute.
 
         Known are plain tensors, and DTensors that are sharded once and otherwise replicated (FSDP2, HSDP, DTensor
         tensor parallelism).  Cheap: called for every tensor at every sync.
         """
         shape = tuple(tensor.shape)
+        if isinstance(tensor, Derived):
+            return None
         if not isinstance(tensor, DTensor):
             return Held(shape, tensor.detach(), (whole(shape),))
         kind = (shape, tensor.device_mesh, tensor.placements)

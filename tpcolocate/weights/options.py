@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tpcolocate.errors import ConfigError
 from tpcolocate.weights.delivery import PAYLOADS, TRANSPORTS
+from tpcolocate.weights.source import Rename
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +20,7 @@ class SyncOptions:
         transport: One of `TRANSPORTS`.
         partial: Weights that are not sent stay as they are, instead of being an error.
         folder: Where files go, for the transport ``file``; default: /dev/shm.
+        rename: From the source's names to the served checkpoint's; see `Weights`.
         parts: Move only the parts that each TP worker reads, where that is known, instead of full tensors.
     """
 
@@ -27,6 +29,7 @@ class SyncOptions:
     transport: str = "auto"
     partial: bool = False
     folder: Path | None = None
+    rename: Rename | None = None
     parts: bool = True
 
     def __post_init__(self) -> None:

@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 
 from tpcolocate.errors import ConfigError, WeightsMismatchError
+from tpcolocate.weights.conversion import to_checkpoint
 
 _SHOWN = 5
 
@@ -168,12 +169,11 @@ def _from_architecture(folder: Path) -> ModelSpec | None:
             model = AutoModelForCausalLM.from_config(config)
     except (ValueError, OSError, KeyError):
         return None  # an architecture that transformers does not know; SGLang may
-    seen: set[int] = set()
-    shapes = {}
+    weights: dict[int, tuple[str, torch.Tensor]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            shapes[name] = tuple(tensor.shape)
+        weights.setdefault(id(tensor), (name, tensor))
+    served = to_checkpoint(model, list(weights.values()), is_served=lambda name: False)
+    shapes = {name: tuple(item.shape) for name, item in served}
     return ModelSpec(shapes, f"the architecture {type(model).__name__} of {folder / 'config.json'}")
 
 

@@ -19,24 +19,23 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from tpcolocate import ipc_payload
 from tpcolocate.errors import ConfigError, DeadlineError, SyncError, TpColocateError, WeightsMismatchError
 from tpcolocate.report import RankReport, Stopwatch, SyncReport
 from tpcolocate.weights.delivery import Delivery, Replies, WeightServer, slowest, some
+from tpcolocate.weights.items import Item, Items, full_bytes, full_tensor, is_collective
 from tpcolocate.weights.loans import Loan
 from tpcolocate.weights.memory import allocated_bytes, free_bytes, plan_bucket
 from tpcolocate.weights.mover import Held, Mover, Moves, Sums
 from tpcolocate.weights.options import SyncOptions
-from tpcolocate.weights.source import Source, Weights, full_tensor
+from tpcolocate.weights.source import Source, Weights
 
 if TYPE_CHECKING:
     from tpcolocate.weights.sync import WeightSync
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-NamedTensors = list[tuple[str, torch.Tensor]]
 Named = tuple[str, tuple[int, ...], torch.dtype]
 
 # The others are to hear of a missed deadline rather than to miss one of their own.
@@ -95,7 +94,7 @@ class SyncRun:
             ledger=self.ledger,
             copied=self.note_peak,
         )
-        self.rest: Iterator[NamedTensors] = iter(())
+        self.rest: Iterator[Items] = iter(())
         self.tensors: dict[str, Held] = {}
         self.sharded = False
         self.begun = self.touched = self.mode_told = self.moving = False
@@ -172,13 +171,14 @@ class SyncRun:
             [of_rank.free for of_rank in facts],  # type: ignore[union-attr]
             largest=largest,
             copies=copies,
-            gathered=largest if self.sharded else 0,
+            gathered=weights.reading_bytes,
         )
         steady = [of_rank.steady for of_rank in facts]  # type: ignore[union-attr]
         return weights, {name for name, *of_ranks in zip(self.tensors, *steady) if set(of_ranks) == {"1"}}
 
     def prepare(self, source: Source) -> tuple[Weights, _Facts]:
-        weights = Weights(source, expected=None if self.sync.spec is None else self.sync.spec.shapes)
+        expected = None if self.sync.spec is None else self.sync.spec.shapes
+        weights = Weights(source, expected=expected, rename=self.options.rename)
         self.sharded = weights.is_sharded
         steady: list[bool] = []
         if weights.known is not None:
@@ -498,7 +498,7 @@ class SyncRun:
         self.num_buckets += 1 + len(moves.steps)
         self.num_tensors += len(names)
         self.num_replayed += len(names)
-        self.num_bytes += sum(t.numel() * t.element_size() for n, t in weights.known or () if n in names)
+        self.num_bytes += sum(full_bytes(item) for name, item in weights.known or () if name in names)
         self.names |= names
 
     def lend(self, lent: set[str]) -> set[str]:
@@ -676,13 +676,13 @@ class SyncRun:
 
     # --- buckets of full tensors ---------------------------------------------------------------------------------
 
-    def next_bucket(self, error: BaseException | None) -> NamedTensors | None:
+    def next_bucket(self, error: BaseException | None) -> Items | None:
         """The next bucket, or None at the end; all ranks agree on which, and that the last one is behind them.
 
         Args:
             error: What went wrong on this rank with the last bucket's handles.
         """
-        bucket: NamedTensors | None = None
+        bucket: Items | None = None
         with self.watch.phase("gather"):
             if error is None:
                 try:
@@ -696,7 +696,7 @@ class SyncRun:
             self.check_alike(self.agree(error, (digest, _headline(mine)), what="choose the next weights"))
         return bucket
 
-    def send(self, bucket: NamedTensors) -> BaseException | None:
+    def send(self, bucket: Items) -> BaseException | None:
         """Move one bucket; returns this rank's error in taking the handles back, for the next agreement."""
         error: BaseException | None = None
         number = self.number()
@@ -743,7 +743,7 @@ class SyncRun:
                 return caught
         return None
 
-    def gather(self, bucket: NamedTensors, entries: list[ipc_payload.Entry], num_bytes: int) -> torch.Tensor | None:
+    def gather(self, bucket: Items, entries: list[ipc_payload.Entry], num_bytes: int) -> torch.Tensor | None:
         """Full tensors into fresh staging memory.  Ranks that export nothing gather all the same."""
         flat = ipc_payload.allocate(num_bytes, self.sync.device) if self.delivery.exports else None
         largest = max(range(len(entries)), key=lambda i: entries[i].num_bytes)
@@ -801,8 +801,8 @@ class SyncRun:
         with contextlib.suppress(Exception):
             for bucket in self.rest:
                 for _, tensor in bucket:
-                    if isinstance(tensor, DTensor):
-                        tensor.full_tensor()
+                    if is_collective(tensor):
+                        full_tensor(tensor)
 
     def left_of_moves(self) -> list[Callable[[], object]]:
         if self.unmoved is None:
@@ -864,9 +864,9 @@ class SyncRun:
         return replies
 
 
-def buckets(weights: Iterable[tuple[str, torch.Tensor]], bucket_bytes: int) -> Iterator[NamedTensors]:
+def buckets(weights: Iterable[tuple[str, Item]], bucket_bytes: int) -> Iterator[Items]:
     """Cut the stream into buckets of at most `bucket_bytes`, in order; the sizes are those of the full tensors."""
-    bucket: NamedTensors = []
+    bucket: Items = []
     used = 0
     for name, tensor in weights:
         size = _padded(tensor)
@@ -879,9 +879,8 @@ def buckets(weights: Iterable[tuple[str, torch.Tensor]], bucket_bytes: int) -> I
         yield bucket
 
 
-def _padded(tensor: torch.Tensor) -> int:
-    size = tensor.shape.numel() * tensor.dtype.itemsize
-    return -(-size // ipc_payload.ALIGNMENT) * ipc_payload.ALIGNMENT
+def _padded(item: Item) -> int:
+    return -(-full_bytes(item) // ipc_payload.ALIGNMENT) * ipc_payload.ALIGNMENT
 
 
 def _headline(mine: list[Named] | None) -> str:

@@ -1,0 +1,211 @@
+"""A peft model is sent as it computes: against peft's own merge, and without a change to the model."""
+
+import copy
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+from tpcolocate.errors import ConfigError
+from tpcolocate.weights.items import Derived, full_tensor
+from tpcolocate.weights.source import Weights
+
+pytestmark = [pytest.mark.quick, pytest.mark.timeout(120)]
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(8, 4)
+        self.inner = nn.ModuleDict({"q": nn.Linear(4, 6), "o": nn.Linear(6, 4, bias=False)})
+        self.experts = Experts()
+        self.head = nn.Linear(4, 8, bias=False)
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        return self.head(self.experts(self.inner["o"](self.inner["q"](x))))
+
+
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(3, 4, 5))
+        self.down = nn.Parameter(torch.randn(3, 5, 4))
+
+    def forward(self, x):
+        return torch.einsum("bi,eio,eoj->bj", x, self.up, self.down)
+
+
+def lora(**kwargs):
+    return peft.LoraConfig(**{"r": 2, "lora_alpha": 8, "target_modules": ["q", "o"], **kwargs})
+
+
+def adapted(config, *, also=()):
+    torch.manual_seed(0)
+    model = peft.get_peft_model(Model(), config)
+    for number, other in enumerate(also):
+        model.add_adapter(f"other{number}", other)
+    randomise(model)
+    return model
+
+
+def randomise(model):
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name or "modules_to_save" in name:  # B starts at zero: an adapter that nobody could miss
+                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
+
+
+def state(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(found, expected, **close):
+    assert list(found) == list(expected)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, **close)
+
+
+def sent(model, **kwargs):
+    return {name: full_tensor(item) for name, item in Weights(model, **kwargs)}
+
+
+CONFIGS = {
+    "linear": lora(),
+    "rank-stabilised": lora(use_rslora=True),
+    "embedding": lora(target_modules=["embed", "q"]),
+    "modules to save": lora(modules_to_save=["head"]),
+    "parameters": lora(target_modules=[], target_parameters=["experts.up", "experts.down"]),
+    "base's bias": lora(bias="lora_only"),
+}
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_what_is_sent_is_what_peft_would_merge_and_nothing_is_changed(kind):
+    model = adapted(copy.deepcopy(CONFIGS[kind]))
+    before = state(model)
+    weights = Weights(model)
+    expected = copy.deepcopy(model).merge_and_unload().state_dict()
+    same(sent(model), expected)
+    same(state(model), before, rtol=0, atol=0)
+    # What no adapter touches is live memory, not a copy.
+    live = {tensor.data_ptr() for tensor in model.state_dict(keep_vars=True).values()}
+    untouched = [item for _, item in weights if not isinstance(item, Derived)]
+    assert untouched and all(item.data_ptr() in live for item in untouched)
+    base = Model().state_dict()
+    with model.disable_adapter():
+        base = sent(model)
+    derived = {name for name, item in weights if isinstance(item, Derived)}
+    assert derived and all(not torch.equal(expected[name], base[name]) for name in derived)
+
+
+def test_it_is_computed_when_it_is_read():
+    model = adapted(lora())
+    weights = Weights(model)
+    with torch.no_grad():
+        model.base_model.model.inner["q"].lora_B["default"].weight.mul_(3)
+    same({name: full_tensor(item) for name, item in weights}, copy.deepcopy(model).merge_and_unload().state_dict())
+
+
+@pytest.mark.parametrize("prepare", [
+    lambda model: model.merge_adapter(),
+    lambda model: model.base_model.set_adapter(["default", "other0"]),
+    lambda model: model.set_adapter("other0"),
+], ids=["merged", "two at once", "another one"])  # fmt: skip
+def test_the_active_adapters_count_and_what_is_merged_counts_once(prepare):
+    model = adapted(lora(), also=[lora(target_modules=["q"], r=3)])
+    prepare(model)
+    ids = torch.arange(8)
+    torch.manual_seed(0)
+    plain = Model()
+    base = plain(ids)
+    plain.load_state_dict(sent(model))
+    torch.testing.assert_close(plain(ids), model(ids), rtol=1e-4, atol=1e-3)
+    assert (plain(ids) - base).abs().max() > 0.1
+
+
+def test_disabled_adapters_are_not_sent():
+    model = adapted(lora(modules_to_save=["head"]))
+    torch.manual_seed(0)
+    base = Model().state_dict()
+    with model.disable_adapter():
+        same(sent(model), base, rtol=0, atol=0)
+    assert not torch.equal(sent(model)["head.weight"], base["head.weight"])
+
+
+def test_merged_but_disabled_is_refused():
+    model = adapted(lora())
+    model.merge_adapter()
+    model.base_model.disable_adapter_layers()
+    with pytest.raises(ConfigError, match="inner.q.weight are merged and disabled") as caught:
+        Weights(model)
+    assert "unmerge_adapter()" in caught.value.hint
+
+
+@pytest.mark.parametrize("config, words", [
+    (lora(use_dora=True), r"inner.q.weight has a LoRA adapter 'default' that is more than .*\(Linear; DoRA"),
+    (lora(target_modules=["q"], lora_bias=True), "inner.q.weight has a LoRA adapter 'default' that is more than"),
+    (peft.IA3Config(target_modules=["q"], feedforward_modules=[]), "inner.q.weight has an adapter of kind ia3"),
+    (lora(trainable_token_indices={"embed": [1]}), "embed is a peft TrainableTokensWrapper"),
+], ids=["dora", "bias", "ia3", "tokens"])  # fmt: skip
+def test_what_cannot_be_computed_from_two_factors_is_refused_with_a_way_out(config, words):
+    model = adapted(config)
+    with pytest.raises(ConfigError, match=words) as caught:
+        Weights(model)
+    assert "merge_and_unload()" in caught.value.hint
+    assert sorted(sent(copy.deepcopy(model).merge_and_unload())) == sorted(Model().state_dict()), "the way out is one"
+
+
+def test_a_quantised_base_weight_is_refused():
+    model = adapted(lora())
+    base = model.base_model.model.inner["q"].base_layer
+    base.weight = nn.Parameter(torch.zeros(6, 4, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(ConfigError, match="quantised base weights are such cases"):
+        Weights(model)
+
+
+def test_a_prompt_adapter_is_refused(tiny_model_dir):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir())
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    model = peft.get_peft_model(model, config)
+    with pytest.raises(ConfigError, match="a PROMPT_TUNING adapter changes the prompt") as caught:
+        Weights(model)
+    assert "get_base_model()" in caught.value.hint
+    assert list(dict(Weights(model.get_base_model()))) == list(model.get_base_model().state_dict())
+
+
+def test_a_wrapper_around_it_makes_no_difference():
+    model = adapted(lora())
+    expected = copy.deepcopy(model).merge_and_unload().state_dict()
+    same(sent(torch.compile(model)), expected)
+    model.base_model.model.inner["q"] = torch.compile(model.base_model.model.inner["q"])
+    same(sent(model), expected)
+
+
+def test_an_adapter_that_was_injected_without_a_wrapper():
+    torch.manual_seed(0)
+    model = peft.inject_adapter_in_model(lora(), Model())
+    randomise(model)
+    reference = adapted(lora())
+    assert not isinstance(model, peft.PeftModel)
+    found = sent(model)
+    assert list(found) == list(Model().state_dict())
+    assert not torch.equal(found["inner.q.weight"], model.inner["q"].base_layer.weight)
+    assert torch.equal(
+        found["inner.o.weight"] != model.inner["o"].base_layer.weight, torch.ones(4, 6, dtype=torch.bool)
+    )
+    assert list(sent(reference)) == list(found)
+
+
+def test_bfloat16_is_rounded_once():
+    model = adapted(lora()).to(torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+    layer = model.base_model.model.inner["q"]
+    exact = layer.base_layer.weight.float() + layer.get_delta_weight("default")
+    found = sent(model)["inner.q.weight"]
+    assert found.dtype == torch.bfloat16 and torch.equal(found, exact.to(torch.bfloat16))
