@@ -343,6 +343,19 @@ def _raises_on(world, weights):
     return 3 if world.colo.tp_rank == world.colo.tp_size - 1 else weights
 
 
+def lora_is_refused(world):
+    tensors = {
+        f"base_model.model.model.layers.{i}.self_attn.o_proj.lora_{side}.weight": torch.ones(shape)
+        for i in range(2)
+        for side, shape in (("A", (4, 128)), ("B", (128, 4)))
+    }
+    try:
+        world.engine.set_lora_from_tensors("a", tensors, {"r": 4, "lora_alpha": 8, "target_modules": ["o_proj"]})
+        return "accepted"
+    except errors.ConfigError as error:
+        return error.message, error.hint
+
+
 def partial_sync(world):
     name = "model.norm.weight"
     with torch.no_grad():
@@ -421,7 +434,7 @@ def connect_from_outside(world):
 
 ALL = [
     tokens_before, generate_forms, refused_requests, tokens_after_fsdp2_sync, trainer_logprobs, tokens_after_plain_sync,
-    tokens_after_ddp_sync, tokens_after_fan_out_sync, tokens_after_generator_sync, partial_sync, refused_weights, sleep_and_wake,
+    tokens_after_ddp_sync, tokens_after_fan_out_sync, tokens_after_generator_sync, partial_sync, refused_weights, lora_is_refused, sleep_and_wake,
     twenty_syncs, tokens_by_parts, masters_in_other_dtypes, key_is_hidden, connect_from_outside,
 ]  # fmt: skip
 TOKENS = [tokens_before, tokens_after_fsdp2_sync, trainer_logprobs, tokens_after_plain_sync, tokens_by_parts]
@@ -433,7 +446,13 @@ SETUPS = {
     "qwen3-untied-tp2": ("qwen3", False, 2, 2, ALL),
     "two-slices-tp2": ("qwen3", True, 2, 4, SLICES),
     "llama-tied-tp2": ("llama", True, 2, 2, TOKENS),
-    "qwen3-tied-tp1": ("qwen3", True, 1, 2, [*TOKENS, refused_weights, key_is_hidden, connect_from_outside]),
+    "qwen3-tied-tp1": (
+        "qwen3",
+        True,
+        1,
+        2,
+        [*TOKENS, refused_weights, lora_is_refused, key_is_hidden, connect_from_outside],
+    ),
     "llama-untied-tp1": ("llama", False, 1, 1, [*TOKENS, twenty_syncs]),
 }
 
@@ -594,6 +613,12 @@ def test_weights_that_sglang_would_swallow_are_refused_on_every_rank(setup):
         assert found[0]["said"] == found[1]["said"], "the same error on every rank"
 
 
+@setups_with(lora_is_refused)
+def test_an_adapter_is_refused_where_the_server_was_not_started_for_it(setup):
+    for found in results(setup, lora_is_refused):
+        assert found[0] == "the server was not started for LoRA" and "enable_lora=True" in found[1]
+
+
 @setups_with(partial_sync)
 def test_a_partial_sync_leaves_the_rest_as_it_is(setup):
     for found in results(setup, partial_sync):
@@ -687,12 +712,20 @@ def test_a_taken_port_is_the_same_error_on_every_rank_at_once(tmp_path, tiny_mod
     ({"tp_size": 3}, "contradicts init(tp_size=2)"),
     ({"pp_size": 2}, "pp_size=2 is not supported"),
     ({"api_key": "mine"}, "does not take api_key"),
+    ({"enable_dp_attention": True}, "enable_dp_attention=True is not supported"),
     ({"mem_fraction": 0.4}, "has no argument mem_fraction"),
 ])  # fmt: skip
 def test_impossible_arguments_are_refused_before_anything_starts(kwargs, words, tmp_path, no_leftovers):
     kwargs = {"model_path": "anything", "log_path": str(tmp_path / "server.log"), **kwargs}
     found = run_ranks(launch_and_fail, 2, 2, kwargs, timeout_s=60)
     assert found[0] == found[1] and found[0][0] == "ConfigError" and words in found[0][1]
+
+
+def test_a_quantised_checkpoint_is_refused_before_anything_starts(tmp_path, no_leftovers):
+    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "fp8"}}')
+    kwargs = {"model_path": str(tmp_path), "log_path": str(tmp_path / "server.log")}
+    found = run_ranks(launch_and_fail, 2, 2, kwargs, timeout_s=60)
+    assert found[0] == found[1] and found[0][0] == "ConfigError" and "is a quantised checkpoint" in found[0][1]
 
 
 def launch_differently(rank):

@@ -84,11 +84,20 @@ def test_a_cpu_server_gets_what_a_cpu_needs_and_the_user_wins():
     *(({name: "x"}, f"does not take {name}='x'") for name in launch._REFUSED),
     ({"pp_size": 2}, "pp_size=2 is not supported"),
     ({"data_parallel_size": 4}, "data_parallel_size=4 is not supported"),
+    *(({name: 2}, f"{name}=2 is not supported: weights are addressed") for name in launch._MUST_BE_ONE),
+    *(({name: "x"}, f"{name}='x' is not supported: {why}") for name, why in launch._UNSUPPORTED.items()),
+    *(({"load_format": kind}, f"load_format='{kind}' is not supported") for kind in launch._QUANTISED_FORMATS),
     ({"tp_size": 4}, r"tp_size=4\) contradicts init\(tp_size=2"),
 ])  # fmt: skip
 def test_what_cannot_work_is_refused_by_name_and_with_what_to_do(user, words):
     with pytest.raises(ConfigError, match=words):
         server_arguments(user, tp_size=2, device_type="cuda")
+
+
+def test_what_is_switched_off_is_not_refused():
+    user = {**dict.fromkeys(launch._MUST_BE_ONE, 1), **dict.fromkeys(launch._UNSUPPORTED), "load_format": "dummy"}
+    user["enable_dp_attention"] = False
+    assert server_arguments(user, tp_size=2, device_type="cuda").items() >= user.items()
 
 
 @pytest.mark.parametrize("arguments, argv", [

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tpcolocate.errors import WeightsMismatchError
-from tpcolocate.weights.spec import ModelSpec, read_spec
+from tpcolocate.errors import ConfigError, WeightsMismatchError
+from tpcolocate.weights.spec import ModelSpec, check_not_quantised, read_spec
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(120)]
 
@@ -89,3 +89,27 @@ def test_right_weights_pass_in_part_and_completeness_is_asked_apart():
     SPEC.check_complete(["c", "b", "a", "more"])
     with pytest.raises(WeightsMismatchError, match="not all weights were sent: a; c "):
         SPEC.check_complete(["b"])
+
+
+@pytest.mark.parametrize("config, words", [
+    ({"quantization_config": {"quant_method": "fp8"}}, r"quantization_config \(fp8\)"),
+    ({"compression_config": {"format": "int"}}, r"compression_config \(of no method\)"),
+    ({"text_config": {"quantization_config": {"quant_method": "awq"}}}, r"quantization_config \(awq\)"),
+])  # fmt: skip
+def test_a_quantised_checkpoint_is_refused(tmp_path, config, words):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=f"quantised checkpoint: it has {words}"):
+        check_not_quantised(str(tmp_path))
+
+
+def test_so_is_one_of_modelopt(tmp_path):
+    (tmp_path / "hf_quant_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="it has hf_quant_config.json"):
+        check_not_quantised(str(tmp_path))
+
+
+@pytest.mark.parametrize("config", ["no json", "[]", "{}", '{"quantization_config": null}', '{"text_config": 3}'])
+def test_others_and_what_cannot_be_known_pass(tmp_path, config, tiny_model_dir):
+    (tmp_path / "config.json").write_text(config)
+    for path in (tmp_path, tmp_path / "nowhere", tiny_model_dir()):
+        check_not_quantised(str(path))

@@ -1,10 +1,11 @@
 """What may be asked of the engine in which state; every transition."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 
-from tpcolocate.engine.state import TAGS, State, Weights
+from tpcolocate.engine.state import PAUSES, TAGS, State, Weights
 from tpcolocate.errors import ConfigError, EngineStateError
 
 pytestmark = pytest.mark.quick
@@ -99,3 +100,34 @@ def test_a_failed_sync_is_repaired_by_one_that_succeeds_and_nothing_opens_a_clos
     ):
         with pytest.raises(EngineStateError, match="shut down"):
             call()
+
+
+@pytest.mark.parametrize("mode", PAUSES)
+def test_a_pause_is_kept_until_generation_goes_on(mode):
+    paused = AWAKE.pausing(mode)
+    assert paused == State(paused=mode) == paused.pausing(mode)
+    paused.check_generate()  # the request waits in the server
+    paused.check_sync()
+    assert paused.sleeping(None)[1].waking(None)[1].synced().paused == mode
+    assert paused.continuing() == AWAKE == AWAKE.continuing()
+    for other in set(PAUSES) - {mode}:
+        with pytest.raises(EngineStateError, match=f"generation is paused with '{mode}'"):
+            paused.pausing(other)
+
+
+@pytest.mark.parametrize("state", list(states()), ids=str)
+@pytest.mark.parametrize("paused", [None, "retract"])
+def test_generation_goes_on_only_where_it_may(state, paused):
+    state = replace(state, paused=paused)
+    if replace(state, paused=None) == AWAKE:
+        state.continuing()
+    else:
+        with pytest.raises(EngineStateError, match="cannot continue generation"):
+            state.continuing()
+
+
+def test_unknown_pauses_and_closed_engines_are_refused():
+    with pytest.raises(ConfigError, match="unknown mode 'stop'"):
+        AWAKE.pausing("stop")
+    with pytest.raises(EngineStateError, match="shut down"):
+        AWAKE.shut_down().pausing("abort")

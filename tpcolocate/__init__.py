@@ -22,10 +22,14 @@ from tpcolocate.errors import (
     WeightsMismatchError,
 )
 from tpcolocate.report import RankReport, SyncReport
-from tpcolocate.rollout import Client, Engine, Health
+from tpcolocate.rollout.client import Client, Health
+from tpcolocate.rollout.engine import Engine
 from tpcolocate.session import Colocation, connect, init
+from tpcolocate.weights.checkpoint import Checkpoint
+from tpcolocate.weights.update_group import join_update_group
 
 __all__ = [
+    "Checkpoint",
     "Client",
     "Colocation",
     "ConfigError",
@@ -50,4 +54,5 @@ __all__ = [
     "__version__",
     "connect",
     "init",
+    "join_update_group",
 ]

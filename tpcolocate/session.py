@@ -41,8 +41,10 @@ from tpcolocate.engine.state import State
 from tpcolocate.engine.verbs import Verbs
 from tpcolocate.errors import ConfigError, DeviceError, LayoutError, RankLostError, RendezvousError
 from tpcolocate.groups import Host, Member, RankGroup, exchange, make_group, plan_slices, this_process
-from tpcolocate.rollout import Client, Engine
-from tpcolocate.weights.spec import ModelSpec, read_spec
+from tpcolocate.rollout.client import Client
+from tpcolocate.rollout.engine import Engine
+from tpcolocate.weights.checkpoint import saved_version
+from tpcolocate.weights.spec import ModelSpec, check_not_quantised, read_spec
 from tpcolocate.weights.sync import WeightSync
 
 logger = logging.getLogger(__name__)
@@ -356,6 +358,8 @@ class Colocation:
             server=server,
             on_shutdown=on_shutdown,
             sglang_version=result.sglang_version,
+            model_path=model,
+            weight_version=result.weight_version,
         )
         self._engines.add(engine)
         return engine
@@ -373,6 +377,10 @@ class Colocation:
             arguments = server_arguments(
                 server_args, tp_size=self.tp_size, device_type=self.device.type, shared_device=self._shared
             )
+            check_not_quantised(model)
+            version = saved_version(model)
+            if version is not None:
+                arguments.setdefault("weight_version", version)
             if self.is_owner:  # the environment that counts is the owner's
                 check_installed(arguments, find_installed({**os.environ, **env}))
         except BaseException as caught:
@@ -408,7 +416,9 @@ class Colocation:
                 sglang_version=verbs.release.version,
                 state=_initial_state(verbs.info, self.device.type),
                 spec=read_spec(order.model),
+                weight_version=_version_of(verbs.info),
             )
+            check_not_quantised(order.model)  # again: what the server has fetched from the hub could not be seen before
             rendezvous.announce(path, self._announcement(order, launched))
         except BaseException as caught:
             error = caught
@@ -463,6 +473,7 @@ class Colocation:
                 sglang_version=str(info["version"]),
                 state=_initial_state(info, self.device.type),
                 spec=read_spec(order.model),
+                weight_version=_version_of(info),
             )
 
     def _server_spec(self, order: _Order, path: Path, log_path: str | os.PathLike[str] | None) -> ServerSpec:
@@ -569,6 +580,7 @@ class _Launched:
     sglang_version: str
     state: State
     spec: ModelSpec | None
+    weight_version: str
 
 
 class _Heartbeat:
@@ -604,6 +616,10 @@ def _initial_state(info: Mapping[str, Any], device_type: str) -> State:
         frees_memory=saver or on_cpu,
         keeps_weights=bool(info.get("enable_weights_cpu_backup")) or (on_cpu and not saver),
     )
+
+
+def _version_of(info: Mapping[str, Any]) -> str:
+    return str(info.get("weight_version", "default"))
 
 
 def _answers(announcement: rendezvous.Announcement) -> bool:

@@ -81,8 +81,34 @@ _REFUSED = {
     "model_path": "it is the first argument of launch()",
 }
 _MUST_BE_ONE = (
-    "pp_size", "pipeline_parallel_size", "dp_size", "data_parallel_size", "attn_dp_size", "attention_data_parallel_size"
-)  # fmt: skip
+    "pp_size",
+    "pipeline_parallel_size",
+    "dp_size",
+    "data_parallel_size",
+    "moe_dp_size",
+    "moe_data_parallel_size",
+    "attn_cp_size",
+    "attention_context_parallel_size",
+    "dcp_size",
+    "decode_context_parallel_size",
+    "dwdp_size",
+    "attn_dp_size",
+    "attention_data_parallel_size",
+)
+_QUANTISED = "a sync would write the trainer's values into quantised parameters"
+_NO_DRAFT = "the draft's weights are not synced, and no speculative algorithm has been tried under a sync"
+# Not tried, or known not to work, with weights that change; None and False leave them off.
+_UNSUPPORTED = {
+    "enable_dp_attention": "weights are addressed by tensor-parallel rank",
+    "quantization": _QUANTISED,
+    "torchao_config": _QUANTISED,
+    "modelopt_quant": _QUANTISED,
+    "quantize_and_serve": _QUANTISED,
+    "rl_quant_profile": _QUANTISED,
+    "speculative_algorithm": _NO_DRAFT,
+    "speculative_draft_model_path": _NO_DRAFT,
+}
+_QUANTISED_FORMATS = ("bitsandbytes", "gguf", "flash_rl")
 
 
 def server_arguments(
@@ -108,6 +134,12 @@ def server_arguments(
             raise ConfigError(
                 f"{name}={value!r} is not supported: weights are addressed by tensor-parallel rank",
                 hint="use tp_size alone",
+            )
+        if name in _UNSUPPORTED and value is not None and value is not False:
+            raise ConfigError(f"{name}={value!r} is not supported: {_UNSUPPORTED[name]}", hint=f"leave out {name}")
+        if name == "load_format" and value in _QUANTISED_FORMATS:
+            raise ConfigError(
+                f"load_format={value!r} is not supported: {_QUANTISED}", hint="serve a checkpoint that is not quantised"
             )
     if user.get("tp_size", tp_size) != tp_size:
         raise ConfigError(

@@ -15,6 +15,8 @@ from tpcolocate.errors import ConfigError, EngineStateError
 
 TAGS = ("kv_cache", "weights", "cuda_graph")
 """What can be released, as SGLang names it."""
+PAUSES = ("retract", "abort", "in_place")
+"""What becomes of running requests when generation is paused, as SGLang names it."""
 
 
 class Weights(Enum):
@@ -35,6 +37,7 @@ class State:
         closed: After `shutdown`.
         frees_memory: Whether the server was started with a memory saver; without one, sleeping changes nothing in it.
         keeps_weights: Whether released weights come back as they were (CPU backup, or nothing is really released).
+        paused: How the user has paused generation; None while it runs.  The pause of a sync is its own affair.
     """
 
     asleep: frozenset[str] = frozenset()
@@ -42,21 +45,29 @@ class State:
     closed: bool = False
     frees_memory: bool = True
     keeps_weights: bool = False
+    paused: str | None = None
 
     def check_generate(self) -> None:
         """Raises EngineStateError unless tokens generated now would be the trainer's."""
-        self.check_open("generate")
+        self._check_ready("generate")
+
+    def _check_ready(self, what: str) -> None:
+        self.check_open(what)
         if self.asleep:
             raise EngineStateError(
-                f"cannot generate while asleep ({self._names(self.asleep)} released)",
+                f"cannot {what} while asleep ({self._names(self.asleep)} released)",
                 hint="call wake() on every rank first",
             )
         if self.weights is Weights.LOST:
             raise EngineStateError(
-                "cannot generate: the weights were released and hold garbage",
+                f"cannot {what}: the weights were released and hold garbage",
                 hint="call sync_weights() after wake(), or launch with enable_weights_cpu_backup=True",
             )
-        self._check_known("generate")
+        if self.weights is Weights.UNKNOWN:
+            raise EngineStateError(
+                f"cannot {what}: an earlier sync failed half-way and the weights are unknown",
+                hint="call sync_weights() with the full model, or launch again",
+            )
 
     def check_sync(self) -> None:
         """Raises EngineStateError unless weights can be written."""
@@ -64,13 +75,6 @@ class State:
         if "weights" in self.asleep:
             raise EngineStateError(
                 "cannot sync weights while they are released", hint='call wake(["weights"]) on every rank first'
-            )
-
-    def _check_known(self, what: str) -> None:
-        if self.weights is Weights.UNKNOWN:
-            raise EngineStateError(
-                f"cannot {what}: an earlier sync failed half-way and the weights are unknown",
-                hint="call sync_weights() with the full model, or launch again",
             )
 
     def check_open(self, what: str) -> None:
@@ -95,6 +99,33 @@ class State:
         chosen = tuple(tag for tag in self._known(tags) if tag in self.asleep)
         lost = "weights" in chosen and not self.keeps_weights
         return chosen, replace(self, asleep=self.asleep - set(chosen), weights=Weights.LOST if lost else self.weights)
+
+    def pausing(self, mode: str) -> State:
+        """The state once generation is paused; `self` if it already is.
+
+        Raises:
+            ConfigError: An unknown mode.
+            EngineStateError: Shut down, or paused in another mode.
+        """
+        self.check_open("pause generation")
+        if mode not in PAUSES:
+            raise ConfigError(f"unknown mode {mode!r}", hint=f"one of {', '.join(PAUSES)}")
+        if self.paused not in (None, mode):
+            raise EngineStateError(
+                f"cannot pause with mode {mode!r}: generation is paused with {self.paused!r}",
+                hint="call continue_generation() first",
+            )
+        return replace(self, paused=mode)
+
+    def continuing(self) -> State:
+        """The state once generation goes on; `self` if it was not paused.
+
+        Raises:
+            EngineStateError: Shut down, asleep, or the weights are not the trainer's: requests that wait would go on
+                with garbage.
+        """
+        self._check_ready("continue generation")
+        return replace(self, paused=None)
 
     def synced(self, *, partial: bool = False) -> State:
         """After a sync; a partial one mends nothing that was lost or unknown."""
@@ -122,4 +153,4 @@ class State:
         return ", ".join(sorted(tags))
 
 
-__all__ = ["TAGS", "State", "Weights"]
+__all__ = ["PAUSES", "TAGS", "State", "Weights"]

@@ -7,6 +7,7 @@ import io
 import pickle
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,34 @@ from tpcolocate import ipc_payload
 from tpcolocate.engine.channel import Channel
 from tpcolocate.engine.client import ServerClient
 from tpcolocate.engine.releases import Release, check_draft_model, release
-from tpcolocate.errors import ConfigError, DeadlineError, RequestError, SyncError
+from tpcolocate.errors import (
+    DeadlineError,
+    EngineDeadError,
+    EngineStateError,
+    RequestError,
+    SyncError,
+    TpColocateError,
+)
 from tpcolocate.groups import this_process
 
 _IDLE_POLL_S = 0.05
 # From the moment at which the workers leave a sync by themselves to SGLang's answer.
 _ANSWER_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class LoraLimits:
+    """What adapters a server was started for.
+
+    Attributes:
+        max_rank: Largest rank; None if the server does not say.
+        target_modules: As passed to SGLang (``q_proj``, or ``all``); None if the server does not say.
+        max_loaded: Most adapters at a time; SGLang throws the least recently used one out for one more.
+    """
+
+    max_rank: int | None = None
+    target_modules: frozenset[str] | None = None
+    max_loaded: int | None = None
 
 
 class Verbs:
@@ -39,30 +62,69 @@ class Verbs:
             f"SGLang {self.release.version}", self.info.get("speculative_algorithm"), self.release.target_only()
         )
         client.check = self.release.check  # nothing that this release would drop is sent
+        self.paused: str | None = None
+        """How the user has paused generation; a sync then leaves it so."""
+        self.cache_is_stale = False
+        """Whether a sync had to leave cache entries of older weights in place."""
+        self.weights_unknown = False
+        """Whether an update has failed half-way; requests that wait must not go on then."""
+        self._session_open = False
 
     # --- weights -----------------------------------------------------------------------------------------------
 
     def begin_sync(self, *, timeout_s: float) -> None:
-        """Hold generation and open what the release needs opened.
+        """Hold generation, drop the cache of the old weights, and open what the release needs opened.
 
-        Requests in flight are retracted: they keep the tokens they have and go on after the sync, with the new weights.
+        Unless the user has paused already, requests in flight are retracted: they keep the tokens they have and go on
+        after the sync, with the new weights.  The cache is dropped here and not at the end, because nothing enters it
+        meanwhile, and because a release that cannot do so must say it while the weights are still what they were.
+
+        Raises:
+            EngineStateError: This release keeps the cache while retracted requests wait (through 0.5.20).
         """
-        self.client.post("/pause_generation", {"mode": "retract"}, timeout_s=timeout_s)
-        if self.release.weight_session:
-            # A sync that failed half-way left its session open.
-            try:
-                self._done(self.client.post("/begin_weight_update", {"selector": "target"}, timeout_s=timeout_s))
-            except RequestError as error:
-                if "already open" not in error.message:
-                    raise
-                self._done(self.client.post("/end_weight_update", {}, timeout_s=timeout_s))
-                self._done(self.client.post("/begin_weight_update", {"selector": "target"}, timeout_s=timeout_s))
+        deadline = time.monotonic() + timeout_s
+        if self.paused is None:
+            self.client.post("/pause_generation", {"mode": "retract"}, timeout_s=timeout_s)
+        try:
+            self.cache_is_stale = not self._drop_cache(timeout_s=_left(deadline))
+            if self.cache_is_stale and self.paused != "in_place":
+                raise EngineStateError(
+                    f"cannot sync weights: SGLang {self.release.version} keeps the cache of the old ones while requests wait",
+                    hint='wait for the requests in flight, or pause_generation(mode="abort") first',
+                    url=self.client.url,
+                )
+            if self.release.weight_session:
+                self._open_session(timeout_s=_left(deadline))
+        except TpColocateError as error:
+            if not isinstance(error, (EngineDeadError, DeadlineError)):
+                self._go_on(timeout_s=_left(deadline))
+            raise
+
+    def _go_on(self, *, timeout_s: float) -> None:
+        """End the pause of a sync, not one of the user's, and not before weights that are half of one kind."""
+        if self.paused is None and not self.weights_unknown:
+            self.client.post("/continue_generation", {}, timeout_s=timeout_s)
+
+    def _open_session(self, *, timeout_s: float) -> None:
+        # A sync that failed half-way left its session open.
+        try:
+            self._done(self.client.post("/begin_weight_update", {"selector": "target"}, timeout_s=timeout_s))
+        except RequestError as error:
+            if "already open" not in error.message:
+                raise
+            self._done(self.client.post("/end_weight_update", {}, timeout_s=timeout_s))
+            self._done(self.client.post("/begin_weight_update", {"selector": "target"}, timeout_s=timeout_s))
+        self._session_open = True
+
+    def _close_session(self, *, timeout_s: float) -> None:
+        if self._session_open:
+            self._session_open = False
+            self._done(self.client.post("/end_weight_update", {}, timeout_s=timeout_s))
 
     def cancel_sync(self, *, timeout_s: float) -> None:
         """Undo `begin_sync` while nothing was sent yet: the engine goes on with the weights it has."""
-        if self.release.weight_session:
-            self._done(self.client.post("/end_weight_update", {}, timeout_s=timeout_s))
-        self.client.post("/continue_generation", {}, timeout_s=timeout_s)
+        self._close_session(timeout_s=timeout_s)
+        self._go_on(timeout_s=timeout_s)
 
     def push(self, payloads: Sequence[str], *, load_format: str, timeout_s: float) -> None:
         """Send one bucket or command: one payload per TP rank, in tp order.  Never repeated, whatever happens.
@@ -88,6 +150,33 @@ class Verbs:
             self._done(self.client.post("/update_weights_from_tensor", body, timeout_s=timeout_s))
         except RequestError as error:
             raise SyncError(f"the engine refused a bucket: {error.message}", url=self.client.url) from error
+
+    def receive(self, weights: Sequence[tuple[str, torch.Size, str]], *, group_name: str, timeout_s: float) -> None:
+        """Have the engine take these weights from rank 0 of an update group, in this order.
+
+        Args:
+            weights: Names, full shapes, and dtypes as torch spells them.
+            group_name: From `init_weights_update_group`.
+            timeout_s: In seconds.
+
+        Raises:
+            SyncError: The engine could not receive or load them.
+            EngineDeadError, DeadlineError: The outcome is unknown.
+        """
+        body = {
+            "names": [name for name, _, _ in weights],
+            "shapes": [list(shape) for _, shape, _ in weights],
+            "dtypes": [dtype for _, _, dtype in weights],
+            "group_name": group_name,
+            "flush_cache": False,
+            **self.release.target_only("/update_weights_from_distributed"),
+        }
+        try:
+            self._done(self.client.post("/update_weights_from_distributed", body, timeout_s=timeout_s))
+        except RequestError as error:
+            raise SyncError(
+                f"the engine did not take the broadcast weights: {error.message}", url=self.client.url
+            ) from error
 
     def open_workers(self, path: Path, session: str, *, loader: str, tp_size: int, timeout_s: float) -> Channel:
         """Reach our receiver in every TP worker, by one request that lasts as long as the sync.
@@ -121,20 +210,55 @@ class Verbs:
         )
 
     def end_sync(self, version: str, *, timeout_s: float) -> None:
-        """Close the session, drop the cache of the old weights, publish the version, let generation go on."""
+        """Close the session, publish the version, and let generation go on unless the user has paused it."""
         deadline = time.monotonic() + timeout_s
-        if self.release.weight_session:
-            self._done(self.client.post("/end_weight_update", {}, timeout_s=timeout_s))
-        self.client.post("/flush_cache", timeout_s=max(deadline - time.monotonic(), 1.0))
+        self._close_session(timeout_s=timeout_s)
         # abort_all_requests defaults to True
         body = {"new_version": version, "abort_all_requests": False}
-        self._done(self.client.post("/update_weight_version", body, timeout_s=max(deadline - time.monotonic(), 1.0)))
-        self.client.post("/continue_generation", {}, timeout_s=max(deadline - time.monotonic(), 1.0))
-        reported = self.client.get("/model_info", timeout_s=max(deadline - time.monotonic(), 1.0)).get("weight_version")
+        self._done(self.client.post("/update_weight_version", body, timeout_s=_left(deadline)))
+        if self.paused is None:
+            self.client.post("/continue_generation", {}, timeout_s=_left(deadline))
+        reported = self.client.get("/model_info", timeout_s=_left(deadline)).get("weight_version")
         if reported != version:
             raise SyncError(
                 f"the engine reports weight version {reported!r} after {version!r} was set", url=self.client.url
             )
+
+    # --- generation --------------------------------------------------------------------------------------------
+
+    def pause_generation(self, mode: str, *, timeout_s: float) -> None:
+        """Hold generation; with ``abort`` the server answers once no request is left."""
+        self.client.post("/pause_generation", {"mode": mode}, timeout_s=timeout_s)
+        self.paused = mode
+
+    def continue_generation(self, *, timeout_s: float) -> None:
+        if self.paused is not None:
+            self.client.post("/continue_generation", {}, timeout_s=timeout_s)
+            self.paused = None
+
+    def flush_cache(self, *, timeout_s: float) -> None:
+        """Drop the prefix cache.
+
+        Raises:
+            EngineStateError: Requests are in flight.
+        """
+        if not self._drop_cache(timeout_s=timeout_s):
+            raise EngineStateError(
+                "cannot flush the cache: requests are in flight",
+                hint="wait for them, or abort_request() and try again",
+                url=self.client.url,
+            )
+        self.cache_is_stale = False
+
+    def _drop_cache(self, *, timeout_s: float) -> bool:
+        """False if the server refuses, because requests need what is in it."""
+        try:
+            self.client.post("/flush_cache", timeout_s=timeout_s)
+        except RequestError as error:
+            if error.status != 400:
+                raise
+            return False
+        return True
 
     # --- memory ------------------------------------------------------------------------------------------------
 
@@ -145,20 +269,15 @@ class Verbs:
             DeadlineError: Requests still run.
         """
         deadline = time.monotonic() + timeout_s
-        while True:
-            try:
-                self.client.post("/flush_cache", timeout_s=max(deadline - time.monotonic(), 1.0))
-                return
-            except RequestError as error:
-                if error.status != 400:
-                    raise
-                if time.monotonic() >= deadline:
-                    raise DeadlineError(
-                        f"requests still run after {timeout_s:g} s: {error.message}",
-                        hint="finish or abort generation before sleep()",
-                        url=self.client.url,
-                    ) from error
+        while not self._drop_cache(timeout_s=_left(deadline)):
+            if time.monotonic() >= deadline:
+                raise DeadlineError(
+                    f"requests still run after {timeout_s:g} s",
+                    hint="finish or abort generation before sleep()",
+                    url=self.client.url,
+                )
             time.sleep(_IDLE_POLL_S)
+        self.cache_is_stale = False
 
     def release_memory(self, tags: Sequence[str], *, timeout_s: float) -> None:
         self.client.post("/release_memory_occupation", {"tags": list(tags)}, timeout_s=timeout_s)
@@ -167,6 +286,29 @@ class Verbs:
         self.client.post("/resume_memory_occupation", {"tags": list(tags)}, timeout_s=timeout_s)
 
     # --- adapters and update groups ----------------------------------------------------------------------------
+
+    @property
+    def lora_limits(self) -> LoraLimits | None:
+        """What adapters the server was started for; None if it was not started for any."""
+        if not self.info.get("enable_lora"):
+            return None
+        modules = self.info.get("lora_target_modules")
+        return LoraLimits(
+            max_rank=self.info.get("max_lora_rank"),
+            target_modules=None if modules is None else frozenset(modules),
+            max_loaded=self.info.get("max_loaded_loras"),
+        )
+
+    @property
+    def loras_at_start(self) -> frozenset[str]:
+        """Names of the adapters that the server was started with (``lora_paths``)."""
+        given = self.info.get("lora_paths")
+        if isinstance(given, Mapping):
+            return frozenset(map(str, given))
+        names = [
+            item.get("lora_name") if isinstance(item, Mapping) else str(item).partition("=")[0] for item in given or ()
+        ]
+        return frozenset(name for name in names if name)
 
     def load_lora(
         self,
@@ -177,21 +319,16 @@ class Verbs:
         tp_size: int,
         timeout_s: float,
     ) -> None:
-        """Load an adapter from full tensors, replacing one of that name.
+        """Load an adapter under a name that is free.
 
         Args:
             name: What requests put into ``lora_path``.
-            tensors: PEFT names -> full tensors; they travel by value.
+            tensors: PEFT's names -> full tensors on the CPU; they travel by value.
             config: The adapter's ``adapter_config.json``.
             tp_size: Number of payloads, where the release takes one per rank.
+            timeout_s: In seconds.
         """
-        if not self.info.get("enable_lora"):
-            raise ConfigError(
-                "the server was not started for LoRA",
-                hint="launch(enable_lora=True, max_lora_rank=..., lora_target_modules=[...])",
-            )
-        self.unload_lora(name, missing_ok=True, timeout_s=timeout_s)
-        payload = _by_value({key: tensor.detach().cpu() for key, tensor in tensors.items()})
+        payload = _by_value(dict(tensors))
         body: dict[str, Any] = {"lora_name": name, "config_dict": dict(config)}
         if self.release.lora_payload_per_rank:
             body["serialized_named_tensors"] = [payload] * tp_size  # by value: may be read by any number of ranks
@@ -200,6 +337,7 @@ class Verbs:
         self._done(self.client.post("/load_lora_adapter_from_tensors", body, timeout_s=timeout_s))
 
     def unload_lora(self, name: str, *, missing_ok: bool = False, timeout_s: float) -> None:
+        """Remove an adapter, once the requests that use it are done."""
         try:
             self._done(self.client.post("/unload_lora_adapter", {"lora_name": name}, timeout_s=timeout_s))
         except RequestError as error:
@@ -217,6 +355,10 @@ class Verbs:
         """Some failures come with status 200 and say so in the body only."""
         if isinstance(answer, dict) and answer.get("success") is False:
             raise RequestError(str(answer.get("message") or answer.get("error_message") or answer), status=200)
+
+
+def _left(deadline: float) -> float:
+    return max(deadline - time.monotonic(), 1.0)
 
 
 def _by_value(tensors: dict[str, torch.Tensor]) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from tpcolocate.errors import WeightsMismatchError
+from tpcolocate.errors import ConfigError, WeightsMismatchError
 from tpcolocate.weights.conversion import to_checkpoint
 
 _SHOWN = 5
@@ -84,10 +84,10 @@ def read_spec(model_path: str) -> ModelSpec | None:
     Args:
         model_path: As passed to SGLang.
     """
-    folder = _local_folder(model_path)
+    folder = local_folder(model_path)
     if folder is None:
         return None
-    files = _safetensors_files(folder)
+    files = safetensors_files(folder)
     if files:
         shapes: dict[str, tuple[int, ...]] = {}
         for file in files:
@@ -98,7 +98,45 @@ def read_spec(model_path: str) -> ModelSpec | None:
     return _from_architecture(folder)
 
 
-def _local_folder(model_path: str) -> Path | None:
+def check_not_quantised(model_path: str) -> None:
+    """Refuse a checkpoint of quantised weights: a sync would write the trainer's values into quantised parameters.
+
+    What cannot be known (a hub id that is not in the local cache) passes.
+
+    Args:
+        model_path: As passed to SGLang.
+
+    Raises:
+        ConfigError: Its config.json has a ``quantization_config`` (``compression_config`` in older ones), here or in
+            the part that describes the text model, or ModelOpt's ``hf_quant_config.json`` lies beside it.
+    """
+    folder = local_folder(model_path)
+    if folder is None:
+        return
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        config = {}
+    parts = [config, config.get("text_config")] if isinstance(config, dict) else []
+    found = [
+        f"{key} ({part[key].get('quant_method', 'of no method') if isinstance(part[key], dict) else part[key]})"
+        for part in parts
+        if isinstance(part, dict)
+        for key in ("quantization_config", "compression_config")
+        if part.get(key)
+    ]
+    if (folder / "hf_quant_config.json").exists():
+        found.append("hf_quant_config.json")
+    if found:
+        raise ConfigError(
+            f"{folder} is a quantised checkpoint: it has {', '.join(found)}",
+            hint="serve the checkpoint in the dtype that you train; a sync would write the trainer's values into "
+            "quantised parameters",
+        )
+
+
+def local_folder(model_path: str) -> Path | None:
+    """The folder of a checkpoint that lies on this machine, or None."""
     if Path(model_path).is_dir():
         return Path(model_path)
     try:
@@ -112,7 +150,8 @@ def _local_folder(model_path: str) -> Path | None:
         return None
 
 
-def _safetensors_files(folder: Path) -> list[Path]:
+def safetensors_files(folder: Path) -> list[Path]:
+    """The files of a checkpoint, those of its index if it has one; empty if there are none."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
         return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
@@ -138,4 +177,4 @@ def _from_architecture(folder: Path) -> ModelSpec | None:
     return ModelSpec(shapes, f"the architecture {type(model).__name__} of {folder / 'config.json'}")
 
 
-__all__ = ["ModelSpec", "read_spec"]
+__all__ = ["ModelSpec", "check_not_quantised", "local_folder", "read_spec", "safetensors_files"]

@@ -1,0 +1,184 @@
+"""Checkpoints that are written and read here, and by transformers."""
+
+import json
+import os
+
+import pytest
+import torch
+from harness import run_ranks
+from safetensors.torch import load_file, save_file
+
+from tpcolocate.errors import ConfigError
+from tpcolocate.rollout.base import SliceClient, count_in
+from tpcolocate.weights import checkpoint
+from tpcolocate.weights.checkpoint import Checkpoint, CheckpointWriter, count_shards, save, saved_version
+from tpcolocate.weights.source import Weights
+from tpcolocate.weights.spec import read_spec
+
+pytestmark = [pytest.mark.quick, pytest.mark.timeout(120)]
+
+TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.bfloat16), "c": torch.tensor(3)}
+
+
+def write(folder, tensors=TENSORS, *, shard_bytes=2**30, like=None, version="7"):
+    weights = Weights(tensors)
+    writer = CheckpointWriter(
+        folder, weight_version=version, num_shards=count_shards(weights, shard_bytes=shard_bytes), like=like
+    )
+    return save(weights, writer, shard_bytes=shard_bytes)
+
+
+@pytest.mark.parametrize("shard_bytes, files", [
+    (2**30, ["model.safetensors"]),
+    (256, ["model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors", "model-00003-of-00003.safetensors",
+           "model.safetensors.index.json"]),
+])  # fmt: skip
+def test_what_is_written_is_read_again_with_its_version(tmp_path, shard_bytes, files):
+    assert write(tmp_path / "x", shard_bytes=shard_bytes) is None
+    assert sorted(os.listdir(tmp_path / "x")) == files and os.listdir(tmp_path) == ["x"]
+    found = Checkpoint(tmp_path / "x")
+    assert dict(found).keys() == TENSORS.keys() and len(found) == 3 and found.weight_version == "7"
+    assert all(
+        torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype for name, tensor in TENSORS.items()
+    )
+    assert saved_version(str(tmp_path / "x")) == "7" and "weight_version='7'" in repr(found)
+    if shard_bytes == 256:
+        index = json.loads((tmp_path / "x" / "model.safetensors.index.json").read_text())
+        assert index["metadata"]["total_size"] == 24 + 8 + 8 and set(index["weight_map"].values()) == set(files[:-1])
+
+
+@pytest.mark.parametrize("shard_bytes", [2**30, 200_000])
+@pytest.mark.parametrize("tie", [False, True])
+def test_transformers_reads_a_saved_model_and_its_tokenizer(tmp_path, tiny_model_dir, tie, shard_bytes):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    served = tiny_model_dir(tie=tie)
+    model = AutoModelForCausalLM.from_pretrained(served, dtype=torch.float32)
+    with torch.no_grad():
+        model.model.norm.weight.add_(1)
+    expected = read_spec(str(served)).shapes
+    weights = Weights(model, expected=expected)
+    writer = CheckpointWriter(
+        tmp_path / "x", weight_version="7", num_shards=count_shards(weights, shard_bytes=shard_bytes), like=served
+    )
+    assert save(weights, writer, shard_bytes=shard_bytes) is None
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "x", dtype=torch.float32)
+    assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in model.state_dict().items())
+    assert AutoTokenizer.from_pretrained(tmp_path / "x").decode([5]) == AutoTokenizer.from_pretrained(served).decode(
+        [5]
+    )
+    assert read_spec(str(tmp_path / "x")).shapes == expected
+
+
+def test_tied_and_transposed_weights_are_written_as_they_are(tmp_path):
+    block = torch.arange(6.0).reshape(2, 3)
+    assert write(tmp_path / "x", {"a": block, "b": block, "t": block.T, "part": block[1]}) is None
+    found = Checkpoint(tmp_path / "x")
+    assert torch.equal(found["a"], block) and torch.equal(found["b"], block) and torch.equal(found["t"], block.T)
+    assert torch.equal(found["part"], block[1])
+
+
+def test_a_folder_with_something_in_it_is_left_alone(tmp_path):
+    (tmp_path / "x").mkdir()
+    assert write(tmp_path / "x") is None  # empty
+    before = load_file(tmp_path / "x" / "model.safetensors")
+    with pytest.raises(ConfigError, match="is not empty"):
+        write(tmp_path / "x", {"a": torch.zeros(1)})
+    assert load_file(tmp_path / "x" / "model.safetensors").keys() == before.keys()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="is not empty"):
+        write(tmp_path / "file")
+
+
+def test_what_cannot_be_written_is_told_after_all_were_read_and_leaves_nothing(tmp_path, monkeypatch):
+    read = []
+
+    class Watched(dict):
+        def items(self):
+            return [(name, tensor) for name, tensor in super().items()]
+
+    monkeypatch.setattr(checkpoint, "full_tensor", lambda tensor: read.append(tensor) or tensor)
+    monkeypatch.setattr(checkpoint, "save_file", lambda *a, **k: (_ for _ in ()).throw(OSError("disk full")))
+    problem = write(tmp_path / "x", Watched(TENSORS), shard_bytes=1)
+    assert isinstance(problem, OSError) and len(read) == 3
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_rank_without_a_writer_reads_and_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert save(Weights(TENSORS), None) is None and os.listdir(tmp_path) == []
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="holds no safetensors"):
+        Checkpoint(tmp_path)
+    with pytest.raises(ConfigError, match="holds no safetensors"):
+        Checkpoint(tmp_path / "nowhere")
+    (tmp_path / "model.safetensors").write_bytes(b"no")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        Checkpoint(tmp_path)
+    assert saved_version(str(tmp_path)) is None and saved_version("no/such-model") is None
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "gone.safetensors"}}))
+    with pytest.raises(ConfigError, match="gone.safetensors cannot be read"):
+        Checkpoint(tmp_path)
+
+
+def test_files_that_do_not_belong_together_are_refused(tmp_path):
+    save_file({"a": torch.ones(1)}, tmp_path / "1.safetensors", metadata={"weight_version": "1"})
+    assert Checkpoint(tmp_path).weight_version == "1"
+    save_file({"b": torch.ones(1)}, tmp_path / "2.safetensors", metadata={"weight_version": "2"})
+    with pytest.raises(ConfigError, match="different weight versions: 1, 2"):
+        Checkpoint(tmp_path)
+    save_file({"a": torch.ones(1)}, tmp_path / "2.safetensors", metadata={"weight_version": "1"})
+    with pytest.raises(ConfigError, match="a is in more than one file"):
+        Checkpoint(tmp_path)
+
+
+def test_another_librarys_checkpoint_has_no_version(tiny_model_dir):
+    assert Checkpoint(tiny_model_dir()).weight_version is None
+
+
+def test_reading_it_maps_and_does_not_copy(tmp_path):
+    import psutil
+
+    save_file({"a": torch.zeros(64 * 2**20)}, tmp_path / "model.safetensors")  # 256 MiB
+    before = psutil.Process().memory_info().rss
+    found = Checkpoint(tmp_path)
+    assert found["a"].shape == (64 * 2**20,)
+    assert psutil.Process().memory_info().rss - before < 64 * 2**20
+
+
+@pytest.mark.parametrize("given, expected", [
+    ([None, None], ["6", "7"]),
+    (["700", None, None], ["700", "701", "702"]),
+    (["epoch 3", None], ["epoch 3", "7"]),  # counted all the same
+    (["-3", "1.5", "٣", None], ["-3", "1.5", "٣", "9"]),
+])  # fmt: skip
+def test_counted_versions_go_on_from_a_version_that_is_a_number(given, expected):
+    engine = SliceClient.__new__(SliceClient)
+    engine._num_syncs = count_in("5")
+    assert [engine._next_version(version) for version in given] == expected
+    assert count_in("default") == 0
+
+
+def save_sharded(rank, folder):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 5))
+    want = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    weights = Weights(fully_shard(model, mesh=init_device_mesh("cpu", (2,))))
+    writer = None
+    if rank == 0:
+        writer = CheckpointWriter(
+            folder, weight_version="1", num_shards=count_shards(weights, shard_bytes=64), like=None
+        )
+    assert save(weights, writer, shard_bytes=64) is None
+    return want
+
+
+def test_sharded_weights_are_written_whole(tmp_path):
+    want, _ = run_ranks(save_sharded, 2, str(tmp_path / "x"))
+    found = Checkpoint(tmp_path / "x")
+    assert found.keys() == want.keys() and all(torch.equal(found[name], tensor) for name, tensor in want.items())

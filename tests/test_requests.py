@@ -1,0 +1,200 @@
+"""What the verbs ask of a server, in which order, and what they make of its answers; no server."""
+
+import pytest
+import torch
+
+from tpcolocate.engine.verbs import Verbs
+from tpcolocate.errors import DeadlineError, EngineDeadError, EngineStateError, RequestError, SyncError
+
+pytestmark = [pytest.mark.quick, pytest.mark.timeout(60)]
+
+
+class Captured:
+    """A client that answers as told and keeps what it was asked.
+
+    Args:
+        version: That the server reports.
+        answers: Path -> what it answers, an error to raise, or a list of them for one call after the other.
+        info: More of ``/server_info``.
+    """
+
+    url = "http://somewhere"
+
+    def __init__(self, version="0.5.21", answers=None, **info):
+        self.info = {"version": version, **info}
+        self.answers = {} if answers is None else dict(answers)
+        self.asked = []
+
+    def get(self, path, *, timeout_s):
+        return self.info if path == "/server_info" else self._answer(path)
+
+    def post(self, path, body=None, *, timeout_s, params=None):
+        self.asked.append((path, body))
+        return self._answer(path)
+
+    def _answer(self, path):
+        answer = self.answers.get(path, {"success": True})
+        if isinstance(answer, list):
+            answer = answer.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    @property
+    def paths(self):
+        return [path.strip("/") for path, _ in self.asked]
+
+
+def refused(words="no", status=400):
+    return RequestError(words, status=status)
+
+
+PAUSE, FLUSH, BEGIN, END = "pause_generation", "flush_cache", "begin_weight_update", "end_weight_update"
+VERSION, GO_ON = "update_weight_version", "continue_generation"
+
+
+def synced(client, verbs=None):
+    verbs = Verbs(client) if verbs is None else verbs
+    verbs.begin_sync(timeout_s=1)
+    client.answers["/model_info"] = {"weight_version": "7"}
+    verbs.end_sync("7", timeout_s=1)
+    return verbs
+
+
+@pytest.mark.parametrize("version, expected", [
+    ("0.5.9", [PAUSE, FLUSH, VERSION, GO_ON]),
+    ("0.5.20", [PAUSE, FLUSH, VERSION, GO_ON]),
+    ("0.5.21", [PAUSE, FLUSH, BEGIN, END, VERSION, GO_ON]),
+])  # fmt: skip
+def test_a_sync_pauses_and_drops_the_cache_before_anything_is_sent(version, expected):
+    client = Captured(version)
+    synced(client)
+    assert client.paths == expected
+    bodies = dict(client.asked)
+    assert bodies["/pause_generation"] == {"mode": "retract"}
+    assert bodies["/update_weight_version"] == {"new_version": "7", "abort_all_requests": False}
+
+
+@pytest.mark.parametrize("mode", ["retract", "abort", "in_place"])
+def test_a_sync_leaves_the_users_pause_alone(mode):
+    client = Captured()
+    verbs = Verbs(client)
+    verbs.pause_generation(mode, timeout_s=1)
+    client.asked.clear()
+    synced(client, verbs)
+    assert client.paths == [FLUSH, BEGIN, END, VERSION] and verbs.paused == mode
+    verbs.cancel_sync(timeout_s=1)
+    assert GO_ON not in client.paths
+    verbs.continue_generation(timeout_s=1)
+    verbs.continue_generation(timeout_s=1)  # nothing more
+    assert client.paths.count(GO_ON) == 1 and verbs.paused is None
+
+
+@pytest.mark.parametrize("version", ["0.5.17", "0.5.21"])
+def test_a_cache_that_cannot_be_dropped_is_told_before_the_weights_change(version):
+    """0.5.10 to 0.5.20 count retracted requests among those that run."""
+    client = Captured(version, {"/flush_cache": refused()})
+    with pytest.raises(EngineStateError, match=f"SGLang {version} keeps the cache"):
+        Verbs(client).begin_sync(timeout_s=1)
+    assert client.paths == [PAUSE, FLUSH, GO_ON], "and generation goes on"
+
+
+def test_under_a_pause_in_place_the_old_cache_stays_and_is_remembered_until_a_flush():
+    client = Captured(answers={"/flush_cache": [refused(), refused(), "flushed", "flushed"]})
+    verbs = Verbs(client)
+    verbs.pause_generation("in_place", timeout_s=1)
+    synced(client, verbs)
+    assert verbs.cache_is_stale
+    with pytest.raises(EngineStateError, match="requests are in flight"):
+        verbs.flush_cache(timeout_s=1)
+    assert verbs.cache_is_stale
+    verbs.flush_cache(timeout_s=1)
+    assert not verbs.cache_is_stale
+    synced(client, verbs)
+    assert not verbs.cache_is_stale
+
+
+def test_what_is_no_answer_about_the_cache_is_an_error_of_its_own():
+    client = Captured(answers={"/flush_cache": refused("broken", status=500)})
+    with pytest.raises(RequestError, match="broken"):
+        Verbs(client).begin_sync(timeout_s=1)
+    assert client.paths == [PAUSE, FLUSH, GO_ON]
+
+
+@pytest.mark.parametrize("error", [EngineDeadError("gone"), DeadlineError("late")])
+def test_a_server_that_does_not_answer_is_not_asked_to_go_on(error):
+    client = Captured(answers={"/flush_cache": error})
+    with pytest.raises(type(error)):
+        Verbs(client).begin_sync(timeout_s=1)
+    assert client.paths == [PAUSE, FLUSH]
+
+
+def test_a_session_that_a_failed_sync_left_open_is_closed_first():
+    client = Captured(answers={"/begin_weight_update": [refused("a session is already open"), {"success": True}]})
+    Verbs(client).begin_sync(timeout_s=1)
+    assert client.paths == [PAUSE, FLUSH, BEGIN, END, BEGIN]
+    other = Captured(answers={"/begin_weight_update": refused("something else")})
+    with pytest.raises(RequestError, match="something else"):
+        Verbs(other).begin_sync(timeout_s=1)
+    assert other.paths == [PAUSE, FLUSH, BEGIN, GO_ON]
+
+
+def test_a_cancelled_sync_lets_generation_go_on_whether_or_not_a_session_was_opened():
+    client = Captured()
+    verbs = Verbs(client)
+    verbs.cancel_sync(timeout_s=1)
+    assert client.paths == [GO_ON]
+    verbs.begin_sync(timeout_s=1)
+    client.asked.clear()
+    verbs.cancel_sync(timeout_s=1)
+    assert client.paths == [END, GO_ON]
+    verbs.cancel_sync(timeout_s=1)
+    assert client.paths == [END, GO_ON, GO_ON], "a session is closed once"
+
+
+def test_nothing_goes_on_with_weights_of_a_sync_that_failed_half_way():
+    client = Captured("0.5.17", {"/flush_cache": ["flushed", refused(), "flushed"]})
+    verbs = Verbs(client)
+    verbs.weights_unknown = True
+    verbs.begin_sync(timeout_s=1)
+    verbs.cancel_sync(timeout_s=1)
+    with pytest.raises(EngineStateError):
+        verbs.begin_sync(timeout_s=1)
+    assert GO_ON not in client.paths
+    synced(client, verbs)  # one that succeeded
+    assert client.paths[-1] == GO_ON
+
+
+def test_a_version_that_the_server_does_not_report_is_an_error():
+    client = Captured(answers={"/model_info": {"weight_version": "6"}})
+    with pytest.raises(SyncError, match="'6' after '7' was set"):
+        Verbs(client).end_sync("7", timeout_s=1)
+
+
+WEIGHTS = [("a", torch.Size([2, 3]), "bfloat16"), ("b", torch.Size([]), "int8")]
+
+
+def test_broadcast_weights_are_asked_for_without_a_flush_and_for_the_target_alone():
+    client = Captured()
+    Verbs(client).receive(WEIGHTS, group_name="g", timeout_s=1)
+    assert client.asked == [(
+        "/update_weights_from_distributed",
+        {"names": ["a", "b"], "shapes": [[2, 3], []], "dtypes": ["bfloat16", "int8"], "group_name": "g",
+         "flush_cache": False, "selector": "target"},
+    )]  # fmt: skip
+
+
+@pytest.mark.parametrize("answer", [refused("not received"), {"success": False, "message": "not received"}])
+def test_weights_that_were_not_received_are_a_failed_sync(answer):
+    with pytest.raises(SyncError, match="did not take the broadcast weights: not received"):
+        Verbs(Captured(answers={"/update_weights_from_distributed": answer})).receive(
+            WEIGHTS, group_name="g", timeout_s=1
+        )
+
+
+def test_before_memory_is_released_the_server_is_waited_for():
+    client = Captured(answers={"/flush_cache": [refused(), refused(), "flushed"]})
+    Verbs(client).wait_idle(timeout_s=5)
+    assert client.paths == [FLUSH] * 3
+    with pytest.raises(DeadlineError, match="requests still run after 0.1 s"):
+        Verbs(Captured(answers={"/flush_cache": refused()})).wait_idle(timeout_s=0.1)

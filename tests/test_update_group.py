@@ -1,0 +1,131 @@
+"""Who may be in an update group, what may be announced, and the group itself between two processes."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from harness import run_ranks
+
+import tpcolocate
+from tpcolocate.engine.launch import hold_port
+from tpcolocate.errors import ConfigError, WeightsMismatchError
+from tpcolocate.weights.update_group import UpdateGroup, announced, requests
+
+pytestmark = [pytest.mark.quick, pytest.mark.timeout(120)]
+
+PLACE = {"master_address": "127.0.0.1", "master_port": 29500, "rank_offset": 1, "world_size": 3}
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"rank_offset": 0}, "rank_offset=0 is below 1"),
+    ({"rank_offset": 2}, "world_size=3 is too small for 2 TP ranks from rank_offset=2 on"),
+    ({"world_size": 2}, "world_size=2 is too small"),
+    ({"master_port": 0}, "master_port=0 is no port"),
+    ({"master_port": 65536}, "is no port"),
+    ({"master_address": ""}, "must not be empty"),
+    ({"group_name": ""}, "must not be empty"),
+])  # fmt: skip
+def test_a_group_that_cannot_meet_is_refused(changes, words):
+    UpdateGroup(**PLACE).check(2)
+    UpdateGroup(**{**PLACE, "world_size": 9, "rank_offset": 5}).check(4)  # several servers in one group
+    with pytest.raises(ConfigError, match=words):
+        UpdateGroup(**{**PLACE, **changes}).check(2)
+
+
+def test_weights_are_announced_in_one_form():
+    found = announced(["a", "b", "c"], ["bfloat16", torch.float32, "torch.int8"], [(2, 3), [4], torch.Size([])])
+    assert found == [
+        ("a", torch.Size([2, 3]), "bfloat16"),
+        ("b", torch.Size([4]), "float32"),
+        ("c", torch.Size([]), "int8"),
+    ]
+
+
+@pytest.mark.parametrize("names, dtypes, shapes, error, words", [
+    ([], [], [], ConfigError, "0 names"),
+    (["a"], [], [[1]], ConfigError, "1 names, 0 dtypes and 1 shapes"),
+    ("a", ["int8"], [[1]], ConfigError, "1 names"),
+    (["a"], ["float33"], [[1]], ConfigError, "dtype 'float33'"),
+    (["a"], ["nn"], [[1]], ConfigError, "dtype 'nn'"),
+    (["a"], ["int8"], [[-1]], ConfigError, r"shape \(-1,\)"),
+    (["a"], ["int8"], [[1.5]], ConfigError, r"shape \(1.5,\)"),
+    (["a", "a"], ["int8"] * 2, [[1]] * 2, WeightsMismatchError, "a is given twice"),
+])  # fmt: skip
+def test_what_is_no_list_of_weights_is_refused(names, dtypes, shapes, error, words):
+    with pytest.raises(error, match=words):
+        announced(names, dtypes, shapes)
+
+
+@pytest.mark.parametrize("limit, cut", [(1, "a|b|c|d"), (8, "a|b|cd"), (12, "ab|cd"), (15, "ab|cd"), (1000, "abcd")])
+def test_requests_keep_the_order_and_hold_no_more_than_they_may(limit, cut):
+    weights = announced("a b c d".split(), ["float32", "int8", "float16", "int8"], [[2], [4], [3], [2]])  # 8, 4, 6, 2
+    found = list(requests(weights, limit))
+    assert "|".join("".join(name for name, _, _ in request) for request in found) == cut
+    assert [weight for request in found for weight in request] == weights
+
+
+def join(port, name="group", timeout_s=30):
+    return tpcolocate.join_update_group(
+        master_address="127.0.0.1", master_port=port, world_size=2, group_name=name, backend="gloo", timeout_s=timeout_s
+    )
+
+
+def refused(port, name="group"):
+    try:
+        join(port, name, timeout_s=5)
+    except ConfigError as error:
+        return error.message
+    return "not refused"
+
+
+def both_ends(rank, port, names):
+    """Rank 0 joins as a user does, rank 1 with what SGLang's workers use."""
+    from sglang.srt.utils.common import init_custom_process_group
+
+    found = []
+    for cycle, name in enumerate(names):
+        if rank == 0:
+            group = join(port, name)
+            dist.broadcast(torch.arange(4.0) + cycle, src=0, group=group)
+            found.append(refused(port, name))
+            dist.destroy_process_group(group)
+            found.append(refused(port, name).partition(":")[0])
+            del group
+        else:
+            group = init_custom_process_group(
+                backend="gloo", init_method=f"tcp://127.0.0.1:{port}", world_size=2, rank=1, group_name=name
+            )
+            tensor = torch.zeros(4)
+            dist.broadcast(tensor, src=0, group=group)
+            found.append(tensor.tolist())
+            dist.destroy_process_group(group)
+        if dist.is_initialized():
+            dist.barrier()
+    return found
+
+
+@pytest.mark.parametrize("init_group, names", [
+    (True, ["group", "group", "other"]),  # with a barrier after each: the port is free again
+    (False, ["group"]),
+], ids=["beside a default group", "alone"])  # fmt: skip
+def test_it_meets_the_group_that_sglang_makes(init_group, names):
+    with hold_port() as held:
+        port = held.getsockname()[1]
+        sender, receiver = run_ranks(both_ends, 2, port, names, init_group=init_group, timeout_s=100)
+    assert receiver == [[0, 1, 2, 3], [1, 2, 3, 4], [2, 3, 4, 5]][: len(names)]
+    held_by_the_last = "cannot listen on 127.0.0.1"  # while somebody keeps the group that was destroyed
+    assert sender == [said for name in names for said in (f"this process has a group named '{name}'", held_by_the_last)]
+
+
+def nobody_comes(rank, port):
+    try:
+        tpcolocate.join_update_group(
+            master_address="127.0.0.1", master_port=port, world_size=2, backend="gloo", timeout_s=1
+        )
+    except Exception as error:
+        return type(error).__name__
+
+
+def test_a_group_that_does_not_meet_ends_at_its_deadline():
+    with hold_port() as held:
+        [found] = run_ranks(nobody_comes, 1, held.getsockname()[1], init_group=False, timeout_s=60)
+    assert found is not None and "Error" in found

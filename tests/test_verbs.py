@@ -1,0 +1,717 @@
+"""Everything beside the sync on a real SGLang server: adapters, update groups, pauses, checkpoints.
+
+As in test_engine.py, each set-up is started once, its ranks run all checks in order, and every check is a test.
+"""
+
+import copy
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from harness import Footprint, leftovers, run_ranks
+from test_engine import ARGS as PLAIN_ARGS
+from test_engine import GREEDY, HEALTH_S, PROMPTS, World
+
+import tpcolocate
+from tpcolocate import errors
+from tpcolocate.engine.launch import hold_port
+from tpcolocate.engine.state import PAUSES
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+
+MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+ARGS = {
+    **PLAIN_ARGS, "enable_lora": True, "lora_backend": "torch_native", "max_lora_rank": 8, "max_loras_per_batch": 3,
+    "max_loaded_loras": 3, "lora_target_modules": MODULES,
+}  # fmt: skip
+LONG = {"temperature": 0, "max_new_tokens": 240, "ignore_eos": True}
+SAVED_VERSION = "41"
+
+
+def drive(rank, model_dir, folder, tp_size, checks):
+    """One set-up on one rank: launch, all checks, the end."""
+    with tpcolocate.init(tp_size, device="cpu", timeout_s=60.0) as colo:
+        world = World(rank, model_dir, colo)
+        world.folder = Path(folder)
+        found = {}
+        with colo.launch(model_dir, health_timeout_s=HEALTH_S, **ARGS) as world.engine:
+            for check in checks:
+                try:
+                    found[check.__name__] = check(world)
+                except Exception as error:
+                    found[check.__name__] = error
+                    if isinstance(error, (errors.RankLostError, errors.EngineDeadError)):
+                        break
+        return found
+
+
+def said(call):
+    """The class and message of what `call` raises, the same on all ranks; or what it returned."""
+    try:
+        return repr(call())
+    except errors.TpColocateError as error:
+        return type(error).__name__, error.message
+
+
+# --- adapters -------------------------------------------------------------------------------------------------------
+
+
+def adapted(model, seed, **config):
+    """A PEFT model on a copy of `model` whose adapter does something, the same on every rank."""
+    import peft
+
+    config = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], **config}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(init_lora_weights=False, **config))
+
+
+def merged(peft_model):
+    return copy.deepcopy(peft_model).merge_and_unload()
+
+
+def choices(model, ids, past=None):
+    """What `model` would choose after each of `ids`."""
+    with torch.no_grad():
+        return model(torch.tensor([ids]), past_key_values=past).logits[0].argmax(-1).tolist()
+
+
+def follows(model, prompt, tokens):
+    """Whether all of `tokens` are what `model` would have chosen, greedily."""
+    return choices(model, [*prompt, *tokens[:-1]])[len(prompt) - 1 :] == tokens
+
+
+def speaks_as(world, model, name=None):
+    """Whether the engine, with an adapter or without, speaks with the weights of `model`."""
+    fields = {} if name is None else {"lora_path": name}
+    answers = world.engine.generate(PROMPTS, GREEDY, **fields)
+    return all(follows(model, prompt, answer["output_ids"]) for prompt, answer in zip(PROMPTS, answers))
+
+
+def lora_beside_each_other(world):
+    import peft
+
+    engine, base = world.engine, world.model
+    first, second = adapted(base, 1), adapted(base, 2, target_modules=MODULES, r=8, lora_alpha=4)
+    engine.set_lora("first", first)
+    engine.set_lora_from_tensors("second", peft.get_peft_model_state_dict(second), second.peft_config["default"])
+    models = {"first": merged(first), "second": merged(second), None: base}
+    found = {f"{name} as {other}": speaks_as(world, model, name) for other, model in models.items() for name in models}
+    names = ["second", None, "first", "second"]
+    mixed = engine.generate(PROMPTS, GREEDY, lora_path=names)
+    found["mixed"] = all(
+        follows(models[name], prompt, answer["output_ids"]) for name, prompt, answer in zip(names, PROMPTS, mixed)
+    )
+    again = adapted(base, 3)
+    engine.set_lora("first", again)
+    found["replaced"] = speaks_as(world, merged(again), "first") and not speaks_as(world, models["first"], "first")
+    found["second after it"] = speaks_as(world, models["second"], "second")
+    engine.unload_lora("first")
+    found["unloaded"] = said(lambda: speaks_as(world, base, "first"))[0]
+    found["unloaded twice"] = said(lambda: engine.unload_lora("first"))[0]
+    found["second after all"] = speaks_as(world, models["second"], "second")
+    engine.unload_lora("second")
+    return found
+
+
+def lora_in_parts_of_fused_projections(world):
+    """SGLang would fail, or leave these out without a word."""
+    found = {}
+    for targets in (["q_proj"], ["k_proj"], ["up_proj"], ["gate_proj", "o_proj"]):
+        model = adapted(world.model, 4, target_modules=targets)
+        world.engine.set_lora("part", model)
+        found[targets[0]] = speaks_as(world, merged(model), "part") and not speaks_as(world, world.model, "part")
+    world.engine.unload_lora("part")
+    return found
+
+
+def lora_of_wrapped_models(world):
+    from torch.distributed.fsdp import fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+
+    found = {}
+    for wrap in ("fsdp2", "ddp"):
+        model = adapted(world.model, len(wrap), target_modules="all-linear")
+        whole = merged(model)
+        if wrap == "fsdp2":
+            for layer in model.base_model.model.model.layers:
+                fully_shard(layer)
+            model = fully_shard(model)
+        else:
+            model = DistributedDataParallel(model)
+        world.engine.set_lora("wrapped", model)
+        found[wrap] = speaks_as(world, whole, "wrapped") and not speaks_as(world, world.model, "wrapped")
+    world.engine.unload_lora("wrapped")
+    return found
+
+
+def lora_refused(world):
+    """What SGLang would serve as something else, or not at all; afterwards the adapter of that name is what it was."""
+    import peft
+
+    engine, model = world.engine, adapted(world.model, 5)
+    good, config = peft.get_peft_model_state_dict(model), model.peft_config["default"].to_dict()
+    a_name, b_name = list(good)[:2]
+    engine.set_lora("kept", model)
+    last = world.colo.tp_rank == world.colo.tp_size - 1
+
+    def tensors(name, tensors, **changes):
+        return lambda: engine.set_lora_from_tensors(name, tensors, {**config, **changes})
+
+    cases = {
+        "wrong in": tensors("kept", {**good, a_name: good[a_name][:, 1:]}),
+        "wrong out": tensors("kept", {**good, b_name: good[b_name][1:]}),
+        "wrong r": tensors("kept", good, r=8),
+        "half": tensors("kept", {k: v for k, v in good.items() if k != a_name}),
+        "a layer less": tensors("kept", {k: v for k, v in good.items() if ".layers.1." not in k}),
+        "unknown layer": tensors("kept", {k.replace("layers.1", "layers.7"): v for k, v in good.items()}),
+        "no name of PEFT's": tensors("kept", {**good, "model.norm.weight": torch.zeros(1)}),
+        "rank too high": lambda: engine.set_lora("kept", adapted(world.model, 6, r=16)),
+        "dora": tensors("kept", good, use_dora=True),
+        "rslora": tensors("kept", good, use_rslora=True),
+        "no adapter": lambda: engine.set_lora("kept", world.model),
+        "one rank": lambda: engine.set_lora("kept", world.model if last else model),
+        "ranks differ": lambda: engine.set_lora(f"of rank {world.rank}" if world.colo.tp_size > 1 else "", model),
+    }
+    found = {case: said(call) for case, call in cases.items()}
+    kept = speaks_as(world, merged(model), "kept")
+    for name in ("two", "three"):
+        engine.set_lora(name, model)
+    found["one too many"] = said(lambda: engine.set_lora("four", model))
+    engine.set_lora("two", model)  # in the place of one that is there: no room is needed
+    for name in ("kept", "two", "three"):
+        engine.unload_lora(name)
+    return {"said": found, "kept": kept}
+
+
+def lora_on_synced_weights(world):
+    """An adapter stays when the weights below it change."""
+    model = adapted(world.model, 7, target_modules=MODULES)
+    world.engine.set_lora("stays", model)
+    world.perturb(30)
+    world.engine.sync_weights(world.model)
+    moved = adapted(world.model, 7, target_modules=MODULES)  # the same seed, the same adapter
+    found = {
+        "base": speaks_as(world, world.model),
+        "adapter": speaks_as(world, merged(moved), "stays") and not speaks_as(world, merged(model), "stays"),
+    }
+    world.engine.unload_lora("stays")
+    return found
+
+
+# --- update groups --------------------------------------------------------------------------------------------------
+
+
+class Sender(threading.Thread):
+    """Rank 0 of an update group: joins, broadcasts when told to, leaves.  On the owner; elsewhere it does nothing."""
+
+    def __init__(self, world, **place):
+        super().__init__(daemon=True)
+        self.world, self.place = world, place
+        self.error = None
+        self.tensors = None
+        self.may_send = threading.Event()
+
+    def run(self):
+        if not self.world.colo.is_owner:
+            return
+        try:
+            group = tpcolocate.join_update_group(**self.place, backend="gloo", timeout_s=60)
+            assert self.may_send.wait(60)
+            for tensor in self.tensors:
+                dist.broadcast(tensor, src=0, group=group)
+            dist.destroy_process_group(group)
+        except BaseException as error:
+            self.error = error
+
+    def send(self, tensors):
+        self.tensors = [tensor.detach().clone() for tensor in tensors]
+        self.may_send.set()
+
+    def end(self):
+        self.join(60)
+        assert not self.is_alive() and self.error is None, self.error
+
+
+def meet(world, name="weight_update_group"):
+    """The engine and a sender in one group."""
+    held = hold_port() if world.colo.is_owner else None
+    port = world.colo._slice.broadcast(
+        None if held is None else held.getsockname()[1], src=world.colo.owner_rank, what="tell the port"
+    )
+    size = 1 + world.colo.tp_size
+    sender = Sender(world, master_address="127.0.0.1", master_port=port, world_size=size, group_name=name)
+    sender.start()
+    world.engine.init_weights_update_group(
+        master_address="127.0.0.1", master_port=port, rank_offset=1, world_size=size, group_name=name, backend="gloo"
+    )
+    if held is not None:
+        held.close()
+    return sender
+
+
+def described(weights):
+    return {
+        "names": [name for name, _ in weights],
+        "dtypes": [t.dtype for _, t in weights],
+        "shapes": [t.shape for _, t in weights],
+    }
+
+
+def update_groups(world):
+    """The whole cycle twice, then a part of the weights."""
+    engine, found = world.engine, []
+    for cycle in range(2):
+        old = copy.deepcopy(world.model)
+        world.perturb(10 + cycle)
+        weights = list(world.model.named_parameters())
+        sender = meet(world)
+        sender.send(tensor for _, tensor in weights)
+        engine.update_weights_from_distributed(
+            **described(weights), weight_version=f"cycle {cycle}", bucket_bytes=300_000
+        )
+        sender.end()
+        engine.destroy_weights_update_group()
+        [answer] = engine.generate([PROMPTS[0]], GREEDY)
+        found.append({
+            "equal": speaks_as(world, world.model) and not speaks_as(world, old),
+            "version": (answer["meta_info"]["weight_version"], engine.weight_version),
+        })  # fmt: skip
+    with torch.no_grad():
+        world.model.model.norm.weight.mul_(1.5)
+    part = [("model.norm.weight", world.model.model.norm.weight)]
+    sender = meet(world, "another")
+    sender.send(tensor for _, tensor in part)
+    engine.update_weights_from_distributed(**described(part), group_name="another", partial=True)
+    sender.end()
+    engine.destroy_weights_update_group(group_name="another")
+    found.append({"equal": speaks_as(world, world.model), "version": engine.weight_version})
+    return found
+
+
+def update_group_guards(world):
+    engine = world.engine
+    place = {"master_address": "127.0.0.1", "master_port": 1234, "rank_offset": 1, "world_size": 9}
+    weights = list(world.model.named_parameters())
+    good = described(weights)
+    wrong = [torch.Size([3]), *good["shapes"][1:]]
+    found = {
+        "update without init": said(lambda: engine.update_weights_from_distributed(**good)),
+        "destroy without init": said(lambda: engine.destroy_weights_update_group()),
+        "no room": said(lambda: engine.init_weights_update_group(**{**place, "world_size": 1})),
+        "no sender": said(lambda: engine.init_weights_update_group(**{**place, "rank_offset": 0})),
+        "ranks differ": said(
+            lambda: engine.init_weights_update_group(**{**place, "master_port": 1234 + world.rank}, backend="x" * 9)
+        )
+        if world.colo.tp_size > 1
+        else None,
+    }
+    sender = meet(world)
+    found |= {
+        "init twice": said(lambda: engine.init_weights_update_group(**place)),
+        "wrong shape": said(lambda: engine.update_weights_from_distributed(**{**good, "shapes": wrong})),
+        "unknown name": said(
+            lambda: engine.update_weights_from_distributed(["x"], dtypes=["float32"], shapes=[[1]], partial=True)
+        ),
+        "missing": said(lambda: engine.update_weights_from_distributed(**described(weights[1:]))),
+        "no dtype": said(lambda: engine.update_weights_from_distributed(["x"], dtypes=["float33"], shapes=[[1]])),
+        "lengths": said(lambda: engine.update_weights_from_distributed(["x"], dtypes=[], shapes=[])),
+        "versions differ": said(
+            lambda: engine.update_weights_from_distributed(**good, weight_version=f"of rank {world.rank}")
+        )
+        if world.colo.tp_size > 1
+        else None,
+    }
+    unchanged = speaks_as(world, world.model)
+    sender.send(tensor for _, tensor in weights)  # the group is still good
+    engine.update_weights_from_distributed(**good)
+    sender.end()
+    engine.destroy_weights_update_group()
+    return {"said": found, "unchanged": unchanged, "equal": speaks_as(world, world.model)}
+
+
+def sender_that_leaves(world):
+    """In the middle of an update: the weights are unknown, and a full sync mends them."""
+    engine = world.engine
+    weights = list(world.model.named_parameters())
+    sender = meet(world)
+    sender.send(tensor for _, tensor in weights[:5])
+    found = {
+        "update": said(lambda: engine.update_weights_from_distributed(**described(weights), timeout_s=30)),
+        "generate": said(lambda: engine.generate(PROMPTS, GREEDY)),
+        "health": engine.health().value,
+        "go on": said(engine.continue_generation),
+    }
+    sender.end()
+    engine.destroy_weights_update_group()
+    world.perturb(12)
+    version = engine.sync_weights(world.model).weight_version
+    return {**found, "version": version == engine.weight_version, "equal": speaks_as(world, world.model)}
+
+
+# --- pauses ---------------------------------------------------------------------------------------------------------
+
+
+class InFlight(threading.Thread):
+    """One long request of this rank, streamed."""
+
+    def __init__(self, world):
+        super().__init__(daemon=True)
+        world.num_requests = getattr(world, "num_requests", 0) + 1
+        self.world, self.rid = world, f"rank-{world.rank}-{world.num_requests}."  # no prefix of another
+        self.prompt = PROMPTS[world.rank]
+        self.tokens, self.finish, self.error = [], None, None
+        self.news = threading.Condition()
+
+    def run(self):
+        try:
+            events = self.world.engine.generate([self.prompt], LONG, stream=True, timeout_s=60, rid=[self.rid])
+            for event in events:
+                with self.news:
+                    self.tokens, self.finish = event["output_ids"], event["meta_info"]["finish_reason"]
+                    self.news.notify_all()
+        except BaseException as error:
+            self.error = error
+
+    def grow(self, count):
+        """Wait for so many more tokens, of which there must be some left."""
+        with self.news:
+            enough = len(self.tokens) + count
+            assert self.news.wait_for(lambda: len(self.tokens) >= enough or self.finish or self.error, 60)
+            assert self.finish is None and self.error is None, (self.finish, self.error)
+
+    def end(self):
+        self.world.engine.abort_request(self.rid)
+        self.join(60)
+        assert not self.is_alive() and self.error is None, self.error
+        return self.tokens
+
+
+def in_flight(world):
+    """A long request per rank, all of them running."""
+    request = InFlight(world)
+    request.start()
+    request.grow(8)
+    world.colo._slice.all_gather(None, what="see all requests run")
+    return request
+
+
+def handed_over(old, new, prompt, tokens, *, old_cache):
+    """The number of tokens that `old` chose before `new` went on; None if there is no such number.
+
+    Args:
+        old_cache: Whether `new` goes on with the keys and values of `old`, or computes its own.
+    """
+    from transformers import DynamicCache
+
+    first = len(prompt) - 1
+    of_old = choices(old, [*prompt, *tokens[:-1]])[first:]
+    of_new = choices(new, [*prompt, *tokens[:-1]])[first:]
+    for k in range(1, len(tokens)):
+        if of_old[k - 1] != tokens[k - 1]:
+            return None
+        if old_cache:
+            past = DynamicCache()
+            choices(old, [*prompt, *tokens[: k - 1]], past)
+            rest = choices(new, tokens[k - 1 : -1], past)
+        else:
+            rest = of_new[k:]
+        if rest == tokens[k:]:
+            return k
+    return None
+
+
+def sync_under_requests(world):
+    """Without a pause of the user's: retracted, kept, and gone on with the new weights."""
+    old = copy.deepcopy(world.model)
+    world.perturb(20)
+    request = in_flight(world)
+    world.engine.sync_weights(world.model)
+    request.grow(16)
+    k = handed_over(old, world.model, request.prompt, request.end(), old_cache=False)
+    return {"handed over": k is not None and k >= 8, "equal": speaks_as(world, world.model)}
+
+
+def sync_under_a_pause(world):
+    """In each mode of the user's: what became of the requests, and that the pause stays."""
+    engine, found = world.engine, {}
+    for number, mode in enumerate(PAUSES):
+        old = copy.deepcopy(world.model)
+        world.perturb(21 + number)
+        request = in_flight(world)
+        engine.pause_generation(mode)
+        engine.pause_generation(mode)  # nothing more
+        other = said(lambda mode=mode: engine.pause_generation("abort" if mode == "retract" else "retract"))
+        health = engine.health().value
+        report = engine.sync_weights(world.model)
+        later = InFlight(world)
+        later.start()
+        time.sleep(0.3)  # there is nothing to wait for: it must not come
+        held = not later.tokens and (mode == "abort" or request.finish is None)
+        ended = request.finish and request.finish["type"]
+        engine.continue_generation()
+        engine.continue_generation()
+        if mode != "abort":
+            request.grow(16)
+        later.grow(8)
+        tokens, of_later = request.end(), later.end()
+        world.colo._slice.all_gather(None, what="see all requests end")
+        if mode == "in_place":
+            engine.flush_cache()
+        found[mode] = {
+            "other": other,
+            "health": health,
+            "held": held,
+            "ended": ended,
+            "of old": follows(old, request.prompt, tokens),
+            "handed over": handed_over(old, world.model, request.prompt, tokens, old_cache=False),
+            "handed over with its cache": handed_over(old, world.model, request.prompt, tokens, old_cache=True),
+            "later of new": follows(world.model, later.prompt, of_later),
+            "warned": [warning for warning in report.warnings if "cache of the old weights" in warning],
+            "equal": speaks_as(world, world.model),
+        }
+    return found
+
+
+def abort_and_flush(world):
+    engine = world.engine
+    request = in_flight(world)
+    refused = said(engine.flush_cache)
+    if world.rank == 0:
+        request.end()
+    world.colo._slice.all_gather(None, what="see the first one end")
+    if world.rank > 0:
+        request.grow(4)  # nobody asked for its end
+    world.colo._slice.all_gather(None, what="see the others go on")
+    if world.rank == 0:
+        engine.abort_request()  # those of other ranks too
+    request.join(60)
+    world.colo._slice.all_gather(None, what="see all requests end")
+    engine.flush_cache()
+    world.colo._slice.all_gather(None, what="see the cache go")
+    cached = 0
+    if world.rank == 0:
+        [answer] = engine.generate([request.prompt], GREEDY)
+        cached = answer["meta_info"]["cached_tokens"]
+    return {
+        "refused": refused,
+        "ended": request.finish["type"],
+        "cached": cached,
+        "empty": said(lambda: engine.abort_request("")),
+        "mode": said(lambda: engine.pause_generation("stop")),
+    }
+
+
+# --- checkpoints ----------------------------------------------------------------------------------------------------
+
+
+def launched_from_a_checkpoint(world):
+    [answer] = world.engine.generate([PROMPTS[0]], GREEDY)
+    return world.engine.weight_version, answer["meta_info"]["weight_version"], speaks_as(world, world.model)
+
+
+def saved_and_resumed(world):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    engine, folder = world.engine, world.folder / "step"
+    world.perturb(40)
+    engine.sync_weights(world.model, weight_version="700")
+    want = copy.deepcopy(world.model)
+    source = world.sharded() if world.colo.tp_size > 1 else world.model
+    engine.save_weights(source, folder=folder)
+    again = said(lambda: engine.save_weights(source, folder=folder))
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokens = AutoTokenizer.from_pretrained(folder)("what is 3 plus 4?")["input_ids"]
+    world.perturb(41)
+    engine.sync_weights(world.model)
+    moved = not speaks_as(world, want)
+    checkpoint = tpcolocate.Checkpoint(folder)
+    report = engine.sync_weights(checkpoint)
+    [answer] = engine.generate([PROMPTS[0]], GREEDY)
+    found = {
+        "moved": moved,
+        "equal": speaks_as(world, want) and speaks_as(world, loaded),
+        "versions": (checkpoint.weight_version, report.weight_version, answer["meta_info"]["weight_version"]),
+        "tokens": len(tokens),
+        "again": again[0],
+        "left": sorted(path.name for path in world.folder.iterdir()),
+        "missing": said(lambda: engine.save_weights([], folder=world.folder / "none"))[0],
+        "generator": said(lambda: engine.save_weights(iter(checkpoint.items()), folder=world.folder / "none"))[0],
+    }
+    found["next"] = engine.sync_weights(world.model).weight_version
+    return found
+
+
+CHECKS = [
+    launched_from_a_checkpoint, lora_beside_each_other, lora_in_parts_of_fused_projections, lora_of_wrapped_models, lora_refused,
+    lora_on_synced_weights, update_group_guards, update_groups, sync_under_requests, sync_under_a_pause, abort_and_flush,
+    saved_and_resumed, sender_that_leaves,
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=[2, 1], ids=["tp2", "tp1"])
+def setup(request, tiny_model_dir, tmp_path_factory):
+    """(tp_size, what every rank found, what the set-up left behind); served from a checkpoint of our own."""
+    from safetensors.torch import load_file
+
+    from tpcolocate.weights.checkpoint import CheckpointWriter
+
+    tp_size = request.param
+    folder = tmp_path_factory.mktemp("verbs")
+    model = tiny_model_dir(family="qwen3", tie=tp_size == 1)
+    writer = CheckpointWriter(folder / "model", weight_version=SAVED_VERSION, num_shards=1, like=model)
+    writer.add(load_file(model / "model.safetensors"))
+    writer.finish()
+    (folder / "out").mkdir()
+    before = Footprint.now()
+    found = run_ranks(drive, tp_size, str(folder / "model"), str(folder / "out"), tp_size, CHECKS, timeout_s=400)
+    return tp_size, found, leftovers(before)
+
+
+def results(setup, check):
+    """What every rank's `check` returned; raises what it raised."""
+    _, found, _ = setup
+    for rank, of_rank in enumerate(found):
+        value = of_rank.get(check.__name__, AssertionError("not reached: see the checks before it"))
+        if isinstance(value, Exception):
+            raise AssertionError(f"rank {rank}: {type(value).__name__}: {value}") from value
+    return [of_rank[check.__name__] for of_rank in found]
+
+
+# --- what came of it ------------------------------------------------------------------------------------------------
+
+
+def test_a_server_tells_the_version_of_the_checkpoint_that_it_was_launched_from(setup):
+    for found in results(setup, launched_from_a_checkpoint):
+        assert found == (SAVED_VERSION, SAVED_VERSION, True)
+
+
+def test_adapters_equal_merged_weights_beside_each_other_and_are_replaced_and_removed(setup):
+    names = ("first", "second", None)
+    for found in results(setup, lora_beside_each_other):
+        assert found.pop("unloaded") == "RequestError" == found.pop("unloaded twice")
+        for name in names:
+            for other in names:
+                assert found.pop(f"{name} as {other}") is (name == other)
+        assert found == dict.fromkeys(found, True)
+
+
+def test_an_adapter_on_a_part_of_a_fused_projection_equals_merged_weights(setup):
+    for found in results(setup, lora_in_parts_of_fused_projections):
+        assert found == dict.fromkeys(["q_proj", "k_proj", "up_proj", "gate_proj"], True)
+
+
+def test_the_adapters_of_sharded_and_wrapped_models_equal_merged_weights(setup):
+    for found in results(setup, lora_of_wrapped_models):
+        assert found == {"fsdp2": True, "ddp": True}
+
+
+def test_adapters_that_do_not_fit_are_refused_on_every_rank_and_change_nothing(setup):
+    found = results(setup, lora_refused)
+    for of_rank in found:
+        assert {case: kind for case, (kind, _) in of_rank["said"].items()} == {
+            **dict.fromkeys(["wrong in", "wrong out", "wrong r", "half", "a layer less", "unknown layer"], "WeightsMismatchError"),
+            "no name of PEFT's": "WeightsMismatchError",
+            **dict.fromkeys(["rank too high", "dora", "rslora", "no adapter", "one rank", "ranks differ"], "ConfigError"),
+            "one too many": "EngineStateError",
+        }  # fmt: skip
+        assert of_rank["kept"]
+    assert all(of_rank["said"] == found[0]["said"] for of_rank in found), "the same error on every rank"
+
+
+def test_an_adapter_stays_when_the_weights_below_it_change(setup):
+    for found in results(setup, lora_on_synced_weights):
+        assert found == {"base": True, "adapter": True}
+
+
+def test_weights_come_through_an_update_group_twice_in_a_row_and_in_part(setup):
+    for found in results(setup, update_groups):
+        assert found == [
+            {"equal": True, "version": ("cycle 0", "cycle 0")},
+            {"equal": True, "version": ("cycle 1", "cycle 1")},
+            {"equal": True, "version": found[-1]["version"]},
+        ]
+        assert found[-1]["version"].isdecimal()
+
+
+def test_an_update_that_breaks_off_leaves_the_weights_unknown_until_a_full_sync(setup):
+    found = results(setup, sender_that_leaves)
+    for of_rank in found:
+        assert of_rank["update"][0] == "SyncError" and "did not take the broadcast weights" in of_rank["update"][1]
+        assert of_rank["generate"][0] == "EngineStateError" == of_rank["go on"][0] and of_rank["health"] == "paused"
+        assert of_rank["version"] and of_rank["equal"]
+    assert all(of_rank["update"] == found[0]["update"] for of_rank in found)
+
+
+def test_update_groups_are_guarded_on_every_rank(setup):
+    tp_size, _, _ = setup
+    found = results(setup, update_group_guards)
+    for of_rank in found:
+        said = of_rank["said"]
+        assert {case: what[0] for case, what in said.items() if what is not None} == {
+            **dict.fromkeys(["update without init", "destroy without init", "init twice"], "EngineStateError"),
+            **dict.fromkeys(["no room", "no sender", "no dtype", "lengths"], "ConfigError"),
+            **dict.fromkeys(["wrong shape", "unknown name", "missing"], "WeightsMismatchError"),
+            **(dict.fromkeys(["ranks differ", "versions differ"], "ConfigError") if tp_size > 1 else {}),
+        }
+        assert of_rank["unchanged"] and of_rank["equal"]
+        if tp_size > 1:
+            assert "ranks 0 and 1 pass different master_port: 1234 and 1235" in said["ranks differ"][1]
+            assert "different weight_version: 'of rank 0' and 'of rank 1'" in said["versions differ"][1]
+    assert all(of_rank["said"] == found[0]["said"] for of_rank in found), "the same error on every rank"
+
+
+def test_a_sync_retracts_requests_in_flight_and_they_go_on_with_the_new_weights(setup):
+    for found in results(setup, sync_under_requests):
+        assert found == {"handed over": True, "equal": True}
+
+
+@pytest.mark.parametrize("mode", PAUSES)
+def test_a_sync_leaves_the_users_pause_as_it_is(setup, mode):
+    other = "abort" if mode == "retract" else "retract"
+    for found in results(setup, sync_under_a_pause):
+        found = found[mode]
+        words = f"cannot pause with mode {other!r}: generation is paused with {mode!r}"
+        assert found["other"] == ("EngineStateError", words)
+        assert found["health"] == "paused" and found["held"] and found["equal"]
+
+
+def test_what_a_pause_makes_of_requests_in_flight(setup):
+    for found in results(setup, sync_under_a_pause):
+        retract, abort, in_place = (found[mode] for mode in PAUSES)
+        assert abort["ended"] == "abort" and abort["of old"]
+        assert retract["ended"] is None and not retract["of old"]
+        assert retract["handed over"] is not None and retract["handed over with its cache"] is None
+        assert in_place["ended"] is None and not in_place["of old"]
+        assert in_place["handed over with its cache"] is not None and in_place["handed over"] is None
+        assert retract["later of new"] and abort["later of new"]
+        assert not in_place["later of new"], "it met the old cache, and that is what the warning says"
+        assert len(in_place["warned"]) == 1 and retract["warned"] == abort["warned"] == []
+
+
+def test_requests_are_aborted_by_name_or_all_and_the_cache_is_dropped(setup):
+    for found in results(setup, abort_and_flush):
+        assert found == {
+            "refused": ("EngineStateError", "cannot flush the cache: requests are in flight"),
+            "ended": "abort",
+            "cached": 0,
+            "empty": ("ConfigError", "rid is empty"),
+            "mode": ("ConfigError", "unknown mode 'stop'"),
+        }
+
+
+def test_a_run_is_saved_and_resumed_with_its_version(setup):
+    for found in results(setup, saved_and_resumed):
+        assert found == {
+            "moved": True, "equal": True, "versions": ("700",) * 3, "tokens": found["tokens"], "again": "ConfigError",
+            "left": ["step"], "missing": "WeightsMismatchError", "generator": "ConfigError", "next": "701",
+        }  # fmt: skip
+        assert found["tokens"] > 3
+
+
+def test_nothing_is_left_behind(setup):
+    _, _, left = setup
+    assert left == []

@@ -1,0 +1,336 @@
+"""LoRA adapters on their way to the engine: what PEFT calls them, what can be served, and what is refused.
+
+SGLang loads an adapter of the wrong shape, leaves out projections that it cannot pair, and scales by ``lora_alpha / r``
+whatever the configuration says; each answers 200 (``lora/lora.py`` of releases 0.5.9 to 0.5.21).  So names, shapes and
+configuration are compared with the served model here, before an adapter of that name is touched.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from tpcolocate.errors import ConfigError, WeightsMismatchError
+from tpcolocate.weights.items import full_tensor
+from tpcolocate.weights.names import without_wrappers
+from tpcolocate.weights.spec import ModelSpec
+
+_PREFIX = "base_model.model."
+_NAME = re.compile(r"^(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.weight$")
+# SGLang serves these as one projection.  Where an adapter has only some of them it fails or leaves them out.
+_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+# Configuration that changes what an adapter computes, and that SGLang does not look at.
+_MUST_BE_OFF = {
+    "use_dora": "SGLang does not serve DoRA",
+    "use_rslora": "SGLang scales by lora_alpha / r; pass lora_alpha * sqrt(r) as lora_alpha and use_rslora=False",
+    "rank_pattern": "SGLang scales every module by the one r of the configuration",
+    "alpha_pattern": "SGLang scales every module by the one lora_alpha of the configuration",
+    "lora_bias": "SGLang has no biases in adapters",
+    "modules_to_save": "SGLang serves the adapter's low-rank weights only",
+    "trainable_token_indices": "SGLang serves the adapter's low-rank weights only",
+    "layer_replication": "the served model has other layers",
+    "target_parameters": "SGLang adapts modules, not parameters",
+    "fan_in_fan_out": "the served model's weights are not transposed",
+    "use_qalora": "SGLang does not serve QALoRA",
+    "alora_invocation_tokens": "SGLang would apply it to all tokens",
+}
+_SHOWN = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """One LoRA adapter, as PEFT would save it.
+
+    Attributes:
+        tensors: ``base_model.model.<module>.lora_A.weight`` -> (r, in), ``lora_B`` -> (out, r); full tensors or DTensors.
+        config: ``adapter_config.json``, JSON types.
+    """
+
+    tensors: Mapping[str, torch.Tensor]
+    config: Mapping[str, Any]
+
+    @property
+    def rank(self) -> int:
+        return int(self.config["r"])
+
+    @property
+    def config_for_server(self) -> dict[str, Any]:
+        """What SGLang reads, with the names of the modules where PEFT also takes a regular expression."""
+        leaves = sorted({_leaf(module) for module in self.modules()})
+        return {**self.config, "peft_type": "LORA", "r": self.rank, "target_modules": leaves}
+
+    def modules(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Module path in the served model -> its ``A`` and ``B``."""
+        found: dict[str, dict[str, torch.Tensor]] = {}
+        for name, tensor in self.tensors.items():
+            module, side = _parts(name)
+            found.setdefault(module, {})[side] = tensor
+        return found
+
+    def gathered(self, *, keep: bool) -> Adapter:
+        """Full tensors on the CPU; empty unless `keep`.  Collective: over the mesh of DTensors."""
+        tensors = {}
+        for name, tensor in self.tensors.items():
+            full = full_tensor(tensor)
+            if keep:
+                # A copy in any case: a view would be pickled with all of its memory.
+                tensors[name] = full.to("cpu", copy=True).contiguous()
+        return Adapter(tensors, self.config)
+
+
+def make_adapter(tensors: Mapping[str, torch.Tensor], config: Any) -> Adapter:
+    """Bring PEFT's names and configuration into one form.
+
+    Args:
+        tensors: From ``get_peft_model_state_dict``, an ``adapter_model.safetensors``, or the ``lora_`` entries of a state
+            dict (``...lora_A.default.weight``).
+        config: ``adapter_config.json`` as a mapping, or a `peft.LoraConfig`.
+
+    Raises:
+        ConfigError: No LoRA adapter, or one that SGLang would serve as something else.
+        WeightsMismatchError: Names that are none of a LoRA adapter's.
+    """
+    plain = _plain(config.to_dict() if hasattr(config, "to_dict") else config)
+    if not isinstance(plain, dict):
+        raise ConfigError(
+            f"config is a {type(config).__name__}",
+            hint="pass PEFT's adapter_config.json as a dict, or a peft.LoraConfig",
+        )
+    _check_config(plain)
+    if not tensors:
+        raise ConfigError("the adapter has no tensors", hint="pass peft.get_peft_model_state_dict(model)")
+    named: dict[str, torch.Tensor] = {}
+    unknown, adapters = [], set()
+    for name, tensor in tensors.items():
+        matched = _NAME.match(without_wrappers(name)) if isinstance(name, str) else None
+        if matched is None or not isinstance(tensor, torch.Tensor):
+            unknown.append(str(name))
+            continue
+        adapters.add(matched["adapter"])
+        named[f"{_PREFIX}{matched['module']}.lora_{matched['side']}.weight"] = tensor
+    if unknown:
+        raise WeightsMismatchError(
+            f"no weights of a LoRA adapter on linear layers: {_some(unknown)}",
+            hint="names are PEFT's, such as base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight; SGLang would "
+            "ignore others without an error",
+        )
+    if len(adapters) > 1:
+        raise ConfigError(
+            f"the tensors are of several adapters: {', '.join(sorted(str(a) for a in adapters))}",
+            hint="pass one at a time, for example peft.get_peft_model_state_dict(model, adapter_name=...)",
+        )
+    return Adapter(named, plain)
+
+
+def adapter_of(model: nn.Module, adapter_name: str | None) -> Adapter:
+    """The adapter of a model that PEFT has wrapped (or transformers' ``add_adapter``), without copying it.
+
+    Args:
+        model: Plain, DDP, compiled or FSDP2-sharded.
+        adapter_name: Which one; may be left out if it has one.
+
+    Raises:
+        ConfigError: No PEFT model, no such adapter, or as `make_adapter`.
+    """
+    while True:  # as source.py does for whole models
+        if isinstance(model, DistributedDataParallel):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            break
+    configs = getattr(model, "peft_config", None)
+    if not isinstance(configs, Mapping) or not configs:
+        raise ConfigError(
+            f"{type(model).__name__} has no adapters of PEFT",
+            hint="wrap it with peft.get_peft_model(), or use set_lora_from_tensors()",
+        )
+    if adapter_name is None and len(configs) == 1:
+        [adapter_name] = configs
+    if adapter_name is None or adapter_name not in configs:
+        raise ConfigError(
+            f"adapter_name={adapter_name!r} is none of the model's adapters", hint=f"one of {', '.join(configs)}"
+        )
+    from peft import get_peft_model_state_dict
+
+    return make_adapter(get_peft_model_state_dict(model, adapter_name=adapter_name), configs[adapter_name])
+
+
+def check_adapter(adapter: Adapter, spec: ModelSpec | None) -> Adapter:
+    """Compare an adapter with the served model.
+
+    Returns:
+        The adapter with zeros where SGLang wants all parts of a fused projection (q, k, v; gate, up): they add nothing.
+
+    Raises:
+        WeightsMismatchError: A module that the served model does not have, a shape that does not fit it, or a half.
+        ConfigError: What cannot be completed because the served model's shapes are not known.
+    """
+    modules = adapter.modules()
+    wrong: list[str] = []
+    for module, sides in modules.items():
+        if ".experts." in module:
+            raise ConfigError(f"{module}: adapters on experts are not supported", hint="adapt the attention instead")
+        missing = sorted({"A", "B"} - set(sides))
+        if missing:
+            wrong.append(f"{module} has no lora_{missing[0]}")
+            continue
+        for side, tensor in sorted(sides.items()):
+            expected = _shape(module, side, adapter.rank, spec)
+            if not tensor.is_floating_point() or tensor.is_meta:
+                wrong.append(f"{module}.lora_{side} is {tensor.dtype} on {tensor.device}, no floating-point data")
+            elif len(tensor.shape) != 2 or any(w not in (None, n) for w, n in zip(expected, tensor.shape)):
+                want = ", ".join("any" if n is None else str(n) for n in expected)
+                wrong.append(f"{module}.lora_{side} has shape {tuple(tensor.shape)}, expected ({want})")
+    if wrong:
+        raise WeightsMismatchError(
+            f"{_some(wrong)} (r={adapter.rank}, according to {'its own tensors' if spec is None else spec.origin})",
+            hint="the adapter was made for another model or configuration; SGLang would load it without an error",
+        )
+    absent = [] if spec is None else _absent(adapter, spec)
+    if absent:
+        raise WeightsMismatchError(
+            f"target_modules names layers that have no tensors: {_some(absent)}",
+            hint="pass the whole adapter, or a configuration that names what it adapts",
+        )
+    return Adapter({**adapter.tensors, **_zeros(adapter, spec)}, adapter.config)
+
+
+def check_served(adapter: Adapter, *, max_rank: int | None, target_modules: Iterable[str] | None) -> None:
+    """Compare an adapter with what the server was started for.
+
+    Raises:
+        ConfigError: Its rank or one of its modules is beyond that.
+    """
+    if max_rank is not None and adapter.rank > max_rank:
+        raise ConfigError(
+            f"the adapter's r={adapter.rank} is above the server's max_lora_rank={max_rank}",
+            hint=f"launch(max_lora_rank={adapter.rank})",
+        )
+    served = None if target_modules is None else set(target_modules)
+    if served is None or served & {"all", "all-linear"}:
+        return
+    allowed = {_fused(_leaf(module)) for module in served}
+    beyond = sorted(leaf for leaf in {_leaf(m) for m in adapter.modules()} if _fused(leaf) not in allowed)
+    if beyond:
+        raise ConfigError(
+            f"the server was not started for adapters on {', '.join(beyond)}",
+            hint=f"launch(lora_target_modules={sorted({*served, *beyond})})",
+        )
+
+
+def _check_config(config: Mapping[str, Any]) -> None:
+    kind = config.get("peft_type", "LORA")
+    if str(kind).upper() != "LORA":
+        raise ConfigError(f"peft_type={kind!r} is no LoRA", hint="SGLang serves LoRA adapters only")
+    for name in ("r", "lora_alpha"):
+        value = config.get(name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+            raise ConfigError(
+                f"the adapter's configuration has {name}={value!r}", hint="a positive number, as in adapter_config.json"
+            )
+    if config["r"] != int(config["r"]):
+        raise ConfigError(f"the adapter's configuration has r={config['r']!r}", hint="the rank is a whole number")
+    if config.get("bias", "none") != "none":
+        raise ConfigError(
+            f"the adapter's configuration has bias={config['bias']!r}", hint="SGLang has no biases in adapters"
+        )
+    for name, reason in _MUST_BE_OFF.items():
+        if config.get(name):
+            raise ConfigError(f"the adapter's configuration has {name}={config[name]!r}", hint=reason)
+
+
+def _shape(module: str, side: str, rank: int, spec: ModelSpec | None) -> tuple[int | None, int | None]:
+    """What a half of the adapter must look like; None for a side that is not known."""
+    num_out: int | None = None
+    num_in: int | None = None
+    if spec is not None:
+        base = spec.shapes.get(f"{module}.weight")
+        if base is None or len(base) != 2:
+            raise WeightsMismatchError(
+                f"the served model has no linear layer {module} (according to {spec.origin})",
+                hint="the adapter was made for another model, or for an output layer that is tied to the embedding; "
+                "SGLang would ignore it without an error",
+            )
+        num_out, num_in = base
+    return (rank, num_in) if side == "A" else (num_out, rank)
+
+
+def _absent(adapter: Adapter, spec: ModelSpec) -> list[str]:
+    """Layers that PEFT would have adapted by this configuration, and that are not there."""
+    targets = adapter.config.get("target_modules")
+    if not isinstance(targets, list) or any(
+        adapter.config.get(name) for name in ("layers_to_transform", "layers_pattern", "exclude_modules")
+    ):
+        return []  # PEFT's other rules are not repeated here
+    linear = [
+        n.removesuffix(".weight") for n, shape in spec.shapes.items() if n.endswith(".weight") and len(shape) == 2
+    ]
+    named = [m for m in linear if any(m == target or m.endswith(f".{target}") for target in targets)]
+    return sorted(set(named) - set(adapter.modules()))
+
+
+def _zeros(adapter: Adapter, spec: ModelSpec | None) -> dict[str, torch.Tensor]:
+    """The missing parts of fused projections."""
+    zeros: dict[str, torch.Tensor] = {}
+    modules = adapter.modules()
+    for module, sides in modules.items():
+        leaf = _leaf(module)
+        group = next((group for group in _FUSED if leaf in group), ())
+        for other in group:
+            sibling = module.removesuffix(leaf) + other
+            if sibling in modules:
+                continue
+            if spec is None:
+                raise ConfigError(
+                    f"the adapter has {module} and not {sibling}, and the served model's shapes are not known",
+                    hint=f"adapt all of {', '.join(group)}",
+                )
+            if f"{sibling}.weight" not in spec.shapes:
+                continue
+            for side in "AB":
+                shape = [n for n in _shape(sibling, side, adapter.rank, spec) if n is not None]
+                zeros[f"{_PREFIX}{sibling}.lora_{side}.weight"] = torch.zeros(shape, dtype=sides[side].dtype)
+    return zeros
+
+
+def _parts(name: str) -> tuple[str, str]:
+    matched = _NAME.match(name)
+    assert matched is not None, name
+    return matched["module"], matched["side"]
+
+
+def _leaf(module: str) -> str:
+    return module.rsplit(".", 1)[-1]
+
+
+def _fused(leaf: str) -> str:
+    return next((group[0] for group in _FUSED if leaf in group), leaf)
+
+
+def _plain(value: Any) -> Any:
+    """JSON types: PEFT's configuration holds sets and enumerations."""
+    if isinstance(value, Enum):
+        return _plain(value.value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted(_plain(item) for item in value)
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value if value is None or isinstance(value, (str, int, float, bool)) else type(value).__name__
+
+
+def _some(items: list[str]) -> str:
+    more = f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
+    return "; ".join(items[:_SHOWN]) + more
+
+
+__all__ = ["Adapter", "adapter_of", "check_adapter", "check_served", "make_adapter"]
