@@ -68,7 +68,7 @@ def test_the_permitted_loader_is_found_on_the_path_that_the_server_gets(tmp_path
     (tmp_path / f"{module}.py").write_text("raise SystemExit('another module of this name came first')")
     [folder, *_] = environment["PYTHONPATH"].split(os.pathsep)
     spec = importlib.machinery.PathFinder.find_spec(module, environment["PYTHONPATH"].split(os.pathsep))
-    assert spec.origin == str(Path(folder) / f"{module}.py") == tpcolocate_receiver.__file__
+    assert spec.origin == str(Path(folder) / module / "__init__.py") == tpcolocate_receiver.__file__
     assert callable(getattr(tpcolocate_receiver, function))
     assert os.listdir(folder) and not (Path(folder) / "tpcolocate").exists()
 
@@ -117,7 +117,7 @@ def test_arguments_become_a_command_line(arguments, argv):
 # --- environment ----------------------------------------------------------------------------------------------------
 
 LOOPBACK = "localhost,127.0.0.1,::1"
-IN_SERVER = str(Path(tpcolocate_receiver.__file__).parent)
+IN_SERVER = str(Path(tpcolocate_receiver.__file__).parent.parent)
 ALWAYS = {"NO_PROXY": LOOPBACK, "no_proxy": LOOPBACK, "PYTHONPATH": IN_SERVER}
 TORCHRUN = {
     "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "GROUP_WORLD_SIZE": "1",
