@@ -138,31 +138,43 @@ def moves_on_a_rank(rank, how, staging_bytes):
 
 
 WAYS = ["plain", "fsdp", "hsdp", "tensor_parallel", "mixed", "bf16"]
+LITTLE = 3 * 512
+
+
+def all_on_a_rank(rank):
+    found = {how: moves_on_a_rank(rank, how, 2**20) for how in WAYS}
+    return found | {f"{how}, little room": moves_on_a_rank(rank, how, LITTLE) for how in ("fsdp", "plain")}
+
+
+@pytest.fixture(scope="module")
+def found():
+    """Rank -> case -> what was seen in two syncs; the ranks are started once for all of it."""
+    return run_ranks(all_on_a_rank, WORLD, timeout_s=90)
 
 
 @pytest.mark.parametrize("how", WAYS)
-def test_every_worker_gets_what_its_loader_would_have_taken(how):
-    for rank, seen in enumerate(run_ranks(moves_on_a_rank, WORLD, how, 2**20, timeout_s=60)):
+def test_every_worker_gets_what_its_loader_would_have_taken(found, how):
+    for rank, of_rank in enumerate(found):
+        seen = of_rank[how]
         assert all(one["equal"] and one["sums"] for one in seen), (rank, seen)
         assert (seen[0]["sent"] > 0) == (how != "plain"), "what another rank reads is sent to it, and nothing else"
 
 
-def test_little_staging_memory_is_kept_to():
-    room = 3 * 512
-    for how in ("fsdp", "plain"):
-        of_ranks = run_ranks(moves_on_a_rank, WORLD, how, room, timeout_s=60)
-        assert len({seen[0]["steps"] for seen in of_ranks}) == 1, "all ranks go through the same steps"
-        for seen in of_ranks:
-            assert all(one["equal"] and one["sums"] for one in seen)
-            # slices of the largest tensor are rounded up to a row, and parts to their alignment
-            assert 2 * seen[0]["stage"] + seen[0]["send"] <= 1.25 * room and seen[0]["steps"] > 3
+@pytest.mark.parametrize("how", ["fsdp", "plain"])
+def test_little_staging_memory_is_kept_to(found, how):
+    of_ranks = [of_rank[f"{how}, little room"] for of_rank in found]
+    assert len({seen[0]["steps"] for seen in of_ranks}) == 1, "all ranks go through the same steps"
+    for seen in of_ranks:
+        assert all(one["equal"] and one["sums"] for one in seen)
+        # slices of the largest tensor are rounded up to a row, and parts to their alignment
+        assert 2 * seen[0]["stage"] + seen[0]["send"] <= 1.25 * LITTLE and seen[0]["steps"] > 3
 
 
-def test_a_rank_of_two_moves_half_of_the_bytes():
+def test_a_rank_of_two_moves_half_of_the_bytes(found):
     """Of what is cut in two; norms are read by both."""
     whole = sum(torch.Size(shape).numel() * 2 for shape in SHAPES.values())
-    for seen in run_ranks(moves_on_a_rank, WORLD, "fsdp", 2**20, timeout_s=60):
-        assert whole / 2 <= seen[0]["staged"] < 0.62 * whole
+    for of_rank in found:
+        assert whole / 2 <= of_rank["fsdp"][0]["staged"] < 0.62 * whole
 
 
 class Slow:

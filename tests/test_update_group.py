@@ -10,7 +10,7 @@ from tpcolocate.engine.launch import hold_port
 from tpcolocate.errors import ConfigError, WeightsMismatchError
 from tpcolocate.weights.update_group import UpdateGroup, announced, requests
 
-pytestmark = [pytest.mark.quick, pytest.mark.timeout(120)]
+pytestmark = pytest.mark.timeout(120)
 
 PLACE = {"master_address": "127.0.0.1", "master_port": 29500, "rank_offset": 1, "world_size": 3}
 
