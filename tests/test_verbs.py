@@ -521,7 +521,8 @@ def saved_and_resumed(world):
     engine.sync_weights(world.model, weight_version="700")
     want = copy.deepcopy(world.model)
     source = world.sharded() if world.colo.tp_size > 1 else world.model
-    engine.save_weights(source, folder=folder)
+    named = {f"actor.{name}": tensor for name, tensor in source.state_dict().items()}
+    engine.save_weights(named, folder=folder, rename=lambda name: name.removeprefix("actor."))
     again = said(lambda: engine.save_weights(source, folder=folder))
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokens = AutoTokenizer.from_pretrained(folder)("what is 3 plus 4?")["input_ids"]
