@@ -70,19 +70,25 @@ class World:
         return fully_shard(model)
 
 
+def checked(world, checks):
+    """What every check returned or raised, by name; for test files that share this way of testing."""
+    found = {}
+    for check in checks:
+        try:
+            found[check.__name__] = check(world)
+        except Exception as error:
+            found[check.__name__] = error
+            if isinstance(error, (errors.RankLostError, errors.EngineDeadError)):
+                break  # the ones after it would only say so again
+    return found
+
+
 def drive(rank, model_dir, tp_size, checks):
     """One set-up on one rank: launch, all checks, the end."""
     with tpcolocate.init(tp_size, device="cpu", timeout_s=60.0) as colo:
         world = World(rank, model_dir, colo)
-        found = {}
         with colo.launch(model_dir, health_timeout_s=HEALTH_S, **ARGS) as world.engine:
-            for check in checks:
-                try:
-                    found[check.__name__] = check(world)
-                except Exception as error:
-                    found[check.__name__] = error
-                    if isinstance(error, (errors.RankLostError, errors.EngineDeadError)):
-                        break  # the ones after it would only say so again
+            found = checked(world, checks)
         return found
 
 

@@ -13,6 +13,7 @@ from test_engine import (
     ARGS,
     HEALTH_S,
     World,
+    checked,
     refused_weights,
     tokens_after_fsdp2_sync,
     tokens_after_plain_sync,
@@ -60,13 +61,7 @@ def drive(rank, model_dir):
             found["lacks"] = str(error)
         world = World(rank, model_dir, colo)
         with colo.launch(model_dir, env=env, health_timeout_s=HEALTH_S, **ARGS) as world.engine:
-            for check in CHECKS:
-                try:
-                    found[check.__name__] = check(world)
-                except Exception as error:
-                    found[check.__name__] = error
-                    if isinstance(error, (errors.RankLostError, errors.EngineDeadError)):
-                        break
+            found |= checked(world, CHECKS)
         return found
 
 

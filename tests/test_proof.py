@@ -11,9 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 from harness import Footprint, leftovers, run_ranks
-from test_engine import ARGS, HEALTH_S, World
+from test_engine import drive
 
-import tpcolocate
 from tpcolocate import errors, ipc_payload
 from tpcolocate.engine import channel
 from tpcolocate.weights import delivery, loans, mover, moves
@@ -22,22 +21,6 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 NUM_SYNCS = 200
 BUCKET = 400_000
-
-
-def drive(rank, model_dir, tp_size, checks):
-    """As in test_engine; a check that leaves the weights unknown is followed by a full sync."""
-    with tpcolocate.init(tp_size, device="cpu", timeout_s=60.0) as colo:
-        world = World(rank, model_dir, colo)
-        found = {}
-        with colo.launch(model_dir, health_timeout_s=HEALTH_S, **ARGS) as world.engine:
-            for check in checks:
-                try:
-                    found[check.__name__] = check(world)
-                except Exception as error:
-                    found[check.__name__] = error
-                    if isinstance(error, (errors.RankLostError, errors.EngineDeadError)):
-                        break
-        return found
 
 
 def failing_sync(world, model=None, **options):

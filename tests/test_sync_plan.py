@@ -12,7 +12,7 @@ from tpcolocate.errors import ConfigError
 from tpcolocate.weights.delivery import PAYLOADS, TRANSPORTS
 from tpcolocate.weights.options import SyncOptions
 from tpcolocate.weights.source import Weights
-from tpcolocate.weights.sync_run import buckets
+from tpcolocate.weights.sync_buckets import buckets
 
 pytestmark = pytest.mark.quick
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from harness import Footprint, leftovers, run_ranks
 from test_engine import ARGS as PLAIN_ARGS
-from test_engine import GREEDY, HEALTH_S, PROMPTS, World
+from test_engine import GREEDY, HEALTH_S, PROMPTS, World, checked
 
 import tpcolocate
 from tpcolocate import errors
@@ -36,15 +36,8 @@ def drive(rank, model_dir, folder, tp_size, checks):
     with tpcolocate.init(tp_size, device="cpu", timeout_s=60.0) as colo:
         world = World(rank, model_dir, colo)
         world.folder = Path(folder)
-        found = {}
         with colo.launch(model_dir, health_timeout_s=HEALTH_S, **ARGS) as world.engine:
-            for check in checks:
-                try:
-                    found[check.__name__] = check(world)
-                except Exception as error:
-                    found[check.__name__] = error
-                    if isinstance(error, (errors.RankLostError, errors.EngineDeadError)):
-                        break
+            found = checked(world, checks)
         return found
 
 

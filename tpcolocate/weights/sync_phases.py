@@ -1,0 +1,148 @@
+"""What every phase of a sync stands on: its state on this rank, and the agreement of the slice's ranks.
+
+After each phase the ranks exchange ok-or-error; the first error is raised on all of them, and nobody enters the next
+collective alone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from tpcolocate import ipc_payload
+from tpcolocate.errors import DeadlineError, SyncError
+from tpcolocate.report import Stopwatch
+from tpcolocate.weights.delivery import Delivery, Replies, WeightServer
+from tpcolocate.weights.items import Items
+from tpcolocate.weights.memory import allocated_bytes
+from tpcolocate.weights.mover import Held
+from tpcolocate.weights.options import SyncOptions
+
+if TYPE_CHECKING:
+    from tpcolocate.weights.sync import WeightSync
+
+T = TypeVar("T")
+
+# The others are to hear of a missed deadline rather than to miss one of their own.
+GRACE_S = 5.0
+# From the engine's answer to the return of all handles.  It is milliseconds; what takes longer does not come.
+RETURN_S = 10.0
+
+
+class SyncPhases:
+    """The state of one sync.
+
+    Args:
+        sync: What lasts from sync to sync.
+        version: To be published.
+        options: See `SyncOptions`.
+        timeout_s: For all of it, in seconds.
+    """
+
+    def __init__(self, sync: WeightSync, version: str, options: SyncOptions, timeout_s: float) -> None:
+        self.sync = sync
+        self.group = sync.group
+        self.version = version
+        self.options = options
+        self.deadline = time.monotonic() + timeout_s
+        sync.mover.deadline = self.deadline + GRACE_S
+        self.timeout_s = timeout_s
+        self.watch = Stopwatch()
+        self.ledger = ipc_payload.Ledger(rank=sync.group.rank, reader_is_alive=sync.reader_is_alive)
+        self.delivery = Delivery(
+            tp_rank=sync.tp_rank,
+            tp_size=len(sync.group),
+            is_owner=sync.is_owner,
+            payloads=options.payloads,
+            transport=options.transport,
+            file_folder=sync.folder if options.folder is None else options.folder,
+            ledger=self.ledger,
+            copied=self.note_peak,
+        )
+        self.rest: Iterator[Items] = iter(())
+        self.tensors: dict[str, Held] = {}
+        self.sharded = False
+        self.begun = self.touched = self.mode_told = self.moving = False
+        self.unmoved: list[Callable[[], object]] | None = None
+        """Collectives of the moves that are still to come; None before they were planned."""
+        self.num_commands = 0
+        self.names: set[str] = set()
+        self.unproven: set[str] = set()
+        self.learned = False
+        self.num_bytes = self.num_tensors = self.num_buckets = self.num_replayed = 0
+        self.num_direct = self.num_staged = 0
+        self.worker_seconds: dict[str, float] = {}
+        self.bucket_bytes = options.bucket_bytes
+        self.notes: list[str] = []
+        self.peak_extra = 0
+        self.allocated_before = allocated_bytes(sync.device)
+
+    def left(self, what: str) -> float:
+        seconds = self.deadline - time.monotonic()
+        if seconds <= 0:
+            raise self.too_late(what)
+        return seconds
+
+    def too_late(self, what: str) -> DeadlineError:
+        return DeadlineError(
+            f"the sync took longer than {self.timeout_s:g} s, while it should {what}",
+            hint="raise timeout_s of sync_weights()",
+        )
+
+    def agree(self, error: BaseException | None, value: T, *, what: str) -> list[T]:
+        seconds = max(self.deadline - time.monotonic(), 0.0)
+        if seconds == 0.0 and error is None:
+            error = self.too_late(what)
+        return self.group.agree(error, value, what=what, timeout_s=seconds + GRACE_S)
+
+    def together(self, what: str, action: Callable[[], T]) -> T:
+        value: T | None = None
+        error: BaseException | None = None
+        try:
+            value = action()
+        except BaseException as caught:
+            error = caught
+        self.agree(error, None, what=what)
+        return value  # type: ignore[return-value]
+
+    def on_owner(self, what: str, action: Callable[[WeightServer], T]) -> T:
+        """The owner acts; every rank gets its result or its error."""
+        value: T | None = None
+        error: BaseException | None = None
+        if self.sync.server is not None:
+            try:
+                value = action(self.sync.server)
+            except BaseException as caught:
+                error = caught
+        return self.agree(error, value, what=what)[self.group.ranks.index(self.sync.owner_rank)]  # type: ignore[return-value]
+
+    def ask(self, what: str, command: dict[str, Any]) -> Replies:
+        """The same command for every worker; their answers, on every rank."""
+        number = self.number()
+        commands = [{**command, "for": tp_rank} for tp_rank in range(len(self.group))]
+        replies = self.on_owner(what, lambda _: self.delivery.ask(commands, number, self.left(what)))
+        for tp_rank, reply in replies.items():
+            if reply["error"] is not None:
+                raise SyncError(f"TP rank {tp_rank} could not {what}: {reply['error']}", rank=self.sync.owner_rank)
+        return replies
+
+    def number(self) -> int:
+        self.num_commands += 1
+        return self.num_commands - 1
+
+    def settle_together(self) -> None:
+        self.together(
+            "take the staging memory back",
+            lambda: self.ledger.settle(deadline=min(self.deadline, time.monotonic() + RETURN_S)),
+        )
+
+    def note_peak(self) -> None:
+        self.peak_extra = max(self.peak_extra, allocated_bytes(self.sync.device) - self.allocated_before)
+
+    def add_seconds(self, seconds: Mapping[str, float]) -> None:
+        for step, value in seconds.items():
+            self.worker_seconds[step] = self.worker_seconds.get(step, 0.0) + value
+
+
+__all__ = ["GRACE_S", "RETURN_S", "SyncPhases"]
