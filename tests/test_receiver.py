@@ -754,6 +754,8 @@ def test_a_load_is_answered_in_full(tmp_path):
         tensors = sent({"a": (3, 5), "b": (7,)}, seed)
         with Session(model, tmp_path) as session:
             answer = session.ask(load_command(tmp_path, tensors))
+            again = session.ask(load_command(tmp_path, tensors, tell=True))
+        assert again["replayed"] and again["learned"].keys() == {"a", "b"}, "also what was known, to whoever asks"
         assert answer.pop("seconds") > 0 and set(answer.pop("phases")) == {"open", "check", "load", "compare"}
         learned = {"a": [[0, [3, 5], [5, 1], "float32"]], "b": [[0, [7], [1], "float32"]]}
         assert answer == {

@@ -150,13 +150,22 @@ class Delivery:
         everybody = self.transport == "file" or self.payloads == "fan_out"
         return list(range(self.tp_size)) if everybody else [self.tp_rank]
 
-    def make(self, flat: torch.Tensor | None, entries: list[ipc_payload.Entry], number: int) -> list[Any]:
-        """This rank's payloads (``stock``) or commands for one bucket, in tp order of their readers."""
+    def make(
+        self, flat: torch.Tensor | None, entries: list[ipc_payload.Entry], number: int, *, tell: bool = False
+    ) -> list[Any]:
+        """This rank's payloads (``stock``) or commands for one bucket, in tp order of their readers.
+
+        Args:
+            flat: The bucket; None on ranks that export nothing.
+            entries: What it holds.
+            number: Of the command.
+            tell: Have the workers tell what they copy, also where they have known it before.
+        """
         if flat is None:
             return []
         if self.transport == "stock":
             return [ipc_payload.payload(self.exported(flat, reader, number), entries) for reader in self.readers]
-        return self.commands(flat, "load", number=number, entries=ipc_payload.described(entries))
+        return self.commands(flat, "load", number=number, entries=ipc_payload.described(entries), tell=tell)
 
     def commands(self, flat: torch.Tensor, action: str, *, number: int, **fields: Any) -> list[Command]:
         """Commands for the receiver, one per reader, each with a handle of its own."""

@@ -174,7 +174,7 @@ def _load(model: torch.nn.Module, plans: Plans, job: dict[str, Any], answer: dic
         answer["unproven"] = sorted(entries[i][0] for i in unsure)
         answer["read"] = {entries[i][0]: count for i, count in read.items()}
         answer["replayed"] = replayed
-        if not replayed:
+        if not replayed or job.get("tell"):
             answer["learned"] = plans.described([entry[0] for entry in entries if plans.knows([entry])])
         answer["phases"] = clock.seconds
         del copies
