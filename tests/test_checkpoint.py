@@ -15,7 +15,7 @@ from tpcolocate.weights.checkpoint import Checkpoint, CheckpointWriter, count_sh
 from tpcolocate.weights.source import Weights
 from tpcolocate.weights.spec import read_spec
 
-pytestmark = [pytest.mark.quick, pytest.mark.timeout(120)]
+pytestmark = pytest.mark.timeout(120)
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.bfloat16), "c": torch.tensor(3)}
 

@@ -13,7 +13,7 @@ import psutil
 import pytest
 from harness import Footprint, Outcome, RankDied, RankOverran, RankRaised, RanksFailed, leftovers, run_ranks
 
-pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("no_leftovers")]
+pytestmark = pytest.mark.usefixtures("no_leftovers")
 
 
 class Unloadable(Exception):
