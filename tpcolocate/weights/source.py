@@ -149,7 +149,8 @@ def _memory(item: Item) -> object:
     """Equal exactly for tensors that are one: a state dict holds tied weights as two views of one memory."""
     if isinstance(item, Derived):
         return id(item)
-    local = item.to_local() if isinstance(item, DTensor) else item
+    # to_local() builds an autograd node, for every tensor at every sync.
+    local = item._local_tensor if isinstance(item, DTensor) else item
     # An empty shard has no address, and its rank must tell the same tensors apart as those that hold data.
     place = local.data_ptr() if local.numel() else local.untyped_storage()._cdata
     return place, item.dtype, item.shape, local.stride()

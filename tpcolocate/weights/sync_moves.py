@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from tpcolocate import ipc_payload
-from tpcolocate.errors import SyncError, TpColocateError
+from tpcolocate.errors import SyncError
 from tpcolocate.weights.delivery import Replies, WeightServer, slowest, some
 from tpcolocate.weights.items import full_bytes
 from tpcolocate.weights.loans import Loan
@@ -72,18 +72,23 @@ class MovePhases(SyncPhases):
             self.sync.lent = frozenset(lent)
         with self.watch.phase("plan"):
             moves, repeated = self.planned(lent)
+        commands: dict[str, Any] = {"do": "run", "program": f"{moves.key}/direct", "keep": True}
+
+        def get_ready() -> tuple[list[torch.Tensor], torch.Tensor, Sums]:
+            halves, sending = self.staging(moves)
+            if self.sync.defined != moves.key:
+                commands["define"] = self.sync.mover.definitions(moves, self.tensors)
+                self.sync.defined = moves.key
+            begun = sums if sums is not None and repeated else self.sync.mover.begin_sums(moves, self.tensors)
+            return halves, sending, begun
+
         with self.watch.phase("gather"):
-            if sums is None or not repeated:
-                sums = self.sync.mover.begin_sums(moves, self.tensors)
-        halves, sending = self.together("allocate staging memory", lambda: self.staging(moves))
+            # What can fail for want of memory fails here, on all ranks.
+            halves, sending, sums = self.together("get ready to move parts", get_ready)
         self.unmoved = self.collectives(moves, halves, sending, sums)
         keys = [f"{moves.key}/{i}" for i in range(len(moves.steps))]
         waiting: list[tuple[int, str]] = []
         answers: dict[str, Replies] = {}
-        commands: dict[str, Any] = {"do": "run", "program": f"{moves.key}/direct", "keep": True}
-        if self.sync.defined != moves.key:
-            commands["define"] = self.sync.mover.definitions(moves, self.tensors)
-            self.sync.defined = moves.key
         self.post("copy what is mapped", commands, waiting, answers, error=None)
         for i, key in enumerate(keys):
             error: BaseException | None = None
@@ -131,8 +136,8 @@ class MovePhases(SyncPhases):
             for storage in storages:
                 if loans.find(storage) is None:
                     new.append(loans.lend(storage))
-        except (TpColocateError, RuntimeError) as caught:
-            error = caught  # memory that cannot be exported is staged
+        except Exception as caught:
+            error = caught  # memory that cannot be exported, for whatever reason, is staged
         mine = (
             [loan.name for loan in old],
             [loans.describe(loan) for loan in new],
