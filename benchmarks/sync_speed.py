@@ -17,6 +17,7 @@ import json
 import os
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ import torch.distributed as dist
 from gpu_sync import SHAPES, Stock, checksums, make_model, summary, used_mib, write_config
 
 import tpcolocate
+from tpcolocate.engine.client import ServerClient
+from tpcolocate.groups import RankGroup
 
 
 def parse_args() -> argparse.Namespace:
@@ -69,7 +72,33 @@ def copy_floor(num_bytes: int, device: torch.device) -> dict[str, float]:
     return summary(seconds)
 
 
-def described(reports: list[tpcolocate.SyncReport]) -> dict[str, Any]:
+class Inside:
+    """Milliseconds of this rank's requests to the server and of its agreements with other ranks, one sync's."""
+
+    def __init__(self) -> None:
+        self.ms: dict[str, float] = {}
+        self._watch(ServerClient, "_exchange", lambda args, kwargs: args[2])
+        self._watch(RankGroup, "agree", lambda args, kwargs: "agreements")
+
+    def _watch(self, kind: type, name: str, key: Callable[[tuple[Any, ...], dict[str, Any]], str]) -> None:
+        original = getattr(kind, name)
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            started = time.perf_counter()
+            try:
+                return original(*args, **kwargs)
+            finally:
+                what = key(args, kwargs)
+                self.ms[what] = self.ms.get(what, 0.0) + (time.perf_counter() - started) * 1e3
+
+        setattr(kind, name, timed)
+
+    def take(self) -> dict[str, float]:
+        found, self.ms = self.ms, {}
+        return found
+
+
+def described(reports: list[tpcolocate.SyncReport], inside: list[dict[str, float]]) -> dict[str, Any]:
     """Seconds, and where they went, in milliseconds (medians)."""
 
     def medians(dicts: list[dict[str, float]]) -> dict[str, float]:
@@ -81,6 +110,7 @@ def described(reports: list[tpcolocate.SyncReport]) -> dict[str, Any]:
         "seconds": summary([r.seconds for r in reports]),
         "phases_ms": medians([next(x.seconds for x in r.ranks if x.rank == r.rank) for r in reports]),
         "workers_ms": medians([r.worker_seconds for r in reports]),
+        "inside_ms": {name: round(value / 1e3, 2) for name, value in medians(inside).items()},
         "direct_mib": [round(x.direct_bytes / 2**20, 1) for x in last.ranks],
         "staged_mib": [round(x.staged_bytes / 2**20, 1) for x in last.ranks],
         "peak_extra_mib": [round(x.peak_extra_bytes / 2**20, 1) for x in last.ranks],
@@ -98,11 +128,16 @@ class Bench:
     ) -> None:
         self.engine, self.colo, self.stock, self.device = engine, colo, stock, device
         self.seed = 0
+        self.inside = Inside()
+        self.last: dict[str, float] = {}
 
     def ours(self, model: torch.nn.Module, **options: Any) -> tpcolocate.SyncReport:
         torch.cuda.synchronize()
         dist.barrier()
-        return self.engine.sync_weights(model, **options)
+        self.inside.take()
+        report = self.engine.sync_weights(model, **options)
+        self.last = self.inside.take()
+        return report
 
     def verified(self, model: torch.nn.Module) -> bool:
         """Whether the engine holds what a stock push of the same weights leaves."""
@@ -111,20 +146,21 @@ class Bench:
         return mine == checksums(self.engine, self.colo)
 
     def pairs(self, model: torch.nn.Module, rounds: int, staging_bytes: int) -> dict[str, Any]:
-        reports, theirs, equal = [], [], []
+        reports, inside, theirs, equal = [], [], [], []
         for _ in range(3):  # the last ones at which anything is mapped or planned
             self.ours(model, parts=True, bucket_bytes=staging_bytes)
         for _ in range(rounds):
             self.seed += 1
             change(model, self.seed, self.device)
             reports.append(self.ours(model, parts=True, bucket_bytes=staging_bytes))
+            inside.append(self.last)
             theirs.append(self.stock.push(model))
         for _ in range(2):
             self.seed += 1
             change(model, self.seed, self.device)
             self.ours(model, parts=True, bucket_bytes=staging_bytes)
             equal.append(self.verified(model))
-        ours = described(reports)
+        ours = described(reports, inside)
         return {
             "ours": ours, "stock": summary(theirs), "checksums_equal_stock": all(equal),
             "stock_over_ours": statistics.median(theirs) / ours["seconds"]["median"],
@@ -133,7 +169,11 @@ class Bench:
     def alone(self, model: torch.nn.Module, rounds: int, staging_bytes: int) -> dict[str, Any]:
         for _ in range(2):
             self.ours(model, parts=True, bucket_bytes=staging_bytes)
-        return described([self.ours(model, parts=True, bucket_bytes=staging_bytes) for _ in range(rounds)])
+        reports, inside = [], []
+        for _ in range(rounds):
+            reports.append(self.ours(model, parts=True, bucket_bytes=staging_bytes))
+            inside.append(self.last)
+        return described(reports, inside)
 
 
 def main() -> None:
@@ -157,7 +197,7 @@ def main() -> None:
     }  # fmt: skip
     server = {
         "load_format": "dummy", "attention_backend": "triton", "sampling_backend": "pytorch", "grammar_backend": "none",
-        "disable_cuda_graph": True, "mem_fraction_static": 0.2, "skip_tokenizer_init": True, "skip_server_warmup": True,
+        "disable_cuda_graph": True, "mem_fraction_static": 0.3, "skip_tokenizer_init": True, "skip_server_warmup": True,
         "context_length": 1024, "max_total_tokens": 8192,
     }  # fmt: skip
 
@@ -181,7 +221,7 @@ def main() -> None:
             bench = Bench(engine, colo, Stock(engine, colo, args.stock_mib * 2**20), device)
             bench.stock.push(model)
             first = bench.ours(model, parts=True, bucket_bytes=args.staging_mib[0] * 2**20)
-            note("first_sync", {**described([first]), "checksums_equal_stock": bench.verified(model)})
+            note("first_sync", {**described([first], [bench.last]), "checksums_equal_stock": bench.verified(model)})
             note("first_sync_stock", summary([bench.stock.push(model) for _ in range(5)]))
             for kind in args.modules:
                 if kind == "fsdp2":
