@@ -22,7 +22,7 @@ FLOORS = (
     {"rollout"},
     {"engine", "weights", "rendezvous"},
     {"groups", "roles", "ipc_payload"},
-    {"devices", "report", "in_server"},
+    {"devices", "report", "in_server", "parallel"},
     {"errors", "_version"},
 )
 FLOOR_OF = {room: number for number, floor in enumerate(FLOORS) for room in floor}

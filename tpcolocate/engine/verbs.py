@@ -26,6 +26,7 @@ from tpcolocate.errors import (
     TpColocateError,
 )
 from tpcolocate.groups import this_process
+from tpcolocate.parallel import at_once
 
 _IDLE_POLL_S = 0.05
 # From the moment at which the workers leave a sync by themselves to SGLang's answer.
@@ -209,20 +210,41 @@ class Verbs:
             request=lambda: self.push(payloads, load_format=loader, timeout_s=timeout_s + _ANSWER_S),
         )
 
-    def end_sync(self, version: str, *, timeout_s: float) -> None:
-        """Close the session, publish the version, and let generation go on unless the user has paused it."""
+    def end_sync(self, version: str, *, workers: Channel | None = None, timeout_s: float) -> None:
+        """Let the workers go, publish the version, and let generation go on unless the user has paused it.
+
+        Requests that do not need each other are made at once: every one costs a millisecond or two.
+
+        Args:
+            version: Of the weights, all of which are proven to be there.
+            workers: Of `open_workers`, if this sync has them.
+            timeout_s: In seconds.
+        """
         deadline = time.monotonic() + timeout_s
-        self._close_session(timeout_s=timeout_s)
-        # abort_all_requests defaults to True
-        body = {"new_version": version, "abort_all_requests": False}
-        self._done(self.client.post("/update_weight_version", body, timeout_s=_left(deadline)))
-        if self.paused is None:
-            self.client.post("/continue_generation", {}, timeout_s=_left(deadline))
-        reported = self.client.get("/model_info", timeout_s=_left(deadline)).get("weight_version")
-        if reported != version:
-            raise SyncError(
-                f"the engine reports weight version {reported!r} after {version!r} was set", url=self.client.url
-            )
+
+        def leave() -> None:
+            if workers is not None:
+                workers.finish()
+            self._close_session(timeout_s=_left(deadline))
+
+        def publish() -> None:
+            # abort_all_requests defaults to True
+            body = {"new_version": version, "abort_all_requests": False}
+            self._done(self.client.post("/update_weight_version", body, timeout_s=_left(deadline)))
+
+        def go_on() -> None:
+            if self.paused is None:
+                self.client.post("/continue_generation", {}, timeout_s=_left(deadline))
+
+        def read_back() -> None:
+            reported = self.client.get("/model_info", timeout_s=_left(deadline)).get("weight_version")
+            if reported != version:
+                raise SyncError(
+                    f"the engine reports weight version {reported!r} after {version!r} was set", url=self.client.url
+                )
+
+        at_once(publish, leave)
+        at_once(read_back, go_on)
 
     # --- generation --------------------------------------------------------------------------------------------
 

@@ -67,6 +67,12 @@ def is_collective(item: Item) -> bool:
     return item.is_collective if isinstance(item, Derived) else isinstance(item, DTensor)
 
 
+def local_of(item: torch.Tensor) -> torch.Tensor:
+    """What lies here of a tensor, detached."""
+    # to_local() builds an autograd node, for every tensor at every sync.
+    return (item._local_tensor if isinstance(item, DTensor) else item).detach()
+
+
 def full_bytes(item: Item) -> int:
     """Size of the whole tensor."""
     return item.shape.numel() * item.dtype.itemsize
@@ -130,4 +136,14 @@ class Whole:
         return full
 
 
-__all__ = ["Derived", "Item", "Items", "Whole", "full_bytes", "full_tensor", "is_collective", "reading_bytes"]
+__all__ = [
+    "Derived",
+    "Item",
+    "Items",
+    "Whole",
+    "full_bytes",
+    "full_tensor",
+    "is_collective",
+    "local_of",
+    "reading_bytes",
+]

@@ -25,16 +25,21 @@ class Knowledge:
         self._holders: tuple[str, ...] = ()
         self._digest: tuple[tuple[str, ...], int] | None = None
 
-    def confirm(self, holders: Sequence[str]) -> None:
+    def confirm(self, holders: Sequence[str]) -> bool:
         """Forget everything if the workers have: their parameters moved, or they are others.
 
         Args:
             holders: What the workers call their own knowledge, in tp order.
+
+        Returns:
+            Whether they still know what they did.
         """
-        if tuple(holders) != self._holders:
-            self.reads, self._kinds = {}, {}
-            self._holders = tuple(holders)
-            self._digest = None
+        if tuple(holders) == self._holders:
+            return True
+        self.reads, self._kinds = {}, {}
+        self._holders = tuple(holders)
+        self._digest = None
+        return False
 
     def learn(self, told: Mapping[int, Mapping[str, Any]], entries: Sequence[ipc_payload.Entry], tp_size: int) -> None:
         """Take in what the workers tell of a bucket.

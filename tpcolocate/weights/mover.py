@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from tpcolocate.errors import DeadlineError
-from tpcolocate.in_server.tpcolocate_receiver.sums import word_sum
+from tpcolocate.in_server.tpcolocate_receiver.sums import word_sum, word_view
 from tpcolocate.weights.items import Derived, Item
 from tpcolocate.weights.loans import Loans
 from tpcolocate.weights.moves import Box, Piece, ReadsOfRanks, cut, pieces_of, place, shards, whole
@@ -112,6 +112,8 @@ class Moves:
         steps: What is staged, one after the other.
         stage_bytes: Size of one half of the staging memory.
         send_bytes: Size of the memory that parts are sent from.
+        words: Where each of `direct` lies in its storage, in whole words, as shape, strides and offset; None where it does
+            not, or is cast.  Filled at the first sync; the moves are others when a tensor lies elsewhere.
     """
 
     key: str
@@ -119,6 +121,33 @@ class Moves:
     steps: list[Step]
     stage_bytes: int
     send_bytes: int
+    words: list[tuple[torch.Size, tuple[int, ...], int] | None] = field(default_factory=list)
+
+    @property
+    def lent(self) -> list[str]:
+        """Tensors whose memory here the worker maps."""
+        return list(dict.fromkeys(piece.name for piece in self.direct))
+
+    @property
+    def programs(self) -> dict[str, list[Piece]]:
+        """What the worker runs, in order: its name, and the pieces whose sums it tells."""
+        staged = {f"{self.key}/{i}": [piece for piece, _ in step.staged()] for i, step in enumerate(self.steps)}
+        return {f"{self.key}/direct": self.direct, **staged}
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """What moving takes, beside the moves.
+
+    Attributes:
+        halves: Both halves of the staging memory.
+        sending: Memory that parts are sent from.
+        sums: What must arrive, begun.
+    """
+
+    halves: list[torch.Tensor]
+    sending: torch.Tensor
+    sums: Sums
 
 
 class Mover:
@@ -394,14 +423,34 @@ class Sums:
                 found.append(word_sum(piece.view(one.local, one.slab).to(mover.device, piece.read.dtype)))
             return found
 
-        self._direct = summed(moves.direct)
+        self._direct = self._summed_in_place(tensors)
         self._local = [summed(step.local) for step in moves.steps]
         self._going = [[summed(pieces) for pieces in step.going] for step in moves.steps]
+
+    def _summed_in_place(self, tensors: Mapping[str, Held]) -> torch.Tensor:
+        """Of what is read where it lies.  Most of a sync's tensors: views are made from what is known of them."""
+        moves, device = self._moves, self._mover.device
+        if len(moves.words) < len(moves.direct):
+            moves.words = [
+                _words(piece.view(tensors[piece.name].local, tensors[piece.name].slab), piece, device)
+                for piece in moves.direct
+            ]
+        found = torch.empty(len(moves.direct), dtype=torch.int64, device=device)
+        for piece, words, out in zip(moves.direct, moves.words, found.unbind()):
+            local = tensors[piece.name].local
+            if words is None:
+                out.copy_(word_sum(piece.view(local, tensors[piece.name].slab).to(device, piece.read.dtype)))
+                continue
+            shape, strides, offset = words
+            view = torch.empty(0, dtype=torch.int64, device=device)
+            view.set_(local.untyped_storage(), offset, shape, strides)  # type: ignore[call-overload]
+            torch.sum(view, dim=tuple(range(len(shape))), out=out)
+        return found
 
     def expected(self) -> dict[str, list[int]]:
         """Program -> the sums that its worker must find, in the order of its pieces."""
         moves = self._moves
-        found = {f"{moves.key}/direct": _numbers(self._direct)}
+        found = {f"{moves.key}/direct": self._direct.tolist()}
         coming = self._exchanged()
         for i, step in enumerate(moves.steps):
             sums: list[int] = []
@@ -434,6 +483,13 @@ class Sums:
             for position, count in enumerate(counts):
                 found[group, position] = iter(list(itertools.islice(numbers, count)))
         return found
+
+
+def _words(view: torch.Tensor, piece: Piece, device: torch.device) -> tuple[torch.Size, tuple[int, ...], int] | None:
+    if view.dtype != piece.read.dtype or view.device != device:
+        return None
+    words = word_view(view)
+    return None if words is None else (words.shape, words.stride(), int(words.storage_offset()))
 
 
 def _within(pieces: Sequence[Piece], chunk: Box | None) -> list[Piece]:
@@ -476,4 +532,4 @@ def _numbers(sums: list[torch.Tensor]) -> list[int]:
     return torch.stack(sums).tolist()
 
 
-__all__ = ["Held", "Mover", "Moves", "Step", "Sums"]
+__all__ = ["Held", "Mover", "Moves", "Ready", "Step", "Sums"]

@@ -61,6 +61,13 @@ class Weights:
             )
         self._source = source
 
+    @classmethod
+    def again(cls, known: Items, aliases: Mapping[str, str]) -> Weights:
+        """Weights that are known to be the ones of an earlier sync; see `recognition`."""
+        weights = cls(())
+        weights.known, weights.aliases = known, dict(aliases)
+        return weights
+
     def _of_module(self, module: nn.Module, expected: Collection[str] | None) -> Items:
         module = _unwrapped(module)
         weights = merging.merged(module, _state(module))

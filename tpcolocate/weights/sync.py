@@ -24,7 +24,7 @@ from tpcolocate.weights.mover import Mover, Moves
 from tpcolocate.weights.options import SyncOptions
 from tpcolocate.weights.source import Source
 from tpcolocate.weights.spec import ModelSpec
-from tpcolocate.weights.sync_run import SyncRun
+from tpcolocate.weights.sync_run import Last, SyncRun
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +81,8 @@ class WeightSync:
         """The moves of the last sync, and what they hold for."""
         self.defined: str | None = None
         """Key of the moves whose programs the workers have."""
+        self.last: Last | None = None
+        """What the last sync found, if it moved everything."""
         self.lent: frozenset[str] = frozenset()
         """Names whose memory the workers map from sync to sync; the same on every rank."""
         self.lending_refused: str | None = None

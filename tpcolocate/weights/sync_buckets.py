@@ -43,6 +43,7 @@ class BucketPhases(SyncPhases):
     def send(self, bucket: Items) -> BaseException | None:
         """Move one bucket; returns this rank's error in taking the handles back, for the next agreement."""
         error: BaseException | None = None
+        self.staged = True
         number = self.number()
         payloads: list[Any] = []
         entries, num_bytes = ipc_payload.layout([(n, t.shape, t.dtype) for n, t in bucket])

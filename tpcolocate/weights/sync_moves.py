@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,10 +12,10 @@ import torch
 
 from tpcolocate import ipc_payload
 from tpcolocate.errors import SyncError
-from tpcolocate.weights.delivery import Replies, WeightServer, slowest, some
+from tpcolocate.weights.delivery import Replies, slowest, some
 from tpcolocate.weights.items import full_bytes
 from tpcolocate.weights.loans import Loan
-from tpcolocate.weights.mover import Mover, Moves, Sums
+from tpcolocate.weights.mover import Mover, Moves, Ready
 from tpcolocate.weights.source import Weights
 from tpcolocate.weights.sync_phases import RETURN_S, SyncPhases
 
@@ -39,10 +41,13 @@ class MovePhases(SyncPhases):
         number = knowledge.digest(list(self.tensors)) if ready else 0
         self.mode_told = True
         for group in groups:
-            ready_there, low, high = self.sync.mover.least(group, (int(ready), number, -number))
+            flags = (int(ready), number, -number, int(self.repeats))
+            ready_there, low, high, repeats_there = self.sync.mover.least(group, flags)
             ready = ready and bool(ready_there) and low == -high
+            self.repeats = self.repeats and bool(repeats_there)
         if not ready:
             self.tensors = {}
+        self.repeats = self.repeats and ready
         self.moving = ready
         return ready
 
@@ -65,48 +70,41 @@ class MovePhases(SyncPhases):
             ),
         )
 
-    def move(self, weights: Weights, lent: set[str], sums: Sums | None) -> None:
+    def move(self, weights: Weights, lent: set[str]) -> None:
         """Move all parts, compare what every worker holds with what its training ranks gave."""
-        with self.watch.phase("lend"):
-            lent = self.lend(lent & set(self.tensors))
-            self.sync.lent = frozenset(lent)
-        with self.watch.phase("plan"):
-            moves, repeated = self.planned(lent)
-        commands: dict[str, Any] = {"do": "run", "program": f"{moves.key}/direct", "keep": True}
-
-        def get_ready() -> tuple[list[torch.Tensor], torch.Tensor, Sums]:
-            halves, sending = self.staging(moves)
-            if self.sync.defined != moves.key:
-                commands["define"] = self.sync.mover.definitions(moves, self.tensors)
-                self.sync.defined = moves.key
-            begun = sums if sums is not None and repeated else self.sync.mover.begin_sums(moves, self.tensors)
-            return halves, sending, begun
-
-        with self.watch.phase("gather"):
-            # What can fail for want of memory fails here, on all ranks.
-            halves, sending, sums = self.together("get ready to move parts", get_ready)
-        self.unmoved = self.collectives(moves, halves, sending, sums)
-        keys = [f"{moves.key}/{i}" for i in range(len(moves.steps))]
+        define: dict[str, Any] = {}
+        if self.repeats:
+            assert self.sync.moves is not None and self.ready is not None
+            moves, ready = self.sync.moves[1], self.ready
+        else:
+            moves, ready = self.choose(lent, define)
+        self.ready = None
+        self.unmoved = self.collectives(moves, ready)
+        self.staged = bool(moves.steps)
         waiting: list[tuple[int, str]] = []
-        answers: dict[str, Replies] = {}
-        self.post("copy what is mapped", commands, waiting, answers, error=None)
-        for i, key in enumerate(keys):
-            error: BaseException | None = None
-            command: dict[str, Any] = {"do": "run", "program": key, "keep": False}
+        direct, *staged = moves.programs
+        command = {"do": "run", "program": direct, "keep": True}
+        error: BaseException | None = None
+        if self.repeats:
+            error = self.post_alike(command, waiting)
+        else:
+            self.post("copy what is mapped", {**command, **define}, waiting, error=None)
+        for i, program in enumerate(staged):
+            command = {"do": "run", "program": program, "keep": False}
             with self.watch.phase("gather"):
                 try:
                     self.unmoved.pop(0)()  # before anything else that can fail: the other slices are in it
                     if i < 2:
-                        handle = self.ledger.export(halves[i], tp_rank=self.sync.tp_rank, bucket=self.num_commands)
+                        handle = self.ledger.export(
+                            ready.halves[i], tp_rank=self.sync.tp_rank, bucket=self.num_commands
+                        )
                         command["map"] = [[f"stage{i}", handle.describe()]]
                     self.num_staged += moves.steps[i].num_bytes
                 except BaseException as caught:
                     error = caught
-            self.post(f"stage step {i}", command, waiting, answers, error=error)
-        with self.watch.phase("push"):
-            self.collect(waiting, answers)
-        with self.watch.phase("prove"):
-            self.together("compare what arrived", lambda: self.compare(moves, sums, answers))
+            self.post(f"stage step {i}", command, waiting, error=error)
+            error = None
+        self.prove(moves, waiting, error)
         names = set(self.tensors)
         self.num_direct = sum(piece.num_bytes for piece in moves.direct)
         self.num_buckets += 1 + len(moves.steps)
@@ -114,6 +112,27 @@ class MovePhases(SyncPhases):
         self.num_replayed += len(names)
         self.num_bytes += sum(full_bytes(item) for name, item in weights.known or () if name in names)
         self.names |= names
+
+    def choose(self, lent: set[str], define: dict[str, Any]) -> tuple[Moves, Ready]:
+        """Lend, plan, and have all ranks get ready together; puts into `define` what the workers must be told."""
+        with self.watch.phase("lend"):
+            lent = self.lend(lent & set(self.tensors))
+            self.sync.lent = frozenset(lent)
+        with self.watch.phase("plan"):
+            moves, repeated = self.planned(lent)
+        if not repeated:
+            self.ready = None  # the memory is needed for other moves
+
+        def get_ready() -> Ready:
+            if self.sync.defined != moves.key:
+                define["define"] = self.sync.mover.definitions(moves, self.tensors)
+            return self.get_ready(moves) if self.ready is None else self.ready
+
+        with self.watch.phase("gather"):
+            # What can fail for want of memory fails here, on all ranks.
+            made = self.together("get ready to move parts", get_ready)
+        self.sync.defined = moves.key
+        return moves, made
 
     def lend(self, lent: set[str]) -> set[str]:
         """Have the workers map what may be lent and is not yet, and let go of what is no longer used.
@@ -205,33 +224,41 @@ class MovePhases(SyncPhases):
         self.sync.moves = (signature, moves)
         return moves, False
 
-    def staging(self, moves: Moves) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """Both halves of the staging memory, and the memory that parts are sent from."""
-        if not moves.steps:
-            return [], torch.empty(0, dtype=torch.uint8)
-        halves = [ipc_payload.allocate(moves.stage_bytes, self.sync.device) for _ in range(min(len(moves.steps), 2))]
-        sending = torch.empty(moves.send_bytes, dtype=torch.uint8, device=self.sync.device)
-        self.note_peak()
-        return halves, sending
+    def get_ready(self, moves: Moves) -> Ready:
+        """Take the memory that moving needs, and begin to sum up what is given."""
+        halves: list[torch.Tensor] = []
+        sending = torch.empty(0, dtype=torch.uint8)
+        if moves.steps:
+            halves = [
+                ipc_payload.allocate(moves.stage_bytes, self.sync.device) for _ in range(min(len(moves.steps), 2))
+            ]
+            sending = torch.empty(moves.send_bytes, dtype=torch.uint8, device=self.sync.device)
+            self.note_peak()
+        return Ready(halves, sending, self.sync.mover.begin_sums(moves, self.tensors))
 
-    def collectives(
-        self, moves: Moves, halves: list[torch.Tensor], sending: torch.Tensor, sums: Sums
-    ) -> list[Callable[[], object]]:
+    def collectives(self, moves: Moves, ready: Ready) -> list[Callable[[], Any]]:
         """What the ranks of the meshes do together, in order: each step, then the exchange of the sums."""
 
-        def stage(i: int) -> Callable[[], object]:
-            return lambda: self.sync.mover.stage(moves.steps[i], self.tensors, halves[i % 2], sending)
+        def stage(i: int) -> Callable[[], Any]:
+            return lambda: self.sync.mover.stage(moves.steps[i], self.tensors, ready.halves[i % 2], ready.sending)
 
-        return [*(stage(i) for i in range(len(moves.steps))), sums.expected]
+        return [*(stage(i) for i in range(len(moves.steps))), ready.sums.expected]
+
+    def post_alike(self, command: dict[str, Any], waiting: list[tuple[int, str]]) -> BaseException | None:
+        """Send a command that all ranks know to be the same for every worker; this rank's error, for the next agreement."""
+        number = self.number()
+        waiting.append((number, command["program"]))
+        if self.delivery.workers is None:
+            return None
+        with self.watch.phase("push"):
+            try:
+                self.delivery.workers.post({k: {**command, "for": k} for k in range(len(self.group))}, number)
+            except BaseException as caught:
+                return caught
+        return None
 
     def post(
-        self,
-        what: str,
-        command: dict[str, Any],
-        waiting: list[tuple[int, str]],
-        answers: dict[str, Replies],
-        *,
-        error: BaseException | None,
+        self, what: str, command: dict[str, Any], waiting: list[tuple[int, str]], *, error: BaseException | None
     ) -> None:
         """Send one command to every worker once all ranks are ready, without waiting for its answer."""
         number = self.number()
@@ -239,20 +266,21 @@ class MovePhases(SyncPhases):
             told = self.agree(error, {**command, "for": self.sync.tp_rank}, what=what)
             if waiting:
                 # The step before has been copied while this one was staged; its half is the next one's.
-                self.collect(waiting, answers)
+                before = waiting.pop(0)
+                self.accept(before[0], self.on_owner("copy the weights", lambda _: self.collect(*before)))
             if self.delivery.workers is not None:
                 self.delivery.workers.post(dict(enumerate(told)), number)
         waiting.append((number, command["program"]))
 
-    def collect(self, waiting: list[tuple[int, str]], answers: dict[str, Replies]) -> None:
-        """Wait for the answers to what was posted."""
-        number, program = waiting.pop(0)
+    def collect(self, number: int, program: str) -> Replies:
+        """On the owner: wait for the answers to a command; keeps the sums, which the others need not know."""
+        assert self.delivery.workers is not None
+        replies = self.delivery.workers.collect(number, timeout_s=self.left("copy the weights"))
+        self.found[program] = {tp_rank: reply.pop("sums", None) for tp_rank, reply in replies.items()}
+        return replies
 
-        def answered(_: WeightServer) -> Replies:
-            assert self.delivery.workers is not None
-            return self.delivery.workers.collect(number, timeout_s=self.left("copy the weights"))
-
-        replies = self.on_owner("copy the weights", answered)
+    def accept(self, number: int, replies: Replies) -> None:
+        """On every rank: what the workers said to a command."""
         self.ledger.note_opened(number, {rank: reply["opened"] for rank, reply in replies.items()})
         for tp_rank, reply in replies.items():
             if reply["error"] is not None:
@@ -262,24 +290,55 @@ class MovePhases(SyncPhases):
                     rank=self.sync.owner_rank,
                 )
         self.add_seconds(slowest(replies))
-        answers[program] = replies
 
-    def compare(self, moves: Moves, sums: Sums, answers: Mapping[str, Replies]) -> None:
-        """Whether this rank's worker holds, piece by piece, what the ranks of the mesh gave."""
-        self.unmoved = []
-        expected = sums.expected()
-        wrong: list[str] = []
-        for program, pieces in [
-            (f"{moves.key}/direct", moves.direct),
-            *((f"{moves.key}/{i}", [p for p, _ in step.staged()]) for i, step in enumerate(moves.steps)),
-        ]:
-            found = answers[program][self.sync.tp_rank]["sums"]
-            for piece, here, there in zip(pieces, expected[program], found, strict=True):
-                if here != there:
-                    wrong.append(piece.name)
+    def prove(self, moves: Moves, waiting: list[tuple[int, str]], error: BaseException | None) -> None:
+        """Wait for the last answers, and compare what every worker holds with what the ranks of the mesh gave.
+
+        Args:
+            moves: That were made.
+            waiting: The command that has not been answered.
+            error: Of this rank.
+        """
+        assert self.unmoved is not None
+        expected: dict[str, list[int]] = {}
+        replies: Replies = {}
+        arrived: dict[int, bytes] = {}
+        [(number, program)] = waiting
+        with self.watch.phase("prove"):
+            try:
+                expected = self.unmoved.pop(0)()  # before anything else that can fail: the other slices are in it
+            except BaseException as caught:
+                error = caught
+        with self.watch.phase("push"):
+            try:
+                if error is None and self.delivery.workers is not None:
+                    replies = self.collect(number, program)
+                    for tp_rank in replies:
+                        arrived[tp_rank] = _digest([self.found[name][tp_rank] for name in moves.programs])
+            except BaseException as caught:
+                error = caught
+            sent = _digest([expected[name] for name in moves.programs]) if expected else b""
+            told = self.agree(error, (sent, replies, arrived), what="copy the weights")
+            _, replies, arrived = told[self.group.ranks.index(self.sync.owner_rank)]
+            self.accept(number, replies)
+        if any(sent != arrived[tp_rank] for tp_rank, (sent, *_) in enumerate(told)):
+            with self.watch.phase("prove"):
+                found = self.on_owner("compare what arrived", lambda _: self.found)
+                self.together("compare what arrived", lambda: self.compare(moves, expected, found))
+
+    def compare(
+        self, moves: Moves, expected: Mapping[str, list[int]], found: Mapping[str, Mapping[int, list[int]]]
+    ) -> None:
+        """Name what this rank's worker holds otherwise than the ranks of the mesh gave it."""
+        wrong = {
+            piece.name
+            for program, pieces in moves.programs.items()
+            for piece, here, there in zip(pieces, expected[program], found[program][self.sync.tp_rank], strict=True)
+            if here != there
+        }
         if wrong:
             raise SyncError(
-                f"TP rank {self.sync.tp_rank} holds other values than were sent: {some(sorted(set(wrong)))}",
+                f"TP rank {self.sync.tp_rank} holds other values than were sent: {some(sorted(wrong))}",
                 hint="the engine's weights are unknown now: sync again in full, or launch() again",
                 rank=self.group.rank,
             )
@@ -290,13 +349,16 @@ class MovePhases(SyncPhases):
             self.ask("let go of the staging memory", {"do": "run", "release": ["stage0", "stage1"]})
             self.settle_together()
 
-    def left_of_moves(self) -> list[Callable[[], object]]:
+    def left_of_moves(self) -> list[Callable[[], Any]]:
         if self.unmoved is None:
             with contextlib.suppress(Exception):  # nothing can be kept up without memory to stage in
                 moves, _ = self.planned(set())
-                sums = self.sync.mover.begin_sums(moves, self.tensors)
-                return self.collectives(moves, *self.staging(moves), sums)
+                return self.collectives(moves, self.get_ready(moves))
         return [] if self.unmoved is None else self.unmoved
+
+
+def _digest(sums: list[list[int]]) -> bytes:
+    return hashlib.sha256(json.dumps(sums).encode()).digest()
 
 
 __all__ = ["MovePhases"]

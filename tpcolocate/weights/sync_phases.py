@@ -16,7 +16,8 @@ from tpcolocate.report import Stopwatch
 from tpcolocate.weights.delivery import Delivery, Replies, WeightServer
 from tpcolocate.weights.items import Items
 from tpcolocate.weights.memory import allocated_bytes
-from tpcolocate.weights.mover import Held
+from tpcolocate.weights.mover import Held, Ready
+from tpcolocate.weights.opening import Opening
 from tpcolocate.weights.options import SyncOptions
 
 if TYPE_CHECKING:
@@ -63,8 +64,18 @@ class SyncPhases:
         self.rest: Iterator[Items] = iter(())
         self.tensors: dict[str, Held] = {}
         self.sharded = False
-        self.begun = self.touched = self.mode_told = self.moving = False
-        self.unmoved: list[Callable[[], object]] | None = None
+        self.touched = self.mode_told = self.moving = False
+        self.staged = False
+        """Whether any rank exported memory for this sync alone; the same on every rank."""
+        self.repeats = False
+        """Whether all ranks find everything as it was: what is known of the last sync is true of this one."""
+        self.opening: Opening | None = None
+        """On the owner: the way to the workers."""
+        self.ready: Ready | None = None
+        """Made ahead, in the hope that this sync repeats the last one."""
+        self.found: dict[str, dict[int, list[int]]] = {}
+        """On the owner: program -> TP rank -> the sums that its worker told."""
+        self.unmoved: list[Callable[[], Any]] | None = None
         """Collectives of the moves that are still to come; None before they were planned."""
         self.num_commands = 0
         self.names: set[str] = set()

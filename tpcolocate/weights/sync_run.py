@@ -9,18 +9,23 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+import torch.distributed as dist
 
-from tpcolocate import ipc_payload
 from tpcolocate.errors import ConfigError, SyncError, TpColocateError, WeightsMismatchError
 from tpcolocate.report import RankReport, SyncReport
 from tpcolocate.weights.delivery import WeightServer, some
-from tpcolocate.weights.items import full_tensor, is_collective
+from tpcolocate.weights.items import full_tensor, is_collective, local_of
 from tpcolocate.weights.memory import allocated_bytes, free_bytes, plan_bucket
-from tpcolocate.weights.mover import Mover, Sums
+from tpcolocate.weights.mover import Held, Mover
+from tpcolocate.weights.moves import Box
+from tpcolocate.weights.opening import Greetings, Opening
+from tpcolocate.weights.options import SyncOptions
+from tpcolocate.weights.recognition import Remembered
 from tpcolocate.weights.source import Source, Weights
 from tpcolocate.weights.sync_buckets import BucketPhases, buckets, headline, padded_bytes
 from tpcolocate.weights.sync_moves import MovePhases
@@ -37,34 +42,51 @@ class _Facts:
     Attributes:
         digest: Of names, shapes and dtypes; equal on all ranks.
         headline: The same for people.
-        free: Bytes that can be staged.
+        free: Bytes that can be staged; not asked for (None) where nothing is.
         steady: Names whose memory may be lent, as a digit for each.
+        repeats: Whether this rank would do exactly what it did in the last sync.
     """
 
     digest: bytes
     headline: str
-    free: int
+    free: int | None
     steady: str
+    repeats: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Last:
+    """What the next sync may find to be the same; without any of the trainer's memory.
+
+    Attributes:
+        options: Of the last sync.
+        source: Its module.
+        layouts: Tensor -> where its shards lie: shape, slabs, position, group.
+        facts: What this rank told.
+        bucket_bytes: As planned.
+    """
+
+    options: SyncOptions
+    source: Remembered
+    layouts: dict[str, tuple[tuple[int, ...], tuple[Box, ...], int, dist.ProcessGroup | None]]
+    facts: _Facts
+    bucket_bytes: int
 
 
 class SyncRun(Preflight, MovePhases, BucketPhases):
     """All of a sync, from its source to its report."""
 
     def carry_out(self, source: Source, touched: Callable[[], None]) -> SyncReport:
-        with self.watch.phase("prepare"):
-            weights, lent = self.prepare_together(source)
-        sums: Sums | None = None
-        with self.watch.phase("open"):
-            sums = self.open(lent)
+        weights, facts, lent = self.get_going(source)
         if self.delivery.transport in ("auto", "ipc"):
             self.preflight()
         touched()
         self.touched = True
         moved: set[str] = set()
+        tensors = self.tensors
         if self.agree_on_mode():
             moved = set(self.tensors)
-            self.move(weights, lent, sums)
-        del sums
+            self.move(weights, lent)
         known = weights.known
         left = weights if known is None else [item for item in known if item[0] not in moved]
         self.rest = buckets(left, self.bucket_bytes)
@@ -76,47 +98,103 @@ class SyncRun(Preflight, MovePhases, BucketPhases):
             if bucket is None:
                 break
             error = self.send(bucket)
+        error = None
         with self.watch.phase("finish"):
-            self.together("check that all weights were sent", lambda: self.check_complete(weights))
-            if self.learned and not self.options.partial:
-                self.survey()
-            self.leave()
-            self.on_owner(
-                "finish the weight sync",
-                lambda server: server.end_sync(self.version, timeout_s=self.left("finish the weight sync")),
-            )
-            if self.sync.device.type == "cuda":
-                torch.cuda.ipc_collect()
-        return self.report()
+            if not self.repeats:
+                self.together("check that all weights were sent", lambda: self.check_complete(weights))
+                if self.learned and not self.options.partial:
+                    self.survey()
+            if self.staged:
+                self.leave()
+            try:
+                if self.sync.server is not None:
+                    workers, self.delivery.workers = self.delivery.workers, None
+                    self.sync.server.end_sync(
+                        self.version, workers=workers, timeout_s=self.left("finish the weight sync")
+                    )
+                if self.sync.device.type == "cuda":
+                    torch.cuda.ipc_collect()
+            except BaseException as caught:
+                error = caught
+        report = self.report(error)
+        if not self.repeats:
+            all_moved = known is not None and len(moved) == len(known)
+            self.sync.last = self.remember(source, weights, facts, tensors) if all_moved else None
+        return report
 
-    def prepare_together(self, source: Source) -> tuple[Weights, set[str]]:
-        """Read and check the weights on every rank, compare what the ranks hold, plan the memory."""
+    def get_going(self, source: Source) -> tuple[Weights, _Facts, set[str]]:
+        """Read and check the weights on every rank, hold generation, reach the workers, compare what the ranks hold.
+
+        Returns:
+            The weights, what this rank told of them, and the names whose memory may be lent.
+        """
         prepared: tuple[Weights, _Facts] | None = None
+        greetings: Greetings | None = None
         error: BaseException | None = None
-        try:
-            prepared = self.prepare(source)
-        except BaseException as caught:
-            error = caught
-        facts = self.agree(error, None if prepared is None else prepared[1], what="prepare a weight sync")
+        with self.watch.phase("prepare"):
+            try:
+                prepared = self.prepare(source)
+            except BaseException as caught:
+                error = caught
+        with self.watch.phase("open"):
+            try:
+                if prepared is not None and self.sync.server is not None:
+                    self.opening = Opening(
+                        self.sync.server,
+                        folder=self.sync.folder,
+                        loader=self.sync.loader,
+                        tp_size=0 if self.options.transport == "stock" else len(self.group),
+                        timeout_s=self.left("open the weight sync"),
+                    )
+                if prepared is not None and prepared[1].repeats:
+                    # While the server is waited for.  Most likely the other ranks see no change either.
+                    assert self.sync.moves is not None
+                    self.ready = self.get_ready(self.sync.moves[1])
+                if self.opening is not None:
+                    greetings = self.opening.result()
+                    self.delivery.workers = self.opening.workers
+            except BaseException as caught:
+                error = caught
+            mine = (
+                None if prepared is None else prepared[1],
+                "" if self.opening is None else self.opening.session,
+                None if greetings is None else [greetings[k]["plans"] for k in range(len(self.group))],
+            )
+            told = self.agree(error, mine, what="prepare a weight sync")
         assert prepared is not None
-        weights, _ = prepared
-        self.check_alike([(of_rank.digest, of_rank.headline) for of_rank in facts])  # type: ignore[union-attr]
-        largest = (
-            max((padded_bytes(tensor) for _, tensor in weights.known), default=0) if weights.known is not None else 0
+        weights, facts = prepared
+        of_ranks: list[_Facts] = [one for one, *_ in told if one is not None]
+        self.check_alike([(one.digest, one.headline) for one in of_ranks])
+        _, self.delivery.session, plans = told[self.group.ranks.index(self.sync.owner_rank)]
+        known = plans is not None and self.sync.knowledge.confirm(plans)
+        self.bucket_bytes = self.planned_bucket_bytes(weights, of_ranks)
+        self.repeats = (
+            known
+            and all(one.repeats for one in of_ranks)
+            and self.sync.last is not None
+            and self.bucket_bytes == self.sync.last.bucket_bytes
         )
-        # Ranks of a CPU slice share one /dev/shm.
-        copies = len(self.group) if self.sync.device.type == "cpu" else 1
-        self.bucket_bytes = plan_bucket(
+        steady = [one.steady for one in of_ranks]
+        return weights, facts, {name for name, *each in zip(self.tensors, *steady) if set(each) == {"1"}}
+
+    def planned_bucket_bytes(self, weights: Weights, of_ranks: list[_Facts]) -> int:
+        free = [one.free for one in of_ranks if one.free is not None]
+        if len(free) < len(of_ranks):
+            assert self.sync.last is not None
+            return self.sync.last.bucket_bytes  # of memory that is not needed
+        return plan_bucket(
             self.options.bucket_bytes,
-            [of_rank.free for of_rank in facts],  # type: ignore[union-attr]
-            largest=largest,
-            copies=copies,
+            free,
+            largest=max((padded_bytes(tensor) for _, tensor in weights.known or ()), default=0),
+            # Ranks of a CPU slice share one /dev/shm.
+            copies=len(self.group) if self.sync.device.type == "cpu" else 1,
             gathered=weights.reading_bytes,
         )
-        steady = [of_rank.steady for of_rank in facts]  # type: ignore[union-attr]
-        return weights, {name for name, *of_ranks in zip(self.tensors, *steady) if set(of_ranks) == {"1"}}
 
     def prepare(self, source: Source) -> tuple[Weights, _Facts]:
+        again = self.prepare_again(source)
+        if again is not None:
+            return again
         expected = None if self.sync.spec is None else self.sync.spec.shapes
         weights = Weights(source, expected=expected, rename=self.options.rename)
         self.sharded = weights.is_sharded
@@ -137,9 +215,7 @@ class SyncRun(Preflight, MovePhases, BucketPhases):
                 steady = self.sync.mover.loans.note([one.local.untyped_storage() for one in self.tensors.values()])
                 if self.sync.lending_refused is not None:
                     steady = [False] * len(steady)
-                if self.sync.device.type == "cuda":
-                    # The workers' streams know nothing of those that the weights were computed on.
-                    torch.cuda.synchronize(self.sync.device)
+                self.wait_for_the_trainer()
         contents = None if weights.known is None else [(n, tuple(t.shape), t.dtype) for n, t in weights.known]
         digest = hashlib.sha256(repr((contents, list(self.tensors) == [n for n, *_ in contents or ()])).encode())
         return weights, _Facts(
@@ -149,52 +225,59 @@ class SyncRun(Preflight, MovePhases, BucketPhases):
             "".join("1" if one else "0" for one in steady),
         )
 
-    def open(self, lent: set[str]) -> Sums | None:
-        """Hold generation, reach the workers, and learn whether what is known of them still holds.
+    def prepare_again(self, source: Source) -> tuple[Weights, _Facts] | None:
+        """The same, if this rank finds everything as it was at the last sync."""
+        last, loans = self.sync.last, self.sync.mover.loans
+        if last is None or self.sync.moves is None or last.options != self.options:
+            return None
+        weights = last.source.recognise(source)
+        if weights is None or weights.known is None:
+            return None
+        tensors = {
+            name: Held(shape, local_of(item), slabs, position, group)
+            for (name, item), (shape, slabs, position, group) in zip(weights.known, last.layouts.values())
+            if isinstance(item, torch.Tensor)
+        }
+        moves = self.sync.moves[1]
+        if any(loans.find(tensors[name].local.untyped_storage()) is None for name in moves.lent):
+            return None
+        self.tensors = tensors
+        self.sharded = weights.is_sharded
+        self.wait_for_the_trainer()
+        free = free_bytes(self.sync.device) if moves.steps else None
+        return weights, replace(last.facts, free=free, repeats=True)
 
-        Returns:
-            Sums that were begun while the engine was being reached, if the last sync's moves are likely to be repeated.
-        """
-        error: BaseException | None = None
-        session, present, sums = "", None, None
-        try:
-            if self.sync.server is not None:
-                session = ipc_payload.new_session()
-                self.begun = True
-                self.sync.server.begin_sync(timeout_s=self.left("open the weight sync"))
-                if self.options.transport != "stock":
-                    self.delivery.workers = self.sync.server.open_workers(
-                        self.sync.folder / f"{session}.sock",
-                        session,
-                        loader=self.sync.loader,
-                        tp_size=len(self.group),
-                        timeout_s=self.left("open the weight sync"),
-                    )
-            if self.sync.moves is not None and self.sync.moves[0] == self.signature(lent):
-                sums = self.sync.mover.begin_sums(self.sync.moves[1], self.tensors)
-            if self.delivery.workers is not None:
-                present = self.delivery.workers.greet(timeout_s=self.left("open the weight sync"))
-                for tp_rank, greeting in present.items():
-                    if greeting["error"] is not None:
-                        raise SyncError(f"TP rank {tp_rank}: {greeting['error']}")
-        except BaseException as caught:
-            error = caught
-        told = self.agree(error, (session, present), what="open the weight sync")
-        self.delivery.session, greetings = told[self.group.ranks.index(self.sync.owner_rank)]
-        if greetings is not None:
-            self.sync.knowledge.confirm([greetings[k]["plans"] for k in range(len(self.group))])
-        return sums
+    def remember(self, source: Source, weights: Weights, facts: _Facts, tensors: Mapping[str, Held]) -> Last | None:
+        """For the next sync: of a sync that moved everything, and lent all that it may."""
+        assert weights.known is not None
+        loans = self.sync.mover.loans
+        if list(tensors) != [name for name, _ in weights.known] or any(
+            flag == "0" and self.sync.lending_refused is None and loans.can_be_mapped(one.local.untyped_storage())
+            for flag, one in zip(facts.steady, tensors.values())
+        ):
+            return None
+        found = Remembered.of(source, weights)
+        if found is None:
+            return None
+        layouts = {name: (one.shape, one.slabs, one.position, one.group) for name, one in tensors.items()}
+        return Last(self.options, found, layouts, facts, self.bucket_bytes)
+
+    def wait_for_the_trainer(self) -> None:
+        """The workers' streams know nothing of those that the weights were computed on."""
+        if self.sync.device.type == "cuda":
+            torch.cuda.synchronize(self.sync.device)
 
     def check_complete(self, weights: Weights) -> None:
         if self.sync.spec is not None and not self.options.partial:
             self.sync.spec.check_complete([*self.names, *weights.aliases])
 
     def leave(self) -> None:
-        """Let the workers go, and take back what was lent for this sync."""
+        """Let the workers go, and take back what was staged for this sync."""
 
         def finish(server: WeightServer) -> None:
             if self.delivery.workers is not None:
                 self.delivery.workers.finish()
+                self.delivery.workers = None
 
         self.on_owner("end the weight sync", finish)
         self.settle_together()
@@ -214,7 +297,12 @@ class SyncRun(Preflight, MovePhases, BucketPhases):
         if common and not self.unproven:
             self.notes.append(f"no weight was sent for these parameters of the engine: {some(sorted(common))}")
 
-    def report(self) -> SyncReport:
+    def report(self, error: BaseException | None) -> SyncReport:
+        """The report; raises, on every rank, what went wrong at the owner's last steps.
+
+        Args:
+            error: Of this rank.
+        """
         allocated = allocated_bytes(self.sync.device)
         warning = self.sync.alarm.note(allocated)
         mine = RankReport(
@@ -229,7 +317,7 @@ class SyncRun(Preflight, MovePhases, BucketPhases):
             peak_extra_bytes=self.peak_extra,
             allocated_bytes=allocated,
         )
-        told = self.agree(None, (mine, warning), what="report the weight sync")
+        told = self.agree(error, (mine, warning), what="finish the weight sync")
         warnings = [f"rank {r.rank}: {text}" for r, text in told if text is not None] + self.notes
         refused = self.sync.refused_ways.get(self.options.payloads)
         if self.delivery.transport == "file" and refused is not None:
@@ -256,12 +344,12 @@ class SyncRun(Preflight, MovePhases, BucketPhases):
 
     def clean_up(self) -> None:
         """After a failure: no files left, and an engine that was not touched goes on with the weights it has."""
-        self.sync.moves = self.sync.defined = None  # the workers may not have got them
-        if self.delivery.workers is not None:
-            self.delivery.workers.close()
+        self.sync.moves = self.sync.defined = self.sync.last = None  # the workers may not have got them
+        if self.opening is not None:
+            self.opening.close(timeout_s=GRACE_S)
         for number in range(self.num_commands):
             self.delivery.file(number).unlink(missing_ok=True)
-        if self.sync.server is not None and self.begun and not self.touched:
+        if self.sync.server is not None and self.opening is not None and not self.touched:
             try:
                 self.sync.server.cancel_sync(timeout_s=GRACE_S)
             except TpColocateError as error:
@@ -271,10 +359,10 @@ class SyncRun(Preflight, MovePhases, BucketPhases):
         """Take part in the collectives that are left, so that ranks of other slices do not wait in them."""
         if not self.sharded:
             return
-        left: list[Callable[[], object]] = []
+        left: list[Callable[[], Any]] = []
         if not self.mode_told:
             mover = self.sync.mover
-            left = [lambda group=group: mover.least(group, (0, 0, 0)) for group in Mover.groups(self.tensors)]  # type: ignore[misc]
+            left = [lambda group=group: mover.least(group, (0, 0, 0, 0)) for group in Mover.groups(self.tensors)]  # type: ignore[misc]
         elif self.moving:
             left = self.left_of_moves()
         for collective in left:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import time
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 
 from .boxes import box_of, is_covered, whole
-from .sums import word_sum
+from .sums import word_view
 from .watch import Copy, Recorder, overlap, storage_of
 
 
@@ -213,7 +214,10 @@ class Program:
                     dst = dst.narrow(dim, start, length)
             self._dst.append(dst)
             self._src.append((region, first, getattr(torch, dtype), strides))
-        self._views: list[torch.Tensor] | None = None
+        self._words = [word_view(dst) for dst in self._dst]
+        self._sums = torch.empty(len(self._dst), dtype=torch.int64, device=self._dst[0].device) if self._dst else None
+        self._sum_of = () if self._sums is None else self._sums.unbind()
+        self._views: list[tuple[torch.Tensor, torch.Tensor]] | None = None
 
     def run(self, plans: Plans, regions: dict[str, torch.Tensor], *, keep: bool) -> tuple[list[int], dict[str, float]]:
         """Copy, and sum up what the parameters hold afterwards; both are over when it returns.
@@ -224,29 +228,85 @@ class Program:
             keep: Whether the regions stay mapped, so that their views can be used again.
 
         Returns:
-            `word_sum` of every piece's target, in order; and seconds: ``copy``, ``sum``.
+            `word_sum` of every piece's target, in order; and seconds: ``copy``, ``sum`` (what of it comes after the last
+            copy).
         """
+        if self._sums is None:
+            return [], {}
         views = self._views
         if views is None:
-            views = [
-                _view(regions[region], first, dtype, dst.shape, strides)
-                for dst, (region, first, dtype, strides) in zip(self._dst, self._src)
-            ]
+            views = self._viewed(regions)
             self._views = views if keep else None
-        if not views:
-            return [], {}
-        marks = [_mark(self._dst[0])]
+        marks = [_mark(self._sums)]
         plans.fill(self._names)
-        torch._foreach_copy_(self._dst, views)
-        marks.append(_mark(self._dst[0]))
-        sums = torch.stack([word_sum(dst) for dst in self._dst])
-        marks.append(_mark(self._dst[0]))
-        found = sums.tolist()
+        beside = _Beside(self._sums.device)
+        for first, last in self._stretches():
+            # One by one: a batched copy of tensors this large is a quarter slower on an H100.
+            for dst, src in views[first:last]:
+                dst.copy_(src)
+            with beside.what_was_queued():
+                for i in range(first, last):
+                    self._sum(i)
+        marks.append(_mark(self._sums))
+        beside.join()
+        marks.append(_mark(self._sums))
+        found = self._sums.tolist()
         return found, {step: _between(*pair) for step, pair in zip(("copy", "sum"), zip(marks, marks[1:]))}
 
     def forget(self) -> None:
         """Drop the views, so that the regions can be let go."""
         self._views = None
+
+    def _viewed(self, regions: dict[str, torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Target and source of every copy; in whole words where both sides allow it, which is faster where rows are cut."""
+        found = []
+        for dst, words, (region, first, dtype, strides) in zip(self._dst, self._words, self._src):
+            src = _view(regions[region], first, dtype, dst.shape, strides)
+            src_words = word_view(src) if words is not None and dtype == dst.dtype else None
+            found.append((dst, src) if words is None or src_words is None else (words, src_words))
+        return found
+
+    def _stretches(self) -> list[tuple[int, int]]:
+        """Runs of pieces, of some hundred megabytes each: first, and the one after the last."""
+        found, first, size = [], 0, 0
+        for i, dst in enumerate(self._dst):
+            size += dst.numel() * dst.element_size()
+            if size >= _STRETCH_BYTES or i + 1 == len(self._dst):
+                found.append((first, i + 1))
+                first, size = i + 1, 0
+        return found
+
+    def _sum(self, i: int) -> None:
+        words = self._words[i]
+        words = word_view(self._dst[i], or_copy=True) if words is None else words
+        torch.sum(words, dim=tuple(range(words.dim())), out=self._sum_of[i])
+
+
+# Sums of one stretch run while the next one is copied.
+_STRETCH_BYTES = 256 * 2**20
+
+
+class _Beside:
+    """A second stream for what may run beside the copies: each kernel's end leaves room that the other's start can use.
+
+    Args:
+        device: Of the work; on a CPU it is done at once.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def what_was_queued(self) -> contextlib.AbstractContextManager[Any]:
+        """Work that waits for everything queued so far, and for nothing after it."""
+        if self._stream is None:
+            return contextlib.nullcontext()
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        return torch.cuda.stream(self._stream)
+
+    def join(self) -> None:
+        """Have the current stream wait for it."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
 
 
 def _mark(tensor: torch.Tensor) -> Any:

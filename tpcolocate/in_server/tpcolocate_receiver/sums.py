@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 
 _ROW_WORDS = 1024
@@ -50,17 +52,36 @@ def word_sum(tensor: torch.Tensor) -> torch.Tensor:
     Returns:
         A scalar int64 tensor on the same device; reading it waits for the device.
     """
-    return words(tensor).sum()
+    return word_view(tensor, or_copy=True).sum()
 
 
-def words(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor's memory as int64, in its order; a view where that is possible.  The last word is filled with zeros."""
+@overload
+def word_view(tensor: torch.Tensor, *, or_copy: Literal[True]) -> torch.Tensor: ...
+
+
+@overload
+def word_view(tensor: torch.Tensor) -> torch.Tensor | None: ...
+
+
+def word_view(tensor: torch.Tensor, *, or_copy: bool = False) -> torch.Tensor | None:
+    """A tensor's memory as int64, in its order.
+
+    Args:
+        tensor: Any shape and dtype, on any device.
+        or_copy: Whether to copy what cannot be viewed so, because rows are not whole words; the last word is then filled
+            with zeros.
+
+    Returns:
+        A view; a copy, or None, where there is none.
+    """
     size = tensor.element_size()
     if tensor.dim() == 0:
         tensor = tensor.reshape(1)
     whole_rows = tensor.shape[-1] * size % 8 == 0 and tensor.stride(-1) == 1
     if whole_rows and all(n * size % 8 == 0 for n in (tensor.storage_offset(), *tensor.stride()[:-1])):
         return tensor.view(torch.int64)
+    if not or_copy:
+        return None
     flat = tensor.contiguous().view(-1).view(torch.uint8)
     filled = torch.zeros(-(-flat.numel() // 8) * 8, dtype=torch.uint8, device=tensor.device)
     filled[: flat.numel()] = flat

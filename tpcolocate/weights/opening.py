@@ -1,0 +1,74 @@
+"""The way to the TP workers, taken in a thread of its own: it is waiting for the server, and the weights can be prepared meanwhile."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from tpcolocate import ipc_payload
+from tpcolocate.errors import SyncError
+from tpcolocate.parallel import Task
+from tpcolocate.weights.delivery import WeightServer, Workers
+
+Greetings = dict[int, dict[str, Any]]
+"""TP rank -> what its receiver said when it came."""
+
+
+class Opening:
+    """Holds generation and reaches the receivers, from now on.
+
+    Args:
+        server: The engine.
+        folder: Where the socket is to be; private to this user.
+        loader: Dotted name of the receiver.
+        tp_size: Number of workers; 0 if none is to be reached (``transport="stock"``).
+        timeout_s: For the whole sync, in seconds.
+    """
+
+    def __init__(self, server: WeightServer, *, folder: Path, loader: str, tp_size: int, timeout_s: float) -> None:
+        self.session = ipc_payload.new_session()
+        self.workers: Workers | None = None
+        self._server = server
+        self._folder = folder
+        self._loader = loader
+        self._tp_size = tp_size
+        self._deadline = time.monotonic() + timeout_s
+        self._task = Task(self._open, name="tpcolocate open")
+
+    def _open(self) -> Greetings | None:
+        self._server.begin_sync(timeout_s=self._left())
+        if not self._tp_size:
+            return None
+        self.workers = self._server.open_workers(
+            self._folder / f"{self.session}.sock",
+            self.session,
+            loader=self._loader,
+            tp_size=self._tp_size,
+            timeout_s=self._left(),
+        )
+        greetings = self.workers.greet(timeout_s=self._left())
+        for tp_rank, greeting in greetings.items():
+            if greeting["error"] is not None:
+                raise SyncError(f"TP rank {tp_rank}: {greeting['error']}")
+        return greetings
+
+    def _left(self) -> float:
+        return max(self._deadline - time.monotonic(), 0.001)
+
+    def result(self) -> Greetings | None:
+        """Wait for the workers; None if none was to be reached.
+
+        Raises:
+            TpColocateError: Generation could not be held, or not all workers came.
+        """
+        return self._task.result()
+
+    def close(self, *, timeout_s: float) -> None:
+        """Let the workers go, if they have come; waits for those that are on their way."""
+        self._task.wait(timeout_s)
+        if self.workers is not None:
+            self.workers.close()
+
+
+__all__ = ["Greetings", "Opening"]
