@@ -236,6 +236,10 @@ class Verbs:
             if self.paused is None:
                 self.client.post("/continue_generation", {}, timeout_s=_left(deadline))
 
+        def publish_and_go_on() -> None:
+            publish()
+            at_once(read_back, go_on)
+
         def read_back() -> None:
             reported = self.client.get("/model_info", timeout_s=_left(deadline)).get("weight_version")
             if reported != version:
@@ -243,8 +247,13 @@ class Verbs:
                     f"the engine reports weight version {reported!r} after {version!r} was set", url=self.client.url
                 )
 
-        at_once(publish, leave)
-        at_once(read_back, go_on)
+        if self._session_open:
+            # Nothing may be generated before the session is closed.
+            at_once(publish, leave)
+            at_once(read_back, go_on)
+        else:
+            # SGLang takes up the one request after the other: the end of the pause may be asked for before it comes.
+            at_once(publish_and_go_on, leave)
 
     # --- generation --------------------------------------------------------------------------------------------
 

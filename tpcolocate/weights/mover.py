@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from tpcolocate.errors import DeadlineError
+from tpcolocate.in_server.tpcolocate_receiver.replay import Replay
 from tpcolocate.in_server.tpcolocate_receiver.sums import word_sum, word_view
 from tpcolocate.weights.items import Derived, Item
 from tpcolocate.weights.loans import Loans
@@ -102,7 +104,7 @@ class Step:
         return found
 
 
-@dataclass(slots=True)
+@dataclass
 class Moves:
     """What this rank does in every sync of the same tensors.
 
@@ -114,6 +116,8 @@ class Moves:
         send_bytes: Size of the memory that parts are sent from.
         words: Where each of `direct` lies in its storage, in whole words, as shape, strides and offset; None where it does
             not, or is cast.  Filled at the first sync; the moves are others when a tensor lies elsewhere.
+        sums: Of `direct`, of the sync in progress.
+        replay: How they are computed.
     """
 
     key: str
@@ -122,13 +126,20 @@ class Moves:
     stage_bytes: int
     send_bytes: int
     words: list[tuple[torch.Size, tuple[int, ...], int] | None] = field(default_factory=list)
+    sums: torch.Tensor | None = None
+    replay: Replay | None = None
 
-    @property
+    @cached_property
     def lent(self) -> list[str]:
         """Tensors whose memory here the worker maps."""
         return list(dict.fromkeys(piece.name for piece in self.direct))
 
-    @property
+    @cached_property
+    def direct_bytes(self) -> int:
+        """What the worker copies out of mapped memory."""
+        return sum(piece.num_bytes for piece in self.direct)
+
+    @cached_property
     def programs(self) -> dict[str, list[Piece]]:
         """What the worker runs, in order: its name, and the pieces whose sums it tells."""
         staged = {f"{self.key}/{i}": [piece for piece, _ in step.staged()] for i, step in enumerate(self.steps)}
@@ -435,17 +446,27 @@ class Sums:
                 _words(piece.view(tensors[piece.name].local, tensors[piece.name].slab), piece, device)
                 for piece in moves.direct
             ]
-        found = torch.empty(len(moves.direct), dtype=torch.int64, device=device)
-        for piece, words, out in zip(moves.direct, moves.words, found.unbind()):
-            local = tensors[piece.name].local
+            moves.sums = torch.empty(len(moves.direct), dtype=torch.int64, device=device)
+            moves.replay = Replay(device)
+        if moves.sums is None or moves.replay is None:
+            return torch.empty(0, dtype=torch.int64)
+        of_piece = moves.sums.unbind()
+
+        def queue() -> None:
+            for piece, words, out in zip(moves.direct, moves.words, of_piece):
+                if words is not None:
+                    shape, strides, offset = words
+                    view = torch.empty(0, dtype=torch.int64, device=device)
+                    storage = tensors[piece.name].local.untyped_storage()
+                    view.set_(storage, offset, shape, strides)  # type: ignore[call-overload]
+                    torch.sum(view, dim=tuple(range(len(shape))), out=out)
+
+        moves.replay.run(queue)
+        for piece, words, out in zip(moves.direct, moves.words, of_piece):
             if words is None:
-                out.copy_(word_sum(piece.view(local, tensors[piece.name].slab).to(device, piece.read.dtype)))
-                continue
-            shape, strides, offset = words
-            view = torch.empty(0, dtype=torch.int64, device=device)
-            view.set_(local.untyped_storage(), offset, shape, strides)  # type: ignore[call-overload]
-            torch.sum(view, dim=tuple(range(len(shape))), out=out)
-        return found
+                one = tensors[piece.name]
+                out.copy_(word_sum(piece.view(one.local, one.slab).to(device, piece.read.dtype)))
+        return moves.sums
 
     def expected(self) -> dict[str, list[int]]:
         """Program -> the sums that its worker must find, in the order of its pieces."""

@@ -7,7 +7,6 @@ holds no memory: weak references, addresses, and how each weight is made of one 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,23 +97,25 @@ def _walk(module: nn.Module) -> tuple[list[tuple[str, ...]], list[torch.Tensor]]
     """Names of every module's parts, and all parameters and persistent buffers, each once."""
     layout: list[tuple[str, ...]] = []
     tensors: dict[int, torch.Tensor] = {}
-    for one in module.modules():
+    # Not module.modules(), which takes longer than all the rest of this.
+    left, seen = [module], {id(module)}
+    while left:
+        one = left.pop()
         if isinstance(one, FSDPModule):
             one.reshard()  # as FSDP2 does before a state dict: gathered parameters stand in the shards' place
         layout.append((*one._modules, *one._parameters))
-        for tensor in _own(one):
-            tensors[id(tensor)] = tensor
+        for parameter in one._parameters.values():
+            if parameter is not None:
+                tensors[id(parameter)] = parameter
+        if one._buffers:
+            for name, buffer in one._buffers.items():
+                if buffer is not None and name not in one._non_persistent_buffers_set:
+                    tensors[id(buffer)] = buffer
+        for child in one._modules.values():
+            if child is not None and id(child) not in seen:
+                seen.add(id(child))
+                left.append(child)
     return layout, list(tensors.values())
-
-
-def _own(module: nn.Module) -> Iterator[torch.Tensor]:
-    for parameter in module._parameters.values():
-        if parameter is not None:
-            yield parameter
-    if module._buffers:
-        for name, buffer in module._buffers.items():
-            if buffer is not None and name not in module._non_persistent_buffers_set:
-                yield buffer
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

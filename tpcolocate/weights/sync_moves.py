@@ -31,14 +31,17 @@ class MovePhases(SyncPhases):
         """
         knowledge = self.sync.knowledge
         groups = Mover.groups(self.tensors)
-        if self.delivery.transport == "ipc":
+        if self.repeats and self.sync.last is not None:
+            number = self.sync.last.knowledge
+        elif self.delivery.transport == "ipc":
             self.tensors = {
                 name: one for name, one in self.tensors.items() if knowledge.covers(name, one.shape, one.local.dtype)
             }
         else:
             self.tensors = {}
         ready = bool(self.tensors)
-        number = knowledge.digest(list(self.tensors)) if ready else 0
+        if not self.repeats:
+            number = knowledge.digest(list(self.tensors)) if ready else 0
         self.mode_told = True
         for group in groups:
             flags = (int(ready), number, -number, int(self.repeats))
@@ -106,11 +109,14 @@ class MovePhases(SyncPhases):
             error = None
         self.prove(moves, waiting, error)
         names = set(self.tensors)
-        self.num_direct = sum(piece.num_bytes for piece in moves.direct)
+        self.num_direct = moves.direct_bytes
         self.num_buckets += 1 + len(moves.steps)
         self.num_tensors += len(names)
         self.num_replayed += len(names)
-        self.num_bytes += sum(full_bytes(item) for name, item in weights.known or () if name in names)
+        if self.repeats and self.sync.last is not None:
+            self.num_bytes += self.sync.last.num_bytes
+        else:
+            self.num_bytes += sum(full_bytes(item) for name, item in weights.known or () if name in names)
         self.names |= names
 
     def choose(self, lent: set[str], define: dict[str, Any]) -> tuple[Moves, Ready]:

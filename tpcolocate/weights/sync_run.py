@@ -64,6 +64,8 @@ class Last:
         layouts: Tensor -> where its shards lie: shape, slabs, position, group.
         facts: What this rank told.
         bucket_bytes: As planned.
+        knowledge: Digest of what the workers read.
+        num_bytes: Of all weights.
     """
 
     options: SyncOptions
@@ -71,6 +73,8 @@ class Last:
     layouts: dict[str, tuple[tuple[int, ...], tuple[Box, ...], int, dist.ProcessGroup | None]]
     facts: _Facts
     bucket_bytes: int
+    knowledge: int
+    num_bytes: int
 
 
 class SyncRun(Preflight, MovePhases, BucketPhases):
@@ -260,7 +264,8 @@ class SyncRun(Preflight, MovePhases, BucketPhases):
         if found is None:
             return None
         layouts = {name: (one.shape, one.slabs, one.position, one.group) for name, one in tensors.items()}
-        return Last(self.options, found, layouts, facts, self.bucket_bytes)
+        knowledge = self.sync.knowledge.digest(list(tensors))
+        return Last(self.options, found, layouts, facts, self.bucket_bytes, knowledge, self.num_bytes)
 
     def wait_for_the_trainer(self) -> None:
         """The workers' streams know nothing of those that the weights were computed on."""
