@@ -49,7 +49,7 @@ BACKUP: dict[str, Any] = {"enable_weights_cpu_backup": True}
 GREEDY = {"temperature": 0, "max_new_tokens": 16, "ignore_eos": True}
 BUCKET_BYTES = 64 * 2**20
 LAUNCH_S = 240.0
-CALL_S = 60.0
+CALL_S = 90.0
 NOISE = 1.0
 """bf16 on random weights is some tenths away; other weights are whole units away."""
 
@@ -351,27 +351,34 @@ class Run:
                 seconds["init"] = self.timed(
                     lambda: engine.init_weights_update_group(**place, rank_offset=1, timeout_s=CALL_S)
                 )
-                sender.may_send.set()
+            self.steps.gather(f"joined {number}")
+            sender.tell("send")
+            if served:
                 seconds["update"] = self.timed(
                     lambda: engine.update_weights_from_distributed(
                         [name for name, _ in weights], **described, bucket_bytes=BUCKET_BYTES, timeout_s=CALL_S
                     )
                 )
             self.steps.gather(f"updated {number}")
-        except Exception as error:
+        except Exception:
+            sender.tell("give up")
             found[f"group_{number}"] = {"call_seconds": seconds, "sender": sender.ended(5.0)}
             self.stuck |= sender.is_alive()
-            raise error
+            raise
         finally:
             if held is not None:
                 held.close()
-        told = self.steps.gather(f"sent {number}", sender.ended(CALL_S) if self.rank == 0 else None)[0]
-        self.stuck |= sender.is_alive()
+        # Both sides leave at the same time: with NCCL each may wait for the other.
         if served:
             seconds["destroy"] = self.timed(lambda: engine.destroy_weights_update_group(timeout_s=CALL_S))
+        said = sender.ended(CALL_S)
+        self.stuck |= sender.is_alive()
+        said = self.steps.gather(f"left {number}", said)[0]
+        if said != "done":
+            raise RuntimeError(f"the sender {said}")
         fresh = self.asked(served, f"fresh {number}")
         found[f"group_{number}"] = {
-            "backend": backend, "call_seconds": self.steps.gather(f"seconds {number}", seconds)[-1], "sender": told,
+            "backend": backend, "call_seconds": self.steps.gather(f"seconds {number}", seconds)[-1],
             "gap_before": stale, "gap_after": fresh, "gap_is_noise": fresh < NOISE,
         }  # fmt: skip
 
@@ -392,8 +399,14 @@ class Sender(threading.Thread):
     def __init__(self, device: torch.device, tensors: list[torch.Tensor], place: dict[str, Any]) -> None:
         super().__init__(daemon=True)
         self.device, self.tensors, self.place = device, tensors, place
-        self.may_send = threading.Event()
-        self.said = "has not begun"
+        self.told = threading.Event()
+        self.order = ""
+        self.said = "was not needed here"
+
+    def tell(self, order: str) -> None:
+        """``send``, or ``give up``."""
+        self.order = self.order or order
+        self.told.set()
 
     def run(self) -> None:
         try:
@@ -403,8 +416,8 @@ class Sender(threading.Thread):
             # Later than everything here, since torch ends a process whose collective on a device takes longer.
             group = tpcolocate.join_update_group(**self.place, timeout_s=5 * CALL_S)
             self.said = "waits for the engine to join"
-            # With the engine elsewhere nobody tells this rank; a broadcast that comes early waits for its receivers.
-            self.may_send.wait(2.0)
+            if not self.told.wait(CALL_S) or self.order != "send":
+                raise TimeoutError("the engine did not join")
             self.said = "is sending"
             works = [dist.broadcast(tensor, src=0, group=group, async_op=True) for tensor in self.tensors]
             ends = time.monotonic() + CALL_S
