@@ -3,7 +3,7 @@
     torchrun --standalone --nproc-per-node 2 benchmarks/gpu_sync.py --out result.json
     torchrun --standalone --nproc-per-node 2 benchmarks/gpu_sync.py --shared-device ...   # both ranks on one GPU (rig)
 
-For plain and FSDP2 modules, per-rank and fan-out payloads, in one run and on one server:
+For plain and FSDP2 modules, in one run and on one server, with full tensors (per-rank and fan-out payloads) and with parts:
 
 * ``syncs`` syncs in a row: memory used on the device (driver level, all processes) after each, handles out and back;
 * the engine's own checksums of every parameter on every rank, against those after a stock push of the same weights;
@@ -11,147 +11,44 @@ For plain and FSDP2 modules, per-rank and fan-out payloads, in one run and on on
 * the training step's order: generate, sleep, (train), wake weights, sync, wake the rest, generate;
 * the negative control: one payload for all TP ranks.  The ledger must report it on the first sync; without the ledger
   (SGLang's own push, the same mistake) it leaks a model per push.
+
+What is not begun within the budget is left out, and the result says so.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import gpu_common
 import torch
 import torch.distributed as dist
+from gpu_common import DUMMY, PROMPTS, SERVER, SHAPES, Stock, checksums, make_model, slope, summary, used_mib
+from record import command
 
 import tpcolocate
 from tpcolocate.weights import delivery
 
-SHAPES = {
-    # name: hidden, intermediate, layers, heads, key-value heads
-    "8b": (4096, 12288, 36, 32, 8),
-    "0.6b": (1024, 3072, 28, 16, 8),
-    "1.7b": (2048, 6144, 28, 16, 8),
-    "4b": (2560, 9728, 36, 32, 8),
-    "14b": (5120, 17408, 40, 40, 8),
-    "32b": (5120, 25600, 64, 64, 8),
-}
-VOCABULARY = 32_000
-PROMPTS = [[5, 6, 7, 100, 200], [100, 200, 300, 400]]
+PART_S = 150.0
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = gpu_common.parser(__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="8b")
-    parser.add_argument("--syncs", type=int, default=100, help="in a row, of the plain module")
-    parser.add_argument("--fsdp-syncs", type=int, default=20)
+    parser.add_argument(
+        "--syncs", type=int, default=100, help="in a row, of the plain module: full tensors, then parts"
+    )
+    parser.add_argument("--fsdp-syncs", type=int, default=10, help="the same of the FSDP2 module")
     parser.add_argument("--timed", type=int, default=7, help="alternating pairs of ours and stock")
     parser.add_argument("--bucket-mib", type=int, default=512)
-    parser.add_argument("--tp-size", type=int, default=2)
-    parser.add_argument("--shared-device", action="store_true")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--server-log", type=Path, default=None)
+    parser.add_argument("--budget-s", type=float, default=220.0, help="from the start on; nothing begins later")
     return parser.parse_args()
-
-
-def write_config(folder: Path, shape: str) -> None:
-    """A model folder with a config alone: the server starts with random weights of this shape."""
-    hidden, intermediate, layers, heads, kv_heads = SHAPES[shape]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(
-        json.dumps(
-            {
-                "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": hidden, "intermediate_size": intermediate,
-                "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": 128,
-                "vocab_size": VOCABULARY, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6, "rope_theta": 1000000,
-                "tie_word_embeddings": False, "torch_dtype": "bfloat16", "hidden_act": "silu", "eos_token_id": 1, "bos_token_id": 0,
-            }
-        )
-    )  # fmt: skip
-
-
-def make_model(folder: Path, device: torch.device, seed: int) -> torch.nn.Module:
-    """Random bf16 weights, the same on every rank."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.bfloat16)
-    model.to_empty(device=device)
-    generator = torch.Generator(device).manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0.0, 0.02, generator=generator)
-    return model
-
-
-def used_mib() -> float:
-    free, total = torch.cuda.mem_get_info()
-    return (total - free) / 2**20
-
-
-class Stock:
-    """The push as SGLang's own users do it: its bucket class, its serialiser, one payload per rank gathered to the owner."""
-
-    def __init__(self, engine: tpcolocate.Engine, colo: tpcolocate.Colocation, bucket_bytes: int) -> None:
-        from sglang.srt.utils import MultiprocessingSerializer
-        from sglang.srt.utils.patch_torch import monkey_patch_torch_reductions
-
-        try:
-            from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket
-        except ImportError:
-            from sglang.srt.model_executor.model_runner import FlattenedTensorBucket
-        monkey_patch_torch_reductions()
-        self.bucket_class, self.serialize = FlattenedTensorBucket, MultiprocessingSerializer.serialize
-        self.engine, self.colo, self.bucket_bytes = engine, colo, bucket_bytes
-
-    def push(self, model: torch.nn.Module, *, duplicate: bool = False) -> float:
-        """Seconds of one push; `duplicate` gives every TP rank the owner's payload, which is the mistake."""
-        torch.cuda.synchronize()
-        dist.barrier()
-        started = time.perf_counter()
-        bucket, used = [], 0
-        for name, parameter in model.named_parameters():
-            tensor = parameter.detach()
-            tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-            if bucket and used + tensor.nbytes > self.bucket_bytes:
-                self._send(bucket, duplicate)
-                bucket, used = [], 0
-            bucket.append((name, tensor))
-            used += tensor.nbytes
-        self._send(bucket, duplicate)
-        if self.colo.is_owner:
-            self.engine._client.post("/flush_cache", timeout_s=60)
-        dist.barrier()
-        return time.perf_counter() - started
-
-    def _send(self, bucket: list[tuple[str, torch.Tensor]], duplicate: bool) -> None:
-        flat = self.bucket_class(named_tensors=bucket)
-        torch.cuda.synchronize()
-        mine = ""
-        if self.colo.is_owner or not duplicate:
-            content = {"flattened_tensor": flat.get_flattened_tensor(), "metadata": flat.get_metadata()}
-            mine = self.serialize(content, output_str=True)
-        gathered = [None] * self.colo.tp_size if self.colo.is_owner else None
-        group = self.colo.group
-        if group is None:
-            gathered = [mine]
-        else:
-            dist.gather_object(mine, gathered, dst=self.colo.owner_rank, group=group)
-        if self.colo.is_owner:
-            gathered = [mine] * self.colo.tp_size if duplicate else gathered
-            self.engine._verbs.push(gathered, load_format="flattened_bucket", timeout_s=120)
-        if group is not None:
-            dist.barrier(group=group)
-        del flat
-        torch.cuda.ipc_collect()
-
-
-def checksums(engine: tpcolocate.Engine, colo: tpcolocate.Colocation) -> str | None:
-    """The engine's own digest over every parameter of every rank."""
-    if not colo.is_owner:
-        return None
-    return engine._client.post("/weights_checker", {"action": "checksum"}, timeout_s=300)["per_engine_checksum"]
 
 
 def repeat(engine: tpcolocate.Engine, model: torch.nn.Module, times: int, **options: object) -> dict[str, object]:
@@ -166,24 +63,17 @@ def repeat(engine: tpcolocate.Engine, model: torch.nn.Module, times: int, **opti
         workers.append(report.worker_seconds)
         balanced &= all(r.num_exported == r.num_returned for r in report.ranks)
         proven &= report.num_proven == report.num_tensors
-    n = len(used)
-    mean = (n - 1) / 2
-    slope = sum((i - mean) * (u - statistics.fmean(used)) for i, u in enumerate(used)) / max(
-        sum((i - mean) ** 2 for i in range(n)), 1
-    )
     return {
         "syncs": times, "mib": report.num_bytes / 2**20, "buckets": report.num_buckets, "tensors": report.num_tensors,
         "all_handles_back_each_time": balanced, "all_tensors_proven_each_time": proven, "transport": report.transport,
-        "driver_used_mib": used if n <= 12 else [*used[:3], "...", *used[-3:]], "driver_used_mib_min_max": [min(used), max(used)],
-        "slope_mib_per_sync": round(slope, 4), "seconds": summary(seconds),
+        "driver_used_mib": used if times <= 12 else [*used[:3], "...", *used[-3:]], "driver_used_mib_min_max": [min(used), max(used)],
+        "slope_mib_per_sync": round(slope(used), 4), "seconds": summary(seconds),
         "phases_median_ms": {k: round(statistics.median(p.get(k, 0.0) for p in phases) * 1e3, 2) for k in phases[-1]},
         "workers_median_ms": {k: round(statistics.median(w.get(k, 0.0) for w in workers) * 1e3, 2) for k in workers[-1]},
-        "replayed": report.num_replayed, "peak_extra_mib": max(r.peak_extra_bytes for r in report.ranks) / 2**20, "warnings": report.warnings,
+        "replayed": report.num_replayed, "lent": [r.num_lent for r in report.ranks],
+        "direct_mib": [round(r.direct_bytes / 2**20, 1) for r in report.ranks], "staged_mib": [round(r.staged_bytes / 2**20, 1) for r in report.ranks],
+        "peak_extra_mib": max(r.peak_extra_bytes for r in report.ranks) / 2**20, "warnings": report.warnings,
     }  # fmt: skip
-
-
-def summary(values: list[float]) -> dict[str, float]:
-    return {"n": len(values), "median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def alternate(
@@ -234,83 +124,136 @@ def leak(stock: Stock, model: torch.nn.Module, times: int) -> dict[str, object]:
     return {"pushes": times, "owner_allocated_mib_more": more}
 
 
+class Checks:
+    """What is measured on one engine, in the order in which it should come.
+
+    Args:
+        engine: Launched with a memory saver.
+        colo: Its slice.
+        model: Of every rank, plain.
+        args: Of the command line.
+    """
+
+    def __init__(
+        self, engine: tpcolocate.Engine, colo: tpcolocate.Colocation, model: torch.nn.Module, args: argparse.Namespace
+    ) -> None:
+        self.engine, self.colo, self.model, self.args = engine, colo, model, args
+        self.full = {"bucket_bytes": args.bucket_mib * 2**20, "parts": False}
+        self.parts = {"bucket_bytes": args.bucket_mib * 2**20, "parts": True}
+        self.stock = Stock(engine, colo, args.bucket_mib * 2**20)
+        self.expected: str | None = None
+
+    def all(self) -> dict[str, Callable[[], Any]]:
+        """Name of the result -> what measures it."""
+        return {
+            "plain_first_sync": lambda: str(self.engine.sync_weights(self.model, **self.full)),
+            "plain": lambda: repeat(self.engine, self.model, self.args.syncs, **self.full),
+            "plain_parts": self.plain_parts,
+            "plain_fan_out": lambda: repeat(self.engine, self.model, 10, **self.full, payloads="fan_out"),
+            "checksums_equal_stock": self.checksums_equal_stock,
+            "plain_beside_stock": lambda: alternate(self.engine, self.stock, self.model, self.args.timed, **self.full),
+            "plain_parts_beside_stock": lambda: alternate(
+                self.engine, self.stock, self.model, self.args.timed, **self.parts
+            ),
+            "training_step_order": self.training_step_order,
+            "negative_control": lambda: negative_control(self.engine, self.model, self.args.bucket_mib * 2**20),
+            "after_control": lambda: repeat(self.engine, self.model, 5, **self.full),
+            "plain_beside_stock_2048_mib": self.large_buckets,
+            "fsdp2": self.fsdp2,
+            "fsdp2_checksums_equal_plain": self.same,
+            "fsdp2_parts": lambda: self.settled(self.args.fsdp_syncs),
+            "fsdp2_parts_checksums_equal_plain": self.same,
+            "fsdp2_beside_stock": lambda: alternate(
+                self.engine, self.stock, self.model, max(self.args.timed // 2, 2), **self.full
+            ),
+            "leak_without_ledger": lambda: leak(self.stock, self.model, 2),
+        }
+
+    def settled(self, times: int) -> dict[str, Any]:
+        """Parts in a row, once nothing new is mapped or planned any more."""
+        for _ in range(3):
+            self.engine.sync_weights(self.model, **self.parts)
+        return repeat(self.engine, self.model, times, **self.parts)
+
+    def plain_parts(self) -> dict[str, Any]:
+        """With weights that the engine does not have yet, so that the checksums show whether they have come."""
+        with torch.no_grad():
+            for parameter in self.model.parameters():
+                parameter.mul_(1.01)
+        torch.cuda.synchronize()
+        return self.settled(self.args.syncs)
+
+    def same(self) -> bool:
+        """Whether the engine holds what the stock push had left; on the owner, which is the one that is asked."""
+        return checksums(self.engine, self.colo) == self.expected
+
+    def checksums_equal_stock(self) -> dict[str, Any]:
+        self.engine.sync_weights(self.model, **self.parts)
+        parts = checksums(self.engine, self.colo)
+        self.engine.sync_weights(self.model, **self.full)
+        full = checksums(self.engine, self.colo)
+        self.stock.push(self.model)
+        self.expected = checksums(self.engine, self.colo)
+        return {"plain": full == self.expected, "plain_parts": parts == self.expected, "digest": self.expected}
+
+    def training_step_order(self) -> dict[str, Any]:
+        before = used_mib()
+        self.engine.generate(PROMPTS, {"max_new_tokens": 8})
+        cycle = []
+        for options in (self.full, self.parts, self.parts):
+            self.engine.sleep()
+            asleep = used_mib()
+            self.engine.wake(["weights"])
+            self.engine.sync_weights(self.model, **options)
+            self.engine.wake()
+            self.engine.generate(PROMPTS, {"max_new_tokens": 8})
+            cycle.append({"freed_mib": round(before - asleep), "used_again_mib": round(used_mib() - before)})
+        return {"cycles": cycle, "checksums_equal": self.same()}
+
+    def large_buckets(self) -> dict[str, Any]:
+        stock = Stock(self.engine, self.colo, 2048 * 2**20)
+        return alternate(self.engine, stock, self.model, self.args.timed, **{**self.full, "bucket_bytes": 2048 * 2**20})
+
+    def fsdp2(self) -> dict[str, Any]:
+        from torch.distributed.fsdp import fully_shard
+
+        for layer in self.model.model.layers:
+            fully_shard(layer)
+        fully_shard(self.model)
+        torch.cuda.empty_cache()
+        return repeat(self.engine, self.model, self.args.fsdp_syncs, **self.full)
+
+
 def main() -> None:
     args = parse_args()
-    local = int(os.environ["LOCAL_RANK"])
-    device = torch.device("cuda", 0 if args.shared_device else local)
-    torch.cuda.set_device(device)
-    dist.init_process_group("nccl")
-    rank = dist.get_rank()
+    began = time.perf_counter()
+    rank, device = gpu_common.join_ranks(shared_device=args.shared_device, backend="nccl")
+    budget = gpu_common.Budget(args.budget_s)
     folder = Path("/tmp/tpcolocate-bench-model")
     if rank == 0:
-        write_config(folder, args.shape)
+        gpu_common.write_config(folder, args.shape)
     dist.barrier()
-    result: dict[str, object] = {
+    note = gpu_common.Notes(args.out, rank, {
         "gpu": torch.cuda.get_device_name(device), "torch": torch.__version__, "shape": args.shape, "tp_size": args.tp_size,
         "ranks": dist.get_world_size(), "shared_device": args.shared_device, "bucket_mib": args.bucket_mib,
-        "command": "torchrun --standalone --nproc-per-node 2 benchmarks/gpu_sync.py " + " ".join(f"--{k.replace('_', '-')} {v}" for k, v in vars(args).items() if k not in ("out", "server_log")),
-    }  # fmt: skip
-    options = {"bucket_bytes": args.bucket_mib * 2**20}
-    server = {
-        "load_format": "dummy", "attention_backend": "triton", "sampling_backend": "pytorch", "grammar_backend": "none",
-        "disable_cuda_graph": True, "mem_fraction_static": 0.2, "enable_memory_saver": True, "skip_tokenizer_init": True,
-        "skip_server_warmup": True, "context_length": 1024,
-    }  # fmt: skip
-
-    def note(name: str, value: object) -> None:
-        result[name] = value
-        if rank == 0:
-            print(name, json.dumps(value), flush=True)
-            args.out.write_text(json.dumps(result, indent=1))
-
+        "command": command(sys.argv, os.environ),
+    })  # fmt: skip
+    server = SERVER | DUMMY | {"enable_memory_saver": True}
     with tpcolocate.init(args.tp_size, device=device, allow_shared_devices=args.shared_device) as colo:
         started = time.perf_counter()
         with colo.launch(folder, health_timeout_s=400, log_path=args.server_log, **server) as engine:
             note("launch_seconds", time.perf_counter() - started)
             note("sglang", engine.sglang_version)
             model = make_model(folder, device, seed=1)
-            note("plain_first_sync", str(engine.sync_weights(model, **options)))
-            note("plain", repeat(engine, model, args.syncs, **options))
-            note("plain_fan_out", repeat(engine, model, 10, payloads="fan_out", **options))
-            ours = checksums(engine, colo)
-            stock = Stock(engine, colo, args.bucket_mib * 2**20)
-            stock.push(model)
-            note("checksums_equal_stock", {"plain": ours == checksums(engine, colo), "digest": ours})
-            note("plain_beside_stock", alternate(engine, stock, model, args.timed, **options))
-
-            before = used_mib()
-            engine.generate(PROMPTS, {"max_new_tokens": 8})
-            cycle = []
-            for _ in range(3):
-                engine.sleep()
-                asleep = used_mib()
-                engine.wake(["weights"])
-                engine.sync_weights(model, **options)
-                engine.wake()
-                engine.generate(PROMPTS, {"max_new_tokens": 8})
-                cycle.append({"freed_mib": round(before - asleep), "used_again_mib": round(used_mib() - before)})
-            note("training_step_order", {"cycles": cycle, "checksums_equal": checksums(engine, colo) == ours})
-
-            note("negative_control", negative_control(engine, model, args.bucket_mib * 2**20))
-            note("after_control", repeat(engine, model, 5, **options))
-            large = {"bucket_bytes": 2048 * 2**20}
-            note(
-                "plain_beside_stock_2048_mib",
-                alternate(engine, Stock(engine, colo, 2048 * 2**20), model, args.timed, **large),
-            )
-
-            from torch.distributed.fsdp import fully_shard
-
-            for layer in model.model.layers:
-                fully_shard(layer)
-            fully_shard(model)
-            torch.cuda.empty_cache()
-            note("fsdp2", repeat(engine, model, args.fsdp_syncs, **options))
-            note("fsdp2_checksums_equal_plain", checksums(engine, colo) == ours)
-            note("fsdp2_beside_stock", alternate(engine, stock, model, max(args.timed // 2, 2), **options))
-            note("leak_without_ledger", leak(stock, model, 2))
+            run = gpu_common.InStep(note)
+            for name, measure in Checks(engine, colo, model, args).all().items():
+                if budget.left():
+                    run.part(name, lambda found, measure=measure: measure(), deadline_s=PART_S)
+                else:
+                    note(name, "left out: the budget was used up")
     dist.barrier()
-    note("shm_left", sorted(n for n in os.listdir("/dev/shm") if n.startswith(("sgl", "tpcolocate", "torch_"))))
+    note("shm_left", gpu_common.left_in_shm())
+    note("seconds_in_all", time.perf_counter() - began)
     dist.destroy_process_group()
 
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from gpu_sync import SHAPES, Stock, checksums, make_model, summary, used_mib, write_config
+from gpu_common import DUMMY, SERVER, SHAPES, Stock, checksums, make_model, summary, used_mib, write_config
 
 import tpcolocate
 from tpcolocate.engine.client import ServerClient
@@ -196,11 +196,7 @@ def main() -> None:
         "command": command, "gpu": torch.cuda.get_device_name(device), "torch": torch.__version__, "shape": args.shape,
         "tp_size": args.tp_size, "ranks": dist.get_world_size(), "shared_device": args.shared_device,
     }  # fmt: skip
-    server = {
-        "load_format": "dummy", "attention_backend": "triton", "sampling_backend": "pytorch", "grammar_backend": "none",
-        "disable_cuda_graph": True, "mem_fraction_static": 0.3, "skip_tokenizer_init": True, "skip_server_warmup": True,
-        "context_length": 1024, "max_total_tokens": 8192,
-    }  # fmt: skip
+    server = SERVER | DUMMY | {"max_total_tokens": 8192}
 
     def note(name: str, value: object) -> None:
         result[name] = value
