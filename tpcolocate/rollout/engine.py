@@ -57,7 +57,7 @@ class Engine(AdapterCalls, UpdateGroupCalls, GenerationCalls):
         folder: str | os.PathLike[str] | None = None,
         rename: Rename | None = None,
         partial: bool = False,
-        parts: bool | None = None,
+        parts: bool = True,
         timeout_s: float = 600.0,
     ) -> SyncReport:
         """Make the server speak with these weights.
@@ -81,7 +81,7 @@ class Engine(AdapterCalls, UpdateGroupCalls, GenerationCalls):
                 weight that is not to be sent, such as a value head's.  The same on every rank.
             partial: Permit that weights are missing; they stay as they are.
             parts: Move only the parts of tensors that each TP worker reads, once the first sync has shown which, instead
-                of full tensors.  Default: on a CPU; on GPUs it has to be asked for.
+                of full tensors.
             timeout_s: For the whole sync, in seconds.
 
         Returns:
@@ -113,8 +113,7 @@ class Engine(AdapterCalls, UpdateGroupCalls, GenerationCalls):
                     transport=transport,
                     partial=partial,
                     folder=None if folder is None else Path(folder),
-                    # Not yet measured on GPUs.
-                    parts=self._sync.device.type == "cpu" if parts is None else parts,
+                    parts=parts,
                     rename=rename,
                 )
             report = self._sync.run(
