@@ -39,6 +39,7 @@ def parse_args() -> argparse.Namespace:
         "--staging-mib", type=int, nargs="+", default=[512], help="for FSDP2; the first is paired with stock"
     )
     parser.add_argument("--modules", nargs="+", default=["plain", "fsdp2"], choices=["plain", "fsdp2"])
+    parser.add_argument("--in-a-row", type=int, default=100, help="syncs during which the device's memory is watched")
     parser.add_argument("--stock-mib", type=int, default=512)
     parser.add_argument("--shared-device", action="store_true", help="all ranks on one GPU (a test rig)")
     parser.add_argument("--out", type=Path, required=True)
@@ -148,7 +149,7 @@ class Bench:
 
     def pairs(self, model: torch.nn.Module, rounds: int, staging_bytes: int) -> dict[str, Any]:
         reports, inside, theirs, equal = [], [], [], []
-        for _ in range(3):  # the last ones at which anything is mapped or planned
+        for _ in range(5):  # the last ones at which anything is mapped, planned or captured
             self.ours(model, parts=True, bucket_bytes=staging_bytes)
         for _ in range(rounds):
             self.seed += 1
@@ -165,6 +166,20 @@ class Bench:
         return {
             "ours": ours, "stock": summary(theirs), "checksums_equal_stock": all(equal),
             "stock_over_ours": statistics.median(theirs) / ours["seconds"]["median"],
+        }  # fmt: skip
+
+    def in_a_row(self, model: torch.nn.Module, times: int, staging_bytes: int) -> dict[str, Any]:
+        """Memory in use on this rank's device after each of many syncs, all processes together."""
+        used = []
+        for _ in range(times):
+            report = self.ours(model, parts=True, bucket_bytes=staging_bytes)
+            dist.barrier()
+            used.append(round(used_mib(), 1))
+        mean = (times - 1) / 2
+        rise = sum((i - mean) * u for i, u in enumerate(used)) / max(sum((i - mean) ** 2 for i in range(times)), 1)
+        return {
+            "syncs": times, "device_used_mib_min_max": [min(used), max(used)], "slope_mib_per_sync": round(rise, 4),
+            "all_proven": report.num_proven == report.num_tensors,
         }  # fmt: skip
 
     def alone(self, model: torch.nn.Module, rounds: int, staging_bytes: int) -> dict[str, Any]:
@@ -216,7 +231,7 @@ def main() -> None:
                 note("one_copy", copy_floor(num_bytes, device))
             dist.barrier()
             bench = Bench(engine, colo, Stock(engine, colo, args.stock_mib * 2**20), device)
-            bench.stock.push(model)
+            note("first_push_stock", bench.stock.push(model))
             first = bench.ours(model, parts=True, bucket_bytes=args.staging_mib[0] * 2**20)
             note("first_sync", {**described([first], [bench.last]), "checksums_equal_stock": bench.verified(model)})
             note("first_sync_stock", summary([bench.stock.push(model) for _ in range(5)]))
@@ -232,10 +247,7 @@ def main() -> None:
                 if kind == "fsdp2":
                     for mib in args.staging_mib[1:]:
                         note(f"fsdp2_{mib}_mib", bench.alone(model, args.rounds, mib * 2**20))
-                before = used_mib()
-                for _ in range(10):
-                    bench.ours(model, parts=True, bucket_bytes=args.staging_mib[0] * 2**20)
-                note(f"{kind}_device_mib_more_after_10_syncs", round(used_mib() - before, 1))
+                note(f"{kind}_in_a_row", bench.in_a_row(model, args.in_a_row, args.staging_mib[0] * 2**20))
     dist.barrier()
     note("shm_left", sorted(n for n in os.listdir("/dev/shm") if n.startswith(("sgl", "tpcolocate", "torch_"))))
     dist.destroy_process_group()

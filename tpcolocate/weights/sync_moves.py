@@ -268,14 +268,20 @@ class MovePhases(SyncPhases):
     ) -> None:
         """Send one command to every worker once all ranks are ready, without waiting for its answer."""
         number = self.number()
+        before = waiting.pop(0) if waiting else None
+        replies: Replies = {}
         with self.watch.phase("push"):
-            told = self.agree(error, {**command, "for": self.sync.tp_rank}, what=what)
-            if waiting:
-                # The step before has been copied while this one was staged; its half is the next one's.
-                before = waiting.pop(0)
-                self.accept(before[0], self.on_owner("copy the weights", lambda _: self.collect(*before)))
+            try:
+                if error is None and before is not None and self.delivery.workers is not None:
+                    # The step before has been copied while this one was staged; its half is the next one's.
+                    replies = self.collect(*before)
+            except BaseException as caught:
+                error = caught
+            told = self.agree(error, ({**command, "for": self.sync.tp_rank}, replies), what=what)
+            if before is not None:
+                self.accept(before[0], told[self.group.ranks.index(self.sync.owner_rank)][1])
             if self.delivery.workers is not None:
-                self.delivery.workers.post(dict(enumerate(told)), number)
+                self.delivery.workers.post({k: of_rank for k, (of_rank, _) in enumerate(told)}, number)
         waiting.append((number, command["program"]))
 
     def collect(self, number: int, program: str) -> Replies:
