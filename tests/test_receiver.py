@@ -13,6 +13,7 @@ from harness import PRELOADED
 from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tpcolocate import ipc_payload
 from tpcolocate.engine.channel import Channel
@@ -809,6 +810,74 @@ def test_a_nan_that_arrived_as_one_is_the_trainers(dtype):
     assert differing([Copy(sick.clone(), sick, 0)]) == set()
     assert differing([Copy(sick.clone(), well, 0), Copy(well.clone(), sick, 1)]) == {0, 1}
     assert differing([]) == set()
+
+
+def test_zeros_of_two_signs_are_equal():
+    assert differing([Copy(torch.tensor([0.0, 1.0]), torch.tensor([-0.0, 1.0]), 0)]) == set()
+
+
+def test_lazy_conjugates_are_compared_by_value():
+    values = torch.tensor([[1 + 2j, 3 - 4j]])
+    for src in (values.conj(), values.conj().imag):
+        assert differing([Copy(src.resolve_conj().resolve_neg().clone(), src, 0)]) == set()
+        assert differing([Copy(src.resolve_conj().resolve_neg() + 1, src, 0)]) == {0}
+
+
+LAYOUTS = {
+    "contiguous": lambda t: t,
+    "columns": lambda t: torch.nn.functional.pad(t, (3, 5))[:, 3:-5],
+    "whole words of columns": lambda t: torch.nn.functional.pad(t, (8, 8))[:, 8:-8],
+    "transposed": lambda t: t.t().contiguous().t(),
+    "at an odd place": lambda t: torch.cat([torch.zeros(1, dtype=t.dtype), t.view(-1)])[1:].view(t.shape),
+    "every other": lambda t: t.repeat_interleave(2, 1)[:, ::2],
+}
+
+
+@given(
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float64, torch.int8, torch.int64, torch.complex64]),
+    st.sampled_from(sorted(LAYOUTS)),
+    st.sampled_from(sorted(LAYOUTS)),
+    st.tuples(st.integers(1, 5), st.integers(1, 17)),
+    st.floats(0, 1, exclude_max=True),
+)
+def test_one_changed_bit_is_found_however_both_sides_lie(dtype, of_dst, of_src, shape, where):
+    values = (torch.arange(1, shape[0] * shape[1] + 1).view(shape) % 100).to(dtype)
+    dst, src = LAYOUTS[of_dst](values.clone()), LAYOUTS[of_src](values.clone())
+    assert differing([Copy(dst, src, 0)]) == set()
+    row, column = divmod(int(where * values.numel()), shape[1])
+    changed = values.clone()
+    changed.view(torch.uint8)[row, column * values.element_size()] ^= 1
+    dst.copy_(changed)
+    assert differing([Copy(dst, src, 0)]) == differing([Copy(src, dst, 0)]) == {0}
+
+
+def test_what_was_cast_is_compared_after_the_same_cast():
+    src = torch.tensor([[1.0, 1e-9, float("nan"), -0.0], [3.0, 4.0, 5.0, 1e30]])
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        dst = src.to(dtype)
+        assert differing([Copy(dst, src, 0)]) == set()
+        dst[1, 0] = 3.5
+        assert differing([Copy(dst, src, 0)]) == {0}
+
+
+def test_reading_back_writes_an_eighth_of_what_it_reads_and_nothing_else():
+    """Whole elements compared, or copies in between, would cost several times that on a GPU."""
+
+    class Made(TorchDispatchMode):
+        num_bytes = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            read = {watch.storage_of(t) for t in args if isinstance(t, torch.Tensor)}
+            if isinstance(out, torch.Tensor) and watch.storage_of(out) not in read:
+                self.num_bytes += out.nbytes
+            return out
+
+    tensor = torch.ones(64, 128, dtype=torch.bfloat16)
+    copies = [Copy(tensor.clone(), tensor, 0), Copy(tensor[:, 64:].clone(), tensor[:, 64:], 1)]
+    with Made() as made:
+        assert differing(copies) == set()
+    assert made.num_bytes <= sum(c.src.nbytes for c in copies) / 8 + 64
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), 3.4e38, 1e-45])

@@ -55,13 +55,21 @@ def word_sum(tensor: torch.Tensor) -> torch.Tensor:
 
 def words(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor's memory as int64, in its order; a view where that is possible.  The last word is filled with zeros."""
+    seen = word_view(tensor)
+    if seen is not None:
+        return seen
+    flat = tensor.contiguous().view(-1).view(torch.uint8)
+    filled = torch.zeros(-(-flat.numel() // 8) * 8, dtype=torch.uint8, device=tensor.device)
+    filled[: flat.numel()] = flat
+    return filled.view(torch.int64)
+
+
+def word_view(tensor: torch.Tensor) -> torch.Tensor | None:
+    """A tensor's memory as int64, in its order; None unless its rows are whole words, each where one can start."""
     size = tensor.element_size()
     if tensor.dim() == 0:
         tensor = tensor.reshape(1)
     whole_rows = tensor.shape[-1] * size % 8 == 0 and tensor.stride(-1) == 1
     if whole_rows and all(n * size % 8 == 0 for n in (tensor.storage_offset(), *tensor.stride()[:-1])):
         return tensor.view(torch.int64)
-    flat = tensor.contiguous().view(-1).view(torch.uint8)
-    filled = torch.zeros(-(-flat.numel() // 8) * 8, dtype=torch.uint8, device=tensor.device)
-    filled[: flat.numel()] = flat
-    return filled.view(torch.int64)
+    return None
