@@ -17,25 +17,34 @@ def checksum(data: torch.Tensor) -> tuple[int, int]:
     Args:
         data: One-dimensional, contiguous, starting at a multiple of 8 bytes.
     """
-    num_words = data.numel() // 8
-    num_rows = num_words // _ROW_WORDS
-    words = data[: num_words * 8].view(torch.int64)
-    rows = words[: num_rows * _ROW_WORDS].view(num_rows, _ROW_WORDS)
-    rest = torch.zeros(_ROW_WORDS + 8, dtype=torch.int64, device=data.device)
-    left = words[num_rows * _ROW_WORDS :]
-    rest[: left.numel()] = left
-    tail = data[num_words * 8 :]
-    rest[_ROW_WORDS : _ROW_WORDS + tail.numel()] = tail.to(torch.int64)
+    num_rows = data.numel() // (8 * _ROW_WORDS)
+    end = num_rows * 8 * _ROW_WORDS
+    # What fills no row is summed up on the host: for so little, a GPU's time goes into starting kernels.
+    extra = _sum_of_rest(data[end:].cpu())
+    if num_rows == 0:
+        return _wrapped(extra), _wrapped(-extra)
+    rows = data[:end].view(torch.int64).view(num_rows, _ROW_WORDS)
     by_row = (rows.sum(1) * _odd(num_rows, data.device)).sum()
     by_column = (rows.sum(0) * _odd(_ROW_WORDS, data.device)).sum()
-    extra = (rest * _odd(rest.numel(), data.device)).sum()
-    found = torch.stack([by_row + extra, by_column - extra]).tolist()
-    return found[0], found[1]
+    found = torch.stack([by_row, by_column]).tolist()
+    return _wrapped(found[0] + extra), _wrapped(found[1] - extra)
+
+
+def _sum_of_rest(data: torch.Tensor) -> int:
+    whole = data.numel() // 8 * 8
+    rest = torch.zeros(_ROW_WORDS + 8, dtype=torch.int64)
+    rest[: whole // 8] = data[:whole].view(torch.int64)
+    rest[_ROW_WORDS : _ROW_WORDS + data.numel() - whole] = data[whole:]
+    return int((rest * _odd(rest.numel(), rest.device)).sum())
 
 
 def _odd(count: int, device: torch.device) -> torch.Tensor:
     # Odd weights: multiplication by one is invertible modulo 2^64, so no single change can vanish.
-    return torch.arange(count, dtype=torch.int64, device=device) * 2 + 1
+    return torch.arange(1, 2 * count + 1, 2, dtype=torch.int64, device=device)
+
+
+def _wrapped(number: int) -> int:
+    return (number + 2**63) % 2**64 - 2**63
 
 
 def word_sum(tensor: torch.Tensor) -> torch.Tensor:
