@@ -75,10 +75,12 @@ def words(tensor: torch.Tensor) -> torch.Tensor:
 
 def word_view(tensor: torch.Tensor) -> torch.Tensor | None:
     """A tensor's memory as int64, in its order; None unless its rows are whole words, each where one can start."""
-    size = tensor.element_size()
     if tensor.dim() == 0:
         tensor = tensor.reshape(1)
-    whole_rows = tensor.shape[-1] * size % 8 == 0 and tensor.stride(-1) == 1
-    if whole_rows and all(n * size % 8 == 0 for n in (tensor.storage_offset(), *tensor.stride()[:-1])):
-        return tensor.view(torch.int64)
-    return None
+    size, strides = tensor.element_size(), tensor.stride()
+    if strides[-1] != 1 or tensor.shape[-1] * size % 8 or tensor.storage_offset() * size % 8:
+        return None
+    for stride in strides[:-1]:
+        if stride * size % 8:
+            return None
+    return tensor.view(torch.int64)
