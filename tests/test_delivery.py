@@ -1,12 +1,13 @@
 """What the owner makes of the workers' replies, and who makes which payload for whom."""
 
 import json
+import pickle
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tpcolocate import ipc_payload
+from tpcolocate import groups, ipc_payload
 from tpcolocate.in_server.tpcolocate_receiver.sums import checksum
 from tpcolocate.weights.delivery import Delivery, Verdict, judge
 
@@ -170,6 +171,17 @@ def test_every_tp_rank_is_served_once_and_in_order(delivery, payloads, transport
         )
         handles = [json.dumps(job["handle"]) for job in told]
         assert len(set(handles)) == (1 if transport == "file" else len(first) or 2)
+
+
+def test_what_is_told_of_a_bucket_of_many_tensors_fits_into_one_round_of_the_ranks(delivery):
+    shapes = {f"model.layers.{i // 7}.self_attn.{'abcdefg'[i % 7]}_proj.weight": (4096, 4096) for i in range(28)}
+    entries = ipc_payload.layout([(name, torch.Size(shape), torch.bfloat16) for name, shape in shapes.items()])[0]
+    learned = {name: [[2048 * 4096, [2048, 4096], [4096, 1], "bfloat16"]] for name in shapes}
+    read = {name: 2048 * 4096 for name in shapes}
+    verdict = judge({rank: reply(read, learned=learned) for rank in (0, 1)}, entries)
+    assert verdict.problem is None
+    command = delivery().make(bucket()[0], entries, 0)
+    assert all(len(pickle.dumps((None, told))) < groups._FRAME_BYTES - 8 for told in (verdict, command))
 
 
 def test_fan_out_on_a_cpu_copies_once_per_further_reader(delivery):

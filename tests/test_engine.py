@@ -102,10 +102,13 @@ def tokens_before(world):
 def tokens_after_fsdp2_sync(world):
     old = world.expected()
     world.perturb(1)
+    random_state = torch.get_rng_state()
     report = world.engine.sync_weights(world.sharded(), bucket_bytes=400_000)
+    undisturbed = torch.equal(torch.get_rng_state(), random_state)
     new = world.expected()
     return {
         "equal": world.generated() == new,
+        "undisturbed": undisturbed,
         "changed": new != old,
         "report": report,
         "version": world.engine.weight_version,
@@ -546,6 +549,11 @@ def test_the_report_adds_up(setup):
         # one handle a bucket, and one for the preflight of the first sync
         assert mine.num_exported == mine.num_returned == report.num_buckets + 1
         assert f"{report.num_tensors} tensors" in str(report)
+
+
+@setups_with(tokens_after_fsdp2_sync)
+def test_a_first_sync_leaves_the_trainings_random_numbers_alone(setup):
+    assert all(found["undisturbed"] for found in results(setup, tokens_after_fsdp2_sync))
 
 
 @setups_with(trainer_logprobs)

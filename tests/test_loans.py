@@ -103,6 +103,18 @@ def test_workers_that_forgot_are_forgotten():
     assert knowledge.reads == {} and not knowledge.covers("w", (4, 3), torch.float32)
 
 
+def test_layers_that_are_told_of_in_the_same_words_are_told_apart_where_they_differ():
+    knowledge = Knowledge()
+    swapped = {0: ROWS[1], 1: ROWS[0]}
+    told = {k: {"a": ROWS[k], "b": ROWS[k], "taller": ROWS[k], "swapped": swapped[k]} for k in (0, 1)}
+    entries = [Entry("a", (4, 3)), Entry("b", (4, 3)), Entry("taller", (8, 3)), Entry("swapped", (4, 3))]
+    for _ in range(2):
+        knowledge.learn(told, entries, 2)
+        assert set(knowledge.reads) == {"a", "b", "swapped"}
+        assert knowledge.reads["a"] == knowledge.reads["b"] == tuple(reversed(knowledge.reads["swapped"]))
+        assert [read.box.starts for (read,) in knowledge.reads["a"]] == [(0, 0), (2, 0)]
+
+
 def test_different_knowledge_has_different_numbers():
     numbers = set()
     for dtype in ("float32", "bfloat16"):

@@ -10,7 +10,7 @@ from harness import run_ranks
 from torch import nn
 
 from tpcolocate import ipc_payload
-from tpcolocate.in_server.tpcolocate_receiver.plans import Plans, Program
+from tpcolocate.in_server.tpcolocate_receiver.plans import Plans, Program, places_of
 from tpcolocate.in_server.tpcolocate_receiver.watch import Recorder, storage_of, views
 from tpcolocate.weights.knowledge import Knowledge
 from tpcolocate.weights.mover import Mover
@@ -73,7 +73,7 @@ def learned(tp_rank, knowledge=None):
     recorder = Recorder(flat, [entry[3] for entry in told], {storage_of(p) for p in model.parameters()})
     with torch.no_grad(), recorder:
         model.load_weights(views(flat, told))
-    plans.learn(recorder, flat, told, model)
+    plans.learn(recorder, flat, told, places_of(model))
     return model, plans, entries, plans.described(list(SHAPES))
 
 

@@ -13,14 +13,15 @@ from harness import PRELOADED
 from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tpcolocate import ipc_payload
 from tpcolocate.engine.channel import Channel
 from tpcolocate.groups import start_of, this_process
-from tpcolocate.in_server.tpcolocate_receiver import COMMAND, receive, sums
+from tpcolocate.in_server.tpcolocate_receiver import COMMAND, receive, sums, watch
 from tpcolocate.in_server.tpcolocate_receiver.handles import device_uuid, open_handle
 from tpcolocate.in_server.tpcolocate_receiver.hook import _apply
-from tpcolocate.in_server.tpcolocate_receiver.plans import Plans, Program
+from tpcolocate.in_server.tpcolocate_receiver.plans import Plans, Program, places_of
 from tpcolocate.in_server.tpcolocate_receiver.sums import checksum, word_sum
 from tpcolocate.in_server.tpcolocate_receiver.watch import Copy, Recorder, differing, views
 
@@ -394,6 +395,108 @@ def test_what_a_loader_does_is_seen(load, shapes, send, derived, reworked, repea
     assert differing([c for c in recorder.copies if c.entry not in recorder.derived | recorder.reworked]) == set()
 
 
+@pytest.mark.parametrize("load, shapes, send, derived, reworked, repeatable, read", LOADERS, ids=IDS)
+def test_the_same_is_seen_in_inference_mode(load, shapes, send, derived, reworked, repeatable, read):
+    """Operators are not decomposed there: what promises a view may make a copy."""
+    flat, entries = bucket_of(sent(send))
+    model = model_of(load, shapes)
+    with torch.inference_mode():
+        recorder = watched(model, flat, entries)
+    assert {entries[i][0] for i in recorder.derived} == derived
+    assert {entries[i][0] for i in recorder.reworked} == reworked
+    assert recorder.repeatable == repeatable
+    assert elements_read(recorder.copies, entries) == read
+
+
+def flattened(model, name, tensor):
+    model.w.data.view(-1).copy_(tensor.t().reshape(-1))
+
+
+def cast_to(model, name, tensor):
+    model.w.data.copy_(tensor.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("load", [flattened, materialised, cast_to])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_copy_behind_an_operator_that_promises_a_view_is_seen(load, mode):
+    flat, entries = bucket_of(sent({"w": (3, 5)}))
+    with mode():
+        recorder = watched(model_of(load, {"w": (5, 3)} if load is not cast_to else {"w": (3, 5)}), flat, entries)
+    assert recorder.derived == {0} and not recorder.copies
+
+
+aten = torch.ops.aten
+
+
+@pytest.mark.parametrize(
+    "func, writes, reads, is_view",
+    [
+        (aten.detach.default, [], ["self"], True),
+        (aten.slice.Tensor, [], ["self"], True),
+        (aten.view.dtype, [], ["self"], True),
+        (aten.reshape.default, [], ["self"], True),  # or a copy, which is seen when it was called
+        (aten.split.Tensor, [], ["self"], True),
+        (aten.view_as.default, [], ["self", "other"], False),
+        (aten._unsafe_view.default, [], ["self"], False),
+        (aten.clone.default, [], ["self"], False),
+        (aten.cat.default, [], ["tensors"], False),
+        (aten.fill_.Tensor, ["self"], ["value"], False),
+        (aten.copy_.default, ["self"], ["src"], False),
+        (aten.add.out, ["out"], ["self", "other"], False),
+        (aten._foreach_copy_.default, ["self"], ["src"], False),
+        (aten.index_put_.default, ["self"], ["indices", "values"], False),
+        (aten.resize_.default, ["self"], [], False),
+        (aten.empty.memory_format, [], [], False),
+    ],
+    ids=str,
+)
+def test_what_an_operator_reads_and_writes_is_in_its_schema(func, writes, reads, is_view):
+    operator = watch._Operator.of(func)
+    assert [name for _, name in operator.writes] == writes
+    assert [name for _, name in operator.reads] == reads
+    assert operator.is_view == is_view
+
+
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(1, 30), st.booleans()), min_size=1, max_size=25))
+def test_copies_that_are_written_over_are_found_whatever_their_order(parts):
+    """Each part is rows or columns of a parameter; where it lies is compared with every part before it."""
+    flat, entries = bucket_of({f"t{i}": torch.ones(1) for i in range(len(parts))})
+
+    def load(model, name, tensor):
+        start, size, of_rows = parts[int(name[1:])]
+        (model.w.data[start : start + size] if of_rows else model.w.data[:, start : start + size]).copy_(tensor)
+
+    model = model_of(load, {"w": (60, 60)})
+    recorder = watched(model, flat, entries)
+    spans, expected = [], set()
+    for start, size, of_rows in parts:
+        low, high = (start * 60, (start + size) * 60) if of_rows else (start, 59 * 60 + start + size)
+        expected |= {j for j, (lower, higher) in enumerate(spans) if lower < high and low < higher}
+        spans.append((low, high))
+    assert recorder.reworked == expected
+    assert len(recorder.below(model.w)) == len(parts)
+
+
+def test_a_watch_does_not_compare_every_copy_with_every_other(monkeypatch):
+    """Fused experts: hundreds of copies into one parameter, and a constant beside each of them."""
+    num = 300
+    flat, entries = bucket_of({f"e{i}": torch.ones(2) for i in range(num)})
+
+    def load(model, name, tensor):
+        model.w.data[int(name[1:]), :2].copy_(tensor)
+        model.w.data[int(name[1:]), 2:].fill_(0)
+
+    looked, bounds = [], watch.bounds
+    monkeypatch.setattr(watch, "bounds", lambda tensor: looked.append(1) or bounds(tensor))
+    model = model_of(load, {"w": (num, 4)})
+    recorder = watched(model, flat, entries)
+    plans = Plans()
+    plans.learn(recorder, flat, entries, places_of(model))
+    assert not recorder.reworked and len(recorder.copies) == len(recorder.fills) == num
+    assert len(looked) <= 5 * num
+    assert plans.knows(entries)
+
+
 def test_casting_copies_are_copies():
     """The trainer's float32 into the engine's bfloat16: compared after the same cast."""
     flat, entries = bucket_of(sent(W))
@@ -504,6 +607,29 @@ def test_memory_that_moves_below_a_parameter_is_seen():
     model.w.data = torch.zeros(4, 4)
     assert applied(model, sent(W, 2))[0] is False
     assert torch.equal(model.w, sent(W, 2)["w"])
+
+
+def test_memory_that_its_own_load_moves_is_not_written_through():
+    def load(model, name, tensor):
+        model.w.data.copy_(tensor)
+        model.w.data = torch.zeros(4, 4)
+
+    model = model_of(load, W)
+    for seed in range(3):
+        assert applied(model, sent(W, seed))[0] is False
+
+
+def test_every_place_of_a_model_is_known_once():
+    inner = nn.BatchNorm1d(3)
+    model = nn.ModuleDict({"a": inner, "b": inner, "c": nn.ModuleList([nn.Linear(2, 3, bias=False), nn.Identity()])})
+    model["c"][0].register_buffer("scale", torch.ones(2), persistent=False)
+    model["c"][1].register_module("none", None)
+    tensors = [*model.parameters(), *model.buffers()]
+    found = places_of(model)
+    assert sorted((address, storage) for _, _, address, storage in found) == sorted(
+        (tensor.data_ptr(), watch.storage_of(tensor)) for tensor in tensors
+    )
+    assert all(table[name].data_ptr() == address for table, name, address, _ in found)
 
 
 def test_a_parameter_that_is_gone_is_no_place_to_write_to():
@@ -684,6 +810,74 @@ def test_a_nan_that_arrived_as_one_is_the_trainers(dtype):
     assert differing([Copy(sick.clone(), sick, 0)]) == set()
     assert differing([Copy(sick.clone(), well, 0), Copy(well.clone(), sick, 1)]) == {0, 1}
     assert differing([]) == set()
+
+
+def test_zeros_of_two_signs_are_equal():
+    assert differing([Copy(torch.tensor([0.0, 1.0]), torch.tensor([-0.0, 1.0]), 0)]) == set()
+
+
+def test_lazy_conjugates_are_compared_by_value():
+    values = torch.tensor([[1 + 2j, 3 - 4j]])
+    for src in (values.conj(), values.conj().imag):
+        assert differing([Copy(src.resolve_conj().resolve_neg().clone(), src, 0)]) == set()
+        assert differing([Copy(src.resolve_conj().resolve_neg() + 1, src, 0)]) == {0}
+
+
+LAYOUTS = {
+    "contiguous": lambda t: t,
+    "columns": lambda t: torch.nn.functional.pad(t, (3, 5))[:, 3:-5],
+    "whole words of columns": lambda t: torch.nn.functional.pad(t, (8, 8))[:, 8:-8],
+    "transposed": lambda t: t.t().contiguous().t(),
+    "at an odd place": lambda t: torch.cat([torch.zeros(1, dtype=t.dtype), t.view(-1)])[1:].view(t.shape),
+    "every other": lambda t: t.repeat_interleave(2, 1)[:, ::2],
+}
+
+
+@given(
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float64, torch.int8, torch.int64, torch.complex64]),
+    st.sampled_from(sorted(LAYOUTS)),
+    st.sampled_from(sorted(LAYOUTS)),
+    st.tuples(st.integers(1, 5), st.integers(1, 17)),
+    st.floats(0, 1, exclude_max=True),
+)
+def test_one_changed_bit_is_found_however_both_sides_lie(dtype, of_dst, of_src, shape, where):
+    values = (torch.arange(1, shape[0] * shape[1] + 1).view(shape) % 100).to(dtype)
+    dst, src = LAYOUTS[of_dst](values.clone()), LAYOUTS[of_src](values.clone())
+    assert differing([Copy(dst, src, 0)]) == set()
+    row, column = divmod(int(where * values.numel()), shape[1])
+    changed = values.clone()
+    changed.view(torch.uint8)[row, column * values.element_size()] ^= 1
+    dst.copy_(changed)
+    assert differing([Copy(dst, src, 0)]) == differing([Copy(src, dst, 0)]) == {0}
+
+
+def test_what_was_cast_is_compared_after_the_same_cast():
+    src = torch.tensor([[1.0, 1e-9, float("nan"), -0.0], [3.0, 4.0, 5.0, 1e30]])
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        dst = src.to(dtype)
+        assert differing([Copy(dst, src, 0)]) == set()
+        dst[1, 0] = 3.5
+        assert differing([Copy(dst, src, 0)]) == {0}
+
+
+def test_reading_back_writes_an_eighth_of_what_it_reads_and_nothing_else():
+    """Whole elements compared, or copies in between, would cost several times that on a GPU."""
+
+    class Made(TorchDispatchMode):
+        num_bytes = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            read = {watch.storage_of(t) for t in args if isinstance(t, torch.Tensor)}
+            if isinstance(out, torch.Tensor) and watch.storage_of(out) not in read:
+                self.num_bytes += out.nbytes
+            return out
+
+    tensor = torch.ones(64, 128, dtype=torch.bfloat16)
+    copies = [Copy(tensor.clone(), tensor, 0), Copy(tensor[:, 64:].clone(), tensor[:, 64:], 1)]
+    with Made() as made:
+        assert differing(copies) == set()
+    assert made.num_bytes <= sum(c.src.nbytes for c in copies) / 8 + 64
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), 3.4e38, 1e-45])

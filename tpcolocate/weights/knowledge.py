@@ -24,6 +24,8 @@ class Knowledge:
         self._kinds: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         self._holders: tuple[str, ...] = ()
         self._digest: tuple[tuple[str, ...], int] | None = None
+        # The layers of a model are told of in the same words.
+        self._understood: dict[str, ReadsOfRanks | None] = {}
 
     def confirm(self, holders: Sequence[str]) -> bool:
         """Forget everything if the workers have: their parameters moved, or they are others.
@@ -53,9 +55,11 @@ class Knowledge:
         for entry in entries:
             self.reads.pop(entry.name, None)
             described = [told.get(tp_rank, {}).get(entry.name) for tp_rank in range(tp_size)]
-            found = [reads_of(of_rank, entry.shape) for of_rank in described if of_rank is not None]
-            known = tuple(of_rank for of_rank in found if of_rank is not None)
-            if len(known) == tp_size and is_read_whole(known, entry.shape):
+            words = repr((described, tuple(entry.shape)))
+            if words not in self._understood:
+                self._understood[words] = _understand(described, entry.shape)
+            known = self._understood[words]
+            if known is not None:
                 self.reads[entry.name] = known
                 self._kinds[entry.name] = (tuple(entry.shape), entry.dtype)
 
@@ -70,6 +74,13 @@ class Knowledge:
         content = repr([(name, self.reads[name]) for name in names]).encode()
         self._digest = tuple(names), int.from_bytes(hashlib.sha256(content).digest()[:7], "big")
         return self._digest[1]
+
+
+def _understand(described: Sequence[Any], shape: Sequence[int]) -> ReadsOfRanks | None:
+    """What the TP ranks read; None unless all of them can tell, and read the whole tensor together."""
+    found = [None if of_rank is None else reads_of(of_rank, shape) for of_rank in described]
+    known = tuple(of_rank for of_rank in found if of_rank is not None)
+    return known if len(known) == len(described) and is_read_whole(known, shape) else None
 
 
 __all__ = ["Knowledge"]

@@ -102,8 +102,10 @@ class BucketPhases(SyncPhases):
                 full = full_tensor(item)
                 if flat is not None and entry.num_bytes and failure is None:
                     ipc_payload.view(flat, entry).copy_(full)
+                    filled = entry.start + entry.num_bytes
                     end = entries[i + 1].start if i + 1 < len(entries) else num_bytes
-                    flat[entry.start + entry.num_bytes : end].zero_()  # the checksum covers the padding
+                    if filled < end:
+                        flat[filled:end].zero_()  # the checksum covers the padding
                 if i == largest:
                     self.note_peak()
             except Exception as error:  # the other ranks are in the gathers of the rest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from typing import Any
 
@@ -50,7 +51,9 @@ class Preflight(SyncPhases):
         try:
             if self.delivery.exports:
                 flat = ipc_payload.allocate(_PREFLIGHT_BYTES, self.sync.device)
-                flat.random_(0, 256)
+                # Not torch's random numbers: the training's own would be other ones from here on, and a GPU's take time
+                # to load.
+                flat.copy_(torch.frombuffer(bytearray(os.urandom(_PREFLIGHT_BYTES)), dtype=torch.uint8))
                 commands = self.delivery.commands(flat, "probe", number=_PREFLIGHT)
         except (TpColocateError, RuntimeError) as caught:
             error = caught  # an export that fails is an answer, not an accident

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 from .handles import device_uuid, open_handle
-from .plans import Plans, Program
+from .plans import Plans, Program, places_of
 from .sums import checksum
-from .watch import Copy, Recorder, differing, storage_of, views
+from .watch import Copy, Recorder, differing, views
 
 logger = logging.getLogger(__name__)
 
@@ -197,18 +197,19 @@ def _apply(
     if plans.knows(entries) and plans.fit():
         with torch.no_grad():
             return plans.replay(flat, entries), set(), True
-    owned = {storage_of(tensor) for _, tensor in (*model.named_parameters(), *model.named_buffers())}
-    recorder = Recorder(flat, [entry[3] for entry in entries], owned)
+    places = places_of(model)
+    recorder = Recorder(flat, [entry[3] for entry in entries], {storage for *_, storage in places})
     loader: Any = model  # every SGLang model has load_weights
+    sent = views(flat, entries)  # made out of its sight
     with torch.no_grad(), recorder:
-        loader.load_weights(views(flat, entries))
+        loader.load_weights(sent)
     for copy in recorder.copies:
         if copy.dst.element_size() == 1 and copy.dst.dtype not in (copy.src.dtype, torch.bool):
             raise RuntimeError(
                 f"{entries[copy.entry][0]} is {copy.src.dtype} and went into a parameter of {copy.dst.dtype}: the engine "
                 "quantises its weights, and its loader does not do that for an update"
             )
-    plans.learn(recorder, flat, entries, model)
+    plans.learn(recorder, flat, entries, places)
     return recorder.copies, recorder.derived | recorder.reworked, False
 
 

@@ -13,7 +13,10 @@ import torch
 from .boxes import box_of, is_covered, whole
 from .replay import Beside, Replay
 from .sums import word_sum, word_view
-from .watch import Copy, Recorder, overlap, storage_of
+from .watch import Copy, Recorder, storage_of
+
+Place = tuple[dict[str, Any], str, int, int]
+"""The table of the module that holds a parameter or buffer, its name there, its first byte, its storage."""
 
 
 @dataclass(frozen=True)
@@ -50,19 +53,21 @@ class Plans:
         self.identity = secrets.token_hex(8)
         self._copies: dict[str, list[Learnt]] = {}
         self._kinds: dict[str, tuple[str, tuple[int, ...]]] = {}
-        self._fills: list[tuple[torch.Tensor, Any]] = []
+        self._fills: dict[tuple[int, int, tuple[int, ...]], tuple[torch.Tensor, Any]] = {}
         self._own_fills: dict[str, list[tuple[torch.Tensor, Any]]] = {}
         self._places: dict[tuple[int, str], tuple[dict[str, Any], int]] = {}
         self.programs: dict[str, Program] = {}
 
-    def learn(self, recorder: Recorder, flat: torch.Tensor, entries: Sequence[Sequence[Any]], model: Any) -> None:
+    def learn(
+        self, recorder: Recorder, flat: torch.Tensor, entries: Sequence[Sequence[Any]], places: Sequence[Place]
+    ) -> None:
         """Remember a watched load.
 
         Args:
             recorder: Of a load that has just ended.
             flat: The staging memory it read.
             entries: What lay in it.
-            model: The model that was loaded.
+            places: Of the model, from before the load: a parameter that its own load moves is not known.
         """
         refused = recorder.derived | recorder.reworked
         if recorder.foreign:
@@ -71,10 +76,10 @@ class Plans:
         for copy in recorder.copies:
             if copy.entry in of_entry:
                 of_entry[copy.entry].append(copy)
-        fills: list[tuple[torch.Tensor, Any]] = []
+        fills: list[tuple[torch.Tensor, Any]] = []  # that belong to no tensor
         own: dict[int, list[tuple[torch.Tensor, Any]]] = {}
         for dst, value in recorder.fills if not recorder.foreign else ():
-            below = {c.entry for c in recorder.copies if storage_of(c.dst) == storage_of(dst) and overlap(c.dst, dst)}
+            below = {copy.entry for copy in recorder.below(dst)}
             if not below:
                 fills.append((dst, value))
             elif len(below) == 1:
@@ -96,13 +101,13 @@ class Plans:
                 for c in copies
             ]
             self._own_fills[name] = own.get(i, [])
-        known = {(storage_of(dst), dst.data_ptr(), tuple(dst.shape)) for dst, _ in self._fills}
-        self._fills += [f for f in fills if (storage_of(f[0]), f[0].data_ptr(), tuple(f[0].shape)) not in known]
+        for fill in fills:
+            self._fills.setdefault((storage_of(fill[0]), fill[0].data_ptr(), tuple(fill[0].shape)), fill)
         written = {storage_of(c.dst) for copies in of_entry.values() for c in copies}
         written |= {storage_of(dst) for dst, _ in (*fills, *(f for of in own.values() for f in of))}
-        for table, name, tensor in _tables(model):
-            if storage_of(tensor) in written:
-                self._places[id(table), name] = (table, tensor.data_ptr())
+        for table, name, address, storage in places:
+            if storage in written:
+                self._places[id(table), name] = (table, address)
 
     def knows(self, entries: Sequence[Sequence[Any]]) -> bool:
         """Whether all these tensors, of these shapes and dtypes, can be copied without the loader."""
@@ -130,7 +135,7 @@ class Plans:
         for name in names:
             for dst, value in self._own_fills[name]:
                 dst.fill_(value)
-        for dst, value in self._fills:
+        for dst, value in self._fills.values():
             dst.fill_(value)
 
     def replay(self, flat: torch.Tensor, entries: Sequence[Sequence[Any]]) -> list[Copy]:
@@ -156,7 +161,11 @@ class Plans:
         """Parameters that no known tensor, or only a part of them, is copied or filled into."""
         parts: dict[int, list[torch.Tensor]] = {}
         targets = [c.dst for copies in self._copies.values() for c in copies]
-        for dst in (*targets, *(d for d, _ in self._fills), *(d for of in self._own_fills.values() for d, _ in of)):
+        for dst in (
+            *targets,
+            *(d for d, _ in self._fills.values()),
+            *(d for of in self._own_fills.values() for d, _ in of),
+        ):
             parts.setdefault(storage_of(dst), []).append(dst)
         found = []
         for name, parameter in model.named_parameters():
@@ -182,15 +191,24 @@ def _is_written(parameter: torch.Tensor, parts: Sequence[torch.Tensor]) -> bool:
     return is_covered(boxes, tuple(parameter.shape))
 
 
-def _tables(model: Any) -> list[tuple[dict[str, Any], str, torch.Tensor]]:
-    """Every parameter and buffer with the table of the module that holds it."""
-    return [
-        (table, name, tensor)
-        for module in model.modules()
-        for table in (module._parameters, module._buffers)
-        for name, tensor in table.items()
-        if tensor is not None
-    ]
+def places_of(model: Any) -> list[Place]:
+    """Where every parameter and buffer of a model lies now.
+
+    By hand, because a walk with names takes several times as long, and there is one for every bucket.
+    """
+    found: list[Place] = []
+    modules, seen = [model], {model}
+    for module in modules:  # which grows
+        for table in (module._parameters, module._buffers):
+            if table:
+                for name, tensor in table.items():
+                    if tensor is not None:
+                        found.append((table, name, tensor.data_ptr(), storage_of(tensor)))
+        for child in module._modules.values():
+            if child is not None and child not in seen:
+                seen.add(child)
+                modules.append(child)
+    return found
 
 
 class Program:

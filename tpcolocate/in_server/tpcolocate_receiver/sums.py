@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
-
 import torch
 
 _ROW_WORDS = 1024
@@ -19,25 +17,34 @@ def checksum(data: torch.Tensor) -> tuple[int, int]:
     Args:
         data: One-dimensional, contiguous, starting at a multiple of 8 bytes.
     """
-    num_words = data.numel() // 8
-    num_rows = num_words // _ROW_WORDS
-    words = data[: num_words * 8].view(torch.int64)
-    rows = words[: num_rows * _ROW_WORDS].view(num_rows, _ROW_WORDS)
-    rest = torch.zeros(_ROW_WORDS + 8, dtype=torch.int64, device=data.device)
-    left = words[num_rows * _ROW_WORDS :]
-    rest[: left.numel()] = left
-    tail = data[num_words * 8 :]
-    rest[_ROW_WORDS : _ROW_WORDS + tail.numel()] = tail.to(torch.int64)
+    num_rows = data.numel() // (8 * _ROW_WORDS)
+    end = num_rows * 8 * _ROW_WORDS
+    # What fills no row is summed up on the host: for so little, a GPU's time goes into starting kernels.
+    extra = _sum_of_rest(data[end:].cpu())
+    if num_rows == 0:
+        return _wrapped(extra), _wrapped(-extra)
+    rows = data[:end].view(torch.int64).view(num_rows, _ROW_WORDS)
     by_row = (rows.sum(1) * _odd(num_rows, data.device)).sum()
     by_column = (rows.sum(0) * _odd(_ROW_WORDS, data.device)).sum()
-    extra = (rest * _odd(rest.numel(), data.device)).sum()
-    found = torch.stack([by_row + extra, by_column - extra]).tolist()
-    return found[0], found[1]
+    found = torch.stack([by_row, by_column]).tolist()
+    return _wrapped(found[0] + extra), _wrapped(found[1] - extra)
+
+
+def _sum_of_rest(data: torch.Tensor) -> int:
+    whole = data.numel() // 8 * 8
+    rest = torch.zeros(_ROW_WORDS + 8, dtype=torch.int64)
+    rest[: whole // 8] = data[:whole].view(torch.int64)
+    rest[_ROW_WORDS : _ROW_WORDS + data.numel() - whole] = data[whole:]
+    return int((rest * _odd(rest.numel(), rest.device)).sum())
 
 
 def _odd(count: int, device: torch.device) -> torch.Tensor:
     # Odd weights: multiplication by one is invertible modulo 2^64, so no single change can vanish.
-    return torch.arange(count, dtype=torch.int64, device=device) * 2 + 1
+    return torch.arange(1, 2 * count + 1, 2, dtype=torch.int64, device=device)
+
+
+def _wrapped(number: int) -> int:
+    return (number + 2**63) % 2**64 - 2**63
 
 
 def word_sum(tensor: torch.Tensor) -> torch.Tensor:
@@ -52,37 +59,28 @@ def word_sum(tensor: torch.Tensor) -> torch.Tensor:
     Returns:
         A scalar int64 tensor on the same device; reading it waits for the device.
     """
-    return word_view(tensor, or_copy=True).sum()
+    return words(tensor).sum()
 
 
-@overload
-def word_view(tensor: torch.Tensor, *, or_copy: Literal[True]) -> torch.Tensor: ...
-
-
-@overload
-def word_view(tensor: torch.Tensor) -> torch.Tensor | None: ...
-
-
-def word_view(tensor: torch.Tensor, *, or_copy: bool = False) -> torch.Tensor | None:
-    """A tensor's memory as int64, in its order.
-
-    Args:
-        tensor: Any shape and dtype, on any device.
-        or_copy: Whether to copy what cannot be viewed so, because rows are not whole words; the last word is then filled
-            with zeros.
-
-    Returns:
-        A view; a copy, or None, where there is none.
-    """
-    size = tensor.element_size()
-    if tensor.dim() == 0:
-        tensor = tensor.reshape(1)
-    whole_rows = tensor.shape[-1] * size % 8 == 0 and tensor.stride(-1) == 1
-    if whole_rows and all(n * size % 8 == 0 for n in (tensor.storage_offset(), *tensor.stride()[:-1])):
-        return tensor.view(torch.int64)
-    if not or_copy:
-        return None
+def words(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor's memory as int64, in its order; a view where that is possible.  The last word is filled with zeros."""
+    seen = word_view(tensor)
+    if seen is not None:
+        return seen
     flat = tensor.contiguous().view(-1).view(torch.uint8)
     filled = torch.zeros(-(-flat.numel() // 8) * 8, dtype=torch.uint8, device=tensor.device)
     filled[: flat.numel()] = flat
     return filled.view(torch.int64)
+
+
+def word_view(tensor: torch.Tensor) -> torch.Tensor | None:
+    """A tensor's memory as int64, in its order; None unless its rows are whole words, each where one can start."""
+    if tensor.dim() == 0:
+        tensor = tensor.reshape(1)
+    size, strides = tensor.element_size(), tensor.stride()
+    if strides[-1] != 1 or tensor.shape[-1] * size % 8 or tensor.storage_offset() * size % 8:
+        return None
+    for stride in strides[:-1]:
+        if stride * size % 8:
+            return None
+    return tensor.view(torch.int64)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import bisect
+import re
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from .sums import word_view
 
 
 @dataclass
@@ -55,21 +58,35 @@ class Recorder(TorchDispatchMode):
         self._start = flat.data_ptr()
         self._starts = starts
         self.owned = owned
-        self._written: dict[int, list[Copy]] = {}
+        self._written: dict[int, _Spans] = {}
         # Storage -> entries that its contents were made of.  An address that is used again keeps what it had: an entry
         # too many goes by the loader then, which is slower and never wrong.
         self._made_of: dict[int, set[int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = {} if kwargs is None else kwargs
-        if func is torch.ops.aten.copy_.default and self._staged(args[1]) and self._owns(args[0]):
+        if func is _COPY and self._staged(args[1]) and self._owns(args[0]):
             copy = Copy(args[0].detach(), args[1].detach(), self._entry(args[1]))
             self._note_rework(args[0])
             self.copies.append(copy)
-            self._written.setdefault(storage_of(args[0]), []).append(copy)
+            self._written.setdefault(storage_of(args[0]), _Spans()).add(copy)
             return func(*args, **kwargs)
-        written, inputs = _operands(func, args, kwargs)
-        sources = {entry for tensor in inputs for entry in self._entries(tensor)}
+        operator = _OPERATORS.get(func)
+        if operator is None:
+            operator = _OPERATORS[func] = _Operator.of(func)
+        if operator.is_view:
+            # Most of what a loader does.  Schemas promise a view also where a copy is made if there must be one, as
+            # reshape does when it is not decomposed (inference mode): the memory tells.
+            out = func(*args, **kwargs)
+            if not (isinstance(out, torch.Tensor) and storage_of(out) == storage_of(args[0])):
+                self._note_reads(operator.read(args, kwargs), out)
+            return out
+        written, inputs = operator.written(args, kwargs), operator.read(args, kwargs)
+        if not written:
+            out = func(*args, **kwargs)
+            self._note_reads(inputs, out)
+            return out
+        sources = self._sources(inputs)
         reads_model = any(self._owns(tensor) for tensor in inputs)
         # A constant, such as the padding of a vocabulary, can be part of a plan; nothing else that is written can.
         constant = not inputs and func.overloadpacket in _FILLS
@@ -87,17 +104,7 @@ class Recorder(TorchDispatchMode):
             elif sources:
                 self._made_of.setdefault(storage_of(tensor), set()).update(sources)
         out = func(*args, **kwargs)
-        outputs = set() if written else {storage_of(tensor) for tensor in _tensors([out])}
-        for tensor in inputs:
-            if storage_of(tensor) in outputs:
-                continue  # a view
-            if self._staged(tensor):
-                self._note_derived(tensor)
-            elif self._owns(tensor):
-                self.foreign = True  # something is computed from old weights
-            if sources:
-                for output in outputs:
-                    self._made_of.setdefault(output, set()).update(sources)
+        self._note_reads(inputs, None)
         return out
 
     @property
@@ -105,28 +112,56 @@ class Recorder(TorchDispatchMode):
         """Whether copies and constants were all that happened."""
         return not (self.foreign or self.derived)
 
+    def below(self, target: torch.Tensor) -> list[Copy]:
+        """Copies that went where a tensor lies (by their outer bounds)."""
+        spans = self._written.get(storage_of(target))
+        return [] if spans is None else spans.meeting(target)
+
+    def _note_reads(self, inputs: list[torch.Tensor], out: Any) -> None:
+        """Enter what an operator read, and what it made of that.
+
+        Args:
+            inputs: Tensors that it did not write to.
+            out: What it returned; None if that is what it wrote to.
+        """
+        outputs = {storage_of(tensor) for tensor in _tensors([out])}
+        computed = False
+        for tensor in inputs:
+            if storage_of(tensor) in outputs:
+                continue  # a view
+            computed = True
+            if self._staged(tensor):
+                self._note_derived(tensor)
+            elif self._owns(tensor):
+                self.foreign = True  # something is computed from old weights
+        if computed and (sources := self._sources(inputs)):
+            for output in outputs:
+                self._made_of.setdefault(output, set()).update(sources)
+
     def _note_derived(self, staged: torch.Tensor) -> None:
         self.derived.add(self._entry(staged))
 
     def _note_rework(self, target: torch.Tensor) -> None:
-        for copy in self._written.get(storage_of(target), ()):
-            if overlap(copy.dst, target):
-                self.reworked.add(copy.entry)
+        self.reworked.update(copy.entry for copy in self.below(target))
 
-    def _staged(self, tensor: Any) -> bool:
-        return isinstance(tensor, torch.Tensor) and tensor.numel() > 0 and storage_of(tensor) == self._base
+    def _staged(self, tensor: torch.Tensor) -> bool:
+        return storage_of(tensor) == self._base and tensor.numel() > 0
 
-    def _entries(self, tensor: torch.Tensor) -> set[int]:
-        """Entries that a tensor is, or was made of."""
-        return {self._entry(tensor)} if self._staged(tensor) else self._made_of.get(storage_of(tensor), set())
+    def _sources(self, tensors: list[torch.Tensor]) -> set[int]:
+        """Entries that tensors are, or were made of."""
+        found: set[int] = set()
+        for tensor in tensors:
+            found |= {self._entry(tensor)} if self._staged(tensor) else self._made_of.get(storage_of(tensor), set())
+        return found
 
     def _owns(self, tensor: torch.Tensor) -> bool:
-        return tensor.numel() > 0 and storage_of(tensor) in self.owned
+        return storage_of(tensor) in self.owned and tensor.numel() > 0
 
     def _entry(self, tensor: torch.Tensor) -> int:
         return bisect.bisect_right(self._starts, tensor.data_ptr() - self._start) - 1
 
 
+_COPY = torch.ops.aten.copy_.default
 _FILLS = (torch.ops.aten.fill_, torch.ops.aten.zero_)
 
 
@@ -134,25 +169,81 @@ def storage_of(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors of one storage may share elements (by their outer bounds)."""
-
-    def bounds(t: torch.Tensor) -> tuple[int, int]:
-        low = t.data_ptr()
-        return low, low + (sum((n - 1) * s for n, s in zip(t.shape, t.stride())) + 1) * t.element_size()
-
-    (a_low, a_high), (b_low, b_high) = bounds(a), bounds(b)
-    return a_low < b_high and b_low < a_high
+def bounds(tensor: torch.Tensor) -> tuple[int, int]:
+    """First byte of a tensor's elements, and the one behind the last."""
+    low = tensor.data_ptr()
+    if tensor.is_contiguous():
+        return low, low + tensor.numel() * tensor.element_size()
+    span = sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride())) + 1
+    return low, low + span * tensor.element_size()
 
 
-def _operands(func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Tensors that an operator writes to, and those that it reads and does not write to."""
-    written: list[Any] = []
-    read: list[Any] = []
-    for i, argument in enumerate(func._schema.arguments):
-        value = kwargs.get(argument.name) if argument.kwarg_only or i >= len(args) else args[i]
-        (written if argument.is_write else read).append(value)
-    return _tensors(written), _tensors(read)
+class _Spans:
+    """The copies into one storage, in the order of their addresses: one of fused experts takes hundreds."""
+
+    def __init__(self) -> None:
+        self._lows: list[int] = []
+        self._rest: list[tuple[int, Copy]] = []
+        self._longest = 0
+
+    def add(self, copy: Copy) -> None:
+        low, high = bounds(copy.dst)
+        i = bisect.bisect_left(self._lows, low)
+        self._lows.insert(i, low)
+        self._rest.insert(i, (high, copy))
+        self._longest = max(self._longest, high - low)
+
+    def meeting(self, target: torch.Tensor) -> list[Copy]:
+        low, high = bounds(target)
+        # What begins further before the target than the longest of them is over where it starts.
+        first = bisect.bisect_right(self._lows, low - self._longest)
+        last = bisect.bisect_left(self._lows, high)
+        return [copy for end, copy in self._rest[first:last] if end > low]
+
+
+@dataclass(frozen=True, slots=True)
+class _Operator:
+    """What an operator's schema says, read once: that takes longer than most operators do.
+
+    Attributes:
+        writes: Position and name of every argument that may hold tensors which are written to.
+        reads: The same, of those that are only read.
+        is_view: Whether its result (a tensor or a list) is said to alias its first argument, the only tensor, and nothing
+            is written.
+    """
+
+    writes: tuple[tuple[int | None, str], ...]
+    reads: tuple[tuple[int | None, str], ...]
+    is_view: bool
+
+    @classmethod
+    def of(cls, func: Any) -> _Operator:
+        writes: list[tuple[int | None, str]] = []
+        reads: list[tuple[int | None, str]] = []
+        kinds: list[tuple[int, str]] = []
+        for i, argument in enumerate(func._schema.arguments):
+            # An unknown type may hold tensors; numbers, and lists of them, do not.
+            if _PLAIN.fullmatch(str(argument.type)):
+                continue
+            (writes if argument.is_write else reads).append((None if argument.kwarg_only else i, argument.name))
+            kinds.append((i, str(argument.type)))
+        aliases = [result.alias_info is not None for result in func._schema.returns]
+        return cls(tuple(writes), tuple(reads), not writes and kinds == [(0, "Tensor")] and aliases == [True])
+
+    def written(self, args: Any, kwargs: dict[str, Any]) -> list[torch.Tensor]:
+        return _tensors([_value(where, args, kwargs) for where in self.writes])
+
+    def read(self, args: Any, kwargs: dict[str, Any]) -> list[torch.Tensor]:
+        return _tensors([_value(where, args, kwargs) for where in self.reads])
+
+
+_OPERATORS: dict[Any, _Operator] = {}
+_PLAIN = re.compile(r"(List\[|Optional\[)*(int|float|bool|number|str|SymInt|Device|Generator|Storage)\]*")
+
+
+def _value(where: tuple[int | None, str], args: Any, kwargs: dict[str, Any]) -> Any:
+    position, name = where
+    return kwargs.get(name) if position is None or position >= len(args) else args[position]
 
 
 def _tensors(values: list[Any]) -> list[torch.Tensor]:
@@ -177,7 +268,23 @@ def differing(copies: list[Copy]) -> set[int]:
     """Entries whose parameters, read back, are not what the staging memory holds."""
     if not copies:
         return set()
-    flags = torch.stack([(c.dst != c.src.to(c.dst)).any() for c in copies]).tolist()
+    flags = torch.stack([_other_bits(c.dst, c.src.to(c.dst)) for c in copies]).tolist()
     suspects = [c for c, flag in zip(copies, flags) if flag]
-    # NaN differs from itself; a NaN that arrived as one is the trainer's.
+    # Other bits may mean the same (zeros of two signs); a NaN that arrived as one is the trainer's.
     return {c.entry for c in suspects if not torch.allclose(c.dst, c.src.to(c.dst), rtol=0, atol=0, equal_nan=True)}
+
+
+_SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _other_bits(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Whether two tensors of one shape and dtype differ in any bit; a scalar, not waited for.
+
+    By words where both lie so: each is read once, and what is written in between is an eighth of that.
+    """
+    if a.dtype.is_complex or a.is_neg() or b.is_neg():  # whose memory may hold other values than they have
+        return (a != b).any()
+    one, other = word_view(a), word_view(b)
+    if one is None or other is None:
+        one, other = (tensor.view(_SAME_SIZE[tensor.element_size()]) for tensor in (a, b))
+    return torch.ne(one, other).any()
