@@ -40,6 +40,9 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--modules", nargs="+", default=["plain", "fsdp2"], choices=["plain", "fsdp2"])
     parser.add_argument("--in-a-row", type=int, default=100, help="syncs during which the device's memory is watched")
+    parser.add_argument(
+        "--first", choices=["stock", "ours"], default="stock", help="whose push the new engine takes first"
+    )
     parser.add_argument("--stock-mib", type=int, default=512)
     parser.add_argument("--shared-device", action="store_true", help="all ranks on one GPU (a test rig)")
     parser.add_argument("--out", type=Path, required=True)
@@ -199,7 +202,7 @@ def main() -> None:
     torch.cuda.set_device(device)
     dist.init_process_group("nccl")
     rank = dist.get_rank()
-    folder = Path("/tmp/tpcolocate-speed-model")
+    folder = Path(f"/tmp/tpcolocate-speed-{args.shape}")
     if rank == 0:
         write_config(folder, args.shape)
     dist.barrier()
@@ -231,10 +234,12 @@ def main() -> None:
                 note("one_copy", copy_floor(num_bytes, device))
             dist.barrier()
             bench = Bench(engine, colo, Stock(engine, colo, args.stock_mib * 2**20), device)
-            note("first_push_stock", bench.stock.push(model))
+            note("first", args.first)
+            if args.first == "stock":
+                note("first_push_stock", bench.stock.push(model))
             first = bench.ours(model, parts=True, bucket_bytes=args.staging_mib[0] * 2**20)
             note("first_sync", {**described([first], [bench.last]), "checksums_equal_stock": bench.verified(model)})
-            note("first_sync_stock", summary([bench.stock.push(model) for _ in range(5)]))
+            note("later_pushes_stock", summary([bench.stock.push(model) for _ in range(5)]))
             for kind in args.modules:
                 if kind == "fsdp2":
                     from torch.distributed.fsdp import fully_shard

@@ -20,6 +20,22 @@ Named = tuple[str, tuple[int, ...], torch.dtype]
 class BucketPhases(SyncPhases):
     """One bucket after the other, gathered in lockstep."""
 
+    def send_all(self, *, is_known: bool) -> None:
+        """Send the rest of the weights.
+
+        Args:
+            is_known: Whether the ranks have agreed on all of them already; if not, they agree on each bucket.
+        """
+        error: BaseException | None = None
+        if is_known:
+            for bucket in self.rest:
+                error = self.send(bucket, error)
+            if self.staged:
+                self.agree(error, None, what="take the staging memory back")
+            return
+        while (bucket_or_end := self.next_bucket(error)) is not None:
+            error = self.send(bucket_or_end, None)
+
     def next_bucket(self, error: BaseException | None) -> Items | None:
         """The next bucket, or None at the end; all ranks agree on which, and that the last one is behind them.
 
@@ -40,9 +56,16 @@ class BucketPhases(SyncPhases):
             self.check_alike(self.agree(error, (digest, headline(mine)), what="choose the next weights"))
         return bucket
 
-    def send(self, bucket: Items) -> BaseException | None:
-        """Move one bucket; returns this rank's error in taking the handles back, for the next agreement."""
-        error: BaseException | None = None
+    def send(self, bucket: Items, error: BaseException | None) -> BaseException | None:
+        """Move one bucket.
+
+        Args:
+            bucket: The same on every rank.
+            error: What went wrong on this rank with the last bucket's handles.
+
+        Returns:
+            The same of this bucket, for the next agreement.
+        """
         self.staged = True
         number = self.number()
         payloads: list[Any] = []
@@ -50,7 +73,7 @@ class BucketPhases(SyncPhases):
         flat: torch.Tensor | None = None
         try:
             with self.watch.phase("gather"):
-                flat = self.gather(bucket, entries, num_bytes)
+                flat = self.gather(bucket, entries, num_bytes, error)
             with self.watch.phase("export"):
                 # The workers may know what this side does not: they learned it in a sync that failed.
                 tell = not all(self.sync.knowledge.covers(e.name, e.shape, e.dtype) for e in entries)
@@ -90,11 +113,21 @@ class BucketPhases(SyncPhases):
                 return caught
         return None
 
-    def gather(self, bucket: Items, entries: list[ipc_payload.Entry], num_bytes: int) -> torch.Tensor | None:
-        """Full tensors into fresh staging memory.  Ranks that export nothing gather all the same."""
-        flat = ipc_payload.allocate(num_bytes, self.sync.device) if self.delivery.exports else None
+    def gather(
+        self, bucket: Items, entries: list[ipc_payload.Entry], num_bytes: int, failure: BaseException | None
+    ) -> torch.Tensor | None:
+        """Full tensors into fresh staging memory.  Ranks that export nothing, or have failed, gather all the same.
+
+        Raises:
+            BaseException: `failure`, or what went wrong here; after the last gather.
+        """
+        flat: torch.Tensor | None = None
+        if self.delivery.exports and failure is None:
+            try:
+                flat = ipc_payload.allocate(num_bytes, self.sync.device)
+            except Exception as error:
+                failure = error
         largest = max(range(len(entries)), key=lambda i: entries[i].num_bytes)
-        failure: Exception | None = None
         for i, ((_, item), entry) in enumerate(zip(bucket, entries)):
             if failure is not None and not is_collective(item):
                 continue

@@ -96,13 +96,8 @@ class SyncRun(Preflight, MovePhases, BucketPhases):
         self.rest = buckets(left, self.bucket_bytes)
         if moved and left:
             self.unstage()
+        self.send_all(is_known=known is not None)
         error: BaseException | None = None
-        while known is None or len(moved) < len(known):
-            bucket = self.next_bucket(error)
-            if bucket is None:
-                break
-            error = self.send(bucket)
-        error = None
         with self.watch.phase("finish"):
             if not self.repeats:
                 self.together("check that all weights were sent", lambda: self.check_complete(weights))
