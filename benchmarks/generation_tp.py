@@ -33,8 +33,6 @@ import tpcolocate
 
 _WARM_UP = 2
 _PROMPT_LENGTH = 12
-# Of what is free: the servers on single devices are up before the one on all of them, and need the most.
-GPU_SHARE = {"mem_fraction_static": 0.45}
 
 
 def arguments(args: argparse.Namespace, world: int) -> dict[str, Any]:
@@ -42,7 +40,7 @@ def arguments(args: argparse.Namespace, world: int) -> dict[str, Any]:
     if args.device == "cpu":
         return served.SERVER["cpu"]
     most = max(args.prompts) * world
-    chosen = gpu_common.SERVER | GPU_SHARE | {"max_total_tokens": max(2 * most * (_PROMPT_LENGTH + args.max_new_tokens), 16384)}  # fmt: skip
+    chosen = gpu_common.SERVER | {"max_total_tokens": max(2 * most * (_PROMPT_LENGTH + args.max_new_tokens), 16384)}  # fmt: skip
     if not args.no_cuda_graph:
         del chosen["disable_cuda_graph"]
         chosen |= {"cuda_graph_max_bs": most, "disable_piecewise_cuda_graph": True}

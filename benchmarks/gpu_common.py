@@ -38,9 +38,9 @@ DTYPE = torch.bfloat16
 PROMPTS = [[5, 6, 7, 100, 200], [100, 200, 300, 400]]
 SERVER: dict[str, Any] = {
     "attention_backend": "triton", "sampling_backend": "pytorch", "grammar_backend": "none", "disable_cuda_graph": True,
-    "mem_fraction_static": 0.3, "skip_tokenizer_init": True, "skip_server_warmup": True, "context_length": 1024,
+    "mem_fraction_static": 0.8, "max_total_tokens": 32768, "skip_tokenizer_init": True, "skip_server_warmup": True, "context_length": 1024,
 }  # fmt: skip
-"""Kernels that need no compiler on the machine, no tokenizer, and room for a trainer."""
+"""Kernels that need no compiler on the machine, no tokenizer, and, by a bound on the tokens, room for a trainer."""
 DUMMY: dict[str, Any] = {"load_format": "dummy"}
 """For a folder with a config.json alone."""
 

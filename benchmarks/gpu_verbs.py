@@ -166,7 +166,7 @@ class Run:
 
     # --- sleep and wake ------------------------------------------------------------------------------------------
 
-    def cycles(self, found: dict[str, Any], *, parts: bool | None) -> None:
+    def cycles(self, found: dict[str, Any], *, parts: bool) -> None:
         """The training step's order, again and again."""
         engine = self.engine
         engine.wake(timeout_s=CALL_S)  # an earlier part may have failed in the middle
@@ -189,7 +189,7 @@ class Run:
         found["lent"] = [rank.num_lent for rank in report.ranks]
         found["warnings"] = list(report.warnings)
 
-    def cycle(self, number: int, parts: bool | None, kept: dict[str, list[Any]]) -> None:
+    def cycle(self, number: int, parts: bool, kept: dict[str, list[Any]]) -> None:
         engine = self.engine
         tags = ["kv_cache"] if number % 5 == 4 else ["kv_cache", "weights"]
         seconds = {"generate": self.timed(lambda: engine.generate(PROMPTS, GREEDY, timeout_s=CALL_S))}
@@ -481,7 +481,7 @@ def main() -> None:
     run = Run(args, device, steps, folder)
     first = {
         "cycles_parts": (lambda found: run.cycles(found, parts=True), 210.0),
-        "cycles": (lambda found: run.cycles(found, parts=None), 210.0),
+        "cycles": (lambda found: run.cycles(found, parts=False), 210.0),
     }
     lora = {"lora_across_sleep": (run.lora_across_sleep, 120.0)}
     if not run.served("saver_lora", SAVER | LORA, first | lora):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tpcolocate.in_server.tpcolocate_receiver.replay import Beside, Replay
+from tpcolocate.in_server.tpcolocate_receiver.replay import Lanes, Replay
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(60)]
 
@@ -27,10 +27,11 @@ def test_an_error_in_the_work_comes_out():
         replay.run(lambda: int("no number"))
 
 
-def test_work_beside_is_done_at_once_on_a_cpu():
+def test_lanes_do_their_work_at_once_on_a_cpu():
     done = []
-    beside = Beside(torch.device("cpu"))
-    with beside.what_was_queued():
-        done.append(1)
-    beside.join()
-    assert done == [1]
+    lanes = Lanes(torch.device("cpu"))
+    for i in range(5):
+        with lanes.lane(i):
+            done.append(i)
+    lanes.join()
+    assert done == list(range(5))

@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from tpcolocate.errors import DeadlineError
-from tpcolocate.in_server.tpcolocate_receiver.replay import Replay
+from tpcolocate.in_server.tpcolocate_receiver.replay import Lanes, Replay
 from tpcolocate.in_server.tpcolocate_receiver.sums import word_sum, word_view
 from tpcolocate.weights.items import Derived, Item
 from tpcolocate.weights.loans import Loans
@@ -453,13 +453,16 @@ class Sums:
         of_piece = moves.sums.unbind()
 
         def queue() -> None:
-            for piece, words, out in zip(moves.direct, moves.words, of_piece):
+            lanes = Lanes(device)
+            for i, (piece, words, out) in enumerate(zip(moves.direct, moves.words, of_piece)):
                 if words is not None:
                     shape, strides, offset = words
                     view = torch.empty(0, dtype=torch.int64, device=device)
                     storage = tensors[piece.name].local.untyped_storage()
                     view.set_(storage, offset, shape, strides)  # type: ignore[call-overload]
-                    torch.sum(view, dim=tuple(range(len(shape))), out=out)
+                    with lanes.lane(i):
+                        torch.sum(view, dim=tuple(range(len(shape))), out=out)
+            lanes.join()
 
         moves.replay.run(queue)
         for piece, words, out in zip(moves.direct, moves.words, of_piece):

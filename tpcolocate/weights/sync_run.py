@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from tpcolocate.errors import ConfigError, SyncError, TpColocateError, WeightsMismatchError
+from tpcolocate.in_server.tpcolocate_receiver.sums import checksum
 from tpcolocate.report import RankReport, SyncReport
 from tpcolocate.weights.delivery import WeightServer, some
 from tpcolocate.weights.items import full_tensor, is_collective, local_of
@@ -132,24 +133,24 @@ class SyncRun(Preflight, MovePhases, BucketPhases):
         error: BaseException | None = None
         with self.watch.phase("prepare"):
             try:
+                if self.sync.last is not None and self.sync.last.options == self.options:
+                    # Most likely this is the last sync's module, so the server need not wait for the answer.
+                    self.open()
                 prepared = self.prepare(source)
             except BaseException as caught:
                 error = caught
         with self.watch.phase("open"):
             try:
-                if prepared is not None and self.sync.server is not None:
-                    self.opening = Opening(
-                        self.sync.server,
-                        folder=self.sync.folder,
-                        loader=self.sync.loader,
-                        tp_size=0 if self.options.transport == "stock" else len(self.group),
-                        timeout_s=self.left("open the weight sync"),
-                    )
+                if prepared is not None:
+                    self.open()
                 if prepared is not None and prepared[1].repeats:
                     # While the server is waited for.  Most likely the other ranks see no change either.
                     assert self.sync.moves is not None
                     self.ready = self.get_ready(self.sync.moves[1])
-                if self.opening is not None:
+                if not self.sync.proven_ways and self.delivery.exports:
+                    # The first sync: a GPU loads each kernel when it is first used, which can as well be now.
+                    checksum(torch.zeros(8 * 2**14, dtype=torch.uint8, device=self.sync.device))
+                if prepared is not None and self.opening is not None:
                     greetings = self.opening.result()
                     self.delivery.workers = self.opening.workers
             except BaseException as caught:
@@ -175,6 +176,17 @@ class SyncRun(Preflight, MovePhases, BucketPhases):
         )
         steady = [one.steady for one in of_ranks]
         return weights, facts, {name for name, *each in zip(self.tensors, *steady) if set(each) == {"1"}}
+
+    def open(self) -> None:
+        """On the owner: begin to hold generation and to reach the workers, if that has not been begun."""
+        if self.sync.server is not None and self.opening is None:
+            self.opening = Opening(
+                self.sync.server,
+                folder=self.sync.folder,
+                loader=self.sync.loader,
+                tp_size=0 if self.options.transport == "stock" else len(self.group),
+                timeout_s=self.left("open the weight sync"),
+            )
 
     def planned_bucket_bytes(self, weights: Weights, of_ranks: list[_Facts]) -> int:
         free = [one.free for one in of_ranks if one.free is not None]

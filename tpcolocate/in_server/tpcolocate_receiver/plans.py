@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .boxes import box_of, is_covered, whole
-from .replay import Beside, Replay
+from .replay import Lanes, Replay
 from .sums import word_sum, word_view
 from .watch import Copy, Recorder, storage_of
 
@@ -275,16 +275,14 @@ class Program:
 
     def _queue(self, views: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
         """All copies, and the sums of the targets that can be viewed in whole words."""
-        beside = Beside(self._dst[0].device)
-        for first, last in self._stretches():
-            # One by one: a batched copy of tensors this large is a quarter slower on an H100.
-            for dst, src in views[first:last]:
+        lanes = Lanes(self._dst[0].device)
+        # One by one: a batched copy of tensors this large is a quarter slower on an H100.
+        for i, ((dst, src), words, out) in enumerate(zip(views, self._words, self._sum_of)):
+            with lanes.lane(i):
                 dst.copy_(src)
-            with beside.what_was_queued():
-                for words, out in zip(self._words[first:last], self._sum_of[first:last]):
-                    if words is not None:
-                        torch.sum(words, dim=tuple(range(words.dim())), out=out)
-        beside.join()
+                if words is not None:
+                    torch.sum(words, dim=tuple(range(words.dim())), out=out)
+        lanes.join()
 
     def _viewed(self, regions: dict[str, torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Target and source of every copy; in whole words where both sides allow it, which is faster where rows are cut."""
@@ -294,20 +292,6 @@ class Program:
             src_words = word_view(src) if words is not None and dtype == dst.dtype else None
             found.append((dst, src) if words is None or src_words is None else (words, src_words))
         return found
-
-    def _stretches(self) -> list[tuple[int, int]]:
-        """Runs of pieces, of some hundred megabytes each: first, and the one after the last."""
-        found, first, size = [], 0, 0
-        for i, dst in enumerate(self._dst):
-            size += dst.numel() * dst.element_size()
-            if size >= _STRETCH_BYTES or i + 1 == len(self._dst):
-                found.append((first, i + 1))
-                first, size = i + 1, 0
-        return found
-
-
-# Sums of one stretch run while the next one is copied.  Measured on an H100 between 32 MiB and 16 GiB: 512 MiB is best.
-_STRETCH_BYTES = 512 * 2**20
 
 
 def _mark(tensor: torch.Tensor) -> Any:

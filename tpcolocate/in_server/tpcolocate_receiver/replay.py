@@ -64,24 +64,31 @@ class Replay:
         self._num_calls = 0
 
 
-class Beside:
-    """A second stream for what may run beside other work: each kernel's end leaves room that another's start can use.
+class Lanes:
+    """A few streams side by side: each kernel's end leaves room on the GPU that another's start can use.
 
     Args:
         device: Of the work; on a CPU it is done at once.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._device = device
+        self._streams: list[torch.cuda.Stream] = []
+        if device.type == "cuda":
+            self._streams = [torch.cuda.Stream(device) for _ in range(_NUM_LANES)]
+            for stream in self._streams:
+                stream.wait_stream(torch.cuda.current_stream(device))
 
-    def what_was_queued(self) -> contextlib.AbstractContextManager[Any]:
-        """Work that waits for everything queued so far, and for nothing after it."""
-        if self._stream is None:
+    def lane(self, number: int) -> contextlib.AbstractContextManager[Any]:
+        """Work that follows what the current stream held at the start, and its own lane's."""
+        if not self._streams:
             return contextlib.nullcontext()
-        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
-        return torch.cuda.stream(self._stream)
+        return torch.cuda.stream(self._streams[number % _NUM_LANES])
 
     def join(self) -> None:
-        """Have the current stream wait for it."""
-        if self._stream is not None:
-            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+        """Have the current stream wait for all lanes."""
+        for stream in self._streams:
+            torch.cuda.current_stream(self._device).wait_stream(stream)
+
+
+_NUM_LANES = 3
