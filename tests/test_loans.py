@@ -56,6 +56,23 @@ def test_a_loan_is_found_while_the_storage_is_the_same_at_the_same_place():
     assert taken == [loan] and len(loans) == 0 and loans.find(one) is None
 
 
+def test_the_state_tells_whether_anything_was_lent_or_taken_back_meanwhile():
+    loans = Loans(CPU)
+    storage = shared()
+    states = [loans.state]
+    loan = loans.lend(storage)
+    states.append(loans.state)
+    loans.note([storage])
+    loans.take(set())
+    assert loans.state == states[-1], "nothing has changed"
+    loans.take({loan.name})
+    states.append(loans.state)
+    loans.reclaim()
+    states.append(loans.state)
+    assert len(set(states)) == 4
+    loan.handle.reclaim()
+
+
 def test_what_the_engine_never_gave_back_is_reclaimed_after_its_end():
     loans = Loans(CPU)
     storage = shared()

@@ -13,7 +13,7 @@ from tpcolocate import ipc_payload
 from tpcolocate.in_server.tpcolocate_receiver.plans import Plans, Program, places_of
 from tpcolocate.in_server.tpcolocate_receiver.watch import Recorder, storage_of, views
 from tpcolocate.weights.knowledge import Knowledge
-from tpcolocate.weights.mover import Mover
+from tpcolocate.weights.mover import HeldAgain, Mover, layouts_of
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(120)]
 
@@ -189,3 +189,15 @@ def test_a_mesh_that_does_not_answer_is_a_missed_deadline():
     mover.deadline = 0.0
     with pytest.raises(DeadlineError, match="did not move their parts in time"):
         mover._finish(Slow())
+
+
+def test_tensors_that_lie_as_before_are_looked_at_when_they_are_needed():
+    mover = Mover(torch.device("cpu"), tp_rank=0, tp_ranks={0: 0}, tp_size=1)
+    first = {"a": torch.zeros(2, 3), "b": torch.zeros(4)}
+    layouts = layouts_of({name: mover.hold(tensor) for name, tensor in first.items()})
+    now = {"a": torch.ones(2, 3), "b": torch.ones(4)}
+    again = HeldAgain(now, layouts)
+    assert list(again) == ["a", "b"] and len(again) == 2 and "c" not in again
+    for name, tensor in now.items():
+        assert again[name].local.data_ptr() == tensor.data_ptr()
+        assert again[name].slab == mover.hold(tensor).slab and again[name].shape == tuple(tensor.shape)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from harness import Footprint, leftovers, run_ranks
 from test_engine import drive
 
@@ -330,6 +331,38 @@ def many_syncs_of_lent_memory(world):
     return repeated(world, 40)
 
 
+def a_sync_that_repeats(world):
+    """What has not changed is not looked at again; what has, on whichever rank, is."""
+    sync = world.engine._sync
+    found = {}
+
+    def step(name, seed):
+        world.perturb(seed)
+        report = world.engine.sync_weights(world.model)
+        [mine] = [r for r in report.ranks if r.rank == world.rank]
+        found[name] = {
+            "phases": set(mine.seconds) & {"plan", "export"}, "equal": world.generated() == world.expected(),
+            "proven": report.num_proven == report.num_tensors, "bytes": report.num_bytes,
+        }  # fmt: skip
+
+    for _ in range(2):
+        world.engine.sync_weights(world.model)
+    step("repeated", 21)
+    projection = world.model.model.layers[0].mlp.up_proj
+    projection.weight = torch.nn.Parameter(projection.weight.detach().clone().share_memory_())
+    step("a parameter elsewhere", 22)
+    for _ in range(2):
+        world.engine.sync_weights(world.model)
+    step("repeated again", 23)
+    if world.rank == 1:
+        sync.last = None
+    step("one rank is not sure", 24)
+    step("and is again", 25)
+    sync.knowledge._holders = ("workers", "of yore")
+    step("workers that are others", 26)
+    return found
+
+
 def memory_that_is_taken_back(world):
     """As when the trainer has moved its weights away: what only the worker still maps is called back by wake()."""
     lent = world.engine._sync.mover.loans
@@ -384,7 +417,7 @@ CHECKS = [
     everything_is_proven, a_skipped_tensor, a_loader_that_fails, a_flipped_bit, a_flipped_bit_of_a_part, a_part_that_went_astray,
     staging_that_fails_on_one_rank, swapped_payloads, an_export_that_fails_on_one_rank, handles_that_do_not_open, files_in_a_folder,
     many_syncs, many_syncs_of_full_tensors, handles_of_lent_memory_that_do_not_open, lent_memory_that_changes_while_it_is_read,
-    many_syncs_of_lent_memory, memory_that_is_taken_back, lent_memory_of_another_model, one_payload_for_two_readers,
+    many_syncs_of_lent_memory, a_sync_that_repeats, memory_that_is_taken_back, lent_memory_of_another_model, one_payload_for_two_readers,
 ]  # fmt: skip
 
 
@@ -484,6 +517,16 @@ def test_parts_are_less_than_the_whole_and_lent_memory_is_not_staged(found):
     for (none, parts), (also_none, full), (direct, nothing) in zip(staged["bytes"], whole["bytes"], lent["bytes"]):
         assert (none, also_none, nothing) == (0, 0, 0) and full >= model
         assert direct == parts and model / 2 <= parts < 0.55 * model, "half of it, and the norms"
+
+
+def test_a_sync_repeats_the_last_one_only_if_every_rank_finds_all_as_it_was(found):
+    for value in results(found, a_sync_that_repeats):
+        assert all(step["equal"] and step["proven"] for step in value.values())
+        assert len({step["bytes"] for step in value.values()}) == 1
+        assert {name: step["phases"] for name, step in value.items()} == {
+            "repeated": set(), "a parameter elsewhere": {"plan"}, "repeated again": set(), "one rank is not sure": {"plan"},
+            "and is again": set(), "workers that are others": {"export"},
+        }  # fmt: skip
 
 
 def test_memory_that_the_trainer_dropped_comes_back(found):

@@ -49,6 +49,8 @@ class Loans:
         self._loans: dict[int, Loan] = {}
         self._seen: dict[int, tuple[StorageWeakRef, int]] = {}
         self._numbers = itertools.count()
+        self.state = 0
+        """Another number whenever something was lent or taken back."""
 
     def __len__(self) -> int:
         return len(self._loans)
@@ -99,6 +101,7 @@ class Loans:
         handle.drop_storage()
         loan = Loan(f"loan{next(self._numbers)}", handle, StorageWeakRef(storage), storage.data_ptr(), storage.nbytes())
         self._loans[storage._cdata] = loan
+        self.state += 1
         # On a CPU the export may have moved it.
         self._seen[storage._cdata] = (StorageWeakRef(storage), storage.data_ptr())
         return loan
@@ -106,6 +109,7 @@ class Loans:
     def take(self, names: set[str]) -> list[Loan]:
         """Take loans out of the books; the worker has been or will be told to let go of them."""
         taken = [loan for loan in self._loans.values() if loan.name in names]
+        self.state += bool(taken)
         self._loans = {key: loan for key, loan in self._loans.items() if loan.name not in names}
         return taken
 
@@ -130,6 +134,7 @@ class Loans:
         for loan in self._loans.values():
             loan.handle.reclaim()
         self._loans.clear()
+        self.state += 1
 
 
 __all__ = ["Loan", "Loans"]

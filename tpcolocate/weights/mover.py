@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cached_property
@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from tpcolocate.errors import DeadlineError
 from tpcolocate.in_server.tpcolocate_receiver.replay import Lanes, Replay
 from tpcolocate.in_server.tpcolocate_receiver.sums import word_sum, word_view
-from tpcolocate.weights.items import Derived, Item
+from tpcolocate.weights.items import Derived, Item, local_of
 from tpcolocate.weights.loans import Loans
 from tpcolocate.weights.moves import Box, Piece, ReadsOfRanks, cut, pieces_of, place, shards, whole
 
@@ -49,6 +49,38 @@ class Held:
     @property
     def slab(self) -> Box:
         return self.slabs[self.position]
+
+
+class HeldAgain(Mapping[str, Held]):
+    """Tensors that lie as they did at the last sync, each looked at only when it is needed.
+
+    Args:
+        items: What lies here now.
+        layouts: As they were.
+    """
+
+    def __init__(self, items: Mapping[str, torch.Tensor], layouts: Layouts) -> None:
+        self._items = items
+        self._layouts = layouts
+
+    def __getitem__(self, name: str) -> Held:
+        shape, slabs, position, group = self._layouts[name]
+        return Held(shape, local_of(self._items[name]), slabs, position, group)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layouts)
+
+    def __len__(self) -> int:
+        return len(self._layouts)
+
+
+Layouts = dict[str, tuple[tuple[int, ...], tuple[Box, ...], int, dist.ProcessGroup | None]]
+"""Tensor -> its shape, and slabs, position and group as in `Held`."""
+
+
+def layouts_of(tensors: Mapping[str, Held]) -> Layouts:
+    """How tensors lie, without their memory."""
+    return {name: (one.shape, one.slabs, one.position, one.group) for name, one in tensors.items()}
 
 
 _Layout = tuple[tuple[Box, ...], int, dist.ProcessGroup | None]
@@ -200,8 +232,7 @@ class Mover:
         if found is None:
             return None
         slabs, position, group = found
-        # to_local() builds an autograd node for each tensor, which costs more than the rest of a sync.
-        local = tensor._local_tensor.detach()
+        local = local_of(tensor)
         if tuple(local.shape) != slabs[position].lengths:
             return None
         return Held(shape, local, slabs, position, group)
@@ -556,4 +587,4 @@ def _numbers(sums: list[torch.Tensor]) -> list[int]:
     return torch.stack(sums).tolist()
 
 
-__all__ = ["Held", "Mover", "Moves", "Ready", "Step", "Sums"]
+__all__ = ["Held", "HeldAgain", "Layouts", "Mover", "Moves", "Ready", "Step", "Sums", "layouts_of"]

@@ -30,18 +30,17 @@ class MovePhases(SyncPhases):
         slices share their collectives, and an engine of theirs may have been started anew.
         """
         knowledge = self.sync.knowledge
-        groups = Mover.groups(self.tensors)
         if self.repeats and self.sync.last is not None:
-            number = self.sync.last.knowledge
-        elif self.delivery.transport == "ipc":
-            self.tensors = {
-                name: one for name, one in self.tensors.items() if knowledge.covers(name, one.shape, one.local.dtype)
-            }
+            groups, number = self.sync.last.groups, self.sync.last.knowledge
         else:
-            self.tensors = {}
+            groups = Mover.groups(self.tensors)
+            self.tensors = {
+                name: one
+                for name, one in self.tensors.items()
+                if self.delivery.transport == "ipc" and knowledge.covers(name, one.shape, one.local.dtype)
+            }
+            number = knowledge.digest(list(self.tensors)) if self.tensors else 0
         ready = bool(self.tensors)
-        if not self.repeats:
-            number = knowledge.digest(list(self.tensors)) if ready else 0
         self.mode_told = True
         for group in groups:
             flags = (int(ready), number, -number, int(self.repeats))

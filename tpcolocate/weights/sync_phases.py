@@ -62,7 +62,7 @@ class SyncPhases:
             copied=self.note_peak,
         )
         self.rest: Iterator[Items] = iter(())
-        self.tensors: dict[str, Held] = {}
+        self.tensors: Mapping[str, Held] = {}
         self.sharded = False
         self.touched = self.mode_told = self.moving = False
         self.staged = False

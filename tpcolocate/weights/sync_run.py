@@ -20,10 +20,9 @@ from tpcolocate.errors import ConfigError, SyncError, TpColocateError, WeightsMi
 from tpcolocate.in_server.tpcolocate_receiver.sums import checksum
 from tpcolocate.report import RankReport, SyncReport
 from tpcolocate.weights.delivery import WeightServer, some
-from tpcolocate.weights.items import full_tensor, is_collective, local_of
+from tpcolocate.weights.items import full_tensor, is_collective
 from tpcolocate.weights.memory import allocated_bytes, free_bytes, plan_bucket
-from tpcolocate.weights.mover import Held, Mover
-from tpcolocate.weights.moves import Box
+from tpcolocate.weights.mover import Held, HeldAgain, Layouts, Mover, layouts_of
 from tpcolocate.weights.opening import Greetings, Opening
 from tpcolocate.weights.options import SyncOptions
 from tpcolocate.weights.recognition import Remembered
@@ -43,14 +42,14 @@ class _Facts:
     Attributes:
         digest: Of names, shapes and dtypes; equal on all ranks.
         headline: The same for people.
-        free: Bytes that can be staged; not asked for (None) where nothing is.
+        free: Bytes that can be staged.
         steady: Names whose memory may be lent, as a digit for each.
         repeats: Whether this rank would do exactly what it did in the last sync.
     """
 
     digest: bytes
     headline: str
-    free: int | None
+    free: int
     steady: str
     repeats: bool = False
 
@@ -62,7 +61,9 @@ class Last:
     Attributes:
         options: Of the last sync.
         source: Its module.
-        layouts: Tensor -> where its shards lie: shape, slabs, position, group.
+        layouts: How its tensors lie.
+        groups: Among which they are sharded.
+        loans: State of the loans after it.
         facts: What this rank told.
         bucket_bytes: As planned.
         knowledge: Digest of what the workers read.
@@ -71,7 +72,9 @@ class Last:
 
     options: SyncOptions
     source: Remembered
-    layouts: dict[str, tuple[tuple[int, ...], tuple[Box, ...], int, dist.ProcessGroup | None]]
+    layouts: Layouts
+    groups: list[dist.ProcessGroup]
+    loans: int
     facts: _Facts
     bucket_bytes: int
     knowledge: int
@@ -167,13 +170,8 @@ class SyncRun(Preflight, MovePhases, BucketPhases):
         self.check_alike([(one.digest, one.headline) for one in of_ranks])
         _, self.delivery.session, plans = told[self.group.ranks.index(self.sync.owner_rank)]
         known = plans is not None and self.sync.knowledge.confirm(plans)
-        self.bucket_bytes = self.planned_bucket_bytes(weights, of_ranks)
-        self.repeats = (
-            known
-            and all(one.repeats for one in of_ranks)
-            and self.sync.last is not None
-            and self.bucket_bytes == self.sync.last.bucket_bytes
-        )
+        self.repeats = known and all(one.repeats for one in of_ranks)
+        self.plan_staging(weights, [one.free for one in of_ranks])
         steady = [one.steady for one in of_ranks]
         return weights, facts, {name for name, *each in zip(self.tensors, *steady) if set(each) == {"1"}}
 
@@ -188,12 +186,18 @@ class SyncRun(Preflight, MovePhases, BucketPhases):
                 timeout_s=self.left("open the weight sync"),
             )
 
-    def planned_bucket_bytes(self, weights: Weights, of_ranks: list[_Facts]) -> int:
-        free = [one.free for one in of_ranks if one.free is not None]
-        if len(free) < len(of_ranks):
-            assert self.sync.last is not None
-            return self.sync.last.bucket_bytes  # of memory that is not needed
-        return plan_bucket(
+    def plan_staging(self, weights: Weights, free: list[int]) -> None:
+        """Decide on the bucket's size; a sync that repeats the last one as far as is known may find less memory now.
+
+        Args:
+            weights: Of this sync.
+            free: Bytes on every rank of the slice.
+        """
+        last, moves = self.sync.last, self.sync.moves
+        if self.repeats and last is not None and moves is not None and not moves[1].steps:
+            self.bucket_bytes = last.bucket_bytes  # nothing is staged, however little is free
+            return
+        self.bucket_bytes = plan_bucket(
             self.options.bucket_bytes,
             free,
             largest=max((padded_bytes(tensor) for _, tensor in weights.known or ()), default=0),
@@ -201,6 +205,7 @@ class SyncRun(Preflight, MovePhases, BucketPhases):
             copies=len(self.group) if self.sync.device.type == "cpu" else 1,
             gathered=weights.reading_bytes,
         )
+        self.repeats = self.repeats and last is not None and self.bucket_bytes == last.bucket_bytes
 
     def prepare(self, source: Source) -> tuple[Weights, _Facts]:
         again = self.prepare_again(source)
@@ -220,9 +225,8 @@ class SyncRun(Preflight, MovePhases, BucketPhases):
             if self.sync.spec is not None and not self.options.partial:
                 self.sync.spec.check_complete([*(name for name, _ in weights.known), *weights.aliases])
             if self.options.parts and self.options.payloads == "per_rank" and self.options.transport in ("auto", "ipc"):
-                for name, tensor in weights.known:
-                    if (one := self.sync.mover.hold(tensor)) is not None:
-                        self.tensors[name] = one
+                held = ((name, self.sync.mover.hold(tensor)) for name, tensor in weights.known)
+                self.tensors = {name: one for name, one in held if one is not None}
                 steady = self.sync.mover.loans.note([one.local.untyped_storage() for one in self.tensors.values()])
                 if self.sync.lending_refused is not None:
                     steady = [False] * len(steady)
@@ -238,25 +242,18 @@ class SyncRun(Preflight, MovePhases, BucketPhases):
 
     def prepare_again(self, source: Source) -> tuple[Weights, _Facts] | None:
         """The same, if this rank finds everything as it was at the last sync."""
-        last, loans = self.sync.last, self.sync.mover.loans
+        last = self.sync.last
         if last is None or self.sync.moves is None or last.options != self.options:
+            return None
+        if last.loans != self.sync.mover.loans.state:
             return None
         weights = last.source.recognise(source)
         if weights is None or weights.known is None:
             return None
-        tensors = {
-            name: Held(shape, local_of(item), slabs, position, group)
-            for (name, item), (shape, slabs, position, group) in zip(weights.known, last.layouts.values())
-            if isinstance(item, torch.Tensor)
-        }
-        moves = self.sync.moves[1]
-        if any(loans.find(tensors[name].local.untyped_storage()) is None for name in moves.lent):
-            return None
-        self.tensors = tensors
-        self.sharded = weights.is_sharded
+        self.tensors = HeldAgain({n: item for n, item in weights.known if isinstance(item, torch.Tensor)}, last.layouts)
+        self.sharded = bool(last.groups)
         self.wait_for_the_trainer()
-        free = free_bytes(self.sync.device) if moves.steps else None
-        return weights, replace(last.facts, free=free, repeats=True)
+        return weights, replace(last.facts, free=free_bytes(self.sync.device), repeats=True)
 
     def remember(self, source: Source, weights: Weights, facts: _Facts, tensors: Mapping[str, Held]) -> Last | None:
         """For the next sync: of a sync that moved everything, and lent all that it may."""
@@ -270,9 +267,17 @@ class SyncRun(Preflight, MovePhases, BucketPhases):
         found = Remembered.of(source, weights)
         if found is None:
             return None
-        layouts = {name: (one.shape, one.slabs, one.position, one.group) for name, one in tensors.items()}
-        knowledge = self.sync.knowledge.digest(list(tensors))
-        return Last(self.options, found, layouts, facts, self.bucket_bytes, knowledge, self.num_bytes)
+        return Last(
+            self.options,
+            found,
+            layouts_of(tensors),
+            Mover.groups(tensors),
+            loans.state,
+            facts,
+            self.bucket_bytes,
+            self.sync.knowledge.digest(list(tensors)),
+            self.num_bytes,
+        )
 
     def wait_for_the_trainer(self) -> None:
         """The workers' streams know nothing of those that the weights were computed on."""
