@@ -12,8 +12,9 @@ from torch import nn
 from tpcolocate import ipc_payload
 from tpcolocate.in_server.tpcolocate_receiver.plans import Plans, Program, places_of
 from tpcolocate.in_server.tpcolocate_receiver.watch import Recorder, storage_of, views
+from tpcolocate.weights.held import HeldAgain, layouts_of
 from tpcolocate.weights.knowledge import Knowledge
-from tpcolocate.weights.mover import HeldAgain, Mover, layouts_of
+from tpcolocate.weights.mover import Mover
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(120)]
 

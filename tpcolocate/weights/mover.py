@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cached_property
@@ -17,89 +17,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor import DTensor
 
 from tpcolocate.errors import DeadlineError
 from tpcolocate.in_server.tpcolocate_receiver.replay import Lanes, Replay
 from tpcolocate.in_server.tpcolocate_receiver.sums import word_sum, word_view
+from tpcolocate.weights.held import Held, Layout, layout_of
 from tpcolocate.weights.items import Derived, Item, local_of
 from tpcolocate.weights.loans import Loans
 from tpcolocate.weights.moves import Box, Piece, ReadsOfRanks, cut, pieces_of, place, shards, whole
-
-
-@dataclass(frozen=True, slots=True)
-class Held:
-    """One tensor as this rank holds it.
-
-    Attributes:
-        shape: Of the whole tensor.
-        local: What lies here, detached.
-        slabs: What each rank of `group` holds.
-        position: This rank's in `group`.
-        group: The ranks among which the tensor is sharded; None: all of it lies here.
-    """
-
-    shape: tuple[int, ...]
-    local: torch.Tensor
-    slabs: tuple[Box, ...]
-    position: int = 0
-    group: dist.ProcessGroup | None = None
-
-    @property
-    def slab(self) -> Box:
-        return self.slabs[self.position]
-
-
-class HeldAgain(Mapping[str, Held]):
-    """Tensors that lie as they did at the last sync, each looked at only when it is needed.
-
-    Args:
-        items: What lies here now.
-        layouts: As they were.
-    """
-
-    def __init__(self, items: Mapping[str, torch.Tensor], layouts: Layouts) -> None:
-        self._items = items
-        self._layouts = layouts
-
-    def __getitem__(self, name: str) -> Held:
-        shape, slabs, position, group = self._layouts[name]
-        return Held(shape, local_of(self._items[name]), slabs, position, group)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._layouts)
-
-    def __len__(self) -> int:
-        return len(self._layouts)
-
-
-Layouts = dict[str, tuple[tuple[int, ...], tuple[Box, ...], int, dist.ProcessGroup | None]]
-"""Tensor -> its shape, and slabs, position and group as in `Held`."""
-
-
-def layouts_of(tensors: Mapping[str, Held]) -> Layouts:
-    """How tensors lie, without their memory."""
-    return {name: (one.shape, one.slabs, one.position, one.group) for name, one in tensors.items()}
-
-
-_Layout = tuple[tuple[Box, ...], int, dist.ProcessGroup | None]
-
-
-def _layout(shape: tuple[int, ...], mesh: DeviceMesh, placements: tuple[Placement, ...]) -> _Layout | None:
-    """Slabs, this rank's position among them, and the group; see `Held`."""
-    if any(type(p) not in (Shard, Replicate) for p in placements):
-        return None
-    sharded = [i for i, p in enumerate(placements) if isinstance(p, Shard)]
-    if not sharded:
-        return (whole(shape),), 0, None
-    if len(sharded) > 1:
-        return None
-    axis = sharded[0]
-    placement = placements[axis]
-    assert isinstance(placement, Shard)
-    slabs = tuple(shards(shape, placement.dim % len(shape), mesh.size(axis)))
-    return slabs, mesh.get_local_rank(axis), mesh.get_group(axis)
 
 
 @dataclass(slots=True)
@@ -212,7 +138,7 @@ class Mover:
         self.deadline = math.inf
         """Of the sync in progress, in `time.monotonic` time: for the collectives over the meshes of the weights."""
         self._numbers = itertools.count()
-        self._layouts: dict[object, _Layout | None] = {}
+        self._layouts: dict[object, Layout | None] = {}
 
     def hold(self, tensor: Item) -> Held | None:
         """How a tensor lies among the ranks; None for what only `full_tensor` can put together, or compute.
@@ -227,7 +153,7 @@ class Mover:
             return Held(shape, tensor.detach(), (whole(shape),))
         kind = (shape, tensor.device_mesh, tensor.placements)
         if kind not in self._layouts:
-            self._layouts[kind] = _layout(*kind)
+            self._layouts[kind] = layout_of(*kind)
         found = self._layouts[kind]
         if found is None:
             return None
@@ -587,4 +513,4 @@ def _numbers(sums: list[torch.Tensor]) -> list[int]:
     return torch.stack(sums).tolist()
 
 
-__all__ = ["Held", "HeldAgain", "Layouts", "Mover", "Moves", "Ready", "Step", "Sums", "layouts_of"]
+__all__ = ["Mover", "Moves", "Ready", "Step", "Sums"]

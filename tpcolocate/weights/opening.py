@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -34,20 +35,26 @@ class Opening:
         self._loader = loader
         self._tp_size = tp_size
         self._deadline = time.monotonic() + timeout_s
+        self._lock = threading.Lock()
+        self._is_closed = False
         self._task = Task(self._open, name="tpcolocate open")
 
     def _open(self) -> Greetings | None:
         self._server.begin_sync(timeout_s=self._left())
         if not self._tp_size:
             return None
-        self.workers = self._server.open_workers(
+        workers = self._server.open_workers(
             self._folder / f"{self.session}.sock",
             self.session,
             loader=self._loader,
             tp_size=self._tp_size,
             timeout_s=self._left(),
         )
-        greetings = self.workers.greet(timeout_s=self._left())
+        with self._lock:
+            self.workers = workers
+            if self._is_closed:  # nobody waits for them any more
+                workers.close()
+        greetings = workers.greet(timeout_s=self._left())
         for tp_rank, greeting in greetings.items():
             if greeting["error"] is not None:
                 raise SyncError(f"TP rank {tp_rank}: {greeting['error']}")
@@ -65,10 +72,12 @@ class Opening:
         return self._task.result()
 
     def close(self, *, timeout_s: float) -> None:
-        """Let the workers go, if they have come; waits for those that are on their way."""
+        """Let the workers go; those that are still on their way after `timeout_s` are sent back when they come."""
         self._task.wait(timeout_s)
-        if self.workers is not None:
-            self.workers.close()
+        with self._lock:
+            self._is_closed = True
+            if self.workers is not None:
+                self.workers.close()
 
 
 __all__ = ["Greetings", "Opening"]

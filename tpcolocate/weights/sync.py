@@ -24,7 +24,8 @@ from tpcolocate.weights.mover import Mover, Moves
 from tpcolocate.weights.options import SyncOptions
 from tpcolocate.weights.source import Source
 from tpcolocate.weights.spec import ModelSpec
-from tpcolocate.weights.sync_run import Last, SyncRun
+from tpcolocate.weights.sync_run import SyncRun
+from tpcolocate.weights.sync_start import Last
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from tpcolocate import ipc_payload
-from tpcolocate.errors import SyncError, TpColocateError, WeightsMismatchError
+from tpcolocate.errors import SyncError, TpColocateError
 from tpcolocate.weights.items import Item, Items, full_bytes, full_tensor, is_collective
 from tpcolocate.weights.sync_phases import RETURN_S, SyncPhases
 
@@ -149,19 +149,6 @@ class BucketPhases(SyncPhases):
             # The reader's streams know nothing of ours.
             torch.cuda.current_stream(flat.device).synchronize()
         return flat
-
-    def check(self, shapes: list[tuple[str, torch.Size]]) -> None:
-        if self.sync.spec is not None:
-            self.sync.spec.check(shapes)
-
-    def check_alike(self, told: list[tuple[bytes, str]]) -> None:
-        """Refuse ranks whose weights differ.  Pure: every rank comes to the same error."""
-        if len({digest for digest, _ in told}) > 1:
-            said = "; ".join(f"rank {rank}: {headline}" for rank, (_, headline) in zip(self.group.ranks, told))
-            raise WeightsMismatchError(
-                f"the ranks hold different weights: {said}",
-                hint="every rank must pass the same names in the same order",
-            )
 
 
 def buckets(weights: Iterable[tuple[str, Item]], bucket_bytes: int) -> Iterator[Items]:

@@ -10,13 +10,16 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
+
 from tpcolocate import ipc_payload
-from tpcolocate.errors import DeadlineError, SyncError
+from tpcolocate.errors import DeadlineError, SyncError, WeightsMismatchError
 from tpcolocate.report import Stopwatch
 from tpcolocate.weights.delivery import Delivery, Replies, WeightServer
+from tpcolocate.weights.held import Held
 from tpcolocate.weights.items import Items
 from tpcolocate.weights.memory import allocated_bytes
-from tpcolocate.weights.mover import Held, Ready
+from tpcolocate.weights.mover import Ready
 from tpcolocate.weights.opening import Opening
 from tpcolocate.weights.options import SyncOptions
 
@@ -137,6 +140,19 @@ class SyncPhases:
             if reply["error"] is not None:
                 raise SyncError(f"TP rank {tp_rank} could not {what}: {reply['error']}", rank=self.sync.owner_rank)
         return replies
+
+    def check(self, shapes: list[tuple[str, torch.Size]]) -> None:
+        if self.sync.spec is not None:
+            self.sync.spec.check(shapes)
+
+    def check_alike(self, told: list[tuple[bytes, str]]) -> None:
+        """Refuse ranks whose weights differ.  Pure: every rank comes to the same error."""
+        if len({digest for digest, _ in told}) > 1:
+            said = "; ".join(f"rank {rank}: {headline}" for rank, (_, headline) in zip(self.group.ranks, told))
+            raise WeightsMismatchError(
+                f"the ranks hold different weights: {said}",
+                hint="every rank must pass the same names in the same order",
+            )
 
     def number(self) -> int:
         self.num_commands += 1

@@ -1,0 +1,243 @@
+"""How a sync starts: the weights are read or recognised, the ranks compare what they hold, the workers are reached."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+
+from tpcolocate.errors import ConfigError, WeightsMismatchError
+from tpcolocate.in_server.tpcolocate_receiver.sums import checksum
+from tpcolocate.weights.held import Held, HeldAgain, Layouts, layouts_of
+from tpcolocate.weights.memory import free_bytes, plan_bucket
+from tpcolocate.weights.mover import Mover
+from tpcolocate.weights.opening import Greetings, Opening
+from tpcolocate.weights.options import SyncOptions
+from tpcolocate.weights.recognition import Remembered
+from tpcolocate.weights.source import Source, Weights
+from tpcolocate.weights.sync_buckets import headline, padded_bytes
+from tpcolocate.weights.sync_moves import MovePhases
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What one rank tells the others before anything is sent.
+
+    Attributes:
+        digest: Of names, shapes and dtypes; equal on all ranks.
+        headline: The same for people.
+        free: Bytes that can be staged.
+        steady: Names whose memory may be lent, as a digit for each.
+        repeats: Whether this rank would do exactly what it did in the last sync.
+    """
+
+    digest: bytes
+    headline: str
+    free: int
+    steady: str
+    repeats: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Last:
+    """What the next sync may find to be the same; without any of the trainer's memory.
+
+    Attributes:
+        options: Of the last sync.
+        source: Its module.
+        layouts: How its tensors lie.
+        groups: Among which they are sharded.
+        loans: State of the loans after it.
+        facts: What this rank told.
+        bucket_bytes: As planned.
+        knowledge: Digest of what the workers read.
+        num_bytes: Of all weights.
+    """
+
+    options: SyncOptions
+    source: Remembered
+    layouts: Layouts
+    groups: list[dist.ProcessGroup]
+    loans: int
+    facts: Facts
+    bucket_bytes: int
+    knowledge: int
+    num_bytes: int
+
+
+class StartPhases(MovePhases):
+    """From the source to the agreement on what there is to send, and on whether this sync repeats the last one."""
+
+    def get_going(self, source: Source) -> tuple[Weights, Facts, set[str]]:
+        """Read and check the weights on every rank, hold generation, reach the workers, compare what the ranks hold.
+
+        Returns:
+            The weights, what this rank told of them, and the names whose memory may be lent.
+        """
+        prepared: tuple[Weights, Facts] | None = None
+        greetings: Greetings | None = None
+        error: BaseException | None = None
+        with self.watch.phase("prepare"):
+            try:
+                if self.sync.last is not None and self.sync.last.options == self.options:
+                    # Most likely this is the last sync's module, so the server need not wait for the answer.
+                    self.open()
+                prepared = self.prepare(source)
+            except BaseException as caught:
+                error = caught
+        with self.watch.phase("open"):
+            try:
+                if prepared is not None:
+                    self.open()
+                if prepared is not None and prepared[1].repeats:
+                    # While the server is waited for.  Most likely the other ranks see no change either.
+                    assert self.sync.moves is not None
+                    self.ready = self.get_ready(self.sync.moves[1])
+                if not self.sync.proven_ways and self.delivery.exports:
+                    # The first sync: a GPU loads each kernel when it is first used, which can as well be now.
+                    checksum(torch.zeros(8 * 2**14, dtype=torch.uint8, device=self.sync.device))
+                if prepared is not None and self.opening is not None:
+                    greetings = self.opening.result()
+                    self.delivery.workers = self.opening.workers
+            except BaseException as caught:
+                error = caught
+            mine = (
+                None if prepared is None else prepared[1],
+                "" if self.opening is None else self.opening.session,
+                None if greetings is None else [greetings[k]["plans"] for k in range(len(self.group))],
+            )
+            told = self.agree(error, mine, what="prepare a weight sync")
+        assert prepared is not None
+        weights, facts = prepared
+        of_ranks: list[Facts] = [one for one, *_ in told if one is not None]
+        self.check_alike([(one.digest, one.headline) for one in of_ranks])
+        _, self.delivery.session, plans = told[self.group.ranks.index(self.sync.owner_rank)]
+        known = plans is not None and self.sync.knowledge.confirm(plans)
+        self.repeats = known and all(one.repeats for one in of_ranks)
+        self.plan_staging(weights, [one.free for one in of_ranks])
+        steady = [one.steady for one in of_ranks]
+        return weights, facts, {name for name, *each in zip(self.tensors, *steady) if set(each) == {"1"}}
+
+    def open(self) -> None:
+        """On the owner: begin to hold generation and to reach the workers, if that has not been begun."""
+        if self.sync.server is not None and self.opening is None:
+            self.opening = Opening(
+                self.sync.server,
+                folder=self.sync.folder,
+                loader=self.sync.loader,
+                tp_size=0 if self.options.transport == "stock" else len(self.group),
+                timeout_s=self.left("open the weight sync"),
+            )
+
+    def plan_staging(self, weights: Weights, free: list[int]) -> None:
+        """Decide on the bucket's size; a sync that repeats the last one as far as is known may find less memory now.
+
+        Args:
+            weights: Of this sync.
+            free: Bytes on every rank of the slice.
+        """
+        last, moves = self.sync.last, self.sync.moves
+        if self.repeats and last is not None and moves is not None and not moves[1].steps:
+            self.bucket_bytes = last.bucket_bytes  # nothing is staged, however little is free
+            return
+        self.bucket_bytes = plan_bucket(
+            self.options.bucket_bytes,
+            free,
+            largest=max((padded_bytes(tensor) for _, tensor in weights.known or ()), default=0),
+            # Ranks of a CPU slice share one /dev/shm.
+            copies=len(self.group) if self.sync.device.type == "cpu" else 1,
+            gathered=weights.reading_bytes,
+        )
+        self.repeats = self.repeats and last is not None and self.bucket_bytes == last.bucket_bytes
+
+    def prepare(self, source: Source) -> tuple[Weights, Facts]:
+        again = self.prepare_again(source)
+        if again is not None:
+            return again
+        expected = None if self.sync.spec is None else self.sync.spec.shapes
+        weights = Weights(source, expected=expected, rename=self.options.rename)
+        self.sharded = weights.is_sharded
+        steady: list[bool] = []
+        if weights.known is not None:
+            if not weights.known:
+                raise ConfigError("there are no weights to sync", hint="pass a module with parameters")
+            repeated = _repeated(name for name, _ in weights.known)
+            if repeated is not None:
+                raise WeightsMismatchError(f"{repeated} is given twice", hint="names must be unique")
+            self.check([(name, tensor.shape) for name, tensor in weights.known])
+            if self.sync.spec is not None and not self.options.partial:
+                self.sync.spec.check_complete([*(name for name, _ in weights.known), *weights.aliases])
+            if self.options.parts and self.options.payloads == "per_rank" and self.options.transport in ("auto", "ipc"):
+                held = ((name, self.sync.mover.hold(tensor)) for name, tensor in weights.known)
+                self.tensors = {name: one for name, one in held if one is not None}
+                steady = self.sync.mover.loans.note([one.local.untyped_storage() for one in self.tensors.values()])
+                if self.sync.lending_refused is not None:
+                    steady = [False] * len(steady)
+                self.wait_for_the_trainer()
+        contents = None if weights.known is None else [(n, tuple(t.shape), t.dtype) for n, t in weights.known]
+        digest = hashlib.sha256(repr((contents, list(self.tensors) == [n for n, *_ in contents or ()])).encode())
+        return weights, Facts(
+            digest.digest(),
+            "a generator" if contents is None else headline(contents),
+            free_bytes(self.sync.device),
+            "".join("1" if one else "0" for one in steady),
+        )
+
+    def prepare_again(self, source: Source) -> tuple[Weights, Facts] | None:
+        """The same, if this rank finds everything as it was at the last sync."""
+        last = self.sync.last
+        if last is None or self.sync.moves is None or last.options != self.options:
+            return None
+        if last.loans != self.sync.mover.loans.state:
+            return None
+        weights = last.source.recognise(source)
+        if weights is None or weights.known is None:
+            return None
+        self.tensors = HeldAgain({n: item for n, item in weights.known if isinstance(item, torch.Tensor)}, last.layouts)
+        self.sharded = bool(last.groups)
+        self.wait_for_the_trainer()
+        return weights, replace(last.facts, free=free_bytes(self.sync.device), repeats=True)
+
+    def remember(self, source: Source, weights: Weights, facts: Facts, tensors: Mapping[str, Held]) -> Last | None:
+        """For the next sync: of a sync that moved everything, and lent all that it may."""
+        assert weights.known is not None
+        loans = self.sync.mover.loans
+        if list(tensors) != [name for name, _ in weights.known] or any(
+            flag == "0" and self.sync.lending_refused is None and loans.can_be_mapped(one.local.untyped_storage())
+            for flag, one in zip(facts.steady, tensors.values())
+        ):
+            return None
+        found = Remembered.of(source, weights)
+        if found is None:
+            return None
+        return Last(
+            self.options,
+            found,
+            layouts_of(tensors),
+            Mover.groups(tensors),
+            loans.state,
+            facts,
+            self.bucket_bytes,
+            self.sync.knowledge.digest(list(tensors)),
+            self.num_bytes,
+        )
+
+    def wait_for_the_trainer(self) -> None:
+        """The workers' streams know nothing of those that the weights were computed on."""
+        if self.sync.device.type == "cuda":
+            torch.cuda.synchronize(self.sync.device)
+
+
+def _repeated(names: Iterator[str]) -> str | None:
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
+
+
+__all__ = ["Facts", "Last", "StartPhases"]
