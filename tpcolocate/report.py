@@ -17,8 +17,8 @@ class RankReport:
         seconds: Seconds per phase: ``prepare`` (checks and agreement), ``open`` (until the TP workers listen),
             ``preflight`` (where one was made), ``lend`` and ``plan`` (where parts are moved), ``gather`` (weights into
             staging memory), ``export`` (checksums and handles), ``push`` (the workers, waited for by every rank),
-            ``settle`` (until they let go of the handles), ``prove`` (comparison of what they hold), ``finish`` (flush,
-            version).
+            ``settle`` (until they let go of the handles), ``prove`` (comparison of what they hold), ``finish`` (the
+            workers' end, version).  A sync that repeats the last one has neither ``lend`` nor ``plan``.
         num_exported: Handles this rank exported for this sync.
         num_returned: Handles of those that it saw come back; equal to `num_exported` after a good sync.
         num_lent: Handles of this rank's own parameters that the engine keeps open from sync to sync.
@@ -57,7 +57,8 @@ class SyncReport:
         checked_against: Where the names and shapes came from that the weights were checked against.
         num_replayed: Tensors that the workers copied by a plan learned at an earlier sync, without the engine's loader.
         worker_seconds: Seconds inside the TP workers, the slowest one's: ``open`` (map the handles), ``check``
-            (checksum), ``load``, ``compare`` (read the parameters back); empty with ``transport="stock"``.
+            (checksum), ``load``, ``compare`` (read the parameters back); of parts, ``load`` and in it ``copy`` (with the sums); empty
+            with ``transport="stock"``.
         num_proven: Tensors whose values were read back from the parameters of every TP rank and equal what was sent.
         unproven: Names for which that cannot be told (the engine transforms them while loading), or all that were
             sent where nothing was read back (``transport="stock"``).
