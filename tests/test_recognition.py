@@ -65,6 +65,10 @@ def rename_a_layer(module):
     del module.first
 
 
+def see_the_same_memory_otherwise(module):
+    module.first.weight = nn.Parameter(module.first.weight.detach().t())
+
+
 def swap_two_names(module):
     module.first, module.norm = module.norm, module.first
 
@@ -78,6 +82,7 @@ def swap_two_names(module):
         add_a_parameter,
         take_one_away,
         rename_a_layer,
+        see_the_same_memory_otherwise,
         swap_two_names,
     ],
 )
@@ -99,6 +104,18 @@ def test_another_module_is_not_taken_for_the_same():
     module = Small()
     _, found = remembered(module)
     assert found.recognise(Small()) is None
+    twin = Small()
+    twin.first, twin.norm = module.first, module.norm
+    assert found.recognise(twin) is None, "the same tensors may mean something else in it"
+
+
+def test_a_new_name_alone_is_a_change():
+    module = nn.Sequential()
+    module.add_module("old", nn.Linear(2, 2))
+    _, found = remembered(module)
+    assert found.recognise(module) is not None
+    module._modules["new"] = module._modules.pop("old")
+    assert found.recognise(module) is None
 
 
 def test_tied_weights_keep_their_names_and_aliases():

@@ -1,5 +1,7 @@
 """What the verbs ask of a server, in which order, and what they make of its answers; no server."""
 
+import time
+
 import pytest
 import torch
 
@@ -75,6 +77,19 @@ def test_a_sync_pauses_and_drops_the_cache_before_anything_is_sent(version, expe
     bodies = dict(client.asked)
     assert bodies["/pause_generation"] == {"mode": "retract"}
     assert bodies["/update_weight_version"] == {"new_version": "7", "abort_all_requests": False}
+
+
+def test_nothing_is_generated_before_a_session_is_closed():
+    class Slow(Captured):
+        def _answer(self, path):
+            if path == "/end_weight_update":
+                time.sleep(0.3)
+                assert GO_ON not in self.paths
+            return super()._answer(path)
+
+    client = Slow("0.5.21")
+    synced(client)
+    assert client.paths[-1] == GO_ON
 
 
 @pytest.mark.parametrize("mode", ["retract", "abort", "in_place"])
