@@ -38,8 +38,7 @@ from tpcolocate.errors import LayoutError, RankFailedError, RankLostError, TpCol
 T = TypeVar("T")
 
 # One gloo round carries this many bytes a rank; an ok-or-error nearly always fits, and so does what is told of a
-# bucket, so that agreement costs one round (0.6 ms between two processes on two cores, whether of 2 KiB or of 16) and
-# not a size exchange before it.
+# bucket, so that agreement costs one round, which takes as long for 2 KiB as for 16, and not a size exchange before it.
 _FRAME_BYTES = 8192
 # How long one wait lasts before the members are looked at.  gloo notices a closed connection by
 # itself; this is for the peer that died before its connection was made.

@@ -51,7 +51,7 @@ class HeldAgain(Mapping[str, Held]):
 
     def __getitem__(self, name: str) -> Held:
         shape, slabs, position, group = self._layouts[name]
-        return Held(shape, local_of(self._items[name]), slabs, position, group)
+        return Held(shape, local_of(self._items[name]).detach(), slabs, position, group)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._layouts)

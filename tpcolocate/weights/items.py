@@ -68,9 +68,9 @@ def is_collective(item: Item) -> bool:
 
 
 def local_of(item: torch.Tensor) -> torch.Tensor:
-    """What lies here of a tensor, detached."""
+    """What lies here of a tensor."""
     # to_local() builds an autograd node, for every tensor at every sync.
-    return (item._local_tensor if isinstance(item, DTensor) else item).detach()
+    return item._local_tensor if isinstance(item, DTensor) else item
 
 
 def full_bytes(item: Item) -> int:

@@ -88,11 +88,6 @@ class Moves:
     replay: Replay | None = None
 
     @cached_property
-    def lent(self) -> list[str]:
-        """Tensors whose memory here the worker maps."""
-        return list(dict.fromkeys(piece.name for piece in self.direct))
-
-    @cached_property
     def direct_bytes(self) -> int:
         """What the worker copies out of mapped memory."""
         return sum(piece.num_bytes for piece in self.direct)
@@ -158,7 +153,7 @@ class Mover:
         if found is None:
             return None
         slabs, position, group = found
-        local = local_of(tensor)
+        local = local_of(tensor).detach()
         if tuple(local.shape) != slabs[position].lengths:
             return None
         return Held(shape, local, slabs, position, group)

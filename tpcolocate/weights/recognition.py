@@ -1,6 +1,6 @@
 """Whether a module is what it was at the last sync, found out without naming its weights again.
 
-Naming, checking and comparing the weights of an 8B model takes longer than copying them.  What is remembered of a module
+Naming, checking and comparing hundreds of weights can take as long as copying them.  What is remembered of a module
 holds no memory: weak references, addresses, and how each weight is made of one of the module's tensors.
 """
 
@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from tpcolocate.weights.items import Derived, Items
+from tpcolocate.weights.items import Derived, Items, local_of
 from tpcolocate.weights.source import Source, Weights
 
 _Part = tuple[torch.Size, tuple[int, ...], int]
@@ -71,7 +71,7 @@ class Remembered:
             weakref.ref(source),
             layout,
             [weakref.ref(tensor) for tensor in tensors],
-            [_local(tensor).data_ptr() for tensor in tensors],
+            [local_of(tensor).data_ptr() for tensor in tensors],
             found,
             dict(weights.aliases),
         )
@@ -84,7 +84,7 @@ class Remembered:
         if layout != self.layout or len(tensors) != len(self.tensors):
             return None
         for tensor, before, place in zip(tensors, self.tensors, self.places):
-            if before() is not tensor or _local(tensor).data_ptr() != place:
+            if before() is not tensor or local_of(tensor).data_ptr() != place:
                 return None
         known: Items = [
             (name, tensors[number] if part is None else tensors[number].detach().as_strided(*part))
@@ -118,13 +118,8 @@ def _walk(module: nn.Module) -> tuple[list[tuple[str, ...]], list[torch.Tensor]]
     return layout, list(tensors.values())
 
 
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    # to_local() builds an autograd node, for every tensor at every sync.
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
-
-
 def _storage_of(tensor: torch.Tensor) -> Any:
-    return _local(tensor).untyped_storage()._cdata
+    return local_of(tensor).untyped_storage()._cdata
 
 
 __all__ = ["Remembered"]

@@ -7,13 +7,12 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 import torch
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from tpcolocate.errors import ConfigError
 from tpcolocate.weights import merging
 from tpcolocate.weights.conversion import to_checkpoint
-from tpcolocate.weights.items import Derived, Item, Items, full_tensor, is_collective, reading_bytes
+from tpcolocate.weights.items import Derived, Item, Items, full_tensor, is_collective, local_of, reading_bytes
 from tpcolocate.weights.names import without_wrappers
 
 Source = nn.Module | Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]
@@ -156,8 +155,7 @@ def _memory(item: Item) -> object:
     """Equal exactly for tensors that are one: a state dict holds tied weights as two views of one memory."""
     if isinstance(item, Derived):
         return id(item)
-    # to_local() builds an autograd node, for every tensor at every sync.
-    local = item._local_tensor if isinstance(item, DTensor) else item
+    local = local_of(item)
     # An empty shard has no address, and its rank must tell the same tensors apart as those that hold data.
     place = local.data_ptr() if local.numel() else local.untyped_storage()._cdata
     return place, item.dtype, item.shape, local.stride()

@@ -31,7 +31,7 @@ class MovePhases(SyncPhases):
         """
         knowledge = self.sync.knowledge
         if self.repeats and self.sync.last is not None:
-            groups, number = self.sync.last.groups, self.sync.last.knowledge
+            groups = self.sync.last.groups
         else:
             groups = Mover.groups(self.tensors)
             self.tensors = {
@@ -39,8 +39,8 @@ class MovePhases(SyncPhases):
                 for name, one in self.tensors.items()
                 if self.delivery.transport == "ipc" and knowledge.covers(name, one.shape, one.local.dtype)
             }
-            number = knowledge.digest(list(self.tensors)) if self.tensors else 0
         ready = bool(self.tensors)
+        number = knowledge.digest(list(self.tensors)) if ready else 0
         self.mode_told = True
         for group in groups:
             flags = (int(ready), number, -number, int(self.repeats))

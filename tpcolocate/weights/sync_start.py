@@ -53,7 +53,6 @@ class Last:
         loans: State of the loans after it.
         facts: What this rank told.
         bucket_bytes: As planned.
-        knowledge: Digest of what the workers read.
         num_bytes: Of all weights.
     """
 
@@ -64,7 +63,6 @@ class Last:
     loans: int
     facts: Facts
     bucket_bytes: int
-    knowledge: int
     num_bytes: int
 
 
@@ -82,7 +80,7 @@ class StartPhases(MovePhases):
         error: BaseException | None = None
         with self.watch.phase("prepare"):
             try:
-                if self.sync.last is not None and self.sync.last.options == self.options:
+                if self.last_alike() is not None:
                     # Most likely this is the last sync's module, so the server need not wait for the answer.
                     self.open()
                 prepared = self.prepare(source)
@@ -96,9 +94,7 @@ class StartPhases(MovePhases):
                     # While the server is waited for.  Most likely the other ranks see no change either.
                     assert self.sync.moves is not None
                     self.ready = self.get_ready(self.sync.moves[1])
-                if not self.sync.proven_ways and self.delivery.exports:
-                    # The first sync: a GPU loads each kernel when it is first used, which can as well be now.
-                    checksum(torch.zeros(8 * 2**14, dtype=torch.uint8, device=self.sync.device))
+                self.load_kernels()
                 if prepared is not None and self.opening is not None:
                     greetings = self.opening.result()
                     self.delivery.workers = self.opening.workers
@@ -131,6 +127,12 @@ class StartPhases(MovePhases):
                 tp_size=0 if self.options.transport == "stock" else len(self.group),
                 timeout_s=self.left("open the weight sync"),
             )
+
+    def load_kernels(self) -> None:
+        """Before the first sync's preflight: a GPU loads each kernel when it is first used, which can as well be now."""
+        is_first = not (self.sync.proven_ways or self.sync.refused_ways)
+        if is_first and self.sync.device.type == "cuda" and self.delivery.transport in ("auto", "ipc"):
+            checksum(torch.zeros(8 * 2**14, dtype=torch.uint8, device=self.sync.device))
 
     def plan_staging(self, weights: Weights, free: list[int]) -> None:
         """Decide on the bucket's size; a sync that repeats the last one as far as is known may find less memory now.
@@ -186,12 +188,17 @@ class StartPhases(MovePhases):
             "".join("1" if one else "0" for one in steady),
         )
 
+    def last_alike(self) -> Last | None:
+        """What is known of the last sync, unless it was another kind of sync or its loans are others by now."""
+        last = self.sync.last
+        if last is None or last.options != self.options or last.loans != self.sync.mover.loans.state:
+            return None
+        return last
+
     def prepare_again(self, source: Source) -> tuple[Weights, Facts] | None:
         """The same, if this rank finds everything as it was at the last sync."""
-        last = self.sync.last
-        if last is None or self.sync.moves is None or last.options != self.options:
-            return None
-        if last.loans != self.sync.mover.loans.state:
+        last = self.last_alike()
+        if last is None:
             return None
         weights = last.source.recognise(source)
         if weights is None or weights.known is None:
@@ -221,7 +228,6 @@ class StartPhases(MovePhases):
             loans.state,
             facts,
             self.bucket_bytes,
-            self.sync.knowledge.digest(list(tensors)),
             self.num_bytes,
         )
 

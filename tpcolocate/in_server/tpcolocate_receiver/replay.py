@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 class Replay:
     """Queues the same kernels at every call: call by call the first time, as a CUDA graph from the second time on.
 
-    Eight hundred kernels of some microseconds each take longer to queue from Python than to run.  The graph keeps
+    Hundreds of short kernels can take longer to queue from Python than to run.  The graph keeps
     addresses, not memory: whoever calls makes sure that everything lies where it lay.
 
     Args:
@@ -45,7 +45,7 @@ class Replay:
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(self._device)
         stream.wait_stream(torch.cuda.current_stream(self._device))
         try:
-            # Not torch.cuda.graph(): that collects garbage first, which takes a second in a large process.
+            # Not torch.cuda.graph(): that collects garbage first, which takes long in a large process.
             with torch.cuda.stream(stream):
                 # Other threads of the process (NCCL's watchdog) may go on meanwhile.
                 graph.capture_begin(capture_error_mode="thread_local")
