@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from tpcolocate.parallel import Task, at_once
+from tpcolocate.parallel import at_once, in_background
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(60)]
 
@@ -37,11 +37,13 @@ def test_an_error_does_not_wait_for_a_call_that_hangs():
     release.set()
 
 
-def test_a_task_tells_whether_it_is_over_and_what_came_of_it():
+def test_a_call_in_the_background_tells_whether_it_is_over_and_what_came_of_it():
     release = threading.Event()
-    task = Task(lambda: release.wait(10) and "done", name="test")
-    assert not task.wait(0.01) and not task.is_over
+    future = in_background(lambda: release.wait(10) and "done", name="test")
+    with pytest.raises(TimeoutError):
+        future.result(timeout=0.01)
+    assert not future.done()
     release.set()
-    assert task.result() == "done" and task.is_over
+    assert future.result() == "done" and future.done()
     with pytest.raises(KeyError):
-        Task(lambda: fail(KeyError()), name="test").result()
+        in_background(lambda: fail(KeyError()), name="test").result()

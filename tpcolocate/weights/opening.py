@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
+from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
 
 from tpcolocate import ipc_payload
 from tpcolocate.errors import SyncError
-from tpcolocate.parallel import Task
+from tpcolocate.parallel import in_background
 from tpcolocate.weights.delivery import WeightServer, Workers
 
 Greetings = dict[int, dict[str, Any]]
@@ -37,7 +38,7 @@ class Opening:
         self._deadline = time.monotonic() + timeout_s
         self._lock = threading.Lock()
         self._is_closed = False
-        self._task = Task(self._open, name="tpcolocate open")
+        self._task = in_background(self._open, name="tpcolocate open")
 
     def _open(self) -> Greetings | None:
         self._server.begin_sync(timeout_s=self._left())
@@ -73,7 +74,7 @@ class Opening:
 
     def close(self, *, timeout_s: float) -> None:
         """Let the workers go; those that are still on their way after `timeout_s` are sent back when they come."""
-        self._task.wait(timeout_s)
+        wait([self._task], timeout_s)
         with self._lock:
             self._is_closed = True
             if self.workers is not None:
