@@ -8,15 +8,16 @@ commands in JSON until it is told to leave.  The request is answered when all of
 from __future__ import annotations
 
 import json
-import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
 import zmq
 
 from tpcolocate.errors import DeadlineError, EngineDeadError, EngineError, SyncError
+from tpcolocate.parallel import in_background
 
 _POLL_MS = 20
 _LEAVE_S = 5.0
@@ -40,16 +41,15 @@ class Channel:
         self._tp_size = tp_size
         self._due: dict[int, set[int]] = {}
         self._early: dict[tuple[int | None, int], dict[str, Any]] = {}
-        self._failure: BaseException | None = None
+        self._request: Future[None] | None = None
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        self._thread = threading.Thread(target=self._ask, args=(request,), name="tpcolocate sync", daemon=True)
         self._present: dict[int, dict[str, Any]] = {}
         try:
             self._socket.bind(f"ipc://{path}")
-            self._thread.start()
+            self._request = in_background(request, name="tpcolocate sync")
         except BaseException:
             self.close()
             raise
@@ -67,11 +67,14 @@ class Channel:
             self._present[tp_rank] = answer
         return self._present
 
-    def _ask(self, request: Callable[[], None]) -> None:
-        try:
-            request()
-        except BaseException as error:
-            self._failure = error
+    @property
+    def _is_asking(self) -> bool:
+        """Whether SGLang has the request and has not answered it."""
+        return self._request is not None and not self._request.done()
+
+    @property
+    def _failure(self) -> BaseException | None:
+        return None if self._request is None or self._is_asking else self._request.exception()
 
     def post(self, commands: Mapping[int, dict[str, Any]], number: int) -> None:
         """Send a command to each TP rank; `collect` has the answers.
@@ -107,7 +110,7 @@ class Channel:
 
     def _receive(self, deadline: float, what: str) -> tuple[int, dict[str, Any]]:
         while not self._socket.poll(_POLL_MS):
-            if not self._thread.is_alive():
+            if not self._is_asking:
                 if self._failure is not None:
                     raise self._failure
                 if not self._socket.poll(0):  # what came before the end still counts
@@ -125,7 +128,7 @@ class Channel:
         if self._socket.closed:
             return
         try:
-            if self._thread.is_alive():
+            if self._is_asking:
                 for tp_rank in self._present:
                     try:
                         self._socket.send_multipart(
@@ -133,7 +136,7 @@ class Channel:
                         )
                     except zmq.ZMQError:
                         pass  # it has left
-                self._thread.join(_LEAVE_S)
+                wait([self._request], _LEAVE_S)  # type: ignore[list-item]
         finally:
             self._socket.close()
             self._context.term()
@@ -148,7 +151,7 @@ class Channel:
         self.close()
         if self._failure is not None:
             raise self._failure
-        if self._thread.is_alive():
+        if self._is_asking:
             raise DeadlineError(
                 f"the engine did not answer within {_LEAVE_S:g} s after the weight sync was over",
                 hint="see the server's log",
