@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from concurrent.futures import wait
@@ -9,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from tpcolocate import ipc_payload
-from tpcolocate.errors import SyncError
+from tpcolocate.errors import SyncError, TpColocateError
 from tpcolocate.parallel import in_background
 from tpcolocate.weights.delivery import WeightServer, Workers
+
+logger = logging.getLogger(__name__)
 
 Greetings = dict[int, dict[str, Any]]
 """TP rank -> what its receiver said when it came."""
@@ -79,6 +82,14 @@ class Opening:
             self._is_closed = True
             if self.workers is not None:
                 self.workers.close()
+
+    def cancel(self, *, timeout_s: float) -> None:
+        """`close`, and have the engine go on with the weights it has; what cannot be told to it any more is logged."""
+        self.close(timeout_s=timeout_s)
+        try:
+            self._server.cancel_sync(timeout_s=timeout_s)
+        except TpColocateError as error:
+            logger.warning("the engine could not be told to go on: %s", error)
 
 
 __all__ = ["Greetings", "Opening"]

@@ -21,9 +21,11 @@ from tpcolocate.weights.knowledge import Knowledge
 from tpcolocate.weights.loans import Loan
 from tpcolocate.weights.memory import SlopeAlarm
 from tpcolocate.weights.mover import Mover, Moves
+from tpcolocate.weights.opening import Opening
 from tpcolocate.weights.options import SyncOptions
 from tpcolocate.weights.source import Source
 from tpcolocate.weights.spec import ModelSpec
+from tpcolocate.weights.sync_phases import GRACE_S
 from tpcolocate.weights.sync_run import SyncRun
 from tpcolocate.weights.sync_start import Last
 
@@ -195,26 +197,19 @@ class WeightSync:
         return sum(loan.num_bytes for loan in expired)
 
     def _release(self, server: WeightServer, of_ranks: list[list[str]], timeout_s: float) -> None:
-        session = ipc_payload.new_session()
-        server.begin_sync(timeout_s=timeout_s)
+        opening = Opening(server, folder=self.folder, loader=self.loader, tp_size=len(self.group), timeout_s=timeout_s)
         try:
-            workers = server.open_workers(
-                self.folder / f"{session}.sock",
-                session,
-                loader=self.loader,
-                tp_size=len(self.group),
-                timeout_s=timeout_s,
-            )
-            try:
-                workers.greet(timeout_s=timeout_s)
-                workers.post({k: {"do": "run", "for": k, "release": names} for k, names in enumerate(of_ranks)}, 0)
-                for tp_rank, reply in workers.collect(0, timeout_s=timeout_s).items():
-                    if reply["error"] is not None:
-                        raise SyncError(f"TP rank {tp_rank} did not let go of the trainer's memory: {reply['error']}")
-            finally:
-                workers.close()
-        finally:
-            server.cancel_sync(timeout_s=timeout_s)
+            opening.result()
+            assert opening.workers is not None
+            opening.workers.post({k: {"do": "run", "for": k, "release": names} for k, names in enumerate(of_ranks)}, 0)
+            for tp_rank, reply in opening.workers.collect(0, timeout_s=timeout_s).items():
+                if reply["error"] is not None:
+                    raise SyncError(f"TP rank {tp_rank} did not let go of the trainer's memory: {reply['error']}")
+        except BaseException:
+            opening.cancel(timeout_s=GRACE_S)
+            raise
+        opening.close(timeout_s=timeout_s)
+        server.cancel_sync(timeout_s=timeout_s)
 
     def returned(self, loans: list[Loan], *, timeout_s: float) -> None:
         """Wait until the workers have let go of loans that they were told to release, and forget them.

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from tpcolocate.errors import SyncError, TpColocateError
+from tpcolocate.errors import SyncError
 from tpcolocate.report import RankReport, SyncReport
 from tpcolocate.weights.delivery import WeightServer, some
 from tpcolocate.weights.items import full_tensor, is_collective
@@ -150,15 +150,12 @@ class SyncRun(StartPhases, Preflight, BucketPhases):
     def clean_up(self) -> None:
         """After a failure: no files left, and an engine that was not touched goes on with the weights it has."""
         self.sync.moves = self.sync.defined = self.sync.last = None  # the workers may not have got them
-        if self.opening is not None:
+        if self.opening is not None and self.touched:
             self.opening.close(timeout_s=GRACE_S)
+        elif self.opening is not None:
+            self.opening.cancel(timeout_s=GRACE_S)
         for number in range(self.num_commands):
             self.delivery.file(number).unlink(missing_ok=True)
-        if self.sync.server is not None and self.opening is not None and not self.touched:
-            try:
-                self.sync.server.cancel_sync(timeout_s=GRACE_S)
-            except TpColocateError as error:
-                logger.warning("the engine could not be told to go on: %s", error)
 
     def keep_company(self) -> None:
         """Take part in the collectives that are left, so that ranks of other slices do not wait in them."""
