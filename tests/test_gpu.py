@@ -88,7 +88,7 @@ def drive(rank, folder, world):
                 dist.barrier()
                 used.append(used_mib())
             found["used_parts"] = used
-            found["captured"] = engine._sync.moves[1].replay._graph is not None
+            found["captured"] = engine._sync.moves[1].in_place.is_replayed
             with torch.no_grad():  # in place, which the graphs must read anew; and elsewhere, which they must not
                 model.model.layers[0].mlp.up_proj.weight.mul_(1.5)
                 model.model.layers[1].mlp.up_proj.weight = torch.nn.Parameter(

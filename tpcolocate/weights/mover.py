@@ -10,9 +10,8 @@ import itertools
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,83 +19,12 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from tpcolocate.errors import DeadlineError
-from tpcolocate.in_server.tpcolocate_receiver.replay import Lanes, Replay
-from tpcolocate.in_server.tpcolocate_receiver.sums import word_sum, word_view
 from tpcolocate.weights.held import Held, Layout, layout_of
 from tpcolocate.weights.items import Derived, Item, local_of
 from tpcolocate.weights.loans import Loans
 from tpcolocate.weights.moves import Box, Piece, ReadsOfRanks, cut, pieces_of, place, shards, whole
-
-
-@dataclass(slots=True)
-class Step:
-    """What is staged at once.
-
-    Attributes:
-        group: Among whose ranks parts are sent; None if all of them lie here.
-        coming: Position in the group -> pieces that come from there.
-        going: Position in the group -> pieces that go there.
-        local: This rank's own pieces.
-        num_coming: Bytes of staging memory of what comes, by position.
-        num_going: Bytes of what goes, by position.
-        num_bytes: Staging memory in all.
-        is_sent: Whether any rank of the group sends anything; the all-to-all is left out otherwise.
-    """
-
-    group: dist.ProcessGroup | None
-    coming: list[list[Piece]] = field(default_factory=list)
-    going: list[list[Piece]] = field(default_factory=list)
-    local: list[Piece] = field(default_factory=list)
-    num_coming: list[int] = field(default_factory=list)
-    num_going: list[int] = field(default_factory=list)
-    num_bytes: int = 0
-    is_sent: bool = False
-
-    def staged(self) -> list[tuple[Piece, int]]:
-        """Everything that this rank's worker copies out of the staging memory, and where it lies."""
-        found: list[tuple[Piece, int]] = []
-        end = 0
-        for pieces, size in zip([*self.coming, self.local], [*self.num_coming, 0]):
-            found += zip(pieces, place(pieces, end)[0])
-            end += size
-        return found
-
-
-@dataclass
-class Moves:
-    """What this rank does in every sync of the same tensors.
-
-    Attributes:
-        key: Names the worker's programs.
-        direct: Pieces that the worker copies out of mapped memory.
-        steps: What is staged, one after the other.
-        stage_bytes: Size of one half of the staging memory.
-        send_bytes: Size of the memory that parts are sent from.
-        words: Where each of `direct` lies in its storage, in whole words, as shape, strides and offset; None where it does
-            not, or is cast.  Filled at the first sync; the moves are others when a tensor lies elsewhere.
-        sums: Of `direct`, of the sync in progress.
-        replay: How they are computed.
-    """
-
-    key: str
-    direct: list[Piece]
-    steps: list[Step]
-    stage_bytes: int
-    send_bytes: int
-    words: list[tuple[torch.Size, tuple[int, ...], int] | None] = field(default_factory=list)
-    sums: torch.Tensor | None = None
-    replay: Replay | None = None
-
-    @cached_property
-    def direct_bytes(self) -> int:
-        """What the worker copies out of mapped memory."""
-        return sum(piece.num_bytes for piece in self.direct)
-
-    @cached_property
-    def programs(self) -> dict[str, list[Piece]]:
-        """What the worker runs, in order: its name, and the pieces whose sums it tells."""
-        staged = {f"{self.key}/{i}": [piece for piece, _ in step.staged()] for i, step in enumerate(self.steps)}
-        return {f"{self.key}/direct": self.direct, **staged}
+from tpcolocate.weights.part_sums import Sums
+from tpcolocate.weights.steps import Moves, Step
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,11 +97,11 @@ class Mover:
 
     def least(self, group: dist.ProcessGroup, flags: Sequence[int]) -> list[int]:
         """The smallest of every number among the ranks of a group.  Collective: over the group."""
-        told = torch.tensor(flags, dtype=torch.int64, device=self._device_of(group))
-        self._finish(dist.all_reduce(told, op=dist.ReduceOp.MIN, group=group, async_op=True))
+        told = torch.tensor(flags, dtype=torch.int64, device=self.device_of(group))
+        self.finish(dist.all_reduce(told, op=dist.ReduceOp.MIN, group=group, async_op=True))
         return told.tolist()
 
-    def _finish(self, work: dist.Work | None) -> None:
+    def finish(self, work: dist.Work | None) -> None:
         """Wait for a collective over a mesh, on a CPU no longer than the sync may take.
 
         On a GPU this waits for nothing but orders the streams; a rank that stays away is then NCCL's watchdog's to end.
@@ -195,7 +123,7 @@ class Mover:
                 hint="the cause is the first error printed by another rank",
             ) from error
 
-    def _device_of(self, group: dist.ProcessGroup) -> torch.device:
+    def device_of(self, group: dist.ProcessGroup) -> torch.device:
         # Shards that were moved to the CPU still belong to a mesh of GPUs, whose groups take CUDA tensors alone.
         return torch.device("cpu") if "nccl" not in dist.get_backend(group) else self.device
 
@@ -275,8 +203,8 @@ class Mover:
         for name, one in tensors.items():
             step = self._step(group, {name: one}, reads, lent, True)
             mine.append((max(step.num_bytes, sum(step.num_going)), sum(step.num_coming)))
-        most = torch.tensor(mine, dtype=torch.int64, device=self._device_of(group))
-        self._finish(dist.all_reduce(most, op=dist.ReduceOp.MAX, group=group, async_op=True))
+        most = torch.tensor(mine, dtype=torch.int64, device=self.device_of(group))
+        self.finish(dist.all_reduce(most, op=dist.ReduceOp.MAX, group=group, async_op=True))
         return (
             {name: cost for name, (cost, _) in zip(tensors, most.tolist())},
             {name: coming > 0 for name, (_, coming) in zip(tensors, most.tolist())},
@@ -352,7 +280,7 @@ class Mover:
                     sources.append(piece.view(tensors[piece.name].local, tensors[piece.name].slab))
                 first += size
             _copy(targets, sources)
-            self._finish(
+            self.finish(
                 dist.all_to_all_single(
                     half[:end], sending[:first], step.num_coming, step.num_going, group=step.group, async_op=True
                 )
@@ -368,104 +296,6 @@ class Mover:
     def begin_sums(self, moves: Moves, tensors: Mapping[str, Held]) -> Sums:
         """Start to sum up everything that this rank's memory gives to any worker; on a GPU nothing is waited for."""
         return Sums(self, moves, tensors)
-
-
-class Sums:
-    """What every piece's target must sum up to, computed by whoever holds the piece.
-
-    Collective: `expected`, over the groups of the moves.
-    """
-
-    def __init__(self, mover: Mover, moves: Moves, tensors: Mapping[str, Held]) -> None:
-        self._mover, self._moves = mover, moves
-
-        def summed(pieces: Sequence[Piece]) -> list[torch.Tensor]:
-            found = []
-            for piece in pieces:
-                one = tensors[piece.name]
-                found.append(word_sum(piece.view(one.local, one.slab).to(mover.device, piece.read.dtype)))
-            return found
-
-        self._direct = self._summed_in_place(tensors)
-        self._local = [summed(step.local) for step in moves.steps]
-        self._going = [[summed(pieces) for pieces in step.going] for step in moves.steps]
-
-    def _summed_in_place(self, tensors: Mapping[str, Held]) -> torch.Tensor:
-        """Of what is read where it lies.  Most of a sync's tensors: views are made from what is known of them."""
-        moves, device = self._moves, self._mover.device
-        if len(moves.words) < len(moves.direct):
-            moves.words = [
-                _words(piece.view(tensors[piece.name].local, tensors[piece.name].slab), piece, device)
-                for piece in moves.direct
-            ]
-            moves.sums = torch.empty(len(moves.direct), dtype=torch.int64, device=device)
-            moves.replay = Replay(device)
-        if moves.sums is None or moves.replay is None:
-            return torch.empty(0, dtype=torch.int64)
-        of_piece = moves.sums.unbind()
-
-        def queue() -> None:
-            lanes = Lanes(device)
-            for i, (piece, words, out) in enumerate(zip(moves.direct, moves.words, of_piece)):
-                if words is not None:
-                    shape, strides, offset = words
-                    view = torch.empty(0, dtype=torch.int64, device=device)
-                    storage = tensors[piece.name].local.untyped_storage()
-                    view.set_(storage, offset, shape, strides)  # type: ignore[call-overload]
-                    with lanes.lane(i):
-                        torch.sum(view, dim=tuple(range(len(shape))), out=out)
-            lanes.join()
-
-        moves.replay.run(queue)
-        for piece, words, out in zip(moves.direct, moves.words, of_piece):
-            if words is None:
-                one = tensors[piece.name]
-                out.copy_(word_sum(piece.view(one.local, one.slab).to(device, piece.read.dtype)))
-        return moves.sums
-
-    def expected(self) -> dict[str, list[int]]:
-        """Program -> the sums that its worker must find, in the order of its pieces."""
-        moves = self._moves
-        found = {f"{moves.key}/direct": self._direct.tolist()}
-        coming = self._exchanged()
-        for i, step in enumerate(moves.steps):
-            sums: list[int] = []
-            for position, pieces in enumerate(step.coming):
-                sums += [next(coming[step.group, position]) for _ in pieces] if pieces else []
-            found[f"{moves.key}/{i}"] = sums + _numbers(self._local[i])
-        return found
-
-    def _exchanged(self) -> dict[tuple[dist.ProcessGroup | None, int], Any]:
-        """(group, position) -> the sums of what came from there, in the order in which it came."""
-        found: dict[tuple[dist.ProcessGroup | None, int], Any] = {}
-        groups: list[dist.ProcessGroup] = []
-        for step in self._moves.steps:
-            if step.group is not None and step.is_sent and step.group not in groups:
-                groups.append(step.group)
-        for group in groups:
-            steps = [(i, step) for i, step in enumerate(self._moves.steps) if step.group is group]
-            size = dist.get_world_size(group)
-            device = self._mover._device_of(group)
-            going = [[s for i, _ in steps for s in self._going[i][position]] for position in range(size)]
-            sent = [s for of_position in going for s in of_position]
-            out = (
-                torch.stack([s.to(device) for s in sent]) if sent else torch.empty(0, dtype=torch.int64, device=device)
-            )
-            counts = [sum(len(step.coming[position]) for _, step in steps) for position in range(size)]
-            came = torch.empty(sum(counts), dtype=torch.int64, device=device)
-            lengths = [len(of_position) for of_position in going]
-            self._mover._finish(dist.all_to_all_single(came, out, counts, lengths, group=group, async_op=True))
-            numbers = iter(came.tolist())
-            for position, count in enumerate(counts):
-                found[group, position] = iter(list(itertools.islice(numbers, count)))
-        return found
-
-
-def _words(view: torch.Tensor, piece: Piece, device: torch.device) -> tuple[torch.Size, tuple[int, ...], int] | None:
-    if view.dtype != piece.read.dtype or view.device != device:
-        return None
-    words = word_view(view)
-    return None if words is None else (words.shape, words.stride(), int(words.storage_offset()))
 
 
 def _within(pieces: Sequence[Piece], chunk: Box | None) -> list[Piece]:
@@ -502,10 +332,4 @@ def _copy(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
         torch._foreach_copy_(targets, sources)
 
 
-def _numbers(sums: list[torch.Tensor]) -> list[int]:
-    if not sums:
-        return []
-    return torch.stack(sums).tolist()
-
-
-__all__ = ["Mover", "Moves", "Ready", "Step", "Sums"]
+__all__ = ["Mover", "Ready"]

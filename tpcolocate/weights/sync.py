@@ -20,11 +20,12 @@ from tpcolocate.weights.delivery import WeightServer
 from tpcolocate.weights.knowledge import Knowledge
 from tpcolocate.weights.loans import Loan
 from tpcolocate.weights.memory import SlopeAlarm
-from tpcolocate.weights.mover import Mover, Moves
+from tpcolocate.weights.mover import Mover
 from tpcolocate.weights.opening import Opening
 from tpcolocate.weights.options import SyncOptions
 from tpcolocate.weights.source import Source
 from tpcolocate.weights.spec import ModelSpec
+from tpcolocate.weights.steps import Moves
 from tpcolocate.weights.sync_phases import GRACE_S
 from tpcolocate.weights.sync_run import SyncRun
 from tpcolocate.weights.sync_start import Last

@@ -15,8 +15,9 @@ from tpcolocate.errors import SyncError
 from tpcolocate.weights.delivery import Replies, slowest, some
 from tpcolocate.weights.items import full_bytes
 from tpcolocate.weights.loans import Loan
-from tpcolocate.weights.mover import Mover, Moves, Ready
+from tpcolocate.weights.mover import Mover, Ready
 from tpcolocate.weights.source import Weights
+from tpcolocate.weights.steps import Moves
 from tpcolocate.weights.sync_phases import RETURN_S, SyncPhases
 
 

@@ -27,6 +27,11 @@ class Replay:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._num_calls = 0
 
+    @property
+    def is_captured(self) -> bool:
+        """Whether the work is queued as a graph."""
+        return self._graph is not None
+
     def run(self, work: Callable[[], None]) -> None:
         """Queue the work on the current stream.
 

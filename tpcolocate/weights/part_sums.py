@@ -1,0 +1,148 @@
+"""What every part must sum up to: computed by whoever holds it, compared with what the worker finds."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from tpcolocate.in_server.tpcolocate_receiver.replay import Lanes, Replay
+from tpcolocate.in_server.tpcolocate_receiver.sums import word_sum, word_view
+from tpcolocate.weights.held import Held
+from tpcolocate.weights.moves import Piece
+from tpcolocate.weights.steps import Moves
+
+
+class Collectives(Protocol):
+    """What the exchange needs of a `Mover`."""
+
+    device: torch.device
+
+    def device_of(self, group: dist.ProcessGroup) -> torch.device: ...
+    def finish(self, work: dist.Work | None) -> None: ...
+
+
+class SumsInPlace:
+    """Of pieces that the worker reads where they lie, the same at every sync; the views are made from what is known of them.
+
+    Args:
+        pieces: In the order of the sums.
+        tensors: What lies here.  The sums hold as long as all of it lies there, and none of it is kept.
+        device: Of the sums.
+    """
+
+    def __init__(self, pieces: Sequence[Piece], tensors: Mapping[str, Held], device: torch.device) -> None:
+        self._pieces = pieces
+        self._device = device
+        self._words = [self._words_of(piece, tensors) for piece in pieces]
+        self._sums = torch.empty(len(pieces), dtype=torch.int64, device=device)
+        self._replay = Replay(device)
+
+    @property
+    def is_replayed(self) -> bool:
+        """Whether they are queued as a graph."""
+        return self._replay.is_captured
+
+    def _words_of(self, piece: Piece, tensors: Mapping[str, Held]) -> tuple[torch.Size, tuple[int, ...], int] | None:
+        """Shape, strides and offset of a piece in its storage, in whole words; None if it lies otherwise, or is cast."""
+        view = piece.view(tensors[piece.name].local, tensors[piece.name].slab)
+        if view.dtype != piece.read.dtype or view.device != self._device:
+            return None
+        words = word_view(view)
+        return None if words is None else (words.shape, words.stride(), int(words.storage_offset()))
+
+    def begin(self, tensors: Mapping[str, Held]) -> torch.Tensor:
+        """The sums, not waited for; overwritten at the next call."""
+        of_piece = self._sums.unbind()
+
+        def queue() -> None:
+            lanes = Lanes(self._device)
+            for i, (piece, words, out) in enumerate(zip(self._pieces, self._words, of_piece)):
+                if words is not None:
+                    shape, strides, offset = words
+                    view = torch.empty(0, dtype=torch.int64, device=self._device)
+                    storage = tensors[piece.name].local.untyped_storage()
+                    view.set_(storage, offset, shape, strides)  # type: ignore[call-overload]
+                    with lanes.lane(i):
+                        torch.sum(view, dim=tuple(range(len(shape))), out=out)
+            lanes.join()
+
+        if self._pieces:
+            self._replay.run(queue)
+        for piece, words, out in zip(self._pieces, self._words, of_piece):
+            if words is None:
+                one = tensors[piece.name]
+                out.copy_(word_sum(piece.view(one.local, one.slab).to(self._device, piece.read.dtype)))
+        return self._sums
+
+
+class Sums:
+    """What every piece's target must sum up to, computed by whoever holds the piece.
+
+    Collective: `expected`, over the groups of the moves.
+    """
+
+    def __init__(self, mover: Collectives, moves: Moves, tensors: Mapping[str, Held]) -> None:
+        self._mover, self._moves = mover, moves
+
+        def summed(pieces: Sequence[Piece]) -> list[torch.Tensor]:
+            found = []
+            for piece in pieces:
+                one = tensors[piece.name]
+                found.append(word_sum(piece.view(one.local, one.slab).to(mover.device, piece.read.dtype)))
+            return found
+
+        if moves.in_place is None:
+            moves.in_place = SumsInPlace(moves.direct, tensors, mover.device)
+        self._direct = moves.in_place.begin(tensors)
+        self._local = [summed(step.local) for step in moves.steps]
+        self._going = [[summed(pieces) for pieces in step.going] for step in moves.steps]
+
+    def expected(self) -> dict[str, list[int]]:
+        """Program -> the sums that its worker must find, in the order of its pieces."""
+        moves = self._moves
+        found = {f"{moves.key}/direct": self._direct.tolist()}
+        coming = self._exchanged()
+        for i, step in enumerate(moves.steps):
+            sums: list[int] = []
+            for position, pieces in enumerate(step.coming):
+                sums += [next(coming[step.group, position]) for _ in pieces] if pieces else []
+            found[f"{moves.key}/{i}"] = sums + _numbers(self._local[i])
+        return found
+
+    def _exchanged(self) -> dict[tuple[dist.ProcessGroup | None, int], Any]:
+        """(group, position) -> the sums of what came from there, in the order in which it came."""
+        found: dict[tuple[dist.ProcessGroup | None, int], Any] = {}
+        groups: list[dist.ProcessGroup] = []
+        for step in self._moves.steps:
+            if step.group is not None and step.is_sent and step.group not in groups:
+                groups.append(step.group)
+        for group in groups:
+            steps = [(i, step) for i, step in enumerate(self._moves.steps) if step.group is group]
+            size = dist.get_world_size(group)
+            device = self._mover.device_of(group)
+            going = [[s for i, _ in steps for s in self._going[i][position]] for position in range(size)]
+            sent = [s for of_position in going for s in of_position]
+            out = (
+                torch.stack([s.to(device) for s in sent]) if sent else torch.empty(0, dtype=torch.int64, device=device)
+            )
+            counts = [sum(len(step.coming[position]) for _, step in steps) for position in range(size)]
+            came = torch.empty(sum(counts), dtype=torch.int64, device=device)
+            lengths = [len(of_position) for of_position in going]
+            self._mover.finish(dist.all_to_all_single(came, out, counts, lengths, group=group, async_op=True))
+            numbers = iter(came.tolist())
+            for position, count in enumerate(counts):
+                found[group, position] = iter(list(itertools.islice(numbers, count)))
+        return found
+
+
+def _numbers(sums: list[torch.Tensor]) -> list[int]:
+    if not sums:
+        return []
+    return torch.stack(sums).tolist()
+
+
+__all__ = ["Sums", "SumsInPlace"]
