@@ -189,7 +189,7 @@ def test_a_mesh_that_does_not_answer_is_a_missed_deadline():
     mover = Mover(torch.device("cpu"), tp_rank=0, tp_ranks={0: 0}, tp_size=1)
     mover.deadline = 0.0
     with pytest.raises(DeadlineError, match="did not move their parts in time"):
-        mover._finish(Slow())
+        mover.finish(Slow())
 
 
 def test_tensors_that_lie_as_before_are_looked_at_when_they_are_needed():
