@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -46,6 +46,12 @@ class LoraLimits:
     max_rank: int | None = None
     target_modules: frozenset[str] | None = None
     max_loaded: int | None = None
+
+
+class Leaving(Protocol):
+    """What ends when a sync does: a `Channel`."""
+
+    def finish(self) -> None: ...
 
 
 class Verbs:
@@ -210,7 +216,7 @@ class Verbs:
             request=lambda: self.push(payloads, load_format=loader, timeout_s=timeout_s + _ANSWER_S),
         )
 
-    def end_sync(self, version: str, *, workers: Channel | None = None, timeout_s: float) -> None:
+    def end_sync(self, version: str, *, workers: Leaving | None = None, timeout_s: float) -> None:
         """Let the workers go, publish the version, and let generation go on unless the user has paused it.
 
         Requests that do not need each other are made at once: every one costs a millisecond or two.

@@ -15,6 +15,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from tpcolocate.in_server.tpcolocate_receiver.modules import modules_of
 from tpcolocate.weights.items import Derived, Items, local_of
 from tpcolocate.weights.source import Source, Weights
 
@@ -97,10 +98,7 @@ def _walk(module: nn.Module) -> tuple[list[tuple[str, ...]], list[torch.Tensor]]
     """Names of every module's parts, and all parameters and persistent buffers, each once."""
     layout: list[tuple[str, ...]] = []
     tensors: dict[int, torch.Tensor] = {}
-    # Not module.modules(), which takes longer than all the rest of this.
-    left, seen = [module], {id(module)}
-    while left:
-        one = left.pop()
+    for one in modules_of(module):
         if isinstance(one, FSDPModule):
             one.reshard()  # as FSDP2 does before a state dict: gathered parameters stand in the shards' place
         layout.append((*one._modules, *one._parameters))
@@ -111,10 +109,6 @@ def _walk(module: nn.Module) -> tuple[list[tuple[str, ...]], list[torch.Tensor]]
             for name, buffer in one._buffers.items():
                 if buffer is not None and name not in one._non_persistent_buffers_set:
                     tensors[id(buffer)] = buffer
-        for child in one._modules.values():
-            if child is not None and id(child) not in seen:
-                seen.add(id(child))
-                left.append(child)
     return layout, list(tensors.values())
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .boxes import box_of, is_covered, whole
+from .modules import modules_of
 from .replay import Lanes, Replay
 from .sums import word_sum, word_view
 from .watch import Copy, Recorder, storage_of
@@ -192,22 +193,14 @@ def _is_written(parameter: torch.Tensor, parts: Sequence[torch.Tensor]) -> bool:
 
 
 def places_of(model: Any) -> list[Place]:
-    """Where every parameter and buffer of a model lies now.
-
-    By hand, because a walk with names takes several times as long, and there is one for every bucket.
-    """
+    """Where every parameter and buffer of a model lies now."""
     found: list[Place] = []
-    modules, seen = [model], {model}
-    for module in modules:  # which grows
+    for module in modules_of(model):
         for table in (module._parameters, module._buffers):
             if table:
                 for name, tensor in table.items():
                     if tensor is not None:
                         found.append((table, name, tensor.data_ptr(), storage_of(tensor)))
-        for child in module._modules.values():
-            if child is not None and child not in seen:
-                seen.add(child)
-                modules.append(child)
     return found
 
 
