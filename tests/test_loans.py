@@ -101,21 +101,21 @@ def test_a_tensor_is_known_once_all_ranks_told_and_read_all_of_it():
         for k in (0, 1)
     }  # fmt: skip
     entries = [Entry(name, (4, 3)) for name in ("w", "half", "odd", "one", "none")]
-    knowledge.learn(told, entries, 2)
+    knowledge.learn(told, entries, 2, loaded=True)
     assert set(knowledge.reads) == {"w"}
     assert knowledge.covers("w", (4, 3), torch.float32)
     assert not knowledge.covers("w", (4, 3), torch.bfloat16) and not knowledge.covers("w", (3, 4), torch.float32)
     before = knowledge.digest(["w"])
     knowledge.confirm(("a", "b"))
     assert knowledge.digest(["w"]) == before
-    knowledge.learn({0: {}, 1: {}}, [Entry("w", (4, 3))], 2)
+    knowledge.learn({0: {}, 1: {}}, [Entry("w", (4, 3))], 2, loaded=True)
     assert knowledge.reads == {}, "a later load that could not be told"
 
 
 def test_workers_that_forgot_are_forgotten():
     knowledge = Knowledge()
     knowledge.confirm(("a", "b"))
-    knowledge.learn({k: {"w": ROWS[k]} for k in (0, 1)}, [Entry("w", (4, 3))], 2)
+    knowledge.learn({k: {"w": ROWS[k]} for k in (0, 1)}, [Entry("w", (4, 3))], 2, loaded=True)
     knowledge.confirm(("a", "c"))
     assert knowledge.reads == {} and not knowledge.covers("w", (4, 3), torch.float32)
 
@@ -126,7 +126,7 @@ def test_layers_that_are_told_of_in_the_same_words_are_told_apart_where_they_dif
     told = {k: {"a": ROWS[k], "b": ROWS[k], "taller": ROWS[k], "swapped": swapped[k]} for k in (0, 1)}
     entries = [Entry("a", (4, 3)), Entry("b", (4, 3)), Entry("taller", (8, 3)), Entry("swapped", (4, 3))]
     for _ in range(2):
-        knowledge.learn(told, entries, 2)
+        knowledge.learn(told, entries, 2, loaded=True)
         assert set(knowledge.reads) == {"a", "b", "swapped"}
         assert knowledge.reads["a"] == knowledge.reads["b"] == tuple(reversed(knowledge.reads["swapped"]))
         assert [read.box.starts for (read,) in knowledge.reads["a"]] == [(0, 0), (2, 0)]
@@ -137,6 +137,6 @@ def test_different_knowledge_has_different_numbers():
     for dtype in ("float32", "bfloat16"):
         knowledge = Knowledge()
         told = {k: {"w": [[*ROWS[k][0][:3], dtype]]} for k in (0, 1)}
-        knowledge.learn(told, [Entry("w", (4, 3))], 2)
+        knowledge.learn(told, [Entry("w", (4, 3))], 2, loaded=True)
         numbers.add(knowledge.digest(["w"]))
     assert len(numbers) == 2 and 0 not in numbers

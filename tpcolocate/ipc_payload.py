@@ -405,7 +405,11 @@ class Ledger:
 
     def export(self, flat: torch.Tensor, *, tp_rank: int, bucket: int) -> Handle:
         """`export` for one reader, entered before anybody can open it."""
-        handle = export(flat)
+        return self.export_storage(flat.untyped_storage(), tp_rank=tp_rank, bucket=bucket)
+
+    def export_storage(self, storage: torch.UntypedStorage, *, tp_rank: int, bucket: int) -> Handle:
+        """The same of any storage; it is kept until the handle has come back."""
+        handle = export_storage(storage)
         self._lines.append(_Line(handle, tp_rank, bucket))
         self.num_exported += 1
         return handle

@@ -89,6 +89,8 @@ class WeightSync:
         """What the last sync found, if it moved everything."""
         self.lent: frozenset[str] = frozenset()
         """Names whose memory the workers map from sync to sync; the same on every rank."""
+        self.rehearsal_refused: str | None = None
+        """Why the engine's loader cannot be learned without weights, if it cannot."""
         self.lending_refused: str | None = None
         """Why the engine cannot map the trainer's own memory, if it cannot."""
 

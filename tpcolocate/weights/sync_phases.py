@@ -68,6 +68,16 @@ class SyncPhases:
         self.tensors: Mapping[str, Held] = {}
         self.sharded = False
         self.touched = self.mode_told = self.moving = False
+        self.rehearsed = False
+        """Whether something was learned without weights in this sync."""
+        self.is_verified = True
+        """Whether what all slices know of their loaders has been seen to be true."""
+        self.samples: Iterator[Items] | None = None
+        """What the loaders are given to see that; None where it is not needed, or over."""
+        self.otherwise: tuple[str, ...] = ()
+        """Samples that the loader treated otherwise."""
+        self.borrowed: dict[int, str] = {}
+        """Storage (of this rank) that the worker maps for this sync alone -> what it calls it."""
         self.staged = False
         """Whether any rank exported memory for this sync alone; the same on every rank."""
         self.repeats = False
