@@ -17,6 +17,7 @@ from loaders import (
     LOADERS,
     Model,
     W,
+    asked_for_a_value,
     bits,
     bucket_of,
     cast_first,
@@ -35,7 +36,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tpcolocate import ipc_payload
 from tpcolocate.engine.channel import Channel
 from tpcolocate.groups import start_of, this_process
-from tpcolocate.in_server.tpcolocate_receiver import COMMAND, receive, sums, watch
+from tpcolocate.in_server.tpcolocate_receiver import COMMAND, hook, receive, sums, watch
 from tpcolocate.in_server.tpcolocate_receiver.handles import device_uuid, open_handle
 from tpcolocate.in_server.tpcolocate_receiver.hook import _apply
 from tpcolocate.in_server.tpcolocate_receiver.plans import Plans, Program, places_of
@@ -776,6 +777,47 @@ def test_memory_that_is_not_the_trainers_is_refused_before_a_parameter_is_touche
         answer = session.ask(load_command(tmp_path, sent(W), do=action, checksum=[1, 2]))
     assert answer["opened"] and answer["error"].startswith("RuntimeError: ")
     assert bits(model) == before
+
+
+def test_a_session_rehearses_tells_and_lets_samples_bear_it_out(tmp_path):
+    shapes, send = {"qkv": (8, 3)}, {"q": (4, 3), "k": (2, 3), "v": (2, 3)}
+    model = model_of(fused, shapes)
+    before = bits(model)
+    entries = [[name, "float32", list(shape)] for name, shape in send.items()]
+    with Session(model, tmp_path) as session:
+        told = session.ask({"do": "rehearse", "entries": entries})
+        again = session.ask({"do": "rehearse", "entries": entries})
+        assert told["error"] is None and told["learned"] == again["learned"]
+        assert {name: copies[0][1] for name, copies in told["learned"].items()} == {n: list(s) for n, s in send.items()}
+        assert bits(model) == before
+        sample = session.ask(load_command(tmp_path, {"k": sent(send)["k"]}, watch=True))
+        assert sample["error"] is None and sample["otherwise"] == [] and not sample["replayed"]
+        assert sample["learned"] == {"k": told["learned"]["k"]}
+        rest = session.ask(load_command(tmp_path, sent(send)))
+        assert rest["replayed"] and "otherwise" not in rest
+
+
+def test_a_session_says_why_a_loader_cannot_be_rehearsed(tmp_path):
+    model = model_of(asked_for_a_value, W)
+    before = bits(model)
+    with Session(model, tmp_path) as session:
+        told = session.ask({"do": "rehearse", "entries": [["w", "float32", [4, 4]]]})
+        assert "learned" not in told and "meta" in told["error"]
+        assert bits(model) == before
+        assert session.ask(load_command(tmp_path, sent(W)))["error"] is None
+
+
+def test_what_was_staged_is_let_go_before_the_session_ends(tmp_path):
+    tensor = sent(W)["w"]
+    handle = ipc_payload.write_file(tensor.view(-1).view(torch.uint8), tmp_path / "staged.safetensors")
+    with Session(model_of(plain, W), tmp_path) as session:
+        assert session.ask({"do": "run", "map": [["stage/0", handle], ["loan0", handle]]})["mapped"] == [
+            "stage/0",
+            "loan0",
+        ]
+        assert session.ask({"do": "unstage"})["error"] is None
+        assert list(hook._regions) == ["loan0"]
+        session.ask({"do": "run", "release": ["loan0"]})
 
 
 def test_a_probe_opens_and_loads_nothing(tmp_path):
