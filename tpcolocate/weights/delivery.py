@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -40,7 +41,7 @@ class Workers(Protocol):
 class WeightServer(Protocol):
     """What a sync needs of the engine; used on the owner only."""
 
-    def begin_sync(self, *, timeout_s: float) -> None: ...
+    def hold_generation(self, *, timeout_s: float) -> Future[None]: ...
     def cancel_sync(self, *, timeout_s: float) -> None: ...
     def push(self, payloads: Sequence[str], *, load_format: str, timeout_s: float) -> None: ...
     def open_workers(self, path: Path, session: str, *, loader: str, tp_size: int, timeout_s: float) -> Workers: ...
