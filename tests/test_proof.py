@@ -477,6 +477,29 @@ def a_loader_that_does_otherwise_than_it_rehearsed(world):
     return found
 
 
+def an_export_to_borrow_that_fails_on_one_rank(world):
+    """The library stages, as where loans cannot be made."""
+    world.model = copy.deepcopy(world.model)
+    world.model.share_memory()
+
+    def make(original):
+        def export_storage(storage):
+            if storage.nbytes() == world.model.model.norm.weight.untyped_storage().nbytes():
+                raise RuntimeError("no memory for a handle")
+            return original(storage)
+
+        return export_storage
+
+    with planted(ipc_payload, "export_storage", make, here=world.rank == 1):
+        reports, found = learned_anew(world, times=2)
+    world.engine._sync.lending_refused = None
+    return {
+        **found,
+        "direct": [r.direct_bytes for report in reports for r in report.ranks],
+        "back": all(r.num_exported == r.num_returned for r in reports[1].ranks),
+    }
+
+
 def samples_that_do_not_arrive(world):
     def make(original):
         def commands(self, flat, action, **options):
@@ -498,7 +521,7 @@ CHECKS = [
     staging_that_fails_on_one_rank, swapped_payloads, an_export_that_fails_on_one_rank, handles_that_do_not_open, files_in_a_folder,
     many_syncs, many_syncs_of_full_tensors, handles_of_lent_memory_that_do_not_open, lent_memory_that_changes_while_it_is_read,
     many_syncs_of_lent_memory, a_sync_that_repeats, memory_that_is_borrowed_for_the_first_sync, a_loader_that_cannot_be_rehearsed,
-    a_loader_that_does_otherwise_than_it_rehearsed, samples_that_do_not_arrive, memory_that_is_taken_back, lent_memory_of_another_model, one_payload_for_two_readers,
+    a_loader_that_does_otherwise_than_it_rehearsed, an_export_to_borrow_that_fails_on_one_rank, samples_that_do_not_arrive, memory_that_is_taken_back, lent_memory_of_another_model, one_payload_for_two_readers,
 ]  # fmt: skip
 
 
@@ -623,6 +646,13 @@ def test_a_first_sync_rehearses_and_borrows(found):
         assert all(0.6 < staged < 0.7 for staged in value["staged"][:2]) and value["staged"][2:] == [0, 0]
         assert value["direct"][:2] == value["direct"][2:] and all(0.5 <= direct < 0.55 for direct in value["direct"])
         assert value["lent"] == [False, False, True, True] and value["back"]
+
+
+def test_where_memory_cannot_be_exported_the_first_sync_stages(found):
+    for value in results(found, an_export_to_borrow_that_fails_on_one_rank):
+        assert value["equal"] and value["proven"] and value["by_plan"] == [True, True] and value["back"]
+        [warning] = value["warnings"]
+        assert "is not mapped by the engine: no memory for a handle" in warning and value["direct"] == [0] * 4
 
 
 @pytest.mark.parametrize("check, words", [

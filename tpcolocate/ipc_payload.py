@@ -356,7 +356,7 @@ class Outstanding:
     Attributes:
         rank: Global rank that exported it.
         tp_rank: TP rank it was made for.
-        bucket: Number of the bucket in its sync.
+        bucket: Number of the bucket in its sync; -2: the trainer's own memory, mapped for one sync.
         num_bytes: Of the bucket.
         count: The counter: 1 outstanding, below 0 over-released.
         fate: What is known.

@@ -158,7 +158,7 @@ class WeightSync:
             report = run.carry_out(source, touched)
         except BaseException as error:
             run.clean_up()
-            self.abandoned.append(run.ledger)
+            self.abandoned += [run.ledger, run.borrowed.ledger]
             # Ranks of other slices are in the same gathers: keep them company to the end, then tell.
             if isinstance(error, TpColocateError) and not isinstance(error, RankLostError):
                 run.keep_company()

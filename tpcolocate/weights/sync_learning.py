@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from tpcolocate.weights.delivery import some
+from tpcolocate.weights.delivery import Replies, WeightServer, some
 from tpcolocate.weights.items import full_tensor, is_collective
 from tpcolocate.weights.mover import Mover
 from tpcolocate.weights.source import Weights
 from tpcolocate.weights.sync_buckets import BucketPhases, buckets
-from tpcolocate.weights.sync_moves import MovePhases
+from tpcolocate.weights.sync_moves import CAN_BE_MAPPED, Lending, MovePhases
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +29,14 @@ class _Tensor:
 class LearningPhases(MovePhases, BucketPhases):
     """Where an engine is new: a plan before the first byte, instead of a whole model in buckets to watch it being loaded."""
 
-    def rehearse(self) -> None:
+    def rehearse(self, lending: Lending) -> None:
         """Have the workers go through their loader with descriptions of what they have not told of yet.
 
         Collective: over the slice.  The engine's weights stay as they are.  A loader that needs values is no error: it is
         watched while it loads, bucket by bucket.
+
+        Args:
+            lending: What may become of the tensors' memory; that which can be mapped is exported while the workers are busy.
         """
         knowledge = self.sync.knowledge
         if self.repeats or self.delivery.transport != "ipc" or self.sync.rehearsal_refused is not None:
@@ -50,8 +53,25 @@ class LearningPhases(MovePhases, BucketPhases):
         number = self.number()
         with self.watch.phase("learn"):
             what = "learn the engine's loader"
-            commands = [{"do": "rehearse", "for": k, "entries": entries} for k in range(len(self.group))]
-            replies = self.on_owner(what, lambda _: self.delivery.ask(commands, number, self.left(what)))
+            workers = self.delivery.workers
+            error: BaseException | None = None
+            try:
+                if workers is not None:
+                    commands = {k: {"do": "rehearse", "for": k, "entries": entries} for k in range(len(self.group))}
+                    workers.post(commands, number)
+            except BaseException as caught:
+                error = caught
+            self.borrowed.export(
+                one.local.untyped_storage() for name, one in self.tensors.items() if lending.get(name) == CAN_BE_MAPPED
+            )
+
+            def answers(server: WeightServer) -> Replies:
+                assert workers is not None
+                if error is not None:
+                    raise error
+                return workers.collect(number, timeout_s=self.left(what))
+
+            replies = self.on_owner(what, answers)
             for tp_rank, reply in replies.items():
                 if reply["error"] is not None:
                     self.refuse_rehearsals(f"TP rank {tp_rank}: {reply['error']}")
@@ -61,6 +81,7 @@ class LearningPhases(MovePhases, BucketPhases):
             self.rehearsed = True
 
     def refuse_rehearsals(self, why: str) -> None:
+        self.borrowed.reclaim()
         self.sync.rehearsal_refused = why
         self.notes.append(f"the engine's loader is learned from whole buckets, which takes longer: {why}")
 

@@ -95,7 +95,7 @@ class MovePhases(SyncPhases):
             moves, ready = self.choose(lending, define)
         self.ready = None
         self.unmoved = self.collectives(moves, ready)
-        self.staged = self.staged or bool(moves.steps or self.borrowed)
+        self.staged = self.staged or bool(moves.steps or self.borrowed.regions)
         waiting: list[tuple[int, str]] = []
         direct, *staged = moves.programs
         command = {"do": "run", "program": direct, "keep": True}
@@ -134,7 +134,8 @@ class MovePhases(SyncPhases):
     def choose(self, lending: Lending, define: dict[str, Any]) -> tuple[Moves, Ready]:
         """Lend, plan, and have all ranks get ready together; puts into `define` what the workers must be told."""
         keep = {name for name in self.tensors if lending.get(name) == STAYS}
-        # Once for an engine: to map everything anew at every sync would be no faster than to stage it.
+        # All of it was exported while the workers rehearsed: once for an engine, since to map everything anew at every sync
+        # would be no faster than to stage it.
         borrow = {name for name in self.tensors if self.rehearsed and lending.get(name) == CAN_BE_MAPPED}
         with self.watch.phase("lend"):
             lent = self.lend(keep, borrow)
@@ -146,7 +147,7 @@ class MovePhases(SyncPhases):
 
         def get_ready() -> Ready:
             if self.sync.defined != moves.key:
-                define["define"] = self.sync.mover.definitions(moves, self.tensors, self.borrowed)
+                define["define"] = self.sync.mover.definitions(moves, self.tensors, self.borrowed.regions)
             return self.get_ready(moves) if self.ready is None else self.ready
 
         with self.watch.phase("gather"):
@@ -160,29 +161,30 @@ class MovePhases(SyncPhases):
 
         Args:
             keep: Names whose memory may stay mapped.
-            borrow: Names whose memory may be mapped until the end of this sync.
+            borrow: Names whose memory may be mapped until the end of this sync; see `export_to_borrow`.
 
         Returns:
             The names that are mapped on all ranks.
         """
-        loans, number = self.sync.mover.loans, self.number()
+        loans = self.sync.mover.loans
         lent = keep | borrow
         new: list[list[Any]] = []
         error: BaseException | None = None
         old: list[Loan] = []
         try:
-            storages = self.read_from(keep)
+            storages = []
+            for name in keep:
+                one = self.tensors[name]
+                reads = self.sync.knowledge.reads[name][self.sync.tp_rank]
+                if any(read.box.meet(one.slab) is not None for read in reads):
+                    storages.append(one.local.untyped_storage())
             old = loans.unused(storages)
             for storage in storages:
                 if loans.find(storage) is None:
                     new.append(loans.describe(loans.lend(storage)))
-            for storage in self.read_from(borrow):
-                if loans.find(storage) is None and storage._cdata not in self.borrowed:
-                    handle = self.ledger.export_storage(storage, tp_rank=self.sync.tp_rank, bucket=number)
-                    loans.seen(storage)
-                    # The worker lets go by itself of what is called so, when it leaves.
-                    region = self.borrowed[storage._cdata] = f"stage/{len(self.borrowed)}"
-                    new.append([region, handle.describe()])
+            if self.borrowed.error is not None:
+                raise self.borrowed.error
+            new += self.borrowed.described()
         except Exception as caught:
             error = caught  # memory that cannot be exported, for whatever reason, is staged
         mine = ([loan.name for loan in old], new, None if error is None else str(error))
@@ -197,11 +199,12 @@ class MovePhases(SyncPhases):
                     {"do": "run", "for": k, "release": release, "map": [] if failed is not None else map_}
                     for k, (release, map_, _) in enumerate(told)
                 ],
-                number,
+                self.number(),
                 self.left("map the trainer's memory"),
             ),
         )
-        self.ledger.note_opened(number, {rank: reply["opened"] for rank, reply in replies.items()})
+        self.borrowed.note_opened({rank: reply["opened"] for rank, reply in replies.items()})
+        self.add_seconds({"map": slowest(replies).get("open", 0.0)})
         self.together("take back what was lent", lambda: self.sync.returned(old, timeout_s=RETURN_S))
         if failed is None:
             failed = next(
@@ -216,8 +219,7 @@ class MovePhases(SyncPhases):
         loans = self.sync.mover.loans
         self.sync.lending_refused = why.splitlines()[0]
         self.notes.append(f"the trainer's memory is not mapped by the engine: {self.sync.lending_refused}")
-        mine = [*loans.names(), *self.borrowed.values()]
-        self.borrowed = {}
+        mine = [*loans.names(), *self.borrowed.regions.values()]
         told = self.agree(None, mine, what="take back what was lent")
         replies = self.on_owner(
             "let go of the trainer's memory",
@@ -232,18 +234,8 @@ class MovePhases(SyncPhases):
                 raise SyncError(f"TP rank {tp_rank} did not let go of the trainer's memory: {reply['error']}")
         # The workers have confirmed that they map nothing of it: what is left was never opened.
         loans.reclaim()
-        self.ledger.reclaim()
+        self.borrowed.reclaim()
         return set()
-
-    def read_from(self, names: set[str]) -> list[torch.UntypedStorage]:
-        """This rank's storages of tensors, those alone that its worker reads from."""
-        found = []
-        for name in names:
-            one = self.tensors[name]
-            reads = self.sync.knowledge.reads[name][self.sync.tp_rank]
-            if any(read.box.meet(one.slab) is not None for read in reads):
-                found.append(one.local.untyped_storage())
-        return found
 
     def planned(self, lent: set[str]) -> tuple[Moves, bool]:
         """The moves, and whether they are those of the sync before.
@@ -391,7 +383,7 @@ class MovePhases(SyncPhases):
         """Take back what the moves staged or borrowed, before buckets need their memory."""
         with self.watch.phase("settle"):
             self.ask("let go of the staging memory", {"do": "unstage"})
-            self.borrowed = {}
+            self.borrowed.forget()
             self.settle_together()
 
     def left_of_moves(self) -> list[Callable[[], Any]]:

@@ -36,11 +36,13 @@ class SyncRun(StartPhases, Preflight, LearningPhases):
         weights, facts, lending = self.get_going(source)
         if self.delivery.transport in ("auto", "ipc"):
             self.preflight()
-        self.rehearse()
+        self.rehearse(lending)
         touched()
         self.touched = True
         tensors, known = self.tensors, weights.known
         moving = self.agree_on_mode() and self.samples_hold(weights)
+        if not moving:
+            self.borrowed.reclaim()  # exported in vain
         moved = set(self.tensors)
         left = weights if known is None else [item for item in known if item[0] not in moved]
         self.rest = buckets(left, self.bucket_bytes)
@@ -109,15 +111,16 @@ class SyncRun(StartPhases, Preflight, LearningPhases):
         Args:
             error: Of this rank.
         """
+        ledgers = (self.ledger, self.borrowed.ledger)
         allocated = allocated_bytes(self.sync.device)
         warning = self.sync.alarm.note(allocated)
         mine = RankReport(
             rank=self.group.rank,
             seconds=dict(self.watch.seconds),
-            num_exported=self.ledger.num_exported,
-            num_returned=self.ledger.num_returned,
+            num_exported=sum(ledger.num_exported for ledger in ledgers),
+            num_returned=sum(ledger.num_returned for ledger in ledgers),
             num_lent=len(self.sync.mover.loans),
-            latest_return_s=self.ledger.latest_return_s,
+            latest_return_s=max(ledger.latest_return_s for ledger in ledgers),
             direct_bytes=self.num_direct,
             staged_bytes=self.num_staged,
             peak_extra_bytes=self.peak_extra,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 import time
 import traceback
 import weakref
@@ -21,7 +22,7 @@ import torch
 from .handles import device_uuid, open_handle
 from .plans import Plans, Program, places_of
 from .rehearsal import rehearse
-from .sums import checksum
+from .sums import checksum, load_kernels
 from .watch import Copy, Recorder, Staged, differing, quantised, views
 
 logger = logging.getLogger(__name__)
@@ -234,8 +235,23 @@ def _rehearse(model: torch.nn.Module, plans: Plans, job: dict[str, Any], answer:
     """Learn what the engine's loader would do with these tensors; the model stays as it is."""
     entries = [entry for entry in job["entries"] if not plans.knows([entry])]
     if entries:
-        rehearse(model, plans, entries)
+        # Neither needs what the other does: the loader is Python at work, the driver's loading of kernels is not.
+        kernels = threading.Thread(target=_load_kernels, args=(next(model.parameters()).device,))
+        kernels.start()
+        try:
+            rehearse(model, plans, entries)
+        finally:
+            kernels.join()
     answer["learned"] = plans.described([entry[0] for entry in job["entries"] if plans.knows([entry])])
+
+
+def _load_kernels(device: torch.device) -> None:
+    try:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # of this thread
+        load_kernels(device)
+    except RuntimeError:  # out of memory, say: whoever needs them says so
+        logger.warning("tpcolocate: kernels were not loaded ahead", exc_info=True)
 
 
 def _run(model: torch.nn.Module, plans: Plans, job: dict[str, Any], answer: dict[str, Any]) -> None:
