@@ -446,14 +446,15 @@ def a_loader_that_cannot_be_rehearsed(world):
     """One that asks for a weight's values, say, on one TP rank: it is watched while it loads whole buckets, as told."""
 
     def make(original):
-        def ask(self, commands, number, timeout_s):
+        def post(self, commands, number):
             if commands[0]["do"] == "rehearse":
-                commands = [commands[0], {**commands[1], "entries": [["model.norm.weight", "no_such_dtype", [1]]]}]
-            return original(self, commands, number, timeout_s)
+                entries = [["model.norm.weight", "no_such_dtype", [1]]]
+                commands = {**commands, 1: {**commands[1], "entries": entries}}
+            return original(self, commands, number)
 
-        return ask
+        return post
 
-    with planted(delivery.Delivery, "ask", make):
+    with planted(channel.Channel, "post", make):
         _, found = learned_anew(world, times=2)
     world.engine._sync.rehearsal_refused = None
     return found

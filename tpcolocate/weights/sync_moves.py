@@ -204,13 +204,13 @@ class MovePhases(SyncPhases):
             ),
         )
         self.borrowed.note_opened({rank: reply["opened"] for rank, reply in replies.items()})
-        self.add_seconds({"map": slowest(replies).get("open", 0.0)})
         self.together("take back what was lent", lambda: self.sync.returned(old, timeout_s=RETURN_S))
         if failed is None:
             failed = next(
                 (f"TP rank {k}: {reply['error']}" for k, reply in replies.items() if reply["error"] is not None), None
             )
         if failed is None:
+            self.add_seconds({"map": slowest(replies)["open"]})
             return lent
         return self.lend_nothing(failed)
 
