@@ -226,6 +226,13 @@ def test_twenty_syncs_take_no_device_memory(found):
     assert all(value["replayed"] for value in found)
 
 
+def test_a_first_sync_rehearses_and_reads_the_trainers_memory_where_it_lies(found):
+    for value in found:
+        report = value["report"]
+        assert report.num_replayed == report.num_tensors and report.warnings == ()
+        assert all(r.direct_bytes > 0 and r.num_lent == 0 and r.num_exported == r.num_returned for r in report.ranks)
+
+
 def test_parts_move_out_of_lent_memory_and_take_none(found):
     for value in found:
         assert value["gap_parts"] < 1.0 and value["gap_fsdp2_parts"] < 1.0
