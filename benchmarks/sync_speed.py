@@ -29,7 +29,6 @@ import tpcolocate
 from tpcolocate.engine.client import ServerClient
 from tpcolocate.groups import RankGroup
 
-
 # Far more than a GPU's cache holds.
 _COPIED_BYTES = 2 * 2**30
 

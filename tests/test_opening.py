@@ -61,9 +61,13 @@ class Server:
             raise self.error
         return self.dropped
 
-    def open_workers(self, path, session, *, loader, tp_size, timeout_s):
-        self.asked.append((path.name, session, loader, tp_size))
+    def await_workers(self, path, *, tp_size):
+        self.path = path
         return self.workers
+
+    def call_workers(self, workers, session, *, loader, tp_size, timeout_s):
+        assert workers is self.workers
+        self.asked.append((self.path.name, session, loader, tp_size))
 
 
 class OneByOne(Captured):
@@ -160,7 +164,7 @@ def answers(opening):
 def test_the_workers_are_reached_while_something_else_is_done():
     server = Server()
     opening = opened(server)
-    assert opening.workers is None
+    assert server.asked in ([], ["hold_generation"]) and opening.workers is server.workers, "there, and not called yet"
     server.go_on.set()
     server.dropped.set_result(None)
     assert opening.result() == {0: {"error": None, "plans": "a"}} and opening.workers is server.workers
@@ -192,14 +196,29 @@ def test_what_goes_wrong_on_the_way_is_raised_where_it_is_waited_for():
         opened(server, tp_size=2).result()
 
 
-def test_workers_that_come_after_the_end_are_sent_back():
+def test_workers_are_not_called_after_the_end():
     server = Server()
     opening = opened(server)
     started = time.monotonic()
     opening.close(timeout_s=0.1)
-    assert time.monotonic() - started < 10 and not server.workers.closed.is_set()
+    assert time.monotonic() - started < 10 and server.workers.closed.is_set()
     server.go_on.set()
-    assert server.workers.closed.wait(30)
+    with pytest.raises(SyncError, match="given up before the workers were called"):
+        opening.result()
+    assert server.asked == ["hold_generation"]
+
+
+def test_a_place_for_the_workers_that_cannot_be_had_is_told(monkeypatch):
+    server = Server()
+    server.go_on.set()
+    server.dropped.set_result(None)
+    monkeypatch.setattr(
+        server, "await_workers", lambda path, tp_size: (_ for _ in ()).throw(SyncError("no such folder"))
+    )
+    opening = opened(server)
+    with pytest.raises(SyncError, match="no such folder"):
+        opening.result()
+    opening.close(timeout_s=1)
 
 
 @pytest.mark.parametrize("flush_s", [0.0, 3 * module._ANSWER_S])

@@ -679,7 +679,8 @@ class Session:
 
     def __init__(self, model, tmp_path, **changes):
         path = tmp_path / "s.sock"
-        self.channel = Channel(path, tp_size=1, request=lambda: receive(model, opening(path, **changes)))
+        self.channel = Channel(path, tp_size=1)
+        self.channel.call(lambda: receive(model, opening(path, **changes)))
         self.numbers = iter(range(1000))
         self.rank = changes.get("tp_rank", 0)
 
@@ -1083,9 +1084,8 @@ def session_with(worker, tmp_path, command):
     """One command in a session with a worker in another process: its answer, and what its parameter holds after it."""
     path = tmp_path / "s.sock"
     held = []
-    channel = Channel(
-        path, tp_size=1, request=lambda: held.append(worker({"path": str(path), "endpoint": f"ipc://{path}"}))
-    )
+    channel = Channel(path, tp_size=1)
+    channel.call(lambda: held.append(worker({"path": str(path), "endpoint": channel.endpoint})))
     channel.greet(timeout_s=30)
     channel.post({0: {"for": 0, **command}}, 0)
     answer = channel.collect(0, timeout_s=30)[0]

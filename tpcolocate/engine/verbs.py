@@ -207,11 +207,20 @@ class Verbs:
                 f"the engine did not take the broadcast weights: {error.message}", url=self.client.url
             ) from error
 
-    def open_workers(self, path: Path, session: str, *, loader: str, tp_size: int, timeout_s: float) -> Channel:
-        """Reach our receiver in every TP worker, by one request that lasts as long as the sync.
+    def await_workers(self, path: Path, *, tp_size: int) -> Channel:
+        """Be where the workers will connect to; nothing is asked of SGLang yet.
 
         Args:
             path: Where the socket is to be, in a folder of this user alone.
+            tp_size: Number of workers.
+        """
+        return Channel(path, tp_size=tp_size)
+
+    def call_workers(self, workers: Channel, session: str, *, loader: str, tp_size: int, timeout_s: float) -> None:
+        """Reach our receiver in every TP worker, by one request that lasts as long as the sync.
+
+        Args:
+            workers: From `await_workers`.
             session: A name that was never used before.
             loader: Dotted name of the receiver.
             tp_size: Number of workers.
@@ -222,7 +231,7 @@ class Verbs:
             ipc_payload.command(
                 {
                     "session": session,
-                    "endpoint": f"ipc://{path}",
+                    "endpoint": workers.endpoint,
                     "peer": [pid, started],
                     "for": tp_rank,
                     "tp_rank": tp_rank,
@@ -232,11 +241,7 @@ class Verbs:
             )
             for tp_rank in range(tp_size)
         ]
-        return Channel(
-            path,
-            tp_size=tp_size,
-            request=lambda: self.push(payloads, load_format=loader, timeout_s=timeout_s + _ANSWER_S),
-        )
+        workers.call(lambda: self.push(payloads, load_format=loader, timeout_s=timeout_s + _ANSWER_S))
 
     def end_sync(self, version: str, *, workers: Leaving | None = None, timeout_s: float) -> None:
         """Let the workers go, publish the version, and let generation go on unless the user has paused it.
@@ -245,7 +250,7 @@ class Verbs:
 
         Args:
             version: Of the weights, all of which are proven to be there.
-            workers: Of `open_workers`, if this sync has them.
+            workers: Of `await_workers`, if this sync has them.
             timeout_s: In seconds.
         """
         deadline = time.monotonic() + timeout_s

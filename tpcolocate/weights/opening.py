@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from concurrent.futures import wait
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
@@ -45,34 +45,44 @@ class Opening:
         self._deadline = time.monotonic() + timeout_s
         self._lock = threading.Lock()
         self._is_closed = False
+        self._awaited: Future[Workers] = Future()
         self._task = in_background(self._open, name="tpcolocate open")
+        if tp_size:
+            try:  # which takes a millisecond, while SGLang pauses
+                self._awaited.set_result(self._await())
+            except BaseException as error:
+                self._awaited.set_exception(error)
 
     def _open(self) -> Greetings | None:
         with quick_switching():  # the trainer's thread computes beside these requests
             dropped = self._server.hold_generation(timeout_s=self._left())
-            greetings = self._reach() if self._tp_size else None
+            greetings = self._reach(self._awaited.result()) if self._tp_size else None
             if greetings is not None and not wait([dropped], min(_ANSWER_S, self._left())).done:
                 # The workers hold the update; what came behind it is not taken up before they have left.
                 logger.debug("SGLang took up the weight update before the flush: the workers are reached once more")
                 self._let_go()
                 dropped.result()
-                greetings = self._reach()
+                greetings = self._reach(self._await())
             dropped.result()
         return greetings
 
-    def _reach(self) -> Greetings:
-        """Open a session with the workers, and wait for all of them."""
-        workers = self._server.open_workers(
-            self._folder / f"{self.session}.sock",
-            self.session,
-            loader=self._loader,
-            tp_size=self._tp_size,
-            timeout_s=self._left(),
-        )
+    def _await(self) -> Workers:
+        """Be there for the workers."""
+        workers = self._server.await_workers(self._folder / f"{self.session}.sock", tp_size=self._tp_size)
         with self._lock:
             self.workers = workers
             if self._is_closed:  # nobody waits for them any more
                 workers.close()
+        return workers
+
+    def _reach(self, workers: Workers) -> Greetings:
+        """Call the workers, and wait for all of them."""
+        with self._lock:
+            if self._is_closed:
+                raise SyncError("the weight sync was given up before the workers were called")
+        self._server.call_workers(
+            workers, self.session, loader=self._loader, tp_size=self._tp_size, timeout_s=self._left()
+        )
         greetings = workers.greet(timeout_s=self._left())
         for tp_rank, greeting in greetings.items():
             if greeting["error"] is not None:
@@ -98,7 +108,7 @@ class Opening:
         return self._task.result()
 
     def close(self, *, timeout_s: float) -> None:
-        """Let the workers go; those that are still on their way after `timeout_s` are sent back when they come."""
+        """Let the workers go; those that are still on their way after `timeout_s` find nobody, and those not called are not."""
         wait([self._task], timeout_s)
         with self._lock:
             self._is_closed = True

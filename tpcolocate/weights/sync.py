@@ -138,6 +138,7 @@ class WeightSync:
         options: SyncOptions,
         timeout_s: float,
         touched: Callable[[], None],
+        refusal: Exception | None = None,
     ) -> SyncReport:
         """Sync all weights of `source`.
 
@@ -149,11 +150,12 @@ class WeightSync:
             options: See `SyncOptions`.
             timeout_s: For the whole sync, in seconds.
             touched: Called on every rank before the first byte may change in the engine.
+            refusal: Why no sync may begin, as far as this rank knows; raised on all ranks before anything is sent.
 
         Raises:
             TpColocateError: The first error of any rank of the slice.
         """
-        run = SyncRun(self, version, options, timeout_s)
+        run = SyncRun(self, version, options, timeout_s, refusal)
         try:
             report = run.carry_out(source, touched)
         except BaseException as error:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from tpcolocate.errors import ConfigError, WeightsMismatchError
-from tpcolocate.in_server.tpcolocate_receiver.sums import load_kernels
+from tpcolocate.in_server.tpcolocate_receiver.sums import checksum
 from tpcolocate.weights.held import Held, HeldAgain, Layouts, layouts_of
 from tpcolocate.weights.memory import free_bytes, plan_bucket
 from tpcolocate.weights.mover import Mover
@@ -80,6 +80,8 @@ class StartPhases(MovePhases):
         error: BaseException | None = None
         with self.watch.phase("prepare"):
             try:
+                if self.refusal is not None:
+                    raise self.refusal
                 if self.last_alike() is not None:
                     # Most likely this is the last sync's module, so the server need not wait for the answer.
                     self.open()
@@ -132,10 +134,13 @@ class StartPhases(MovePhases):
             )
 
     def load_kernels(self) -> None:
-        """Before the first sync's preflight: a GPU loads each kernel when it is first used, which can as well be now."""
+        """Before the first sync's preflight: a GPU loads each kernel when it is first used, which can as well be now.
+
+        Only those that the preflight needs: loading takes longer than the server is waited for.
+        """
         is_first = not (self.sync.proven_ways or self.sync.refused_ways)
         if is_first and self.sync.device.type == "cuda" and self.delivery.transport in ("auto", "ipc"):
-            load_kernels(self.sync.device)
+            checksum(torch.zeros(8 * 2**14, dtype=torch.uint8, device=self.sync.device))
 
     def plan_staging(self, weights: Weights, free: list[int]) -> None:
         """Decide on the bucket's size; a sync that repeats the last one as far as is known may find less memory now.
