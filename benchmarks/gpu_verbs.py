@@ -9,9 +9,9 @@ right weights are served.  Two servers, one after the other:
 * memory saver and LoRA: the training step's order, cycle after cycle (``cycles_parts``, ``cycles``): generate, sleep, weights
   change in place, wake the weights, sync, wake the KV cache, generate.  Every fifth cycle the weights stay awake.  Device memory freed
   and taken again, its slope over the cycles, the gap.  Then an adapter before and after a sleep (``lora_across_sleep``).
-* memory saver and CPU backup: log-probabilities before a sleep and after the wake, without a sync (``backup``).  Then update groups over
-  nccl, each twice in a row: ``group_apart``, to a third server on the last rank's GPU, with the sender on another GPU;
-  ``group_shared``, to the server on all GPUs, which NCCL refuses unless several ranks may be on a GPU.
+* an update group over nccl, twice in a row, to a server on the last rank's GPU alone, with the sender on another GPU (``group_apart``).
+* memory saver and CPU backup: log-probabilities before a sleep and after the wake, without a sync (``backup``).  Then
+  ``group_shared``: an update group to the server on all GPUs, which NCCL refuses unless several ranks may be on a GPU.
 
 A part that fails is noted with its error, and the next one follows.  The last part can leave a stuck device behind, so it is the last.
 """
@@ -306,7 +306,7 @@ class Run:
         if self.args.shared_device or self.world < 2:
             found["left_out"] = "there is no second GPU"
             return
-        last, together = self.world - 1, self.engine
+        last = self.world - 1
         with tpcolocate.init(1, device=self.device, timeout_s=CALL_S) as colo, contextlib.ExitStack() as stack:
             problem = None
             if self.rank == last:
@@ -321,7 +321,7 @@ class Run:
                 for number in range(2):
                     self.broadcast(found, number, tp_size=1, served=self.rank == last)
             finally:
-                self.engine = together
+                self.engine = None
 
     def group_shared(self, found: dict[str, Any]) -> None:
         """The sender (rank 0) is on the GPU of a TP worker, as it must be when the server is on all GPUs of the job."""
@@ -488,9 +488,10 @@ def main() -> None:
         run.served("saver", SAVER, first)
     last = {
         "backup": (run.backup, 120.0),
-        "group_apart": (run.group_apart, LAUNCH_S + 200),
         "group_shared": (run.group_shared, 240.0),
     }
+    if "group_apart" in args.parts:
+        steps.part("group_apart", run.group_apart, deadline_s=LAUNCH_S + 200)
     run.served("saver_backup", SAVER | BACKUP, last)
     note("shm_left", gpu_common.left_in_shm())
     if rank == 0:

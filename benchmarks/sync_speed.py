@@ -29,6 +29,9 @@ import tpcolocate
 from tpcolocate.engine.client import ServerClient
 from tpcolocate.groups import RankGroup
 
+# Far more than a GPU's cache holds.
+_COPIED_BYTES = 2 * 2**30
+
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -61,14 +64,16 @@ def change(model: torch.nn.Module, seed: int, device: torch.device) -> None:
 
 
 def copy_floor(num_bytes: int, device: torch.device) -> dict[str, float]:
-    """Seconds of one device-to-device copy of as many bytes, on this rank alone."""
-    source = torch.empty(num_bytes, dtype=torch.uint8, device=device).random_()
+    """Seconds of one device-to-device copy of as many bytes, on this rank alone; in pieces, for the sake of the memory."""
+    pieces = -(-num_bytes // _COPIED_BYTES)
+    source = torch.empty(num_bytes // pieces, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
     seconds = []
     for _ in range(7):
         torch.cuda.synchronize()
         started = time.perf_counter()
-        target.copy_(source)
+        for _ in range(pieces):
+            target.copy_(source)
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
     del source, target

@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 
 import pytest
 import zmq
@@ -51,7 +52,8 @@ def opened(tmp_path):
             for worker in workers:
                 worker.join()
 
-        channel = Channel(path, tp_size=len(workers), request=request)
+        channel = Channel(path, tp_size=len(workers))
+        channel.call(request)
         channels.append(channel)
         return channel, workers
 
@@ -85,7 +87,8 @@ def test_a_request_that_fails_ends_the_waiting_with_its_error(tmp_path):
     def request():
         raise EngineDeadError("the server is gone")
 
-    channel = Channel(tmp_path / "s.sock", tp_size=1, request=request)
+    channel = Channel(tmp_path / "s.sock", tp_size=1)
+    channel.call(request)
     with pytest.raises(EngineDeadError, match="the server is gone"):
         channel.greet(timeout_s=20)
     with pytest.raises(EngineDeadError):
@@ -93,7 +96,8 @@ def test_a_request_that_fails_ends_the_waiting_with_its_error(tmp_path):
 
 
 def test_a_request_that_ends_without_a_worker_is_told(tmp_path):
-    channel = Channel(tmp_path / "s.sock", tp_size=1, request=lambda: None)
+    channel = Channel(tmp_path / "s.sock", tp_size=1)
+    channel.call(lambda: None)
     with pytest.raises(EngineError, match="ended the weight sync by itself"):
         channel.greet(timeout_s=20)
     channel.finish()
@@ -119,7 +123,8 @@ def test_a_worker_that_takes_too_long_meets_the_deadline(opened):
 
 def test_nobody_comes(tmp_path):
     over = threading.Event()
-    channel = Channel(tmp_path / "s.sock", tp_size=1, request=lambda: over.wait(20))
+    channel = Channel(tmp_path / "s.sock", tp_size=1)
+    channel.call(lambda: over.wait(20))
     with pytest.raises(DeadlineError, match="open the weight sync"):
         channel.greet(timeout_s=0.2)
     over.set()
@@ -128,4 +133,12 @@ def test_nobody_comes(tmp_path):
 
 def test_a_path_that_no_socket_can_have_is_refused(tmp_path):
     with pytest.raises(SyncError, match="longer than 107 bytes"):
-        Channel(tmp_path / ("x" * 107), tp_size=1, request=lambda: None)
+        Channel(tmp_path / ("x" * 107), tp_size=1)
+
+
+def test_a_socket_that_nobody_was_called_to_goes_without_waiting(tmp_path):
+    channel = Channel(tmp_path / "s.sock", tp_size=1)
+    assert channel.endpoint == f"ipc://{tmp_path}/s.sock" and (tmp_path / "s.sock").exists()
+    begun = time.monotonic()
+    channel.finish()
+    assert time.monotonic() - begun < 2 and not (tmp_path / "s.sock").exists()

@@ -153,6 +153,15 @@ def test_json_goes_out_with_the_key_and_comes_back(server, client, send):
     assert json.loads(body) == {"a": 1} and authorization == "Bearer secret"
 
 
+def test_a_request_says_when_it_has_left_before_it_is_answered(server, client):
+    left = threading.Event()
+    with pytest.raises(DeadlineError):
+        client.post("/slow", {"a": 1}, timeout_s=0.3, sent=left.set)
+    assert left.is_set()
+    assert client.post("/any", {"b": 2}, timeout_s=10, sent=left.clear) == {"method": "POST", "body": {"b": 2}}
+    assert not left.is_set() and [body for *_, body, _ in server.requests] == [b'{"a":1}', b'{"b":2}']
+
+
 def test_get_params_and_empty_bodies(server, client):
     assert client.get("/x", timeout_s=10.0) == {"method": "GET", "body": None}
     assert client.post("/flush_cache", params={"timeout": 3}, timeout_s=10.0)["body"] == {}  # {} and not nothing

@@ -4,6 +4,7 @@ It lies in a folder of its own inside the environment (see scripts/make_venv.py)
 as a user would choose between two.  It runs on the same torch.
 """
 
+import copy
 import sys
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from test_engine import (
     trainer_logprobs,
     twenty_syncs,
 )
+from test_verbs import follows, in_flight, said
 
 import tpcolocate
 from tpcolocate import errors
@@ -47,8 +49,21 @@ def stock_sync(world):
     }
 
 
+def sync_while_requests_wait(world):
+    """This release counts those that a sync retracts among the ones that run, and keeps the cache."""
+    old = copy.deepcopy(world.model)
+    world.perturb(8)
+    request = in_flight(world)
+    refused = said(lambda: world.engine.sync_weights(world.model))
+    request.grow(16)
+    found = {"refused": refused, "of old": follows(old, request.prompt, request.end())}
+    world.colo._slice.all_gather(None, what="see all requests end")
+    world.engine.sync_weights(world.model)
+    return {**found, "equal": world.generated() == world.expected()}
+
+
 CHECKS = (version, tokens_before, tokens_after_fsdp2_sync, trainer_logprobs, tokens_after_plain_sync, refused_weights,
-          stock_sync, twenty_syncs)  # fmt: skip
+          stock_sync, sync_while_requests_wait, twenty_syncs)  # fmt: skip
 
 
 def drive(rank, model_dir):
@@ -126,6 +141,13 @@ def test_a_stock_sync_arrives(job):
     for found in of(job, "stock_sync"):
         assert found["equal"]
         assert all(exported == returned > 0 for exported, returned in found["returned"])
+
+
+def test_a_sync_is_refused_while_requests_wait_and_they_go_on_with_the_old_weights(job):
+    for found in of(job, "sync_while_requests_wait"):
+        error, words = found["refused"]
+        assert error == "EngineStateError" and f"SGLang {OTHER} keeps the cache of the old ones" in words
+        assert found["of old"] and found["equal"]
 
 
 def test_twenty_syncs_grow_nothing(job):

@@ -101,21 +101,21 @@ def test_a_tensor_is_known_once_all_ranks_told_and_read_all_of_it():
         for k in (0, 1)
     }  # fmt: skip
     entries = [Entry(name, (4, 3)) for name in ("w", "half", "odd", "one", "none")]
-    knowledge.learn(told, entries, 2)
+    knowledge.learn(told, entries, 2, loaded=True)
     assert set(knowledge.reads) == {"w"}
     assert knowledge.covers("w", (4, 3), torch.float32)
     assert not knowledge.covers("w", (4, 3), torch.bfloat16) and not knowledge.covers("w", (3, 4), torch.float32)
     before = knowledge.digest(["w"])
     knowledge.confirm(("a", "b"))
     assert knowledge.digest(["w"]) == before
-    knowledge.learn({0: {}, 1: {}}, [Entry("w", (4, 3))], 2)
+    knowledge.learn({0: {}, 1: {}}, [Entry("w", (4, 3))], 2, loaded=True)
     assert knowledge.reads == {}, "a later load that could not be told"
 
 
 def test_workers_that_forgot_are_forgotten():
     knowledge = Knowledge()
     knowledge.confirm(("a", "b"))
-    knowledge.learn({k: {"w": ROWS[k]} for k in (0, 1)}, [Entry("w", (4, 3))], 2)
+    knowledge.learn({k: {"w": ROWS[k]} for k in (0, 1)}, [Entry("w", (4, 3))], 2, loaded=True)
     knowledge.confirm(("a", "c"))
     assert knowledge.reads == {} and not knowledge.covers("w", (4, 3), torch.float32)
 
@@ -126,7 +126,7 @@ def test_layers_that_are_told_of_in_the_same_words_are_told_apart_where_they_dif
     told = {k: {"a": ROWS[k], "b": ROWS[k], "taller": ROWS[k], "swapped": swapped[k]} for k in (0, 1)}
     entries = [Entry("a", (4, 3)), Entry("b", (4, 3)), Entry("taller", (8, 3)), Entry("swapped", (4, 3))]
     for _ in range(2):
-        knowledge.learn(told, entries, 2)
+        knowledge.learn(told, entries, 2, loaded=True)
         assert set(knowledge.reads) == {"a", "b", "swapped"}
         assert knowledge.reads["a"] == knowledge.reads["b"] == tuple(reversed(knowledge.reads["swapped"]))
         assert [read.box.starts for (read,) in knowledge.reads["a"]] == [(0, 0), (2, 0)]
@@ -137,6 +137,57 @@ def test_different_knowledge_has_different_numbers():
     for dtype in ("float32", "bfloat16"):
         knowledge = Knowledge()
         told = {k: {"w": [[*ROWS[k][0][:3], dtype]]} for k in (0, 1)}
-        knowledge.learn(told, [Entry("w", (4, 3))], 2)
+        knowledge.learn(told, [Entry("w", (4, 3))], 2, loaded=True)
         numbers.add(knowledge.digest(["w"]))
     assert len(numbers) == 2 and 0 not in numbers
+
+
+def test_one_of_each_kind_is_a_sample_and_vouches_for_the_others():
+    knowledge = Knowledge()
+    names = ["layers.0.up", "layers.0.down", "layers.1.up", "layers.10.up", "layers.1.odd", "layers.2.up"]
+    swapped = {0: ROWS[1], 1: ROWS[0]}
+    told = {k: {name: (swapped if name == "layers.2.up" else ROWS)[k] for name in names} for k in (0, 1)}
+    knowledge.learn(told, [Entry(name, (4, 3)) for name in names], 2, loaded=False)
+    samples = knowledge.samples(names)
+    assert samples == ["layers.0.up", "layers.0.down", "layers.1.odd", "layers.2.up"], (
+        "what is copied otherwise is a kind"
+    )
+    assert not knowledge.is_verified(names)
+    for i, name in enumerate(samples):
+        assert not knowledge.is_verified(names)
+        knowledge.learn(told, [Entry(name, (4, 3))], 2, loaded=True)
+        assert knowledge.is_verified(samples[: i + 1])
+    assert knowledge.is_verified(names)
+    knowledge.learn(
+        {k: {"layers.3.up": [[*ROWS[k][0][:3], "bfloat16"]]} for k in (0, 1)},
+        [Entry("layers.3.up", (4, 3))],
+        2,
+        loaded=False,
+    )
+    assert not knowledge.is_verified([*names, "layers.3.up"]), "rounded on the way is another kind"
+
+
+def test_a_tensor_is_rehearsed_once_whatever_came_of_it():
+    knowledge = Knowledge()
+    knowledge.confirm(("a", "b"))
+    known = {k: {"w": ROWS[k]} for k in (0, 1)}
+    knowledge.learn(known, [Entry("w", (4, 3)), Entry("derived", (4, 3))], 2, loaded=False)
+    for name in ("w", "derived"):
+        assert knowledge.was_rehearsed(name, (4, 3), torch.float32)
+        assert not knowledge.was_rehearsed(name, (4, 3), torch.bfloat16) and not knowledge.was_rehearsed(
+            name, (3,), torch.float32
+        )
+    knowledge.confirm(("a", "c"))
+    assert not knowledge.was_rehearsed("w", (4, 3), torch.float32), "by others it was not"
+
+
+def test_what_is_forgotten_is_verified_anew():
+    knowledge = Knowledge()
+    knowledge.confirm(("a", "b"))
+    told = {k: {"w": ROWS[k]} for k in (0, 1)}
+    knowledge.learn(told, [Entry("w", (4, 3))], 2, loaded=True)
+    assert knowledge.is_verified(["w"])
+    knowledge.forget()
+    assert not knowledge.confirm(("a", "b")), "of nobody"
+    knowledge.learn(told, [Entry("w", (4, 3))], 2, loaded=False)
+    assert not knowledge.is_verified(["w"])

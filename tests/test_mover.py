@@ -11,7 +11,7 @@ from torch import nn
 
 from tpcolocate import ipc_payload
 from tpcolocate.in_server.tpcolocate_receiver.plans import Plans, Program, places_of
-from tpcolocate.in_server.tpcolocate_receiver.watch import Recorder, storage_of, views
+from tpcolocate.in_server.tpcolocate_receiver.watch import Recorder, Staged, storage_of, views
 from tpcolocate.weights.held import HeldAgain, layouts_of
 from tpcolocate.weights.knowledge import Knowledge
 from tpcolocate.weights.mover import Mover
@@ -71,10 +71,10 @@ def learned(tp_rank, knowledge=None):
     for entry in entries:
         ipc_payload.view(flat, entry).copy_(weights[entry.name])
     told = ipc_payload.described(entries)
-    recorder = Recorder(flat, [entry[3] for entry in told], {storage_of(p) for p in model.parameters()})
+    recorder = Recorder(Staged(flat, told), {storage_of(p) for p in model.parameters()})
     with torch.no_grad(), recorder:
         model.load_weights(views(flat, told))
-    plans.learn(recorder, flat, told, places_of(model))
+    plans.learn(recorder, told, places_of(model))
     return model, plans, entries, plans.described(list(SHAPES))
 
 
@@ -107,7 +107,7 @@ def sharded(how, weights):
 def moves_on_a_rank(rank, how, staging_bytes):
     model, plans, entries, _ = learned(rank % TP)
     knowledge = Knowledge()
-    knowledge.learn({k: learned(k)[3] for k in range(TP)}, entries, TP)
+    knowledge.learn({k: learned(k)[3] for k in range(TP)}, entries, TP, loaded=True)
     mover = Mover(torch.device("cpu"), tp_rank=rank % TP, tp_ranks={r: r % TP for r in range(WORLD)}, tp_size=TP)
     seen = []
     moves = None

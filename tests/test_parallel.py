@@ -1,11 +1,13 @@
 """Blocking calls side by side: both are made, either's error is told."""
 
+import statistics
+import sys
 import threading
 import time
 
 import pytest
 
-from tpcolocate.parallel import at_once, in_background
+from tpcolocate.parallel import at_once, begun_in_background, in_background, quick_switching
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(60)]
 
@@ -47,3 +49,86 @@ def test_a_call_in_the_background_tells_whether_it_is_over_and_what_came_of_it()
     assert future.result() == "done" and future.done()
     with pytest.raises(KeyError):
         in_background(lambda: fail(KeyError()), name="test").result()
+
+
+def test_a_call_that_must_not_be_overtaken_has_begun_or_failed():
+    said, release = [], threading.Event()
+
+    def action(begun):
+        time.sleep(0.1)
+        said.append("begun")
+        begun()
+        return release.wait(10)
+
+    future = begun_in_background(action, name="test")
+    assert said == ["begun"] and not future.done()
+    release.set()
+    assert future.result()
+    with pytest.raises(KeyError):
+        begun_in_background(lambda begun: fail(KeyError()), name="test").result()
+
+
+@pytest.fixture
+def slow_switching():
+    """An interval that no scheduling noise comes near, for the length of a test."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(0.2)
+    yield sys.getswitchinterval()
+    sys.setswitchinterval(before)
+
+
+def seconds_late():
+    """From the moment at which a blocked thread can go on, while this one computes, to its next step."""
+
+    def blocked():
+        due = time.perf_counter() + 0.02
+        time.sleep(0.02)  # as a socket, it gives the interpreter away
+        return time.perf_counter() - due
+
+    future = in_background(blocked, name="test")
+    while not future.done():
+        pass
+    return future.result()
+
+
+def test_a_thread_that_has_its_answer_need_not_wait_for_one_that_computes(slow_switching):
+    slow = statistics.median(seconds_late() for _ in range(3))
+    with quick_switching():
+        quick = statistics.median(seconds_late() for _ in range(15))
+    assert quick < 0.05 < slow
+
+
+def test_the_interval_is_what_it_was_afterwards_also_after_an_error(slow_switching):
+    with quick_switching():
+        with quick_switching():
+            assert sys.getswitchinterval() < 0.001
+        assert sys.getswitchinterval() < 0.001
+    assert sys.getswitchinterval() == slow_switching
+    with pytest.raises(KeyError), quick_switching(), quick_switching():
+        fail(KeyError())
+    assert sys.getswitchinterval() == slow_switching
+
+
+def test_the_interval_is_restored_by_the_last_of_several_threads(slow_switching):
+    begun, over = threading.Event(), threading.Event()
+
+    def other():
+        with quick_switching():
+            begun.set()
+            assert over.wait(10)
+
+    future = in_background(other, name="test")
+    assert begun.wait(10)
+    with quick_switching():
+        over.set()
+        future.result()
+        assert sys.getswitchinterval() < 0.001
+    assert sys.getswitchinterval() == slow_switching
+
+
+def test_an_interval_that_is_shorter_already_is_left_alone(slow_switching):
+    sys.setswitchinterval(2e-5)
+    shorter = sys.getswitchinterval()
+    with quick_switching():
+        assert sys.getswitchinterval() == shorter
+    assert sys.getswitchinterval() == shorter

@@ -12,18 +12,36 @@ import zmq
 from harness import PRELOADED
 from hypothesis import example, given
 from hypothesis import strategies as st
+from loaders import (
+    IDS,
+    LOADERS,
+    Model,
+    W,
+    asked_for_a_value,
+    bits,
+    bucket_of,
+    cast_first,
+    elements_read,
+    fused,
+    materialised,
+    model_of,
+    padded,
+    plain,
+    sent,
+    watched,
+)
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tpcolocate import ipc_payload
 from tpcolocate.engine.channel import Channel
 from tpcolocate.groups import start_of, this_process
-from tpcolocate.in_server.tpcolocate_receiver import COMMAND, receive, sums, watch
+from tpcolocate.in_server.tpcolocate_receiver import COMMAND, hook, receive, sums, watch
 from tpcolocate.in_server.tpcolocate_receiver.handles import device_uuid, open_handle
 from tpcolocate.in_server.tpcolocate_receiver.hook import _apply
 from tpcolocate.in_server.tpcolocate_receiver.plans import Plans, Program, places_of
 from tpcolocate.in_server.tpcolocate_receiver.sums import checksum, word_sum
-from tpcolocate.in_server.tpcolocate_receiver.watch import Copy, Recorder, differing, views
+from tpcolocate.in_server.tpcolocate_receiver.watch import Copy, differing
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(60)]
 
@@ -134,250 +152,7 @@ def test_it_is_what_it_was():
     assert list(checksum(data)) == wrapped
 
 
-# --- models, each with one habit of an engine's loader --------------------------------------------------------------
-
-
-class Model(nn.Module):
-    """`weights` are its parameters; `load` says what its loader does with each tensor."""
-
-    def __init__(self, load, **weights):
-        super().__init__()
-        for name, tensor in weights.items():
-            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
-        self.load = load
-
-    def load_weights(self, weights):
-        for name, tensor in weights:
-            self.load(self, name, tensor)
-
-
-def plain(model, name, tensor):
-    getattr(model, name).data.copy_(tensor)
-
-
-def fused(model, name, tensor):
-    rows = {"q": (0, 4), "k": (4, 2), "v": (6, 2)}[name]
-    model.qkv.data.narrow(0, *rows).copy_(tensor)
-
-
-def fused_shard(model, name, tensor):
-    """One TP rank of two: its rows of every tensor."""
-    start, size = {"q": (0, 2), "k": (2, 1), "v": (3, 1)}[name]
-    model.qkv.data.narrow(0, start, size).copy_(tensor.narrow(0, size, size))
-
-
-def column_shard(model, name, tensor):
-    model.w.data.copy_(tensor[:, 2:4])
-
-
-def replicated(model, name, tensor):
-    """Grouped-query attention with more TP ranks than heads: the same head for several."""
-    model.kv.data[:2].copy_(tensor[:2])
-    model.kv.data[2:].copy_(tensor[:2])
-
-
-def transposed(model, name, tensor):
-    model.w.data.copy_(tensor.t())
-
-
-def transposed_into(model, name, tensor):
-    model.w.data.t().copy_(tensor)
-
-
-def padded(model, name, tensor):
-    model.w.data[: len(tensor)].copy_(tensor)
-    model.w.data[len(tensor) :].fill_(0)
-
-
-def padded_before(model, name, tensor):
-    model.w.data[len(tensor) :].zero_()
-    model.w.data[: len(tensor)].copy_(tensor)
-
-
-def setitem(model, name, tensor):
-    model.w.data[:4] = tensor
-
-
-def materialised(model, name, tensor):
-    model.w.data.copy_(tensor.t().contiguous())
-
-
-def cast_first(model, name, tensor):
-    model.w.data.copy_(tensor.to(torch.bfloat16))
-
-
-def scaled_first(model, name, tensor):
-    model.w.data.copy_(tensor * 2)
-
-
-def scaled_in_staging(model, name, tensor):
-    model.w.data.copy_(tensor.mul_(2))
-
-
-def scaled_into_staging(model, name, tensor):
-    torch.mul(torch.full_like(model.w, 3.0), 2.0, out=tensor)
-    model.w.data.copy_(tensor)
-
-
-def by_way_of_a_copy(model, name, tensor):
-    between = torch.empty(tensor.shape)
-    between.copy_(tensor)
-    model.w.data.copy_(between)
-
-
-def added(model, name, tensor):
-    model.w.data.zero_()
-    model.w.data.add_(tensor)
-
-
-def indexed(model, name, tensor):
-    model.w.data.index_copy_(0, torch.arange(len(tensor)), tensor)
-
-
-def many_at_once(model, name, tensor):
-    torch._foreach_copy_([model.w.data[:1], model.w.data[1:]], [tensor[:1], tensor[1:]])
-
-
-def written_out(model, name, tensor):
-    torch.add(tensor, 0.0, out=model.w.data)
-
-
-def asked_for_a_value(model, name, tensor):
-    model.w.data.copy_(tensor)
-    model.largest = tensor.max().item()
-
-
-def rescaled(model, name, tensor):
-    model.w.data.copy_(tensor)
-    model.w.data.mul_(2)
-
-
-def partly_rescaled(model, name, tensor):
-    model.w.data.copy_(tensor)
-    model.w.data[0].mul_(2)
-
-
-def filled_over(model, name, tensor):
-    model.w.data.copy_(tensor)
-    model.w.data[0].fill_(1)
-
-
-def copied_over(model, name, tensor):
-    model.w.data.copy_(tensor)
-    model.w.data.copy_(torch.ones(tensor.shape))
-
-
-def derives_a_buffer(model, name, tensor):
-    model.w.data.copy_(tensor)
-    model.doubled = model.w.data * 2
-
-
-def derives_in_place(model, name, tensor):
-    model.w.data.copy_(tensor)
-    model.also.data.copy_(model.w.data)
-
-
-def derives_beside(model, name, tensor):
-    """Into memory that is no parameter: absorbed weights are kept so."""
-    model.w.data.copy_(tensor)
-    if not hasattr(model, "beside"):
-        model.beside = torch.empty(tensor.shape)
-    model.beside.copy_(model.w.data)
-
-
-def counts(model, name, tensor):
-    model.w.data.copy_(tensor)
-    model.also.data.add_(1)
-
-
-def skips(model, name, tensor):
-    if hasattr(model, name):
-        getattr(model, name).data.copy_(tensor)
-
-
-def halves(model, name, tensor):
-    model.w.data[:2].copy_(tensor[:2])
-
-
-W = {"w": (4, 4)}
-NOTHING = set()
-LOADERS = [
-    # loader, parameters, tensors sent, derived, reworked, repeatable, elements read
-    (plain, {"a": (3, 5), "b": (7,), "c": ()}, {"a": (3, 5), "b": (7,), "c": ()}, NOTHING, NOTHING, True, {"a": 15, "b": 7, "c": 1}),
-    (plain, {"a": (0, 5), "b": (2,)}, {"a": (0, 5), "b": (2,)}, NOTHING, NOTHING, True, {"b": 2}),
-    (fused, {"qkv": (8, 3)}, {"q": (4, 3), "k": (2, 3), "v": (2, 3)}, NOTHING, NOTHING, True, {"q": 12, "k": 6, "v": 6}),
-    (fused_shard, {"qkv": (4, 3)}, {"q": (4, 3), "k": (2, 3), "v": (2, 3)}, NOTHING, NOTHING, True, {"q": 6, "k": 3, "v": 3}),
-    (column_shard, {"w": (4, 2)}, W, NOTHING, NOTHING, True, {"w": 8}),
-    (replicated, {"kv": (4, 3)}, {"kv": (4, 3)}, NOTHING, NOTHING, True, {"kv": 12}),
-    (transposed, {"w": (5, 3)}, {"w": (3, 5)}, NOTHING, NOTHING, True, {"w": 15}),
-    (transposed_into, {"w": (5, 3)}, {"w": (3, 5)}, NOTHING, NOTHING, True, {"w": 15}),
-    (padded, {"w": (6, 4)}, W, NOTHING, NOTHING, True, {"w": 16}),
-    (padded_before, {"w": (6, 4)}, W, NOTHING, NOTHING, True, {"w": 16}),
-    (setitem, {"w": (6, 4)}, W, NOTHING, NOTHING, True, {"w": 16}),
-    (skips, {"a": (2,)}, {"a": (2,), "gone": (3,)}, NOTHING, NOTHING, True, {"a": 2}),
-    (halves, W, W, NOTHING, NOTHING, True, {"w": 8}),
-    (materialised, {"w": (5, 3)}, {"w": (3, 5)}, {"w"}, NOTHING, False, {}),
-    (cast_first, W, W, {"w"}, NOTHING, False, {}),
-    (scaled_first, W, W, {"w"}, NOTHING, False, {}),
-    (scaled_in_staging, W, W, {"w"}, NOTHING, False, {"w": 16}),
-    (scaled_into_staging, W, W, {"w"}, NOTHING, False, {"w": 16}),
-    (by_way_of_a_copy, W, W, {"w"}, NOTHING, False, {}),
-    (added, W, W, {"w"}, NOTHING, False, {}),
-    (indexed, W, W, {"w"}, NOTHING, False, {}),
-    (many_at_once, W, W, {"w"}, NOTHING, False, {}),
-    (written_out, W, W, {"w"}, NOTHING, False, {}),
-    (asked_for_a_value, W, W, {"w"}, NOTHING, False, {"w": 16}),
-    (rescaled, W, W, NOTHING, {"w"}, False, {"w": 16}),
-    (partly_rescaled, W, W, NOTHING, {"w"}, False, {"w": 16}),
-    (filled_over, W, W, NOTHING, {"w"}, True, {"w": 16}),
-    (copied_over, W, W, NOTHING, {"w"}, False, {"w": 16}),
-    (derives_a_buffer, W, W, NOTHING, NOTHING, False, {"w": 16}),
-    (derives_in_place, {"w": (4, 4), "also": (4, 4)}, W, NOTHING, NOTHING, False, {"w": 16}),
-    (derives_beside, W, W, NOTHING, NOTHING, False, {"w": 16}),
-    (counts, {"w": (4, 4), "also": (1,)}, W, NOTHING, NOTHING, False, {"w": 16}),
-]  # fmt: skip
-IDS = [case[0].__name__ for case in LOADERS]
-
-
-def model_of(load, shapes, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(99)
-    return Model(load, **{name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()})
-
-
-def bucket_of(tensors):
-    """(staging memory, entries as they come in a command)."""
-    entries, num_bytes = ipc_payload.layout([(name, tensor.shape, tensor.dtype) for name, tensor in tensors.items()])
-    flat = torch.zeros(num_bytes, dtype=torch.uint8)
-    for entry in entries:
-        ipc_payload.view(flat, entry).copy_(tensors[entry.name])
-    return flat, json.loads(json.dumps(ipc_payload.described(entries)))
-
-
-def sent(shapes, seed=0, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
-
-
-def watched(model, flat, entries):
-    owned = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
-    recorder = Recorder(flat, [entry[3] for entry in entries], owned)
-    with torch.no_grad(), recorder:
-        model.load_weights(views(flat, entries))
-    return recorder
-
-
-def elements_read(copies, entries):
-    read = {}
-    for copy in copies:
-        name = entries[copy.entry][0]
-        read[name] = read.get(name, 0) + copy.src.numel()
-    return read
-
-
-def bits(model):
-    return {
-        name: parameter.detach().reshape(-1).view(torch.uint8).tolist() for name, parameter in model.named_parameters()
-    }
+# --- the watch ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("load, shapes, send, derived, reworked, repeatable, read", LOADERS, ids=IDS)
@@ -491,7 +266,7 @@ def test_a_watch_does_not_compare_every_copy_with_every_other(monkeypatch):
     model = model_of(load, {"w": (num, 4)})
     recorder = watched(model, flat, entries)
     plans = Plans()
-    plans.learn(recorder, flat, entries, places_of(model))
+    plans.learn(recorder, entries, places_of(model))
     assert not recorder.reworked and len(recorder.copies) == len(recorder.fills) == num
     assert len(looked) <= 5 * num
     assert plans.knows(entries)
@@ -904,7 +679,8 @@ class Session:
 
     def __init__(self, model, tmp_path, **changes):
         path = tmp_path / "s.sock"
-        self.channel = Channel(path, tp_size=1, request=lambda: receive(model, opening(path, **changes)))
+        self.channel = Channel(path, tp_size=1)
+        self.channel.call(lambda: receive(model, opening(path, **changes)))
         self.numbers = iter(range(1000))
         self.rank = changes.get("tp_rank", 0)
 
@@ -1002,6 +778,47 @@ def test_memory_that_is_not_the_trainers_is_refused_before_a_parameter_is_touche
         answer = session.ask(load_command(tmp_path, sent(W), do=action, checksum=[1, 2]))
     assert answer["opened"] and answer["error"].startswith("RuntimeError: ")
     assert bits(model) == before
+
+
+def test_a_session_rehearses_tells_and_lets_samples_bear_it_out(tmp_path):
+    shapes, send = {"qkv": (8, 3)}, {"q": (4, 3), "k": (2, 3), "v": (2, 3)}
+    model = model_of(fused, shapes)
+    before = bits(model)
+    entries = [[name, "float32", list(shape)] for name, shape in send.items()]
+    with Session(model, tmp_path) as session:
+        told = session.ask({"do": "rehearse", "entries": entries})
+        again = session.ask({"do": "rehearse", "entries": entries})
+        assert told["error"] is None and told["learned"] == again["learned"]
+        assert {name: copies[0][1] for name, copies in told["learned"].items()} == {n: list(s) for n, s in send.items()}
+        assert bits(model) == before
+        sample = session.ask(load_command(tmp_path, {"k": sent(send)["k"]}, watch=True))
+        assert sample["error"] is None and sample["otherwise"] == [] and not sample["replayed"]
+        assert sample["learned"] == {"k": told["learned"]["k"]}
+        rest = session.ask(load_command(tmp_path, sent(send)))
+        assert rest["replayed"] and "otherwise" not in rest
+
+
+def test_a_session_says_why_a_loader_cannot_be_rehearsed(tmp_path):
+    model = model_of(asked_for_a_value, W)
+    before = bits(model)
+    with Session(model, tmp_path) as session:
+        told = session.ask({"do": "rehearse", "entries": [["w", "float32", [4, 4]]]})
+        assert "learned" not in told and "meta" in told["error"]
+        assert bits(model) == before
+        assert session.ask(load_command(tmp_path, sent(W)))["error"] is None
+
+
+def test_what_was_staged_is_let_go_before_the_session_ends(tmp_path):
+    tensor = sent(W)["w"]
+    handle = ipc_payload.write_file(tensor.view(-1).view(torch.uint8), tmp_path / "staged.safetensors")
+    with Session(model_of(plain, W), tmp_path) as session:
+        assert session.ask({"do": "run", "map": [["stage/0", handle], ["loan0", handle]]})["mapped"] == [
+            "stage/0",
+            "loan0",
+        ]
+        assert session.ask({"do": "unstage"})["error"] is None
+        assert list(hook._regions) == ["loan0"]
+        session.ask({"do": "run", "release": ["loan0"]})
 
 
 def test_a_probe_opens_and_loads_nothing(tmp_path):
@@ -1267,9 +1084,8 @@ def session_with(worker, tmp_path, command):
     """One command in a session with a worker in another process: its answer, and what its parameter holds after it."""
     path = tmp_path / "s.sock"
     held = []
-    channel = Channel(
-        path, tp_size=1, request=lambda: held.append(worker({"path": str(path), "endpoint": f"ipc://{path}"}))
-    )
+    channel = Channel(path, tp_size=1)
+    channel.call(lambda: held.append(worker({"path": str(path), "endpoint": channel.endpoint})))
     channel.greet(timeout_s=30)
     channel.post({0: {"for": 0, **command}}, 0)
     answer = channel.collect(0, timeout_s=30)[0]

@@ -98,7 +98,7 @@ class Recorded(ServerClient):
         self.info = {"version": version, **info}
         self.sent = []
 
-    def _exchange(self, method, path, body, *, timeout_s, params=None):
+    def _exchange(self, method, path, body, **options):
         self.sent.append((path, body))
         return self.info if path == "/server_info" else {"success": True, "weight_version": "v"}
 

@@ -1,5 +1,6 @@
 """What the verbs ask of a server, in which order, and what they make of its answers; no server."""
 
+import threading
 import time
 
 import pytest
@@ -30,8 +31,10 @@ class Captured:
     def get(self, path, *, timeout_s):
         return self.info if path == "/server_info" else self._answer(path)
 
-    def post(self, path, body=None, *, timeout_s, params=None):
+    def post(self, path, body=None, *, timeout_s, params=None, sent=None):
         self.asked.append((path, body))
+        if sent is not None:
+            sent()
         return self._answer(path)
 
     def _answer(self, path):
@@ -71,9 +74,11 @@ def synced(client, verbs=None):
 def test_a_sync_pauses_and_drops_the_cache_before_anything_is_sent(version, expected):
     client = Captured(version)
     synced(client)
-    # Those after the last one in common are made at once: in no order, but for the end of the pause.
-    assert sorted(client.paths) == sorted(expected) and client.paths[-1] == GO_ON
-    assert [path for path in client.paths if path != VERSION] == [path for path in expected if path != VERSION]
+    # Some are made at once: in no order, but for the ends of the pause and the session.
+    assert sorted(client.paths) == sorted(expected) and (client.paths[0], client.paths[-1]) == (PAUSE, GO_ON)
+    sessions = [path for path in client.paths if path in (BEGIN, END)]
+    assert sessions == [path for path in expected if path in (BEGIN, END)]
+    assert client.paths.index(FLUSH) < client.paths.index(VERSION)
     bodies = dict(client.asked)
     assert bodies["/pause_generation"] == {"mode": "retract"}
     assert bodies["/update_weight_version"] == {"new_version": "7", "abort_all_requests": False}
@@ -107,13 +112,61 @@ def test_a_sync_leaves_the_users_pause_alone(mode):
     assert client.paths.count(GO_ON) == 1 and verbs.paused is None
 
 
-@pytest.mark.parametrize("version", ["0.5.17", "0.5.21"])
-def test_a_cache_that_cannot_be_dropped_is_told_before_the_weights_change(version):
+class FlushLater(Captured):
+    """Answers a flush once something else was asked for; refuses it if that does not come."""
+
+    def __init__(self, version, other):
+        super().__init__(version)
+        self.other, self.other_came = other, threading.Event()
+
+    def _answer(self, path):
+        if path == self.other:
+            self.other_came.set()
+        if path == "/flush_cache" and not self.other_came.wait(1):
+            raise refused()
+        return super()._answer(path)
+
+
+def test_a_session_is_opened_beside_the_flush():
+    client = FlushLater("0.5.21", "/begin_weight_update")
+    synced(client)
+    assert client.paths[-1] == GO_ON
+
+
+def test_generation_is_held_before_the_cache_is_dropped_and_a_sync_is_begun_after_it():
+    client = FlushLater("0.5.20", "/update_weights_from_tensor")
+    verbs = Verbs(client)
+    dropped = verbs.hold_generation(timeout_s=1)
+    assert client.paths[0] == PAUSE and not dropped.done()
+    verbs.push(["payload"], load_format="a.loader", timeout_s=1)
+    dropped.result()
+    verbs.begin_sync(timeout_s=1)
+    assert client.paths[-1] == FLUSH
+    client.other_came.clear()
+    with pytest.raises(EngineStateError):
+        verbs.begin_sync(timeout_s=1)  # it has waited for the answer
+
+
+def test_the_flush_has_been_sent_before_anything_is_asked_for_that_must_not_overtake_it():
+    class Slow(Captured):
+        def post(self, path, body=None, **options):
+            if path == "/flush_cache":
+                time.sleep(0.1)
+            return super().post(path, body, **options)
+
+    client = Slow()
+    Verbs(client).hold_generation(timeout_s=1)
+    assert client.paths[:3] == [PAUSE, FLUSH, BEGIN]
+
+
+@pytest.mark.parametrize("version, ended", [("0.5.17", []), ("0.5.21", [END])])
+def test_a_cache_that_cannot_be_dropped_is_told_before_the_weights_change(version, ended):
     """0.5.10 to 0.5.20 count retracted requests among those that run."""
     client = Captured(version, {"/flush_cache": refused()})
     with pytest.raises(EngineStateError, match=f"SGLang {version} keeps the cache"):
         Verbs(client).begin_sync(timeout_s=1)
-    assert client.paths == [PAUSE, FLUSH, GO_ON], "and generation goes on"
+    without_begin = [path for path in client.paths if path != BEGIN]
+    assert without_begin == [PAUSE, FLUSH, *ended, GO_ON], "and generation goes on"
 
 
 def test_under_a_pause_in_place_the_old_cache_stays_and_is_remembered_until_a_flush():
@@ -135,7 +188,7 @@ def test_what_is_no_answer_about_the_cache_is_an_error_of_its_own():
     client = Captured(answers={"/flush_cache": refused("broken", status=500)})
     with pytest.raises(RequestError, match="broken"):
         Verbs(client).begin_sync(timeout_s=1)
-    assert client.paths == [PAUSE, FLUSH, GO_ON]
+    assert client.paths[-2:] == [END, GO_ON]
 
 
 @pytest.mark.parametrize("error", [EngineDeadError("gone"), DeadlineError("late")])
@@ -143,17 +196,17 @@ def test_a_server_that_does_not_answer_is_not_asked_to_go_on(error):
     client = Captured(answers={"/flush_cache": error})
     with pytest.raises(type(error)):
         Verbs(client).begin_sync(timeout_s=1)
-    assert client.paths == [PAUSE, FLUSH]
+    assert sorted(client.paths) == sorted([PAUSE, FLUSH, BEGIN])
 
 
 def test_a_session_that_a_failed_sync_left_open_is_closed_first():
     client = Captured(answers={"/begin_weight_update": [refused("a session is already open"), {"success": True}]})
     Verbs(client).begin_sync(timeout_s=1)
-    assert client.paths == [PAUSE, FLUSH, BEGIN, END, BEGIN]
+    assert [path for path in client.paths if path != FLUSH] == [PAUSE, BEGIN, END, BEGIN]
     other = Captured(answers={"/begin_weight_update": refused("something else")})
     with pytest.raises(RequestError, match="something else"):
         Verbs(other).begin_sync(timeout_s=1)
-    assert other.paths == [PAUSE, FLUSH, BEGIN, GO_ON]
+    assert [path for path in other.paths if path != FLUSH] == [PAUSE, BEGIN, GO_ON]
 
 
 def test_a_cancelled_sync_lets_generation_go_on_whether_or_not_a_session_was_opened():

@@ -356,7 +356,7 @@ class Outstanding:
     Attributes:
         rank: Global rank that exported it.
         tp_rank: TP rank it was made for.
-        bucket: Number of the bucket in its sync.
+        bucket: Number of the bucket in its sync; -2: the trainer's own memory, mapped for one sync.
         num_bytes: Of the bucket.
         count: The counter: 1 outstanding, below 0 over-released.
         fate: What is known.
@@ -405,7 +405,11 @@ class Ledger:
 
     def export(self, flat: torch.Tensor, *, tp_rank: int, bucket: int) -> Handle:
         """`export` for one reader, entered before anybody can open it."""
-        handle = export(flat)
+        return self.export_storage(flat.untyped_storage(), tp_rank=tp_rank, bucket=bucket)
+
+    def export_storage(self, storage: torch.UntypedStorage, *, tp_rank: int, bucket: int) -> Handle:
+        """The same of any storage; it is kept until the handle has come back."""
+        handle = export_storage(storage)
         self._lines.append(_Line(handle, tp_rank, bucket))
         self.num_exported += 1
         return handle

@@ -95,17 +95,22 @@ class SyncReport:
 
 @dataclass(slots=True)
 class Stopwatch:
-    """Seconds per phase; a phase that is entered again adds up."""
+    """Seconds per phase; a phase that is entered again adds up, one inside another is part of that."""
 
     seconds: dict[str, float] = field(default_factory=dict)
     started: float = field(default_factory=perf_counter)
+    _running: bool = False
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        begun = perf_counter()
+        if self._running:
+            yield
+            return
+        begun, self._running = perf_counter(), True
         try:
             yield
         finally:
+            self._running = False
             self.seconds[name] = self.seconds.get(name, 0.0) + perf_counter() - begun
 
     def total(self) -> float:

@@ -466,10 +466,10 @@ class Sent(ServerClient):
         super().__init__(url)
         self.posted = []
 
-    def _exchange(self, method, path, body, *, timeout_s, params=None):
+    def _exchange(self, method, path, body, **options):
         if method == "POST":
             self.posted.append((path, dict(body or {})))
-        return super()._exchange(method, path, body, timeout_s=timeout_s, params=params)
+        return super()._exchange(method, path, body, **options)
 
 
 _server = {}

@@ -29,12 +29,11 @@ class Channel:
     """Commands to the TP workers of one server, for the length of one sync.
 
     Args:
-        path: Where the socket is to be; its folder is private to this user.
+        path: Where the socket is to be, from now on; its folder is private to this user.
         tp_size: Number of workers.
-        request: Makes SGLang's request and returns when that was answered; runs in a thread of its own, from now on.
     """
 
-    def __init__(self, path: Path, *, tp_size: int, request: Callable[[], None]) -> None:
+    def __init__(self, path: Path, *, tp_size: int) -> None:
         if len(str(path)) > _LONGEST_PATH:
             raise SyncError(f"the socket's path is longer than {_LONGEST_PATH} bytes: {path}")
         self._path = path
@@ -48,11 +47,23 @@ class Channel:
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._present: dict[int, dict[str, Any]] = {}
         try:
-            self._socket.bind(f"ipc://{path}")
-            self._request = in_background(request, name="tpcolocate sync")
+            self._socket.bind(self.endpoint)
         except BaseException:
             self.close()
             raise
+
+    @property
+    def endpoint(self) -> str:
+        """Where the workers are to connect to."""
+        return f"ipc://{self._path}"
+
+    def call(self, request: Callable[[], None]) -> None:
+        """Have SGLang call the workers here.
+
+        Args:
+            request: Makes SGLang's request and returns when that was answered; runs in a thread of its own, from now on.
+        """
+        self._request = in_background(request, name="tpcolocate sync")
 
     def greet(self, *, timeout_s: float) -> dict[int, dict[str, Any]]:
         """Wait until all workers are here: TP rank -> what it said when it connected.

@@ -109,11 +109,20 @@ class ServerClient:
         *,
         timeout_s: float,
         params: Mapping[str, Any] | None = None,
+        sent: Callable[[], None] | None = None,
     ) -> Any:
-        """POST JSON and return the JSON (or text) answer.  Raises as `get`, and what `check` raises."""
+        """POST JSON and return the JSON (or text) answer.  Raises as `get`, and what `check` raises.
+
+        Args:
+            path: Of the endpoint.
+            body: Its fields.
+            timeout_s: In seconds.
+            params: Of the query.
+            sent: Called when all of the request has left, before the answer is waited for.
+        """
         if self.check is not None:
             self.check(path, {**({} if body is None else body), **({} if params is None else params)})
-        return self._exchange("POST", path, {} if body is None else body, timeout_s=timeout_s, params=params)
+        return self._exchange("POST", path, {} if body is None else body, timeout_s=timeout_s, params=params, sent=sent)
 
     def _exchange(
         self,
@@ -123,21 +132,34 @@ class ServerClient:
         *,
         timeout_s: float,
         params: Mapping[str, Any] | None = None,
+        sent: Callable[[], None] | None = None,
     ) -> Any:
         target = f"{path}?{urlencode(params)}" if params else path
         data = None if body is None else _encode(body)
         with self._errors(path, timeout_s):
-            response = self._send(method, target, data, timeout_s, whole=True)
+            response = self._send(method, target, data, timeout_s, whole=True, sent=sent)
         return self._answer(path, response.status, response.reason, response.data)
 
     def _send(
-        self, method: str, target: str, data: bytes | None, timeout_s: float, *, whole: bool
+        self,
+        method: str,
+        target: str,
+        data: bytes | None,
+        timeout_s: float,
+        *,
+        whole: bool,
+        sent: Callable[[], None] | None = None,
     ) -> urllib3.BaseHTTPResponse:
+        headers = {**self._headers, "Content-Type": "application/json"}
+        body: bytes | Iterator[bytes] | None = data
+        if data is not None and sent is not None:
+            headers["Content-Length"] = str(len(data))  # without it, it would be chunked
+            body = _then(data, sent)
         return self._fresh_pool().urlopen(
             method,
             target,
-            body=data,
-            headers={**self._headers, "Content-Type": "application/json"},
+            body=body,
+            headers=headers,
             timeout=urllib3.Timeout(connect=min(_CONNECT_TIMEOUT_S, timeout_s), read=timeout_s),
             retries=False,
             redirect=False,
@@ -284,6 +306,12 @@ class ServerClient:
 
 
 _DONE = object()
+
+
+def _then(data: bytes, sent: Callable[[], None]) -> Iterator[bytes]:
+    """A body of one piece; it is asked for another one when that has left."""
+    yield data
+    sent()
 
 
 def _encode(body: Mapping[str, Any]) -> bytes:

@@ -6,7 +6,8 @@ import base64
 import io
 import pickle
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,7 +27,7 @@ from tpcolocate.errors import (
     TpColocateError,
 )
 from tpcolocate.groups import this_process
-from tpcolocate.parallel import at_once
+from tpcolocate.parallel import at_once, begun_in_background
 
 _IDLE_POLL_S = 0.05
 # From the moment at which the workers leave a sync by themselves to SGLang's answer.
@@ -80,32 +81,53 @@ class Verbs:
     # --- weights -----------------------------------------------------------------------------------------------
 
     def begin_sync(self, *, timeout_s: float) -> None:
-        """Hold generation, drop the cache of the old weights, and open what the release needs opened.
-
-        Unless the user has paused already, requests in flight are retracted: they keep the tokens they have and go on
-        after the sync, with the new weights.  The cache is dropped here and not at the end, because nothing enters it
-        meanwhile, and because a release that cannot do so must say it while the weights are still what they were.
+        """`hold_generation`, until the cache is dropped; undone if it fails, as far as the server answers.
 
         Raises:
             EngineStateError: This release keeps the cache while retracted requests wait (through 0.5.20).
         """
         deadline = time.monotonic() + timeout_s
-        if self.paused is None:
-            self.client.post("/pause_generation", {"mode": "retract"}, timeout_s=timeout_s)
         try:
-            self.cache_is_stale = not self._drop_cache(timeout_s=_left(deadline))
-            if self.cache_is_stale and self.paused != "in_place":
-                raise EngineStateError(
-                    f"cannot sync weights: SGLang {self.release.version} keeps the cache of the old ones while requests wait",
-                    hint='wait for the requests in flight, or pause_generation(mode="abort") first',
-                    url=self.client.url,
-                )
-            if self.release.weight_session:
-                self._open_session(timeout_s=_left(deadline))
+            self.hold_generation(timeout_s=timeout_s).result()
         except TpColocateError as error:
             if not isinstance(error, (EngineDeadError, DeadlineError)):
-                self._go_on(timeout_s=_left(deadline))
+                self.cancel_sync(timeout_s=_left(deadline))
             raise
+
+    def hold_generation(self, *, timeout_s: float) -> Future[None]:
+        """Hold generation, begin to drop the cache of the old weights, and open what the release needs opened.
+
+        Unless the user has paused already, requests in flight are retracted: they keep the tokens they have and go on
+        after the sync, with the new weights.  The cache is dropped here and not at the end, because nothing enters it
+        meanwhile, and because a release that cannot do so must say it while the weights are still what they were.
+
+        `cancel_sync` undoes it, whatever this or the future raises.
+
+        Returns:
+            Done once the cache is dropped; raises as `begin_sync`.  No weight may change before.  An update may be asked
+            for: SGLang takes up the one request after the other, and has been sent this one.  If it takes up the update
+            first all the same, it drops the cache once that is over.
+        """
+        deadline = time.monotonic() + timeout_s
+        if self.paused is None:
+            # Answered before anything else is asked for: while it does not know of a pause, SGLang keeps an update
+            # waiting for the requests in flight.
+            self.client.post("/pause_generation", {"mode": "retract"}, timeout_s=timeout_s)
+        dropped = begun_in_background(
+            lambda begun: self._drop_old_cache(begun, timeout_s=_left(deadline)), name="tpcolocate flush"
+        )
+        if self.release.weight_session:
+            self._open_session(timeout_s=_left(deadline))
+        return dropped
+
+    def _drop_old_cache(self, sent: Callable[[], None], *, timeout_s: float) -> None:
+        self.cache_is_stale = not self._drop_cache(timeout_s=timeout_s, sent=sent)
+        if self.cache_is_stale and self.paused != "in_place":
+            raise EngineStateError(
+                f"cannot sync weights: SGLang {self.release.version} keeps the cache of the old ones while requests wait",
+                hint='wait for the requests in flight, or pause_generation(mode="abort") first',
+                url=self.client.url,
+            )
 
     def _go_on(self, *, timeout_s: float) -> None:
         """End the pause of a sync, not one of the user's, and not before weights that are half of one kind."""
@@ -129,7 +151,7 @@ class Verbs:
             self._done(self.client.post("/end_weight_update", {}, timeout_s=timeout_s))
 
     def cancel_sync(self, *, timeout_s: float) -> None:
-        """Undo `begin_sync` while nothing was sent yet: the engine goes on with the weights it has."""
+        """Undo `hold_generation` while nothing was sent yet: the engine goes on with the weights it has."""
         self._close_session(timeout_s=timeout_s)
         self._go_on(timeout_s=timeout_s)
 
@@ -185,11 +207,20 @@ class Verbs:
                 f"the engine did not take the broadcast weights: {error.message}", url=self.client.url
             ) from error
 
-    def open_workers(self, path: Path, session: str, *, loader: str, tp_size: int, timeout_s: float) -> Channel:
-        """Reach our receiver in every TP worker, by one request that lasts as long as the sync.
+    def await_workers(self, path: Path, *, tp_size: int) -> Channel:
+        """Be where the workers will connect to; nothing is asked of SGLang yet.
 
         Args:
             path: Where the socket is to be, in a folder of this user alone.
+            tp_size: Number of workers.
+        """
+        return Channel(path, tp_size=tp_size)
+
+    def call_workers(self, workers: Channel, session: str, *, loader: str, tp_size: int, timeout_s: float) -> None:
+        """Reach our receiver in every TP worker, by one request that lasts as long as the sync.
+
+        Args:
+            workers: From `await_workers`.
             session: A name that was never used before.
             loader: Dotted name of the receiver.
             tp_size: Number of workers.
@@ -200,7 +231,7 @@ class Verbs:
             ipc_payload.command(
                 {
                     "session": session,
-                    "endpoint": f"ipc://{path}",
+                    "endpoint": workers.endpoint,
                     "peer": [pid, started],
                     "for": tp_rank,
                     "tp_rank": tp_rank,
@@ -210,11 +241,7 @@ class Verbs:
             )
             for tp_rank in range(tp_size)
         ]
-        return Channel(
-            path,
-            tp_size=tp_size,
-            request=lambda: self.push(payloads, load_format=loader, timeout_s=timeout_s + _ANSWER_S),
-        )
+        workers.call(lambda: self.push(payloads, load_format=loader, timeout_s=timeout_s + _ANSWER_S))
 
     def end_sync(self, version: str, *, workers: Leaving | None = None, timeout_s: float) -> None:
         """Let the workers go, publish the version, and let generation go on unless the user has paused it.
@@ -223,7 +250,7 @@ class Verbs:
 
         Args:
             version: Of the weights, all of which are proven to be there.
-            workers: Of `open_workers`, if this sync has them.
+            workers: Of `await_workers`, if this sync has them.
             timeout_s: In seconds.
         """
         deadline = time.monotonic() + timeout_s
@@ -287,10 +314,10 @@ class Verbs:
             )
         self.cache_is_stale = False
 
-    def _drop_cache(self, *, timeout_s: float) -> bool:
+    def _drop_cache(self, *, timeout_s: float, sent: Callable[[], None] | None = None) -> bool:
         """False if the server refuses, because requests need what is in it."""
         try:
-            self.client.post("/flush_cache", timeout_s=timeout_s)
+            self.client.post("/flush_cache", timeout_s=timeout_s, sent=sent)
         except RequestError as error:
             if error.status != 400:
                 raise

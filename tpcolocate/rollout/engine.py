@@ -102,10 +102,11 @@ class Engine(AdapterCalls, UpdateGroupCalls, GenerationCalls):
             weight_version = model_or_named_tensors.weight_version
         version = self._next_version(weight_version)
         error: TpColocateError | None = None
+        refusal: Exception | None = None
         everybody = self._everybody
+        options = SyncOptions()
         try:
-            # All slices together: the gathers of sharded weights span them, and a slice that stays away would hang them.
-            with everybody.together("check the state for a weight sync"):
+            try:
                 self._state.check_sync()
                 options = SyncOptions(
                     bucket_bytes=bucket_bytes,
@@ -116,12 +117,19 @@ class Engine(AdapterCalls, UpdateGroupCalls, GenerationCalls):
                     parts=parts,
                     rename=rename,
                 )
+            except Exception as caught:
+                refusal = caught
+            if everybody is not self._group:
+                # All slices together: the gathers of sharded weights span them, and a slice that stays away would hang them.
+                # A single one is told by its sync's first agreement.
+                everybody.agree(refusal, what="check the state for a weight sync")
             report = self._sync.run(
                 model_or_named_tensors,
                 version=version,
                 options=options,
                 timeout_s=timeout_s,
                 touched=self._weights_touched,
+                refusal=refusal,
             )
         except TpColocateError as caught:
             error = caught

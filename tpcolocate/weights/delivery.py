@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -40,10 +41,11 @@ class Workers(Protocol):
 class WeightServer(Protocol):
     """What a sync needs of the engine; used on the owner only."""
 
-    def begin_sync(self, *, timeout_s: float) -> None: ...
+    def hold_generation(self, *, timeout_s: float) -> Future[None]: ...
     def cancel_sync(self, *, timeout_s: float) -> None: ...
     def push(self, payloads: Sequence[str], *, load_format: str, timeout_s: float) -> None: ...
-    def open_workers(self, path: Path, session: str, *, loader: str, tp_size: int, timeout_s: float) -> Workers: ...
+    def await_workers(self, path: Path, *, tp_size: int) -> Workers: ...
+    def call_workers(self, workers: Any, session: str, *, loader: str, tp_size: int, timeout_s: float) -> None: ...
     def end_sync(self, version: str, *, workers: Workers | None = None, timeout_s: float) -> None: ...
 
 
@@ -57,6 +59,7 @@ class Verdict:
         unproven: Tensors whose arrival cannot be read back.
         replayed: Whether every worker repeated known copies instead of running the engine's loader.
         learned: TP rank -> tensor -> its copies, where the loader was watched; see `moves.reads_of`.
+        otherwise: Tensors that the loader treated otherwise than was learned.
         worker_seconds: Step inside the workers -> seconds, the slowest worker's.
     """
 
@@ -65,6 +68,7 @@ class Verdict:
     unproven: tuple[str, ...] = ()
     replayed: bool = False
     learned: dict[int, dict[str, Any]] = field(default_factory=dict)
+    otherwise: tuple[str, ...] = ()
     worker_seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -92,6 +96,7 @@ def judge(replies: Replies, entries: Sequence[ipc_payload.Entry]) -> Verdict:
         tuple(sorted(unproven)),
         all(reply["replayed"] for reply in replies.values()),
         {rank: reply["learned"] for rank, reply in replies.items() if "learned" in reply},
+        tuple(sorted({name for reply in replies.values() for name in reply.get("otherwise", ())})),
         slowest(replies),
     )
 
@@ -151,7 +156,7 @@ class Delivery:
         return list(range(self.tp_size)) if everybody else [self.tp_rank]
 
     def make(
-        self, flat: torch.Tensor | None, entries: list[ipc_payload.Entry], number: int, *, tell: bool = False
+        self, flat: torch.Tensor | None, entries: list[ipc_payload.Entry], number: int, **asked: bool
     ) -> list[Any]:
         """This rank's payloads (``stock``) or commands for one bucket, in tp order of their readers.
 
@@ -159,13 +164,14 @@ class Delivery:
             flat: The bucket; None on ranks that export nothing.
             entries: What it holds.
             number: Of the command.
-            tell: Have the workers tell what they copy, also where they have known it before.
+            asked: What the workers are to do beside: ``tell`` what they copy, also where they have known it before;
+                ``watch`` the engine's loader, also where they could do without.
         """
         if flat is None:
             return []
         if self.transport == "stock":
             return [ipc_payload.payload(self.exported(flat, reader, number), entries) for reader in self.readers]
-        return self.commands(flat, "load", number=number, entries=ipc_payload.described(entries), tell=tell)
+        return self.commands(flat, "load", number=number, entries=ipc_payload.described(entries), **asked)
 
     def commands(self, flat: torch.Tensor, action: str, *, number: int, **fields: Any) -> list[Command]:
         """Commands for the receiver, one per reader, each with a handle of its own."""

@@ -102,9 +102,12 @@ class Loans:
         loan = Loan(f"loan{next(self._numbers)}", handle, StorageWeakRef(storage), storage.data_ptr(), storage.nbytes())
         self._loans[storage._cdata] = loan
         self.state += 1
-        # On a CPU the export may have moved it.
-        self._seen[storage._cdata] = (StorageWeakRef(storage), storage.data_ptr())
+        self.seen(storage)
         return loan
+
+    def seen(self, storage: torch.UntypedStorage) -> None:
+        """Remember where a storage of this sync lies after it was exported, which on a CPU may have moved it."""
+        self._seen[storage._cdata] = (StorageWeakRef(storage), storage.data_ptr())
 
     def take(self, names: set[str]) -> list[Loan]:
         """Take loans out of the books; the worker has been or will be told to let go of them."""

@@ -238,17 +238,29 @@ class Mover:
 
     # --- what the worker is told -------------------------------------------------------------------------------
 
-    def definitions(self, moves: Moves, tensors: Mapping[str, Held]) -> list[list[Any]]:
-        """The worker's programs: [key, pieces]; see `tpcolocate_receiver.plans.Program`."""
+    def definitions(
+        self, moves: Moves, tensors: Mapping[str, Held], borrowed: Mapping[int, str] | None = None
+    ) -> list[list[Any]]:
+        """The worker's programs: [key, pieces]; see `tpcolocate_receiver.plans.Program`.
+
+        Args:
+            moves: That are to be made.
+            tensors: What lies here.
+            borrowed: Storage -> region, of what is mapped and no loan.
+        """
+        borrowed = {} if borrowed is None else borrowed
         direct = []
         for piece in moves.direct:
             one = tensors[piece.name]
             view = piece.view(one.local, one.slab)
             storage = view.untyped_storage()
-            loan = self.loans.find(storage)
-            assert loan is not None
+            region = borrowed.get(storage._cdata)
+            if region is None:
+                loan = self.loans.find(storage)
+                assert loan is not None
+                region = loan.name
             first = view.data_ptr() - storage.data_ptr()
-            direct.append(_told(piece, loan.name, first, view.dtype, view.stride()))
+            direct.append(_told(piece, region, first, view.dtype, view.stride()))
         told: list[list[Any]] = [[f"{moves.key}/direct", direct]]
         for i, step in enumerate(moves.steps):
             staged = [

@@ -5,16 +5,20 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from concurrent.futures import wait
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
 from tpcolocate import ipc_payload
-from tpcolocate.errors import SyncError, TpColocateError
-from tpcolocate.parallel import in_background
+from tpcolocate.errors import EngineDeadError, SyncError, TpColocateError
+from tpcolocate.parallel import in_background, quick_switching
 from tpcolocate.weights.delivery import WeightServer, Workers
 
 logger = logging.getLogger(__name__)
+
+# From the workers' greeting to the answer of a flush that they took up before it: the way back through SGLang's loop, and
+# the turn of our thread.  Where it takes longer for once, the workers are reached a second time, and nothing else.
+_ANSWER_S = 0.25
 
 Greetings = dict[int, dict[str, Any]]
 """TP rank -> what its receiver said when it came."""
@@ -41,28 +45,56 @@ class Opening:
         self._deadline = time.monotonic() + timeout_s
         self._lock = threading.Lock()
         self._is_closed = False
+        self._awaited: Future[Workers] = Future()
         self._task = in_background(self._open, name="tpcolocate open")
+        if tp_size:
+            try:  # which takes a millisecond, while SGLang pauses
+                self._awaited.set_result(self._await())
+            except BaseException as error:
+                self._awaited.set_exception(error)
 
     def _open(self) -> Greetings | None:
-        self._server.begin_sync(timeout_s=self._left())
-        if not self._tp_size:
-            return None
-        workers = self._server.open_workers(
-            self._folder / f"{self.session}.sock",
-            self.session,
-            loader=self._loader,
-            tp_size=self._tp_size,
-            timeout_s=self._left(),
-        )
+        with quick_switching():  # the trainer's thread computes beside these requests
+            dropped = self._server.hold_generation(timeout_s=self._left())
+            greetings = self._reach(self._awaited.result()) if self._tp_size else None
+            if greetings is not None and not wait([dropped], min(_ANSWER_S, self._left())).done:
+                # The workers hold the update; what came behind it is not taken up before they have left.
+                logger.debug("SGLang took up the weight update before the flush: the workers are reached once more")
+                self._let_go()
+                dropped.result()
+                greetings = self._reach(self._await())
+            dropped.result()
+        return greetings
+
+    def _await(self) -> Workers:
+        """Be there for the workers."""
+        workers = self._server.await_workers(self._folder / f"{self.session}.sock", tp_size=self._tp_size)
         with self._lock:
             self.workers = workers
             if self._is_closed:  # nobody waits for them any more
                 workers.close()
+        return workers
+
+    def _reach(self, workers: Workers) -> Greetings:
+        """Call the workers, and wait for all of them."""
+        with self._lock:
+            if self._is_closed:
+                raise SyncError("the weight sync was given up before the workers were called")
+        self._server.call_workers(
+            workers, self.session, loader=self._loader, tp_size=self._tp_size, timeout_s=self._left()
+        )
         greetings = workers.greet(timeout_s=self._left())
         for tp_rank, greeting in greetings.items():
             if greeting["error"] is not None:
                 raise SyncError(f"TP rank {tp_rank}: {greeting['error']}")
         return greetings
+
+    def _let_go(self) -> None:
+        with self._lock:  # `close` may act on the same workers
+            assert self.workers is not None
+            self.workers.finish()
+            self.workers = None
+        self.session = ipc_payload.new_session()  # the receiver holds none twice
 
     def _left(self) -> float:
         return max(self._deadline - time.monotonic(), 0.001)
@@ -71,12 +103,12 @@ class Opening:
         """Wait for the workers; None if none was to be reached.
 
         Raises:
-            TpColocateError: Generation could not be held, or not all workers came.
+            TpColocateError: Generation could not be held, the cache not dropped, or not all workers came.
         """
         return self._task.result()
 
     def close(self, *, timeout_s: float) -> None:
-        """Let the workers go; those that are still on their way after `timeout_s` are sent back when they come."""
+        """Let the workers go; those that are still on their way after `timeout_s` find nobody, and those not called are not."""
         wait([self._task], timeout_s)
         with self._lock:
             self._is_closed = True
@@ -86,6 +118,8 @@ class Opening:
     def cancel(self, *, timeout_s: float) -> None:
         """`close`, and have the engine go on with the weights it has; what cannot be told to it any more is logged."""
         self.close(timeout_s=timeout_s)
+        if self._task.done() and isinstance(self._task.exception(), EngineDeadError):
+            return  # nobody is there to be told; after a mere deadline there is, and it would stay paused
         try:
             self._server.cancel_sync(timeout_s=timeout_s)
         except TpColocateError as error:

@@ -89,6 +89,8 @@ class WeightSync:
         """What the last sync found, if it moved everything."""
         self.lent: frozenset[str] = frozenset()
         """Names whose memory the workers map from sync to sync; the same on every rank."""
+        self.rehearsal_refused: str | None = None
+        """Why the engine's loader cannot be learned without weights, if it cannot."""
         self.lending_refused: str | None = None
         """Why the engine cannot map the trainer's own memory, if it cannot."""
 
@@ -136,6 +138,7 @@ class WeightSync:
         options: SyncOptions,
         timeout_s: float,
         touched: Callable[[], None],
+        refusal: Exception | None = None,
     ) -> SyncReport:
         """Sync all weights of `source`.
 
@@ -147,16 +150,17 @@ class WeightSync:
             options: See `SyncOptions`.
             timeout_s: For the whole sync, in seconds.
             touched: Called on every rank before the first byte may change in the engine.
+            refusal: Why no sync may begin, as far as this rank knows; raised on all ranks before anything is sent.
 
         Raises:
             TpColocateError: The first error of any rank of the slice.
         """
-        run = SyncRun(self, version, options, timeout_s)
+        run = SyncRun(self, version, options, timeout_s, refusal)
         try:
             report = run.carry_out(source, touched)
         except BaseException as error:
             run.clean_up()
-            self.abandoned.append(run.ledger)
+            self.abandoned += [run.ledger, run.borrowed.ledger]
             # Ranks of other slices are in the same gathers: keep them company to the end, then tell.
             if isinstance(error, TpColocateError) and not isinstance(error, RankLostError):
                 run.keep_company()

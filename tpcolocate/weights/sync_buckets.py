@@ -56,12 +56,14 @@ class BucketPhases(SyncPhases):
             self.check_alike(self.agree(error, (digest, headline(mine)), what="choose the next weights"))
         return bucket
 
-    def send(self, bucket: Items, error: BaseException | None) -> BaseException | None:
+    def send(self, bucket: Items, error: BaseException | None, *, is_sample: bool = False) -> BaseException | None:
         """Move one bucket.
 
         Args:
             bucket: The same on every rank.
             error: What went wrong on this rank with the last bucket's handles.
+            is_sample: Have the engine's loader take it whatever is known, to see whether that is true; it does not count as
+                sent.
 
         Returns:
             The same of this bucket, for the next agreement.
@@ -77,7 +79,8 @@ class BucketPhases(SyncPhases):
             with self.watch.phase("export"):
                 # The workers may know what this side does not: they learned it in a sync that failed.
                 tell = not all(self.sync.knowledge.covers(e.name, e.shape, e.dtype) for e in entries)
-                payloads = self.delivery.make(flat, entries, number, tell=tell)
+                asked = {"watch": True} if is_sample else {"tell": tell}
+                payloads = self.delivery.make(flat, entries, number, **asked)
         except BaseException as caught:
             error = caught
         with self.watch.phase("export"):
@@ -95,17 +98,19 @@ class BucketPhases(SyncPhases):
                 hint="the engine's weights are unknown now: sync again in full, or launch() again",
                 rank=self.sync.owner_rank,
             )
+        self.otherwise += verdict.otherwise
         if verdict.learned:
             self.learned = True
-            self.sync.knowledge.learn(verdict.learned, entries, len(self.group))
-        self.unproven.update(verdict.unproven)
-        self.num_replayed += len(bucket) if verdict.replayed else 0
+            self.sync.knowledge.learn(verdict.learned, entries, len(self.group), loaded=True)
         self.add_seconds(verdict.worker_seconds)
-        self.num_buckets += 1
-        self.num_tensors += len(bucket)
-        self.num_bytes += sum(entry.num_bytes for entry in entries)
         self.num_staged += num_bytes
-        self.names.update(name for name, _ in bucket)
+        if not is_sample:
+            self.unproven.update(verdict.unproven)
+            self.num_replayed += len(bucket) if verdict.replayed else 0
+            self.num_buckets += 1
+            self.num_tensors += len(bucket)
+            self.num_bytes += sum(entry.num_bytes for entry in entries)
+            self.names.update(name for name, _ in bucket)
         with self.watch.phase("settle"):
             try:
                 self.ledger.settle(deadline=min(self.deadline, time.monotonic() + RETURN_S))

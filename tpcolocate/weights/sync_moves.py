@@ -20,6 +20,11 @@ from tpcolocate.weights.source import Weights
 from tpcolocate.weights.steps import Moves
 from tpcolocate.weights.sync_phases import RETURN_S, SyncPhases
 
+STAGED, CAN_BE_MAPPED, STAYS = "0", "1", "2"
+"""What may become of a tensor's memory: it is copied; mapped for one sync; mapped from sync to sync."""
+Lending = Mapping[str, str]
+"""Tensor -> one of these, the least of all ranks."""
+
 
 class MovePhases(SyncPhases):
     """From the decision whether parts are moved to the proof that they arrived."""
@@ -41,18 +46,25 @@ class MovePhases(SyncPhases):
                 if self.delivery.transport == "ipc" and knowledge.covers(name, one.shape, one.local.dtype)
             }
         ready = bool(self.tensors)
-        number = knowledge.digest(list(self.tensors)) if ready else 0
+        names = list(self.tensors)
+        number = knowledge.digest(names) if ready else 0
+        verified = self.repeats or knowledge.is_verified(names)
         self.mode_told = True
         for group in groups:
-            flags = (int(ready), number, -number, int(self.repeats))
-            ready_there, low, high, repeats_there = self.sync.mover.least(group, flags)
+            flags = (int(ready), number, -number, int(self.repeats), int(verified))
+            ready_there, low, high, repeats_there, verified_there = self.sync.mover.least(group, flags)
             ready = ready and bool(ready_there) and low == -high
             self.repeats = self.repeats and bool(repeats_there)
-        if not ready:
-            self.tensors = {}
-        self.repeats = self.repeats and ready
-        self.moving = ready
+            verified = verified and bool(verified_there)
+        self.set_mode(moving=ready)
+        self.is_verified = verified
         return ready
+
+    def set_mode(self, *, moving: bool) -> None:
+        if not moving:
+            self.tensors = {}
+        self.repeats = self.repeats and moving
+        self.moving = moving
 
     def signature(self, lent: set[str]) -> object:
         """Equal for syncs that can make the same moves."""
@@ -73,17 +85,17 @@ class MovePhases(SyncPhases):
             ),
         )
 
-    def move(self, weights: Weights, lent: set[str]) -> None:
+    def move(self, weights: Weights, lending: Lending) -> None:
         """Move all parts, compare what every worker holds with what its training ranks gave."""
         define: dict[str, Any] = {}
         if self.repeats:
             assert self.sync.moves is not None and self.ready is not None
             moves, ready = self.sync.moves[1], self.ready
         else:
-            moves, ready = self.choose(lent, define)
+            moves, ready = self.choose(lending, define)
         self.ready = None
         self.unmoved = self.collectives(moves, ready)
-        self.staged = bool(moves.steps)
+        self.staged = self.staged or bool(moves.steps or self.borrowed.regions)
         waiting: list[tuple[int, str]] = []
         direct, *staged = moves.programs
         command = {"do": "run", "program": direct, "keep": True}
@@ -119,11 +131,15 @@ class MovePhases(SyncPhases):
             self.num_bytes += sum(full_bytes(item) for name, item in weights.known or () if name in names)
         self.names |= names
 
-    def choose(self, lent: set[str], define: dict[str, Any]) -> tuple[Moves, Ready]:
+    def choose(self, lending: Lending, define: dict[str, Any]) -> tuple[Moves, Ready]:
         """Lend, plan, and have all ranks get ready together; puts into `define` what the workers must be told."""
+        keep = {name for name in self.tensors if lending.get(name) == STAYS}
+        # All of it was exported while the workers rehearsed: once for an engine, since to map everything anew at every sync
+        # would be no faster than to stage it.
+        borrow = {name for name in self.tensors if self.rehearsed and lending.get(name) == CAN_BE_MAPPED}
         with self.watch.phase("lend"):
-            lent = self.lend(lent & set(self.tensors))
-            self.sync.lent = frozenset(lent)
+            lent = self.lend(keep, borrow)
+            self.sync.lent = frozenset(lent & keep)
         with self.watch.phase("plan"):
             moves, repeated = self.planned(lent)
         if not repeated:
@@ -131,7 +147,7 @@ class MovePhases(SyncPhases):
 
         def get_ready() -> Ready:
             if self.sync.defined != moves.key:
-                define["define"] = self.sync.mover.definitions(moves, self.tensors)
+                define["define"] = self.sync.mover.definitions(moves, self.tensors, self.borrowed.regions)
             return self.get_ready(moves) if self.ready is None else self.ready
 
         with self.watch.phase("gather"):
@@ -140,19 +156,24 @@ class MovePhases(SyncPhases):
         self.sync.defined = moves.key
         return moves, made
 
-    def lend(self, lent: set[str]) -> set[str]:
+    def lend(self, keep: set[str], borrow: set[str]) -> set[str]:
         """Have the workers map what may be lent and is not yet, and let go of what is no longer used.
+
+        Args:
+            keep: Names whose memory may stay mapped.
+            borrow: Names whose memory may be mapped until the end of this sync; see `export_to_borrow`.
 
         Returns:
             The names that are mapped on all ranks.
         """
         loans = self.sync.mover.loans
-        new: list[Loan] = []
+        lent = keep | borrow
+        new: list[list[Any]] = []
         error: BaseException | None = None
         old: list[Loan] = []
         try:
             storages = []
-            for name in lent:
+            for name in keep:
                 one = self.tensors[name]
                 reads = self.sync.knowledge.reads[name][self.sync.tp_rank]
                 if any(read.box.meet(one.slab) is not None for read in reads):
@@ -160,14 +181,13 @@ class MovePhases(SyncPhases):
             old = loans.unused(storages)
             for storage in storages:
                 if loans.find(storage) is None:
-                    new.append(loans.lend(storage))
+                    new.append(loans.describe(loans.lend(storage)))
+            if self.borrowed.error is not None:
+                raise self.borrowed.error
+            new += self.borrowed.described()
         except Exception as caught:
             error = caught  # memory that cannot be exported, for whatever reason, is staged
-        mine = (
-            [loan.name for loan in old],
-            [loans.describe(loan) for loan in new],
-            None if error is None else str(error),
-        )
+        mine = ([loan.name for loan in old], new, None if error is None else str(error))
         told = self.agree(None, mine, what="lend memory to the engine")
         failed = next((text for *_, text in told if text is not None), None)
         if failed is None and not any(release or map_ for release, map_, _ in told):
@@ -183,12 +203,14 @@ class MovePhases(SyncPhases):
                 self.left("map the trainer's memory"),
             ),
         )
+        self.borrowed.note_opened({rank: reply["opened"] for rank, reply in replies.items()})
         self.together("take back what was lent", lambda: self.sync.returned(old, timeout_s=RETURN_S))
         if failed is None:
             failed = next(
                 (f"TP rank {k}: {reply['error']}" for k, reply in replies.items() if reply["error"] is not None), None
             )
         if failed is None:
+            self.add_seconds({"map": slowest(replies)["open"]})
             return lent
         return self.lend_nothing(failed)
 
@@ -197,7 +219,8 @@ class MovePhases(SyncPhases):
         loans = self.sync.mover.loans
         self.sync.lending_refused = why.splitlines()[0]
         self.notes.append(f"the trainer's memory is not mapped by the engine: {self.sync.lending_refused}")
-        told = self.agree(None, loans.names(), what="take back what was lent")
+        mine = [*loans.names(), *self.borrowed.regions.values()]
+        told = self.agree(None, mine, what="take back what was lent")
         replies = self.on_owner(
             "let go of the trainer's memory",
             lambda _: self.delivery.ask(
@@ -211,6 +234,7 @@ class MovePhases(SyncPhases):
                 raise SyncError(f"TP rank {tp_rank} did not let go of the trainer's memory: {reply['error']}")
         # The workers have confirmed that they map nothing of it: what is left was never opened.
         loans.reclaim()
+        self.borrowed.reclaim()
         return set()
 
     def planned(self, lent: set[str]) -> tuple[Moves, bool]:
@@ -356,9 +380,10 @@ class MovePhases(SyncPhases):
             )
 
     def unstage(self) -> None:
-        """Take the moves' staging memory back before buckets need theirs."""
+        """Take back what the moves staged or borrowed, before buckets need their memory."""
         with self.watch.phase("settle"):
-            self.ask("let go of the staging memory", {"do": "run", "release": ["stage0", "stage1"]})
+            self.ask("let go of the staging memory", {"do": "unstage"})
+            self.borrowed.forget()
             self.settle_together()
 
     def left_of_moves(self) -> list[Callable[[], Any]]:
@@ -373,4 +398,4 @@ def _digest(sums: list[list[int]]) -> bytes:
     return hashlib.sha256(json.dumps(sums).encode()).digest()
 
 
-__all__ = ["MovePhases"]
+__all__ = ["CAN_BE_MAPPED", "STAGED", "STAYS", "Lending", "MovePhases"]

@@ -15,6 +15,7 @@ import torch
 from tpcolocate import ipc_payload
 from tpcolocate.errors import DeadlineError, SyncError, WeightsMismatchError
 from tpcolocate.report import Stopwatch
+from tpcolocate.weights.borrowing import Borrowing
 from tpcolocate.weights.delivery import Delivery, Replies, WeightServer
 from tpcolocate.weights.held import Held
 from tpcolocate.weights.items import Items
@@ -42,10 +43,19 @@ class SyncPhases:
         version: To be published.
         options: See `SyncOptions`.
         timeout_s: For all of it, in seconds.
+        refusal: Why it may not begin, as far as this rank knows.
     """
 
-    def __init__(self, sync: WeightSync, version: str, options: SyncOptions, timeout_s: float) -> None:
+    def __init__(
+        self,
+        sync: WeightSync,
+        version: str,
+        options: SyncOptions,
+        timeout_s: float,
+        refusal: Exception | None = None,
+    ) -> None:
         self.sync = sync
+        self.refusal = refusal
         self.group = sync.group
         self.version = version
         self.options = options
@@ -54,6 +64,11 @@ class SyncPhases:
         self.timeout_s = timeout_s
         self.watch = Stopwatch()
         self.ledger = ipc_payload.Ledger(rank=sync.group.rank, reader_is_alive=sync.reader_is_alive)
+        self.borrowed = Borrowing(
+            ipc_payload.Ledger(rank=sync.group.rank, reader_is_alive=sync.reader_is_alive),
+            sync.mover.loans,
+            tp_rank=sync.tp_rank,
+        )
         self.delivery = Delivery(
             tp_rank=sync.tp_rank,
             tp_size=len(sync.group),
@@ -68,6 +83,14 @@ class SyncPhases:
         self.tensors: Mapping[str, Held] = {}
         self.sharded = False
         self.touched = self.mode_told = self.moving = False
+        self.rehearsed = False
+        """Whether something was learned without weights in this sync."""
+        self.is_verified = True
+        """Whether what all slices know of their loaders has been seen to be true."""
+        self.samples: Iterator[Items] | None = None
+        """What the loaders are given to see that; None where it is not needed, or over."""
+        self.otherwise: tuple[str, ...] = ()
+        """Samples that the loader treated otherwise."""
         self.staged = False
         """Whether any rank exported memory for this sync alone; the same on every rank."""
         self.repeats = False
@@ -159,10 +182,12 @@ class SyncPhases:
         return self.num_commands - 1
 
     def settle_together(self) -> None:
-        self.together(
-            "take the staging memory back",
-            lambda: self.ledger.settle(deadline=min(self.deadline, time.monotonic() + RETURN_S)),
-        )
+        def settle() -> None:
+            deadline = min(self.deadline, time.monotonic() + RETURN_S)
+            for ledger in (self.ledger, self.borrowed.ledger):
+                ledger.settle(deadline=deadline)
+
+        self.together("take the staging memory back", settle)
 
     def note_peak(self) -> None:
         self.peak_extra = max(self.peak_extra, allocated_bytes(self.sync.device) - self.allocated_before)

@@ -20,7 +20,8 @@ from tpcolocate.weights.items import full_tensor, is_collective
 from tpcolocate.weights.memory import allocated_bytes
 from tpcolocate.weights.mover import Mover
 from tpcolocate.weights.source import Source, Weights
-from tpcolocate.weights.sync_buckets import BucketPhases, buckets
+from tpcolocate.weights.sync_buckets import buckets
+from tpcolocate.weights.sync_learning import LearningPhases
 from tpcolocate.weights.sync_phases import GRACE_S
 from tpcolocate.weights.sync_preflight import Preflight
 from tpcolocate.weights.sync_start import StartPhases
@@ -28,23 +29,25 @@ from tpcolocate.weights.sync_start import StartPhases
 logger = logging.getLogger(__name__)
 
 
-class SyncRun(StartPhases, Preflight, BucketPhases):
+class SyncRun(StartPhases, Preflight, LearningPhases):
     """All of a sync, from its source to its report."""
 
     def carry_out(self, source: Source, touched: Callable[[], None]) -> SyncReport:
-        weights, facts, lent = self.get_going(source)
+        weights, facts, lending = self.get_going(source)
         if self.delivery.transport in ("auto", "ipc"):
             self.preflight()
+        self.rehearse(lending)
         touched()
         self.touched = True
-        moved: set[str] = set()
-        tensors = self.tensors
-        if self.agree_on_mode():
-            moved = set(self.tensors)
-            self.move(weights, lent)
-        known = weights.known
+        tensors, known = self.tensors, weights.known
+        moving = self.agree_on_mode() and self.samples_hold(weights)
+        if not moving:
+            self.borrowed.reclaim()  # exported in vain
+        moved = set(self.tensors)
         left = weights if known is None else [item for item in known if item[0] not in moved]
         self.rest = buckets(left, self.bucket_bytes)
+        if moving:
+            self.move(weights, lending)
         if moved and left:
             self.unstage()
         self.send_all(is_known=known is not None)
@@ -108,15 +111,16 @@ class SyncRun(StartPhases, Preflight, BucketPhases):
         Args:
             error: Of this rank.
         """
+        ledgers = (self.ledger, self.borrowed.ledger)
         allocated = allocated_bytes(self.sync.device)
         warning = self.sync.alarm.note(allocated)
         mine = RankReport(
             rank=self.group.rank,
             seconds=dict(self.watch.seconds),
-            num_exported=self.ledger.num_exported,
-            num_returned=self.ledger.num_returned,
+            num_exported=sum(ledger.num_exported for ledger in ledgers),
+            num_returned=sum(ledger.num_returned for ledger in ledgers),
             num_lent=len(self.sync.mover.loans),
-            latest_return_s=self.ledger.latest_return_s,
+            latest_return_s=max(ledger.latest_return_s for ledger in ledgers),
             direct_bytes=self.num_direct,
             staged_bytes=self.num_staged,
             peak_extra_bytes=self.peak_extra,
@@ -164,7 +168,9 @@ class SyncRun(StartPhases, Preflight, BucketPhases):
         left: list[Callable[[], Any]] = []
         if not self.mode_told:
             mover = self.sync.mover
-            left = [lambda group=group: mover.least(group, (0, 0, 0, 0)) for group in Mover.groups(self.tensors)]  # type: ignore[misc]
+            left = [lambda group=group: mover.least(group, (0, 0, 0, 0, 0)) for group in Mover.groups(self.tensors)]  # type: ignore[misc]
+        elif self.samples is not None:
+            left = self.left_of_samples()
         elif self.moving:
             left = self.left_of_moves()
         for collective in left:

@@ -19,7 +19,7 @@ from tpcolocate.weights.options import SyncOptions
 from tpcolocate.weights.recognition import Remembered
 from tpcolocate.weights.source import Source, Weights
 from tpcolocate.weights.sync_buckets import headline, padded_bytes
-from tpcolocate.weights.sync_moves import MovePhases
+from tpcolocate.weights.sync_moves import CAN_BE_MAPPED, STAGED, STAYS, Lending, MovePhases
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,14 +30,14 @@ class Facts:
         digest: Of names, shapes and dtypes; equal on all ranks.
         headline: The same for people.
         free: Bytes that can be staged.
-        steady: Names whose memory may be lent, as a digit for each.
+        lending: What may become of each tensor's memory, as a digit; see `sync_moves`.
         repeats: Whether this rank would do exactly what it did in the last sync.
     """
 
     digest: bytes
     headline: str
     free: int
-    steady: str
+    lending: str
     repeats: bool = False
 
 
@@ -69,17 +69,19 @@ class Last:
 class StartPhases(MovePhases):
     """From the source to the agreement on what there is to send, and on whether this sync repeats the last one."""
 
-    def get_going(self, source: Source) -> tuple[Weights, Facts, set[str]]:
+    def get_going(self, source: Source) -> tuple[Weights, Facts, Lending]:
         """Read and check the weights on every rank, hold generation, reach the workers, compare what the ranks hold.
 
         Returns:
-            The weights, what this rank told of them, and the names whose memory may be lent.
+            The weights, what this rank told of them, and what may become of their memory.
         """
         prepared: tuple[Weights, Facts] | None = None
         greetings: Greetings | None = None
         error: BaseException | None = None
         with self.watch.phase("prepare"):
             try:
+                if self.refusal is not None:
+                    raise self.refusal
                 if self.last_alike() is not None:
                     # Most likely this is the last sync's module, so the server need not wait for the answer.
                     self.open()
@@ -114,8 +116,11 @@ class StartPhases(MovePhases):
         known = plans is not None and self.sync.knowledge.confirm(plans)
         self.repeats = known and all(one.repeats for one in of_ranks)
         self.plan_staging(weights, [one.free for one in of_ranks])
-        steady = [one.steady for one in of_ranks]
-        return weights, facts, {name for name, *each in zip(self.tensors, *steady) if set(each) == {"1"}}
+        return (
+            weights,
+            facts,
+            {name: min(each) for name, *each in zip(self.tensors, *(one.lending for one in of_ranks))},
+        )
 
     def open(self) -> None:
         """On the owner: begin to hold generation and to reach the workers, if that has not been begun."""
@@ -129,7 +134,10 @@ class StartPhases(MovePhases):
             )
 
     def load_kernels(self) -> None:
-        """Before the first sync's preflight: a GPU loads each kernel when it is first used, which can as well be now."""
+        """Before the first sync's preflight: a GPU loads each kernel when it is first used, which can as well be now.
+
+        Only those that the preflight needs: loading takes longer than the server is waited for.
+        """
         is_first = not (self.sync.proven_ways or self.sync.refused_ways)
         if is_first and self.sync.device.type == "cuda" and self.delivery.transport in ("auto", "ipc"):
             checksum(torch.zeros(8 * 2**14, dtype=torch.uint8, device=self.sync.device))
@@ -162,7 +170,7 @@ class StartPhases(MovePhases):
         expected = None if self.sync.spec is None else self.sync.spec.shapes
         weights = Weights(source, expected=expected, rename=self.options.rename)
         self.sharded = weights.is_sharded
-        steady: list[bool] = []
+        lending: list[str] = []
         if weights.known is not None:
             if not weights.known:
                 raise ConfigError("there are no weights to sync", hint="pass a module with parameters")
@@ -175,9 +183,7 @@ class StartPhases(MovePhases):
             if self.options.parts and self.options.payloads == "per_rank" and self.options.transport in ("auto", "ipc"):
                 held = ((name, self.sync.mover.hold(tensor)) for name, tensor in weights.known)
                 self.tensors = {name: one for name, one in held if one is not None}
-                steady = self.sync.mover.loans.note([one.local.untyped_storage() for one in self.tensors.values()])
-                if self.sync.lending_refused is not None:
-                    steady = [False] * len(steady)
+                lending = self.lending()
                 self.wait_for_the_trainer()
         contents = None if weights.known is None else [(n, tuple(t.shape), t.dtype) for n, t in weights.known]
         digest = hashlib.sha256(repr((contents, list(self.tensors) == [n for n, *_ in contents or ()])).encode())
@@ -185,8 +191,20 @@ class StartPhases(MovePhases):
             digest.digest(),
             "a generator" if contents is None else headline(contents),
             free_bytes(self.sync.device),
-            "".join("1" if one else "0" for one in steady),
+            "".join(lending),
         )
+
+    def lending(self) -> list[str]:
+        """What may become of the memory of each of `tensors`, as far as this rank is concerned."""
+        loans = self.sync.mover.loans
+        storages = [one.local.untyped_storage() for one in self.tensors.values()]
+        steady = loans.note(storages)
+        if self.sync.lending_refused is not None:
+            return [STAGED] * len(storages)
+        return [
+            STAYS if stays else CAN_BE_MAPPED if loans.can_be_mapped(storage) else STAGED
+            for storage, stays in zip(storages, steady)
+        ]
 
     def last_alike(self) -> Last | None:
         """What is known of the last sync, unless it was another kind of sync or its loans are others by now."""
@@ -211,11 +229,7 @@ class StartPhases(MovePhases):
     def remember(self, source: Source, weights: Weights, facts: Facts, tensors: Mapping[str, Held]) -> Last | None:
         """For the next sync: of a sync that moved everything, and lent all that it may."""
         assert weights.known is not None
-        loans = self.sync.mover.loans
-        if list(tensors) != [name for name, _ in weights.known] or any(
-            flag == "0" and self.sync.lending_refused is None and loans.can_be_mapped(one.local.untyped_storage())
-            for flag, one in zip(facts.steady, tensors.values())
-        ):
+        if list(tensors) != [name for name, _ in weights.known] or CAN_BE_MAPPED in facts.lending:
             return None
         found = Remembered.of(source, weights)
         if found is None:
@@ -225,7 +239,7 @@ class StartPhases(MovePhases):
             found,
             layouts_of(tensors),
             Mover.groups(tensors),
-            loans.state,
+            self.sync.mover.loans.state,
             facts,
             self.bucket_bytes,
             self.num_bytes,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 import time
 import traceback
 import weakref
@@ -20,8 +21,9 @@ import torch
 
 from .handles import device_uuid, open_handle
 from .plans import Plans, Program, places_of
-from .sums import checksum
-from .watch import Copy, Recorder, differing, views
+from .rehearsal import rehearse
+from .sums import checksum, load_kernels
+from .watch import Copy, Recorder, Staged, differing, quantised, views
 
 logger = logging.getLogger(__name__)
 
@@ -79,11 +81,11 @@ def _hold(model: torch.nn.Module, job: dict[str, Any]) -> None:
                 continue
             command = json.loads(socket.recv())
             if command["do"] == "leave":
-                _drop(plans, [name for name in _regions if name.startswith(_STAGE)])
+                _drop(plans, _staged())
                 socket.send(json.dumps({"tp_rank": job["tp_rank"], "error": None}).encode())
                 return
             socket.send(json.dumps(_answer(_act, model, plans, {**job, **command})).encode())
-    _drop(plans, [name for name in _regions if name.startswith(_STAGE)])
+    _drop(plans, _staged())
 
 
 def _answer(action: Any, model: torch.nn.Module, plans: Plans, job: dict[str, Any]) -> dict[str, Any]:
@@ -163,7 +165,10 @@ def _load(model: torch.nn.Module, plans: Plans, job: dict[str, Any], answer: dic
             # Checked before the first parameter is touched.
             raise RuntimeError("the bucket does not hold what the trainer packed (checksum)")
         clock.lap("check")
-        copies, unsure, replayed = _apply(model, plans, flat, entries)
+        otherwise: list[str] | None = None
+        if job.get("watch"):
+            otherwise = answer["otherwise"] = []
+        copies, unsure, replayed = _apply(model, plans, flat, entries, otherwise)
         clock.lap("load")
         wrong = differing([c for c in copies if c.entry not in unsure])
         clock.lap("compare")
@@ -187,30 +192,66 @@ def _load(model: torch.nn.Module, plans: Plans, job: dict[str, Any], answer: dic
 
 
 def _apply(
-    model: torch.nn.Module, plans: Plans, flat: torch.Tensor, entries: list[list[Any]]
+    model: torch.nn.Module,
+    plans: Plans,
+    flat: torch.Tensor,
+    entries: list[list[Any]],
+    otherwise: list[str] | None = None,
 ) -> tuple[list[Copy], set[int], bool]:
     """Load a bucket: by what was learned if all of it is known, else by the engine's own loader, watched.
+
+    Args:
+        model: The worker's.
+        plans: What is known of it.
+        flat: The bucket.
+        entries: What lies in it.
+        otherwise: Have the loader do it also where all is known, and put in here what it does otherwise than is known;
+            then nothing is known any more.
 
     Returns:
         The copies that were made, the entries whose arrival they cannot prove, and whether the loader was not needed.
     """
-    if plans.knows(entries) and plans.fit():
+    known = plans.knows(entries) and plans.fit()
+    if known and otherwise is None:
         with torch.no_grad():
             return plans.replay(flat, entries), set(), True
     places = places_of(model)
-    recorder = Recorder(flat, [entry[3] for entry in entries], {storage for *_, storage in places})
+    recorder = Recorder(Staged(flat, entries), {storage for *_, storage in places})
     loader: Any = model  # every SGLang model has load_weights
     sent = views(flat, entries)  # made out of its sight
     with torch.no_grad(), recorder:
         loader.load_weights(sent)
-    for copy in recorder.copies:
-        if copy.dst.element_size() == 1 and copy.dst.dtype not in (copy.src.dtype, torch.bool):
-            raise RuntimeError(
-                f"{entries[copy.entry][0]} is {copy.src.dtype} and went into a parameter of {copy.dst.dtype}: the engine "
-                "quantises its weights, and its loader does not do that for an update"
-            )
-    plans.learn(recorder, flat, entries, places)
+    if (words := quantised(recorder.copies, entries)) is not None:
+        raise RuntimeError(words)
+    if known and otherwise is not None:
+        otherwise += plans.otherwise(recorder, entries)
+        if otherwise:
+            plans.forget()
+    plans.learn(recorder, entries, places)
     return recorder.copies, recorder.derived | recorder.reworked, False
+
+
+def _rehearse(model: torch.nn.Module, plans: Plans, job: dict[str, Any], answer: dict[str, Any]) -> None:
+    """Learn what the engine's loader would do with these tensors; the model stays as it is."""
+    entries = [entry for entry in job["entries"] if not plans.knows([entry])]
+    if entries:
+        # Neither needs what the other does: the loader is Python at work, the driver's loading of kernels is not.
+        kernels = threading.Thread(target=_load_kernels, args=(next(model.parameters()).device,))
+        kernels.start()
+        try:
+            rehearse(model, plans, entries)
+        finally:
+            kernels.join()
+    answer["learned"] = plans.described([entry[0] for entry in job["entries"] if plans.knows([entry])])
+
+
+def _load_kernels(device: torch.device) -> None:
+    try:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # of this thread
+        load_kernels(device)
+    except RuntimeError:  # out of memory, say: whoever needs them says so
+        logger.warning("tpcolocate: kernels were not loaded ahead", exc_info=True)
 
 
 def _run(model: torch.nn.Module, plans: Plans, job: dict[str, Any], answer: dict[str, Any]) -> None:
@@ -236,6 +277,14 @@ def _run(model: torch.nn.Module, plans: Plans, job: dict[str, Any], answer: dict
         clock.lap("load")
         clock.seconds.update(seconds)
     answer["phases"] = clock.seconds
+
+
+def _unstage(model: torch.nn.Module, plans: Plans, job: dict[str, Any], answer: dict[str, Any]) -> None:
+    _drop(plans, _staged())
+
+
+def _staged() -> list[str]:
+    return [name for name in _regions if name.startswith(_STAGE)]
 
 
 def _drop(plans: Plans, names: Iterable[str]) -> None:
@@ -268,4 +317,4 @@ class _Clock:
         self._last = now
 
 
-_ACTIONS = {"probe": _probe, "load": _load, "run": _run, "survey": _survey}
+_ACTIONS = {"probe": _probe, "rehearse": _rehearse, "load": _load, "run": _run, "unstage": _unstage, "survey": _survey}

@@ -36,6 +36,11 @@ class Learnt:
     shape: tuple[int, ...]
     strides: tuple[int, ...]
 
+    def where(self) -> tuple[Any, ...]:
+        """What is read and what is written, to be compared."""
+        dst = self.dst
+        return dst.data_ptr(), tuple(dst.shape), dst.stride(), dst.dtype, self.offset, self.shape, self.strides
+
     def described(self) -> list[Any] | None:
         """In JSON types; None if what is written has another shape than what is read."""
         if tuple(self.dst.shape) != self.shape:
@@ -51,6 +56,10 @@ class Plans:
     """
 
     def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Know nothing, and be known as others."""
         self.identity = secrets.token_hex(8)
         self._copies: dict[str, list[Learnt]] = {}
         self._kinds: dict[str, tuple[str, tuple[int, ...]]] = {}
@@ -59,15 +68,12 @@ class Plans:
         self._places: dict[tuple[int, str], tuple[dict[str, Any], int]] = {}
         self.programs: dict[str, Program] = {}
 
-    def learn(
-        self, recorder: Recorder, flat: torch.Tensor, entries: Sequence[Sequence[Any]], places: Sequence[Place]
-    ) -> None:
-        """Remember a watched load.
+    def learn(self, recorder: Recorder, entries: Sequence[Sequence[Any]], places: Sequence[Place]) -> None:
+        """Remember a watched load, or a rehearsal of one.
 
         Args:
-            recorder: Of a load that has just ended.
-            flat: The staging memory it read.
-            entries: What lay in it.
+            recorder: Of what has just ended.
+            entries: What was given to the loader, each tensor's [name, dtype, shape, ...].
             places: Of the model, from before the load: a parameter that its own load moves is not known.
         """
         refused = recorder.derived | recorder.reworked
@@ -88,17 +94,11 @@ class Plans:
             else:
                 for entry in below:  # made again for one of them, it would wipe out the others
                     of_entry.pop(entry, None)
-        start = flat.data_ptr()
         for i, copies in of_entry.items():
-            name, dtype, shape, first, _ = entries[i]
+            name, dtype, shape, *_ = entries[i]
             self._kinds[name] = (dtype, tuple(shape))
             self._copies[name] = [
-                Learnt(
-                    c.dst,
-                    (c.src.data_ptr() - start - first) // c.src.element_size(),
-                    tuple(c.src.shape),
-                    tuple(c.src.stride()),
-                )
+                Learnt(c.dst, recorder.given.offset(c.src, i), tuple(c.src.shape), tuple(c.src.stride()))
                 for c in copies
             ]
             self._own_fills[name] = own.get(i, [])
@@ -121,6 +121,24 @@ class Plans:
             if tensor is None or tensor.data_ptr() != place:
                 return False
         return True
+
+    def otherwise(self, recorder: Recorder, entries: Sequence[Sequence[Any]]) -> list[str]:
+        """Which of these tensors, all of them known, a watched load has treated otherwise than is known.
+
+        Args:
+            recorder: Of a load that has just ended.
+            entries: What was given to the loader.
+        """
+        made: list[list[Learnt]] = [[] for _ in entries]
+        for c in recorder.copies:
+            learnt = Learnt(c.dst, recorder.given.offset(c.src, c.entry), tuple(c.src.shape), tuple(c.src.stride()))
+            made[c.entry].append(learnt)
+        refused = set(range(len(entries))) if recorder.foreign else recorder.derived | recorder.reworked
+        return [
+            entry[0]
+            for i, entry in enumerate(entries)
+            if i in refused or [one.where() for one in made[i]] != [one.where() for one in self._copies[entry[0]]]
+        ]
 
     def described(self, names: Sequence[str]) -> dict[str, list[Any]]:
         """Name -> what is read of it, copy by copy; names whose copies cannot be told in this way are left out."""

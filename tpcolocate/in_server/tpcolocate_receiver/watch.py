@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import bisect
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,12 +16,12 @@ from .sums import word_view
 
 @dataclass
 class Copy:
-    """One ``dst.copy_(src)`` that the engine's loader made out of the staging memory.
+    """One ``dst.copy_(src)`` that the engine's loader made out of what it was given.
 
     Attributes:
         dst: View of a parameter.
-        src: View of the staging memory.
-        entry: Number of the tensor in the bucket.
+        src: View of a tensor that was given.
+        entry: Its number.
     """
 
     dst: torch.Tensor
@@ -28,18 +29,79 @@ class Copy:
     entry: int
 
 
-class Recorder(TorchDispatchMode):
-    """Watches a loader: which parts of the staging memory went into which parts of the parameters.
+class Given(Protocol):
+    """The tensors that a loader is given, and how their views are told apart."""
+
+    def holds(self, tensor: torch.Tensor) -> bool: ...
+    def entry(self, tensor: torch.Tensor) -> int: ...
+    def offset(self, tensor: torch.Tensor, entry: int) -> int: ...
+
+
+class Staged:
+    """Tensors that lie one behind the other in staging memory.
 
     Args:
         flat: The staging memory.
-        starts: First byte of every entry in it, ascending.
+        entries: Each tensor's [name, dtype, shape, start, num_bytes], ascending.
+    """
+
+    def __init__(self, flat: torch.Tensor, entries: Sequence[Sequence[Any]]) -> None:
+        self._base = storage_of(flat)
+        self._start = flat.data_ptr()
+        self._starts = [entry[3] for entry in entries]
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        return storage_of(tensor) == self._base and tensor.numel() > 0
+
+    def entry(self, tensor: torch.Tensor) -> int:
+        """Number of the tensor that a view is of."""
+        return bisect.bisect_right(self._starts, tensor.data_ptr() - self._start) - 1
+
+    def offset(self, tensor: torch.Tensor, entry: int) -> int:
+        """First element of a view, counted from its tensor's first."""
+        return (tensor.data_ptr() - self._start - self._starts[entry]) // tensor.element_size()
+
+
+class Described:
+    """Tensors of which there is nothing but their description (on torch's ``meta`` device).
+
+    Args:
+        entries: Each tensor's [name, dtype, shape].
+    """
+
+    def __init__(self, entries: Sequence[Sequence[Any]]) -> None:
+        self.tensors = [
+            (name, torch.empty(shape, dtype=getattr(torch, dtype), device="meta")) for name, dtype, shape in entries
+        ]
+        self._entries = {storage_of(tensor): i for i, (_, tensor) in enumerate(self.tensors)}
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        return tensor.is_meta and storage_of(tensor) in self._entries and tensor.numel() > 0
+
+    def entry(self, tensor: torch.Tensor) -> int:
+        return self._entries[storage_of(tensor)]
+
+    def offset(self, tensor: torch.Tensor, entry: int) -> int:
+        return int(tensor.storage_offset())
+
+
+class NotRehearsableError(RuntimeError):
+    """A loader does something that cannot be watched without weights."""
+
+
+class Recorder(TorchDispatchMode):
+    """Watches a loader: which parts of what it is given went into which parts of the parameters.
+
+    Args:
+        given: What it is given.
         owned: Storages of the model's parameters and buffers.
+        carries_out: Whether the model is written to.  Otherwise this is a rehearsal: copies and constants are noted and
+            not made, and anything else that would read or write the model ends it.
 
     Attributes:
         copies: Into the model, in the order in which they were made.
         fills: Parts of the model that were set to a constant, and to which.
-        derived: Entries that were read, or changed in the staging memory, by something other than a view or a copy
+        derived: Entries that were read, or changed where they lay, by something other than a view or a copy
             into the model (a cast, a transposition that materialises, a copy to somewhere else): what reached the
             parameters cannot be compared with what was sent.
         reworked: Entries whose destination was changed again after the copy.
@@ -47,16 +109,15 @@ class Recorder(TorchDispatchMode):
             counted up.
     """
 
-    def __init__(self, flat: torch.Tensor, starts: list[int], owned: set[int]) -> None:
+    def __init__(self, given: Given, owned: set[int], *, carries_out: bool = True) -> None:
         super().__init__()
+        self.given = given
         self.copies: list[Copy] = []
         self.fills: list[tuple[torch.Tensor, Any]] = []
         self.derived: set[int] = set()
         self.reworked: set[int] = set()
         self.foreign = False
-        self._base = storage_of(flat)
-        self._start = flat.data_ptr()
-        self._starts = starts
+        self._carries_out = carries_out
         self.owned = owned
         self._written: dict[int, _Spans] = {}
         # Storage -> entries that its contents were made of.  An address that is used again keeps what it had: an entry
@@ -65,12 +126,17 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = {} if kwargs is None else kwargs
-        if func is _COPY and self._staged(args[1]) and self._owns(args[0]):
-            copy = Copy(args[0].detach(), args[1].detach(), self._entry(args[1]))
+        if func is _COPY and self.given.holds(args[1]) and self._owns(args[0]):
+            copy = Copy(args[0].detach(), args[1].detach(), self.given.entry(args[1]))
             self._note_rework(args[0])
             self.copies.append(copy)
             self._written.setdefault(storage_of(args[0]), _Spans()).add(copy)
-            return func(*args, **kwargs)
+            return func(*args, **kwargs) if self._carries_out else args[0]
+        if not self._carries_out:
+            if func is _TO and args[0].is_meta:
+                kwargs = {**kwargs, "device": "meta"}  # wherever it was to go
+            elif func is _COPY and args[1].is_meta and not args[1].numel():
+                return args[0]
         operator = _OPERATORS.get(func)
         if operator is None:
             operator = _OPERATORS[func] = _Operator.of(func)
@@ -99,10 +165,14 @@ class Recorder(TorchDispatchMode):
                     self.derived |= sources
                 else:
                     self.foreign = True
-            elif self._staged(tensor):
+            elif self.given.holds(tensor):
                 self._note_derived(tensor)
             elif sources:
                 self._made_of.setdefault(storage_of(tensor), set()).update(sources)
+        if not self._carries_out and any(self._owns(tensor) for tensor in written):
+            if self.foreign or len(written) > 1:
+                raise NotRehearsableError(f"{func} changes the model by more than a copy or a constant")
+            return written[0]
         out = func(*args, **kwargs)
         self._note_reads(inputs, None)
         return out
@@ -130,7 +200,7 @@ class Recorder(TorchDispatchMode):
             if storage_of(tensor) in outputs:
                 continue  # a view
             computed = True
-            if self._staged(tensor):
+            if self.given.holds(tensor):
                 self._note_derived(tensor)
             elif self._owns(tensor):
                 self.foreign = True  # something is computed from old weights
@@ -139,34 +209,34 @@ class Recorder(TorchDispatchMode):
                 self._made_of.setdefault(output, set()).update(sources)
 
     def _note_derived(self, staged: torch.Tensor) -> None:
-        self.derived.add(self._entry(staged))
+        self.derived.add(self.given.entry(staged))
 
     def _note_rework(self, target: torch.Tensor) -> None:
         self.reworked.update(copy.entry for copy in self.below(target))
-
-    def _staged(self, tensor: torch.Tensor) -> bool:
-        return storage_of(tensor) == self._base and tensor.numel() > 0
 
     def _sources(self, tensors: list[torch.Tensor]) -> set[int]:
         """Entries that tensors are, or were made of."""
         found: set[int] = set()
         for tensor in tensors:
-            found |= {self._entry(tensor)} if self._staged(tensor) else self._made_of.get(storage_of(tensor), set())
+            if self.given.holds(tensor):
+                found.add(self.given.entry(tensor))
+            else:
+                found |= self._made_of.get(storage_of(tensor), set())
         return found
 
     def _owns(self, tensor: torch.Tensor) -> bool:
         return storage_of(tensor) in self.owned and tensor.numel() > 0
 
-    def _entry(self, tensor: torch.Tensor) -> int:
-        return bisect.bisect_right(self._starts, tensor.data_ptr() - self._start) - 1
-
 
 _COPY = torch.ops.aten.copy_.default
+_TO = torch.ops.aten._to_copy.default
 _FILLS = (torch.ops.aten.fill_, torch.ops.aten.zero_)
 
 
 def storage_of(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    """Of a tensor's memory: its address; without memory (``meta``) another number, which no address is."""
+    storage = tensor.untyped_storage()
+    return storage.data_ptr() or -storage._cdata
 
 
 def bounds(tensor: torch.Tensor) -> tuple[int, int]:
@@ -262,6 +332,17 @@ def views(flat: torch.Tensor, entries: list[list[Any]]) -> list[tuple[str, torch
         (name, flat[start : start + num_bytes].view(getattr(torch, dtype)).view(shape))
         for name, dtype, shape, start, num_bytes in entries
     ]
+
+
+def quantised(copies: list[Copy], entries: Sequence[Sequence[Any]]) -> str | None:
+    """Why these copies are not those of weights that can be updated; None if they are."""
+    for copy in copies:
+        if copy.dst.element_size() == 1 and copy.dst.dtype not in (copy.src.dtype, torch.bool):
+            return (
+                f"{entries[copy.entry][0]} is {copy.src.dtype} and went into a parameter of {copy.dst.dtype}: the engine "
+                "quantises its weights, and its loader does not do that for an update"
+            )
+    return None
 
 
 def differing(copies: list[Copy]) -> set[int]:

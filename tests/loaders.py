@@ -1,0 +1,252 @@
+"""Models that each have one habit of an engine's loader, and what is to be seen of it."""
+
+import json
+
+import torch
+from torch import nn
+
+from tpcolocate import ipc_payload
+from tpcolocate.in_server.tpcolocate_receiver.watch import Recorder, Staged, views
+
+
+class Model(nn.Module):
+    """`weights` are its parameters; `load` says what its loader does with each tensor."""
+
+    def __init__(self, load, **weights):
+        super().__init__()
+        for name, tensor in weights.items():
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+        self.load = load
+
+    def load_weights(self, weights):
+        for name, tensor in weights:
+            self.load(self, name, tensor)
+
+
+def plain(model, name, tensor):
+    getattr(model, name).data.copy_(tensor)
+
+
+def fused(model, name, tensor):
+    rows = {"q": (0, 4), "k": (4, 2), "v": (6, 2)}[name]
+    model.qkv.data.narrow(0, *rows).copy_(tensor)
+
+
+def fused_shard(model, name, tensor):
+    """One TP rank of two: its rows of every tensor."""
+    start, size = {"q": (0, 2), "k": (2, 1), "v": (3, 1)}[name]
+    model.qkv.data.narrow(0, start, size).copy_(tensor.narrow(0, size, size))
+
+
+def column_shard(model, name, tensor):
+    model.w.data.copy_(tensor[:, 2:4])
+
+
+def replicated(model, name, tensor):
+    """Grouped-query attention with more TP ranks than heads: the same head for several."""
+    model.kv.data[:2].copy_(tensor[:2])
+    model.kv.data[2:].copy_(tensor[:2])
+
+
+def transposed(model, name, tensor):
+    model.w.data.copy_(tensor.t())
+
+
+def transposed_into(model, name, tensor):
+    model.w.data.t().copy_(tensor)
+
+
+def padded(model, name, tensor):
+    model.w.data[: len(tensor)].copy_(tensor)
+    model.w.data[len(tensor) :].fill_(0)
+
+
+def padded_before(model, name, tensor):
+    model.w.data[len(tensor) :].zero_()
+    model.w.data[: len(tensor)].copy_(tensor)
+
+
+def setitem(model, name, tensor):
+    model.w.data[:4] = tensor
+
+
+def materialised(model, name, tensor):
+    model.w.data.copy_(tensor.t().contiguous())
+
+
+def cast_first(model, name, tensor):
+    model.w.data.copy_(tensor.to(torch.bfloat16))
+
+
+def scaled_first(model, name, tensor):
+    model.w.data.copy_(tensor * 2)
+
+
+def scaled_in_staging(model, name, tensor):
+    model.w.data.copy_(tensor.mul_(2))
+
+
+def scaled_into_staging(model, name, tensor):
+    torch.mul(torch.full_like(model.w, 3.0), 2.0, out=tensor)
+    model.w.data.copy_(tensor)
+
+
+def by_way_of_a_copy(model, name, tensor):
+    between = torch.empty(tensor.shape)
+    between.copy_(tensor)
+    model.w.data.copy_(between)
+
+
+def added(model, name, tensor):
+    model.w.data.zero_()
+    model.w.data.add_(tensor)
+
+
+def indexed(model, name, tensor):
+    model.w.data.index_copy_(0, torch.arange(len(tensor)), tensor)
+
+
+def many_at_once(model, name, tensor):
+    torch._foreach_copy_([model.w.data[:1], model.w.data[1:]], [tensor[:1], tensor[1:]])
+
+
+def written_out(model, name, tensor):
+    torch.add(tensor, 0.0, out=model.w.data)
+
+
+def asked_for_a_value(model, name, tensor):
+    model.w.data.copy_(tensor)
+    model.largest = tensor.max().item()
+
+
+def rescaled(model, name, tensor):
+    model.w.data.copy_(tensor)
+    model.w.data.mul_(2)
+
+
+def partly_rescaled(model, name, tensor):
+    model.w.data.copy_(tensor)
+    model.w.data[0].mul_(2)
+
+
+def filled_over(model, name, tensor):
+    model.w.data.copy_(tensor)
+    model.w.data[0].fill_(1)
+
+
+def copied_over(model, name, tensor):
+    model.w.data.copy_(tensor)
+    model.w.data.copy_(torch.ones(tensor.shape))
+
+
+def derives_a_buffer(model, name, tensor):
+    model.w.data.copy_(tensor)
+    model.doubled = model.w.data * 2
+
+
+def derives_in_place(model, name, tensor):
+    model.w.data.copy_(tensor)
+    model.also.data.copy_(model.w.data)
+
+
+def derives_beside(model, name, tensor):
+    """Into memory that is no parameter: absorbed weights are kept so."""
+    model.w.data.copy_(tensor)
+    if not hasattr(model, "beside"):
+        model.beside = torch.empty(tensor.shape)
+    model.beside.copy_(model.w.data)
+
+
+def counts(model, name, tensor):
+    model.w.data.copy_(tensor)
+    model.also.data.add_(1)
+
+
+def skips(model, name, tensor):
+    if hasattr(model, name):
+        getattr(model, name).data.copy_(tensor)
+
+
+def halves(model, name, tensor):
+    model.w.data[:2].copy_(tensor[:2])
+
+
+W = {"w": (4, 4)}
+NOTHING = set()
+LOADERS = [
+    # loader, parameters, tensors sent, derived, reworked, repeatable, elements read
+    (plain, {"a": (3, 5), "b": (7,), "c": ()}, {"a": (3, 5), "b": (7,), "c": ()}, NOTHING, NOTHING, True, {"a": 15, "b": 7, "c": 1}),
+    (plain, {"a": (0, 5), "b": (2,)}, {"a": (0, 5), "b": (2,)}, NOTHING, NOTHING, True, {"b": 2}),
+    (fused, {"qkv": (8, 3)}, {"q": (4, 3), "k": (2, 3), "v": (2, 3)}, NOTHING, NOTHING, True, {"q": 12, "k": 6, "v": 6}),
+    (fused_shard, {"qkv": (4, 3)}, {"q": (4, 3), "k": (2, 3), "v": (2, 3)}, NOTHING, NOTHING, True, {"q": 6, "k": 3, "v": 3}),
+    (column_shard, {"w": (4, 2)}, W, NOTHING, NOTHING, True, {"w": 8}),
+    (replicated, {"kv": (4, 3)}, {"kv": (4, 3)}, NOTHING, NOTHING, True, {"kv": 12}),
+    (transposed, {"w": (5, 3)}, {"w": (3, 5)}, NOTHING, NOTHING, True, {"w": 15}),
+    (transposed_into, {"w": (5, 3)}, {"w": (3, 5)}, NOTHING, NOTHING, True, {"w": 15}),
+    (padded, {"w": (6, 4)}, W, NOTHING, NOTHING, True, {"w": 16}),
+    (padded_before, {"w": (6, 4)}, W, NOTHING, NOTHING, True, {"w": 16}),
+    (setitem, {"w": (6, 4)}, W, NOTHING, NOTHING, True, {"w": 16}),
+    (skips, {"a": (2,)}, {"a": (2,), "gone": (3,)}, NOTHING, NOTHING, True, {"a": 2}),
+    (halves, W, W, NOTHING, NOTHING, True, {"w": 8}),
+    (materialised, {"w": (5, 3)}, {"w": (3, 5)}, {"w"}, NOTHING, False, {}),
+    (cast_first, W, W, {"w"}, NOTHING, False, {}),
+    (scaled_first, W, W, {"w"}, NOTHING, False, {}),
+    (scaled_in_staging, W, W, {"w"}, NOTHING, False, {"w": 16}),
+    (scaled_into_staging, W, W, {"w"}, NOTHING, False, {"w": 16}),
+    (by_way_of_a_copy, W, W, {"w"}, NOTHING, False, {}),
+    (added, W, W, {"w"}, NOTHING, False, {}),
+    (indexed, W, W, {"w"}, NOTHING, False, {}),
+    (many_at_once, W, W, {"w"}, NOTHING, False, {}),
+    (written_out, W, W, {"w"}, NOTHING, False, {}),
+    (asked_for_a_value, W, W, {"w"}, NOTHING, False, {"w": 16}),
+    (rescaled, W, W, NOTHING, {"w"}, False, {"w": 16}),
+    (partly_rescaled, W, W, NOTHING, {"w"}, False, {"w": 16}),
+    (filled_over, W, W, NOTHING, {"w"}, True, {"w": 16}),
+    (copied_over, W, W, NOTHING, {"w"}, False, {"w": 16}),
+    (derives_a_buffer, W, W, NOTHING, NOTHING, False, {"w": 16}),
+    (derives_in_place, {"w": (4, 4), "also": (4, 4)}, W, NOTHING, NOTHING, False, {"w": 16}),
+    (derives_beside, W, W, NOTHING, NOTHING, False, {"w": 16}),
+    (counts, {"w": (4, 4), "also": (1,)}, W, NOTHING, NOTHING, False, {"w": 16}),
+]  # fmt: skip
+IDS = [case[0].__name__ for case in LOADERS]
+
+
+def model_of(load, shapes, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(99)
+    return Model(load, **{name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()})
+
+
+def bucket_of(tensors):
+    """(staging memory, entries as they come in a command)."""
+    entries, num_bytes = ipc_payload.layout([(name, tensor.shape, tensor.dtype) for name, tensor in tensors.items()])
+    flat = torch.zeros(num_bytes, dtype=torch.uint8)
+    for entry in entries:
+        ipc_payload.view(flat, entry).copy_(tensors[entry.name])
+    return flat, json.loads(json.dumps(ipc_payload.described(entries)))
+
+
+def sent(shapes, seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+
+
+def watched(model, flat, entries):
+    owned = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+    recorder = Recorder(Staged(flat, entries), owned)
+    with torch.no_grad(), recorder:
+        model.load_weights(views(flat, entries))
+    return recorder
+
+
+def elements_read(copies, entries):
+    read = {}
+    for copy in copies:
+        name = entries[copy.entry][0]
+        read[name] = read.get(name, 0) + copy.src.numel()
+    return read
+
+
+def bits(model):
+    return {
+        name: parameter.detach().reshape(-1).view(torch.uint8).tolist() for name, parameter in model.named_parameters()
+    }
