@@ -339,6 +339,8 @@ def refused_weights(world):
         ),
         ("one_rank_raises", _raises_on(world, weights), {}),
         ("bucket", weights, {"bucket_bytes": 0}),
+        ("bucket_of_one_rank", weights, {"bucket_bytes": 0 if _is_last(world) else 400_000}),
+        ("no_number_on_one_rank", weights, {"bucket_bytes": "many" if _is_last(world) else 400_000}),
     ]:
         try:
             engine.sync_weights(source, **options)
@@ -350,7 +352,11 @@ def refused_weights(world):
 
 def _raises_on(world, weights):
     """A list whose reading fails on the last rank only."""
-    return 3 if world.colo.tp_rank == world.colo.tp_size - 1 else weights
+    return 3 if _is_last(world) else weights
+
+
+def _is_last(world):
+    return world.colo.tp_rank == world.colo.tp_size - 1
 
 
 def lora_is_refused(world):
@@ -623,6 +629,8 @@ def test_weights_that_sglang_would_swallow_are_refused_on_every_rank(setup):
             "ranks_differ": "WeightsMismatchError",
             "one_rank_raises": "ConfigError",
             "bucket": "ConfigError",
+            "bucket_of_one_rank": "ConfigError",
+            "no_number_on_one_rank": "RankFailedError",
         }
         assert "127, 128" in said["too_few_rows"][1] and "128, 128" in said["too_few_rows"][1]
         assert rank_found["unchanged"], "nothing of a refused sync may reach the engine"

@@ -161,7 +161,7 @@ class MovePhases(SyncPhases):
 
         Args:
             keep: Names whose memory may stay mapped.
-            borrow: Names whose memory may be mapped until the end of this sync; see `export_to_borrow`.
+            borrow: Names whose memory may be mapped until the end of this sync; see `Borrowing`.
 
         Returns:
             The names that are mapped on all ranks.

@@ -88,6 +88,7 @@ class SyncRun(StartPhases, Preflight, LearningPhases):
                 self.delivery.workers = None
 
         self.on_owner("end the weight sync", finish)
+        self.borrowed.forget()
         self.settle_together()
 
     def survey(self) -> None:
