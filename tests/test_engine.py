@@ -408,6 +408,14 @@ def twenty_syncs(world):
     """Nothing may grow: /dev/shm, descriptors, memory of trainer and server."""
 
     def footprint():
+        # A rank that begins its next sync already has staging memory in /dev/shm.
+        world.colo._slice.all_gather(None, what="stand still", timeout_s=60)
+        try:
+            return measured()
+        finally:
+            world.colo._slice.all_gather(None, what="go on", timeout_s=60)
+
+    def measured():
         # the owner sees the server's processes: they descend from it
         processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
         shm = {name: (Path("/dev/shm") / name).stat().st_size for name in os.listdir("/dev/shm")}
