@@ -12,10 +12,13 @@ from loaders import (
     W,
     bits,
     bucket_of,
+    counts,
     fused,
+    many_at_once,
     model_of,
     padded_before,
     plain,
+    rescaled,
     sent,
     watched,
 )
@@ -215,6 +218,31 @@ def test_samples_that_are_loaded_as_rehearsed_are_no_news(load, shapes, send):
     with torch.no_grad():
         _, _, replayed = _apply(model, plans, flat, entries, otherwise)
     assert not replayed and otherwise == [] and plans.identity == identity and where(plans, send) == known
+
+
+@pytest.mark.parametrize("then", [
+    lambda w, tensor: w.mul_(2), lambda w, tensor: w[0].fill_(1), lambda w, tensor: tensor.max().item(),
+], ids=["rescaled", "filled over", "asked for a value"])  # fmt: skip
+def test_a_sample_with_which_more_is_done_than_to_copy_it_is_otherwise(then):
+    def load(model, name, tensor):
+        model.w.data.copy_(tensor)
+        if not tensor.is_meta:
+            then(model.w.data, tensor)
+
+    model, plans = model_of(load, W), Plans()
+    rehearse(model, plans, described(W))
+    assert plans.knows(described(W))
+    flat, entries = bucket_of(sent(W))
+    otherwise = []
+    with torch.no_grad():
+        _apply(model, plans, flat, entries, otherwise)
+    assert otherwise == ["w"] and not plans.knows(entries)
+
+
+@pytest.mark.parametrize("load, shapes", [(rescaled, W), (counts, {"w": (4, 4), "also": (1,)}), (many_at_once, W)])
+def test_a_loader_that_does_more_to_the_model_than_to_copy_ends_the_rehearsal_with_the_reason(load, shapes):
+    with pytest.raises(NotRehearsableError, match="changes the model by more than a copy or a constant"):
+        rehearse(model_of(load, shapes), Plans(), described(W))
 
 
 def test_a_sample_whose_loader_computes_is_otherwise():
