@@ -70,6 +70,7 @@ def synced(world, model, reference, **options):
         "unproven": report.unproven,
         "tensors": report.num_tensors,
         "replayed": report.num_replayed,
+        "warnings": report.warnings,
     }
 
 
@@ -261,6 +262,12 @@ def test_tokens_equal_the_trainers_model_after_a_sync_from(found, family, check)
     for seen in results(found(family), check):
         assert seen["changed"], "the sync must have something to show"
         assert seen["equal"] and seen["unproven"] == ()
+
+
+@every(plain)
+def test_a_first_sync_rehearses_experts_too(found, family, check):
+    for seen in results(found(family), check):
+        assert seen["replayed"] == seen["tensors"] and seen["warnings"] == ()
 
 
 @every(plain_again)
