@@ -99,7 +99,7 @@ class Stopwatch:
 
     seconds: dict[str, float] = field(default_factory=dict)
     started: float = field(default_factory=perf_counter)
-    _running: bool = False
+    _running: bool = field(default=False, init=False)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

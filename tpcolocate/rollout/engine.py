@@ -106,19 +106,19 @@ class Engine(AdapterCalls, UpdateGroupCalls, GenerationCalls):
         everybody = self._everybody
         options = SyncOptions()
         try:
-            try:
-                self._state.check_sync()
-                options = SyncOptions(
-                    bucket_bytes=bucket_bytes,
-                    payloads=payloads,
-                    transport=transport,
-                    partial=partial,
-                    folder=None if folder is None else Path(folder),
-                    parts=parts,
-                    rename=rename,
-                )
-            except Exception as caught:
-                refusal = caught
+            self._state.check_sync()
+            options = SyncOptions(
+                bucket_bytes=bucket_bytes,
+                payloads=payloads,
+                transport=transport,
+                partial=partial,
+                folder=None if folder is None else Path(folder),
+                parts=parts,
+                rename=rename,
+            )
+        except Exception as caught:
+            refusal = caught
+        try:
             if everybody is not self._group:
                 # All slices together: the gathers of sharded weights span them, and a slice that stays away would hang them.
                 # A single one is told by its sync's first agreement.

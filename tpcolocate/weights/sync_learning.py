@@ -15,7 +15,8 @@ from tpcolocate.weights.items import full_tensor, is_collective
 from tpcolocate.weights.mover import Mover
 from tpcolocate.weights.source import Weights
 from tpcolocate.weights.sync_buckets import BucketPhases, buckets
-from tpcolocate.weights.sync_moves import CAN_BE_MAPPED, Lending, MovePhases
+from tpcolocate.weights.sync_lending import CAN_BE_MAPPED, Lending
+from tpcolocate.weights.sync_moves import MovePhases
 
 
 @dataclass(frozen=True, slots=True)

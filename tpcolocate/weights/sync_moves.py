@@ -14,19 +14,13 @@ from tpcolocate import ipc_payload
 from tpcolocate.errors import SyncError
 from tpcolocate.weights.delivery import Replies, slowest, some
 from tpcolocate.weights.items import full_bytes
-from tpcolocate.weights.loans import Loan
 from tpcolocate.weights.mover import Mover, Ready
 from tpcolocate.weights.source import Weights
 from tpcolocate.weights.steps import Moves
-from tpcolocate.weights.sync_phases import RETURN_S, SyncPhases
-
-STAGED, CAN_BE_MAPPED, STAYS = "0", "1", "2"
-"""What may become of a tensor's memory: it is copied; mapped for one sync; mapped from sync to sync."""
-Lending = Mapping[str, str]
-"""Tensor -> one of these, the least of all ranks."""
+from tpcolocate.weights.sync_lending import CAN_BE_MAPPED, STAYS, Lending, LendingPhases
 
 
-class MovePhases(SyncPhases):
+class MovePhases(LendingPhases):
     """From the decision whether parts are moved to the proof that they arrived."""
 
     def agree_on_mode(self) -> bool:
@@ -155,87 +149,6 @@ class MovePhases(SyncPhases):
             made = self.together("get ready to move parts", get_ready)
         self.sync.defined = moves.key
         return moves, made
-
-    def lend(self, keep: set[str], borrow: set[str]) -> set[str]:
-        """Have the workers map what may be lent and is not yet, and let go of what is no longer used.
-
-        Args:
-            keep: Names whose memory may stay mapped.
-            borrow: Names whose memory may be mapped until the end of this sync; see `Borrowing`.
-
-        Returns:
-            The names that are mapped on all ranks.
-        """
-        loans = self.sync.mover.loans
-        lent = keep | borrow
-        new: list[list[Any]] = []
-        error: BaseException | None = None
-        old: list[Loan] = []
-        try:
-            storages = []
-            for name in keep:
-                one = self.tensors[name]
-                reads = self.sync.knowledge.reads[name][self.sync.tp_rank]
-                if any(read.box.meet(one.slab) is not None for read in reads):
-                    storages.append(one.local.untyped_storage())
-            old = loans.unused(storages)
-            for storage in storages:
-                if loans.find(storage) is None:
-                    new.append(loans.describe(loans.lend(storage)))
-            if self.borrowed.error is not None:
-                raise self.borrowed.error
-            new += self.borrowed.described()
-        except Exception as caught:
-            error = caught  # memory that cannot be exported, for whatever reason, is staged
-        mine = ([loan.name for loan in old], new, None if error is None else str(error))
-        told = self.agree(None, mine, what="lend memory to the engine")
-        failed = next((text for *_, text in told if text is not None), None)
-        if failed is None and not any(release or map_ for release, map_, _ in told):
-            return lent
-        replies = self.on_owner(
-            "map the trainer's memory",
-            lambda _: self.delivery.ask(
-                [
-                    {"do": "run", "for": k, "release": release, "map": [] if failed is not None else map_}
-                    for k, (release, map_, _) in enumerate(told)
-                ],
-                self.number(),
-                self.left("map the trainer's memory"),
-            ),
-        )
-        self.borrowed.note_opened({rank: reply["opened"] for rank, reply in replies.items()})
-        self.together("take back what was lent", lambda: self.sync.returned(old, timeout_s=RETURN_S))
-        if failed is None:
-            failed = next(
-                (f"TP rank {k}: {reply['error']}" for k, reply in replies.items() if reply["error"] is not None), None
-            )
-        if failed is None:
-            self.add_seconds({"map": slowest(replies)["open"]})
-            return lent
-        return self.lend_nothing(failed)
-
-    def lend_nothing(self, why: str) -> set[str]:
-        """Go on with staging memory alone, for this engine's life."""
-        loans = self.sync.mover.loans
-        self.sync.lending_refused = why.splitlines()[0]
-        self.notes.append(f"the trainer's memory is not mapped by the engine: {self.sync.lending_refused}")
-        mine = [*loans.names(), *self.borrowed.regions.values()]
-        told = self.agree(None, mine, what="take back what was lent")
-        replies = self.on_owner(
-            "let go of the trainer's memory",
-            lambda _: self.delivery.ask(
-                [{"do": "run", "for": k, "release": release} for k, release in enumerate(told)],
-                self.number(),
-                self.left("let go of the trainer's memory"),
-            ),
-        )
-        for tp_rank, reply in replies.items():
-            if reply["error"] is not None:
-                raise SyncError(f"TP rank {tp_rank} did not let go of the trainer's memory: {reply['error']}")
-        # The workers have confirmed that they map nothing of it: what is left was never opened.
-        loans.reclaim()
-        self.borrowed.reclaim()
-        return set()
 
     def planned(self, lent: set[str]) -> tuple[Moves, bool]:
         """The moves, and whether they are those of the sync before.
@@ -398,4 +311,4 @@ def _digest(sums: list[list[int]]) -> bytes:
     return hashlib.sha256(json.dumps(sums).encode()).digest()
 
 
-__all__ = ["CAN_BE_MAPPED", "STAGED", "STAYS", "Lending", "MovePhases"]
+__all__ = ["MovePhases"]

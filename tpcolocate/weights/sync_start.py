@@ -19,7 +19,8 @@ from tpcolocate.weights.options import SyncOptions
 from tpcolocate.weights.recognition import Remembered
 from tpcolocate.weights.source import Source, Weights
 from tpcolocate.weights.sync_buckets import headline, padded_bytes
-from tpcolocate.weights.sync_moves import CAN_BE_MAPPED, STAGED, STAYS, Lending, MovePhases
+from tpcolocate.weights.sync_lending import CAN_BE_MAPPED, Lending
+from tpcolocate.weights.sync_moves import MovePhases
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,7 @@ class Facts:
         digest: Of names, shapes and dtypes; equal on all ranks.
         headline: The same for people.
         free: Bytes that can be staged.
-        lending: What may become of each tensor's memory, as a digit; see `sync_moves`.
+        lending: What may become of each tensor's memory, as a digit; see `sync_lending`.
         repeats: Whether this rank would do exactly what it did in the last sync.
     """
 
@@ -193,18 +194,6 @@ class StartPhases(MovePhases):
             free_bytes(self.sync.device),
             "".join(lending),
         )
-
-    def lending(self) -> list[str]:
-        """What may become of the memory of each of `tensors`, as far as this rank is concerned."""
-        loans = self.sync.mover.loans
-        storages = [one.local.untyped_storage() for one in self.tensors.values()]
-        steady = loans.note(storages)
-        if self.sync.lending_refused is not None:
-            return [STAGED] * len(storages)
-        return [
-            STAYS if stays else CAN_BE_MAPPED if loans.can_be_mapped(storage) else STAGED
-            for storage, stays in zip(storages, steady)
-        ]
 
     def last_alike(self) -> Last | None:
         """What is known of the last sync, unless it was another kind of sync or its loans are others by now."""

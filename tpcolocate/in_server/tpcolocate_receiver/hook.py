@@ -224,7 +224,9 @@ def _apply(
     if (words := quantised(recorder.copies, entries)) is not None:
         raise RuntimeError(words)
     if known and otherwise is not None:
-        otherwise += plans.otherwise(recorder, entries)
+        seen = Plans()
+        seen.learn(recorder, entries, places)
+        otherwise += plans.otherwise(seen, [entry[0] for entry in entries])
         if otherwise:
             plans.forget()
     plans.learn(recorder, entries, places)

@@ -122,22 +122,18 @@ class Plans:
                 return False
         return True
 
-    def otherwise(self, recorder: Recorder, entries: Sequence[Sequence[Any]]) -> list[str]:
-        """Which of these tensors, all of them known, a watched load has treated otherwise than is known.
+    def otherwise(self, seen: Plans, names: Sequence[str]) -> list[str]:
+        """Which of these tensors, all of them known, were loaded otherwise than is known.
 
         Args:
-            recorder: Of a load that has just ended.
-            entries: What was given to the loader.
+            seen: What loading just these has taught.
+            names: Of the tensors.
         """
-        made: list[list[Learnt]] = [[] for _ in entries]
-        for c in recorder.copies:
-            learnt = Learnt(c.dst, recorder.given.offset(c.src, c.entry), tuple(c.src.shape), tuple(c.src.stride()))
-            made[c.entry].append(learnt)
-        refused = set(range(len(entries))) if recorder.foreign else recorder.derived | recorder.reworked
         return [
-            entry[0]
-            for i, entry in enumerate(entries)
-            if i in refused or [one.where() for one in made[i]] != [one.where() for one in self._copies[entry[0]]]
+            name
+            for name in names
+            if name not in seen._copies
+            or [one.where() for one in self._copies[name]] != [one.where() for one in seen._copies[name]]
         ]
 
     def described(self, names: Sequence[str]) -> dict[str, list[Any]]:
