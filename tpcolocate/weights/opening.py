@@ -48,7 +48,7 @@ class Opening:
         self._awaited: Future[Workers] = Future()
         self._task = in_background(self._open, name="tpcolocate open")
         if tp_size:
-            try:  # which takes a millisecond, while SGLang pauses
+            try:  # beside the pause, which SGLang has been asked for
                 self._awaited.set_result(self._await())
             except BaseException as error:
                 self._awaited.set_exception(error)

@@ -31,7 +31,7 @@ def checksum(data: torch.Tensor) -> tuple[int, int]:
 
 
 def load_kernels(device: torch.device) -> None:
-    """Have a GPU load what sums and comparisons need, which it otherwise does at first use: some tens of milliseconds."""
+    """Have a GPU load what sums and comparisons need, which it otherwise does at first use."""
     if device.type != "cuda":
         return
     data = torch.zeros(16 * 8 * _ROW_WORDS, dtype=torch.uint8, device=device)
