@@ -57,7 +57,8 @@ class SyncReport:
         checked_against: Where the names and shapes came from that the weights were checked against.
         num_replayed: Tensors that the workers copied by a plan learned at an earlier sync, without the engine's loader.
         worker_seconds: Seconds inside the TP workers, the slowest one's: ``open`` (map the handles), ``check``
-            (checksum), ``load``, ``compare`` (read the parameters back); of parts, ``load`` and in it ``copy`` (with the sums); empty
+            (checksum), ``bring`` (a bucket from another GPU), ``load``, ``compare`` (read the parameters back); of parts,
+            ``load`` and in it ``one_pass`` (one kernel copies and reads back) or ``copy`` (torch's copies and sums); empty
             with ``transport="stock"``.
         num_proven: Tensors whose values were read back from the parameters of every TP rank and equal what was sent.
         unproven: Names for which that cannot be told (the engine transforms them while loading), or all that were

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from . import one_pass
 from .boxes import box_of, is_covered, whole
 from .modules import modules_of
 from .replay import Lanes, Replay
@@ -218,6 +219,10 @@ def places_of(model: Any) -> list[Place]:
     return found
 
 
+Views = dict[int, tuple[torch.Tensor, torch.Tensor]]
+"""Number of a copy -> its target and its source."""
+
+
 class Program:
     """Copies out of memory that stays mapped, prepared once and run at every sync.
 
@@ -240,10 +245,15 @@ class Program:
             self._dst.append(dst)
             self._src.append((region, first, getattr(torch, dtype), strides))
         self._words = [word_view(dst) for dst in self._dst]
-        self._sums = torch.empty(len(self._dst), dtype=torch.int64, device=self._dst[0].device) if self._dst else None
-        self._sum_of = () if self._sums is None else self._sums.unbind()
-        self._views: list[tuple[torch.Tensor, torch.Tensor]] | None = None
-        self._replay = Replay(torch.device("cpu") if self._sums is None else self._sums.device)
+        self._device = self._dst[0].device if self._dst else torch.device("cpu")
+        self._sums = torch.empty(len(self._dst), dtype=torch.int64, device=self._device)
+        self._sum_of = self._sums.unbind()
+        self._views: Views | None = None
+        self._sheet: one_pass.Sheet | None = None
+        self._others = list(range(len(self._dst)))
+        """Numbers of the copies that are torch's."""
+        self._is_arranged = False
+        self._replay = Replay(self._device)
 
     def run(self, plans: Plans, regions: dict[str, torch.Tensor], *, keep: bool) -> tuple[list[int], dict[str, float]]:
         """Copy, and sum up what the parameters hold afterwards; both are over when it returns.
@@ -254,50 +264,72 @@ class Program:
             keep: Whether the regions stay mapped, so that their views can be used again.
 
         Returns:
-            `word_sum` of every piece's target, in order; and seconds: ``copy`` (and sum).
+            `word_sum` of every piece's target, in order; and seconds: ``copy`` (and sum), or ``one_pass`` where the one
+            kernel does all of it.
         """
-        if self._sums is None:
+        if not self._dst:
             return [], {}
+        launch = one_pass.ready(self._device)
         views = self._views
-        if views is None:
-            views = self._viewed(regions)
+        if views is None or (launch is not None and not self._is_arranged):
+            views = self._arranged(regions, launch)
             self._views = views if keep else None
         begun = _mark(self._sums)
         plans.fill(self._names)
-        if keep:
+        if self._sheet is not None:
+            self._sums.zero_()
+            self._sheet.run(launch, self._sums)
+        if self._others and keep:
             self._replay.run(lambda: self._queue(views))
-        else:
+        elif self._others:
             self._queue(views)
-        for dst, words, out in zip(self._dst, self._words, self._sum_of):
-            if words is None:
-                out.copy_(word_sum(dst))
+        for i in self._others:
+            if self._words[i] is None:
+                self._sum_of[i].copy_(word_sum(self._dst[i]))
         ended = _mark(self._sums)
         found = self._sums.tolist()
-        return found, {"copy": _between(begun, ended)}
+        return found, {"copy" if self._others else "one_pass": _between(begun, ended)}
 
     def forget(self) -> None:
         """Drop the views, so that the regions can be let go."""
         self._views = None
         self._replay.forget()
 
-    def _queue(self, views: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """All copies, and the sums of the targets that can be viewed in whole words."""
-        lanes = Lanes(self._dst[0].device)
+    def _arranged(self, regions: dict[str, torch.Tensor], launch: Any | None) -> Views:
+        """Views of the copies that are torch's: of those that the kernel cannot make, and of all as long as it is not there."""
+        if self._sheet is not None and self._sheet.place(regions):
+            return self._viewed(regions, self._others)
+        views = self._viewed(regions, range(len(self._dst)))
+        if launch is None:
+            return views
+        parts = {i: one_pass.parts_of(*view) for i, view in views.items()}
+        copies = [(i, self._src[i][0], of_one) for i, of_one in parts.items() if of_one is not None]
+        self._sheet = one_pass.Sheet(copies, regions, self._device) if copies else None
+        self._others = [i for i, of_one in parts.items() if of_one is None]
+        self._is_arranged = True
+        self._replay.forget()  # others than these may have been queued before
+        return {i: views[i] for i in self._others}
+
+    def _queue(self, views: Views) -> None:
+        """Those copies that are torch's, and the sums of the targets that can be viewed in whole words."""
+        lanes = Lanes(self._device)
         # One by one: a batched copy of tensors this large is slower on an H100.
-        for i, ((dst, src), words, out) in enumerate(zip(views, self._words, self._sum_of)):
+        for i in self._others:
+            (dst, src), words, out = views[i], self._words[i], self._sum_of[i]
             with lanes.lane(i):
                 dst.copy_(src)
                 if words is not None:
                     torch.sum(words, dim=tuple(range(words.dim())), out=out)
         lanes.join()
 
-    def _viewed(self, regions: dict[str, torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Target and source of every copy; in whole words where both sides allow it, which is faster where rows are cut."""
-        found = []
-        for dst, words, (region, first, dtype, strides) in zip(self._dst, self._words, self._src):
+    def _viewed(self, regions: dict[str, torch.Tensor], numbers: Sequence[int]) -> Views:
+        """Target and source of copies; in whole words where both sides allow it, which is faster where rows are cut."""
+        found: Views = {}
+        for i in numbers:
+            dst, words, (region, first, dtype, strides) = self._dst[i], self._words[i], self._src[i]
             src = _view(regions[region], first, dtype, dst.shape, strides)
             src_words = word_view(src) if words is not None and dtype == dst.dtype else None
-            found.append((dst, src) if words is None or src_words is None else (words, src_words))
+            found[i] = (dst, src) if words is None or src_words is None else (words, src_words)
         return found
 
 

@@ -1,0 +1,232 @@
+"""The kernel that copies and reads back, run by Triton's own interpreter on a CPU: what is copied, and what is not touched.
+
+How fast it is, and that a GPU's memory is really read, is for GPUs: `test_gpu.py` and the benchmarks.
+"""
+
+import importlib
+import itertools
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_receiver import applied, model_of, plain, sent
+
+from tpcolocate.in_server.tpcolocate_receiver import one_pass
+from tpcolocate.in_server.tpcolocate_receiver.plans import Program
+from tpcolocate.in_server.tpcolocate_receiver.sums import word_sum
+
+pytestmark = [pytest.mark.quick, pytest.mark.timeout(120)]
+
+CPU = torch.device("cpu")
+KERNEL = "tpcolocate.in_server.tpcolocate_receiver.one_pass_kernel"
+
+
+@pytest.fixture(scope="module")
+def kernel():
+    """The kernel's module, imported so that Triton interprets it.
+
+    Triton decides when it is imported, and may have been imported for other tests: here it is once more, for this file.
+    """
+
+    def taken_out():
+        names = [n for n in sys.modules if n == KERNEL or (n.partition(".")[0] == "triton" and "._C" not in n)]
+        return {name: sys.modules.pop(name) for name in names}
+
+    before = taken_out()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("TRITON_INTERPRET", "1")
+        module = importlib.import_module(KERNEL)
+        yield module
+    taken_out()
+    sys.modules.update(before)
+
+
+def words(shape, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-(2**63), 2**63 - 1, tuple(shape), dtype=torch.int64, generator=generator)
+
+
+def view_of(base, cut):
+    return base[tuple(slice(start, start + length) for start, length in cut)]
+
+
+def run(kernel, pairs):
+    """The copies by the kernel; what it summed up."""
+    copies = [(i, str(i), one_pass.parts_of(dst, src)) for i, (dst, src) in enumerate(pairs)]
+    assert all(parts is not None for *_, parts in copies)
+    sums = torch.zeros(len(pairs), dtype=torch.int64)
+    one_pass.Sheet(copies, {str(i): src for i, (_, src) in enumerate(pairs)}, CPU).run(kernel.launch, sums)
+    return sums.tolist()
+
+
+def test_it_passes_the_test_that_it_must_pass_on_a_gpu(kernel):
+    one_pass.try_out(kernel.launch, CPU)
+
+
+@pytest.mark.parametrize("spoiled, words_of_error", [
+    (lambda pieces, tiles, sums, block: sums.add_(1), "failed its test"),
+    (lambda pieces, tiles, sums, block: None, "failed its test"),
+])  # fmt: skip
+def test_a_kernel_that_does_something_else_does_not_pass(kernel, spoiled, words_of_error):
+    with pytest.raises(RuntimeError, match=words_of_error):
+        one_pass.try_out(spoiled, CPU)
+
+
+def test_a_sum_of_what_was_given_instead_of_what_arrived_does_not_pass(kernel):
+    def forgetful(pieces, tiles, sums, block):
+        kernel.launch(pieces, tiles, sums, block)
+        sums[0] += 1
+
+    with pytest.raises(RuntimeError, match=r"failed its test \(0\)"):
+        one_pass.try_out(forgetful, CPU)
+
+
+@given(
+    st.lists(st.integers(1, 7), min_size=0, max_size=3),
+    st.integers(1, 40).map(lambda n: 2 * n),
+    st.integers(0, 3).map(lambda n: 2 * n),
+    st.booleans(),
+    st.integers(0, 2**31),
+)
+@settings(max_examples=60, deadline=None)
+def test_whatever_is_cut_out_arrives_and_nothing_beside_it_changes(kernel, outer, width, margin, into_whole, seed):
+    shape = [*outer, width]
+    given_, taken = [size + 2 for size in outer] + [width + 2 * margin], [*outer, width + 4]
+    src = view_of(words(given_, seed), [*((1, size) for size in outer), (margin, width)])
+    base = words(shape if into_whole else taken, seed + 1)
+    dst = base if into_whole else base[..., 2 : 2 + width]
+    before = base.clone()
+    assert run(kernel, [(dst, src)]) == [int(src.sum())]
+    assert torch.equal(dst, src)
+    if not into_whole:
+        assert torch.equal(base[..., :2], before[..., :2]) and torch.equal(base[..., -2:], before[..., -2:])
+
+
+@pytest.mark.parametrize("shape", [(3, 8192), (1, 20000), (70, 300), (33, 2), (5, 1024), (1, 2), (2, 8194)], ids=str)
+def test_rows_of_every_length_are_cut_into_tiles_without_gaps(kernel, shape):
+    src = words((shape[0], shape[1] + 6))[:, 2 : 2 + shape[1]]
+    dst = torch.zeros(shape, dtype=torch.int64)
+    assert run(kernel, [(dst, src)]) == [int(src.sum())] and torch.equal(dst, src)
+
+
+def test_many_copies_have_each_their_own_sum(kernel):
+    sources = [words((n, 2 * n), n) for n in range(1, 12)]
+    targets = [torch.zeros_like(source) for source in sources]
+    assert run(kernel, list(zip(targets, sources))) == [int(source.sum()) for source in sources]
+    assert all(map(torch.equal, targets, sources))
+
+
+ODD = [
+    ("an odd number of words", lambda: (torch.zeros(3, dtype=torch.int64), words((3,)))),
+    ("a start between two pairs", lambda: (torch.zeros(4, dtype=torch.int64), words((7,))[1:5])),
+    ("rows that start between two pairs", lambda: (torch.zeros(3, 4, dtype=torch.int64), words((3, 5))[:, :4])),
+    ("columns that are not dense", lambda: (torch.zeros(4, 4, dtype=torch.int64), words((4, 4)).t())),
+    ("another dtype", lambda: (torch.zeros(4), torch.ones(4))),
+    ("nothing", lambda: (torch.zeros(0, dtype=torch.int64), words((0,)))),
+    ("other shapes", lambda: (torch.zeros(4, dtype=torch.int64), words((2, 2)))),
+    ("thousands of blocks", lambda: (torch.zeros(40, 40, 2, 2, dtype=torch.int64), words((42, 42, 4, 4))[:40, :40, :2, :2])),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("make", [make for _, make in ODD], ids=[name for name, _ in ODD])
+def test_what_the_kernel_cannot_copy_is_left_to_torch(make):
+    assert one_pass.parts_of(*make()) is None
+
+
+def test_a_sheet_reads_regions_that_were_mapped_anew_and_refuses_others(kernel):
+    first, second = words((64,), 1), words((64,), 2)
+    targets = [torch.zeros(4, 4, dtype=torch.int64), torch.zeros(6, dtype=torch.int64)]
+
+    def views(region):
+        return region[2:34].view(4, 8)[:, 2:6], region[40:46]
+
+    sheet = one_pass.Sheet(
+        [(i, "r", one_pass.parts_of(dst, src)) for i, (dst, src) in enumerate(zip(targets, views(first)))],
+        {"r": first},
+        CPU,
+    )
+    for region in (first, second, first):
+        sums = torch.zeros(2, dtype=torch.int64)
+        assert sheet.place({"r": region})
+        sheet.run(kernel.launch, sums)
+        assert all(map(torch.equal, targets, views(region)))
+        assert sums.tolist() == [int(view.sum()) for view in views(region)]
+    assert not sheet.place({"r": words((62,))}), "shorter: it would be read beyond its end"
+    assert not sheet.place({"r": words((65,))[1:]}), "between two pairs of words"
+    sheet.run(kernel.launch, torch.zeros(2, dtype=torch.int64))
+    assert all(map(torch.equal, targets, views(first))), "still the last that it could"
+
+
+# --- in a program ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def made(kernel, monkeypatch):
+    """A function that lets the kernel be there, or not yet."""
+
+    def there(is_there):
+        monkeypatch.setattr(one_pass, "_ready", {CPU: kernel.launch} if is_there else {})
+
+    return there
+
+
+PIECES = [
+    ["a", 0, [0, 0], [2, 16], "left", 64, "float32", [64, 1]],
+    ["a", 0, [2, 0], [2, 16], "right", 0, "float32", [16, 1]],
+    ["b", 0, None, None, "right", 128, "float32", [1]],  # three elements: torch's
+]
+
+
+def program_and_regions():
+    model = model_of(plain, {"a": (4, 16), "b": (3,)})
+    applied(model, sent({"a": (4, 16), "b": (3,)}, 1))
+    regions = {"left": torch.zeros(2 * 64 * 4, dtype=torch.uint8), "right": torch.zeros(140, dtype=torch.uint8)}
+    return model, Program(PIECES, model.plans), regions
+
+
+def filled(regions, seed):
+    new = sent({"a": (4, 16), "b": (3,)}, seed)
+    regions["left"].view(torch.float32).view(2, 64)[:, 16:32] = new["a"][:2]
+    regions["right"].view(torch.float32)[:] = torch.cat([new["a"][2:].reshape(-1), new["b"]])
+    return new
+
+
+@pytest.mark.parametrize("keep", [True, False], ids=["mapped", "staged"])
+@pytest.mark.parametrize("order", list(itertools.product([False, True], repeat=3)), ids=str)
+def test_a_program_does_the_same_with_and_without_the_kernel(made, order, keep):
+    model, program, regions = program_and_regions()
+    for seed, is_there in enumerate(sorted(order), 2):  # it comes, and stays
+        made(is_there)
+        new = filled(regions, seed)
+        found, seconds = program.run(model.plans, regions, keep=keep)
+        assert torch.equal(model.a, new["a"]) and torch.equal(model.b, new["b"])
+        assert found == [int(word_sum(part)) for part in (new["a"][:2], new["a"][2:], new["b"])]
+        assert list(seconds) == ["copy"], "one of them is torch's"
+
+
+def test_a_program_reads_new_memory_after_its_regions_were_let_go(made):
+    made(True)
+    model, program, regions = program_and_regions()
+    for seed in (2, 3):
+        regions = {name: torch.zeros_like(region) for name, region in regions.items()}
+        new = filled(regions, seed)
+        program.run(model.plans, regions, keep=True)
+        assert torch.equal(model.a, new["a"]) and torch.equal(model.b, new["b"])
+        program.forget()
+
+
+def test_what_the_kernel_does_all_of_is_called_so(made):
+    made(True)
+    model = model_of(plain, {"a": (4, 16)})
+    new = sent({"a": (4, 16)}, 1)
+    applied(model, new)
+    program = Program([["a", 0, None, None, "r", 0, "float32", [16, 1]]], model.plans)
+    found, seconds = program.run(model.plans, {"r": new["a"].view(-1).view(torch.uint8)}, keep=True)
+    assert list(seconds) == ["one_pass"] and found == [int(word_sum(new["a"]))]
+
+
+def test_a_cpu_has_no_kernel_made():
+    one_pass.prepare(CPU)
+    assert one_pass.ready(CPU) is None and CPU not in one_pass._begun

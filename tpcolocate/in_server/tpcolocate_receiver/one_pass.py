@@ -1,0 +1,208 @@
+"""Copies that read back what they wrote: the proof costs next to no time beside the copy.
+
+A copy and a sum, one after the other, go through a GPU's memory three times: to read, to write, to read back.  A kernel
+that reads back each tile while it is still in the cache goes through it twice, and one launch does all copies of a sync.
+It is Triton's, which SGLang depends on; where that cannot be had, `plans.Program` copies and sums up as torch does.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+# Copies that fall into more rows of blocks than this are torch's.
+_MOST_PARTS = 1024
+_MOST_WORDS = 2**31 - 1
+
+Part = tuple[int, int, int, int, int, int]
+"""Addresses of source and target; rows; words in each; words from row to row in the source and in the target."""
+
+
+class Sheet:
+    """Copies, as the kernel reads them.
+
+    Args:
+        copies: Number of each copy, the name of the region that it reads, and its parts; at least one.
+        regions: What is mapped, by name.
+        device: To run on.
+    """
+
+    def __init__(
+        self,
+        copies: Sequence[tuple[int, str, Sequence[Part]]],
+        regions: Mapping[str, torch.Tensor],
+        device: torch.device,
+    ) -> None:
+        from .one_pass_kernel import TILE
+
+        self._device = device
+        self._sizes = {region: regions[region].numel() for _, region, _ in copies}
+        index = {region: i for i, region in enumerate(self._sizes)}
+        rows: list[list[int]] = []
+        of_row: list[int] = []
+        for number, region, parts in copies:
+            start = regions[region].data_ptr()
+            for src, dst, num_rows, width, src_stride, dst_stride in parts:
+                rows.append([src - start, dst, num_rows, width, src_stride, dst_stride, max(TILE // width, 1), number])
+                of_row.append(index[region])
+        self._rows = torch.tensor(rows, dtype=torch.int64)
+        """Of each part what the kernel reads, but for the source, which is counted from its region's start."""
+        self._region_of = torch.tensor(of_row, dtype=torch.int64)
+        self._tiles = {block: tiles.to(device) for block, tiles in _tiles_of(self._rows).items()}
+        self._pieces = self._rows
+        self.place(regions)
+
+    def place(self, regions: Mapping[str, torch.Tensor]) -> bool:
+        """Read regions that were mapped anew; False, and nothing changes, if they are others than they were."""
+        if any(regions[name].numel() != size for name, size in self._sizes.items()):
+            return False
+        starts = torch.tensor([regions[name].data_ptr() for name in self._sizes], dtype=torch.int64)
+        rows = self._rows.clone()
+        rows[:, 0] += starts[self._region_of]
+        if (rows[:, 0] % 16).any():
+            return False
+        self._pieces = rows.to(self._device)
+        return True
+
+    def run(self, launch: Any, sums: torch.Tensor) -> None:
+        """Queue the copies on the current stream.
+
+        Args:
+            launch: From `ready`.
+            sums: int64, contiguous.  To the element of each copy's number is added `word_sum` of what its target then
+                holds.
+        """
+        for block, tiles in self._tiles.items():
+            launch(self._pieces, tiles, sums, block)
+
+
+def _tiles_of(rows: torch.Tensor) -> dict[int, torch.Tensor]:
+    """Words of a row that are copied at once -> what each program of the kernel copies: part, first row, first word.
+
+    Args:
+        rows: As `Sheet` has them.
+
+    Returns:
+        (tiles, 3) int32 each.
+    """
+    from .one_pass_kernel import BLOCKS, TILE
+
+    _, _, num_rows, width, _, _, at_once, _ = rows.unbind(1)
+    across = -(-width // TILE)
+    count = -(-num_rows // at_once) * across
+    part = torch.repeat_interleave(torch.arange(len(rows)), count)
+    number = torch.arange(len(part)) - torch.repeat_interleave(count.cumsum(0) - count, count)
+    tiles = torch.stack([part, number // across[part] * at_once[part], number % across[part] * TILE], dim=1)
+    blocks = torch.tensor(BLOCKS)
+    block = blocks[torch.bucketize(width.contiguous(), blocks).clamp(max=len(BLOCKS) - 1)]
+    block[num_rows == 1] = BLOCKS[-1]
+    block = block[part]
+    return {one: tiles[block == one].to(torch.int32).contiguous() for one in block.unique().tolist()}
+
+
+def parts_of(dst: torch.Tensor, src: torch.Tensor) -> list[Part] | None:
+    """A copy as blocks of rows; None if it is not made of whole pairs of words, each where one can start.
+
+    Args:
+        dst: int64.
+        src: int64, of the same shape.
+    """
+    if dst.dtype != torch.int64 or src.dtype != torch.int64 or dst.shape != src.shape or dst.device != src.device:
+        return None
+    dims = _merged(tuple(dst.shape), src.stride(), dst.stride())
+    if dims is None:
+        return None
+    (width, *_), *outer = reversed(dims)
+    rows, src_stride, dst_stride = outer.pop(0) if outer else (1, 0, 0)
+    corners = [(src.data_ptr(), dst.data_ptr())]
+    for size, of_src, of_dst in outer:
+        if len(corners) * size > _MOST_PARTS:
+            return None
+        corners = [(a + 8 * i * of_src, b + 8 * i * of_dst) for a, b in corners for i in range(size)]
+    aligned = not any(number % 2 for number in (width, src_stride, dst_stride))
+    aligned = aligned and not any(address % 16 for corner in corners for address in corner)
+    if not aligned or max(width, rows) > _MOST_WORDS:
+        return None
+    return [(a, b, rows, width, src_stride, dst_stride) for a, b in corners]
+
+
+def _merged(shape: Sequence[int], of_src: Sequence[int], of_dst: Sequence[int]) -> list[tuple[int, int, int]] | None:
+    """(size, stride there, stride here) of as few dimensions as can be; None if the last one is not dense, or empty."""
+    dims: list[tuple[int, int, int]] = []
+    for size, a, b in zip(shape, of_src, of_dst):
+        if size == 1:
+            continue
+        if dims and dims[-1][1] == size * a and dims[-1][2] == size * b:
+            dims[-1] = (dims[-1][0] * size, a, b)
+        else:
+            dims.append((size, a, b))
+    if not dims:
+        dims = [(1, 1, 1)]
+    return dims if dims[-1][1:] == (1, 1) and all(size > 0 for size, *_ in dims) else None
+
+
+_lock = threading.Lock()
+_begun: set[torch.device] = set()
+_ready: dict[torch.device, Any] = {}
+
+
+def ready(device: torch.device) -> Any | None:
+    """The kernel's launcher; None while it is being made, and where it cannot be."""
+    return _ready.get(device)
+
+
+def prepare(device: torch.device) -> None:
+    """Begin to make the kernel, in a thread: the compiler takes up to two seconds the first time on a machine."""
+    with _lock:
+        if device.type != "cuda" or device in _begun:
+            return
+        _begun.add(device)
+    threading.Thread(target=_make, args=(device,), name="tpcolocate kernel", daemon=True).start()
+
+
+def _make(device: torch.device) -> None:
+    try:
+        from .one_pass_kernel import launch
+
+        torch.cuda.set_device(device)  # of this thread
+        with torch.cuda.stream(torch.cuda.Stream(device)):
+            try_out(launch, device)
+        _ready[device] = launch
+    except Exception as error:  # slower, and all the same
+        logger.warning("tpcolocate: weights are copied and summed up one after the other: %s", error)
+
+
+def try_out(launch: Any, device: torch.device) -> None:
+    """Copy a little of each kind, and compare.
+
+    Raises:
+        RuntimeError: The kernel does something else than copies and sums.
+    """
+    from .one_pass_kernel import TILE
+
+    generator = torch.Generator().manual_seed(1)
+
+    def words(*shape: int) -> torch.Tensor:
+        return torch.randint(-(2**63), 2**63 - 1, shape, dtype=torch.int64, generator=generator).to(device)
+
+    flat, rows, wide, cube = words(3 * TILE + 2), words(40, 1024), words(3, 2 * TILE + 8), words(3, 6, 20)
+    sources = [flat, rows[:, 16:528], wide[:, : 2 * TILE + 4], cube[:, 1:5, 2:10], flat[:2]]
+    targets = [torch.zeros_like(source, memory_format=torch.contiguous_format) for source in sources]
+    copies: list[tuple[int, str, list[Part]]] = []
+    for number, (dst, src) in enumerate(zip(targets, sources)):
+        parts = parts_of(dst, src)
+        if parts is None:
+            raise RuntimeError("a copy has no parts")
+        copies.append((number, str(number), parts))
+    sums = torch.zeros(len(sources), dtype=torch.int64, device=device)
+    regions = {str(number): source for number, source in enumerate(sources)}
+    Sheet(copies, regions, device).run(launch, sums)
+    for number, (dst, src) in enumerate(zip(targets, sources)):
+        if not torch.equal(dst, src) or int(sums[number]) != int(src.sum()):
+            raise RuntimeError(f"the kernel failed its test ({number})")
