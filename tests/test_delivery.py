@@ -149,7 +149,6 @@ READERS = [
     ("per_rank", "stock", [0], [1]),
     ("per_rank", "file", [0, 1], []),
     ("fan_out", "ipc", [0, 1], []),
-    ("fan_out", "stock", [0, 1], []),
     ("fan_out", "file", [0, 1], []),
 ]
 

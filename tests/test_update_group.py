@@ -116,6 +116,14 @@ def test_it_meets_the_group_that_sglang_makes(init_group, names):
     assert sender == [said for name in names for said in (f"this process has a group named '{name}'", held_by_the_last)]
 
 
+@pytest.mark.quick
+def test_a_sender_whose_nccl_could_not_open_the_engines_memory_is_told_before_it_joins(monkeypatch):
+    monkeypatch.delenv("NCCL_CUMEM_ENABLE", raising=False)
+    with pytest.raises(ConfigError, match="NCCL_CUMEM_ENABLE is not set") as caught:
+        tpcolocate.join_update_group(master_address="127.0.0.1", master_port=1, world_size=2)
+    assert "start this process with NCCL_CUMEM_ENABLE=0" in str(caught.value)
+
+
 def nobody_comes(rank, port):
     try:
         tpcolocate.join_update_group(

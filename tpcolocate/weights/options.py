@@ -39,6 +39,12 @@ class SyncOptions:
             raise ConfigError(f"payloads={self.payloads!r} is unknown", hint=f"one of {', '.join(PAYLOADS)}")
         if self.transport not in TRANSPORTS:
             raise ConfigError(f"transport={self.transport!r} is unknown", hint=f"one of {', '.join(TRANSPORTS)}")
+        if self.payloads == "fan_out" and self.transport == "stock":
+            # SGLang copies straight out of what it opens, and dies of it where the memory saver holds its parameters: no
+            # other GPU can reach them.
+            raise ConfigError(
+                'payloads="fan_out" cannot go with transport="stock"', hint="leave the transport to the sync"
+            )
 
 
 __all__ = ["SyncOptions"]

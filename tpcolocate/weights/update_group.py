@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -72,7 +73,9 @@ def join_update_group(
 
     For any process: in this job or outside of it, with or without a default process group.  It returns once all ranks of
     the group have come, so it must run at the same time as the engine's call: in another process, or in a thread.
-    With nccl, this process must be on another GPU than the engine.  Send with ``dist.broadcast(tensor, src=0,
+    With nccl, this process must be on another GPU than the engine, and both must agree on ``NCCL_CUMEM_ENABLE``: SGLang sets
+    it to 0 unless the engine was started with it, NCCL takes 1 where it is not set, and the two cannot open each other's
+    memory.  Send with ``dist.broadcast(tensor, src=0,
     group=group)``; leave with ``dist.destroy_process_group(group)``.
 
     The group is made as the engine makes it (``init_custom_process_group`` in SGLang's ``utils``), because torch's own
@@ -87,12 +90,19 @@ def join_update_group(
         timeout_s: For the meeting and for every operation of the group, in seconds.
 
     Raises:
-        ConfigError: This process has a group of that name, or the port is taken.
+        ConfigError: This process has a group of that name, the port is taken, or NCCL_CUMEM_ENABLE is not set for nccl.
         RuntimeError: torch's own errors, such as a rank that did not come.
     """
     if group_name in distributed_c10d._world.pg_names.values():
         raise ConfigError(
             f"this process has a group named {group_name!r}", hint="torch.distributed.destroy_process_group() it first"
+        )
+    if backend == "nccl" and "NCCL_CUMEM_ENABLE" not in os.environ:
+        # NCCL reads it when it is first used, which here may be long ago: it cannot be set for the caller.
+        raise ConfigError(
+            "NCCL_CUMEM_ENABLE is not set: NCCL would share memory in a way here that SGLang has turned off, and the first "
+            "broadcast would fail with 'invalid argument', half-way through the engine's weights",
+            hint="start this process with NCCL_CUMEM_ENABLE=0, or this one and the engine's with NCCL_CUMEM_ENABLE=1",
         )
     timeout = timedelta(seconds=timeout_s)
     try:
