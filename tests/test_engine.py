@@ -5,6 +5,7 @@ Starting a server takes half a minute on two cores, so each set-up is started on
 """
 
 import asyncio
+import gc
 import os
 import time
 from pathlib import Path
@@ -121,6 +122,26 @@ def tokens_after_plain_sync(world):
     report = world.engine.sync_weights(world.model)
     new = world.expected()
     return {"equal": world.generated() == new, "changed": new != old, "report": report}
+
+
+def dropped_weights(world):
+    """Storages of weights that were synced, and how many of them are gone once the trainer has dropped them."""
+    import copy
+
+    from torch.multiprocessing.reductions import StorageWeakRef
+
+    model = copy.deepcopy(world.model)
+    gc.collect()
+    gc.disable()  # its next run may be a training step away
+    try:
+        for _ in range(2):
+            world.engine.sync_weights(model)
+        storages = [StorageWeakRef(parameter.untyped_storage()) for parameter in model.parameters()]
+        for parameter in model.parameters():
+            parameter.data = torch.empty(0)
+        return len(storages), sum(storage.expired() for storage in storages)
+    finally:
+        gc.enable()
 
 
 def tokens_after_ddp_sync(world):
@@ -459,7 +480,7 @@ def connect_from_outside(world):
 ALL = [
     tokens_before, generate_forms, refused_requests, tokens_after_fsdp2_sync, trainer_logprobs, tokens_after_plain_sync,
     tokens_after_ddp_sync, tokens_after_fan_out_sync, tokens_after_generator_sync, partial_sync, refused_weights, lora_is_refused, sleep_and_wake,
-    twenty_syncs, tokens_by_parts, masters_in_other_dtypes, key_is_hidden, connect_from_outside,
+    twenty_syncs, dropped_weights, tokens_by_parts, masters_in_other_dtypes, key_is_hidden, connect_from_outside,
 ]  # fmt: skip
 TOKENS = [tokens_before, tokens_after_fsdp2_sync, trainer_logprobs, tokens_after_plain_sync, tokens_by_parts]
 SLICES = [
@@ -576,6 +597,12 @@ def test_a_first_sync_leaves_the_trainings_random_numbers_alone(setup):
 @setups_with(trainer_logprobs)
 def test_log_probabilities_equal_the_trainers(setup):
     assert max(results(setup, trainer_logprobs)) < 1e-3
+
+
+@setups_with(dropped_weights)
+def test_weights_that_the_trainer_drops_after_a_sync_are_freed_at_once(setup):
+    for dropped, gone in results(setup, dropped_weights):
+        assert dropped == gone > 0
 
 
 @setups_with(tokens_after_ddp_sync)

@@ -4,8 +4,10 @@ On two GPUs each rank takes its own; on a single one both share it (`TPCOLOCATE_
 arguments as JSON; NCCL has to permit several ranks on a GPU).
 """
 
+import gc
 import json
 import os
+import time
 
 import pytest
 import torch
@@ -45,6 +47,18 @@ def gap(engine, model, device):
 
 
 def drive(rank, folder, world):
+    import torch.distributed as dist
+
+    found = steps(rank, folder, world)
+    # Counters are in use as long as there is memory that was exported, such as the model's.
+    gc.collect()
+    torch.cuda.ipc_collect()
+    found["counter_files"] = [n for n in os.listdir("/dev/shm") if n.startswith(f"cuda.shm.0.{os.getpid():x}.")]
+    dist.destroy_process_group()
+    return found
+
+
+def steps(rank, folder, world):
     import torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
     from transformers import AutoModelForCausalLM
@@ -88,6 +102,16 @@ def drive(rank, folder, world):
                 dist.barrier()
                 used.append(used_mib())
             found["used_parts"] = used
+            ends = time.monotonic() + 60  # the workers' kernel is compiled beside all this
+            while True:
+                found["worker_seconds"] = engine.sync_weights(model, bucket_bytes=64 * 2**20).worker_seconds
+                ready = torch.tensor(
+                    [int("one_pass" in found["worker_seconds"] or time.monotonic() > ends)], device=device
+                )
+                dist.all_reduce(ready, op=dist.ReduceOp.MIN)
+                if ready.item():
+                    break
+            found["gap_one_pass"] = gap(engine, model, device)
             found["captured"] = engine._sync.moves[1].in_place.is_replayed
             with torch.no_grad():  # in place, which the graphs must read anew; and elsewhere, which they must not
                 model.model.layers[0].mlp.up_proj.weight.mul_(1.5)
@@ -114,7 +138,7 @@ def drive(rank, folder, world):
                 sums = begin_sums(self, moves, tensors)
                 torch.cuda.synchronize()
                 if rank == 1:
-                    model.model.layers[1].mlp.down_proj.weight.data[0, 0] += 1
+                    model.model.layers[1].mlp.down_proj.weight.data[-1, -1] += 1  # which TP rank 1 reads
                     torch.cuda.synchronize()
                 return sums
 
@@ -127,7 +151,7 @@ def drive(rank, folder, world):
                 found["spoiled"] = str(error)
             mover.Mover.begin_sums = begin_sums
             if rank == 1:
-                model.model.layers[1].mlp.down_proj.weight.data[0, 0] -= 1
+                model.model.layers[1].mlp.down_proj.weight.data[-1, -1] -= 1
 
             original = delivery.Delivery.commands
 
@@ -162,11 +186,15 @@ def drive(rank, folder, world):
             before = used_mib()
             engine.sleep()
             found["freed"] = before - used_mib()
+            found["garbage"] = []
+            for tags in (["weights"], None):
+                engine.wake(tags)
+                try:
+                    engine.generate(PROMPTS)
+                except errors.EngineStateError as error:
+                    found["garbage"].append(str(error))
+            engine.sleep()
             engine.wake(["weights"])
-            try:
-                engine.generate(PROMPTS)
-            except errors.EngineStateError as error:
-                found["garbage"] = str(error)
             engine.sync_weights(model)
             engine.wake()
             found["gap_fsdp2"] = gap(engine, model, device)
@@ -186,8 +214,6 @@ def drive(rank, folder, world):
             except errors.TpColocateError as error:
                 found["duplicated"] = (shared, type(error), str(error))
             delivery.Delivery.load = load
-        found["counter_files"] = [n for n in os.listdir("/dev/shm") if n.startswith(f"cuda.shm.0.{os.getpid():x}.")]
-    dist.destroy_process_group()
     return found
 
 
@@ -223,7 +249,9 @@ def test_log_probabilities_follow_the_trainer_only_after_a_sync(found):
 
 
 def test_twenty_syncs_take_no_device_memory(found):
-    assert max(found[0]["used"]) == min(found[0]["used"])
+    used = found[0]["used"]
+    # Both halves of the staging memory may be allocated a second time, once: if a handle comes back too late to be reused.
+    assert len(set(used)) <= 2 and max(used) - min(used) <= 2 * 64, used
     assert all(value["replayed"] for value in found)
 
 
@@ -246,6 +274,10 @@ def test_parts_move_out_of_lent_memory_and_take_none(found):
 
 def test_repeated_syncs_are_queued_as_a_graph_that_reads_what_is_there_now(found):
     assert all(value["captured"] and value["gap_replaced"] < 1.0 for value in found)
+
+
+def test_one_kernel_copies_and_reads_back_once_it_is_there(found):
+    assert all("one_pass" in value["worker_seconds"] and value["gap_one_pass"] < 1.0 for value in found)
 
 
 def test_memory_that_the_trainer_moved_away_goes_back_to_the_driver(found):
@@ -275,7 +307,9 @@ def test_a_gpu_that_the_worker_cannot_see_sends_the_weights_through_files(found)
 
 def test_sleep_frees_memory_and_garbage_is_not_generated_from(found):
     assert all(value["freed"] > 1000 for value in found)
-    assert all("hold garbage" in value["garbage"] for value in found)
+    for value in found:
+        asleep, lost = value["garbage"]
+        assert "while asleep" in asleep and "hold garbage" in lost
 
 
 def test_fan_out_is_proven_too_and_nothing_stays_in_shared_memory(found):

@@ -54,6 +54,7 @@ logger = logging.getLogger(__name__)
 _HEARTBEAT_TIMEOUT_S = 90.0
 # How much longer than the owner a client waits for the rendezvous file.
 _RENDEZVOUS_MARGIN_S = 30.0
+_WARM_UP_S = 30.0
 _inits = itertools.count()
 
 
@@ -337,6 +338,7 @@ class Colocation:
             folder=self._sync_folder(order),
             reader_is_alive=lambda: probe.is_listening(timeout_s=5.0) if server is None else not server.exited(),
         )
+        sync.warm_up(timeout_s=_WARM_UP_S)
 
         def on_shutdown() -> None:
             probe.close()

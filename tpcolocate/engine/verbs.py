@@ -260,33 +260,35 @@ class Verbs:
                 workers.finish()
             self._close_session(timeout_s=_left(deadline))
 
-        def publish() -> None:
+        def publish(sent: Callable[[], None]) -> None:
             # abort_all_requests defaults to True
             body = {"new_version": version, "abort_all_requests": False}
-            self._done(self.client.post("/update_weight_version", body, timeout_s=_left(deadline)))
+            self._done(self.client.post("/update_weight_version", body, timeout_s=_left(deadline), sent=sent))
 
-        def go_on() -> None:
-            if self.paused is None:
-                self.client.post("/continue_generation", {}, timeout_s=_left(deadline))
-
-        def publish_and_go_on() -> None:
-            publish()
-            at_once(read_back, go_on)
-
-        def read_back() -> None:
-            reported = self.client.get("/model_info", timeout_s=_left(deadline)).get("weight_version")
+        def confirm(published: Future[None]) -> None:
+            if (reported := self._version(deadline)) != version:
+                published.result()  # it may have been asked before that was carried out
+                reported = self._version(deadline)
             if reported != version:
                 raise SyncError(
                     f"the engine reports weight version {reported!r} after {version!r} was set", url=self.client.url
                 )
 
+        def go_on() -> None:
+            if self.paused is None:
+                self.client.post("/continue_generation", {}, timeout_s=_left(deadline))
+
+        # SGLang takes up one request after the other: each may be asked for when the one before it has left.
+        published = begun_in_background(publish, name="tpcolocate version")
         if self._session_open:
-            # Nothing may be generated before the session is closed.
-            at_once(publish, leave)
-            at_once(read_back, go_on)
+            leave()  # nothing may be generated before the session is closed
+            at_once(lambda: confirm(published), go_on)
         else:
-            # SGLang takes up the one request after the other: the end of the pause may be asked for before it comes.
-            at_once(publish_and_go_on, leave)
+            at_once(leave, lambda: at_once(lambda: confirm(published), go_on))
+        published.result()
+
+    def _version(self, deadline: float) -> Any:
+        return self.client.get("/model_info", timeout_s=_left(deadline)).get("weight_version")
 
     # --- generation --------------------------------------------------------------------------------------------
 

@@ -72,7 +72,7 @@ class Engine(AdapterCalls, UpdateGroupCalls, GenerationCalls):
                 a count of the syncs, which goes on from a version that is a number.
             bucket_bytes: Most staging memory per rank, less where less is free; a larger tensor travels by itself.
             payloads: ``"per_rank"``: every rank exports from its own device.  ``"fan_out"``: the owner exports one
-                copy per TP rank; for when other ranks cannot reach their TP rank's device.
+                copy per TP rank; for when other ranks cannot reach their TP rank's device.  Not with ``"stock"``.
             transport: ``"ipc"``: handles of memory that the engine maps.  ``"file"``: safetensors files.  ``"auto"``: the
                 first sync proves with a small handle that the one works, or takes the other.  ``"stock"``: handles that
                 SGLang opens by itself; nothing is read back, and a failure kills the server.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from concurrent.futures import Future, wait
+from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
 
@@ -45,18 +45,14 @@ class Opening:
         self._deadline = time.monotonic() + timeout_s
         self._lock = threading.Lock()
         self._is_closed = False
-        self._awaited: Future[Workers] = Future()
         self._task = in_background(self._open, name="tpcolocate open")
-        if tp_size:
-            try:  # beside the pause, which SGLang has been asked for
-                self._awaited.set_result(self._await())
-            except BaseException as error:
-                self._awaited.set_exception(error)
 
     def _open(self) -> Greetings | None:
         with quick_switching():  # the trainer's thread computes beside these requests
+            # Beside the pause, and not in the trainer's thread, which has the GPU's first work to begin.
+            awaited = in_background(self._await, name="tpcolocate socket") if self._tp_size else None
             dropped = self._server.hold_generation(timeout_s=self._left())
-            greetings = self._reach(self._awaited.result()) if self._tp_size else None
+            greetings = None if awaited is None else self._reach(awaited.result())
             if greetings is not None and not wait([dropped], min(_ANSWER_S, self._left())).done:
                 # The workers hold the update; what came behind it is not taken up before they have left.
                 logger.debug("SGLang took up the weight update before the flush: the workers are reached once more")

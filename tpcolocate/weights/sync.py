@@ -5,9 +5,10 @@ See `sync_run` for the phases of a single sync.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -15,8 +16,9 @@ import torch
 from tpcolocate import ipc_payload
 from tpcolocate.errors import DeadlineError, RankLostError, SyncError, TpColocateError
 from tpcolocate.groups import RankGroup
+from tpcolocate.in_server.tpcolocate_receiver.sums import load_kernels
 from tpcolocate.report import SyncReport
-from tpcolocate.weights.delivery import WeightServer
+from tpcolocate.weights.delivery import WeightServer, Workers
 from tpcolocate.weights.knowledge import Knowledge
 from tpcolocate.weights.loans import Loan
 from tpcolocate.weights.memory import SlopeAlarm
@@ -165,6 +167,8 @@ class WeightSync:
             if isinstance(error, TpColocateError) and not isinstance(error, RankLostError):
                 run.keep_company()
             raise
+        finally:
+            run.let_go()
         # The engine handles updates one after the other: those of earlier, failed syncs are over by now.
         self.reclaim()
         return report
@@ -201,15 +205,45 @@ class WeightSync:
             torch.cuda.empty_cache()
         return sum(loan.num_bytes for loan in expired)
 
+    def warm_up(self, *, timeout_s: float) -> None:
+        """Do what the first sync would have to wait for: load kernels here, and in the workers kernels and the loader's ways.
+
+        Not collective: the owner asks the engine.  What goes wrong there is left for the first sync to meet.
+
+        Args:
+            timeout_s: For the engine's part, in seconds.
+        """
+        with contextlib.suppress(RuntimeError):  # no memory for them: whoever needs them says so
+            load_kernels(self.device)
+        if self.server is None:
+            return
+        shapes = [] if self.spec is None else [[name, list(shape)] for name, shape in self.spec.shapes.items()]
+        try:
+            with self._called(self.server, timeout_s) as workers:
+                workers.post({k: {"do": "warm_up", "for": k, "shapes": shapes} for k in range(len(self.group))}, 0)
+                replies = workers.collect(0, timeout_s=timeout_s)
+        except Exception as error:  # nobody would end the server if this left here
+            logger.debug("the engine was not warmed up: %s", error)
+            return
+        for tp_rank, reply in replies.items():
+            if reply["error"] is not None:
+                logger.debug("TP rank %d was not warmed up: %s", tp_rank, reply["error"])
+
     def _release(self, server: WeightServer, of_ranks: list[list[str]], timeout_s: float) -> None:
+        with self._called(server, timeout_s) as workers:
+            workers.post({k: {"do": "run", "for": k, "release": names} for k, names in enumerate(of_ranks)}, 0)
+            for tp_rank, reply in workers.collect(0, timeout_s=timeout_s).items():
+                if reply["error"] is not None:
+                    raise SyncError(f"TP rank {tp_rank} did not let go of the trainer's memory: {reply['error']}")
+
+    @contextlib.contextmanager
+    def _called(self, server: WeightServer, timeout_s: float) -> Iterator[Workers]:
+        """The workers, outside of a sync; the engine goes on with the weights it has."""
         opening = Opening(server, folder=self.folder, loader=self.loader, tp_size=len(self.group), timeout_s=timeout_s)
         try:
             opening.result()
             assert opening.workers is not None
-            opening.workers.post({k: {"do": "run", "for": k, "release": names} for k, names in enumerate(of_ranks)}, 0)
-            for tp_rank, reply in opening.workers.collect(0, timeout_s=timeout_s).items():
-                if reply["error"] is not None:
-                    raise SyncError(f"TP rank {tp_rank} did not let go of the trainer's memory: {reply['error']}")
+            yield opening.workers
         except BaseException:
             opening.cancel(timeout_s=GRACE_S)
             raise

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from tpcolocate.in_server.tpcolocate_receiver.sums import load_kernels
 from tpcolocate.weights.delivery import Replies, WeightServer, some
 from tpcolocate.weights.items import full_tensor, is_collective
 from tpcolocate.weights.mover import Mover
@@ -38,8 +37,7 @@ class LearningPhases(MovePhases, BucketPhases):
         watched while it loads, bucket by bucket.
 
         Args:
-            lending: What may become of the tensors' memory; that which can be mapped is exported while the workers are busy,
-                and this rank's GPU loads its kernels.
+            lending: What may become of the tensors' memory; that which can be mapped is exported while the workers are busy.
         """
         knowledge = self.sync.knowledge
         if self.repeats or self.delivery.transport != "ipc" or self.sync.rehearsal_refused is not None:
@@ -67,8 +65,6 @@ class LearningPhases(MovePhases, BucketPhases):
             self.borrowed.export(
                 one.local.untyped_storage() for name, one in self.tensors.items() if lending.get(name) == CAN_BE_MAPPED
             )
-            with contextlib.suppress(RuntimeError):  # whoever needs them and has no memory for them says so
-                load_kernels(self.sync.device)
 
             def answers(server: WeightServer) -> Replies:
                 assert workers is not None

@@ -115,6 +115,11 @@ class SyncPhases:
         self.peak_extra = 0
         self.allocated_before = allocated_bytes(sync.device)
 
+    def let_go(self) -> None:
+        """Hold nothing of the trainer's any more: what it drops must not wait for the garbage collector to be freed."""
+        self.tensors, self.ready, self.unmoved = {}, None, None
+        self.rest, self.samples = iter(()), None
+
     def left(self, what: str) -> float:
         seconds = self.deadline - time.monotonic()
         if seconds <= 0:

@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 
 from tpcolocate.errors import ConfigError, WeightsMismatchError
-from tpcolocate.in_server.tpcolocate_receiver.sums import checksum
 from tpcolocate.weights.held import Held, HeldAgain, Layouts, layouts_of
 from tpcolocate.weights.memory import free_bytes, plan_bucket
 from tpcolocate.weights.mover import Mover
@@ -30,16 +29,16 @@ class Facts:
     Attributes:
         digest: Of names, shapes and dtypes; equal on all ranks.
         headline: The same for people.
-        free: Bytes that can be staged.
         lending: What may become of each tensor's memory, as a digit; see `sync_lending`.
         repeats: Whether this rank would do exactly what it did in the last sync.
+        free: Bytes that can be staged.
     """
 
     digest: bytes
     headline: str
-    free: int
     lending: str
     repeats: bool = False
+    free: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +96,8 @@ class StartPhases(MovePhases):
                     # While the server is waited for.  Most likely the other ranks see no change either.
                     assert self.sync.moves is not None
                     self.ready = self.get_ready(self.sync.moves[1])
-                self.load_kernels()
+                if prepared is not None:
+                    prepared = prepared[0], replace(prepared[1], free=free_bytes(self.sync.device))
                 if prepared is not None and self.opening is not None:
                     greetings = self.opening.result()
                     self.delivery.workers = self.opening.workers
@@ -133,15 +133,6 @@ class StartPhases(MovePhases):
                 tp_size=0 if self.options.transport == "stock" else len(self.group),
                 timeout_s=self.left("open the weight sync"),
             )
-
-    def load_kernels(self) -> None:
-        """Before the first sync's preflight: a GPU loads each kernel when it is first used, which can as well be now.
-
-        Only those that the preflight needs: loading takes longer than the server is waited for.
-        """
-        is_first = not (self.sync.proven_ways or self.sync.refused_ways)
-        if is_first and self.sync.device.type == "cuda" and self.delivery.transport in ("auto", "ipc"):
-            checksum(torch.zeros(8 * 2**14, dtype=torch.uint8, device=self.sync.device))
 
     def plan_staging(self, weights: Weights, free: list[int]) -> None:
         """Decide on the bucket's size; a sync that repeats the last one as far as is known may find less memory now.
@@ -191,7 +182,6 @@ class StartPhases(MovePhases):
         return weights, Facts(
             digest.digest(),
             "a generator" if contents is None else headline(contents),
-            free_bytes(self.sync.device),
             "".join(lending),
         )
 
@@ -213,7 +203,7 @@ class StartPhases(MovePhases):
         self.tensors = HeldAgain({n: item for n, item in weights.known if isinstance(item, torch.Tensor)}, last.layouts)
         self.sharded = bool(last.groups)
         self.wait_for_the_trainer()
-        return weights, replace(last.facts, free=free_bytes(self.sync.device), repeats=True)
+        return weights, replace(last.facts, repeats=True)
 
     def remember(self, source: Source, weights: Weights, facts: Facts, tensors: Mapping[str, Held]) -> Last | None:
         """For the next sync: of a sync that moved everything, and lent all that it may."""

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from . import one_pass
 from .handles import device_uuid, open_handle
 from .plans import Plans, Program, places_of
 from .rehearsal import rehearse
@@ -83,6 +84,7 @@ def _hold(model: torch.nn.Module, job: dict[str, Any]) -> None:
             if command["do"] == "leave":
                 _drop(plans, _staged())
                 socket.send(json.dumps({"tp_rank": job["tp_rank"], "error": None}).encode())
+                one_pass.prepare(next(model.parameters()).device)  # beside what the server does next
                 return
             socket.send(json.dumps(_answer(_act, model, plans, {**job, **command})).encode())
     _drop(plans, _staged())
@@ -156,11 +158,15 @@ def _load(model: torch.nn.Module, plans: Plans, job: dict[str, Any], answer: dic
     clock = _Clock()
     device = next(model.parameters()).device
     entries = job["entries"]
-    flat = open_handle(job["handle"], device)
+    mapped = flat = open_handle(job["handle"], device)
     answer["opened"] = True
-    source = flat.device
+    source = mapped.device
     try:
         clock.lap("open")
+        if source != device:
+            # Parameters that the memory saver holds can be reached by their own GPU alone.
+            flat = mapped.to(device)
+            clock.lap("bring")
         if list(checksum(flat)) != job["checksum"]:
             # Checked before the first parameter is touched.
             raise RuntimeError("the bucket does not hold what the trainer packed (checksum)")
@@ -184,11 +190,11 @@ def _load(model: torch.nn.Module, plans: Plans, job: dict[str, Any], answer: dic
         answer["phases"] = clock.seconds
         del copies
     finally:
-        del flat
         if device.type == "cuda":
             # Acknowledged means finished, on the GPU that was read from as well (fan-out).
             for used in {device, source}:
                 torch.cuda.synchronize(used)
+        del flat, mapped
 
 
 def _apply(
@@ -233,17 +239,23 @@ def _apply(
     return recorder.copies, recorder.derived | recorder.reworked, False
 
 
+def _warm_up(model: torch.nn.Module, plans: Plans, job: dict[str, Any], answer: dict[str, Any]) -> None:
+    """`_rehearse` before there is a trainer's model: with the names of the checkpoint, in the engine's own dtype."""
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    _rehearse(model, plans, {**job, "entries": [[name, dtype, shape] for name, shape in job["shapes"]]}, answer)
+
+
 def _rehearse(model: torch.nn.Module, plans: Plans, job: dict[str, Any], answer: dict[str, Any]) -> None:
     """Learn what the engine's loader would do with these tensors; the model stays as it is."""
-    entries = [entry for entry in job["entries"] if not plans.knows([entry])]
-    if entries:
-        # Neither needs what the other does: the loader is Python at work, the driver's loading of kernels is not.
-        kernels = threading.Thread(target=_load_kernels, args=(next(model.parameters()).device,))
-        kernels.start()
-        try:
+    # Neither needs what the other does: the loader is Python at work, the driver's loading of kernels is not.
+    kernels = threading.Thread(target=_load_kernels, args=(next(model.parameters()).device,))
+    kernels.start()
+    try:
+        entries = [entry for entry in job["entries"] if not plans.knows([entry])]
+        if entries:
             rehearse(model, plans, entries)
-        finally:
-            kernels.join()
+    finally:
+        kernels.join()
     answer["learned"] = plans.described([entry[0] for entry in job["entries"] if plans.knows([entry])])
 
 
@@ -319,4 +331,12 @@ class _Clock:
         self._last = now
 
 
-_ACTIONS = {"probe": _probe, "rehearse": _rehearse, "load": _load, "run": _run, "unstage": _unstage, "survey": _survey}
+_ACTIONS = {
+    "warm_up": _warm_up,
+    "probe": _probe,
+    "rehearse": _rehearse,
+    "load": _load,
+    "run": _run,
+    "unstage": _unstage,
+    "survey": _survey,
+}
