@@ -6,6 +6,8 @@ Starting a server takes half a minute on two cores, so each set-up is started on
 
 import asyncio
 import gc
+import logging
+import logging.handlers
 import os
 import time
 from pathlib import Path
@@ -35,6 +37,7 @@ class World:
         self.rank, self.model_dir, self.colo = rank, model_dir, colo
         self.model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
         self.engine = None
+        self.log = logging.handlers.BufferingHandler(10**6)
 
     def expected(self, model=None):
         """Greedy continuations by transformers, token by token, without a cache."""
@@ -88,12 +91,19 @@ def drive(rank, model_dir, tp_size, checks):
     """One set-up on one rank: launch, all checks, the end."""
     with tpcolocate.init(tp_size, device="cpu", timeout_s=60.0) as colo:
         world = World(rank, model_dir, colo)
+        logging.getLogger("tpcolocate.weights.sync").addHandler(world.log)
+        logging.getLogger("tpcolocate.weights.sync").setLevel(logging.DEBUG)
         with colo.launch(model_dir, health_timeout_s=HEALTH_S, **ARGS) as world.engine:
             found = checked(world, checks)
         return found
 
 
 # --- checks: run on every rank, return what the test asserts on -----------------------------------------------------
+
+
+def warm_up(world):
+    """What was said of it at launch, on the owner."""
+    return world.colo.is_owner, [line for line in (r.getMessage() for r in world.log.buffer) if "warmed up" in line]
 
 
 def tokens_before(world):
@@ -478,7 +488,7 @@ def connect_from_outside(world):
 
 
 ALL = [
-    tokens_before, generate_forms, refused_requests, tokens_after_fsdp2_sync, trainer_logprobs, tokens_after_plain_sync,
+    warm_up, tokens_before, generate_forms, refused_requests, tokens_after_fsdp2_sync, trainer_logprobs, tokens_after_plain_sync,
     tokens_after_ddp_sync, tokens_after_fan_out_sync, tokens_after_generator_sync, partial_sync, refused_weights, lora_is_refused, sleep_and_wake,
     twenty_syncs, dropped_weights, tokens_by_parts, masters_in_other_dtypes, key_is_hidden, connect_from_outside,
 ]  # fmt: skip
@@ -557,6 +567,16 @@ def test_one_slice_that_fails_on_the_way_does_not_hold_up_the_other(setup):
     found = results(setup, a_slice_that_fails_on_the_way)
     for one in found:
         assert "MemoryError: planted" in one["told"] and one["seconds"] < 30 and one["healed"]
+
+
+@setups_with(warm_up)
+def test_the_engine_is_warmed_up_at_launch_and_its_loader_known(setup):
+    for is_owner, lines in results(setup, warm_up):
+        if is_owner:
+            [line] = lines
+            assert line.startswith("the engine was warmed up in") and "TP rank" not in line
+        else:
+            assert lines == []
 
 
 @setups_with(tokens_before)

@@ -798,6 +798,32 @@ def test_a_session_rehearses_tells_and_lets_samples_bear_it_out(tmp_path):
         assert rest["replayed"] and "otherwise" not in rest
 
 
+def test_an_engine_that_was_warmed_up_knows_its_loader_when_the_trainer_comes(tmp_path):
+    loads = []
+
+    def load(model, name, tensor):
+        loads.append(name)
+        plain(model, name, tensor)
+
+    model = model_of(load, {**W, "a": (2,)})
+    before = bits(model)
+    with Session(model, tmp_path) as session:
+        told = session.ask({"do": "warm_up", "shapes": [["w", [4, 4]], ["a", [2]]]})
+        assert told["error"] is None and set(told["learned"]) == {"w", "a"}
+    assert bits(model) == before and sorted(loads) == ["a", "w"], "rehearsed, with nothing loaded"
+    with Session(model, tmp_path) as session:
+        again = session.ask({"do": "rehearse", "entries": [["w", "float32", [4, 4]], ["a", "float32", [2]]]})
+        assert again["learned"] == told["learned"] and len(loads) == 2, "it need not be asked again"
+        other = session.ask({"do": "rehearse", "entries": [["w", "bfloat16", [4, 4]]]})
+        assert set(other["learned"]) == {"w"} and len(loads) == 3, "but for weights of another dtype"
+
+
+def test_a_loader_that_cannot_be_rehearsed_is_warmed_up_in_vain(tmp_path):
+    with Session(model_of(asked_for_a_value, W), tmp_path) as session:
+        assert session.ask({"do": "warm_up", "shapes": [["w", [4, 4]]]})["error"] is not None
+        assert session.ask(load_command(tmp_path, sent(W)))["error"] is None, "the first sync watches it"
+
+
 def test_a_session_says_why_a_loader_cannot_be_rehearsed(tmp_path):
     model = model_of(asked_for_a_value, W)
     before = bits(model)

@@ -241,6 +241,32 @@ def test_a_version_that_the_server_does_not_report_is_an_error():
         Verbs(client).end_sync("7", timeout_s=1)
 
 
+def test_a_version_that_is_asked_for_before_it_is_set_is_asked_for_again():
+    client = Captured(answers={"/model_info": [{"weight_version": "6"}, {"weight_version": "7"}]})
+    Verbs(client).end_sync("7", timeout_s=1)
+
+
+def test_a_version_that_cannot_be_set_is_told_as_the_server_tells_it():
+    answers = {"/update_weight_version": refused("no such thing"), "/model_info": {"weight_version": "6"}}
+    with pytest.raises(RequestError, match="no such thing"):
+        Verbs(Captured(answers=answers)).end_sync("7", timeout_s=1)
+
+
+def test_nothing_waits_for_the_version_to_be_set_but_it_leaves_first():
+    class Slow(Captured):
+        def post(self, path, body=None, *, timeout_s, params=None, sent=None):
+            if path == "/continue_generation":
+                assert VERSION in self.paths
+                going_on.set()
+            found = super().post(path, body, timeout_s=timeout_s, params=params, sent=sent)
+            if path == "/update_weight_version":
+                assert going_on.wait(5), "the end of the pause was not asked for meanwhile"
+            return found
+
+    going_on = threading.Event()
+    Verbs(Slow(answers={"/model_info": {"weight_version": "7"}})).end_sync("7", timeout_s=5)
+
+
 WEIGHTS = [("a", torch.Size([2, 3]), "bfloat16"), ("b", torch.Size([]), "int8")]
 
 

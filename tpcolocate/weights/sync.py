@@ -217,6 +217,7 @@ class WeightSync:
             load_kernels(self.device)
         if self.server is None:
             return
+        started = time.monotonic()
         shapes = [] if self.spec is None else [[name, list(shape)] for name, shape in self.spec.shapes.items()]
         try:
             with self._called(self.server, timeout_s) as workers:
@@ -225,9 +226,10 @@ class WeightSync:
         except Exception as error:  # nobody would end the server if this left here
             logger.debug("the engine was not warmed up: %s", error)
             return
-        for tp_rank, reply in replies.items():
-            if reply["error"] is not None:
-                logger.debug("TP rank %d was not warmed up: %s", tp_rank, reply["error"])
+        problems = [f"TP rank {k}: {reply['error']}" for k, reply in replies.items() if reply["error"] is not None]
+        logger.debug(
+            "the engine was warmed up in %.2f s%s", time.monotonic() - started, "".join(f"; {p}" for p in problems)
+        )
 
     def _release(self, server: WeightServer, of_ranks: list[list[str]], timeout_s: float) -> None:
         with self._called(server, timeout_s) as workers:

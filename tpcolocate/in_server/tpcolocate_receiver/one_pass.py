@@ -91,19 +91,30 @@ def _tiles_of(rows: torch.Tensor) -> dict[int, torch.Tensor]:
     Returns:
         (tiles, 3) int32 each.
     """
+    # Hundreds of thousands of numbers: torch would begin to compute in as many threads as there are cores, for the first
+    # time in this process, which alone takes tens of milliseconds.
+    import numpy
+
     from .one_pass_kernel import BLOCKS, TILE
 
-    _, _, num_rows, width, _, _, at_once, _ = rows.unbind(1)
-    across = -(-width // TILE)
-    count = -(-num_rows // at_once) * across
-    part = torch.repeat_interleave(torch.arange(len(rows)), count)
-    number = torch.arange(len(part)) - torch.repeat_interleave(count.cumsum(0) - count, count)
-    tiles = torch.stack([part, number // across[part] * at_once[part], number % across[part] * TILE], dim=1)
-    blocks = torch.tensor(BLOCKS)
-    block = blocks[torch.bucketize(width.contiguous(), blocks).clamp(max=len(BLOCKS) - 1)]
-    block[num_rows == 1] = BLOCKS[-1]
-    block = block[part]
-    return {one: tiles[block == one].to(torch.int32).contiguous() for one in block.unique().tolist()}
+    of_block: dict[int, list[tuple[int, int, int, int]]] = {}
+    for i, (_, _, num_rows, width, _, _, at_once, _) in enumerate(rows.tolist()):
+        block = BLOCKS[-1] if num_rows == 1 else next((one for one in BLOCKS if width <= one), BLOCKS[-1])
+        of_block.setdefault(block, []).append((i, -(-num_rows // at_once), -(-width // TILE), at_once))
+    found = {}
+    for block, parts in of_block.items():
+        tiles = numpy.zeros((sum(down * across for _, down, across, _ in parts), 3), dtype=numpy.int32)
+        end = 0
+        for i, down, across, at_once in parts:
+            of_part = tiles[end : (end := end + down * across)]
+            of_part[:, 0] = i
+            grid = of_part.reshape(down, across, 3)
+            if down > 1:
+                grid[:, :, 1] = numpy.arange(0, down * at_once, at_once, dtype=numpy.int32)[:, None]
+            if across > 1:
+                grid[:, :, 2] = numpy.arange(0, across * TILE, TILE, dtype=numpy.int32)
+        found[block] = torch.from_numpy(tiles)
+    return found
 
 
 def parts_of(dst: torch.Tensor, src: torch.Tensor) -> list[Part] | None:
