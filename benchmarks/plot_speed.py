@@ -18,7 +18,12 @@ PHASES = ("prepare", "open", "preflight", "lend", "plan", "gather", "export", "p
 
 def label(record: dict[str, Any]) -> str:
     settings = record["settings"]
-    return f"{settings['shape'].upper()}, tp={settings['tp_size']}"
+    return f"{settings['shape'].upper()}\ntp={settings['tp_size']}"
+
+
+def size(record: dict[str, Any]) -> tuple[float, int]:
+    """To sort by."""
+    return float(record["settings"]["shape"].rstrip("b")), record["settings"]["tp_size"]
 
 
 def draw_seconds(axes: Any, records: list[dict[str, Any]], module: str) -> None:
@@ -74,7 +79,8 @@ def main() -> None:
     figure, grid = pyplot.subplots(2, 2, figsize=(12, 9))
     gpus, releases = set(), set()
     for column, module in enumerate(MODULES):
-        records = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"sync_speed_*_{module}.json"))]
+        records = [json.loads(path.read_text()) for path in RESULTS.glob(f"sync_speed_*_{module}.json")]
+        records.sort(key=size)
         draw_seconds(grid[0][column], records, module)
         draw_phases(grid[1][column], records)
         gpus |= {gpu for record in records for gpu in record["hardware"]["gpus"]}
