@@ -21,7 +21,9 @@ pytestmark = pytest.mark.quick
 
 SCRIPTS = sorted((ROOT / "benchmarks").glob("*.py"))
 RESULTS = sorted(record.RESULTS.glob("*.json"))
-COMMAND = re.compile(r"(?:[A-Z_]+=\S+ )*(?:python|torchrun --standalone --nproc-per-node \d+) ((?:benchmarks|examples)/\w+\.py)(?: .*)?")
+COMMAND = re.compile(
+    r"(?:[A-Z_]+=\S+ )*(?:python|torchrun --standalone --nproc-per-node \d+) ((?:benchmarks|examples)/\w+\.py)(?: .*)?"
+)
 # Two folders from the root on: a place on some machine.  An endpoint, "/generate", has one.
 FOLDER = re.compile(r"(?<![\w.:/-])/\w[\w.-]*/\w")
 

@@ -3,6 +3,7 @@
 How fast it is, and that a GPU's memory is really read, is for GPUs: `test_gpu.py` and the benchmarks.
 """
 
+import ctypes
 import importlib
 import itertools
 import sys
@@ -74,13 +75,24 @@ def test_a_kernel_that_does_something_else_does_not_pass(kernel, spoiled, words_
         one_pass.try_out(spoiled, CPU)
 
 
-def test_a_sum_of_what_was_given_instead_of_what_arrived_does_not_pass(kernel):
-    def forgetful(pieces, tiles, sums, block):
-        kernel.launch(pieces, tiles, sums, block)
-        sums[0] += 1
+def test_what_is_summed_up_is_what_is_there_and_not_what_was_given(kernel):
+    src, place = words((2, 64)), torch.zeros(1, 64, dtype=torch.int64)
+    [found] = run(kernel, [(place.expand(2, 64), src)])
+    assert torch.equal(place[0], src[1]) or torch.equal(place[0], src[0])
+    assert found == int(2 * place.sum()) != int(src.sum())
 
-    with pytest.raises(RuntimeError, match=r"failed its test \(0\)"):
-        one_pass.try_out(forgetful, CPU)
+
+def test_a_sum_of_what_was_given_instead_of_what_arrived_does_not_pass(kernel):
+    def believing(pieces, tiles, sums, block):
+        before = sums.clone()
+        kernel.launch(pieces, tiles, sums, block)
+        if before[-1] != sums[-1]:  # as if both rows had arrived
+            first, second = pieces[-1, 0], pieces[-1, 4]
+            rows = [(ctypes.c_int64 * 64).from_address(int(first + 8 * second * row)) for row in (0, 1)]
+            sums[-1] = before[-1] + torch.tensor(rows, dtype=torch.int64).sum()
+
+    with pytest.raises(RuntimeError, match=r"failed its test \(5\)"):
+        one_pass.try_out(believing, CPU)
 
 
 @given(
@@ -215,6 +227,24 @@ def test_a_program_reads_new_memory_after_its_regions_were_let_go(made):
         program.run(model.plans, regions, keep=True)
         assert torch.equal(model.a, new["a"]) and torch.equal(model.b, new["b"])
         program.forget()
+
+
+def test_which_copies_are_whose_is_decided_once(made, monkeypatch):
+    made(False)
+    model, program, regions = program_and_regions()
+    decided, forgotten, placed = [], [], []
+    parts_of, forget, place = one_pass.parts_of, program._replay.forget, one_pass.Sheet.place
+    monkeypatch.setattr(one_pass, "parts_of", lambda *views: decided.append(1) or parts_of(*views))
+    monkeypatch.setattr(program._replay, "forget", lambda: forgotten.append(1) or forget())
+    monkeypatch.setattr(one_pass.Sheet, "place", lambda *args: placed.append(1) or place(*args))
+    for _ in range(2):
+        program.run(model.plans, regions, keep=True)
+    assert not decided
+    made(True)
+    for _ in range(3):
+        program.run(model.plans, regions, keep=True)
+    assert len(placed) == 1
+    assert len(decided) == len(PIECES) and len(forgotten) == 1, "what was queued for all of them is queued no more"
 
 
 def test_what_the_kernel_does_all_of_is_called_so(made):
