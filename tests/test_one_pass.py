@@ -257,6 +257,19 @@ def test_what_the_kernel_does_all_of_is_called_so(made):
     assert list(seconds) == ["one_pass"] and found == [int(word_sum(new["a"]))]
 
 
+@pytest.mark.parametrize("missing", [KERNEL, "triton"])
+def test_where_triton_cannot_be_had_it_is_said_and_copies_are_torchs(monkeypatch, caplog, missing):
+    monkeypatch.delitem(sys.modules, KERNEL, raising=False)
+    monkeypatch.setitem(sys.modules, missing, None)
+    monkeypatch.setattr(one_pass, "_ready", {})
+    one_pass._make(CPU)
+    assert one_pass.ready(CPU) is None and "copied and summed up one after the other" in caplog.text
+    model, program, regions = program_and_regions()
+    new = filled(regions, 3)
+    program.run(model.plans, regions, keep=True)
+    assert torch.equal(model.a, new["a"]) and torch.equal(model.b, new["b"])
+
+
 def test_a_cpu_has_no_kernel_made():
     one_pass.prepare(CPU)
     assert one_pass.ready(CPU) is None and CPU not in one_pass._begun
