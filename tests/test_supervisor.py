@@ -1,10 +1,11 @@
 """The server's guardian: whatever happens to whom, nothing of the server is left.
 
 The server here is a small script that leaves behind what SGLang leaves: a worker, a worker in a session of its own
-whose parent is gone, a message queue named by pid and a shared-memory file that is only mapped.
+whose parent is gone, a message queue named by pid, a shared-memory file and a semaphore that are only mapped.
 """
 
 import json
+import multiprocessing
 import os
 import signal
 import stat
@@ -25,7 +26,7 @@ SUPERVISOR = Path(launch.__file__).with_name("supervisor.py")
 SOON_S = 10.0  # bounds a wait for what should take a moment
 
 SERVER = """
-import mmap, os, signal, sys, time
+import _multiprocessing, mmap, os, signal, sys, time
 folder, mode = sys.argv[1], sys.argv[2]
 def note(name):
     with open(f"{folder}/{name}.new", "w") as file:
@@ -47,6 +48,7 @@ if os.fork() == 0:
     shared.truncate(4096)
     mapped = mmap.mmap(shared.fileno(), 4096)
     shared.close()
+    semaphore = _multiprocessing.SemLock(0, 1, 1, "/mp-test" + str(os.getpid()), False)
     note("orphan")
     rest()
 os.wait()
@@ -121,6 +123,7 @@ class Server:
         self.shm = [
             Path(f"/dev/shm/sgl_shm_mq_{pids['server']}_abcd1234"),
             Path(f"/dev/shm/sglang_loads_test_{pids['orphan']}.shm"),
+            Path(f"/dev/shm/sem.mp-test{pids['orphan']}"),
         ]
         assert all(path.exists() for path in self.shm)
         assert os.getsid(pids["orphan"]) != os.getsid(pids["server"])
@@ -304,11 +307,14 @@ def test_it_leaves_the_files_of_others_alone(make):
     server = make().start()
     mine = Path(f"/dev/shm/sgl_shm_mq_{os.getpid()}_abcd1234")
     mine.touch()
+    semaphore = multiprocessing.get_context("spawn").Semaphore()
+    name = Path(f"/dev/shm/sem.{semaphore._semlock.name.lstrip('/')}")
+    assert name.exists()
     try:
         server.guardian.stdin.close()
         server.guardian.stdin = None
         server.guardian.wait(SOON_S)
         server.assert_gone(0.1)
-        assert mine.exists()
+        assert mine.exists() and name.exists()
     finally:
         mine.unlink()

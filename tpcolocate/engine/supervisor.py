@@ -38,7 +38,8 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 # What SGLang leaves behind: scheduler message queues (24 MiB each) and load snapshots stay in /dev/shm
 # even after a graceful stop; the names are sgl_shm_<kind>_<pid>_<random> and sglang_loads_<socket>_<digest>.
-_LEFTOVER_PREFIXES = ("sgl_shm_", "sglang_")
+# After a forced one, so do the semaphores of its multiprocessing.
+_LEFTOVER_PREFIXES = ("sgl_shm_", "sglang_", "sem.mp-")
 _SHM = "/dev/shm/"
 # Between looks at the tree; ends of the server and of the trainer are events and are not waited for.
 _LOOK_INTERVAL_MS = 2000
@@ -55,20 +56,21 @@ def say(**event: object) -> None:
 def shm_files(pids: Iterable[int]) -> set[str]:
     """SGLang's files in /dev/shm that these processes map or that carry their pid in the name."""
     pids = set(pids)
-    found = set()
+    mapped = set()
     for pid in pids:
         try:
             with open(f"/proc/{pid}/maps") as maps:
-                for line in maps:
-                    at = line.find(_SHM)
-                    if at >= 0:
-                        found.add(line[at + len(_SHM) :].split(" (deleted)")[0].strip())
+                # By inode: a semaphore is mapped under a name that is gone when it gets its own.
+                mapped |= {int(line.split(maxsplit=5)[4]) for line in maps if _SHM in line}
         except OSError:
             continue  # exited meanwhile
-    for name in os.listdir(_SHM):
-        parts = name.split("_")
-        if name.startswith("sgl_shm_") and len(parts) >= 4 and parts[-2].isdigit() and int(parts[-2]) in pids:
-            found.add(name)
+    found = set()
+    with os.scandir(_SHM) as entries:
+        for entry in entries:
+            parts = entry.name.split("_")
+            is_named = entry.name.startswith("sgl_shm_") and len(parts) >= 4 and parts[-2].isdigit()
+            if entry.inode() in mapped or (is_named and int(parts[-2]) in pids):
+                found.add(entry.name)
     return {name for name in found if name.startswith(_LEFTOVER_PREFIXES)}
 
 
