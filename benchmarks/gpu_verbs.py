@@ -13,6 +13,8 @@ right weights are served.  Two servers, one after the other:
 * memory saver and CPU backup: log-probabilities before a sleep and after the wake, without a sync (``backup``).  Then
   ``group_shared``: an update group to the server on all GPUs, which NCCL refuses unless several ranks may be on a GPU.
 
+Both update groups need NCCL_CUMEM_ENABLE=0 in the environment, and are left out without it.
+
 A part that fails is noted with its error, and the next one follows.  The last part can leave a stuck device behind, so it is the last.
 """
 
@@ -306,6 +308,8 @@ class Run:
         if self.args.shared_device or self.world < 2:
             found["left_out"] = "there is no second GPU"
             return
+        if self.cannot_send(found):
+            return
         last = self.world - 1
         with tpcolocate.init(1, device=self.device, timeout_s=CALL_S) as colo, contextlib.ExitStack() as stack:
             problem = None
@@ -326,8 +330,16 @@ class Run:
     def group_shared(self, found: dict[str, Any]) -> None:
         """The sender (rank 0) is on the GPU of a TP worker, as it must be when the server is on all GPUs of the job."""
         found["NCCL_MULTI_RANK_GPU_ENABLE"] = os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE")
+        if self.cannot_send(found):
+            return
         for number in range(2):
             self.broadcast(found, number, tp_size=self.args.tp_size, served=True)
+
+    def cannot_send(self, found: dict[str, Any]) -> bool:
+        """Whether the sender would be refused, for which the server would wait."""
+        if self.device.type == "cuda" and "NCCL_CUMEM_ENABLE" not in os.environ:
+            found["left_out"] = "NCCL_CUMEM_ENABLE is not set"
+        return "left_out" in found
 
     def broadcast(self, found: dict[str, Any], number: int, *, tp_size: int, served: bool) -> None:
         """New weights through a group that is made for them and left again."""
