@@ -45,7 +45,7 @@ DEATH_NOTICE_S = 1.0
 SESSION_TAG = "TPC_TEST_SESSION"
 RANKS_TAG = "TPC_TEST_RANKS"
 SHM_FOLDER = Path("/dev/shm")
-SHM_PREFIXES = ("sgl_", "sglang_", "torch_", "tpcolocate", "sem.mp-")
+SHM_PREFIXES = ("sgl_", "sglang_", "torch_", "tpcolocate")
 
 _SCRUBBED_NAMES = frozenset({
     "RANK", "WORLD_SIZE", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "HIP_VISIBLE_DEVICES",
