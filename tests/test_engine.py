@@ -11,6 +11,7 @@ import logging.handlers
 import os
 import time
 from pathlib import Path
+from unittest import mock
 
 import psutil
 import pytest
@@ -19,6 +20,7 @@ from harness import Footprint, leftovers, run_ranks
 
 import tpcolocate
 from tpcolocate import errors
+from tpcolocate.weights import memory, sync_start
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -152,6 +154,19 @@ def dropped_weights(world):
         return len(storages), sum(storage.expired() for storage in storages)
     finally:
         gc.enable()
+
+
+def memory_when_free_memory_is_told(world):
+    """Of this rank's staging memory, at syncs that repeat: whether they do, and bytes."""
+    held = []
+
+    def told(device):
+        held.append(memory.allocated_bytes(device))
+        return memory.free_bytes(device)
+
+    with mock.patch.object(sync_start, "free_bytes", told):
+        reports = [world.engine.sync_weights(world.model) for _ in range(3)]
+    return "plan" not in reports[-1].ranks[0].seconds, reports[-1].ranks[0].staged_bytes > 0, held
 
 
 def tokens_after_ddp_sync(world):
@@ -490,7 +505,7 @@ def connect_from_outside(world):
 ALL = [
     warm_up, tokens_before, generate_forms, refused_requests, tokens_after_fsdp2_sync, trainer_logprobs, tokens_after_plain_sync,
     tokens_after_ddp_sync, tokens_after_fan_out_sync, tokens_after_generator_sync, partial_sync, refused_weights, lora_is_refused, sleep_and_wake,
-    twenty_syncs, dropped_weights, tokens_by_parts, masters_in_other_dtypes, key_is_hidden, connect_from_outside,
+    twenty_syncs, dropped_weights, memory_when_free_memory_is_told, tokens_by_parts, masters_in_other_dtypes, key_is_hidden, connect_from_outside,
 ]  # fmt: skip
 TOKENS = [tokens_before, tokens_after_fsdp2_sync, trainer_logprobs, tokens_after_plain_sync, tokens_by_parts]
 SLICES = [
@@ -623,6 +638,12 @@ def test_log_probabilities_equal_the_trainers(setup):
 def test_weights_that_the_trainer_drops_after_a_sync_are_freed_at_once(setup):
     for dropped, gone in results(setup, dropped_weights):
         assert dropped == gone > 0
+
+
+@setups_with(memory_when_free_memory_is_told)
+def test_free_memory_is_told_before_a_sync_takes_any(setup):
+    for repeats, stages, held in results(setup, memory_when_free_memory_is_told):
+        assert repeats and stages and held == [0, 0, 0]
 
 
 @setups_with(tokens_after_ddp_sync)

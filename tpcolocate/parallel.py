@@ -11,7 +11,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-# The other request is as good as lost then; its own deadline ends it.
+# The other requests are as good as lost then; their own deadlines end them.
 _AFTER_AN_ERROR_S = 1.0
 _QUICK_S = 1e-4
 
@@ -51,15 +51,17 @@ def begun_in_background(action: Callable[[Callable[[], None]], T], *, name: str)
     return future
 
 
-def at_once(beside: Callable[[], object], action: Callable[[], object]) -> None:
-    """Carry out both, the first in a thread; raise the error of either, `action`'s if both fail."""
-    future = in_background(beside, name="tpcolocate request")
+def at_once(*actions: Callable[[], object]) -> None:
+    """Carry out all, the last one here and the others in threads; raise its error if it fails, else the first of theirs."""
+    *others, action = actions
+    futures = [in_background(other, name="tpcolocate request") for other in others]
     try:
         action()
     except BaseException as error:
-        wait([future], _AFTER_AN_ERROR_S)
+        wait(futures, _AFTER_AN_ERROR_S)
         raise error
-    future.result()
+    for future in futures:
+        future.result()
 
 
 class _Interval:

@@ -265,7 +265,7 @@ class Verbs:
             body = {"new_version": version, "abort_all_requests": False}
             self._done(self.client.post("/update_weight_version", body, timeout_s=_left(deadline), sent=sent))
 
-        def confirm(published: Future[None]) -> None:
+        def confirm() -> None:
             if (reported := self._version(deadline)) != version:
                 published.result()  # it may have been asked before that was carried out
                 reported = self._version(deadline)
@@ -282,9 +282,9 @@ class Verbs:
         published = begun_in_background(publish, name="tpcolocate version")
         if self._session_open:
             leave()  # nothing may be generated before the session is closed
-            at_once(lambda: confirm(published), go_on)
+            at_once(confirm, go_on)
         else:
-            at_once(leave, lambda: at_once(lambda: confirm(published), go_on))
+            at_once(leave, confirm, go_on)
         published.result()
 
     def _version(self, deadline: float) -> Any:

@@ -29,16 +29,16 @@ class Facts:
     Attributes:
         digest: Of names, shapes and dtypes; equal on all ranks.
         headline: The same for people.
+        free: Bytes that can be staged.
         lending: What may become of each tensor's memory, as a digit; see `sync_lending`.
         repeats: Whether this rank would do exactly what it did in the last sync.
-        free: Bytes that can be staged.
     """
 
     digest: bytes
     headline: str
+    free: int
     lending: str
     repeats: bool = False
-    free: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +96,6 @@ class StartPhases(MovePhases):
                     # While the server is waited for.  Most likely the other ranks see no change either.
                     assert self.sync.moves is not None
                     self.ready = self.get_ready(self.sync.moves[1])
-                if prepared is not None:
-                    prepared = prepared[0], replace(prepared[1], free=free_bytes(self.sync.device))
                 if prepared is not None and self.opening is not None:
                     greetings = self.opening.result()
                     self.delivery.workers = self.opening.workers
@@ -182,6 +180,7 @@ class StartPhases(MovePhases):
         return weights, Facts(
             digest.digest(),
             "a generator" if contents is None else headline(contents),
+            free_bytes(self.sync.device),
             "".join(lending),
         )
 
@@ -203,7 +202,7 @@ class StartPhases(MovePhases):
         self.tensors = HeldAgain({n: item for n, item in weights.known if isinstance(item, torch.Tensor)}, last.layouts)
         self.sharded = bool(last.groups)
         self.wait_for_the_trainer()
-        return weights, replace(last.facts, repeats=True)
+        return weights, replace(last.facts, free=free_bytes(self.sync.device), repeats=True)
 
     def remember(self, source: Source, weights: Weights, facts: Facts, tensors: Mapping[str, Held]) -> Last | None:
         """For the next sync: of a sync that moved everything, and lent all that it may."""

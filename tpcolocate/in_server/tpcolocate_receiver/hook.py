@@ -241,21 +241,22 @@ def _apply(
 
 def _warm_up(model: torch.nn.Module, plans: Plans, job: dict[str, Any], answer: dict[str, Any]) -> None:
     """`_rehearse` before there is a trainer's model: with the names of the checkpoint, in the engine's own dtype."""
-    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    _rehearse(model, plans, {**job, "entries": [[name, dtype, shape] for name, shape in job["shapes"]]}, answer)
+    parameter = next(model.parameters())
+    dtype = str(parameter.dtype).removeprefix("torch.")
+    # Neither needs what the other does: the loader is Python at work, the driver's loading of kernels is not.
+    kernels = threading.Thread(target=_load_kernels, args=(parameter.device,))
+    kernels.start()
+    try:
+        _rehearse(model, plans, {**job, "entries": [[name, dtype, shape] for name, shape in job["shapes"]]}, answer)
+    finally:
+        kernels.join()
 
 
 def _rehearse(model: torch.nn.Module, plans: Plans, job: dict[str, Any], answer: dict[str, Any]) -> None:
     """Learn what the engine's loader would do with these tensors; the model stays as it is."""
-    # Neither needs what the other does: the loader is Python at work, the driver's loading of kernels is not.
-    kernels = threading.Thread(target=_load_kernels, args=(next(model.parameters()).device,))
-    kernels.start()
-    try:
-        entries = [entry for entry in job["entries"] if not plans.knows([entry])]
-        if entries:
-            rehearse(model, plans, entries)
-    finally:
-        kernels.join()
+    entries = [entry for entry in job["entries"] if not plans.knows([entry])]
+    if entries:
+        rehearse(model, plans, entries)
     answer["learned"] = plans.described([entry[0] for entry in job["entries"] if plans.knows([entry])])
 
 

@@ -20,6 +20,13 @@ logger = logging.getLogger(__name__)
 _MOST_PARTS = 1024
 _MOST_WORDS = 2**31 - 1
 
+TILE = 8192
+"""Words that one program of the kernel copies, in whole rows where they are shorter."""
+BLOCKS = (256, 1024, 4096)
+"""Words of a row that are copied at once; as many rows of them as fill the largest."""
+PIECE_FIELDS = 8
+TILE_FIELDS = 3
+
 Part = tuple[int, int, int, int, int, int]
 """Addresses of source and target; rows; words in each; words from row to row in the source and in the target."""
 
@@ -39,8 +46,6 @@ class Sheet:
         regions: Mapping[str, torch.Tensor],
         device: torch.device,
     ) -> None:
-        from .one_pass_kernel import TILE
-
         self._device = device
         self._sizes = {region: regions[region].numel() for _, region, _ in copies}
         index = {region: i for i, region in enumerate(self._sizes)}
@@ -54,7 +59,7 @@ class Sheet:
         self._rows = torch.tensor(rows, dtype=torch.int64)
         """Of each part what the kernel reads, but for the source, which is counted from its region's start."""
         self._region_of = torch.tensor(of_row, dtype=torch.int64)
-        self._tiles = {block: tiles.to(device) for block, tiles in _tiles_of(self._rows).items()}
+        self._tiles = {block: tiles.to(device) for block, tiles in _tiles_of(rows).items()}
         self._pieces: torch.Tensor
         if not self.place(regions):
             raise ValueError("a source lies between two pairs of words")
@@ -83,33 +88,31 @@ class Sheet:
             launch(self._pieces, tiles, sums, block)
 
 
-def _tiles_of(rows: torch.Tensor) -> dict[int, torch.Tensor]:
+def _tiles_of(rows: Sequence[Sequence[int]]) -> dict[int, torch.Tensor]:
     """Words of a row that are copied at once -> what each program of the kernel copies: part, first row, first word.
 
     Args:
-        rows: As `Sheet` has them.
+        rows: Of each part, as `Sheet` has them.
 
     Returns:
-        (tiles, 3) int32 each.
+        (tiles, TILE_FIELDS) int32 each.
     """
     # Hundreds of thousands of numbers: torch would begin to compute in as many threads as there are cores, for the first
     # time in this process, which alone takes tens of milliseconds.
     import numpy
 
-    from .one_pass_kernel import BLOCKS, TILE
-
     of_block: dict[int, list[tuple[int, int, int, int]]] = {}
-    for i, (_, _, num_rows, width, _, _, at_once, _) in enumerate(rows.tolist()):
+    for i, (_, _, num_rows, width, _, _, at_once, _) in enumerate(rows):
         block = BLOCKS[-1] if num_rows == 1 else next((one for one in BLOCKS if width <= one), BLOCKS[-1])
         of_block.setdefault(block, []).append((i, -(-num_rows // at_once), -(-width // TILE), at_once))
     found = {}
     for block, parts in of_block.items():
-        tiles = numpy.zeros((sum(down * across for _, down, across, _ in parts), 3), dtype=numpy.int32)
+        tiles = numpy.zeros((sum(down * across for _, down, across, _ in parts), TILE_FIELDS), dtype=numpy.int32)
         end = 0
         for i, down, across, at_once in parts:
             of_part = tiles[end : (end := end + down * across)]
             of_part[:, 0] = i
-            grid = of_part.reshape(down, across, 3)
+            grid = of_part.reshape(down, across, TILE_FIELDS)
             if down > 1:
                 grid[:, :, 1] = numpy.arange(0, down * at_once, at_once, dtype=numpy.int32)[:, None]
             if across > 1:
@@ -196,8 +199,6 @@ def try_out(launch: Any, device: torch.device) -> None:
     Raises:
         RuntimeError: The kernel does something else than copies and sums.
     """
-    from .one_pass_kernel import TILE
-
     generator = torch.Generator().manual_seed(1)
 
     def words(*shape: int) -> torch.Tensor:

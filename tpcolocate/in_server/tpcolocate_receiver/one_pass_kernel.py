@@ -7,13 +7,9 @@ from typing import Any
 import triton
 import triton.language as tl
 
-PIECE_FIELDS = 8
-TILE_FIELDS = 3
-TILE = 8192
-"""Words that one program copies, in whole rows where they are shorter."""
-BLOCKS = (256, 1024, 4096)
-"""Words of a row that are copied at once; as many rows of them as fill the largest."""
-NUM_WARPS = 8
+from .one_pass import BLOCKS, PIECE_FIELDS, TILE, TILE_FIELDS
+
+_NUM_WARPS = 8
 
 
 @triton.jit
@@ -68,7 +64,7 @@ def launch(pieces: Any, tiles: Any, sums: Any, block_words: int) -> None:
 
     Args:
         pieces, tiles, sums: As `one_pass.Sheet` has them.
-        block_words: One of `BLOCKS`.
+        block_words: One of `one_pass.BLOCKS`.
     """
     _copy_and_sum[(len(tiles),)](
         pieces,
@@ -79,5 +75,5 @@ def launch(pieces: Any, tiles: Any, sums: Any, block_words: int) -> None:
         TILE,
         BLOCKS[-1] // block_words,
         block_words,
-        num_warps=NUM_WARPS,
+        num_warps=_NUM_WARPS,
     )
