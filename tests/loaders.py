@@ -6,7 +6,9 @@ import torch
 from torch import nn
 
 from tpcolocate import ipc_payload
-from tpcolocate.in_server.tpcolocate_receiver.watch import Recorder, Staged, views
+from tpcolocate.in_server.tpcolocate_receiver.hook import _apply
+from tpcolocate.in_server.tpcolocate_receiver.plans import Plans
+from tpcolocate.in_server.tpcolocate_receiver.watch import Recorder, Staged, differing, views
 
 
 class Model(nn.Module):
@@ -250,3 +252,14 @@ def bits(model):
     return {
         name: parameter.detach().reshape(-1).view(torch.uint8).tolist() for name, parameter in model.named_parameters()
     }
+
+
+def applied(model, tensors):
+    """(whether the loader was not needed, what could not be proven, what differs, elements read)."""
+    flat, entries = bucket_of(tensors)
+    if not hasattr(model, "plans") or not model.plans.fit():
+        model.plans = Plans()
+    with torch.no_grad():
+        copies, unsure, replayed = _apply(model, model.plans, flat, entries)
+    wrong = differing([c for c in copies if c.entry not in unsure])
+    return replayed, {entries[i][0] for i in unsure}, wrong, elements_read(copies, entries)

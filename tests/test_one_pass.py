@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_receiver import applied, model_of, plain, sent
+from loaders import applied, model_of, plain, sent
 
 from tpcolocate.in_server.tpcolocate_receiver import one_pass
 from tpcolocate.in_server.tpcolocate_receiver.plans import Program

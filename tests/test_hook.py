@@ -1,0 +1,513 @@
+"""The session inside the engine's workers: commands, answers and errors, and handles opened in another process."""
+
+import json
+import multiprocessing
+import os
+import threading
+import time
+
+import pytest
+import torch
+import zmq
+from harness import PRELOADED
+from loaders import (
+    W,
+    asked_for_a_value,
+    bits,
+    bucket_of,
+    cast_first,
+    fused,
+    model_of,
+    plain,
+    sent,
+)
+from test_receiver import CPU, random_bytes
+
+from tpcolocate import ipc_payload
+from tpcolocate.engine.channel import Channel
+from tpcolocate.groups import start_of, this_process
+from tpcolocate.in_server.tpcolocate_receiver import COMMAND, hook, receive
+from tpcolocate.in_server.tpcolocate_receiver.handles import device_uuid, open_handle
+from tpcolocate.in_server.tpcolocate_receiver.sums import checksum, word_sum
+
+pytestmark = [pytest.mark.quick, pytest.mark.timeout(60)]
+
+
+def opening(path, **changes):
+    """What SGLang hands to the hook for a session of one TP worker."""
+    job = {
+        "session": ipc_payload.new_session(), "endpoint": f"ipc://{path}", "peer": list(this_process()),
+        "for": 0, "tp_rank": 0, "tp_size": 1, "timeout_s": 30.0, **changes,
+    }  # fmt: skip
+    return [(COMMAND, torch.frombuffer(bytearray(json.dumps(job).encode()), dtype=torch.uint8))]
+
+
+class Session:
+    """The trainer's end of a session with a model in this process."""
+
+    def __init__(self, model, tmp_path, **changes):
+        path = tmp_path / "s.sock"
+        self.channel = Channel(path, tp_size=1)
+        self.channel.call(lambda: receive(model, opening(path, **changes)))
+        self.numbers = iter(range(1000))
+        self.rank = changes.get("tp_rank", 0)
+
+    def __enter__(self):
+        self.greeting = self.channel.greet(timeout_s=20)[self.rank]
+        return self
+
+    def __exit__(self, *exc):
+        self.channel.finish()
+
+    def ask(self, command):
+        number = next(self.numbers)
+        self.channel.post({self.rank: {"for": self.rank, **command}}, number)
+        return self.channel.collect(number, timeout_s=20)[self.rank]
+
+
+def load_command(tmp_path, tensors, **changes):
+    """A bucket in a file, which any number of loads may read."""
+    flat, entries = bucket_of(tensors)
+    handle = ipc_payload.write_file(flat, tmp_path / "bucket.safetensors")
+    return {"do": "load", "handle": handle, "entries": entries, "checksum": list(checksum(flat)), **changes}
+
+
+def test_a_session_says_who_is_there_and_remembers_from_one_to_the_next(tmp_path):
+    model = model_of(plain, W)
+    seen = []
+    for seed in range(3):
+        with Session(model, tmp_path) as session:
+            assert session.greeting["error"] is None and session.greeting["uuid"] == device_uuid()
+            seen.append((session.greeting["plans"], session.ask(load_command(tmp_path, sent(W, seed)))["replayed"]))
+        if seed == 1:
+            model.w.data = model.w.data.clone()
+    assert [replayed for _, replayed in seen] == [False, True, False], "the parameter has moved"
+    assert seen[0][0] == seen[1][0] != seen[2][0]
+    assert os.listdir(tmp_path) == ["bucket.safetensors"], "the socket is gone"
+
+
+def test_a_load_is_answered_in_full(tmp_path):
+    model = model_of(plain, {"a": (3, 5), "b": (7,)})
+    for seed in range(2):
+        tensors = sent({"a": (3, 5), "b": (7,)}, seed)
+        with Session(model, tmp_path) as session:
+            answer = session.ask(load_command(tmp_path, tensors))
+            again = session.ask(load_command(tmp_path, tensors, tell=True))
+        assert again["replayed"] and again["learned"].keys() == {"a", "b"}, "also what was known, to whoever asks"
+        assert answer.pop("seconds") > 0 and set(answer.pop("phases")) == {"open", "check", "load", "compare"}
+        learned = {"a": [[0, [3, 5], [5, 1], "float32"]], "b": [[0, [7], [1], "float32"]]}
+        assert answer == {
+            "tp_rank": 0, "number": 0, "error": None, "opened": True, "differing": [], "unproven": [],
+            "read": {"a": 15, "b": 7}, "replayed": seed == 1, **({"learned": learned} if seed == 0 else {}),
+        }  # fmt: skip
+        assert all(torch.equal(getattr(model, name), tensor) for name, tensor in tensors.items())
+
+
+def test_only_what_can_be_made_again_counts_as_learned(tmp_path):
+    def load(model, name, tensor):
+        (cast_first if name == "w" else plain)(model, name, tensor)
+
+    with Session(model_of(load, {**W, "a": (2,)}), tmp_path) as session:
+        answer = session.ask(load_command(tmp_path, sent({**W, "a": (2,)})))
+        assert set(answer["learned"]) == {"a"} and answer["unproven"] == ["w"]
+        assert session.ask({"do": "survey"})["unwritten"] == ["w"]
+
+
+def test_what_cannot_be_proven_and_what_is_skipped_are_in_the_reply(tmp_path):
+    def load(model, name, tensor):
+        if name == "w":
+            cast_first(model, name, tensor)
+
+    with Session(model_of(load, W), tmp_path) as session:
+        answer = session.ask(load_command(tmp_path, sent({"w": (4, 4), "gone": (3,)})))
+    assert (answer["error"], answer["unproven"], answer["read"]) == (None, ["w"], {})
+
+
+def test_a_parameter_that_is_changed_by_the_loaders_end_is_in_the_reply(tmp_path):
+    """By something the watch cannot see: another thread, a kernel of its own."""
+    model = model_of(plain, W)
+    load_weights = model.load_weights
+
+    def load_and_spoil(weights):
+        load_weights(weights)
+        model.w.data.numpy()[0, 0] += 1
+
+    model.load_weights = load_and_spoil
+    with Session(model, tmp_path) as session:
+        answer = session.ask(load_command(tmp_path, sent(W)))
+    assert (answer["error"], answer["differing"]) == (None, ["w"])
+
+
+@pytest.mark.parametrize("action", ["load", "probe"])
+def test_memory_that_is_not_the_trainers_is_refused_before_a_parameter_is_touched(tmp_path, action):
+    model = model_of(plain, W)
+    before = bits(model)
+    with Session(model, tmp_path) as session:
+        answer = session.ask(load_command(tmp_path, sent(W), do=action, checksum=[1, 2]))
+    assert answer["opened"] and answer["error"].startswith("RuntimeError: ")
+    assert bits(model) == before
+
+
+def test_a_session_rehearses_tells_and_lets_samples_bear_it_out(tmp_path):
+    shapes, send = {"qkv": (8, 3)}, {"q": (4, 3), "k": (2, 3), "v": (2, 3)}
+    model = model_of(fused, shapes)
+    before = bits(model)
+    entries = [[name, "float32", list(shape)] for name, shape in send.items()]
+    with Session(model, tmp_path) as session:
+        told = session.ask({"do": "rehearse", "entries": entries})
+        again = session.ask({"do": "rehearse", "entries": entries})
+        assert told["error"] is None and told["learned"] == again["learned"]
+        assert {name: copies[0][1] for name, copies in told["learned"].items()} == {n: list(s) for n, s in send.items()}
+        assert bits(model) == before
+        sample = session.ask(load_command(tmp_path, {"k": sent(send)["k"]}, watch=True))
+        assert sample["error"] is None and sample["otherwise"] == [] and not sample["replayed"]
+        assert sample["learned"] == {"k": told["learned"]["k"]}
+        rest = session.ask(load_command(tmp_path, sent(send)))
+        assert rest["replayed"] and "otherwise" not in rest
+
+
+def test_an_engine_that_was_warmed_up_knows_its_loader_when_the_trainer_comes(tmp_path):
+    loads = []
+
+    def load(model, name, tensor):
+        loads.append(name)
+        plain(model, name, tensor)
+
+    model = model_of(load, {**W, "a": (2,)})
+    before = bits(model)
+    with Session(model, tmp_path) as session:
+        told = session.ask({"do": "warm_up", "shapes": [["w", [4, 4]], ["a", [2]]]})
+        assert told["error"] is None and set(told["learned"]) == {"w", "a"}
+    assert bits(model) == before and sorted(loads) == ["a", "w"], "rehearsed, with nothing loaded"
+    with Session(model, tmp_path) as session:
+        again = session.ask({"do": "rehearse", "entries": [["w", "float32", [4, 4]], ["a", "float32", [2]]]})
+        assert again["learned"] == told["learned"] and len(loads) == 2, "it need not be asked again"
+        other = session.ask({"do": "rehearse", "entries": [["w", "bfloat16", [4, 4]]]})
+        assert set(other["learned"]) == {"w"} and len(loads) == 3, "but for weights of another dtype"
+
+
+def test_a_loader_that_cannot_be_rehearsed_is_warmed_up_in_vain(tmp_path):
+    with Session(model_of(asked_for_a_value, W), tmp_path) as session:
+        assert session.ask({"do": "warm_up", "shapes": [["w", [4, 4]]]})["error"] is not None
+        assert session.ask(load_command(tmp_path, sent(W)))["error"] is None, "the first sync watches it"
+
+
+def test_a_session_says_why_a_loader_cannot_be_rehearsed(tmp_path):
+    model = model_of(asked_for_a_value, W)
+    before = bits(model)
+    with Session(model, tmp_path) as session:
+        told = session.ask({"do": "rehearse", "entries": [["w", "float32", [4, 4]]]})
+        assert "learned" not in told and "meta" in told["error"]
+        assert bits(model) == before
+        assert session.ask(load_command(tmp_path, sent(W)))["error"] is None
+
+
+def test_what_was_staged_is_let_go_before_the_session_ends(tmp_path):
+    tensor = sent(W)["w"]
+    handle = ipc_payload.write_file(tensor.view(-1).view(torch.uint8), tmp_path / "staged.safetensors")
+    with Session(model_of(plain, W), tmp_path) as session:
+        assert session.ask({"do": "run", "map": [["stage/0", handle], ["loan0", handle]]})["mapped"] == [
+            "stage/0",
+            "loan0",
+        ]
+        assert session.ask({"do": "unstage"})["error"] is None
+        assert list(hook._regions) == ["loan0"]
+        session.ask({"do": "run", "release": ["loan0"]})
+
+
+def test_a_probe_opens_and_loads_nothing(tmp_path):
+    model = model_of(plain, W)
+    before = bits(model)
+    with Session(model, tmp_path) as session:
+        answer = session.ask(load_command(tmp_path, sent(W), do="probe"))
+    assert (answer["error"], answer["opened"], answer["uuid"]) == (None, True, device_uuid())
+    assert bits(model) == before
+
+
+def test_regions_are_mapped_run_and_let_go(tmp_path):
+    model = model_of(plain, W)
+    ledger = ipc_payload.Ledger(rank=0)
+    lent, staged_one = staged(torch.zeros(64, dtype=torch.uint8)), staged(torch.zeros(64, dtype=torch.uint8))
+    handles = {
+        "loan0": ledger.export(lent, tp_rank=0, bucket=0),
+        "stage0": ledger.export(staged_one, tp_rank=0, bucket=1),
+    }
+    with Session(model, tmp_path) as session:
+        session.ask(load_command(tmp_path, sent(W)))
+        programs = [
+            [key, [["w", 0, None, None, region, 0, "float32", [4, 1]]]]
+            for key, region in (("k/direct", "loan0"), ("k/0", "stage0"))
+        ]
+        answer = session.ask({"do": "run", "map": [[n, h.describe()] for n, h in handles.items()], "define": programs})
+        assert answer["error"] is None and answer["mapped"] == ["loan0", "stage0"]
+        for key, memory in (("k/direct", lent), ("k/0", staged_one)):
+            new = sent(W, 3)["w"] if key == "k/0" else sent(W, 4)["w"]
+            memory.copy_(new.view(-1).view(torch.uint8))
+            answer = session.ask({"do": "run", "program": key, "keep": key == "k/direct"})
+            assert answer["error"] is None and torch.equal(model.w, new)
+            assert answer["sums"] == [int(word_sum(new))]
+    assert (handles["loan0"].count(), handles["stage0"].count()) == (1, 0), "what is lent stays, what is staged goes"
+    with Session(model, tmp_path) as session:
+        lent.copy_(sent(W, 5)["w"].view(-1).view(torch.uint8))
+        assert session.ask({"do": "run", "program": "k/direct", "keep": True})["error"] is None
+        assert torch.equal(model.w, sent(W, 5)["w"])
+        assert session.ask({"do": "run", "release": ["loan0", "never"]})["error"] is None
+        assert handles["loan0"].count() == 0
+        assert "KeyError" in session.ask({"do": "run", "program": "k/direct", "keep": True})["error"]
+    assert ledger.reclaim() == []
+
+
+def test_parameters_that_move_inside_a_session_are_not_written_through(tmp_path):
+    model = model_of(plain, W)
+    with Session(model, tmp_path) as session:
+        session.ask(load_command(tmp_path, sent(W)))
+        session.ask({"do": "run", "define": [["k", [["w", 0, None, None, "r", 0, "float32", [4, 1]]]]]})
+        model.w.data = torch.zeros(4, 4)
+        assert "moved" in session.ask({"do": "run", "program": "k", "keep": True})["error"]
+    assert not model.w.any()
+
+
+def raising(error):
+    def load(model, name, tensor):
+        raise error
+
+    return load
+
+
+@pytest.mark.parametrize("error", [ValueError("bad"), RuntimeError("shape"), AssertionError("x"), KeyError("name"), SystemExit(3), KeyboardInterrupt()],
+                         ids=lambda error: type(error).__name__)  # fmt: skip
+def test_a_loader_that_fails_does_not_take_the_worker_down(tmp_path, error):
+    with Session(model_of(raising(error), W), tmp_path) as session:
+        for _ in range(2):  # nothing of a failed load is learned
+            answer = session.ask(load_command(tmp_path, sent(W)))
+            assert answer["error"] == f"{type(error).__name__}: {error}" and "in load" in answer["traceback"]
+            assert answer["opened"]
+
+
+JUNK = [
+    None,
+    0,
+    -1,
+    1.5,
+    "x",
+    "",
+    [],
+    {},
+    [None],
+    {"kind": "cpu"},
+    {"kind": "file", "path": "/nowhere"},
+    {"kind": "unheard-of"},
+]
+
+
+@pytest.mark.parametrize("field", ["do", "for", "handle", "entries", "checksum"])
+def test_junk_in_any_field_is_told_and_never_raised(tmp_path, field):
+    model = model_of(plain, W)
+    before = bits(model)
+    with Session(model, tmp_path) as session:
+        for junk in JUNK:
+            answer = session.ask(load_command(tmp_path, sent(W), **{field: junk}))
+            if field == "entries" and junk in ("", [], {}):
+                assert answer["error"] is None and answer["read"] == {}, "an empty bucket is one"
+            elif field == "for" and junk == 0:
+                assert answer["error"] is None
+                before = bits(model)
+            else:
+                assert answer["error"] and answer["traceback"], junk
+            assert bits(model) == before
+
+
+@pytest.mark.parametrize("field", ["handle", "entries", "checksum"])
+def test_a_missing_field_is_told(tmp_path, field):
+    command = load_command(tmp_path, sent(W))
+    del command[field]
+    with Session(model_of(plain, W), tmp_path) as session:
+        assert session.ask(command)["error"] == f"KeyError: '{field}'"
+
+
+@pytest.mark.parametrize("job", [b"", b"{", b"\xff\xfe", b"null", b"[]", b"3", b'"x"', b"{}", b'{"session": 3}'])
+def test_a_command_that_is_none_is_not_raised(job):
+    data = torch.frombuffer(bytearray(job), dtype=torch.uint8) if job else torch.empty(0, dtype=torch.uint8)
+    receive(model_of(plain, W), [(COMMAND, data)])
+
+
+@pytest.mark.parametrize("named_tensors", [[], [("other", torch.zeros(3))], None, [(COMMAND, None)]])
+def test_no_command_at_all_is_not_raised(named_tensors):
+    receive(model_of(plain, W), named_tensors)
+
+
+def test_a_second_model_in_the_worker_does_not_take_part(tmp_path):
+    """A draft model's runner gets the same request: it must not open what the target's has opened."""
+    draft = model_of(plain, W)
+    before = bits(draft)
+    with Session(model_of(plain, W), tmp_path, session="once") as session:
+        receive(draft, opening(tmp_path / "s.sock", session="once"))
+        session.ask(load_command(tmp_path, sent(W)))
+    assert bits(draft) == before
+
+
+@pytest.mark.parametrize("gone", ["the socket", "the process", "the time"])
+def test_a_trainer_that_is_gone_does_not_keep_the_worker(tmp_path, gone):
+    path = tmp_path / "s.sock"
+    changes = {"the process": {"peer": list(this_process())}, "the time": {"timeout_s": 0.3}}.get(gone, {})
+    if gone == "the process":
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        child.start()
+        changes = {"peer": [child.pid, start_of(child.pid)]}
+    worker = threading.Thread(target=receive, args=(model_of(plain, W), opening(path, **changes)))
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as socket:
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.bind(f"ipc://{path}")
+        worker.start()
+        assert socket.poll(20_000), "it has come"
+        if gone == "the socket":
+            path.unlink()
+        if gone == "the process":
+            child.kill()
+            child.join()
+        worker.join(20)
+        assert not worker.is_alive()
+
+
+@pytest.mark.parametrize(
+    "rank, tp_size, tp_rank, right",
+    [(0, 2, 0, True), (1, 2, 1, True), (3, 2, 1, True), (0, 2, 1, False), (2, 2, 1, False)],
+)
+def test_a_payload_that_reached_another_worker_is_told(tmp_path, monkeypatch, rank, tp_size, tp_rank, right):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
+    model = model_of(plain, W)
+    before = bits(model)
+    with Session(model, tmp_path, tp_rank=tp_rank, tp_size=tp_size, **{"for": tp_rank}) as session:
+        answer = session.ask(load_command(tmp_path, sent(W)))
+    if right:
+        assert session.greeting["error"] is answer["error"] is None
+    else:
+        told = f"RuntimeError: the payload of TP rank {tp_rank} reached TP rank {rank % tp_size}"
+        assert session.greeting["error"] == answer["error"] == told
+        assert not answer["opened"] and bits(model) == before, "the handle is not even opened"
+
+
+def test_a_command_for_another_worker_is_told(tmp_path):
+    model = model_of(plain, W)
+    with Session(model, tmp_path) as session:
+        answer = session.ask(load_command(tmp_path, sent(W), **{"for": 1}))
+    assert answer["error"] == "RuntimeError: the payload of TP rank 1 reached TP rank 0" and not answer["opened"]
+
+
+# --- handles, opened in another process -----------------------------------------------------------------------------
+
+
+def worker_main(pipe):
+    """A TP worker: opens what it is told to, by the receiver alone."""
+    model = model_of(plain, W)
+    while (job := pipe.recv()) is not None:
+        if "endpoint" in job:
+            receive(model, opening(**job))
+            pipe.send(model.w.tolist())
+            continue
+        try:
+            flat = open_handle(job, CPU)
+            answer = bytes(flat.tolist()), str(flat.dtype), list(flat.shape)
+            del flat  # before the answer, or whoever reads it finds the handle still out
+        except Exception as error:
+            answer = error
+        pipe.send(answer)
+
+
+@pytest.fixture(scope="module")
+def worker():
+    """A function that hands one job to a process of its own and returns its answer."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOADED))  # as for ranks: there is one such server for all
+    pipe, theirs = context.Pipe()
+    process = context.Process(target=worker_main, args=(theirs,), daemon=True)
+    process.start()
+    theirs.close()
+
+    def ask(job):
+        pipe.send(job)
+        assert pipe.poll(50), "the worker hangs"
+        return pipe.recv()
+
+    yield ask
+    pipe.send(None)
+    process.join(5)
+    process.kill()
+    process.join()
+
+
+def staged(content):
+    flat = ipc_payload.allocate(content.numel(), CPU)
+    return flat.copy_(content)
+
+
+@pytest.mark.parametrize("size", [1, 7, 256, 5000])
+def test_shared_memory_is_opened_and_let_go(worker, size):
+    content = random_bytes(size)
+    ledger = ipc_payload.Ledger(rank=0)
+    handle = ledger.export(staged(content), tp_rank=0, bucket=0)
+    job = json.loads(json.dumps(handle.describe()))
+    assert job["kind"] == "cpu" and handle.count() == 1
+    assert worker(job) == (bytes(content.tolist()), "torch.uint8", [size])
+    assert handle.count() == 0, "let go as soon as it was dropped"
+    assert len(ledger.reclaim()) == 0
+
+
+@pytest.mark.parametrize("size", [0, 1, 5000])
+def test_a_file_is_opened(worker, tmp_path, size):
+    content = random_bytes(size)
+    job = json.loads(json.dumps(ipc_payload.write_file(content, tmp_path / "bucket.safetensors")))
+    assert worker(job) == (bytes(content.tolist()), "torch.uint8", [size])
+    assert os.listdir(tmp_path) == ["bucket.safetensors"], "its writer removes it"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"kind": "file", "path": "/nowhere"}, {"name": "AAAA"}, {"manager": None}, {"kind": "cuda", "uuid": "GPU-1"}],
+)
+def test_what_does_not_open_is_an_error_in_the_worker_and_leaves_the_handle_alone(worker, changes):
+    ledger = ipc_payload.Ledger(rank=0)
+    handle = ledger.export(staged(random_bytes(100)), tp_rank=0, bucket=0)
+    assert isinstance(worker({**handle.describe(), **changes}), Exception)
+    assert handle.count() == 1
+    ledger.reclaim()
+
+
+def session_with(worker, tmp_path, command):
+    """One command in a session with a worker in another process: its answer, and what its parameter holds after it."""
+    path = tmp_path / "s.sock"
+    held = []
+    channel = Channel(path, tp_size=1)
+    channel.call(lambda: held.append(worker({"path": str(path), "endpoint": channel.endpoint})))
+    channel.greet(timeout_s=30)
+    channel.post({0: {"for": 0, **command}}, 0)
+    answer = channel.collect(0, timeout_s=30)[0]
+    channel.finish()
+    return answer, held[0]
+
+
+def test_a_load_over_shared_memory_gives_the_handle_back_before_it_is_acknowledged(worker, tmp_path):
+    for seed in range(3):
+        tensors = sent(W, seed)
+        flat, entries = bucket_of(tensors)
+        ledger = ipc_payload.Ledger(rank=0)
+        handle = ledger.export(staged(flat), tp_rank=0, bucket=0)
+        command = load_command(tmp_path, tensors, handle=handle.describe(), entries=entries)
+        answer, weights = session_with(worker, tmp_path, command)
+        assert weights == tensors["w"].tolist()
+        assert (answer["error"], answer["replayed"], answer["read"]) == (None, seed > 0, {"w": 16})
+        assert handle.count() == 0
+        assert ledger.reclaim() == []
+
+
+def test_a_load_that_fails_gives_the_handle_back_too(worker, tmp_path):
+    tensors = {"nowhere": torch.ones(3)}
+    flat, entries = bucket_of(tensors)
+    ledger = ipc_payload.Ledger(rank=0)
+    handle = ledger.export(staged(flat), tp_rank=0, bucket=0)
+    answer, _ = session_with(
+        worker, tmp_path, load_command(tmp_path, tensors, handle=handle.describe(), entries=entries)
+    )
+    assert "nowhere" in answer["error"]
+    assert handle.count() == 0 and ledger.reclaim() == []
