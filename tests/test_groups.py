@@ -158,6 +158,37 @@ def test_a_deadline_of_one_call_holds():
     assert "wait for the late one" in text and "did not come" in text
 
 
+def crossing(rank):
+    """Ranks that meet from different calls, with small values and large ones, one of them with an error of its own."""
+    group = group_of(rank, [1, 0])
+    said = []
+    for what, value, error in [
+        (["go to sleep", "sync weights"][rank], "x" * [3, 100_000][rank], None),
+        (["copy the weights", "leave"][rank], 0, ValueError("no flour") if rank == 0 else None),
+    ]:
+        try:
+            group.agree(error, value, what=what)
+        except Exception as raised:
+            said.append((type(raised).__name__, str(raised)))
+    return said, group.all_gather(rank, what="go on together, " + "\u00e9" * 100)
+
+
+def test_ranks_in_different_calls_are_told_so_and_stay_in_step():
+    found = run_ranks(crossing, 2)
+    for rank, (said, after) in enumerate(found):
+        assert said[0][0] == "RankLostError" and said[0][1].startswith(
+            "the ranks make different calls: rank 1 would sync weights; rank 0 would go to sleep [slice ranks 1,0]"
+        )
+        assert after == [1, 0]
+        if rank == 0:
+            assert said[1][0] == "ValueError" and "no flour" in said[1][1], "a cause is told before its consequence"
+        else:
+            assert said[1][1].startswith(
+                "the ranks make different calls: rank 1 would leave; rank 0 would copy the weights"
+            )
+    assert found[0][0][0] == found[1][0][0], "the same error on every rank"
+
+
 def interrupted(rank):
     group = group_of(rank, [0, 1])
     try:

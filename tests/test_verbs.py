@@ -428,6 +428,40 @@ def sync_under_requests(world):
     return {"handed over": k is not None and k >= 8, "equal": speaks_as(world, world.model)}
 
 
+def crossed_calls(world):
+    """Ranks that do not make the same call: a pause on rank 0, a sync on the others."""
+    model = copy.deepcopy(world.model)
+    world.perturb(29)
+    first = said(world.engine.pause_generation if world.rank == 0 else lambda: world.engine.sync_weights(world.model))
+    world.engine.continue_generation()
+    unchanged = speaks_as(world, model)
+    world.engine.sync_weights(world.model)
+    return {"said": first, "unchanged": unchanged, "equal": speaks_as(world, world.model)}
+
+
+def sync_before_the_last_rank_has_its_tokens(world):
+    """Rank 0 comes to the sync at once, the last one when its rollout is over; in a sync like the one before, and in another."""
+    found = []
+    world.engine.sync_weights(world.model)
+    for number, options in enumerate([{}, {"bucket_bytes": 400_000}]):
+        old = copy.deepcopy(world.model)
+        world.perturb(30 + number)
+        world.colo._slice.all_gather(None, what="begin together")
+        prompt, tokens = PROMPTS[world.rank], []
+        if world.rank == world.colo.tp_size - 1:
+            [answer] = world.engine.generate(
+                [prompt], {"temperature": 0, "max_new_tokens": 64, "ignore_eos": True}, timeout_s=60
+            )
+            tokens = answer["output_ids"]
+        report = world.engine.sync_weights(world.model, timeout_s=60, **options)
+        found.append({
+            "of old": not tokens or (len(tokens) == 64 and follows(old, prompt, tokens)),
+            "in time": report.seconds < 30,
+            "equal": speaks_as(world, world.model),
+        })  # fmt: skip
+    return found
+
+
 def sync_under_a_pause(world):
     """In each mode of the user's: what became of the requests, and that the pause stays."""
     engine, found = world.engine, {}
@@ -541,7 +575,8 @@ def saved_and_resumed(world):
 
 CHECKS = [
     launched_from_a_checkpoint, lora_beside_each_other, lora_in_parts_of_fused_projections, lora_of_wrapped_models, lora_refused,
-    lora_on_synced_weights, update_group_guards, update_groups, sync_under_requests, sync_under_a_pause, abort_and_flush,
+    lora_on_synced_weights, update_group_guards, update_groups, sync_under_requests,
+    crossed_calls, sync_before_the_last_rank_has_its_tokens, sync_under_a_pause, abort_and_flush,
     saved_and_resumed, sender_that_leaves,
 ]  # fmt: skip
 
@@ -661,6 +696,20 @@ def test_update_groups_are_guarded_on_every_rank(setup):
 def test_a_sync_retracts_requests_in_flight_and_they_go_on_with_the_new_weights(setup):
     for found in results(setup, sync_under_requests):
         assert found == {"handed over": True, "equal": True}
+
+
+def test_ranks_that_make_different_calls_get_the_same_error_and_nothing_happens(setup):
+    tp_size, _, _ = setup
+    for found in results(setup, crossed_calls):
+        if tp_size > 1:
+            words = "the ranks make different calls: rank 0 would get ready to pause generation; rank 1 would come to the weight sync"
+            assert found["said"] == ("RankLostError", words)
+        assert found["unchanged"] and found["equal"]
+
+
+def test_a_sync_waits_for_a_rank_that_is_still_waiting_for_tokens(setup):
+    for found in results(setup, sync_before_the_last_rank_has_its_tokens):
+        assert found == [{"of old": True, "in time": True, "equal": True}] * 2
 
 
 @pytest.mark.parametrize("mode", PAUSES)

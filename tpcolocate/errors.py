@@ -8,7 +8,7 @@
     │   ├── DeviceError                   a device token is invalid, out of range or held twice
     │   └── WeightsMismatchError          names or shapes are not those of the served model
     ├── DeadlineError (TimeoutError)      a deadline of ours passed
-    ├── RankLostError (ConnectionError)   another rank of the group stopped answering
+    ├── RankLostError (ConnectionError)   another rank of the group stopped answering, or does something else
     ├── RankFailedError (RuntimeError)    another library's exception on some rank, told to all
     ├── RendezvousError (RuntimeError)    the owner's URL could not be found or trusted
     └── EngineError
@@ -114,7 +114,7 @@ class DeadlineError(TpColocateError, TimeoutError):
 
 
 class RankLostError(TpColocateError, ConnectionError):
-    """Another rank stopped answering in a collective (it exited, was killed, or is stuck)."""
+    """Another rank stopped answering in a collective (it exited, was killed, or is stuck), or came to it from another call."""
 
 
 class RankFailedError(TpColocateError, RuntimeError):

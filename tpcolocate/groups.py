@@ -11,7 +11,8 @@ Three steps, each with its own failure:
   why nothing here makes a group before the layouts were compared.
 
 `RankGroup` then is what the rest of the library speaks through.  Its calls carry a deadline, notice
-a dead member, and turn one rank's exception into the same exception on all of them.
+a dead member or one that is in another call, and turn one rank's exception into the same exception on
+all of them.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ T = TypeVar("T")
 # One gloo round carries this many bytes a rank; an ok-or-error nearly always fits, and so does what is told of a
 # bucket, so that agreement costs one round, which takes as long for 2 KiB as for 16, and not a size exchange before it.
 _FRAME_BYTES = 8192
+# Of what a rank says it is doing, so that ranks which meet from different calls see it.
+_NAME_BYTES = 119
 # How long one wait lasts before the members are looked at.  gloo notices a closed connection by
 # itself; this is for the peer that died before its connection was made.
 _LOOK_INTERVAL_S = 1.0
@@ -269,7 +272,8 @@ class RankGroup:
             timeout_s: Longest wait for the others.
 
         Raises:
-            RankLostError: A member died or did not come in time.  The group is unusable afterwards.
+            RankLostError: A member died or did not come in time; the group is unusable afterwards.  Or the members meet
+                from different calls.
         """
         if self.group is None:
             return [value]
@@ -277,21 +281,39 @@ class RankGroup:
         return [pickle.loads(blob) for blob in self._all_gather_bytes(pickle.dumps(value), what, timeout_s)]
 
     def _all_gather_bytes(self, data: bytes, what: str, timeout_s: float | None) -> list[bytes]:
+        name = what.encode()[:_NAME_BYTES]
+        head = len(data).to_bytes(8, "little") + len(name).to_bytes(1, "little") + name.ljust(_NAME_BYTES)
+        inline = data[: _FRAME_BYTES - len(head)]
         frame = torch.zeros(_FRAME_BYTES, dtype=torch.uint8)
-        frame[:8] = _bytes_tensor(len(data).to_bytes(8, "little"))
-        inline = data[: _FRAME_BYTES - 8]
-        frame[8 : 8 + len(inline)] = _bytes_tensor(inline)
+        frame[: len(head) + len(inline)] = _bytes_tensor(head + inline)
         deadline = time.monotonic() + (self.timeout_s if timeout_s is None else timeout_s)
         frames = self._round(frame, what, deadline)
-        sizes = [int.from_bytes(bytes(f[:8].tolist()), "little") for f in frames]
+        heads = [f[: len(head)].numpy().tobytes() for f in frames]
+        self._check_same_call([h[9 : 9 + h[8]].decode(errors="replace") for h in heads])
+        sizes = [int.from_bytes(h[:8], "little") for h in heads]
         largest = max(sizes)
-        if largest > _FRAME_BYTES - 8:
+        if largest > _FRAME_BYTES - len(head):
             padded = torch.zeros(largest, dtype=torch.uint8)
             padded[: len(data)] = _bytes_tensor(data)
             blobs = [blob[:size].numpy().tobytes() for blob, size in zip(self._round(padded, what, deadline), sizes)]
         else:
-            blobs = [f[8 : 8 + size].numpy().tobytes() for f, size in zip(frames, sizes)]
+            blobs = [f[len(head) : len(head) + size].numpy().tobytes() for f, size in zip(frames, sizes)]
         return [blobs[position] for position in self._positions]
+
+    def _check_same_call(self, names: list[str]) -> None:
+        """Refuse ranks that met in one round, but from different calls.  Pure: every rank comes to the same error.
+
+        Args:
+            names: What each rank is doing, in torch's order.
+        """
+        if len(set(names)) == 1:
+            return
+        said = "; ".join(f"rank {rank} would {names[i]}" for rank, i in zip(self.ranks, self._positions))
+        raise RankLostError(
+            f"the ranks make different calls: {said}",
+            hint="every rank must make the same collective calls in the same order; a rank may have left one with an error",
+            slice_ranks=self.ranks,
+        )
 
     def _round(self, tensor: torch.Tensor, what: str, deadline: float) -> list[torch.Tensor]:
         if self._broken is not None:

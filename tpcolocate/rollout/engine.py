@@ -82,7 +82,8 @@ class Engine(AdapterCalls, UpdateGroupCalls, GenerationCalls):
             partial: Permit that weights are missing; they stay as they are.
             parts: Move only the parts of tensors that each TP worker reads, once the first sync has shown which, instead
                 of full tensors.
-            timeout_s: For the whole sync, in seconds.
+            timeout_s: How long to wait for the other ranks to come, which may still be generating, and from then on for the
+                whole sync; in seconds.
 
         Returns:
             What was done; see `SyncReport`.
@@ -102,10 +103,10 @@ class Engine(AdapterCalls, UpdateGroupCalls, GenerationCalls):
             weight_version = model_or_named_tensors.weight_version
         version = self._next_version(weight_version)
         error: TpColocateError | None = None
-        refusal: Exception | None = None
         everybody = self._everybody
-        options = SyncOptions()
-        try:
+        # Before the owner holds generation: a rank that is still waiting for tokens would wait for ever, and the others for
+        # it.  All slices together: the gathers of sharded weights span them, and a slice that stays away would hang them.
+        with everybody.together("come to the weight sync", timeout_s=timeout_s):
             self._state.check_sync()
             options = SyncOptions(
                 bucket_bytes=bucket_bytes,
@@ -116,20 +117,13 @@ class Engine(AdapterCalls, UpdateGroupCalls, GenerationCalls):
                 parts=parts,
                 rename=rename,
             )
-        except Exception as caught:
-            refusal = caught
         try:
-            if everybody is not self._group:
-                # All slices together: the gathers of sharded weights span them, and a slice that stays away would hang them.
-                # A single one is told by its sync's first agreement.
-                everybody.agree(refusal, what="check the state for a weight sync")
             report = self._sync.run(
                 model_or_named_tensors,
                 version=version,
                 options=options,
                 timeout_s=timeout_s,
                 touched=self._weights_touched,
-                refusal=refusal,
             )
         except TpColocateError as caught:
             error = caught

@@ -140,7 +140,6 @@ class WeightSync:
         options: SyncOptions,
         timeout_s: float,
         touched: Callable[[], None],
-        refusal: Exception | None = None,
     ) -> SyncReport:
         """Sync all weights of `source`.
 
@@ -152,12 +151,11 @@ class WeightSync:
             options: See `SyncOptions`.
             timeout_s: For the whole sync, in seconds.
             touched: Called on every rank before the first byte may change in the engine.
-            refusal: Why no sync may begin, as far as this rank knows; raised on all ranks before anything is sent.
 
         Raises:
             TpColocateError: The first error of any rank of the slice.
         """
-        run = SyncRun(self, version, options, timeout_s, refusal)
+        run = SyncRun(self, version, options, timeout_s)
         try:
             report = run.carry_out(source, touched)
         except BaseException as error:

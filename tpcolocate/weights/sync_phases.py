@@ -43,19 +43,10 @@ class SyncPhases:
         version: To be published.
         options: See `SyncOptions`.
         timeout_s: For all of it, in seconds.
-        refusal: Why it may not begin, as far as this rank knows.
     """
 
-    def __init__(
-        self,
-        sync: WeightSync,
-        version: str,
-        options: SyncOptions,
-        timeout_s: float,
-        refusal: Exception | None = None,
-    ) -> None:
+    def __init__(self, sync: WeightSync, version: str, options: SyncOptions, timeout_s: float) -> None:
         self.sync = sync
-        self.refusal = refusal
         self.group = sync.group
         self.version = version
         self.options = options

@@ -80,8 +80,6 @@ class StartPhases(MovePhases):
         error: BaseException | None = None
         with self.watch.phase("prepare"):
             try:
-                if self.refusal is not None:
-                    raise self.refusal
                 if self.last_alike() is not None:
                     # Most likely this is the last sync's module, so the server need not wait for the answer.
                     self.open()
