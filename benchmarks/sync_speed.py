@@ -26,8 +26,8 @@ import torch.distributed as dist
 from gpu_common import DUMMY, SERVER, SHAPES, Stock, checksums, make_model, summary, used_mib, write_config
 
 import tpcolocate
+from tpcolocate.agreement import RankGroup
 from tpcolocate.engine.client import ServerClient
-from tpcolocate.groups import RankGroup
 
 # Far more than a GPU's cache holds.
 _COPIED_BYTES = 2 * 2**30

@@ -21,8 +21,9 @@ FLOORS = (
     {"session", "doctor"},
     {"rollout"},
     {"engine", "weights", "rendezvous"},
+    {"agreement"},
     {"groups", "roles", "ipc_payload"},
-    {"devices", "report", "in_server", "parallel"},
+    {"devices", "report", "in_server", "parallel", "processes"},
     {"errors", "_version"},
 )
 FLOOR_OF = {room: number for number, floor in enumerate(FLOORS) for room in floor}

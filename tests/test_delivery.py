@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tpcolocate import groups, ipc_payload
+from tpcolocate import agreement, ipc_payload
 from tpcolocate.in_server.tpcolocate_receiver.sums import checksum
 from tpcolocate.weights.delivery import Delivery, Verdict, judge
 
@@ -180,7 +180,9 @@ def test_what_is_told_of_a_bucket_of_many_tensors_fits_into_one_round_of_the_ran
     verdict = judge({rank: reply(read, learned=learned) for rank in (0, 1)}, entries)
     assert verdict.problem is None
     command = delivery().make(bucket()[0], entries, 0)
-    assert all(len(pickle.dumps((None, told))) < groups._FRAME_BYTES - 8 for told in (verdict, command))
+    assert all(
+        len(pickle.dumps((None, told))) < agreement._FRAME_BYTES - agreement._HEAD_BYTES for told in (verdict, command)
+    )
 
 
 def test_fan_out_on_a_cpu_copies_once_per_further_reader(delivery):

@@ -25,10 +25,10 @@ from test_receiver import CPU, random_bytes
 
 from tpcolocate import ipc_payload
 from tpcolocate.engine.channel import Channel
-from tpcolocate.groups import start_of, this_process
 from tpcolocate.in_server.tpcolocate_receiver import COMMAND, hook, receive
 from tpcolocate.in_server.tpcolocate_receiver.handles import device_uuid, open_handle
 from tpcolocate.in_server.tpcolocate_receiver.sums import checksum, word_sum
+from tpcolocate.processes import start_of, this_process
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(60)]
 

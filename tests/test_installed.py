@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tpcolocate.engine.arguments import check_installed, server_arguments
 from tpcolocate.engine.installed import Installed, find_installed
-from tpcolocate.engine.launch import check_installed, server_arguments
 from tpcolocate.errors import ConfigError
 
 pytestmark = pytest.mark.quick

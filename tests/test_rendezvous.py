@@ -13,7 +13,7 @@ import pytest
 
 from tpcolocate import rendezvous
 from tpcolocate.errors import RendezvousError
-from tpcolocate.groups import start_of, this_process
+from tpcolocate.processes import start_of, this_process
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(60)]
 

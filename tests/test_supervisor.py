@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from tpcolocate.engine import launch
-from tpcolocate.groups import this_process
+from tpcolocate.processes import this_process
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(60), pytest.mark.usefixtures("no_leftovers")]
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tpcolocate.errors import RendezvousError
-from tpcolocate.groups import start_of
+from tpcolocate.processes import start_of
 
 _FOLDER = Path("/dev/shm")
 _POLL_INTERVAL_S = 0.05

@@ -26,21 +26,17 @@ import torch.distributed as dist
 
 from tpcolocate import devices, rendezvous, roles
 from tpcolocate._version import __version__
+from tpcolocate.agreement import RankGroup
+from tpcolocate.engine.arguments import RECEIVER, check_installed, server_arguments
 from tpcolocate.engine.client import ServerClient
+from tpcolocate.engine.environment import child_environment, sglang_stub_needed
 from tpcolocate.engine.installed import find_installed
-from tpcolocate.engine.launch import (
-    RECEIVER,
-    ServerProcess,
-    ServerSpec,
-    check_installed,
-    child_environment,
-    server_arguments,
-    sglang_stub_needed,
-)
+from tpcolocate.engine.launch import ServerProcess, ServerSpec
 from tpcolocate.engine.state import State
 from tpcolocate.engine.verbs import Verbs
 from tpcolocate.errors import ConfigError, DeviceError, LayoutError, RankLostError, RendezvousError
-from tpcolocate.groups import Host, Member, RankGroup, exchange, make_group, plan_slices, this_process
+from tpcolocate.groups import Host, Member, exchange, make_group, plan_slices
+from tpcolocate.processes import this_process
 from tpcolocate.rollout.client import Client
 from tpcolocate.rollout.engine import Engine
 from tpcolocate.weights.checkpoint import saved_version

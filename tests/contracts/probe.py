@@ -32,9 +32,10 @@ from pathlib import Path
 import torch
 
 from tpcolocate import ipc_payload
-from tpcolocate.engine import launch
+from tpcolocate.engine.arguments import RECEIVER, check_installed, server_arguments, to_argv
 from tpcolocate.engine.client import ServerClient
 from tpcolocate.engine.installed import find_installed
+from tpcolocate.engine.launch import hold_port
 from tpcolocate.engine.releases import ENDPOINTS, SERVER_INFO, release
 from tpcolocate.engine.verbs import Verbs
 from tpcolocate.in_server import tpcolocate_receiver
@@ -361,11 +362,11 @@ def our_receiver_is_found_by_its_name():
     """By the release's own import of dotted names, and it raises nothing, whatever it is given."""
     from sglang.srt.utils import dynamic_import
 
-    found = dynamic_import(launch.RECEIVER)
+    found = dynamic_import(RECEIVER)
     assert Path(inspect.getfile(found)) == Path(tpcolocate_receiver.__file__).with_name("hook.py")
     assert list(inspect.signature(found).parameters) == list(inspect.signature(recording_loader).parameters)
-    run, _ = _engine(Model(), tp_rank=0, loaders=[launch.RECEIVER])
-    run(_update([ipc_payload.command({"do": "nothing that exists"})], load_format=launch.RECEIVER))
+    run, _ = _engine(Model(), tp_rank=0, loaders=[RECEIVER])
+    run(_update([ipc_payload.command({"do": "nothing that exists"})], load_format=RECEIVER))
 
 
 def a_loader_that_was_not_permitted_is_not_called():
@@ -495,7 +496,7 @@ def _serve():
     http_server.set_global_state(
         http_server._GlobalState(tokenizer_manager=manager, template_manager=None, scheduler_info={})
     )
-    held = launch.hold_port()
+    held = hold_port()
     config = uvicorn.Config(http_server.app, lifespan="off", log_level="error")
     server = uvicorn.Server(config)
     held.listen()
@@ -544,7 +545,7 @@ def _arrives(*calls):
 
 def a_push_arrives():
     payloads = [ipc_payload.command({"tp_rank": k}) for k in range(2)]
-    return _arrives(lambda verbs: verbs.push(payloads, load_format=launch.RECEIVER, timeout_s=10))
+    return _arrives(lambda verbs: verbs.push(payloads, load_format=RECEIVER, timeout_s=10))
 
 
 def begin_and_end_of_a_sync_arrive():
@@ -695,15 +696,13 @@ def every_argument_parses():
     for device_type in ("cpu", "cuda"):
         for tp_size in (1, 2):
             for name, user in USER_ARGUMENTS.items():
-                arguments = launch.server_arguments(
-                    user, tp_size=tp_size, device_type=device_type, shared_device=tp_size == 2
-                )
-                launch.check_installed(arguments, find_installed(os.environ))
+                arguments = server_arguments(user, tp_size=tp_size, device_type=device_type, shared_device=tp_size == 2)
+                check_installed(arguments, find_installed(os.environ))
                 arguments |= {"host": "127.0.0.1", "port": 1234, "nccl_port": 1235}
                 with tempfile.TemporaryDirectory() as folder:
                     config = Path(folder) / "server.yaml"
                     config.write_text(json.dumps({"api-key": "k", "admin-api-key": "a"}))
-                    argv = ["--model-path", "m", "--config", str(config), *launch.to_argv(arguments)]
+                    argv = ["--model-path", "m", "--config", str(config), *to_argv(arguments)]
                     parsed = vars(parser.parse_args(ConfigArgumentMerger(parser).merge_config_with_args(argv)))
                 expected = {**arguments, "model_path": "m", "api_key": "k", "admin_api_key": "a"}
                 there = {name: parsed[dest["--" + name.replace("_", "-")]] for name in expected}

@@ -26,8 +26,8 @@ from tpcolocate.errors import (
     SyncError,
     TpColocateError,
 )
-from tpcolocate.groups import this_process
 from tpcolocate.parallel import at_once, begun_in_background
+from tpcolocate.processes import this_process
 
 _IDLE_POLL_S = 0.05
 # From the moment at which the workers leave a sync by themselves to SGLang's answer.

@@ -7,12 +7,12 @@ import logging
 import os
 from collections.abc import Callable
 
+from tpcolocate.agreement import RankGroup
 from tpcolocate.engine.launch import ServerProcess
 from tpcolocate.engine.state import State
 from tpcolocate.engine.state import Weights as Held
 from tpcolocate.engine.verbs import Verbs
 from tpcolocate.errors import ConfigError
-from tpcolocate.groups import RankGroup
 from tpcolocate.rollout.client import Client
 from tpcolocate.weights.sync import WeightSync
 

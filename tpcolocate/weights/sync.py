@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 from tpcolocate import ipc_payload
+from tpcolocate.agreement import RankGroup
 from tpcolocate.errors import DeadlineError, RankLostError, SyncError, TpColocateError
-from tpcolocate.groups import RankGroup
 from tpcolocate.in_server.tpcolocate_receiver.sums import load_kernels
 from tpcolocate.report import SyncReport
 from tpcolocate.weights.delivery import WeightServer, Workers

@@ -1,0 +1,99 @@
+"""The environment that a server gets: what is left out of the trainer's, what is added, and what wins."""
+
+import importlib.machinery
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tpcolocate.engine import environment as module
+from tpcolocate.engine.arguments import RECEIVER
+from tpcolocate.engine.environment import child_environment
+from tpcolocate.in_server import tpcolocate_receiver
+
+pytestmark = [pytest.mark.quick, pytest.mark.timeout(60)]
+
+LOOPBACK = "localhost,127.0.0.1,::1"
+IN_SERVER = str(Path(tpcolocate_receiver.__file__).parent.parent)
+ALWAYS = {"NO_PROXY": LOOPBACK, "no_proxy": LOOPBACK, "PYTHONPATH": IN_SERVER}
+TORCHRUN = {
+    "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "GROUP_WORLD_SIZE": "1",
+    "ROLE_RANK": "1", "ROLE_WORLD_SIZE": "2", "ROLE_NAME": "default", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500",
+    "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": "x", "TORCHELASTIC_RESTART_COUNT": "0",
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1", "OMP_NUM_THREADS": "1", "PET_NPROC_PER_NODE": "2",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("parent, more, expected", [
+    ({"HOME": "/h"}, {}, {"HOME": "/h"}),
+    (TORCHRUN | {"PATH": "/bin"}, {}, {"PATH": "/bin"}),
+    ({"CUDA_VISIBLE_DEVICES": "3"}, {"visibility": {"CUDA_VISIBLE_DEVICES": "3,1"}}, {"CUDA_VISIBLE_DEVICES": "3,1"}),
+    ({"HIP_VISIBLE_DEVICES": "3"}, {"visibility": {"HIP_VISIBLE_DEVICES": None, "X": "1"}}, {"X": "1"}),
+    ({"A": "1", "RANK": "0"}, {"user": {"A": "2", "RANK": "7", "NO_PROXY": "mine"}}, {"A": "2", "RANK": "7", "NO_PROXY": "mine"}),
+    ({"CUDA_VISIBLE_DEVICES": "3"}, {"visibility": {"CUDA_VISIBLE_DEVICES": "3"}, "user": {"CUDA_VISIBLE_DEVICES": "0"}},
+     {"CUDA_VISIBLE_DEVICES": "0"}),
+    ({"NO_PROXY": "corp.example,127.0.0.1"}, {}, {"NO_PROXY": "corp.example,127.0.0.1,localhost,::1"}),
+    ({"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:False"}, {}, {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:False"}),
+    # CPU engine: a core group per rank
+    ({}, {"device_type": "cpu", "tp_size": 1, "cores": [0, 1, 2]},
+     {"SGLANG_USE_CPU_ENGINE": "1", "SGLANG_CPU_OMP_THREADS_BIND": "0,1,2"}),
+    ({}, {"device_type": "cpu", "tp_size": 2, "cores": [4, 5, 8, 9, 10]},
+     {"SGLANG_USE_CPU_ENGINE": "1", "SGLANG_CPU_OMP_THREADS_BIND": "4,5|8,9"}),
+    ({}, {"device_type": "cpu", "tp_size": 3, "cores": [6, 7]},
+     {"SGLANG_USE_CPU_ENGINE": "1", "SGLANG_CPU_OMP_THREADS_BIND": "6|7|6"}),
+    ({"SGLANG_CPU_OMP_THREADS_BIND": "all"}, {"device_type": "cpu", "cores": [0]},
+     {"SGLANG_USE_CPU_ENGINE": "1", "SGLANG_CPU_OMP_THREADS_BIND": "all"}),
+    ({}, {"device_type": "cpu"}, {"SGLANG_USE_CPU_ENGINE": "1"}),
+    ({"PYTHONPATH": "/mine"}, {"device_type": "cpu", "stub": "/stub"},
+     {"SGLANG_USE_CPU_ENGINE": "1", "PYTHONPATH": f"{IN_SERVER}:/stub:/mine"}),
+    ({}, {"device_type": "cpu", "stub": "/stub"}, {"SGLANG_USE_CPU_ENGINE": "1", "PYTHONPATH": f"{IN_SERVER}:/stub"}),
+    ({"PYTHONPATH": "/old"}, {"device_type": "cpu", "stub": "/stub", "user": {"PYTHONPATH": "/new"}},
+     {"SGLANG_USE_CPU_ENGINE": "1", "PYTHONPATH": f"{IN_SERVER}:/stub:/new"}),
+    ({"PYTHONPATH": "/mine"}, {"device_type": "cuda", "stub": "/stub"}, {"PYTHONPATH": f"{IN_SERVER}:/mine"}),
+    ({"PYTHONPATH": "/old"}, {"user": {"PYTHONPATH": "/new"}}, {"PYTHONPATH": f"{IN_SERVER}:/new"}),
+])  # fmt: skip
+def test_the_servers_environment(parent, more, expected):
+    before = dict(parent)
+    environment, warnings = child_environment(parent, **{"visibility": {}, **more})
+    assert environment == ALWAYS | expected
+    assert warnings == []
+    assert parent == before, "the trainer's own is never written"
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"])
+@pytest.mark.parametrize("value, left", [
+    ("expandable_segments:True", None),
+    ("Expandable_Segments: true", None),
+    ("max_split_size_mb:128,expandable_segments:True", "max_split_size_mb:128"),
+    ("roundup_power2_divisions:[256:1,>:4], expandable_segments:True,garbage_collection_threshold:0.8",
+     "roundup_power2_divisions:[256:1,>:4],garbage_collection_threshold:0.8"),
+])  # fmt: skip
+def test_expandable_segments_are_left_out_with_a_warning_and_nothing_else_is(name, value, left):
+    environment, warnings = child_environment({name: value}, visibility={})
+    assert environment.get(name) == left
+    assert len(warnings) == 1 and name in warnings[0] and value in warnings[0]
+
+
+def test_the_permitted_loader_is_found_on_the_path_that_the_server_gets(tmp_path):
+    """In a folder of its own: the server's environment need not have this package."""
+    environment, _ = child_environment({"PATH": os.environ["PATH"], "PYTHONPATH": str(tmp_path)}, visibility={})
+    module, _, function = RECEIVER.rpartition(".")
+    (tmp_path / f"{module}.py").write_text("raise SystemExit('another module of this name came first')")
+    [folder, *_] = environment["PYTHONPATH"].split(os.pathsep)
+    spec = importlib.machinery.PathFinder.find_spec(module, environment["PYTHONPATH"].split(os.pathsep))
+    assert spec.origin == str(Path(folder) / module / "__init__.py") == tpcolocate_receiver.__file__
+    assert callable(getattr(tpcolocate_receiver, function))
+    assert os.listdir(folder) and not (Path(folder) / "tpcolocate").exists()
+
+
+@given(cores=st.lists(st.integers(0, 500), min_size=1, max_size=40, unique=True), tp_size=st.integers(1, 8))
+def test_cores_are_dealt_evenly_and_to_one_rank_each_if_there_are_enough(cores, tp_size):
+    groups = [[int(core) for core in group.split(",")] for group in module._bind(cores, tp_size).split("|")]
+    assert len(groups) == tp_size
+    assert len({len(group) for group in groups}) == 1
+    dealt = [core for group in groups for core in group]
+    assert set(dealt) <= set(cores)
+    if len(cores) >= tp_size:
+        assert len(set(dealt)) == len(dealt) > len(cores) - tp_size

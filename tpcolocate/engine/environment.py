@@ -1,0 +1,103 @@
+"""The server's environment: the trainer's, without what would mislead a server, with what its workers need.  Pure but for
+`sglang_stub_needed`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+_CPU_STUB = Path(__file__).with_name("cpu_stub")
+_IN_SERVER = Path(__file__).parent.parent / "in_server"
+LOOPBACK = "127.0.0.1"
+
+# torchrun's own variables make a child believe that it is a training rank.  TORCHELASTIC_USE_AGENT_STORE alone
+# makes the server's internal rendezvous wait for ever.
+_SCRUBBED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS",
+             "NCCL_ASYNC_ERROR_HANDLING", "TORCH_NCCL_ASYNC_ERROR_HANDLING")  # fmt: skip
+_SCRUBBED_PREFIXES = ("TORCHELASTIC_", "GROUP_", "ROLE_", "PET_")
+_ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+
+
+def child_environment(
+    parent: Mapping[str, str],
+    *,
+    visibility: Mapping[str, str | None],
+    user: Mapping[str, str] | None = None,
+    device_type: str = "cuda",
+    tp_size: int = 1,
+    cores: Sequence[int] = (),
+    stub: str | None = None,
+) -> tuple[dict[str, str], list[str]]:
+    """The server's environment, from a copy of the trainer's.  Pure; the parent's is never written.
+
+    Args:
+        parent: The trainer's environment.
+        visibility: Variables that select the slice's devices; None removes one.
+        user: Added last, and wins; but for the stub, which comes before its PYTHONPATH.
+        device_type: ``"cpu"`` adds what SGLang's CPU engine reads.
+        tp_size: Number of CPU core groups to bind.
+        cores: Usable CPU cores, for the CPU engine.
+        stub: Folder that stands in for the CUDA kernel package on a CPU, put on PYTHONPATH behind our receiver's.
+
+    Returns:
+        The environment, and warnings for the user about what was left out of it.
+    """
+    warnings = []
+    environment = {
+        name: value
+        for name, value in parent.items()
+        if name not in _SCRUBBED and not name.startswith(_SCRUBBED_PREFIXES)
+    }
+    for name in _ALLOCATOR_VARIABLES:
+        if "expandable_segments:true" in environment.get(name, "").lower().replace(" ", ""):
+            kept = [
+                part
+                for part in environment[name].split(",")
+                if not part.strip().lower().startswith("expandable_segments")
+            ]
+            warnings.append(
+                f"{name}={environment[name]!r}: expandable_segments breaks SGLang's memory saver; left out for the server"
+            )
+            environment.pop(name)
+            if kept:
+                environment[name] = ",".join(kept)
+    for name, value in visibility.items():
+        environment.pop(name, None)
+        if value is not None:
+            environment[name] = value
+    for name in ("NO_PROXY", "no_proxy"):
+        # The server calls itself over loopback while it warms up; a proxy would answer in its place.
+        entries = [entry for entry in environment.get(name, "").split(",") if entry]
+        environment[name] = ",".join(dict.fromkeys([*entries, "localhost", LOOPBACK, "::1"]))
+    if device_type == "cpu":
+        environment["SGLANG_USE_CPU_ENGINE"] = "1"
+        if cores:
+            environment.setdefault("SGLANG_CPU_OMP_THREADS_BIND", _bind(cores, tp_size))
+    environment.update({} if user is None else user)
+    # After the user's: without the receiver there is no weight sync, and their PYTHONPATH does not bring the kernels
+    # that are missing on a CPU.
+    folders = [
+        str(_IN_SERVER),
+        *([stub] if device_type == "cpu" and stub is not None else []),
+        environment.get("PYTHONPATH", ""),
+    ]
+    environment["PYTHONPATH"] = os.pathsep.join(folder for folder in folders if folder)
+    return environment, warnings
+
+
+def _bind(cores: Sequence[int], tp_size: int) -> str:
+    """Core groups, one per TP rank: ``0,1|2,3``.  With fewer cores than ranks, ranks share."""
+    if len(cores) < tp_size:
+        return "|".join(str(cores[i % len(cores)]) for i in range(tp_size))
+    size = len(cores) // tp_size
+    return "|".join(",".join(map(str, cores[i * size : (i + 1) * size])) for i in range(tp_size))
+
+
+def sglang_stub_needed() -> str | None:
+    """The stand-in for SGLang's CUDA kernels, if this machine has none installed."""
+    return str(_CPU_STUB) if find_spec("sgl_kernel") is None else None
+
+
+__all__ = ["LOOPBACK", "child_environment", "sglang_stub_needed"]
