@@ -154,6 +154,31 @@ def test_ranks_in_different_calls_are_told_so_and_stay_in_step():
     assert found[0][0][0] == found[1][0][0], "the same error on every rank"
 
 
+def meaning(rank):
+    """Ranks that mean the same, different things, or fail before they could say what."""
+    group = group_of(rank, [1, 0])
+    said = []
+    for meant in ({"tags": ["a"], "how": 1}, {"tags": ["a"] * 500 + [rank], "how": rank}, None):
+        try:
+            with group.together("bake a cake") as same:
+                if meant is None and rank == 0:
+                    raise ValueError("no flour")
+                same |= meant or {"how": rank}
+            said.append(None)
+        except Exception as raised:
+            said.append((type(raised).__name__, str(raised).partition("\n")[0]))
+    return said
+
+
+def test_ranks_that_mean_different_things_are_told_which():
+    same, different, failed = run_ranks(meaning, 2)[0]
+    assert same is None and failed == ("RankFailedError", "ValueError: no flour [rank 0]")
+    shown = "['a', 'a', " + "'a', " * 37 + "'a', "
+    assert different[0] == "ConfigError" and len(shown) == 201
+    assert different[1].startswith(f"cannot bake a cake: ranks 1 and 0 pass different tags: {shown[:200]} and ['a'")
+    assert run_ranks(meaning, 2)[1] == [same, different, failed]
+
+
 def interrupted(rank):
     group = group_of(rank, [0, 1])
     try:

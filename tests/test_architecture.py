@@ -19,9 +19,9 @@ TOP = "__init__"
 FLOORS = (
     {TOP},
     {"session", "doctor"},
-    {"rollout"},
+    {"rollout", "launching"},
     {"engine", "weights", "rendezvous"},
-    {"agreement"},
+    {"agreement", "placement"},
     {"groups", "roles", "ipc_payload"},
     {"devices", "report", "in_server", "parallel", "processes"},
     {"errors", "_version"},

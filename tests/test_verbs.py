@@ -429,14 +429,22 @@ def sync_under_requests(world):
 
 
 def crossed_calls(world):
-    """Ranks that do not make the same call: a pause on rank 0, a sync on the others."""
+    """Ranks that do not make the same call, or not with the same arguments."""
+    engine, rank = world.engine, world.rank
     model = copy.deepcopy(world.model)
     world.perturb(29)
-    first = said(world.engine.pause_generation if world.rank == 0 else lambda: world.engine.sync_weights(world.model))
-    world.engine.continue_generation()
+    found = {}
+    if world.colo.tp_size > 1:
+        found = {
+            "call": said(engine.pause_generation if rank == 0 else lambda: engine.sync_weights(world.model)),
+            "mode": said(lambda: engine.pause_generation(["retract", "abort"][rank])),
+            "tags": said(lambda: engine.sleep([["weights", "kv_cache"], ["kv_cache"]][rank])),
+            "bucket_bytes": said(lambda: engine.sync_weights(world.model, bucket_bytes=400_000 + rank)),
+            "weight_version": said(lambda: engine.sync_weights(world.model, weight_version=f"of rank {rank}")),
+        }
     unchanged = speaks_as(world, model)
-    world.engine.sync_weights(world.model)
-    return {"said": first, "unchanged": unchanged, "equal": speaks_as(world, world.model)}
+    engine.sync_weights(world.model)
+    return {"said": found, "unchanged": unchanged, "version": engine.weight_version, "equal": speaks_as(world, world.model)}
 
 
 def sync_before_the_last_rank_has_its_tokens(world):
@@ -700,11 +708,19 @@ def test_a_sync_retracts_requests_in_flight_and_they_go_on_with_the_new_weights(
 
 def test_ranks_that_make_different_calls_get_the_same_error_and_nothing_happens(setup):
     tp_size, _, _ = setup
-    for found in results(setup, crossed_calls):
-        if tp_size > 1:
-            words = "the ranks make different calls: rank 0 would get ready to pause generation; rank 1 would come to the weight sync"
-            assert found["said"] == ("RankLostError", words)
-        assert found["unchanged"] and found["equal"]
+    found = results(setup, crossed_calls)
+    differ = "cannot {}: ranks 0 and 1 pass different {}"
+    words = {
+        "call": ("RankLostError", "the ranks make different calls: rank 0 would pause generation; rank 1 would sync weights"),
+        "mode": ("ConfigError", differ.format("pause generation", "mode: 'retract' and 'abort'")),
+        "tags": ("ConfigError", differ.format("sleep", "tags: ['kv_cache', 'weights'] and ['kv_cache']")),
+        "bucket_bytes": ("ConfigError", differ.format("sync weights", "bucket_bytes: 400000 and 400001")),
+        "weight_version": ("ConfigError", differ.format("sync weights", "weight_version: 'of rank 0' and 'of rank 1'")),
+    }
+    for of_rank in found:
+        assert of_rank["said"] == (words if tp_size > 1 else {})
+        assert of_rank["unchanged"] and of_rank["equal"]
+    assert len({of_rank["version"] for of_rank in found}) == 1
 
 
 def test_a_sync_waits_for_a_rank_that_is_still_waiting_for_tokens(setup):

@@ -6,6 +6,7 @@ is in another call, and turn one rank's exception into the same exception on all
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 import time
 import traceback
@@ -19,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import AllgatherOptions
 
-from tpcolocate.errors import RankFailedError, RankLostError, TpColocateError
+from tpcolocate.errors import ConfigError, RankFailedError, RankLostError, TpColocateError
 from tpcolocate.groups import Member
 
 T = TypeVar("T")
@@ -34,6 +35,8 @@ _HEAD_BYTES = 128
 # itself; this is for the peer that died before its connection was made.
 _LOOK_INTERVAL_S = 1.0
 _EXIT_S = 0.5
+_SHOWN = 200
+"""Characters of a value in an error."""
 _BACKEND_MARGIN_S = 30.0
 
 
@@ -234,18 +237,34 @@ class RankGroup:
         raise first.error
 
     @contextmanager
-    def together(self, what: str, *, timeout_s: float | None = None) -> Iterator[None]:
-        """Run the body on every rank, then `agree` on how it went.
+    def together(self, what: str, *, timeout_s: float | None = None) -> Iterator[dict[str, object]]:
+        """Run the body on every rank, then `agree` on how it went, and on what it was to be.
+
+        Yields:
+            For the body to put in by name what must have the same ``repr`` on all ranks.
 
         Raises:
             TpColocateError: As `agree`.
+            ConfigError: The ranks mean different things; the message names the first.
         """
+        meant: dict[str, object] = {}
         try:
-            yield
+            yield meant
         except BaseException as error:
-            self.agree(error, what=what, timeout_s=timeout_s)
+            self.agree(error, {}, what=what, timeout_s=timeout_s)
             raise  # not reached unless the group is of one and agree returned
-        self.agree(None, what=what, timeout_s=timeout_s)
+        texts = {name: repr(value) for name, value in meant.items()}
+        mine = {name: (hashlib.sha256(text.encode()).digest(), text[:_SHOWN]) for name, text in texts.items()}
+        views = self.agree(None, mine, what=what, timeout_s=timeout_s)
+        for rank, view in zip(self.ranks, views):
+            for name in views[0]:
+                if view[name] != views[0][name]:
+                    raise ConfigError(
+                        f"cannot {what}: ranks {self.ranks[0]} and {rank} pass different {name}: "
+                        f"{views[0][name][1]} and {view[name][1]}",
+                        hint="every rank must make the same call",
+                        slice_ranks=self.ranks,
+                    )
 
     def run_on(self, rank: int, action: Callable[[], T], *, what: str, timeout_s: float | None = None) -> T:
         """Run `action` on one rank; every rank gets its result or its error.

@@ -39,7 +39,7 @@ from tpcolocate.engine.launch import hold_port
 from tpcolocate.engine.releases import ENDPOINTS, SERVER_INFO, release
 from tpcolocate.engine.verbs import Verbs
 from tpcolocate.in_server import tpcolocate_receiver
-from tpcolocate.session import Client
+from tpcolocate.rollout.client import Client
 
 MODEL = "dummy"  # SGLang's own word for: there is no model, resolve nothing
 LOADED = []

@@ -10,7 +10,7 @@ from torch import nn
 
 from tpcolocate.engine.verbs import Verbs
 from tpcolocate.errors import ConfigError, EngineStateError, RankLostError, TpColocateError
-from tpcolocate.rollout.base import SliceClient, check_same
+from tpcolocate.rollout.base import SliceClient
 from tpcolocate.weights.lora import Adapter, adapter_of, check_adapter, check_served, make_adapter
 
 
@@ -63,15 +63,15 @@ class AdapterCalls(SliceClient):
 
     def _set_lora(self, name: str, make: Callable[[], Adapter], timeout_s: float) -> None:
         everybody = self._everybody
-        with everybody.together("check a LoRA adapter"):
+        with everybody.together("load a LoRA adapter") as meant:
             self._state.check_open("load a LoRA adapter")
             if not name:
                 raise ConfigError("an adapter needs a name", hint="for generate(..., lora_path=name)")
             adapter = check_adapter(make(), self._sync.spec)
             if self._verbs is not None:
                 self._check_room(name, adapter, self._verbs)
-        tensors = [(n, tuple(t.shape), t.dtype, type(t).__name__) for n, t in adapter.tensors.items()]
-        check_same(everybody, "load a LoRA adapter", name=name, config=adapter.config, tensors=tensors)
+            tensors = [(n, tuple(t.shape), t.dtype, type(t).__name__) for n, t in adapter.tensors.items()]
+            meant |= {"name": name, "config": adapter.config, "tensors": tensors}
         # A rank that fails here leaves the gather of the others; as in any collective of theirs, a deadline ends it.
         with everybody.together("gather a LoRA adapter"):
             full = adapter.gathered(keep=self._verbs is not None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 from collections.abc import Callable
@@ -12,13 +11,10 @@ from tpcolocate.engine.launch import ServerProcess
 from tpcolocate.engine.state import State
 from tpcolocate.engine.state import Weights as Held
 from tpcolocate.engine.verbs import Verbs
-from tpcolocate.errors import ConfigError
 from tpcolocate.rollout.client import Client
 from tpcolocate.weights.sync import WeightSync
 
 logger = logging.getLogger(__name__)
-
-_SHOWN_CHARACTERS = 200
 
 
 class SliceClient(Client):
@@ -121,25 +117,9 @@ class SliceClient(Client):
             self._verbs.weights_unknown = True
 
 
-def check_same(group: RankGroup, what: str, **arguments: object) -> None:
-    """Refuse a collective call whose ranks mean different things.  Collective over `group`."""
-    texts = {name: repr(value) for name, value in arguments.items()}
-    mine = {name: (hashlib.sha256(text.encode()).digest(), text[:_SHOWN_CHARACTERS]) for name, text in texts.items()}
-    views = group.all_gather(mine, what=what)
-    for rank, view in zip(group.ranks, views):
-        for name in views[0]:
-            if view[name] != views[0][name]:
-                raise ConfigError(
-                    f"cannot {what}: ranks {group.ranks[0]} and {rank} pass different {name}: "
-                    f"{views[0][name][1]} and {view[name][1]}",
-                    hint="every rank must make the same call",
-                    slice_ranks=group.ranks,
-                )
-
-
 def count_in(version: str, otherwise: int = 0) -> int:
     """The number that a weight version is, so that the count goes on from it."""
     return int(version) if version.isdecimal() and version.isascii() else otherwise
 
 
-__all__ = ["SliceClient", "check_same", "count_in"]
+__all__ = ["SliceClient", "count_in"]

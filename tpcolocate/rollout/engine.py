@@ -10,7 +10,7 @@ import logging
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
 
@@ -82,8 +82,8 @@ class Engine(AdapterCalls, UpdateGroupCalls, GenerationCalls):
             partial: Permit that weights are missing; they stay as they are.
             parts: Move only the parts of tensors that each TP worker reads, once the first sync has shown which, instead
                 of full tensors.
-            timeout_s: How long to wait for the other ranks to come, which may still be generating, and from then on for the
-                whole sync; in seconds.
+            timeout_s: For the whole sync, in seconds, from when all ranks have come.  How long one waits for the others, which
+                may still be generating, is the ``timeout_s`` of `init`.
 
         Returns:
             What was done; see `SyncReport`.
@@ -101,12 +101,11 @@ class Engine(AdapterCalls, UpdateGroupCalls, GenerationCalls):
         """
         if weight_version is None and isinstance(model_or_named_tensors, Checkpoint):
             weight_version = model_or_named_tensors.weight_version
-        version = self._next_version(weight_version)
         error: TpColocateError | None = None
         everybody = self._everybody
         # Before the owner holds generation: a rank that is still waiting for tokens would wait for ever, and the others for
         # it.  All slices together: the gathers of sharded weights span them, and a slice that stays away would hang them.
-        with everybody.together("come to the weight sync", timeout_s=timeout_s):
+        with everybody.together("sync weights") as meant:
             self._state.check_sync()
             options = SyncOptions(
                 bucket_bytes=bucket_bytes,
@@ -117,6 +116,9 @@ class Engine(AdapterCalls, UpdateGroupCalls, GenerationCalls):
                 parts=parts,
                 rename=rename,
             )
+            # Functions of one name need not be one function; what they make of the names is compared with the weights.
+            meant |= {**asdict(replace(options, rename=None)), "weight_version": weight_version}
+        version = self._next_version(weight_version)
         try:
             report = self._sync.run(
                 model_or_named_tensors,
@@ -210,8 +212,9 @@ class Engine(AdapterCalls, UpdateGroupCalls, GenerationCalls):
             DeadlineError: Requests from elsewhere still run.
             RequestError, EngineDeadError: The server failed.
         """
-        with self._group.together("get ready to sleep", timeout_s=timeout_s):
+        with self._group.together("sleep", timeout_s=timeout_s) as meant:
             chosen, after = self._state.sleeping(tags)
+            meant["tags"] = None if tags is None else sorted(tags)
             if not self._state.frees_memory:
                 raise EngineStateError(
                     "sleep() would free nothing: the server has no memory saver",
@@ -238,8 +241,9 @@ class Engine(AdapterCalls, UpdateGroupCalls, GenerationCalls):
         Collective: over the slice.  After waking ``weights`` they hold garbage, unless the server was launched with
         ``enable_weights_cpu_backup=True``: generation is refused until the next sync.  Raises as `sleep`.
         """
-        with self._group.together("get ready to wake", timeout_s=timeout_s):
+        with self._group.together("wake", timeout_s=timeout_s) as meant:
             chosen, after = self._state.waking(tags)
+            meant["tags"] = None if tags is None else sorted(tags)
 
         def act() -> None:
             if chosen and self._verbs is not None:

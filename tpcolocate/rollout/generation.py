@@ -27,7 +27,8 @@ class GenerationCalls(SliceClient):
             EngineStateError: Paused in another mode, or the engine is shut down.
             RequestError, EngineDeadError, DeadlineError: The server failed.
         """
-        with self._group.together("get ready to pause generation"):
+        with self._group.together("pause generation") as meant:
+            meant["mode"] = mode
             after = self._state.pausing(mode)
         if after != self._state:
             self._on_owner(
@@ -46,7 +47,7 @@ class GenerationCalls(SliceClient):
             EngineStateError: Asleep, or the weights are not the trainer's.
             RequestError, EngineDeadError, DeadlineError: The server failed.
         """
-        with self._group.together("get ready to continue generation"):
+        with self._group.together("continue generation"):
             after = self._state.continuing()
         if after != self._state:
             self._on_owner(
@@ -85,7 +86,7 @@ class GenerationCalls(SliceClient):
             EngineStateError: Requests are in flight, or the cache's memory is released.
             RequestError, EngineDeadError, DeadlineError: The server failed.
         """
-        with self._group.together("get ready to flush the cache"):
+        with self._group.together("flush the cache"):
             if "kv_cache" in self._state.asleep:
                 raise EngineStateError(
                     "cannot flush the cache while its memory is released", hint='call wake(["kv_cache"]) first'

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from tpcolocate.errors import ConfigError, EngineStateError
-from tpcolocate.rollout.base import SliceClient, check_same
+from tpcolocate.rollout.base import SliceClient
 from tpcolocate.weights import update_group
 from tpcolocate.weights.update_group import UpdateGroup
 
@@ -56,14 +56,14 @@ class UpdateGroupCalls(SliceClient):
         """
         group = UpdateGroup(master_address, master_port, rank_offset, world_size, group_name, backend)
         what = "join an update group"
-        with self._group.together(what):
+        with self._group.together(what) as meant:
+            meant |= asdict(group)
             group.check(len(self._group))
             if group_name in self._update_groups:
                 raise EngineStateError(
                     f"the server is in an update group named {group_name!r}",
                     hint="destroy_weights_update_group() first, or choose another name",
                 )
-        check_same(self._group, "join an update group", **asdict(group))
         self._on_owner(
             what,
             lambda: self._owned().init_weights_update_group(
@@ -117,9 +117,7 @@ class UpdateGroupCalls(SliceClient):
             SyncError, RequestError, EngineDeadError, DeadlineError: The server failed, or did not get what it waited for.
                 Its weights are unknown: generation is refused until a full sync or update succeeds.
         """
-        what = "check an update of weights"
-        deadline = time.monotonic() + timeout_s
-        with self._group.together(what):
+        with self._group.together("update weights from a group") as meant:
             self._state.check_sync()
             self._check_group(group_name)
             weights = update_group.announced(names, dtypes, shapes)
@@ -129,18 +127,17 @@ class UpdateGroupCalls(SliceClient):
                 self._sync.spec.check([(name, shape) for name, shape, _ in weights])
                 if not partial:
                     self._sync.spec.check_complete(names)
-        check_same(
-            self._group,
-            "update weights from a group",
-            names=[name for name, _, _ in weights],
-            dtypes=[dtype for _, _, dtype in weights],
-            shapes=[tuple(shape) for _, shape, _ in weights],
-            group_name=group_name,
-            weight_version=weight_version,
-            bucket_bytes=bucket_bytes,
-            partial=partial,
-        )
+            meant |= {
+                "names": [name for name, _, _ in weights],
+                "dtypes": [dtype for _, _, dtype in weights],
+                "shapes": [tuple(shape) for _, shape, _ in weights],
+                "group_name": group_name,
+                "weight_version": weight_version,
+                "bucket_bytes": bucket_bytes,
+                "partial": partial,
+            }
         version = self._next_version(weight_version)
+        deadline = time.monotonic() + timeout_s
         self._on_owner(
             "open an update of weights", lambda: self._owned().begin_sync(timeout_s=timeout_s), timeout_s=timeout_s
         )
@@ -169,10 +166,10 @@ class UpdateGroupCalls(SliceClient):
             RequestError, EngineDeadError, DeadlineError: The server failed.
         """
         what = "leave an update group"
-        with self._group.together(what):
+        with self._group.together(what) as meant:
+            meant["group_name"] = group_name
             self._state.check_open(what)
             self._check_group(group_name)
-        check_same(self._group, "leave an update group", group_name=group_name)
         self._on_owner(
             what,
             lambda: self._owned().destroy_weights_update_group(timeout_s=timeout_s, group_name=group_name),
