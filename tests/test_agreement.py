@@ -154,6 +154,38 @@ def test_ranks_in_different_calls_are_told_so_and_stay_in_step():
     assert found[0][0][0] == found[1][0][0], "the same error on every rank"
 
 
+def two_threads(rank):
+    """Rank 0 makes a second call from another thread while the first one waits for rank 1."""
+    import threading
+
+    group = group_of(rank, [0, 1])
+    said = []
+    if rank == 0:
+        waiting = threading.Thread(target=lambda: said.append(group.all_gather(rank, what="bake a cake")))
+        waiting.start()
+        while not group._turn.locked():
+            time.sleep(0.001)
+        try:
+            group.all_gather(rank, what="lay the table")
+        except errors.ConfigError as error:
+            said.append(error.message)
+        import torch.distributed as dist
+
+        dist.distributed_c10d._get_default_store().set("refused", "1")
+        waiting.join(20)
+    else:
+        import torch.distributed as dist
+
+        dist.distributed_c10d._get_default_store().get("refused")
+        said.append(group.all_gather(rank, what="bake a cake"))
+    return said, group.all_gather(rank, what="go on")
+
+
+def test_a_second_thread_is_refused_and_the_first_ones_call_goes_on():
+    words = "cannot lay the table while another thread of this rank has to bake a cake"
+    assert run_ranks(two_threads, 2) == [([words, [0, 1]], [0, 1]), ([[0, 1]], [0, 1])]
+
+
 def meaning(rank):
     """Ranks that mean the same, different things, or fail before they could say what."""
     group = group_of(rank, [1, 0])

@@ -23,7 +23,7 @@ def states():
 
 @pytest.mark.parametrize("state", list(states()), ids=str)
 def test_generating_needs_everything_awake_and_the_trainers_weights(state):
-    if state == AWAKE:
+    if state in (AWAKE, AWAKE.syncing()):  # during a sync the server has the request wait
         state.check_generate()
     else:
         with pytest.raises(EngineStateError, match="cannot generate"):
@@ -75,7 +75,7 @@ def test_waking_other_memory_says_nothing_new_about_the_weights(weights):
 
 
 def test_a_copy_of_half_written_weights_is_no_better_than_they_were():
-    state = State(keeps_weights=True).sync_failed().sleeping(None)[1].waking(None)[1]
+    state = State(keeps_weights=True).syncing().sync_over().sleeping(None)[1].waking(None)[1]
     assert state.weights is Weights.UNKNOWN
 
 
@@ -89,8 +89,12 @@ def test_unknown_tags_are_refused(call, tags, words):
 
 
 def test_a_failed_sync_is_repaired_by_one_that_succeeds_and_nothing_opens_a_closed_engine():
-    assert AWAKE.sync_failed().weights is Weights.UNKNOWN
-    assert AWAKE.sync_failed().synced() == AWAKE
+    assert AWAKE.syncing().weights is Weights.CHANGING
+    failed = AWAKE.syncing().sync_over()
+    assert failed.weights is Weights.UNKNOWN and failed.synced() == AWAKE == AWAKE.syncing().synced().sync_over()
+    for weights in set(Weights) - {Weights.CHANGING}:
+        before = replace(AWAKE, weights=weights)
+        assert before.sync_over() == before, "it was refused before anything could change"
     closed = AWAKE.shut_down()
     for call in (
         lambda: closed.sleeping(None),

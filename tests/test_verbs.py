@@ -4,6 +4,7 @@ As in test_engine.py, each set-up is started once, its ranks run all checks in o
 """
 
 import copy
+import random
 import threading
 import time
 from pathlib import Path
@@ -428,6 +429,38 @@ def sync_under_requests(world):
     return {"handed over": k is not None and k >= 8, "equal": speaks_as(world, world.model)}
 
 
+def request_begun_during_a_sync(world):
+    """By another thread of every rank, while the weights are half old, half new."""
+    engine, answers, health = world.engine, [], []
+    world.perturb(28)
+
+    def ask():
+        try:
+            [answer] = engine.generate([PROMPTS[world.rank]], {"temperature": 0, "max_new_tokens": 24})
+            answers.append(answer["output_ids"])
+        except Exception as error:
+            answers.append(error)
+
+    asking = threading.Thread(target=ask, daemon=True)
+
+    def weights():
+        for number, item in enumerate(world.model.named_parameters()):
+            if number == 8:
+                asking.start()
+                while not engine._in_flight and not answers:
+                    time.sleep(0.001)
+                health.append(engine.health().value)
+            yield item
+
+    engine.sync_weights(weights(), bucket_bytes=100_000)
+    asking.join(60)
+    [tokens] = answers
+    if isinstance(tokens, Exception):
+        raise tokens
+    of_new = follows(world.model, PROMPTS[world.rank], tokens)
+    return {"of new": of_new, "health": health, "equal": speaks_as(world, world.model)}
+
+
 def crossed_calls(world):
     """Ranks that do not make the same call, or not with the same arguments."""
     engine, rank = world.engine, world.rank
@@ -444,7 +477,12 @@ def crossed_calls(world):
         }
     unchanged = speaks_as(world, model)
     engine.sync_weights(world.model)
-    return {"said": found, "unchanged": unchanged, "version": engine.weight_version, "equal": speaks_as(world, world.model)}
+    return {
+        "said": found,
+        "unchanged": unchanged,
+        "version": engine.weight_version,
+        "equal": speaks_as(world, world.model),
+    }
 
 
 def sync_before_the_last_rank_has_its_tokens(world):
@@ -468,6 +506,43 @@ def sync_before_the_last_rank_has_its_tokens(world):
             "equal": speaks_as(world, world.model),
         })  # fmt: skip
     return found
+
+
+def rollouts_beside_everything(world):
+    """Two threads of every rank generate all the time; the ranks come to each collective call when they come."""
+    engine, over, problems = world.engine, threading.Event(), []
+
+    def roll_out(seed):
+        chance = random.Random(seed)
+        while not over.is_set() and not problems:
+            try:
+                prompts = [[chance.randrange(1, 400) for _ in range(chance.randrange(1, 12))] for _ in range(2)]
+                engine.generate(prompts, {"temperature": 1.0, "max_new_tokens": chance.randrange(1, 40)}, timeout_s=60)
+            except Exception as error:
+                problems.append(error)
+
+    threads = [threading.Thread(target=roll_out, args=(2 * world.rank + i,), daemon=True) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    together, alone = random.Random(0), random.Random(world.rank)
+    for number in range(20):
+        engine.generate([PROMPTS[world.rank]], {**GREEDY, "max_new_tokens": alone.randrange(1, 30)})
+        time.sleep(alone.choice([0, 0.02, 0.1]))
+        mode = together.choice([None, None, "retract", "abort"])
+        world.perturb(100 + number, scale=0.02)
+        if mode is not None:
+            engine.pause_generation(mode)
+        source = world.sharded() if world.colo.tp_size > 1 and together.random() < 0.3 else world.model
+        engine.sync_weights(source, parts=together.random() < 0.8, timeout_s=60)
+        if mode is not None:
+            engine.continue_generation()
+    over.set()
+    for thread in threads:
+        thread.join(60)
+    if problems:
+        raise problems[0]
+    world.colo._slice.all_gather(None, what="see all rollouts end")
+    return {"over": not any(thread.is_alive() for thread in threads), "equal": speaks_as(world, world.model)}
 
 
 def sync_under_a_pause(world):
@@ -584,7 +659,7 @@ def saved_and_resumed(world):
 CHECKS = [
     launched_from_a_checkpoint, lora_beside_each_other, lora_in_parts_of_fused_projections, lora_of_wrapped_models, lora_refused,
     lora_on_synced_weights, update_group_guards, update_groups, sync_under_requests,
-    crossed_calls, sync_before_the_last_rank_has_its_tokens, sync_under_a_pause, abort_and_flush,
+    request_begun_during_a_sync, crossed_calls, sync_before_the_last_rank_has_its_tokens, rollouts_beside_everything, sync_under_a_pause, abort_and_flush,
     saved_and_resumed, sender_that_leaves,
 ]  # fmt: skip
 
@@ -706,12 +781,20 @@ def test_a_sync_retracts_requests_in_flight_and_they_go_on_with_the_new_weights(
         assert found == {"handed over": True, "equal": True}
 
 
+def test_a_request_that_is_begun_during_a_sync_waits_for_the_new_weights(setup):
+    for found in results(setup, request_begun_during_a_sync):
+        assert found == {"of new": True, "health": ["paused"], "equal": True}
+
+
 def test_ranks_that_make_different_calls_get_the_same_error_and_nothing_happens(setup):
     tp_size, _, _ = setup
     found = results(setup, crossed_calls)
     differ = "cannot {}: ranks 0 and 1 pass different {}"
     words = {
-        "call": ("RankLostError", "the ranks make different calls: rank 0 would pause generation; rank 1 would sync weights"),
+        "call": (
+            "RankLostError",
+            "the ranks make different calls: rank 0 would pause generation; rank 1 would sync weights",
+        ),
         "mode": ("ConfigError", differ.format("pause generation", "mode: 'retract' and 'abort'")),
         "tags": ("ConfigError", differ.format("sleep", "tags: ['kv_cache', 'weights'] and ['kv_cache']")),
         "bucket_bytes": ("ConfigError", differ.format("sync weights", "bucket_bytes: 400000 and 400001")),
@@ -726,6 +809,11 @@ def test_ranks_that_make_different_calls_get_the_same_error_and_nothing_happens(
 def test_a_sync_waits_for_a_rank_that_is_still_waiting_for_tokens(setup):
     for found in results(setup, sync_before_the_last_rank_has_its_tokens):
         assert found == [{"of old": True, "in time": True, "equal": True}] * 2
+
+
+def test_rollouts_go_on_beside_syncs_and_pauses_whenever_ranks_come_to_them(setup):
+    for found in results(setup, rollouts_beside_everything):
+        assert found == {"over": True, "equal": True}
 
 
 @pytest.mark.parametrize("mode", PAUSES)

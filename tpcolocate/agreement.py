@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -64,6 +65,8 @@ class RankGroup:
         self.group = group
         self.timeout_s = timeout_s
         self._broken: str | None = None
+        self._turn = threading.Lock()
+        self._doing = ""
         self._here = self.members[self.ranks.index(rank)].host
         # torch sorts the ranks of a group; results come in that order
         self._positions = [sorted(self.ranks).index(r) for r in self.ranks]
@@ -82,6 +85,7 @@ class RankGroup:
         Raises:
             RankLostError: A member died or did not come in time; the group is unusable afterwards.  Or the members meet
                 from different calls.
+            ConfigError: Another thread of this rank is in such a call.
         """
         if self.group is None:
             return [value]
@@ -89,6 +93,20 @@ class RankGroup:
         return [pickle.loads(blob) for blob in self._all_gather_bytes(pickle.dumps(value), what, timeout_s)]
 
     def _all_gather_bytes(self, data: bytes, what: str, timeout_s: float | None) -> list[bytes]:
+        if not self._turn.acquire(blocking=False):
+            # Two threads would meet the other ranks in an order of their own on each.
+            raise ConfigError(
+                f"cannot {what} while another thread of this rank has to {self._doing}",
+                hint="make collective calls from one thread; generate() may be called from any",
+                rank=self.rank,
+            )
+        try:
+            self._doing = what
+            return self._rounds(data, what, timeout_s)
+        finally:
+            self._turn.release()
+
+    def _rounds(self, data: bytes, what: str, timeout_s: float | None) -> list[bytes]:
         deadline = time.monotonic() + (self.timeout_s if timeout_s is None else timeout_s)
         head = len(data).to_bytes(_SIZE_BYTES, "little") + what.encode()[: _HEAD_BYTES - _SIZE_BYTES]
         inline = _padded(head.ljust(_HEAD_BYTES, b"\0") + data[: _FRAME_BYTES - _HEAD_BYTES], _FRAME_BYTES)

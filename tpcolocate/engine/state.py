@@ -24,6 +24,7 @@ class Weights(Enum):
 
     CURRENT = "current"
     LOST = "lost"  # released without a copy: memory came back with anything in it
+    CHANGING = "changing"  # a sync is on the way: the server holds generation until it is over
     UNKNOWN = "unknown"  # a sync failed on the way
 
 
@@ -48,7 +49,10 @@ class State:
     paused: str | None = None
 
     def check_generate(self) -> None:
-        """Raises EngineStateError unless tokens generated now would be the trainer's."""
+        """Raises EngineStateError unless the tokens of a request made now would be the trainer's.
+
+        During a sync they would: the server has the request wait for the new weights.
+        """
         self._check_ready("generate")
 
     def _check_ready(self, what: str) -> None:
@@ -121,18 +125,25 @@ class State:
         """The state once generation goes on; `self` if it was not paused.
 
         Raises:
-            EngineStateError: Shut down, asleep, or the weights are not the trainer's: requests that wait would go on
+            EngineStateError: Shut down, asleep, or the weights are not the trainer's, or not yet: requests that wait would go on
                 with garbage.
         """
         self._check_ready("continue generation")
+        if self.weights is Weights.CHANGING:
+            raise EngineStateError("cannot continue generation during a weight sync", hint="wait for its end")
         return replace(self, paused=None)
 
     def synced(self, *, partial: bool = False) -> State:
         """After a sync; a partial one mends nothing that was lost or unknown."""
         return self if partial else replace(self, weights=Weights.CURRENT)
 
-    def sync_failed(self) -> State:
-        return replace(self, weights=Weights.UNKNOWN)
+    def syncing(self) -> State:
+        """From the first byte that may change until `synced` or `sync_over`."""
+        return replace(self, weights=Weights.CHANGING)
+
+    def sync_over(self) -> State:
+        """After a sync, however it ended: what it was still changing is unknown."""
+        return replace(self, weights=Weights.UNKNOWN) if self.weights is Weights.CHANGING else self
 
     def shut_down(self) -> State:
         return replace(self, closed=True)

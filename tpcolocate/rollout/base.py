@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from tpcolocate.agreement import RankGroup
 from tpcolocate.engine.launch import ServerProcess
@@ -110,11 +111,24 @@ class SliceClient(Client):
         several = self._world is not None and len(self._world) > len(self._group)
         return self._world if self._world is not None and several else self._group
 
-    def _weights_touched(self) -> None:
-        self._before = self._state
-        self._state = self._state.sync_failed()  # until it has succeeded
-        if self._verbs is not None:
-            self._verbs.weights_unknown = True
+    @contextmanager
+    def _changing_weights(self) -> Iterator[Callable[[], None]]:
+        """The length of a sync or update that ends with `_published`, or leaves the weights unknown.
+
+        Yields:
+            To be called before the first byte may change in the engine.
+        """
+
+        def touched() -> None:
+            self._before = self._state
+            self._state = self._state.syncing()
+            if self._verbs is not None:
+                self._verbs.weights_unknown = True
+
+        try:
+            yield touched
+        finally:
+            self._state = self._state.sync_over()
 
 
 def count_in(version: str, otherwise: int = 0) -> int:

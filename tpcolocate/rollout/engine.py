@@ -119,22 +119,19 @@ class Engine(AdapterCalls, UpdateGroupCalls, GenerationCalls):
             # Functions of one name need not be one function; what they make of the names is compared with the weights.
             meant |= {**asdict(replace(options, rename=None)), "weight_version": weight_version}
         version = self._next_version(weight_version)
-        try:
-            report = self._sync.run(
-                model_or_named_tensors,
-                version=version,
-                options=options,
-                timeout_s=timeout_s,
-                touched=self._weights_touched,
-            )
-        except TpColocateError as caught:
-            error = caught
-        if everybody is not self._group and not isinstance(error, RankLostError):
-            # A slice that failed must not leave the others to their next step.
-            everybody.agree(error, what="finish the weight sync of all slices", timeout_s=timeout_s)
-        if error is not None:
-            raise error
-        self._published(version, partial=partial)
+        with self._changing_weights() as touched:
+            try:
+                report = self._sync.run(
+                    model_or_named_tensors, version=version, options=options, timeout_s=timeout_s, touched=touched
+                )
+            except TpColocateError as caught:
+                error = caught
+            if everybody is not self._group and not isinstance(error, RankLostError):
+                # A slice that failed must not leave the others to their next step.
+                everybody.agree(error, what="finish the weight sync of all slices", timeout_s=timeout_s)
+            if error is not None:
+                raise error
+            self._published(version, partial=partial)
         stale = self._stale_cache()
         return report if stale is None else replace(report, warnings=(*report.warnings, stale))
 
@@ -261,8 +258,8 @@ class Engine(AdapterCalls, UpdateGroupCalls, GenerationCalls):
             return Health.DEAD
         if self._state.asleep:
             return Health.ASLEEP if self._client.is_listening(timeout_s=HEALTH_TIMEOUT_S) else Health.DEAD
-        if self._state.paused is not None or self._state.weights is Held.UNKNOWN:
-            # No token comes out of a paused server; a sync that failed half-way leaves it paused.
+        if self._state.paused is not None or self._state.weights in (Held.CHANGING, Held.UNKNOWN):
+            # No token comes out of a paused server; a sync pauses it, and leaves it paused if it fails half-way.
             return Health.PAUSED if self._client.is_listening(timeout_s=HEALTH_TIMEOUT_S) else Health.DEAD
         asked = time.monotonic()
         if self._client.is_healthy(timeout_s=HEALTH_TIMEOUT_S):
@@ -308,7 +305,7 @@ class Engine(AdapterCalls, UpdateGroupCalls, GenerationCalls):
         try:
             self._group.all_gather(None, what=what, timeout_s=timeout_s)
             return True
-        except RankLostError as error:
+        except TpColocateError as error:  # or another thread is in a call that they will not come to
             logger.warning("shutting down without the others: %s", error)
             return False
 

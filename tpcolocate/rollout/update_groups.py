@@ -141,7 +141,6 @@ class UpdateGroupCalls(SliceClient):
         self._on_owner(
             "open an update of weights", lambda: self._owned().begin_sync(timeout_s=timeout_s), timeout_s=timeout_s
         )
-        self._weights_touched()
 
         def act() -> None:
             verbs = self._owned()
@@ -149,8 +148,10 @@ class UpdateGroupCalls(SliceClient):
                 verbs.receive(request, group_name=group_name, timeout_s=max(deadline - time.monotonic(), 1.0))
             verbs.end_sync(version, timeout_s=max(deadline - time.monotonic(), 1.0))
 
-        self._on_owner("update weights from a group", act, timeout_s=timeout_s)
-        self._published(version, partial=partial)
+        with self._changing_weights() as touched:
+            touched()
+            self._on_owner("update weights from a group", act, timeout_s=timeout_s)
+            self._published(version, partial=partial)
         self._stale_cache()
 
     def destroy_weights_update_group(
