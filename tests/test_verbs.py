@@ -545,6 +545,45 @@ def rollouts_beside_everything(world):
     return {"over": not any(thread.is_alive() for thread in threads), "equal": speaks_as(world, world.model)}
 
 
+def sleep_beside_rollouts(world):
+    """Two threads of every rank generate whenever they may; a sleep either finds a request of theirs or is found by it."""
+    engine, over, problems, words = world.engine, threading.Event(), [], []
+
+    def roll_out(seed):
+        chance = random.Random(seed)
+        while not over.is_set() and not problems:
+            try:
+                engine.generate([[1, 2, 3]], {"temperature": 0, "max_new_tokens": chance.randrange(1, 3)}, timeout_s=60)
+                time.sleep(chance.random() * 0.4)
+            except errors.EngineStateError as error:
+                words.append(error.message.partition(" (")[0])
+                time.sleep(0.002)
+            except Exception as error:
+                problems.append(error)
+
+    threads = [threading.Thread(target=roll_out, args=(2 * world.rank + i,), daemon=True) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    slept = 0
+    for _ in range(60):
+        told = said(engine.sleep)
+        if told == "None":
+            slept += 1
+            stream = engine._streaming({"input_ids": [1]}, 60)  # as one that was asked for before and is read now
+            refused = said(lambda stream=stream: next(stream))
+            engine.wake()
+        else:
+            assert told[0] == "EngineStateError" and "are in flight" in told[1], told
+        time.sleep(0.01)
+    over.set()
+    for thread in threads:
+        thread.join(60)
+    if problems:
+        raise problems[0]
+    world.colo._slice.all_gather(None, what="see all rollouts end")
+    return {"slept": slept, "words": sorted(set(words)), "stream": refused, "equal": speaks_as(world, world.model)}
+
+
 def sync_under_a_pause(world):
     """In each mode of the user's: what became of the requests, and that the pause stays."""
     engine, found = world.engine, {}
@@ -659,7 +698,7 @@ def saved_and_resumed(world):
 CHECKS = [
     launched_from_a_checkpoint, lora_beside_each_other, lora_in_parts_of_fused_projections, lora_of_wrapped_models, lora_refused,
     lora_on_synced_weights, update_group_guards, update_groups, sync_under_requests,
-    request_begun_during_a_sync, crossed_calls, sync_before_the_last_rank_has_its_tokens, rollouts_beside_everything, sync_under_a_pause, abort_and_flush,
+    request_begun_during_a_sync, crossed_calls, sync_before_the_last_rank_has_its_tokens, rollouts_beside_everything, sleep_beside_rollouts, sync_under_a_pause, abort_and_flush,
     saved_and_resumed, sender_that_leaves,
 ]  # fmt: skip
 
@@ -814,6 +853,16 @@ def test_a_sync_waits_for_a_rank_that_is_still_waiting_for_tokens(setup):
 def test_rollouts_go_on_beside_syncs_and_pauses_whenever_ranks_come_to_them(setup):
     for found in results(setup, rollouts_beside_everything):
         assert found == {"over": True, "equal": True}
+
+
+def test_sleeping_beside_rollouts_neither_lets_a_request_through_nor_ends_the_server(setup):
+    for found in results(setup, sleep_beside_rollouts):
+        assert 0 < found["slept"] < 60 and found["words"] == ["cannot generate while asleep"]
+        assert found["stream"] == (
+            "EngineStateError",
+            "cannot generate while asleep (cuda_graph, kv_cache, weights released)",
+        )
+        assert found["equal"]
 
 
 @pytest.mark.parametrize("mode", PAUSES)

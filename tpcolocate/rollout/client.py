@@ -160,6 +160,9 @@ class Client:
         with self._lock:
             self._in_flight += 1
         try:
+            # Also now that it counts: `sleep` first says that the engine sleeps and then looks for requests, so that one of
+            # the two sees the other.  And a stream begins when it is first read.
+            self._check_generate()
             yield
         finally:
             with self._lock:

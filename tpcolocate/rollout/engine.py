@@ -209,28 +209,33 @@ class Engine(AdapterCalls, UpdateGroupCalls, GenerationCalls):
             DeadlineError: Requests from elsewhere still run.
             RequestError, EngineDeadError: The server failed.
         """
-        with self._group.together("sleep", timeout_s=timeout_s) as meant:
-            chosen, after = self._state.sleeping(tags)
-            meant["tags"] = None if tags is None else sorted(tags)
-            if not self._state.frees_memory:
-                raise EngineStateError(
-                    "sleep() would free nothing: the server has no memory saver",
-                    hint="launch(enable_memory_saver=True)",
-                )
-            if chosen and self._in_flight:
-                raise EngineStateError(
-                    f"cannot sleep: {self._in_flight} requests of rank {self._group.rank} are in flight",
-                    hint="wait for them first",
-                )
+        before = self._state
+        try:
+            with self._group.together("sleep", timeout_s=timeout_s) as meant:
+                chosen, after = self._state.sleeping(tags)
+                meant["tags"] = None if tags is None else sorted(tags)
+                if not self._state.frees_memory:
+                    raise EngineStateError(
+                        "sleep() would free nothing: the server has no memory saver",
+                        hint="launch(enable_memory_saver=True)",
+                    )
+                self._state = after  # before requests are looked for: see `_counted`
+                if chosen and self._in_flight:
+                    raise EngineStateError(
+                        f"cannot sleep: {self._in_flight} requests of rank {self._group.rank} are in flight",
+                        hint="wait for them first",
+                    )
 
-        def act() -> None:
-            if chosen and self._verbs is not None:
-                self._verbs.wait_idle(timeout_s=timeout_s)
-                self._verbs.release_memory(chosen, timeout_s=timeout_s)
+            def act() -> None:
+                if chosen and self._verbs is not None:
+                    self._verbs.wait_idle(timeout_s=timeout_s)
+                    self._verbs.release_memory(chosen, timeout_s=timeout_s)
 
-        self._sync.call_back(timeout_s=timeout_s)
-        self._on_owner("sleep", act, timeout_s=timeout_s)
-        self._state = after
+            self._sync.call_back(timeout_s=timeout_s)
+            self._on_owner("sleep", act, timeout_s=timeout_s)
+        except BaseException:
+            self._state = before
+            raise
 
     def wake(self, tags: Sequence[str] | None = None, *, timeout_s: float = 120.0) -> None:
         """Take the memory back, by tag; what is awake already stays so.
