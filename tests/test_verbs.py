@@ -3,6 +3,7 @@
 As in test_engine.py, each set-up is started once, its ranks run all checks in order, and every check is a test.
 """
 
+import contextlib
 import copy
 import random
 import threading
@@ -508,80 +509,71 @@ def sync_before_the_last_rank_has_its_tokens(world):
     return found
 
 
-def rollouts_beside_everything(world):
-    """Two threads of every rank generate all the time; the ranks come to each collective call when they come."""
-    engine, over, problems = world.engine, threading.Event(), []
+@contextlib.contextmanager
+def rollouts(world, *, most_tokens, rest_s, refused=()):
+    """Two threads of every rank generate until the body is over; yields what they were told where it was `refused`."""
+    over, problems, told = threading.Event(), [], []
 
-    def roll_out(seed):
-        chance = random.Random(seed)
+    def roll_out(chance):
         while not over.is_set() and not problems:
+            prompts = [[chance.randrange(1, 400) for _ in range(chance.randrange(1, 12))] for _ in range(2)]
+            params = {"temperature": 1.0, "max_new_tokens": chance.randrange(1, most_tokens)}
             try:
-                prompts = [[chance.randrange(1, 400) for _ in range(chance.randrange(1, 12))] for _ in range(2)]
-                engine.generate(prompts, {"temperature": 1.0, "max_new_tokens": chance.randrange(1, 40)}, timeout_s=60)
-            except Exception as error:
-                problems.append(error)
-
-    threads = [threading.Thread(target=roll_out, args=(2 * world.rank + i,), daemon=True) for i in range(2)]
-    for thread in threads:
-        thread.start()
-    together, alone = random.Random(0), random.Random(world.rank)
-    for number in range(20):
-        engine.generate([PROMPTS[world.rank]], {**GREEDY, "max_new_tokens": alone.randrange(1, 30)})
-        time.sleep(alone.choice([0, 0.02, 0.1]))
-        mode = together.choice([None, None, "retract", "abort"])
-        world.perturb(100 + number, scale=0.02)
-        if mode is not None:
-            engine.pause_generation(mode)
-        source = world.sharded() if world.colo.tp_size > 1 and together.random() < 0.3 else world.model
-        engine.sync_weights(source, parts=together.random() < 0.8, timeout_s=60)
-        if mode is not None:
-            engine.continue_generation()
-    over.set()
-    for thread in threads:
-        thread.join(60)
-    if problems:
-        raise problems[0]
-    world.colo._slice.all_gather(None, what="see all rollouts end")
-    return {"over": not any(thread.is_alive() for thread in threads), "equal": speaks_as(world, world.model)}
-
-
-def sleep_beside_rollouts(world):
-    """Two threads of every rank generate whenever they may; a sleep either finds a request of theirs or is found by it."""
-    engine, over, problems, words = world.engine, threading.Event(), [], []
-
-    def roll_out(seed):
-        chance = random.Random(seed)
-        while not over.is_set() and not problems:
-            try:
-                engine.generate([[1, 2, 3]], {"temperature": 0, "max_new_tokens": chance.randrange(1, 3)}, timeout_s=60)
-                time.sleep(chance.random() * 0.4)
-            except errors.EngineStateError as error:
-                words.append(error.message.partition(" (")[0])
+                world.engine.generate(prompts, params, timeout_s=60)
+                time.sleep(chance.random() * rest_s)
+            except refused as error:
+                told.append(error.message)
                 time.sleep(0.002)
             except Exception as error:
                 problems.append(error)
 
-    threads = [threading.Thread(target=roll_out, args=(2 * world.rank + i,), daemon=True) for i in range(2)]
+    chances = [random.Random(2 * world.rank + i) for i in range(2)]
+    threads = [threading.Thread(target=roll_out, args=(chance,), daemon=True) for chance in chances]
     for thread in threads:
         thread.start()
-    slept = 0
-    for _ in range(60):
-        told = said(engine.sleep)
-        if told == "None":
-            slept += 1
-            stream = engine._streaming({"input_ids": [1]}, 60)  # as one that was asked for before and is read now
-            refused = said(lambda stream=stream: next(stream))
-            engine.wake()
-        else:
-            assert told[0] == "EngineStateError" and "are in flight" in told[1], told
-        time.sleep(0.01)
+    yield told
     over.set()
     for thread in threads:
         thread.join(60)
     if problems:
         raise problems[0]
+    assert not any(thread.is_alive() for thread in threads)
     world.colo._slice.all_gather(None, what="see all rollouts end")
-    return {"slept": slept, "words": sorted(set(words)), "stream": refused, "equal": speaks_as(world, world.model)}
+
+
+def rollouts_beside_everything(world):
+    """The ranks come to each collective call when they come."""
+    engine, together, alone = world.engine, random.Random(0), random.Random(world.rank)
+    with rollouts(world, most_tokens=40, rest_s=0.0):
+        for number in range(20):
+            engine.generate([PROMPTS[world.rank]], {**GREEDY, "max_new_tokens": alone.randrange(1, 30)})
+            time.sleep(alone.choice([0, 0.02, 0.1]))
+            mode = together.choice([None, None, "retract", "abort"])
+            world.perturb(100 + number, scale=0.02)
+            if mode is not None:
+                engine.pause_generation(mode)
+            source = world.sharded() if world.colo.tp_size > 1 and together.random() < 0.3 else world.model
+            engine.sync_weights(source, parts=together.random() < 0.8, timeout_s=60)
+            if mode is not None:
+                engine.continue_generation()
+    return speaks_as(world, world.model)
+
+
+def sleep_beside_rollouts(world):
+    """A sleep either finds a request or is found by it."""
+    engine, slept, of_stream = world.engine, 0, None
+    with rollouts(world, most_tokens=3, rest_s=0.4, refused=errors.EngineStateError) as told:
+        for _ in range(60):
+            outcome = said(engine.sleep)
+            if outcome == "None":
+                slept += 1
+                stream = engine._streaming({"input_ids": [1]}, 60)  # as one that was asked for before and is read now
+                of_stream = said(lambda stream=stream: next(stream))
+                engine.wake()
+            else:
+                assert outcome[0] == "EngineStateError" and "are in flight" in outcome[1], outcome
+            time.sleep(0.01)
+    return {"slept": slept, "told": sorted(set(told)), "stream": of_stream, "equal": speaks_as(world, world.model)}
 
 
 def sync_under_a_pause(world):
@@ -851,18 +843,14 @@ def test_a_sync_waits_for_a_rank_that_is_still_waiting_for_tokens(setup):
 
 
 def test_rollouts_go_on_beside_syncs_and_pauses_whenever_ranks_come_to_them(setup):
-    for found in results(setup, rollouts_beside_everything):
-        assert found == {"over": True, "equal": True}
+    assert all(results(setup, rollouts_beside_everything))
 
 
 def test_sleeping_beside_rollouts_neither_lets_a_request_through_nor_ends_the_server(setup):
+    words = "cannot generate while asleep (cuda_graph, kv_cache, weights released)"
     for found in results(setup, sleep_beside_rollouts):
-        assert 0 < found["slept"] < 60 and found["words"] == ["cannot generate while asleep"]
-        assert found["stream"] == (
-            "EngineStateError",
-            "cannot generate while asleep (cuda_graph, kv_cache, weights released)",
-        )
-        assert found["equal"]
+        assert 0 < found.pop("slept") < 60
+        assert found == {"told": [words], "stream": ("EngineStateError", words), "equal": True}
 
 
 @pytest.mark.parametrize("mode", PAUSES)
