@@ -288,9 +288,73 @@ def test_weights_that_were_not_received_are_a_failed_sync(answer):
         )
 
 
-def test_before_memory_is_released_the_server_is_waited_for():
+RELEASE, RESUME = "release_memory_occupation", "resume_memory_occupation"
+
+
+def test_before_memory_is_released_the_server_is_waited_for_and_holds_what_comes():
     client = Captured(answers={"/flush_cache": [refused(), refused(), "flushed"]})
-    Verbs(client).wait_idle(timeout_s=5)
-    assert client.paths == [FLUSH] * 3
+    Verbs(client).fall_asleep(["weights"], timeout_s=5)
+    assert client.paths == [FLUSH] * 3 + [PAUSE, RELEASE]
+    assert client.asked[-2:] == [
+        ("/pause_generation", {"mode": "abort"}),
+        ("/release_memory_occupation", {"tags": ["weights"]}),
+    ]
+    busy = Captured(answers={"/flush_cache": refused()})
     with pytest.raises(DeadlineError, match="requests still run after 0.1 s"):
-        Verbs(Captured(answers={"/flush_cache": refused()})).wait_idle(timeout_s=0.1)
+        Verbs(busy).fall_asleep(["weights"], timeout_s=0.1)
+    assert set(busy.paths) == {FLUSH}
+
+
+def asleep(client, tags):
+    verbs = Verbs(client)
+    verbs.fall_asleep(tags, timeout_s=1)
+    client.asked.clear()
+    return verbs
+
+
+def test_a_sleeping_server_goes_on_when_all_of_it_is_awake_and_its_weights_are_the_trainers():
+    client = Captured("0.5.20")
+    verbs = asleep(client, ["weights", "kv_cache"])
+    verbs.wake_up(["weights"], weights_lost=True, timeout_s=1)
+    synced(client, verbs)
+    assert sorted(client.paths) == sorted([RESUME, FLUSH, VERSION]), "held already, and still"
+    verbs.weights_unknown = False  # as the engine says after a sync
+    client.asked.clear()
+    verbs.fall_asleep(["cuda_graph"], timeout_s=1)
+    verbs.wake_up(["kv_cache"], weights_lost=False, timeout_s=1)
+    verbs.wake_up(["cuda_graph"], weights_lost=False, timeout_s=1)
+    assert client.paths == [FLUSH, RELEASE, RESUME, RESUME, GO_ON]
+    client.asked.clear()
+    synced(client, verbs)
+    assert client.paths[0] == PAUSE and client.paths[-1] == GO_ON, "as if it had never slept"
+
+
+def test_a_server_whose_weights_are_lost_goes_on_with_the_sync_that_brings_them():
+    client = Captured("0.5.20")
+    verbs = asleep(client, ["weights"])
+    verbs.wake_up(["weights"], weights_lost=True, timeout_s=1)
+    verbs.begin_sync(timeout_s=1)
+    verbs.cancel_sync(timeout_s=1)
+    assert client.paths == [RESUME, FLUSH]
+    synced(client, verbs)
+    assert PAUSE not in client.paths and client.paths.count(GO_ON) == 1 and client.paths[-1] == GO_ON
+
+
+def test_sleep_leaves_the_users_pause_alone():
+    client = Captured()
+    verbs = Verbs(client)
+    verbs.pause_generation("retract", timeout_s=1)
+    client.asked.clear()
+    verbs.fall_asleep(["kv_cache"], timeout_s=1)
+    verbs.wake_up(["kv_cache"], weights_lost=False, timeout_s=1)
+    assert client.paths == [FLUSH, RELEASE, RESUME]
+    verbs.continue_generation(timeout_s=1)
+    assert client.paths[-1] == GO_ON and verbs.paused is None
+
+
+def test_memory_that_cannot_be_released_holds_nothing():
+    client = Captured(answers={"/release_memory_occupation": refused("no such tag")})
+    verbs = Verbs(client)
+    with pytest.raises(RequestError, match="no such tag"):
+        verbs.fall_asleep(["kv_cache"], timeout_s=1)
+    assert client.paths == [FLUSH, PAUSE, RELEASE, GO_ON] and not verbs.asleep

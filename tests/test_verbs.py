@@ -510,16 +510,16 @@ def sync_before_the_last_rank_has_its_tokens(world):
 
 
 @contextlib.contextmanager
-def rollouts(world, *, most_tokens, rest_s, refused=()):
-    """Two threads of every rank generate until the body is over; yields what they were told where it was `refused`."""
+def rollouts(world, *clients, most_tokens, rest_s, refused=()):
+    """A thread for each client generates until the body is over; yields what they were told where it was `refused`."""
     over, problems, told = threading.Event(), [], []
 
-    def roll_out(chance):
+    def roll_out(client, chance):
         while not over.is_set() and not problems:
             prompts = [[chance.randrange(1, 400) for _ in range(chance.randrange(1, 12))] for _ in range(2)]
             params = {"temperature": 1.0, "max_new_tokens": chance.randrange(1, most_tokens)}
             try:
-                world.engine.generate(prompts, params, timeout_s=60)
+                client.generate(prompts, params, timeout_s=60)
                 time.sleep(chance.random() * rest_s)
             except refused as error:
                 told.append(error.message)
@@ -527,8 +527,10 @@ def rollouts(world, *, most_tokens, rest_s, refused=()):
             except Exception as error:
                 problems.append(error)
 
-    chances = [random.Random(2 * world.rank + i) for i in range(2)]
-    threads = [threading.Thread(target=roll_out, args=(chance,), daemon=True) for chance in chances]
+    threads = [
+        threading.Thread(target=roll_out, args=(client, random.Random(f"{world.rank} {number}")), daemon=True)
+        for number, client in enumerate(clients)
+    ]
     for thread in threads:
         thread.start()
     yield told
@@ -544,7 +546,7 @@ def rollouts(world, *, most_tokens, rest_s, refused=()):
 def rollouts_beside_everything(world):
     """The ranks come to each collective call when they come."""
     engine, together, alone = world.engine, random.Random(0), random.Random(world.rank)
-    with rollouts(world, most_tokens=40, rest_s=0.0):
+    with rollouts(world, engine, engine, most_tokens=40, rest_s=0.0):
         for number in range(20):
             engine.generate([PROMPTS[world.rank]], {**GREEDY, "max_new_tokens": alone.randrange(1, 30)})
             time.sleep(alone.choice([0, 0.02, 0.1]))
@@ -560,10 +562,13 @@ def rollouts_beside_everything(world):
 
 
 def sleep_beside_rollouts(world):
-    """A sleep either finds a request or is found by it."""
+    """A sleep either finds a request of the slice's or is found by it; those of others are done before it, or wait."""
     engine, slept, of_stream = world.engine, 0, None
-    with rollouts(world, most_tokens=3, rest_s=0.4, refused=errors.EngineStateError) as told:
-        for _ in range(60):
+    with (
+        contextlib.closing(tpcolocate.connect(world.colo.job, slice_index=0)) as other,
+        rollouts(world, engine, other, most_tokens=3, rest_s=0.4, refused=errors.EngineStateError) as told,
+    ):
+        for _ in range(40):
             outcome = said(engine.sleep)
             if outcome == "None":
                 slept += 1
@@ -574,6 +579,28 @@ def sleep_beside_rollouts(world):
                 assert outcome[0] == "EngineStateError" and "are in flight" in outcome[1], outcome
             time.sleep(0.01)
     return {"slept": slept, "told": sorted(set(told)), "stream": of_stream, "equal": speaks_as(world, world.model)}
+
+
+def another_process_asks_while_the_engine_sleeps(world):
+    """It does not know; its request waits until all is awake, and gets the weights of then."""
+    engine, answers = world.engine, []
+    world.perturb(27)
+    engine.sleep()
+    with contextlib.closing(tpcolocate.connect(world.colo.job, slice_index=0)) as other:
+        request = {"temperature": 0, "max_new_tokens": 24}
+        prompt = PROMPTS[world.rank]
+        asking = threading.Thread(target=lambda: answers.append(other.generate([prompt], request)), daemon=True)
+        asking.start()
+        waited = []
+        for step in (lambda: None, lambda: engine.wake(["weights"]), lambda: engine.sync_weights(world.model)):
+            step()
+            asking.join(0.5)  # there is nothing to wait for: it must not come
+            waited.append(not answers)
+        engine.wake()
+        asking.join(60)
+    [[answer]] = answers
+    of_new = follows(world.model, prompt, answer["output_ids"])
+    return {"waited": waited, "of new": of_new, "equal": speaks_as(world, world.model)}
 
 
 def sync_under_a_pause(world):
@@ -690,7 +717,8 @@ def saved_and_resumed(world):
 CHECKS = [
     launched_from_a_checkpoint, lora_beside_each_other, lora_in_parts_of_fused_projections, lora_of_wrapped_models, lora_refused,
     lora_on_synced_weights, update_group_guards, update_groups, sync_under_requests,
-    request_begun_during_a_sync, crossed_calls, sync_before_the_last_rank_has_its_tokens, rollouts_beside_everything, sleep_beside_rollouts, sync_under_a_pause, abort_and_flush,
+    request_begun_during_a_sync, crossed_calls, sync_before_the_last_rank_has_its_tokens, rollouts_beside_everything, sleep_beside_rollouts, another_process_asks_while_the_engine_sleeps,
+    sync_under_a_pause, abort_and_flush,
     saved_and_resumed, sender_that_leaves,
 ]  # fmt: skip
 
@@ -849,8 +877,13 @@ def test_rollouts_go_on_beside_syncs_and_pauses_whenever_ranks_come_to_them(setu
 def test_sleeping_beside_rollouts_neither_lets_a_request_through_nor_ends_the_server(setup):
     words = "cannot generate while asleep (cuda_graph, kv_cache, weights released)"
     for found in results(setup, sleep_beside_rollouts):
-        assert 0 < found.pop("slept") < 60
-        assert found == {"told": [words], "stream": ("EngineStateError", words), "equal": True}
+        assert 0 < found.pop("slept") < 40 and set(found.pop("told")) <= {words}
+        assert found == {"stream": ("EngineStateError", words), "equal": True}
+
+
+def test_requests_from_elsewhere_wait_while_the_engine_sleeps(setup):
+    for found in results(setup, another_process_asks_while_the_engine_sleeps):
+        assert found == {"waited": [True] * 3, "of new": True, "equal": True}
 
 
 @pytest.mark.parametrize("mode", PAUSES)

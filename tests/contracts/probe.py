@@ -562,9 +562,9 @@ def begin_and_end_of_a_sync_arrive():
 
 def sleep_and_wake_arrive():
     return _arrives(
-        lambda verbs: verbs.release_memory(["kv_cache", "weights"], timeout_s=10),
-        lambda verbs: verbs.resume_memory(["weights"], timeout_s=10),
-        lambda verbs: verbs.wait_idle(timeout_s=10),
+        lambda verbs: verbs.fall_asleep(["kv_cache", "weights"], timeout_s=10),
+        lambda verbs: verbs.wake_up(["weights"], weights_lost=False, timeout_s=10),
+        lambda verbs: verbs.wake_up(["kv_cache"], weights_lost=False, timeout_s=10),
     )
 
 

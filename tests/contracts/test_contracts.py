@@ -215,6 +215,7 @@ def test_begin_and_end_of_a_sync_arrive_and_the_version_is_reported(version):
 def test_sleep_and_wake_arrive(version):
     sent = answer(version, "sleep_and_wake_arrive")
     assert sent["/release_memory_occupation"] == sent["/resume_memory_occupation"] == ["tags"]
+    assert sent["/pause_generation"] == ["mode"] and "/continue_generation" in sent
 
 
 @every_release

@@ -75,7 +75,11 @@ class Verbs:
         self.cache_is_stale = False
         """Whether a sync had to leave cache entries of older weights in place."""
         self.weights_unknown = False
-        """Whether an update has failed half-way; requests that wait must not go on then."""
+        """Whether the weights are not the trainer's, or not all of them; requests that wait must not go on then."""
+        self.asleep: set[str] = set()
+        """Tags whose memory is released."""
+        self.resting = False
+        """Whether generation is held because of it."""
         self._session_open = False
 
     # --- weights -----------------------------------------------------------------------------------------------
@@ -109,7 +113,7 @@ class Verbs:
             first all the same, it drops the cache once that is over.
         """
         deadline = time.monotonic() + timeout_s
-        if self.paused is None:
+        if self.paused is None and not self.resting:
             # Answered before anything else is asked for: while it does not know of a pause, SGLang keeps an update
             # waiting for the requests in flight.
             self.client.post("/pause_generation", {"mode": "retract"}, timeout_s=timeout_s)
@@ -129,10 +133,16 @@ class Verbs:
                 url=self.client.url,
             )
 
-    def _go_on(self, *, timeout_s: float) -> None:
-        """End the pause of a sync, not one of the user's, and not before weights that are half of one kind."""
-        if self.paused is None and not self.weights_unknown:
+    def _go_on(self, *, timeout_s: float, proven: bool = False) -> None:
+        """End a pause, unless it is the user's, memory is released, or the weights are half of one kind.
+
+        Args:
+            timeout_s: In seconds.
+            proven: The weights are known to be the trainer's by now.
+        """
+        if self.paused is None and not self.asleep and (proven or not self.weights_unknown):
             self.client.post("/continue_generation", {}, timeout_s=timeout_s)
+            self.resting = False
 
     def _open_session(self, *, timeout_s: float) -> None:
         # A sync that failed half-way left its session open.
@@ -275,8 +285,7 @@ class Verbs:
                 )
 
         def go_on() -> None:
-            if self.paused is None:
-                self.client.post("/continue_generation", {}, timeout_s=_left(deadline))
+            self._go_on(timeout_s=_left(deadline), proven=True)
 
         # SGLang takes up one request after the other: each may be asked for when the one before it has left.
         published = begun_in_background(publish, name="tpcolocate version")
@@ -300,7 +309,7 @@ class Verbs:
     def continue_generation(self, *, timeout_s: float) -> None:
         if self.paused is not None:
             self.client.post("/continue_generation", {}, timeout_s=timeout_s)
-            self.paused = None
+            self.paused, self.resting = None, False
 
     def flush_cache(self, *, timeout_s: float) -> None:
         """Drop the prefix cache.
@@ -328,13 +337,43 @@ class Verbs:
 
     # --- memory ------------------------------------------------------------------------------------------------
 
-    def wait_idle(self, *, timeout_s: float) -> None:
-        """Wait until no request runs; releasing memory under a running one kills the server.
+    def fall_asleep(self, tags: Sequence[str], *, timeout_s: float) -> None:
+        """Release memory once no request runs; those that come from now on wait in the server until it is awake.
 
         Raises:
             DeadlineError: Requests still run.
         """
         deadline = time.monotonic() + timeout_s
+        self._wait_idle(deadline, timeout_s)
+        if self.paused is None and not self.resting:
+            # With ``abort`` new requests wait where they are taken in, and the scheduler is idle as before.  One that has come
+            # since it was idle ends early: to release memory under it would end the server.
+            self.client.post("/pause_generation", {"mode": "abort"}, timeout_s=_left(deadline))
+            self.resting = True
+        try:
+            self.client.post("/release_memory_occupation", {"tags": list(tags)}, timeout_s=_left(deadline))
+        except RequestError:
+            if self.resting:
+                self._go_on(timeout_s=_left(deadline))
+            raise
+        self.asleep |= set(tags)
+
+    def wake_up(self, tags: Sequence[str], *, weights_lost: bool, timeout_s: float) -> None:
+        """Resume memory; once all is awake, and unless the weights are lost, requests that waited are taken up.
+
+        Args:
+            tags: What to resume.
+            weights_lost: Whether the weights hold anything but the trainer's then; a sync lets generation go on.
+            timeout_s: In seconds.
+        """
+        deadline = time.monotonic() + timeout_s
+        self.client.post("/resume_memory_occupation", {"tags": list(tags)}, timeout_s=timeout_s)
+        self.asleep -= set(tags)
+        self.weights_unknown = weights_lost
+        if self.resting:
+            self._go_on(timeout_s=_left(deadline))
+
+    def _wait_idle(self, deadline: float, timeout_s: float) -> None:
         while not self._drop_cache(timeout_s=_left(deadline)):
             if time.monotonic() >= deadline:
                 raise DeadlineError(
@@ -344,12 +383,6 @@ class Verbs:
                 )
             time.sleep(_IDLE_POLL_S)
         self.cache_is_stale = False
-
-    def release_memory(self, tags: Sequence[str], *, timeout_s: float) -> None:
-        self.client.post("/release_memory_occupation", {"tags": list(tags)}, timeout_s=timeout_s)
-
-    def resume_memory(self, tags: Sequence[str], *, timeout_s: float) -> None:
-        self.client.post("/resume_memory_occupation", {"tags": list(tags)}, timeout_s=timeout_s)
 
     # --- adapters and update groups ----------------------------------------------------------------------------
 

@@ -103,7 +103,7 @@ class SliceClient(Client):
         self._state = self._before.synced(partial=partial)
         self.weight_version = version
         if self._verbs is not None:
-            self._verbs.weights_unknown = self._state.weights is Held.UNKNOWN
+            self._verbs.weights_unknown = self._state.weights is not Held.CURRENT
 
     @property
     def _everybody(self) -> RankGroup:

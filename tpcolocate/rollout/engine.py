@@ -228,8 +228,7 @@ class Engine(AdapterCalls, UpdateGroupCalls, GenerationCalls):
 
             def act() -> None:
                 if chosen and self._verbs is not None:
-                    self._verbs.wait_idle(timeout_s=timeout_s)
-                    self._verbs.release_memory(chosen, timeout_s=timeout_s)
+                    self._verbs.fall_asleep(chosen, timeout_s=timeout_s)
 
             self._sync.call_back(timeout_s=timeout_s)
             self._on_owner("sleep", act, timeout_s=timeout_s)
@@ -249,7 +248,8 @@ class Engine(AdapterCalls, UpdateGroupCalls, GenerationCalls):
 
         def act() -> None:
             if chosen and self._verbs is not None:
-                self._verbs.resume_memory(chosen, timeout_s=timeout_s)
+                lost = after.weights is not Held.CURRENT
+                self._verbs.wake_up(chosen, weights_lost=lost, timeout_s=timeout_s)
 
         self._sync.call_back(timeout_s=timeout_s)
         self._on_owner("wake", act, timeout_s=timeout_s)
@@ -263,8 +263,8 @@ class Engine(AdapterCalls, UpdateGroupCalls, GenerationCalls):
             return Health.DEAD
         if self._state.asleep:
             return Health.ASLEEP if self._client.is_listening(timeout_s=HEALTH_TIMEOUT_S) else Health.DEAD
-        if self._state.paused is not None or self._state.weights in (Held.CHANGING, Held.UNKNOWN):
-            # No token comes out of a paused server; a sync pauses it, and leaves it paused if it fails half-way.
+        if self._state.paused is not None or self._state.weights is not Held.CURRENT:
+            # No token comes out of a paused server.  Sleep and sync pause it, until its weights are the trainer's again.
             return Health.PAUSED if self._client.is_listening(timeout_s=HEALTH_TIMEOUT_S) else Health.DEAD
         asked = time.monotonic()
         if self._client.is_healthy(timeout_s=HEALTH_TIMEOUT_S):
