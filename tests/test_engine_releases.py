@@ -22,7 +22,7 @@ from test_engine import (
     trainer_logprobs,
     twenty_syncs,
 )
-from test_verbs import follows, in_flight, said
+from test_verbs import another_process_asks_while_the_engine_sleeps, follows, in_flight, said
 
 import tpcolocate
 from tpcolocate import errors
@@ -63,7 +63,7 @@ def sync_while_requests_wait(world):
 
 
 CHECKS = (version, tokens_before, tokens_after_fsdp2_sync, trainer_logprobs, tokens_after_plain_sync, refused_weights,
-          stock_sync, sync_while_requests_wait, twenty_syncs)  # fmt: skip
+          stock_sync, sync_while_requests_wait, another_process_asks_while_the_engine_sleeps, twenty_syncs)  # fmt: skip
 
 
 def drive(rank, model_dir):
@@ -135,6 +135,11 @@ def test_weights_that_sglang_would_swallow_are_refused(job):
         said = found["said"]
         assert "accepted" not in said.values() and found["unchanged"]
         assert said["unknown_name"][0] == said["too_few_rows"][0] == said["missing"][0] == "WeightsMismatchError"
+
+
+def test_requests_from_elsewhere_wait_while_the_engine_sleeps(job):
+    for found in of(job, "another_process_asks_while_the_engine_sleeps"):
+        assert found == {"waited": [True] * 3, "of new": True, "equal": True}
 
 
 def test_a_stock_sync_arrives(job):
