@@ -546,8 +546,8 @@ def rollouts(world, *clients, most_tokens, rest_s, refused=()):
 def rollouts_beside_everything(world):
     """The ranks come to each collective call when they come."""
     engine, together, alone = world.engine, random.Random(0), random.Random(world.rank)
-    with rollouts(world, engine, engine, most_tokens=40, rest_s=0.0):
-        for number in range(20):
+    with rollouts(world, engine, engine, most_tokens=20, rest_s=0.3):
+        for number in range(8):
             engine.generate([PROMPTS[world.rank]], {**GREEDY, "max_new_tokens": alone.randrange(1, 30)})
             time.sleep(alone.choice([0, 0.02, 0.1]))
             mode = together.choice([None, None, "retract", "abort"])
@@ -563,12 +563,12 @@ def rollouts_beside_everything(world):
 
 def sleep_beside_rollouts(world):
     """A sleep either finds a request of the slice's or is found by it; those of others are done before it, or wait."""
-    engine, slept, of_stream = world.engine, 0, None
+    engine, slept, refused, of_stream = world.engine, 0, 0, None
     with (
         contextlib.closing(tpcolocate.connect(world.colo.job, slice_index=0)) as other,
         rollouts(world, engine, other, most_tokens=3, rest_s=0.4, refused=errors.EngineStateError) as told,
     ):
-        for _ in range(40):
+        while min(slept, refused) < 10 and slept + refused < 400:  # the same on every rank
             outcome = said(engine.sleep)
             if outcome == "None":
                 slept += 1
@@ -576,9 +576,15 @@ def sleep_beside_rollouts(world):
                 of_stream = said(lambda stream=stream: next(stream))
                 engine.wake()
             else:
+                refused += 1
                 assert outcome[0] == "EngineStateError" and "are in flight" in outcome[1], outcome
             time.sleep(0.01)
-    return {"slept": slept, "told": sorted(set(told)), "stream": of_stream, "equal": speaks_as(world, world.model)}
+    return {
+        "often": min(slept, refused),
+        "told": sorted(set(told)),
+        "stream": of_stream,
+        "equal": speaks_as(world, world.model),
+    }
 
 
 def another_process_asks_while_the_engine_sleeps(world):
@@ -877,8 +883,8 @@ def test_rollouts_go_on_beside_syncs_and_pauses_whenever_ranks_come_to_them(setu
 def test_sleeping_beside_rollouts_neither_lets_a_request_through_nor_ends_the_server(setup):
     words = "cannot generate while asleep (cuda_graph, kv_cache, weights released)"
     for found in results(setup, sleep_beside_rollouts):
-        assert 0 < found.pop("slept") < 40 and set(found.pop("told")) <= {words}
-        assert found == {"stream": ("EngineStateError", words), "equal": True}
+        assert set(found.pop("told")) <= {words}
+        assert found == {"often": 10, "stream": ("EngineStateError", words), "equal": True}
 
 
 def test_requests_from_elsewhere_wait_while_the_engine_sleeps(setup):
