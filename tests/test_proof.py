@@ -16,7 +16,7 @@ from test_engine import drive
 
 from tpcolocate import errors, ipc_payload
 from tpcolocate.engine import channel
-from tpcolocate.weights import delivery, loans, mover, moves
+from tpcolocate.weights import delivery, loans, mover, moves, opening
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
@@ -432,10 +432,29 @@ def memory_that_is_borrowed_for_the_first_sync(world):
     """Nothing but samples is staged, where an engine could map the trainer's memory, and all of it comes back."""
     world.model = copy.deepcopy(world.model)
     world.model.share_memory()
-    reports, found = learned_anew(world, times=2)
+    order = []
+
+    def noting(word):
+        def make(original):
+            def noted(self, *args, **kwargs):
+                order.append(word)
+                return original(self, *args, **kwargs)
+
+            return noted
+
+        return make
+
+    with (
+        planted(ipc_payload.Ledger, "export_storage", noting("export")),
+        planted(opening.Opening, "result", noting("wait for the workers")),
+    ):
+        reports, found = learned_anew(world, times=2)
     model = sum(p.numel() * p.element_size() for p in world.model.parameters())
     return {
         **found,
+        "exported while the server is waited for": order.index("export") < order.index("wait for the workers")
+        if world.rank == 0
+        else None,
         "direct": [r.direct_bytes / model for report in reports for r in report.ranks],
         "lent": [r.num_lent > 0 for report in reports for r in report.ranks],
         "back": all(r.num_exported == r.num_returned for report in reports for r in report.ranks),
@@ -647,6 +666,7 @@ def test_a_first_sync_rehearses_and_borrows(found):
         assert all(0.6 < staged < 0.7 for staged in value["staged"][:2]) and value["staged"][2:] == [0, 0]
         assert value["direct"][:2] == value["direct"][2:] and all(0.5 <= direct < 0.55 for direct in value["direct"])
         assert value["lent"] == [False, False, True, True] and value["back"]
+        assert value["exported while the server is waited for"] is not False
 
 
 def test_where_memory_cannot_be_exported_the_first_sync_stages(found):

@@ -37,7 +37,8 @@ class LearningPhases(MovePhases, BucketPhases):
         watched while it loads, bucket by bucket.
 
         Args:
-            lending: What may become of the tensors' memory; that which can be mapped is exported while the workers are busy.
+            lending: What may become of the tensors' memory; what can be mapped and is not exported yet is, while the workers are
+                busy.
         """
         knowledge = self.sync.knowledge
         if self.repeats or self.delivery.transport != "ipc" or self.sync.rehearsal_refused is not None:

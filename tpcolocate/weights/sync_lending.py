@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tpcolocate.errors import SyncError
@@ -30,6 +30,21 @@ class LendingPhases(SyncPhases):
             STAYS if stays else CAN_BE_MAPPED if loans.can_be_mapped(storage) else STAGED
             for storage, stays in zip(storages, steady)
         ]
+
+    def borrow_ahead(self, lending: Sequence[str]) -> None:
+        """Export what an engine's first sync will have mapped, while the server is waited for.
+
+        As far as this rank knows: if it comes otherwise, what was exported is taken back unopened.
+
+        Args:
+            lending: From `lending`.
+        """
+        if not self.sync.knowledge.reads and self.sync.rehearsal_refused is None:
+            self.borrowed.export(
+                one.local.untyped_storage()
+                for one, may in zip(self.tensors.values(), lending, strict=True)
+                if may == CAN_BE_MAPPED
+            )
 
     def lend(self, keep: set[str], borrow: set[str]) -> set[str]:
         """Have the workers map what may be lent and is not yet, and let go of what is no longer used.

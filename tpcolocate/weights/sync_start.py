@@ -94,6 +94,8 @@ class StartPhases(MovePhases):
                     # While the server is waited for.  Most likely the other ranks see no change either.
                     assert self.sync.moves is not None
                     self.ready = self.get_ready(self.sync.moves[1])
+                elif prepared is not None:
+                    self.borrow_ahead(prepared[1].lending)
                 if prepared is not None and self.opening is not None:
                     greetings = self.opening.result()
                     self.delivery.workers = self.opening.workers
