@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from harness import Footprint, leftovers, run_ranks
+from rollout_checks import another_process_asks_while_the_engine_sleeps, follows, in_flight, said
 from test_engine import (
     ARGS,
     HEALTH_S,
@@ -22,7 +23,6 @@ from test_engine import (
     trainer_logprobs,
     twenty_syncs,
 )
-from test_verbs import another_process_asks_while_the_engine_sleeps, follows, in_flight, said
 
 import tpcolocate
 from tpcolocate import errors

@@ -36,9 +36,9 @@ _HEAD_BYTES = 128
 # itself; this is for the peer that died before its connection was made.
 _LOOK_INTERVAL_S = 1.0
 _EXIT_S = 0.5
-_SHOWN = 200
-"""Characters of a value in an error."""
 _BACKEND_MARGIN_S = 30.0
+# Characters of a value in an error.
+_SHOWN = 200
 
 
 class RankGroup:

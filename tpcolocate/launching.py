@@ -369,4 +369,4 @@ def answers(announcement: rendezvous.Announcement) -> bool:
         client.close()
 
 
-__all__ = ["Launch", "Launched", "Order", "Site", "agree_on_launch", "answers"]
+__all__ = ["Launch", "Site", "agree_on_launch", "answers"]

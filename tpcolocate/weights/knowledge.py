@@ -95,6 +95,11 @@ class Knowledge:
             if not loaded:
                 self._rehearsed.add((entry.name, shape, entry.dtype))
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether the workers have told nothing yet, not even that there is nothing to tell."""
+        return not self.reads and not self._rehearsed
+
     def was_rehearsed(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> bool:
         """Whether a rehearsal has told all that it can of such a tensor."""
         return (name, tuple(shape), dtype) in self._rehearsed

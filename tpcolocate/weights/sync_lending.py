@@ -39,7 +39,8 @@ class LendingPhases(SyncPhases):
         Args:
             lending: From `lending`.
         """
-        if not self.sync.knowledge.reads and self.sync.rehearsal_refused is None:
+        is_first = self.sync.knowledge.is_empty and self.sync.rehearsal_refused is None
+        if is_first and self.options.payloads not in self.sync.refused_ways:
             self.borrowed.export(
                 one.local.untyped_storage()
                 for one, may in zip(self.tensors.values(), lending, strict=True)
