@@ -35,6 +35,8 @@ class Worker(threading.Thread):
                 if answer is None:
                     return
                 socket.send(json.dumps({"number": command["number"], "by": self.tp_rank, **answer}).encode())
+                if command.get("last"):
+                    return
 
 
 @pytest.fixture
@@ -81,6 +83,31 @@ def test_several_commands_may_be_under_way(opened):
     for number in (0, 1, 2):
         assert {a["got"] for a in channel.collect(number, timeout_s=20).values()} == {number}
     channel.finish()
+
+
+def test_workers_that_know_the_last_command_are_not_told_to_leave(opened):
+    channel, workers = opened(lambda c: {"got": c["x"]}, lambda c: {"got": c["x"]})
+    channel.greet(timeout_s=20)
+    channel.post({k: {"do": "it", "x": 1, "last": False} for k in (0, 1)}, 0)
+    channel.post({k: {"do": "it", "x": 2, "last": True} for k in (0, 1)}, 1)
+    for worker in workers:
+        worker.join(20)
+    assert {a["got"] for a in channel.collect(0, timeout_s=20).values()} == {1}
+    assert {a["got"] for a in channel.collect(1, timeout_s=20).values()} == {2}, "also after SGLang has answered"
+    channel.dismiss()
+    channel.finish()
+    assert [[command["do"] for command in worker.seen] for worker in workers] == [["it", "it"]] * 2
+
+
+def test_dismissed_workers_are_gone_before_anybody_waits_for_them(opened):
+    channel, workers = opened(lambda c: {})
+    channel.greet(timeout_s=20)
+    channel.dismiss()
+    for worker in workers:
+        worker.join(20)
+    channel.dismiss()
+    channel.finish()
+    assert [[command["do"] for command in worker.seen] for worker in workers] == [["leave"]], "told once"
 
 
 def test_a_request_that_fails_ends_the_waiting_with_its_error(tmp_path):

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from tpcolocate.parallel import at_once, begun_in_background, in_background, quick_switching
+from tpcolocate.parallel import at_once, begun_in_background, in_background, outcome_of, quick_switching
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(60)]
 
@@ -132,3 +132,10 @@ def test_an_interval_that_is_shorter_already_is_left_alone(slow_switching):
     with quick_switching():
         assert sys.getswitchinterval() == shorter
     assert sys.getswitchinterval() == shorter
+
+
+def test_the_outcome_of_a_call_is_kept_whatever_it_is():
+    assert outcome_of(lambda: 3).result() == 3
+    failed = outcome_of(lambda: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        failed.result()

@@ -47,6 +47,7 @@ ALIGNMENT = 256
 _SHM = Path("/dev/shm")
 _CUDA_COUNTER_HEADER_BYTES = 64
 _POLL_INTERVAL_S = 0.0005
+_NOTHING = torch.empty(0, dtype=torch.uint8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,13 +321,15 @@ def payload(handle: Handle, entries: Sequence[Entry]) -> str:
 
 
 def command(job: Mapping[str, Any]) -> str:
-    """What one TP rank receives for our receiver: a JSON command as a tensor, by value; nothing in it is a handle yet.
+    """What one TP rank receives for our receiver: a JSON command as the name of an empty tensor; no handle is in it.
+
+    As its contents, the command would be copied to the GPU and back before anybody could read it, behind whatever the
+    trainer has queued there.
 
     Args:
         job: See `tpcolocate_receiver`.
     """
-    data = torch.frombuffer(bytearray(json.dumps(job).encode()), dtype=torch.uint8)
-    return base64.b64encode(pickle.dumps([(COMMAND, data)], protocol=4)).decode()
+    return base64.b64encode(pickle.dumps([(COMMAND + json.dumps(job), _NOTHING)], protocol=4)).decode()
 
 
 def new_session() -> str:

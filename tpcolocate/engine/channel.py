@@ -46,6 +46,7 @@ class Channel:
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._present: dict[int, dict[str, Any]] = {}
+        self._is_dismissed = False
         try:
             self._socket.bind(self.endpoint)
         except BaseException:
@@ -91,7 +92,7 @@ class Channel:
         """Send a command to each TP rank; `collect` has the answers.
 
         Args:
-            commands: TP rank -> command.
+            commands: TP rank -> command.  After one that is the ``last`` a worker leaves by itself, once it has answered.
             number: Identifies the answers.
         """
         self._due[number] = set(commands)
@@ -102,6 +103,7 @@ class Channel:
                 )
             except zmq.ZMQError as error:
                 raise EngineDeadError(f"TP rank {tp_rank} has left the weight sync: {error}") from error
+        self._is_dismissed = all(command.get("last", False) for command in commands.values())
 
     def collect(self, number: int, *, timeout_s: float) -> dict[int, dict[str, Any]]:
         """The answers to a `post`, by TP rank.
@@ -134,20 +136,27 @@ class Channel:
         name, content = self._socket.recv_multipart()
         return int(name), json.loads(content)
 
+    def dismiss(self) -> None:
+        """Tell the workers that this was all, unless they know."""
+        if self._is_dismissed or not self._is_asking:
+            return
+        self._is_dismissed = True
+        for tp_rank in self._present:
+            try:
+                self._socket.send_multipart(
+                    [str(tp_rank).encode(), json.dumps({"do": "leave", "for": tp_rank}).encode()], zmq.NOBLOCK
+                )
+            except zmq.ZMQError:
+                pass  # it has left
+
     def close(self) -> None:
-        """Tell the workers that this was all, and wait, for a bounded time, until SGLang has answered."""
+        """`dismiss`, and wait, for a bounded time, until SGLang has answered."""
         if self._socket.closed:
             return
         try:
-            if self._is_asking:
-                for tp_rank in self._present:
-                    try:
-                        self._socket.send_multipart(
-                            [str(tp_rank).encode(), json.dumps({"do": "leave", "for": tp_rank}).encode()], zmq.NOBLOCK
-                        )
-                    except zmq.ZMQError:
-                        pass  # it has left
-                wait([self._request], _LEAVE_S)  # type: ignore[list-item]
+            self.dismiss()
+            if self._request is not None:
+                wait([self._request], _LEAVE_S)
         finally:
             self._socket.close()
             self._context.term()

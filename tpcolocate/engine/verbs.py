@@ -52,7 +52,11 @@ class LoraLimits:
 class Leaving(Protocol):
     """What ends when a sync does: a `Channel`."""
 
+    def dismiss(self) -> None: ...
     def finish(self) -> None: ...
+
+
+def _nothing() -> None: ...
 
 
 class Verbs:
@@ -98,7 +102,7 @@ class Verbs:
                 self.cancel_sync(timeout_s=_left(deadline))
             raise
 
-    def hold_generation(self, *, timeout_s: float) -> Future[None]:
+    def hold_generation(self, *, timeout_s: float, meanwhile: Callable[[], None] = _nothing) -> Future[None]:
         """Hold generation, begin to drop the cache of the old weights, and open what the release needs opened.
 
         Unless the user has paused already, requests in flight are retracted: they keep the tokens they have and go on
@@ -106,6 +110,10 @@ class Verbs:
         meanwhile, and because a release that cannot do so must say it while the weights are still what they were.
 
         `cancel_sync` undoes it, whatever this or the future raises.
+
+        Args:
+            timeout_s: In seconds.
+            meanwhile: Called once, while the first answer is waited for if there is anything to wait for; raises nothing.
 
         Returns:
             Done once the cache is dropped; raises as `begin_sync`.  No weight may change before.  An update may be asked
@@ -116,7 +124,9 @@ class Verbs:
         if self.paused is None and not self.resting:
             # Answered before anything else is asked for: while it does not know of a pause, SGLang keeps an update
             # waiting for the requests in flight.
-            self.client.post("/pause_generation", {"mode": "retract"}, timeout_s=timeout_s)
+            self.client.post("/pause_generation", {"mode": "retract"}, timeout_s=timeout_s, sent=meanwhile)
+        else:
+            meanwhile()
         dropped = begun_in_background(
             lambda begun: self._drop_old_cache(begun, timeout_s=_left(deadline)), name="tpcolocate flush"
         )
@@ -265,11 +275,6 @@ class Verbs:
         """
         deadline = time.monotonic() + timeout_s
 
-        def leave() -> None:
-            if workers is not None:
-                workers.finish()
-            self._close_session(timeout_s=_left(deadline))
-
         def publish(sent: Callable[[], None]) -> None:
             # abort_all_requests defaults to True
             body = {"new_version": version, "abort_all_requests": False}
@@ -287,13 +292,17 @@ class Verbs:
         def go_on() -> None:
             self._go_on(timeout_s=_left(deadline), proven=True)
 
+        if workers is not None:
+            workers.dismiss()
         # SGLang takes up one request after the other: each may be asked for when the one before it has left.
         published = begun_in_background(publish, name="tpcolocate version")
-        if self._session_open:
-            leave()  # nothing may be generated before the session is closed
-            at_once(confirm, go_on)
-        else:
-            at_once(leave, confirm, go_on)
+        if self._session_open:  # nothing may be generated before it is closed
+            if workers is not None:
+                workers.finish()
+            self._close_session(timeout_s=_left(deadline))
+        at_once(confirm, go_on)
+        if workers is not None:
+            workers.finish()
         published.result()
 
     def _version(self, deadline: float) -> Any:

@@ -39,6 +39,8 @@ class SumsInPlace:
         self._device = device
         self._words = [self._words_of(piece, tensors) for piece in pieces]
         self._sums = torch.empty(len(pieces), dtype=torch.int64, device=device)
+        self._of_piece = self._sums.unbind()
+        self._others = [i for i, words in enumerate(self._words) if words is None]
         self._replay = Replay(device)
 
     @property
@@ -56,11 +58,10 @@ class SumsInPlace:
 
     def begin(self, tensors: Mapping[str, Held]) -> torch.Tensor:
         """The sums, not waited for; overwritten at the next call."""
-        of_piece = self._sums.unbind()
 
         def queue() -> None:
             lanes = Lanes(self._device)
-            for i, (piece, words, out) in enumerate(zip(self._pieces, self._words, of_piece)):
+            for i, (piece, words, out) in enumerate(zip(self._pieces, self._words, self._of_piece)):
                 if words is not None:
                     shape, strides, offset = words
                     view = torch.empty(0, dtype=torch.int64, device=self._device)
@@ -72,10 +73,10 @@ class SumsInPlace:
 
         if self._pieces:
             self._replay.run(queue)
-        for piece, words, out in zip(self._pieces, self._words, of_piece):
-            if words is None:
-                one = tensors[piece.name]
-                out.copy_(word_sum(piece.view(one.local, one.slab).to(self._device, piece.read.dtype)))
+        for i in self._others:
+            piece = self._pieces[i]
+            one = tensors[piece.name]
+            self._of_piece[i].copy_(word_sum(piece.view(one.local, one.slab).to(self._device, piece.read.dtype)))
         return self._sums
 
 

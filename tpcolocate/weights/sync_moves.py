@@ -92,14 +92,20 @@ class MovePhases(LendingPhases):
         self.staged = self.staged or bool(moves.steps or self.borrowed.regions)
         waiting: list[tuple[int, str]] = []
         direct, *staged = moves.programs
-        command = {"do": "run", "program": direct, "keep": True}
+
+        def run(program: str, *, keep: bool) -> dict[str, Any]:
+            # Of a sync that repeats another it is known what it ends with: nobody has to tell the workers to leave.
+            is_last = self.repeats and program == moves.last
+            return {"do": "run", "program": program, "keep": keep, "last": is_last}
+
+        command = run(direct, keep=True)
         error: BaseException | None = None
         if self.repeats:
             error = self.post_alike(command, waiting)
         else:
             self.post("copy what is mapped", {**command, **define}, waiting, error=None)
         for i, program in enumerate(staged):
-            command = {"do": "run", "program": program, "keep": False}
+            command = run(program, keep=False)
             with self.watch.phase("gather"):
                 try:
                     self.unmoved.pop(0)()  # before anything else that can fail: the other slices are in it

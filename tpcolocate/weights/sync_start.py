@@ -91,9 +91,7 @@ class StartPhases(MovePhases):
                 if prepared is not None:
                     self.open()
                 if prepared is not None and prepared[1].repeats:
-                    # While the server is waited for.  Most likely the other ranks see no change either.
-                    assert self.sync.moves is not None
-                    self.ready = self.get_ready(self.sync.moves[1])
+                    prepared = prepared[0], self.get_ready_again(prepared[1])
                 elif prepared is not None:
                     self.borrow_ahead(prepared[1].lending)
                 if prepared is not None and self.opening is not None:
@@ -202,7 +200,23 @@ class StartPhases(MovePhases):
         self.tensors = HeldAgain({n: item for n, item in weights.known if isinstance(item, torch.Tensor)}, last.layouts)
         self.sharded = bool(last.groups)
         self.wait_for_the_trainer()
-        return weights, replace(last.facts, free=free_bytes(self.sync.device), repeats=True)
+        return weights, replace(last.facts, repeats=True)
+
+    def get_ready_again(self, facts: Facts) -> Facts:
+        """Get ready for the moves of the last sync, while the server is waited for; most likely no other rank sees a change.
+
+        Args:
+            facts: Of this rank; what it has free is yet to be found out.
+        """
+        assert self.sync.moves is not None
+        moves = self.sync.moves[1]
+        if moves.steps:  # before they take their staging memory
+            facts = replace(facts, free=free_bytes(self.sync.device))
+            self.ready = self.get_ready(moves)
+            return facts
+        # The GPU's work first: it may take longer than the server does.
+        self.ready = self.get_ready(moves)
+        return replace(facts, free=free_bytes(self.sync.device))
 
     def remember(self, source: Source, weights: Weights, facts: Facts, tensors: Mapping[str, Held]) -> Last | None:
         """For the next sync: of a sync that moved everything, and lent all that it may."""

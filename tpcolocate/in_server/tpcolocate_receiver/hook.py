@@ -28,7 +28,8 @@ from .watch import Copy, Recorder, Staged, differing, quantised, views
 
 logger = logging.getLogger(__name__)
 
-COMMAND = "tpcolocate"
+COMMAND = "tpcolocate "
+"""How the name of the one tensor begins; JSON follows."""
 _POLL_MS = 200
 # For the last answer to leave after the socket was closed.
 _LINGER_MS = 2000
@@ -47,10 +48,11 @@ def receive(model: torch.nn.Module, named_tensors: Iterable[tuple[str, torch.Ten
 
     Args:
         model: The worker's model.
-        named_tensors: One tensor of uint8, the JSON command that opens a session; SGLang may have moved it to the GPU.
+        named_tensors: One tensor without elements, whose name is the command that opens a session.
     """
     try:
-        job = json.loads(bytes(dict(named_tensors)[COMMAND].cpu().tolist()))
+        [(name, _)] = named_tensors
+        job = json.loads(name.removeprefix(COMMAND))
         if job["session"] in _held:
             return
         _held.append(job["session"])
@@ -81,12 +83,11 @@ def _hold(model: torch.nn.Module, job: dict[str, Any]) -> None:
                     break
                 continue
             command = json.loads(socket.recv())
-            if command["do"] == "leave":
-                _drop(plans, _staged())
-                socket.send(json.dumps({"tp_rank": job["tp_rank"], "error": None}).encode())
+            if command["do"] != "leave":
+                socket.send(json.dumps(_answer(_act, model, plans, {**job, **command})).encode())
+            if command["do"] == "leave" or command.get("last"):
                 one_pass.prepare(next(model.parameters()).device)  # beside what the server does next
-                return
-            socket.send(json.dumps(_answer(_act, model, plans, {**job, **command})).encode())
+                break
     _drop(plans, _staged())
 
 
