@@ -99,7 +99,7 @@ def drive(rank, folder, world):
                 if ready.item():
                     break
             found["gap_one_pass"] = gap(engine, model, device)
-            found["captured"] = engine._sync.moves[1].in_place.is_replayed
+            found["one_piece"] = engine._sync.moves[1].in_place.is_one_piece
             with torch.no_grad():  # in place, which the graphs must read anew; and elsewhere, which they must not
                 model.model.layers[0].mlp.up_proj.weight.mul_(1.5)
                 model.model.layers[1].mlp.up_proj.weight = torch.nn.Parameter(
@@ -260,8 +260,8 @@ def test_parts_move_out_of_lent_memory_and_take_none(found):
         assert max(value["used_parts"]) == min(value["used_parts"])
 
 
-def test_repeated_syncs_are_queued_as_a_graph_that_reads_what_is_there_now(found):
-    assert all(value["captured"] and value["gap_replaced"] < 1.0 for value in found)
+def test_repeated_syncs_are_queued_as_one_piece_that_reads_what_is_there_now(found):
+    assert all(value["one_piece"] and value["gap_replaced"] < 1.0 for value in found)
 
 
 def test_one_kernel_copies_and_reads_back_once_it_is_there(found):

@@ -4,6 +4,7 @@ How fast it is, and that a GPU's memory is really read, is for GPUs: `test_gpu.p
 """
 
 import ctypes
+import functools
 import importlib
 import itertools
 import sys
@@ -17,6 +18,9 @@ from loaders import applied, model_of, plain, sent
 from tpcolocate.in_server.tpcolocate_receiver import one_pass
 from tpcolocate.in_server.tpcolocate_receiver.plans import Program
 from tpcolocate.in_server.tpcolocate_receiver.sums import word_sum
+from tpcolocate.weights.held import Held
+from tpcolocate.weights.moves import Piece, Read, whole
+from tpcolocate.weights.part_sums import SumsInPlace
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(120)]
 
@@ -67,12 +71,13 @@ def test_it_passes_the_test_that_it_must_pass_on_a_gpu(kernel):
 
 
 @pytest.mark.parametrize("spoiled, words_of_error", [
-    (lambda pieces, tiles, sums, block: sums.add_(1), "failed its test"),
-    (lambda pieces, tiles, sums, block: None, "failed its test"),
+    (lambda launch, *what, copies=True: what[2].add_(1), r"failed its test \(0\)"),
+    (lambda launch, *what, copies=True: None, r"failed its test \(0\)"),
+    (lambda launch, *what, copies=True: launch(*what) if copies else None, r"failed its test \(sums\)"),
 ])  # fmt: skip
 def test_a_kernel_that_does_something_else_does_not_pass(kernel, spoiled, words_of_error):
     with pytest.raises(RuntimeError, match=words_of_error):
-        one_pass.try_out(spoiled, CPU)
+        one_pass.try_out(functools.partial(spoiled, kernel.launch), CPU)
 
 
 def test_what_is_summed_up_is_what_is_there_and_not_what_was_given(kernel):
@@ -128,6 +133,17 @@ def test_many_copies_have_each_their_own_sum(kernel):
     targets = [torch.zeros_like(source) for source in sources]
     assert run(kernel, list(zip(targets, sources))) == [int(source.sum()) for source in sources]
     assert all(map(torch.equal, targets, sources))
+
+
+def test_what_is_only_summed_up_is_written_nowhere(kernel):
+    sources = [words((3, 8192), 1), words((70, 306), 2)[:, 2:302], words((2,), 3), words((3, 6, 20), 4)[:, 1:5, 2:10]]
+    before = [source.clone() for source in sources]
+    elsewhere = [torch.zeros(source.shape, dtype=torch.int64) for source in sources]
+    parts = [(number + 1, one_pass.parts_of(*pair)) for number, pair in enumerate(zip(elsewhere, sources))]
+    sums = torch.zeros(len(sources) + 2, dtype=torch.int64)
+    one_pass.Readings(parts, CPU).run(kernel.launch, sums)
+    assert sums.tolist() == [0, *(int(source.sum()) for source in sources), 0]
+    assert all(map(torch.equal, sources, before)) and not any(target.any() for target in elsewhere)
 
 
 ODD = [
@@ -257,13 +273,35 @@ def test_what_the_kernel_does_all_of_is_called_so(made):
     assert list(seconds) == ["one_pass"] and found == [int(word_sum(new["a"]))]
 
 
+@pytest.mark.parametrize("left", [[], ["narrow"]], ids=["all by the kernel", "some by torch"])
+def test_the_trainers_sums_are_the_same_with_and_without_the_kernel(made, left):
+    base = {name: torch.randn(5, 24) for name in ["whole", "cut", "odd", "cast", *left]}
+    views = {
+        name: one[:, 4:16] if name == "cut" else one[:, :2] if name == "narrow" else one for name, one in base.items()
+    }
+    views["odd"] = views["odd"][0, :3]
+    tensors = {name: Held(tuple(one.shape), one, (whole(tuple(one.shape)),)) for name, one in views.items()}
+    pieces = [
+        Piece(name, Read(0, one.slab, tuple(range(len(one.shape))), torch.float64 if name == "cast" else torch.float32), one.slab, 0)
+        for name, one in tensors.items()
+    ]  # fmt: skip
+    sums = SumsInPlace(pieces, tensors, CPU)
+    for is_there in (False, True, True):
+        made(is_there)
+        for one in base.values():
+            one.mul_(1.5)  # in place
+        expected = [int(word_sum(views[piece.name].to(piece.read.dtype))) for piece in pieces]
+        assert sums.begin(tensors).tolist() == expected
+        assert sums.is_one_piece == (is_there and not left)
+
+
 @pytest.mark.parametrize("missing", [KERNEL, "triton"])
 def test_where_triton_cannot_be_had_it_is_said_and_copies_are_torchs(monkeypatch, caplog, missing):
     monkeypatch.delitem(sys.modules, KERNEL, raising=False)
     monkeypatch.setitem(sys.modules, missing, None)
     monkeypatch.setattr(one_pass, "_ready", {})
     one_pass._make(CPU)
-    assert one_pass.ready(CPU) is None and "copied and summed up one after the other" in caplog.text
+    assert one_pass.ready(CPU) is None and "copied and summed up tensor by tensor" in caplog.text
     model, program, regions = program_and_regions()
     new = filled(regions, 3)
     program.run(model.plans, regions, keep=True)

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from tpcolocate.parallel import at_once, begun_in_background, in_background, outcome_of, quick_switching
+from tpcolocate.parallel import begun_in_background, beside, in_background, outcome_of, quick_switching
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(60)]
 
@@ -16,25 +16,26 @@ def fail(error):
     raise error
 
 
-def test_both_are_under_way_at_once():
-    meeting = threading.Barrier(2, timeout=10)
-    at_once(meeting.wait, meeting.wait)
+def test_a_call_beside_another_is_made_at_once_and_both_are_waited_for():
+    meeting, done = threading.Barrier(2, timeout=10), threading.Event()
+    beside([in_background(lambda: (meeting.wait(), time.sleep(0.1), done.set()), name="test")], meeting.wait)
+    assert done.is_set()
 
 
 def test_the_error_of_either_is_raised():
     with pytest.raises(KeyError):
-        at_once(lambda: fail(KeyError()), lambda: None)
+        beside([outcome_of(lambda: None), outcome_of(lambda: fail(KeyError()))], lambda: None)
     with pytest.raises(ValueError):
-        at_once(lambda: None, lambda: fail(ValueError()))
+        beside([outcome_of(lambda: None)], lambda: fail(ValueError()))
     with pytest.raises(ValueError):
-        at_once(lambda: fail(KeyError()), lambda: fail(ValueError()))
+        beside([outcome_of(lambda: fail(KeyError()))], lambda: fail(ValueError()))
 
 
 def test_an_error_does_not_wait_for_a_call_that_hangs():
     release = threading.Event()
     started = time.monotonic()
     with pytest.raises(ValueError):
-        at_once(release.wait, lambda: fail(ValueError()))
+        beside([in_background(lambda: release.wait(30), name="test")], lambda: fail(ValueError()))
     assert time.monotonic() - started < 10
     release.set()
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -58,16 +58,14 @@ def begun_in_background(action: Callable[[Callable[[], None]], T], *, name: str)
     return future
 
 
-def at_once(*actions: Callable[[], object]) -> None:
-    """Carry out all, the last one here and the others in threads; raise its error if it fails, else the first of theirs."""
-    *others, action = actions
-    futures = [in_background(other, name="tpcolocate request") for other in others]
+def beside(under_way: Sequence[Future[Any]], action: Callable[[], object]) -> None:
+    """Carry out one more, and wait for all; raise its error if it fails, else the first of theirs."""
     try:
         action()
-    except BaseException as error:
-        wait(futures, _AFTER_AN_ERROR_S)
-        raise error
-    for future in futures:
+    except BaseException:
+        wait(under_way, _AFTER_AN_ERROR_S)
+        raise
+    for future in under_way:
         future.result()
 
 
@@ -111,4 +109,4 @@ def quick_switching() -> Iterator[None]:
         _interval.restore()
 
 
-__all__ = ["at_once", "begun_in_background", "in_background", "outcome_of", "quick_switching"]
+__all__ = ["begun_in_background", "beside", "in_background", "outcome_of", "quick_switching"]

@@ -26,6 +26,7 @@ from tpcolocate.engine.launch import ServerProcess
 from tpcolocate.engine.verbs import Verbs
 from tpcolocate.errors import ConfigError, RendezvousError
 from tpcolocate.groups import Host, Member, exchange, make_group
+from tpcolocate.in_server.tpcolocate_receiver import one_pass
 from tpcolocate.launching import Site, agree_on_launch, answers
 from tpcolocate.placement import look_around, plan, told
 from tpcolocate.processes import this_process
@@ -230,6 +231,7 @@ class Colocation:
             health_timeout_s=health_timeout_s,
             closed=self._closed,
         )
+        one_pass.prepare(self.device)  # while the server starts
         server: ServerProcess | None = None
         verbs: Verbs | None = None
         if self.is_owner:

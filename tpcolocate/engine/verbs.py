@@ -26,7 +26,7 @@ from tpcolocate.errors import (
     SyncError,
     TpColocateError,
 )
-from tpcolocate.parallel import at_once, begun_in_background
+from tpcolocate.parallel import begun_in_background, beside
 from tpcolocate.processes import this_process
 
 _IDLE_POLL_S = 0.05
@@ -143,15 +143,16 @@ class Verbs:
                 url=self.client.url,
             )
 
-    def _go_on(self, *, timeout_s: float, proven: bool = False) -> None:
+    def _go_on(self, *, timeout_s: float, proven: bool = False, sent: Callable[[], None] | None = None) -> None:
         """End a pause, unless it is the user's, memory is released, or the weights are half of one kind.
 
         Args:
             timeout_s: In seconds.
             proven: The weights are known to be the trainer's by now.
+            sent: Called once that was asked for.
         """
         if self.paused is None and not self.asleep and (proven or not self.weights_unknown):
-            self.client.post("/continue_generation", {}, timeout_s=timeout_s)
+            self.client.post("/continue_generation", {}, timeout_s=timeout_s, sent=sent)
             self.resting = False
 
     def _open_session(self, *, timeout_s: float) -> None:
@@ -289,8 +290,8 @@ class Verbs:
                     f"the engine reports weight version {reported!r} after {version!r} was set", url=self.client.url
                 )
 
-        def go_on() -> None:
-            self._go_on(timeout_s=_left(deadline), proven=True)
+        def go_on(sent: Callable[[], None]) -> None:
+            self._go_on(timeout_s=_left(deadline), proven=True, sent=sent)
 
         if workers is not None:
             workers.dismiss()
@@ -300,10 +301,10 @@ class Verbs:
             if workers is not None:
                 workers.finish()
             self._close_session(timeout_s=_left(deadline))
-        at_once(confirm, go_on)
+        going = begun_in_background(go_on, name="tpcolocate go on")
+        beside([going, published], confirm)
         if workers is not None:
             workers.finish()
-        published.result()
 
     def _version(self, deadline: float) -> Any:
         return self.client.get("/model_info", timeout_s=_left(deadline)).get("weight_version")

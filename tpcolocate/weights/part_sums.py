@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
+from tpcolocate.in_server.tpcolocate_receiver import one_pass
 from tpcolocate.in_server.tpcolocate_receiver.replay import Lanes, Replay
 from tpcolocate.in_server.tpcolocate_receiver.sums import word_sum, word_view
 from tpcolocate.weights.held import Held
@@ -40,13 +41,18 @@ class SumsInPlace:
         self._words = [self._words_of(piece, tensors) for piece in pieces]
         self._sums = torch.empty(len(pieces), dtype=torch.int64, device=device)
         self._of_piece = self._sums.unbind()
+        self._readings: one_pass.Readings | None = None
+        self._is_arranged = False
+        self._viewed = [i for i, words in enumerate(self._words) if words is not None]
+        """Numbers of the pieces that torch sums up where they lie."""
         self._others = [i for i, words in enumerate(self._words) if words is None]
+        """And of those that are cast, brought or filled up first."""
         self._replay = Replay(device)
 
     @property
-    def is_replayed(self) -> bool:
-        """Whether they are queued as a graph."""
-        return self._replay.is_captured
+    def is_one_piece(self) -> bool:
+        """Whether they are queued as one piece of GPU work, by the kernel or as a graph."""
+        return self._replay.is_captured or (self._readings is not None and not self._viewed)
 
     def _words_of(self, piece: Piece, tensors: Mapping[str, Held]) -> tuple[torch.Size, tuple[int, ...], int] | None:
         """Shape, strides and offset of a piece in its storage, in whole words; None if it lies otherwise, or is cast."""
@@ -56,22 +62,43 @@ class SumsInPlace:
         words = word_view(view)
         return None if words is None else (words.shape, words.stride(), int(words.storage_offset()))
 
+    def _view(self, number: int, tensors: Mapping[str, Held]) -> torch.Tensor:
+        """The words of a piece, where they lie."""
+        words = self._words[number]
+        assert words is not None
+        shape, strides, offset = words
+        view = torch.empty(0, dtype=torch.int64, device=self._device)
+        storage = tensors[self._pieces[number].name].local.untyped_storage()
+        return view.set_(storage, offset, shape, strides)  # type: ignore[call-overload]
+
+    def _arrange(self, tensors: Mapping[str, Held]) -> None:
+        """Leave to the kernel what it can read."""
+        views = {i: self._view(i, tensors) for i in self._viewed}
+        parts = {i: one_pass.parts_of(view, view) for i, view in views.items()}
+        readings = [(i, of_one) for i, of_one in parts.items() if of_one is not None]
+        self._readings = one_pass.Readings(readings, self._device) if readings else None
+        self._viewed = [i for i, of_one in parts.items() if of_one is None]
+        self._is_arranged = True
+        self._replay.forget()  # others than these may have been queued before
+
     def begin(self, tensors: Mapping[str, Held]) -> torch.Tensor:
         """The sums, not waited for; overwritten at the next call."""
 
         def queue() -> None:
             lanes = Lanes(self._device)
-            for i, (piece, words, out) in enumerate(zip(self._pieces, self._words, self._of_piece)):
-                if words is not None:
-                    shape, strides, offset = words
-                    view = torch.empty(0, dtype=torch.int64, device=self._device)
-                    storage = tensors[piece.name].local.untyped_storage()
-                    view.set_(storage, offset, shape, strides)  # type: ignore[call-overload]
-                    with lanes.lane(i):
-                        torch.sum(view, dim=tuple(range(len(shape))), out=out)
+            for i in self._viewed:
+                view = self._view(i, tensors)
+                with lanes.lane(i):
+                    torch.sum(view, dim=tuple(range(view.dim())), out=self._of_piece[i])
             lanes.join()
 
-        if self._pieces:
+        launch = one_pass.ready(self._device)
+        if launch is not None and not self._is_arranged:
+            self._arrange(tensors)
+        if self._readings is not None:
+            self._sums.zero_()
+            self._readings.run(launch, self._sums)
+        if self._viewed:
             self._replay.run(queue)
         for i in self._others:
             piece = self._pieces[i]

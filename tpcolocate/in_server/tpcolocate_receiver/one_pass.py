@@ -1,12 +1,15 @@
-"""Copies that read back what they wrote: the proof costs next to no time beside the copy.
+"""Copies that read back what they wrote: the proof costs next to no time beside the copy.  And sums of what lies there.
 
 A copy and a sum, one after the other, go through a GPU's memory three times: to read, to write, to read back.  A kernel
 that reads back each tile while it is still in the cache goes through it twice, and one launch does all copies of a sync.
 It is Triton's, which SGLang depends on; where that cannot be had, `plans.Program` copies and sums up as torch does.
+
+The trainer has the same kernel sum up what is to be copied, hundreds of tensors in one launch.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections.abc import Mapping, Sequence
@@ -53,8 +56,8 @@ class Sheet:
         of_row: list[int] = []
         for number, region, parts in copies:
             start = regions[region].data_ptr()
-            for src, dst, num_rows, width, src_stride, dst_stride in parts:
-                rows.append([src - start, dst, num_rows, width, src_stride, dst_stride, max(TILE // width, 1), number])
+            for src, *rest in parts:
+                rows.append(_row((src - start, *rest), number))  # type: ignore[arg-type]
                 of_row.append(index[region])
         self._rows = torch.tensor(rows, dtype=torch.int64)
         """Of each part what the kernel reads, but for the source, which is counted from its region's start."""
@@ -86,6 +89,38 @@ class Sheet:
         """
         for block, tiles in self._tiles.items():
             launch(self._pieces, tiles, sums, block)
+
+
+class Readings:
+    """Memory that is summed up where it lies, as the kernel reads it.
+
+    Args:
+        parts: Number of each sum, and what it is of: `parts_of` one tensor and itself; at least one.
+        device: To run on.
+    """
+
+    def __init__(self, parts: Sequence[tuple[int, Sequence[Part]]], device: torch.device) -> None:
+        self._device = device
+        rows = [_row(part, number) for number, of_one in parts for part in of_one]
+        self._pieces = torch.tensor(rows, dtype=torch.int64).to(device)
+        self._tiles = {block: tiles.to(device) for block, tiles in _tiles_of(rows).items()}
+
+    def run(self, launch: Any, sums: torch.Tensor) -> None:
+        """Queue the sums on the device's current stream.
+
+        Args:
+            launch: From `ready`.
+            sums: int64, contiguous.  To the element of each number is added the sum of its words.
+        """
+        with torch.cuda.device(self._device) if self._device.type == "cuda" else contextlib.nullcontext():
+            for block, tiles in self._tiles.items():
+                launch(self._pieces, tiles, sums, block, copies=False)
+
+
+def _row(part: Part, number: int) -> list[int]:
+    """A part as the kernel reads it: PIECE_FIELDS numbers."""
+    width = part[3]
+    return [*part, max(TILE // width, 1), number]
 
 
 def _tiles_of(rows: Sequence[Sequence[int]]) -> dict[int, torch.Tensor]:
@@ -190,14 +225,14 @@ def _make(device: torch.device) -> None:
             try_out(launch, device)
         _ready[device] = launch
     except Exception as error:  # slower, and all the same
-        logger.warning("tpcolocate: weights are copied and summed up one after the other: %s", error)
+        logger.warning("tpcolocate: weights are copied and summed up tensor by tensor: %s", error)
 
 
 def try_out(launch: Any, device: torch.device) -> None:
-    """Copy a little of each kind, and compare.
+    """Copy a little of each kind, and sum it up; compare.
 
     Raises:
-        RuntimeError: The kernel does something else than copies and sums.
+        RuntimeError: The kernel does something else.
     """
     generator = torch.Generator().manual_seed(1)
 
@@ -221,3 +256,9 @@ def try_out(launch: Any, device: torch.device) -> None:
     for number, (dst, src) in enumerate(zip(targets, sources)):
         if int(sums[number]) != int(dst.sum()) or not (number == len(sources) - 1 or torch.equal(dst, src)):
             raise RuntimeError(f"the kernel failed its test ({number})")
+    sums.zero_()
+    Readings([(number, parts_of(source, source) or ()) for number, source in enumerate(sources)], device).run(
+        launch, sums
+    )
+    if sums.tolist() != [int(source.sum()) for source in sources]:
+        raise RuntimeError("the kernel failed its test (sums)")

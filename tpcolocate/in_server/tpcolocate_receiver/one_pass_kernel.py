@@ -13,7 +13,7 @@ _NUM_WARPS = 8
 
 
 @triton.jit
-def _copy_and_sum(
+def _go_through(
     pieces,
     tiles,
     sums,
@@ -22,6 +22,7 @@ def _copy_and_sum(
     tile_words: tl.constexpr,
     block_rows: tl.constexpr,
     block_words: tl.constexpr,
+    copies: tl.constexpr,
 ):
     tile = tiles + tl.program_id(0) * tile_fields
     piece = pieces + tl.load(tile) * piece_fields
@@ -50,23 +51,27 @@ def _copy_and_sum(
             row = begin_row + rows
             word = begin + words
             mask = (row < row_count) & (word < word_count)
-            given = tl.load(src + row * src_stride + word, mask=mask, eviction_policy="evict_first")
-            at = dst + row * dst_stride + word
-            tl.store(at, given, mask=mask)
-            # No thread reads what another has yet to write; volatile, so that it is read from memory and not remembered.
-            tl.debug_barrier()
-            found += tl.load(at, mask=mask, other=0, volatile=True)
+            given = tl.load(src + row * src_stride + word, mask=mask, other=0, eviction_policy="evict_first")
+            if copies:
+                at = dst + row * dst_stride + word
+                tl.store(at, given, mask=mask)
+                # No thread reads what another has yet to write; volatile, so that it is read from memory and not remembered.
+                tl.debug_barrier()
+                found += tl.load(at, mask=mask, other=0, volatile=True)
+            else:
+                found += given
     tl.atomic_add(sums + number, tl.sum(tl.sum(found, axis=1), axis=0))
 
 
-def launch(pieces: Any, tiles: Any, sums: Any, block_words: int) -> None:
+def launch(pieces: Any, tiles: Any, sums: Any, block_words: int, *, copies: bool = True) -> None:
     """Queue it on the current stream.
 
     Args:
-        pieces, tiles, sums: As `one_pass.Sheet` has them.
+        pieces, tiles, sums: As `one_pass.Sheet` and `one_pass.Readings` have them.
         block_words: One of `one_pass.BLOCKS`.
+        copies: Whether sources are copied to targets and those are summed up; otherwise sources are, and no more.
     """
-    _copy_and_sum[(len(tiles),)](
+    _go_through[(len(tiles),)](
         pieces,
         tiles,
         sums,
@@ -75,5 +80,6 @@ def launch(pieces: Any, tiles: Any, sums: Any, block_words: int) -> None:
         TILE,
         BLOCKS[-1] // block_words,
         block_words,
+        copies,
         num_warps=_NUM_WARPS,
     )
