@@ -64,17 +64,37 @@ def write_config(folder: Path, shape: str) -> None:
     )  # fmt: skip
 
 
-def make_model(folder: Path, device: torch.device, seed: int) -> torch.nn.Module:
-    """Random bf16 weights, the same on every rank; to be sent, not to be run: its buffers hold anything."""
+def shard(model: torch.nn.Module) -> None:
+    """FSDP2 over all ranks, layer by layer."""
+    from torch.distributed.fsdp import fully_shard
+
+    for layer in model.model.layers:  # type: ignore[union-attr]
+        fully_shard(layer)
+    fully_shard(model)
+
+
+def make_model(folder: Path, device: torch.device, seed: int, *, sharded: bool = False) -> torch.nn.Module:
+    """Random bf16 weights, to be sent and not to be run: its buffers hold anything.
+
+    Args:
+        folder: With a config.
+        device: Of this rank.
+        seed: Of the weights, which are the same on every rank.
+        sharded: Make nothing but this rank's shards, for a model that would not fit.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.bfloat16)
+    if sharded:
+        shard(model)
+        seed += dist.get_rank()
     model.to_empty(device=device)
     generator = torch.Generator(device).manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.normal_(0.0, 0.02, generator=generator)
+            local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+            local.normal_(0.0, 0.02, generator=generator)
     return model
 
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from gpu_common import DUMMY, SERVER, SHAPES, Stock, checksums, make_model, summary, used_mib, write_config
+from gpu_common import DUMMY, SERVER, SHAPES, Stock, checksums, make_model, shard, summary, used_mib, write_config
 
 import tpcolocate
 from tpcolocate.agreement import RankGroup
@@ -41,7 +41,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--staging-mib", type=int, nargs="+", default=[512], help="for FSDP2; the first is paired with stock"
     )
-    parser.add_argument("--modules", nargs="+", default=["plain", "fsdp2"], choices=["plain", "fsdp2"])
+    parser.add_argument(
+        "--modules",
+        nargs="+",
+        default=["plain", "fsdp2"],
+        choices=["plain", "fsdp2"],
+        help="fsdp2 alone: no rank ever holds the whole model",
+    )
     parser.add_argument("--in-a-row", type=int, default=100, help="syncs during which the device's memory is watched")
     parser.add_argument(
         "--first", choices=["stock", "ours"], default="stock", help="whose push the new engine takes first"
@@ -232,7 +238,8 @@ def main() -> None:
         with colo.launch(folder, health_timeout_s=400, log_path=args.server_log, **server) as engine:
             note("launch_seconds", time.perf_counter() - started)
             note("sglang", engine.sglang_version)
-            model = make_model(folder, device, seed=1)
+            sharded = args.modules == ["fsdp2"]
+            model = make_model(folder, device, seed=1, sharded=sharded)
             num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
             note("mib", num_bytes / 2**20)
             if rank == 0:
@@ -246,12 +253,8 @@ def main() -> None:
             note("first_sync", {**described([first], [bench.last]), "checksums_equal_stock": bench.verified(model)})
             note("later_pushes_stock", summary([bench.stock.push(model) for _ in range(5)]))
             for kind in args.modules:
-                if kind == "fsdp2":
-                    from torch.distributed.fsdp import fully_shard
-
-                    for layer in model.model.layers:
-                        fully_shard(layer)
-                    fully_shard(model)
+                if kind == "fsdp2" and not sharded:
+                    shard(model)
                     torch.cuda.empty_cache()
                 note(kind, bench.pairs(model, args.rounds, args.staging_mib[0] * 2**20))
                 if kind == "fsdp2":

@@ -4,6 +4,7 @@ import base64
 import gc
 import inspect
 import io
+import json
 import multiprocessing
 import os
 import pickle
@@ -23,6 +24,7 @@ from torch.multiprocessing import reductions
 
 from tpcolocate import ipc_payload
 from tpcolocate.errors import ConfigError, DeadlineError, SyncError
+from tpcolocate.in_server.tpcolocate_receiver import COMMAND
 from tpcolocate.ipc_payload import Fate
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(120)]
@@ -293,6 +295,12 @@ def test_sglang_opens_what_was_put_in_bit_by_bit(reader, ledger, case):
     assert ledger.num_returned == ledger.num_exported == 1
 
 
+def test_a_command_has_nothing_that_would_have_to_wait_for_a_gpu():
+    job = {"session": "s", "text": 'ä "\n'}
+    [(name, tensor)] = pickle.loads(base64.b64decode(ipc_payload.command(job)))
+    assert json.loads(name.removeprefix(COMMAND)) == job and tensor.numel() == 0
+
+
 def test_nothing_but_allowed_globals_is_pickled():
     """The unpickler of 0.5.21 takes exact names only; earlier ones take these too."""
     found = set()
@@ -374,6 +382,13 @@ def test_a_handle_that_is_out_is_named_with_what_is_known_of_it(said, alive, fat
         assert ledger.outstanding() == [item], "it stays in the ledger"
         assert ledger.reclaim() == [item]
     assert handle.count() == 0 and ledger.outstanding() == [], "given back"
+
+
+def test_of_many_handles_some_are_named_and_all_are_counted():
+    many = [ipc_payload.Outstanding(0, 0, bucket, 2**20, 1, Fate.HELD) for bucket in range(400)]
+    few = ipc_payload.listed(many[:5])
+    assert few == "; ".join(map(str, many[:5])) and "more" not in few
+    assert ipc_payload.listed(many) == f"{few}; and 395 more (400.0 MiB in all)"
 
 
 def test_a_handle_that_came_back_is_nobodys_fault(ledger):

@@ -13,8 +13,8 @@ Two transports behind one interface:
   in the first bytes of the mapped file (``RefcountedMapAllocator`` in aten/src/ATen/MapAllocator.cpp) and also counts
   the producer's own mapping.
 
-A payload is one of two things: a *command* for our receiver in the TP worker, which carries a description of the handle
-by value and opens it there (`command`); or SGLang's own ``flattened_bucket``, which its unpickler opens (`payload`).
+A payload is one of two things: a *command* for our receiver in the TP worker, which is told of handles later and opens
+them there (`command`); or SGLang's own ``flattened_bucket``, which its unpickler opens (`payload`).
 Both are pickled without importing sglang, from classes that the unpicklers of SGLang 0.5.9 to 0.5.23 accept.
 """
 
@@ -48,6 +48,7 @@ _SHM = Path("/dev/shm")
 _CUDA_COUNTER_HEADER_BYTES = 64
 _POLL_INTERVAL_S = 0.0005
 _NOTHING = torch.empty(0, dtype=torch.uint8)
+_SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -379,6 +380,15 @@ class Outstanding:
         )
 
 
+def listed(handles: Sequence[Outstanding]) -> str:
+    """For people: the first few, and how many more there are; a sync of a model that is mapped has hundreds."""
+    shown = "; ".join(map(str, handles[:_SHOWN]))
+    if len(handles) <= _SHOWN:
+        return shown
+    mib = sum(handle.num_bytes for handle in handles) / 2**20
+    return f"{shown}; and {len(handles) - _SHOWN} more ({mib:,.1f} MiB in all)"
+
+
 @dataclass(slots=True)
 class _Line:
     """One export in the ledger."""
@@ -452,12 +462,10 @@ class Ledger:
         while any(line.handle.count() != 0 for line in self._lines):
             lost = self._take_lost()
             if lost:
-                raise SyncError(
-                    "handles did not come back: " + "; ".join(map(str, lost)), hint=_HINTS[lost[0].fate], rank=self.rank
-                )
+                raise SyncError(f"handles did not come back: {listed(lost)}", hint=_HINTS[lost[0].fate], rank=self.rank)
             if time.monotonic() >= deadline:
                 raise DeadlineError(
-                    "the engine did not let go of " + "; ".join(map(str, self.outstanding())),
+                    f"the engine did not let go of {listed(self.outstanding())}",
                     hint="restart the engine; shutdown() then reclaims the memory",
                     rank=self.rank,
                 )
@@ -529,6 +537,7 @@ __all__ = [
     "export",
     "export_storage",
     "layout",
+    "listed",
     "new_session",
     "payload",
     "view",

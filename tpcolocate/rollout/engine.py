@@ -16,6 +16,7 @@ from types import TracebackType
 
 from tpcolocate.engine.state import Weights as Held
 from tpcolocate.errors import ConfigError, EngineStateError, RankLostError, TpColocateError
+from tpcolocate.ipc_payload import listed
 from tpcolocate.report import SyncReport
 from tpcolocate.rollout.adapters import AdapterCalls
 from tpcolocate.rollout.client import HEALTH_TIMEOUT_S, Health
@@ -302,7 +303,7 @@ class Engine(AdapterCalls, UpdateGroupCalls, GenerationCalls):
             self.close()
             lost = self._sync.close(timeout_s=0.0 if self._server is not None else _SERVER_ENDS_S)
             if lost:
-                logger.warning("reclaimed handles that the engine never gave back: %s", "; ".join(map(str, lost)))
+                logger.warning("reclaimed handles that the engine never gave back: %s", listed(lost))
             self._on_shutdown()
 
     def _came(self, what: str, timeout_s: float) -> bool:

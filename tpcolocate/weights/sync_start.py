@@ -80,7 +80,7 @@ class StartPhases(MovePhases):
         error: BaseException | None = None
         with self.watch.phase("prepare"):
             try:
-                if self.last_alike() is not None:
+                if self.last_alike() is not None and self.stages_again():
                     # Most likely this is the last sync's module, so the server need not wait for the answer.
                     self.open()
                 prepared = self.prepare(source)
@@ -88,12 +88,13 @@ class StartPhases(MovePhases):
                 error = caught
         with self.watch.phase("open"):
             try:
+                if prepared is not None and prepared[1].repeats and not self.stages_again():
+                    # All of this rank's work is one launch, and the GPU is what the sync will wait for: it comes first,
+                    # and no thread that talks to the server takes turns with it.
+                    self.get_ready_again()
                 if prepared is not None:
                     self.open()
-                if prepared is not None and prepared[1].repeats:
-                    prepared = prepared[0], self.get_ready_again(prepared[1])
-                elif prepared is not None:
-                    self.borrow_ahead(prepared[1].lending)
+                    prepared = prepared[0], self.use_the_time(prepared[1])
                 if prepared is not None and self.opening is not None:
                     greetings = self.opening.result()
                     self.delivery.workers = self.opening.workers
@@ -202,21 +203,28 @@ class StartPhases(MovePhases):
         self.wait_for_the_trainer()
         return weights, replace(last.facts, repeats=True)
 
-    def get_ready_again(self, facts: Facts) -> Facts:
-        """Get ready for the moves of the last sync, while the server is waited for; most likely no other rank sees a change.
+    def stages_again(self) -> bool:
+        """Whether the moves of the last sync take staging memory."""
+        return self.sync.moves is not None and bool(self.sync.moves[1].steps)
+
+    def use_the_time(self, facts: Facts) -> Facts:
+        """Do what can be done while the server is waited for; most likely no other rank sees a change either.
 
         Args:
-            facts: Of this rank; what it has free is yet to be found out.
+            facts: Of this rank; of a sync that may repeat the last one, what is free is found out here.
         """
-        assert self.sync.moves is not None
-        moves = self.sync.moves[1]
-        if moves.steps:  # before they take their staging memory
-            facts = replace(facts, free=free_bytes(self.sync.device))
-            self.ready = self.get_ready(moves)
+        if not facts.repeats:
+            self.borrow_ahead(facts.lending)
             return facts
-        # The GPU's work first: it may take longer than the server does.
-        self.ready = self.get_ready(moves)
-        return replace(facts, free=free_bytes(self.sync.device))
+        facts = replace(facts, free=free_bytes(self.sync.device))  # before any of it is taken
+        if self.ready is None:
+            self.get_ready_again()
+        return facts
+
+    def get_ready_again(self) -> None:
+        """Get ready for the moves of the last sync."""
+        assert self.sync.moves is not None
+        self.ready = self.get_ready(self.sync.moves[1])
 
     def remember(self, source: Source, weights: Weights, facts: Facts, tensors: Mapping[str, Held]) -> Last | None:
         """For the next sync: of a sync that moved everything, and lent all that it may."""
