@@ -8,6 +8,8 @@ import functools
 import importlib
 import itertools
 import sys
+import threading
+import time
 
 import pytest
 import torch
@@ -311,3 +313,18 @@ def test_where_triton_cannot_be_had_it_is_said_and_copies_are_torchs(monkeypatch
 def test_a_cpu_has_no_kernel_made():
     one_pass.prepare(CPU)
     assert one_pass.ready(CPU) is None and CPU not in one_pass._begun
+    one_pass.settle(CPU, timeout_s=10)
+
+
+def test_the_kernel_is_made_once_and_waited_for_as_long_as_was_said(monkeypatch):
+    device, made, release = torch.device("cuda", 7), [], threading.Event()
+    monkeypatch.setattr(one_pass, "_begun", {})
+    monkeypatch.setattr(one_pass, "_make", lambda device: (made.append(device), release.wait(30)))
+    for _ in range(2):
+        one_pass.prepare(device)
+    started = time.monotonic()
+    one_pass.settle(device, timeout_s=0.1)
+    assert 0.1 <= time.monotonic() - started < 10 and one_pass._begun[device].is_alive()
+    release.set()
+    one_pass.settle(device, timeout_s=30)
+    assert not one_pass._begun[device].is_alive() and made == [device]

@@ -35,6 +35,8 @@ from tpcolocate.rollout.engine import Engine
 from tpcolocate.weights.sync import WeightSync
 
 _WARM_UP_S = 30.0
+# It takes two seconds the first time on a machine, beside a server that takes a minute.
+_KERNEL_S = 10.0
 _inits = itertools.count()
 
 
@@ -231,13 +233,16 @@ class Colocation:
             health_timeout_s=health_timeout_s,
             closed=self._closed,
         )
-        one_pass.prepare(self.device)  # while the server starts
         server: ServerProcess | None = None
         verbs: Verbs | None = None
-        if self.is_owner:
-            result, server, verbs = launch.carry_out(health_timeout_s=health_timeout_s, log_path=log_path)
-        else:
-            result = launch.follow(health_timeout_s=health_timeout_s)
+        one_pass.prepare(self.device)  # while the server starts
+        try:
+            if self.is_owner:
+                result, server, verbs = launch.carry_out(health_timeout_s=health_timeout_s, log_path=log_path)
+            else:
+                result = launch.follow(health_timeout_s=health_timeout_s)
+        finally:
+            one_pass.settle(self.device, timeout_s=_KERNEL_S)
         probe = ServerClient(result.url, api_key=result.api_key)
         sync = WeightSync(
             self._slice,

@@ -198,7 +198,7 @@ def _merged(shape: Sequence[int], of_src: Sequence[int], of_dst: Sequence[int]) 
 
 
 _lock = threading.Lock()
-_begun: set[torch.device] = set()
+_begun: dict[torch.device, threading.Thread] = {}
 _ready: dict[torch.device, Any] = {}
 
 
@@ -212,8 +212,22 @@ def prepare(device: torch.device) -> None:
     with _lock:
         if device.type != "cuda" or device in _begun:
             return
-        _begun.add(device)
-    threading.Thread(target=_make, args=(device,), name="tpcolocate kernel", daemon=True).start()
+        # A daemon: a compiler that hangs must not keep the process.
+        _begun[device] = threading.Thread(target=_make, args=(device,), name="tpcolocate kernel", daemon=True)
+        _begun[device].start()
+
+
+def settle(device: torch.device, *, timeout_s: float) -> None:
+    """Wait until nothing of `prepare` is going on any more: on a GPU it would disturb whoever captures a graph there.
+
+    Args:
+        device: As given to `prepare`.
+        timeout_s: In seconds; a compiler that takes longer is left to itself.
+    """
+    with _lock:
+        making = _begun.get(device)
+    if making is not None:
+        making.join(timeout_s)
 
 
 def _make(device: torch.device) -> None:
