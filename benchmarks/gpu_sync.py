@@ -29,7 +29,7 @@ from typing import Any
 import gpu_common
 import torch
 import torch.distributed as dist
-from gpu_common import DUMMY, PROMPTS, SERVER, SHAPES, Stock, checksums, make_model, slope, summary, used_mib
+from gpu_common import DUMMY, PROMPTS, SERVER, SHAPES, Stock, checksums, make_model, shard, slope, summary, used_mib
 from record import command
 
 import tpcolocate
@@ -215,11 +215,7 @@ class Checks:
         return alternate(self.engine, stock, self.model, self.args.timed, **{**self.full, "bucket_bytes": 2048 * 2**20})
 
     def fsdp2(self) -> dict[str, Any]:
-        from torch.distributed.fsdp import fully_shard
-
-        for layer in self.model.model.layers:
-            fully_shard(layer)
-        fully_shard(self.model)
+        shard(self.model)
         torch.cuda.empty_cache()
         return repeat(self.engine, self.model, self.args.fsdp_syncs, **self.full)
 

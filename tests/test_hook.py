@@ -25,7 +25,7 @@ from test_receiver import CPU, random_bytes
 
 from tpcolocate import ipc_payload
 from tpcolocate.engine.channel import Channel
-from tpcolocate.in_server.tpcolocate_receiver import COMMAND, hook, receive
+from tpcolocate.in_server.tpcolocate_receiver import hook, receive
 from tpcolocate.in_server.tpcolocate_receiver.handles import device_uuid, open_handle
 from tpcolocate.in_server.tpcolocate_receiver.sums import checksum, word_sum
 from tpcolocate.processes import start_of, this_process
@@ -39,7 +39,7 @@ def opening(path, **changes):
         "session": ipc_payload.new_session(), "endpoint": f"ipc://{path}", "peer": list(this_process()),
         "for": 0, "tp_rank": 0, "tp_size": 1, "timeout_s": 30.0, **changes,
     }  # fmt: skip
-    return [(COMMAND + json.dumps(job), torch.empty(0))]
+    return [(json.dumps(job), torch.empty(0))]
 
 
 class Session:
@@ -343,10 +343,10 @@ def test_a_missing_field_is_told(tmp_path, field):
 
 @pytest.mark.parametrize("job", ["", "{", "\x00\udcff", "null", "[]", "3", '"x"', "{}", '{"session": 3}'])
 def test_a_command_that_is_none_is_not_raised(job):
-    receive(model_of(plain, W), [(COMMAND + job, torch.empty(0))])
+    receive(model_of(plain, W), [(job, torch.empty(0))])
 
 
-@pytest.mark.parametrize("named_tensors", [[], [("other", torch.zeros(3))], None, [(COMMAND, None)], [(3, None)]])
+@pytest.mark.parametrize("named_tensors", [[], [("other", torch.zeros(3))], None, [("{", None)], [(3, None)]])
 def test_no_command_at_all_is_not_raised(named_tensors):
     receive(model_of(plain, W), named_tensors)
 

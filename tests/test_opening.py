@@ -54,9 +54,8 @@ class Server:
         self.asked = []
         self.workers = Workers({0: {"error": None, "plans": "a"}} if greetings is None else greetings)
 
-    def hold_generation(self, *, timeout_s, meanwhile):
+    def hold_generation(self, *, timeout_s):
         self.asked.append("hold_generation")
-        meanwhile()
         assert self.go_on.wait(30)
         if self.error is not None:
             raise self.error
@@ -99,7 +98,7 @@ class OneByOne(Captured):
             return self._update(path, body)
         if name in (PAUSE, GO_ON):  # SGLang answers these before its scheduler has seen them
             self.happened.append(name)
-            return super().post(path, body, timeout_s=timeout_s, sent=sent)
+            return super().post(path, body, timeout_s=timeout_s)
         if name == BEGIN:
             self._wait_for_the_flush()
         with self._turn:

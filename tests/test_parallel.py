@@ -7,13 +7,17 @@ import time
 
 import pytest
 
-from tpcolocate.parallel import begun_in_background, beside, in_background, outcome_of, quick_switching
+from tpcolocate.parallel import begun_in_background, beside, in_background, quick_switching
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(60)]
 
 
 def fail(error):
     raise error
+
+
+def over(action):
+    return in_background(action, name="test")
 
 
 def test_a_call_beside_another_is_made_at_once_and_both_are_waited_for():
@@ -24,11 +28,11 @@ def test_a_call_beside_another_is_made_at_once_and_both_are_waited_for():
 
 def test_the_error_of_either_is_raised():
     with pytest.raises(KeyError):
-        beside([outcome_of(lambda: None), outcome_of(lambda: fail(KeyError()))], lambda: None)
+        beside([over(lambda: None), over(lambda: fail(KeyError()))], lambda: None)
     with pytest.raises(ValueError):
-        beside([outcome_of(lambda: None)], lambda: fail(ValueError()))
+        beside([over(lambda: None)], lambda: fail(ValueError()))
     with pytest.raises(ValueError):
-        beside([outcome_of(lambda: fail(KeyError()))], lambda: fail(ValueError()))
+        beside([over(lambda: fail(KeyError()))], lambda: fail(ValueError()))
 
 
 def test_an_error_does_not_wait_for_a_call_that_hangs():
@@ -133,10 +137,3 @@ def test_an_interval_that_is_shorter_already_is_left_alone(slow_switching):
     with quick_switching():
         assert sys.getswitchinterval() == shorter
     assert sys.getswitchinterval() == shorter
-
-
-def test_the_outcome_of_a_call_is_kept_whatever_it_is():
-    assert outcome_of(lambda: 3).result() == 3
-    failed = outcome_of(lambda: 1 // 0)
-    with pytest.raises(ZeroDivisionError):
-        failed.result()

@@ -147,23 +147,6 @@ def test_generation_is_held_before_the_cache_is_dropped_and_a_sync_is_begun_afte
         verbs.begin_sync(timeout_s=1)  # it has waited for the answer
 
 
-@pytest.mark.parametrize("paused", [False, True])
-def test_something_else_is_done_once_while_the_pause_is_answered(paused):
-    class Answering(Captured):
-        def _answer(self, path):
-            happened.append(path.strip("/"))
-            return super()._answer(path)
-
-    happened = []
-    verbs = Verbs(Answering())
-    if paused:
-        verbs.pause_generation("abort", timeout_s=1)
-        happened.clear()
-    verbs.hold_generation(timeout_s=1, meanwhile=lambda: happened.append("else"))
-    assert happened[:2] == (["else", FLUSH] if paused else ["else", PAUSE])
-    assert happened.count("else") == 1
-
-
 def test_the_flush_has_been_sent_before_anything_is_asked_for_that_must_not_overtake_it():
     class Slow(Captured):
         def post(self, path, body=None, **options):

@@ -24,7 +24,16 @@ same class with the same text; ``rank`` says where it was found.  All of them pi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
+
+_SHOWN = 5
+
+
+def some(items: Sequence[object], *, between: str = "; ") -> str:
+    """For a message: the first few, and how many more there are."""
+    more = f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
+    return between.join(map(str, items[:_SHOWN])) + more
 
 
 class TpColocateError(Exception):

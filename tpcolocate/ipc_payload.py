@@ -38,8 +38,7 @@ import torch
 from safetensors.torch import save_file
 from torch.multiprocessing import reductions
 
-from tpcolocate.errors import ConfigError, DeadlineError, SyncError
-from tpcolocate.in_server.tpcolocate_receiver import COMMAND
+from tpcolocate.errors import ConfigError, DeadlineError, SyncError, some
 
 ALIGNMENT = 256
 """Bytes; every tensor of a bucket starts at a multiple, which any dtype's view and any copy kernel is happy with."""
@@ -48,7 +47,6 @@ _SHM = Path("/dev/shm")
 _CUDA_COUNTER_HEADER_BYTES = 64
 _POLL_INTERVAL_S = 0.0005
 _NOTHING = torch.empty(0, dtype=torch.uint8)
-_SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -330,7 +328,7 @@ def command(job: Mapping[str, Any]) -> str:
     Args:
         job: See `tpcolocate_receiver`.
     """
-    return base64.b64encode(pickle.dumps([(COMMAND + json.dumps(job), _NOTHING)], protocol=4)).decode()
+    return base64.b64encode(pickle.dumps([(json.dumps(job), _NOTHING)], protocol=4)).decode()
 
 
 def new_session() -> str:
@@ -381,12 +379,8 @@ class Outstanding:
 
 
 def listed(handles: Sequence[Outstanding]) -> str:
-    """For people: the first few, and how many more there are; a sync of a model that is mapped has hundreds."""
-    shown = "; ".join(map(str, handles[:_SHOWN]))
-    if len(handles) <= _SHOWN:
-        return shown
-    mib = sum(handle.num_bytes for handle in handles) / 2**20
-    return f"{shown}; and {len(handles) - _SHOWN} more ({mib:,.1f} MiB in all)"
+    """For people; a sync of a model that is mapped has hundreds."""
+    return f"{some(handles)} ({sum(handle.num_bytes for handle in handles) / 2**20:,.1f} MiB in all)"
 
 
 @dataclass(slots=True)

@@ -26,22 +26,15 @@ def in_background(action: Callable[[], T], *, name: str) -> Future[T]:
         name: Of the thread.
     """
     future: Future[T] = Future()
-    threading.Thread(target=_carry_out, args=(action, future), name=name, daemon=True).start()
+
+    def run() -> None:
+        try:
+            future.set_result(action())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name=name, daemon=True).start()
     return future
-
-
-def outcome_of(action: Callable[[], T]) -> Future[T]:
-    """A call made at once whose error, if it is one, must not end what it was made in: the result tells."""
-    future: Future[T] = Future()
-    _carry_out(action, future)
-    return future
-
-
-def _carry_out(action: Callable[[], T], future: Future[T]) -> None:
-    try:
-        future.set_result(action())
-    except BaseException as error:
-        future.set_exception(error)
 
 
 def begun_in_background(action: Callable[[Callable[[], None]], T], *, name: str) -> Future[T]:
@@ -109,4 +102,4 @@ def quick_switching() -> Iterator[None]:
         _interval.restore()
 
 
-__all__ = ["begun_in_background", "beside", "in_background", "outcome_of", "quick_switching"]
+__all__ = ["begun_in_background", "beside", "in_background", "quick_switching"]

@@ -56,9 +56,6 @@ class Leaving(Protocol):
     def finish(self) -> None: ...
 
 
-def _nothing() -> None: ...
-
-
 class Verbs:
     """The verbs of one running server.  Blocking; every call has a deadline.
 
@@ -102,7 +99,7 @@ class Verbs:
                 self.cancel_sync(timeout_s=_left(deadline))
             raise
 
-    def hold_generation(self, *, timeout_s: float, meanwhile: Callable[[], None] = _nothing) -> Future[None]:
+    def hold_generation(self, *, timeout_s: float) -> Future[None]:
         """Hold generation, begin to drop the cache of the old weights, and open what the release needs opened.
 
         Unless the user has paused already, requests in flight are retracted: they keep the tokens they have and go on
@@ -110,10 +107,6 @@ class Verbs:
         meanwhile, and because a release that cannot do so must say it while the weights are still what they were.
 
         `cancel_sync` undoes it, whatever this or the future raises.
-
-        Args:
-            timeout_s: In seconds.
-            meanwhile: Called once, while the first answer is waited for if there is anything to wait for; raises nothing.
 
         Returns:
             Done once the cache is dropped; raises as `begin_sync`.  No weight may change before.  An update may be asked
@@ -124,9 +117,7 @@ class Verbs:
         if self.paused is None and not self.resting:
             # Answered before anything else is asked for: while it does not know of a pause, SGLang keeps an update
             # waiting for the requests in flight.
-            self.client.post("/pause_generation", {"mode": "retract"}, timeout_s=timeout_s, sent=meanwhile)
-        else:
-            meanwhile()
+            self.client.post("/pause_generation", {"mode": "retract"}, timeout_s=timeout_s)
         dropped = begun_in_background(
             lambda begun: self._drop_old_cache(begun, timeout_s=_left(deadline)), name="tpcolocate flush"
         )

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from tpcolocate import ipc_payload
+from tpcolocate.errors import some
 from tpcolocate.in_server.tpcolocate_receiver.sums import checksum
 
 PAYLOADS = ("per_rank", "fan_out")
@@ -22,7 +23,6 @@ TRANSPORTS = ("auto", "ipc", "file", "stock")
 """``ipc``: handles, opened and checked by our receiver.  ``file``: safetensors files, read by it.  ``stock``: handles,
 opened by SGLang itself, unchecked.  ``auto``: ``ipc`` if a first small handle proves that it works, else ``file``."""
 
-_SHOWN = 5
 Command = dict[str, Any]
 Replies = Mapping[int, dict[str, Any]]
 """TP rank -> what its receiver answered."""
@@ -42,7 +42,7 @@ class Workers(Protocol):
 class WeightServer(Protocol):
     """What a sync needs of the engine; used on the owner only."""
 
-    def hold_generation(self, *, timeout_s: float, meanwhile: Callable[[], None] = ...) -> Future[None]: ...
+    def hold_generation(self, *, timeout_s: float) -> Future[None]: ...
     def cancel_sync(self, *, timeout_s: float) -> None: ...
     def push(self, payloads: Sequence[str], *, load_format: str, timeout_s: float) -> None: ...
     def await_workers(self, path: Path, *, tp_size: int) -> Workers: ...
@@ -85,12 +85,14 @@ def judge(replies: Replies, entries: Sequence[ipc_payload.Entry]) -> Verdict:
         if reply["error"] is not None:
             return Verdict(opened, f"TP rank {rank}: {reply['error']}")
         if reply["differing"]:
-            return Verdict(opened, f"TP rank {rank} holds other values than were sent: {some(reply['differing'])}")
+            return Verdict(
+                opened, f"TP rank {rank} holds other values than were sent: {some(reply['differing'], between=', ')}"
+            )
     unproven = {name for reply in replies.values() for name in reply["unproven"]}
     read = {e.name: sum(r["read"].get(e.name, 0) for r in replies.values()) for e in entries}
     missed = [e.name for e in entries if e.name not in unproven and read[e.name] < e.shape.numel()]
     if missed:
-        return Verdict(opened, f"the engine took these tensors in part or not at all: {some(missed)}")
+        return Verdict(opened, f"the engine took these tensors in part or not at all: {some(missed, between=', ')}")
     return Verdict(
         opened,
         None,
@@ -106,11 +108,6 @@ def slowest(replies: Replies) -> dict[str, float]:
     """Step inside the workers -> seconds, the slowest worker's."""
     steps = {step for reply in replies.values() for step in reply["phases"]}
     return {step: max(reply["phases"].get(step, 0.0) for reply in replies.values()) for step in sorted(steps)}
-
-
-def some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
 
 
 @dataclass(slots=True)

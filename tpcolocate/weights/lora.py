@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tpcolocate.errors import ConfigError, WeightsMismatchError
+from tpcolocate.errors import ConfigError, WeightsMismatchError, some
 from tpcolocate.weights.items import full_tensor
 from tpcolocate.weights.names import without_wrappers
 from tpcolocate.weights.spec import ModelSpec
@@ -41,7 +41,6 @@ _MUST_BE_OFF = {
     "use_qalora": "SGLang does not serve QALoRA",
     "alora_invocation_tokens": "SGLang would apply it to all tokens",
 }
-_SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +116,7 @@ def make_adapter(tensors: Mapping[str, torch.Tensor], config: Any) -> Adapter:
         named[f"{_PREFIX}{matched['module']}.lora_{matched['side']}.weight"] = tensor
     if unknown:
         raise WeightsMismatchError(
-            f"no weights of a LoRA adapter on linear layers: {_some(unknown)}",
+            f"no weights of a LoRA adapter on linear layers: {some(unknown)}",
             hint="names are PEFT's, such as base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight; SGLang would "
             "ignore others without an error",
         )
@@ -191,13 +190,13 @@ def check_adapter(adapter: Adapter, spec: ModelSpec | None) -> Adapter:
                 wrong.append(f"{module}.lora_{side} has shape {tuple(tensor.shape)}, expected ({want})")
     if wrong:
         raise WeightsMismatchError(
-            f"{_some(wrong)} (r={adapter.rank}, according to {'its own tensors' if spec is None else spec.origin})",
+            f"{some(wrong)} (r={adapter.rank}, according to {'its own tensors' if spec is None else spec.origin})",
             hint="the adapter was made for another model or configuration; SGLang would load it without an error",
         )
     absent = [] if spec is None else _absent(adapter, spec)
     if absent:
         raise WeightsMismatchError(
-            f"target_modules names layers that have no tensors: {_some(absent)}",
+            f"target_modules names layers that have no tensors: {some(absent)}",
             hint="pass the whole adapter, or a configuration that names what it adapts",
         )
     return Adapter({**adapter.tensors, **_zeros(adapter, spec)}, adapter.config)
@@ -326,11 +325,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return value if value is None or isinstance(value, (str, int, float, bool)) else type(value).__name__
-
-
-def _some(items: list[str]) -> str:
-    more = f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
-    return "; ".join(items[:_SHOWN]) + more
 
 
 __all__ = ["Adapter", "adapter_of", "check_adapter", "check_served", "make_adapter"]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from concurrent.futures import Future, wait
+from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
 
 from tpcolocate import ipc_payload
 from tpcolocate.errors import EngineDeadError, SyncError, TpColocateError
-from tpcolocate.parallel import in_background, outcome_of, quick_switching
+from tpcolocate.parallel import in_background, quick_switching
 from tpcolocate.weights.delivery import WeightServer, Workers
 
 logger = logging.getLogger(__name__)
@@ -49,14 +49,9 @@ class Opening:
 
     def _open(self) -> Greetings | None:
         with quick_switching():  # the trainer's thread computes beside these requests
-            awaited: list[Future[Workers]] = []
-
-            def meanwhile() -> None:
-                if self._tp_size:
-                    awaited.append(outcome_of(self._await))
-
-            dropped = self._server.hold_generation(timeout_s=self._left(), meanwhile=meanwhile)
-            greetings = self._reach(awaited[0].result()) if self._tp_size else None
+            workers = self._await() if self._tp_size else None
+            dropped = self._server.hold_generation(timeout_s=self._left())
+            greetings = None if workers is None else self._reach(workers)
             if greetings is not None and not wait([dropped], min(_ANSWER_S, self._left())).done:
                 # The workers hold the update; what came behind it is not taken up before they have left.
                 logger.debug("SGLang took up the weight update before the flush: the workers are reached once more")

@@ -14,10 +14,8 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from tpcolocate.errors import ConfigError, WeightsMismatchError
+from tpcolocate.errors import ConfigError, WeightsMismatchError, some
 from tpcolocate.weights.conversion import to_checkpoint
-
-_SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +45,12 @@ class ModelSpec:
                 wrong.append(f"{name} has shape {tuple(shape)}, the model expects {tuple(expected)}")
         if wrong:
             raise WeightsMismatchError(
-                f"{_some(wrong)} (according to {self.origin})",
+                f"{some(wrong)} (according to {self.origin})",
                 hint="the trainer's and the served model differ; SGLang would pad or cut these without an error",
             )
         if unknown:
             raise WeightsMismatchError(
-                f"the served model has no {_some(unknown)} (according to {self.origin})",
+                f"the served model has no {some(unknown)} (according to {self.origin})",
                 hint="send the names of the checkpoint that the server loaded; SGLang would ignore these without an error",
             )
 
@@ -65,14 +63,9 @@ class ModelSpec:
         missing = sorted(set(self.shapes) - set(names))
         if missing:
             raise WeightsMismatchError(
-                f"not all weights were sent: {_some(missing)} (according to {self.origin})",
+                f"not all weights were sent: {some(missing)} (according to {self.origin})",
                 hint="send the whole model, or pass partial=True if the others shall stay as they are",
             )
-
-
-def _some(items: list[str]) -> str:
-    more = f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
-    return "; ".join(items[:_SHOWN]) + more
 
 
 def read_spec(model_path: str) -> ModelSpec | None:

@@ -79,10 +79,5 @@ class Moves:
         staged = {f"{self.key}/{i}": [piece for piece, _ in step.staged()] for i, step in enumerate(self.steps)}
         return {f"{self.key}/direct": self.direct, **staged}
 
-    @cached_property
-    def last(self) -> str:
-        """The last one of `programs`."""
-        return list(self.programs)[-1]
-
 
 __all__ = ["Moves", "Step"]

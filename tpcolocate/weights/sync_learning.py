@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from tpcolocate.weights.delivery import Replies, WeightServer, some
+from tpcolocate.errors import some
+from tpcolocate.weights.delivery import Replies, WeightServer
 from tpcolocate.weights.items import full_tensor, is_collective
 from tpcolocate.weights.mover import Mover
 from tpcolocate.weights.source import Weights
@@ -113,7 +114,7 @@ class LearningPhases(MovePhases, BucketPhases):
         self.samples = None
         if self.otherwise:
             self.sync.knowledge.forget()
-            self.refuse_rehearsals(f"it treats {some(self.otherwise)} otherwise than it rehearsed")
+            self.refuse_rehearsals(f"it treats {some(self.otherwise, between=', ')} otherwise than it rehearsed")
         self.set_mode(moving=holds)
         return holds
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from tpcolocate import ipc_payload
-from tpcolocate.errors import SyncError
-from tpcolocate.weights.delivery import Replies, slowest, some
+from tpcolocate.errors import SyncError, some
+from tpcolocate.weights.delivery import Replies, slowest
 from tpcolocate.weights.items import full_bytes
 from tpcolocate.weights.mover import Mover, Ready
 from tpcolocate.weights.source import Weights
@@ -92,10 +92,11 @@ class MovePhases(LendingPhases):
         self.staged = self.staged or bool(moves.steps or self.borrowed.regions)
         waiting: list[tuple[int, str]] = []
         direct, *staged = moves.programs
+        *_, last = moves.programs
 
         def run(program: str, *, keep: bool) -> dict[str, Any]:
             # Of a sync that repeats another it is known what it ends with: nobody has to tell the workers to leave.
-            is_last = self.repeats and program == moves.last
+            is_last = self.repeats and program == last
             return {"do": "run", "program": program, "keep": keep, "last": is_last}
 
         command = run(direct, keep=True)
@@ -293,7 +294,7 @@ class MovePhases(LendingPhases):
         }
         if wrong:
             raise SyncError(
-                f"TP rank {self.sync.tp_rank} holds other values than were sent: {some(sorted(wrong))}",
+                f"TP rank {self.sync.tp_rank} holds other values than were sent: {some(sorted(wrong), between=', ')}",
                 hint="the engine's weights are unknown now: sync again in full, or launch() again",
                 rank=self.group.rank,
             )

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from tpcolocate.errors import SyncError
+from tpcolocate.errors import SyncError, some
 from tpcolocate.report import RankReport, SyncReport
-from tpcolocate.weights.delivery import WeightServer, some
+from tpcolocate.weights.delivery import WeightServer
 from tpcolocate.weights.items import full_tensor, is_collective
 from tpcolocate.weights.memory import allocated_bytes
 from tpcolocate.weights.mover import Mover
@@ -99,12 +99,14 @@ class SyncRun(StartPhases, Preflight, LearningPhases):
         for tp_rank, names in unwritten.items():
             if names - common and not self.unproven:
                 raise SyncError(
-                    f"TP rank {tp_rank} took nothing for {some(sorted(names - common))}, other TP ranks did",
+                    f"TP rank {tp_rank} took nothing for {some(sorted(names - common), between=', ')}, other TP ranks did",
                     hint="the engine's weights are unknown now: sync again in full, or launch() again",
                     rank=self.sync.owner_rank,
                 )
         if common and not self.unproven:
-            self.notes.append(f"no weight was sent for these parameters of the engine: {some(sorted(common))}")
+            self.notes.append(
+                f"no weight was sent for these parameters of the engine: {some(sorted(common), between=', ')}"
+            )
 
     def report(self, error: BaseException | None) -> SyncReport:
         """The report; raises, on every rank, what went wrong at the owner's last steps.

@@ -88,16 +88,17 @@ class StartPhases(MovePhases):
                 error = caught
         with self.watch.phase("open"):
             try:
-                if prepared is not None and prepared[1].repeats and not self.stages_again():
-                    # All of this rank's work is one launch, and the GPU is what the sync will wait for: it comes first,
-                    # and no thread that talks to the server takes turns with it.
-                    self.get_ready_again()
                 if prepared is not None:
+                    weights, facts = prepared
+                    if facts.repeats and not self.stages_again():
+                        # All of this rank's work is one launch, and the GPU is what the sync will wait for: it comes first,
+                        # and no thread that talks to the server takes turns with it.
+                        self.get_ready_again()
                     self.open()
-                    prepared = prepared[0], self.use_the_time(prepared[1])
-                if prepared is not None and self.opening is not None:
-                    greetings = self.opening.result()
-                    self.delivery.workers = self.opening.workers
+                    prepared = weights, self.use_the_time(facts)
+                    if self.opening is not None:
+                        greetings = self.opening.result()
+                        self.delivery.workers = self.opening.workers
             except BaseException as caught:
                 error = caught
             mine = (

@@ -7,9 +7,9 @@ more.  The weights themselves lie in memory or in files that later commands poin
 Why not SGLang's own deserialisation: there, any exception (a handle that does not open, a wrong shape) kills the whole
 server.  Here nothing is raised; what went wrong is answered, and the trainer decides.
 
-Needs torch and pyzmq, and any SGLang from 0.5.9 on.  The trainer imports `sums` and `boxes` too.
+Needs torch and pyzmq, and any SGLang from 0.5.9 on.  The trainer imports some of it too.
 """
 
-from .hook import COMMAND, receive
+from .hook import receive
 
-__all__ = ["COMMAND", "receive"]
+__all__ = ["receive"]

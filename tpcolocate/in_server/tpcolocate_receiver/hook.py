@@ -28,8 +28,6 @@ from .watch import Copy, Recorder, Staged, differing, quantised, views
 
 logger = logging.getLogger(__name__)
 
-COMMAND = "tpcolocate "
-"""How the name of the one tensor begins; JSON follows."""
 _POLL_MS = 200
 # For the last answer to leave after the socket was closed.
 _LINGER_MS = 2000
@@ -48,11 +46,11 @@ def receive(model: torch.nn.Module, named_tensors: Iterable[tuple[str, torch.Ten
 
     Args:
         model: The worker's model.
-        named_tensors: One tensor without elements, whose name is the command that opens a session.
+        named_tensors: One tensor without elements, whose name is the command that opens a session, in JSON.
     """
     try:
-        [(name, _)] = named_tensors
-        job = json.loads(name.removeprefix(COMMAND))
+        [(command, _)] = named_tensors
+        job = json.loads(command)
         if job["session"] in _held:
             return
         _held.append(job["session"])

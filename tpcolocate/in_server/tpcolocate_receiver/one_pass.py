@@ -9,7 +9,6 @@ The trainer has the same kernel sum up what is to be copied, hundreds of tensors
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 from collections.abc import Mapping, Sequence
@@ -56,8 +55,10 @@ class Sheet:
         of_row: list[int] = []
         for number, region, parts in copies:
             start = regions[region].data_ptr()
-            for src, *rest in parts:
-                rows.append(_row((src - start, *rest), number))  # type: ignore[arg-type]
+            for part in parts:
+                row = _row(part, number)
+                row[0] -= start
+                rows.append(row)
                 of_row.append(index[region])
         self._rows = torch.tensor(rows, dtype=torch.int64)
         """Of each part what the kernel reads, but for the source, which is counted from its region's start."""
@@ -100,7 +101,6 @@ class Readings:
     """
 
     def __init__(self, parts: Sequence[tuple[int, Sequence[Part]]], device: torch.device) -> None:
-        self._device = device
         rows = [_row(part, number) for number, of_one in parts for part in of_one]
         self._pieces = torch.tensor(rows, dtype=torch.int64).to(device)
         self._tiles = {block: tiles.to(device) for block, tiles in _tiles_of(rows).items()}
@@ -112,7 +112,7 @@ class Readings:
             launch: From `ready`.
             sums: int64, contiguous.  To the element of each number is added the sum of its words.
         """
-        with torch.cuda.device(self._device) if self._device.type == "cuda" else contextlib.nullcontext():
+        with torch.cuda.device_of(sums):  # Triton launches on the current one
             for block, tiles in self._tiles.items():
                 launch(self._pieces, tiles, sums, block, copies=False)
 
