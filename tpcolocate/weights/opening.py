@@ -49,9 +49,10 @@ class Opening:
 
     def _open(self) -> Greetings | None:
         with quick_switching():  # the trainer's thread computes beside these requests
-            workers = self._await() if self._tp_size else None
+            # Beside the pause, whose error counts: a server that is gone takes the folder with it.
+            awaited = in_background(self._await, name="tpcolocate socket") if self._tp_size else None
             dropped = self._server.hold_generation(timeout_s=self._left())
-            greetings = None if workers is None else self._reach(workers)
+            greetings = None if awaited is None else self._reach(awaited.result())
             if greetings is not None and not wait([dropped], min(_ANSWER_S, self._left())).done:
                 # The workers hold the update; what came behind it is not taken up before they have left.
                 logger.debug("SGLang took up the weight update before the flush: the workers are reached once more")
