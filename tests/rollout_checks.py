@@ -304,12 +304,35 @@ def another_process_asks_while_the_engine_sleeps(world):
     return {"waited": waited, "of new": of_new, "equal": speaks_as(world, world.model)}
 
 
+def told_apart(old, new, prompt, most=8):
+    """Whether `new`, wherever it goes on with what `old` has said, soon says something else."""
+    tokens = list(prompt)
+    for _ in range(100):
+        tokens.append(choices(old, tokens)[-1])
+    alike = 0
+    for of_old, of_new in zip(tokens[len(prompt) :], choices(new, tokens[:-1])[len(prompt) - 1 :], strict=True):
+        alike = alike + 1 if of_old == of_new else 0
+        if alike > most:
+            return False
+    return True
+
+
+def perturbed_audibly(world, seed):
+    """Perturb the model; what it was, which the engine has.  A model that only repeats itself may say the same before and after."""
+    for attempt in range(30):
+        old = copy.deepcopy(world.model)
+        world.perturb(seed + 1000 * attempt)
+        if all(told_apart(old, world.model, prompt) for prompt in PROMPTS[: world.colo.tp_size]):
+            return old
+        world.engine.sync_weights(world.model)
+    raise AssertionError("no two models that can be told apart")
+
+
 def sync_under_a_pause(world):
     """In each mode of the user's: what became of the requests, and that the pause stays."""
     engine, found = world.engine, {}
     for number, mode in enumerate(PAUSES):
-        old = copy.deepcopy(world.model)
-        world.perturb(21 + number)
+        old = perturbed_audibly(world, 21 + number)
         request = in_flight(world)
         engine.pause_generation(mode)
         engine.pause_generation(mode)  # nothing more
