@@ -540,12 +540,38 @@ def samples_that_do_not_arrive(world):
     return {"told": told, **heal(world)}
 
 
+def a_peft_model_in_shared_memory(world):
+    """Its base stays where it is and comes to be mapped for good; the merged weights follow in buckets, sync after sync."""
+    import peft
+
+    torch.manual_seed(11)  # the same adapters on every rank
+    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(copy.deepcopy(world.model), config)
+    model.share_memory()
+    generator = torch.Generator().manual_seed(12)
+    steps = []
+    for _ in range(5):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+        report = world.engine.sync_weights(model, bucket_bytes=BUCKET)
+        merged = copy.deepcopy(model).merge_and_unload()
+        steps.append({
+            "equal": world.generated() == world.expected(merged),
+            "proven": report.num_proven == report.num_tensors,
+            "lent": all(r.num_lent for r in report.ranks),
+            "by plan and in buckets": report.num_buckets > 1,
+        })  # fmt: skip
+    return steps
+
+
 CHECKS = [
     everything_is_proven, a_skipped_tensor, a_loader_that_fails, a_flipped_bit, a_flipped_bit_of_a_part, a_part_that_went_astray,
     staging_that_fails_on_one_rank, swapped_payloads, an_export_that_fails_on_one_rank, handles_that_do_not_open, files_in_a_folder,
     many_syncs, many_syncs_of_full_tensors, handles_of_lent_memory_that_do_not_open, lent_memory_that_changes_while_it_is_read,
     many_syncs_of_lent_memory, a_sync_that_repeats, memory_that_is_borrowed_for_the_first_sync, a_loader_that_cannot_be_rehearsed,
-    a_loader_that_does_otherwise_than_it_rehearsed, an_export_to_borrow_that_fails_on_one_rank, samples_that_do_not_arrive, memory_that_is_taken_back, lent_memory_of_another_model, one_payload_for_two_readers,
+    a_loader_that_does_otherwise_than_it_rehearsed, an_export_to_borrow_that_fails_on_one_rank, samples_that_do_not_arrive, memory_that_is_taken_back, lent_memory_of_another_model, a_peft_model_in_shared_memory, one_payload_for_two_readers,
 ]  # fmt: skip
 
 
@@ -699,6 +725,12 @@ def test_memory_that_the_trainer_dropped_comes_back(found):
         assert value["equal"] and value["proven"]
     for value in results(found, lent_memory_of_another_model):
         assert value["lent"] > 0 and value["back"] == {0} and value["left"] == [0, 0] and value["equal"]
+
+
+def test_a_peft_model_in_shared_memory_is_synced_five_times(found):
+    for steps in results(found, a_peft_model_in_shared_memory):
+        assert [step["lent"] for step in steps] == [False, True, True, True, True]
+        assert all(step["equal"] and step["proven"] and step["by plan and in buckets"] for step in steps), steps
 
 
 def test_what_cannot_be_lent_is_staged_and_said(found):

@@ -83,6 +83,7 @@ class LendingPhases(SyncPhases):
         failed = next((text for *_, text in told if text is not None), None)
         if failed is None and not any(release or map_ for release, map_, _ in told):
             return lent
+        number = self.number()  # here, since every rank counts the commands, and the owner alone runs what follows
         replies = self.on_owner(
             "map the trainer's memory",
             lambda _: self.delivery.ask(
@@ -90,7 +91,7 @@ class LendingPhases(SyncPhases):
                     {"do": "run", "for": k, "release": release, "map": [] if failed is not None else map_}
                     for k, (release, map_, _) in enumerate(told)
                 ],
-                self.number(),
+                number,
                 self.left("map the trainer's memory"),
             ),
         )
@@ -112,11 +113,12 @@ class LendingPhases(SyncPhases):
         self.notes.append(f"the trainer's memory is not mapped by the engine: {self.sync.lending_refused}")
         mine = [*loans.names(), *self.borrowed.regions.values()]
         told = self.agree(None, mine, what="take back what was lent")
+        number = self.number()
         replies = self.on_owner(
             "let go of the trainer's memory",
             lambda _: self.delivery.ask(
                 [{"do": "run", "for": k, "release": release} for k, release in enumerate(told)],
-                self.number(),
+                number,
                 self.left("let go of the trainer's memory"),
             ),
         )
