@@ -33,7 +33,7 @@ from gpu_common import DUMMY, PROMPTS, SERVER, SHAPES, Stock, checksums, make_mo
 from record import command
 
 import tpcolocate
-from tpcolocate.weights import delivery
+from tpcolocate.weights.transport import bucket_sender as delivery
 
 PART_S = 150.0
 
@@ -94,20 +94,20 @@ def alternate(
 
 def negative_control(engine: tpcolocate.Engine, model: torch.nn.Module, bucket_bytes: int) -> dict[str, object]:
     """One payload for all TP ranks: must be reported on the first sync, and leave nothing behind."""
-    original = delivery.Delivery.load
+    original = delivery.BucketSender.load
 
     def duplicated(self, server, payloads, *rest):  # type: ignore[no-untyped-def]
         return original(self, server, [payloads[0]] * len(payloads), *rest)
 
     before = torch.cuda.memory_allocated()
-    delivery.Delivery.load = duplicated  # type: ignore[method-assign]
+    delivery.BucketSender.load = duplicated  # type: ignore[method-assign]
     try:
         engine.sync_weights(model, transport="stock", bucket_bytes=bucket_bytes)
         told = None
     except tpcolocate.TpColocateError as error:
         told = f"{type(error).__name__}: {error}"
     finally:
-        delivery.Delivery.load = original  # type: ignore[method-assign]
+        delivery.BucketSender.load = original  # type: ignore[method-assign]
     engine.sync_weights(model, bucket_bytes=bucket_bytes)
     return {
         "reported": told,

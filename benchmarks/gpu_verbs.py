@@ -39,7 +39,7 @@ from gpu_common import PROMPTS, SERVER, gap, slope, summary, used_mib
 from record import command
 
 import tpcolocate
-from tpcolocate.engine.launch import hold_port
+from tpcolocate.server.process import hold_port
 
 PARTS = ("cycles_parts", "cycles", "lora_across_sleep", "group_apart", "backup", "group_shared")
 SAVER: dict[str, Any] = {"enable_memory_saver": True}

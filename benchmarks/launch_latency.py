@@ -33,7 +33,7 @@ import torch.distributed as dist
 from record import publish, record, summary
 
 import tpcolocate
-from tpcolocate.engine.client import ServerClient
+from tpcolocate.server.http import ServerClient
 
 TARGET_S = 0.1
 HEALTH_TIMEOUT_S = 600.0

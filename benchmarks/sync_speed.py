@@ -27,7 +27,7 @@ from gpu_common import DUMMY, SERVER, SHAPES, Stock, checksums, make_model, shar
 
 import tpcolocate
 from tpcolocate.agreement import RankGroup
-from tpcolocate.engine.client import ServerClient
+from tpcolocate.server.http import ServerClient
 
 # Far more than a GPU's cache holds.
 _COPIED_BYTES = 2 * 2**30

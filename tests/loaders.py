@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from tpcolocate import ipc_payload
-from tpcolocate.in_server.tpcolocate_receiver.hook import _apply
-from tpcolocate.in_server.tpcolocate_receiver.plans import Plans
-from tpcolocate.in_server.tpcolocate_receiver.watch import Recorder, Staged, differing, views
+from tpcolocate.in_server.tpcolocate_receiver.copy_plan import CopyPlan
+from tpcolocate.in_server.tpcolocate_receiver.loader_trace import BucketTensors, LoaderTrace, differing, views
+from tpcolocate.in_server.tpcolocate_receiver.session import _apply
 
 
 class Model(nn.Module):
@@ -234,7 +234,7 @@ def sent(shapes, seed=0, dtype=torch.float32):
 
 def watched(model, flat, entries):
     owned = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
-    recorder = Recorder(Staged(flat, entries), owned)
+    recorder = LoaderTrace(BucketTensors(flat, entries), owned)
     with torch.no_grad(), recorder:
         model.load_weights(views(flat, entries))
     return recorder
@@ -258,7 +258,7 @@ def applied(model, tensors):
     """(whether the loader was not needed, what could not be proven, what differs, elements read)."""
     flat, entries = bucket_of(tensors)
     if not hasattr(model, "plans") or not model.plans.fit():
-        model.plans = Plans()
+        model.plans = CopyPlan()
     with torch.no_grad():
         copies, unsure, replayed = _apply(model, model.plans, flat, entries)
     wrong = differing([c for c in copies if c.entry not in unsure])

@@ -14,7 +14,7 @@ from test_engine import GREEDY, PROMPTS
 
 import tpcolocate
 from tpcolocate import errors
-from tpcolocate.engine.state import PAUSES
+from tpcolocate.server.lifecycle import PAUSES
 
 LONG = {"temperature": 0, "max_new_tokens": 240, "ignore_eos": True}
 

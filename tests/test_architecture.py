@@ -19,16 +19,16 @@ TOP = "__init__"
 FLOORS = (
     {TOP},
     {"session", "doctor"},
-    {"rollout", "launching"},
-    {"engine", "weights", "rendezvous"},
+    {"engine", "launch"},
+    {"server", "weights", "rendezvous"},
     {"agreement", "placement"},
     {"groups", "roles", "ipc_payload"},
-    {"devices", "report", "in_server", "parallel", "processes"},
+    {"devices", "report", "in_server", "parallel", "processes", "deadline"},
     {"errors", "_version"},
 )
 FLOOR_OF = {room: number for number, floor in enumerate(FLOORS) for room in floor}
 # Not modules of the package: put on the PYTHONPATH of another process.
-NOT_MODULES = {("engine", "cpu_stub")}
+NOT_MODULES = {("server", "cpu_stub")}
 SOURCES = sorted(path for path in PACKAGE.rglob("*.py") if path.relative_to(PACKAGE).parts[:2] not in NOT_MODULES)
 
 
@@ -89,29 +89,29 @@ def test_every_room_has_its_floor_and_imports_go_down_only(path):
     ("roles.py", "from tpcolocate import init", [TOP]),
     ("roles.py", "def f():\n  from tpcolocate import groups", ["groups"]),
     ("roles.py", "if TYPE_CHECKING:\n  from .groups import Slice", ["groups"]),
-    ("engine/launch.py", "from .client import Client", ["engine"]),
-    ("engine/launch.py", "from . import client", ["engine"]),
-    ("engine/launch.py", "from .. import errors", ["errors"]),
-    ("engine/launch.py", "from ..weights.sync import plan", ["weights"]),
-    ("engine/launch.py", "from tpcolocate.engine import client", ["engine"]),
-    ("engine/launch.py", "from ..session import init", ["session"]),
+    ("server/process.py", "from .http import Client", ["server"]),
+    ("server/process.py", "from . import http", ["server"]),
+    ("server/process.py", "from .. import errors", ["errors"]),
+    ("server/process.py", "from ..weights.sync.syncer import plan", ["weights"]),
+    ("server/process.py", "from tpcolocate.server import http", ["server"]),
+    ("server/process.py", "from ..session import init", ["session"]),
 ])  # fmt: skip
 def test_imports_are_found_however_they_are_written(file, source, rooms):
     assert [room for _, room in imported_rooms(source, PACKAGE / file)] == rooms
 
 
 @pytest.mark.parametrize("file, source, good", [
-    ("engine/launch.py", "from .client import Client", True),
-    ("engine/launch.py", "from ..roles import Role", True),
-    ("engine/launch.py", "from ..weights import sync", False),
-    ("weights/sync.py", "from ..engine import client", False),
-    ("rendezvous.py", "from .engine import client", False),
+    ("server/process.py", "from .client import Client", True),
+    ("server/process.py", "from ..roles import Role", True),
+    ("server/process.py", "from ..weights import sync", False),
+    ("weights/sync/syncer.py", "from ...server import http", False),
+    ("rendezvous.py", "from .server import http", False),
     ("groups.py", "from . import roles", False),
     ("groups.py", "from . import devices", True),
     ("devices.py", "from . import report", False),
     ("devices.py", "from .errors import DeviceError", True),
     ("errors.py", "import tpcolocate", False),
-    ("session.py", "from . import engine, weights, rendezvous, groups, errors", True),
+    ("session.py", "from . import server, weights, rendezvous, groups, errors", True),
     ("session.py", "from .doctor import main", False),
     ("__init__.py", "from .session import init", True),
 ])  # fmt: skip

@@ -2,9 +2,9 @@
 
 import pytest
 
-from tpcolocate.engine import arguments as rules
-from tpcolocate.engine.arguments import RECEIVER, server_arguments, to_argv
 from tpcolocate.errors import ConfigError
+from tpcolocate.server import arguments as rules
+from tpcolocate.server.arguments import RECEIVER, server_arguments, to_argv
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(60)]
 

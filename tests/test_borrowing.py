@@ -4,14 +4,14 @@ import pytest
 import torch
 
 from tpcolocate import ipc_payload
-from tpcolocate.weights.borrowing import Borrowing
-from tpcolocate.weights.loans import Loans
+from tpcolocate.weights.transport.mapped_memory import PersistentMappings
+from tpcolocate.weights.transport.transient_mappings import TransientMappings
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(60)]
 
 
 def borrowing():
-    return Borrowing(ipc_payload.Ledger(rank=0), Loans(torch.device("cpu")), tp_rank=1)
+    return TransientMappings(ipc_payload.Ledger(rank=0), PersistentMappings(torch.device("cpu")), tp_rank=1)
 
 
 def shared(size=64):

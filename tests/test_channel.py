@@ -7,8 +7,8 @@ import time
 import pytest
 import zmq
 
-from tpcolocate.engine.channel import Channel
 from tpcolocate.errors import DeadlineError, EngineDeadError, EngineError, SyncError
+from tpcolocate.server.channel import Channel
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(60)]
 

@@ -8,12 +8,12 @@ import torch
 from harness import run_ranks
 from safetensors.torch import load_file, save_file
 
+from tpcolocate.engine.base import SliceClient, count_in
 from tpcolocate.errors import ConfigError
-from tpcolocate.rollout.base import SliceClient, count_in
-from tpcolocate.weights import checkpoint
-from tpcolocate.weights.checkpoint import Checkpoint, CheckpointWriter, count_shards, save, saved_version
-from tpcolocate.weights.source import Weights
-from tpcolocate.weights.spec import read_spec
+from tpcolocate.weights.sources import checkpoint
+from tpcolocate.weights.sources.checkpoint import Checkpoint, CheckpointWriter, count_shards, save, saved_version
+from tpcolocate.weights.sources.model_spec import read_spec
+from tpcolocate.weights.sources.named_weights import Weights
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -11,9 +11,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import httpx
 import pytest
 
-from tpcolocate.engine import client as client_module
-from tpcolocate.engine.client import ServerClient
 from tpcolocate.errors import DeadlineError, EngineDeadError, RequestError
+from tpcolocate.server import http as client_module
+from tpcolocate.server.http import ServerClient
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(60)]
 

@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from tpcolocate.errors import ConfigError
-from tpcolocate.weights.source import Weights
-from tpcolocate.weights.spec import read_spec
+from tpcolocate.weights.sources.model_spec import read_spec
+from tpcolocate.weights.sources.named_weights import Weights
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(120)]
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from harness import run_ranks
 
-import tpcolocate.engine
+import tpcolocate.server
 
 pytestmark = pytest.mark.quick
 
-STUB = Path(tpcolocate.engine.__file__).parent / "cpu_stub"
+STUB = Path(tpcolocate.server.__file__).parent / "cpu_stub"
 
 
 def beside_stub(rank, script):

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from tpcolocate import agreement, ipc_payload
-from tpcolocate.in_server.tpcolocate_receiver.sums import checksum
-from tpcolocate.weights.delivery import Delivery, Verdict, judge
+from tpcolocate.in_server.tpcolocate_receiver.checksums import checksum
+from tpcolocate.weights.transport.bucket_sender import BucketSender, Verdict, judge
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(60)]
 
@@ -123,7 +123,7 @@ def delivery(tmp_path):
         ledger = ipc_payload.Ledger(rank=7)
         (tmp_path / "files").mkdir(exist_ok=True)
         copies = []
-        one = Delivery(
+        one = BucketSender(
             tp_rank=tp_rank, tp_size=tp_size, is_owner=tp_rank == 0, payloads=payloads, transport=transport,
             file_folder=tmp_path / "files", ledger=ledger, copied=lambda: copies.append(1), session="abc",
         )  # fmt: skip

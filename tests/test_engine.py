@@ -20,7 +20,8 @@ from harness import Footprint, leftovers, run_ranks
 
 import tpcolocate
 from tpcolocate import errors
-from tpcolocate.weights import memory, sync_start
+from tpcolocate.weights.sync import start as sync_start
+from tpcolocate.weights.transport import memory
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -93,8 +94,8 @@ def drive(rank, model_dir, tp_size, checks):
     """One set-up on one rank: launch, all checks, the end."""
     with tpcolocate.init(tp_size, device="cpu", timeout_s=60.0) as colo:
         world = World(rank, model_dir, colo)
-        logging.getLogger("tpcolocate.weights.sync").addHandler(world.log)
-        logging.getLogger("tpcolocate.weights.sync").setLevel(logging.DEBUG)
+        logging.getLogger("tpcolocate.weights.sync.syncer").addHandler(world.log)
+        logging.getLogger("tpcolocate.weights.sync.syncer").setLevel(logging.DEBUG)
         with colo.launch(model_dir, health_timeout_s=HEALTH_S, **ARGS) as world.engine:
             found = checked(world, checks)
         return found
@@ -282,11 +283,11 @@ def a_slice_whose_engine_forgot(world):
 
 def a_slice_that_fails_on_the_way(world):
     """In the middle of the moves of one slice; the other one must not wait for it, and both can go on."""
-    from tpcolocate.weights.mover import Mover
+    from tpcolocate.weights.transport.staging import Transfer
 
     model = world.sharded()
     world.engine.sync_weights(model)
-    stage, calls = Mover.stage, []
+    stage, calls = Transfer.stage, []
 
     def failing(self, *args):
         stage(self, *args)
@@ -295,7 +296,7 @@ def a_slice_that_fails_on_the_way(world):
             raise MemoryError("planted")
 
     if world.rank == 1:
-        Mover.stage = failing
+        Transfer.stage = failing
     told = None
     begun = time.monotonic()
     try:
@@ -303,7 +304,7 @@ def a_slice_that_fails_on_the_way(world):
     except errors.TpColocateError as error:
         told = f"{type(error).__name__}: {error}"
     finally:
-        Mover.stage = stage
+        Transfer.stage = stage
     seconds = time.monotonic() - begun
     step_of_sharded(world, model, 52)
     world.engine.sync_weights(model)

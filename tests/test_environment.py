@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tpcolocate.engine import environment as module
-from tpcolocate.engine.arguments import RECEIVER
-from tpcolocate.engine.environment import child_environment
 from tpcolocate.in_server import tpcolocate_receiver
+from tpcolocate.server import environment as module
+from tpcolocate.server.arguments import RECEIVER
+from tpcolocate.server.environment import child_environment
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(60)]
 

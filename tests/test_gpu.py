@@ -14,7 +14,8 @@ from harness import run_ranks
 
 import tpcolocate
 from tpcolocate import errors, ipc_payload
-from tpcolocate.weights import delivery, mover
+from tpcolocate.weights.transport import bucket_sender as delivery
+from tpcolocate.weights.transport import staging as mover
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]
 
@@ -119,7 +120,7 @@ def drive(rank, folder, world):
             dist.barrier()
             found["lent"] = (set(counts), {handle.count() for handle in lent}, before - used_mib())
             model.to(device)
-            begin_sums = mover.Mover.begin_sums
+            begin_sums = mover.Transfer.begin_sums
 
             def spoiled(self, moves, tensors):
                 sums = begin_sums(self, moves, tensors)
@@ -131,16 +132,16 @@ def drive(rank, folder, world):
 
             for _ in range(2):
                 engine.sync_weights(model, parts=True)
-            mover.Mover.begin_sums = spoiled
+            mover.Transfer.begin_sums = spoiled
             try:
                 engine.sync_weights(model, parts=True)
             except errors.SyncError as error:
                 found["spoiled"] = str(error)
-            mover.Mover.begin_sums = begin_sums
+            mover.Transfer.begin_sums = begin_sums
             if rank == 1:
                 model.model.layers[1].mlp.down_proj.weight.data[-1, -1] -= 1
 
-            original = delivery.Delivery.commands
+            original = delivery.BucketSender.commands
 
             def corrupted(self, flat, action, **options):
                 made = original(self, flat, action, **options)
@@ -149,12 +150,12 @@ def drive(rank, folder, world):
                     torch.cuda.synchronize()
                 return made
 
-            delivery.Delivery.commands = corrupted
+            delivery.BucketSender.commands = corrupted
             try:
                 engine.sync_weights(model, parts=False)
             except errors.SyncError as error:
                 found["flipped"] = str(error)
-            delivery.Delivery.commands = original
+            delivery.BucketSender.commands = original
 
             describe = ipc_payload.CudaHandle.describe
             engine._sync.proven_ways.clear()
@@ -192,15 +193,15 @@ def drive(rank, folder, world):
             dist.barrier()
 
             # The last: SGLang's own deserialisation may not survive it where the payload lies on another worker's GPU.
-            load = delivery.Delivery.load
-            delivery.Delivery.load = lambda self, server, payloads, *rest: load(
+            load = delivery.BucketSender.load
+            delivery.BucketSender.load = lambda self, server, payloads, *rest: load(
                 self, server, [payloads[0]] * len(payloads), *rest
             )
             try:
                 engine.sync_weights(model, transport="stock", bucket_bytes=64 * 2**20)
             except errors.TpColocateError as error:
                 found["duplicated"] = (shared, type(error), str(error))
-            delivery.Delivery.load = load
+            delivery.BucketSender.load = load
     dist.destroy_process_group()
     return found
 
@@ -308,8 +309,8 @@ def offloaded(rank, world):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 
-    from tpcolocate.weights.items import full_tensor
-    from tpcolocate.weights.source import Weights
+    from tpcolocate.weights.sources.lazy_tensor import full_tensor
+    from tpcolocate.weights.sources.named_weights import Weights
 
     torch.cuda.set_device(rank)
     torch.manual_seed(0)

@@ -24,11 +24,12 @@ from loaders import (
 from test_receiver import CPU, random_bytes
 
 from tpcolocate import ipc_payload
-from tpcolocate.engine.channel import Channel
-from tpcolocate.in_server.tpcolocate_receiver import hook, receive
+from tpcolocate.in_server.tpcolocate_receiver import receive
+from tpcolocate.in_server.tpcolocate_receiver import session as hook
+from tpcolocate.in_server.tpcolocate_receiver.checksums import checksum, word_sum
 from tpcolocate.in_server.tpcolocate_receiver.handles import device_uuid, open_handle
-from tpcolocate.in_server.tpcolocate_receiver.sums import checksum, word_sum
 from tpcolocate.processes import start_of, this_process
+from tpcolocate.server.channel import Channel
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(60)]
 

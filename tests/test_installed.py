@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tpcolocate.engine.arguments import check_installed, server_arguments
-from tpcolocate.engine.installed import Installed, find_installed
 from tpcolocate.errors import ConfigError
+from tpcolocate.server.arguments import check_installed, server_arguments
+from tpcolocate.server.installed import Installed, find_installed
 
 pytestmark = pytest.mark.quick
 
@@ -56,7 +56,7 @@ class Ns(msgspec.Struct):
     shown: A[bool, Arg(no_cli=False)] = False
     bare: int = 3
     optional: Optional[int] = None
-    derived = Derived(fn="x")
+    derived = LazyTensor(fn="x")
 
 class NotOne(msgspec.Struct):
     elsewhere: A[int, "help"] = 1
@@ -148,7 +148,7 @@ def test_a_release_that_names_itself_is_believed_before_its_distribution(tmp_pat
 def test_what_is_installed_here_is_found_and_not_imported():
     script = (
         "import os, sys\n"
-        "from tpcolocate.engine.installed import find_installed\n"
+        "from tpcolocate.server.installed import find_installed\n"
         "found = find_installed(os.environ)\n"
         "assert len(found.arguments()) > 300 and 'sglang' not in sys.modules\n"
         "print(found.version, found.folder)\n"

@@ -5,15 +5,22 @@ import torch
 from harness import run_ranks
 from torch import nn
 
-from tpcolocate.weights.items import Derived, Whole, full_bytes, full_tensor, is_collective, reading_bytes
-from tpcolocate.weights.source import Weights
+from tpcolocate.weights.sources.lazy_tensor import (
+    LazyTensor,
+    SharedGather,
+    full_bytes,
+    full_tensor,
+    is_collective,
+    reading_bytes,
+)
+from tpcolocate.weights.sources.named_weights import Weights
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(120)]
 
 
 def derived(make, **changes):
     fields = {"shape": torch.Size([2]), "dtype": torch.float32, "device": torch.device("cpu")}
-    return Derived(**{**fields, "make": make, "is_collective": False, "extra_bytes": 12, **changes})
+    return LazyTensor(**{**fields, "make": make, "is_collective": False, "extra_bytes": 12, **changes})
 
 
 def test_a_full_tensor_is_itself_and_detached():
@@ -44,7 +51,7 @@ def test_a_derived_tensor_keeps_its_promise(promise):
     torch.arange(24.0).view(2, 3, 4).transpose(1, 2),  # not contiguous
 ], ids=["plain", "offset", "transposed"])  # fmt: skip
 def test_a_part_of_a_live_tensor_is_a_view_of_it(live):
-    part = Whole(live).part(torch.Size([2, 3]), live.stride()[1:], live.stride(0) + 2 * live.stride(1))
+    part = SharedGather(live).part(torch.Size([2, 3]), live.stride()[1:], live.stride(0) + 2 * live.stride(1))
     assert torch.equal(part, live[1, 2:])
     assert part.untyped_storage().data_ptr() == live.untyped_storage().data_ptr()
 
@@ -56,7 +63,7 @@ def test_a_whole_is_read_once_for_all_its_parts_and_dropped_after_the_last():
         reads.append(torch.arange(6.0).view(3, 2))
         return reads[-1]
 
-    whole = Whole(derived(make, shape=torch.Size([3, 2])))
+    whole = SharedGather(derived(make, shape=torch.Size([3, 2])))
     parts = [whole.part(torch.Size([2]), (1,), 2 * i) for i in range(3)]
     assert [part.shape for part in parts] == [(2,)] * 3 and reads == []
     for number_of_reads in (1, 2):  # a second pass over all of them is a second read

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from tpcolocate.engine import launch
-from tpcolocate.engine.launch import ServerProcess, ServerSpec, hold_port
 from tpcolocate.errors import ConfigError, DeadlineError, LaunchError
 from tpcolocate.processes import this_process
+from tpcolocate.server import process as launch
+from tpcolocate.server.process import ServerProcess, ServerSpec, hold_port
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(60)]
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from tpcolocate.in_server.tpcolocate_receiver.handles import open_handle
-from tpcolocate.weights.knowledge import Knowledge
-from tpcolocate.weights.loans import Loans
+from tpcolocate.weights.plan.loader_map import LoaderMap
+from tpcolocate.weights.transport.mapped_memory import PersistentMappings
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(60)]
 
@@ -17,7 +17,7 @@ def shared(size=16):
 
 
 def test_only_what_stayed_in_place_from_one_sync_to_the_next_is_lent():
-    loans = Loans(CPU)
+    loans = PersistentMappings(CPU)
     stays, private, small = shared(), torch.zeros(16).untyped_storage(), torch.zeros(0).untyped_storage()
     assert loans.note([stays, private, small]) == [False, False, False], "seen for the first time"
     assert loans.note([stays, private, small]) == [True, False, False], "private memory cannot be mapped"
@@ -27,7 +27,7 @@ def test_only_what_stayed_in_place_from_one_sync_to_the_next_is_lent():
 
 
 def test_a_storage_at_the_address_of_one_that_is_gone_is_another():
-    loans = Loans(CPU)
+    loans = PersistentMappings(CPU)
     for _ in range(20):
         storage = shared()
         assert loans.note([storage]) == [False]
@@ -35,7 +35,7 @@ def test_a_storage_at_the_address_of_one_that_is_gone_is_another():
 
 
 def test_a_loan_is_found_while_the_storage_is_the_same_at_the_same_place():
-    loans = Loans(CPU)
+    loans = PersistentMappings(CPU)
     one, other = shared(), shared()
     loan = loans.lend(one)
     try:
@@ -57,7 +57,7 @@ def test_a_loan_is_found_while_the_storage_is_the_same_at_the_same_place():
 
 
 def test_the_state_tells_whether_anything_was_lent_or_taken_back_meanwhile():
-    loans = Loans(CPU)
+    loans = PersistentMappings(CPU)
     storage = shared()
     states = [loans.state]
     loan = loans.lend(storage)
@@ -74,7 +74,7 @@ def test_the_state_tells_whether_anything_was_lent_or_taken_back_meanwhile():
 
 
 def test_what_the_engine_never_gave_back_is_reclaimed_after_its_end():
-    loans = Loans(CPU)
+    loans = PersistentMappings(CPU)
     storage = shared()
     loan = loans.lend(storage)
     assert loan.handle.count() == 1
@@ -94,7 +94,7 @@ ROWS = {0: [[0, [2, 3], [3, 1], "float32"]], 1: [[6, [2, 3], [3, 1], "float32"]]
 
 
 def test_a_tensor_is_known_once_all_ranks_told_and_read_all_of_it():
-    knowledge = Knowledge()
+    knowledge = LoaderMap()
     knowledge.confirm(("a", "b"))
     told = {
         k: {"w": ROWS[k], "half": ROWS[0], "odd": [[0, [3, 4], [1, 3], "float32"]], **({"one": ROWS[0]} if k == 0 else {})}
@@ -113,7 +113,7 @@ def test_a_tensor_is_known_once_all_ranks_told_and_read_all_of_it():
 
 
 def test_workers_that_forgot_are_forgotten():
-    knowledge = Knowledge()
+    knowledge = LoaderMap()
     knowledge.confirm(("a", "b"))
     knowledge.learn({k: {"w": ROWS[k]} for k in (0, 1)}, [Entry("w", (4, 3))], 2, loaded=True)
     knowledge.confirm(("a", "c"))
@@ -121,7 +121,7 @@ def test_workers_that_forgot_are_forgotten():
 
 
 def test_layers_that_are_told_of_in_the_same_words_are_told_apart_where_they_differ():
-    knowledge = Knowledge()
+    knowledge = LoaderMap()
     swapped = {0: ROWS[1], 1: ROWS[0]}
     told = {k: {"a": ROWS[k], "b": ROWS[k], "taller": ROWS[k], "swapped": swapped[k]} for k in (0, 1)}
     entries = [Entry("a", (4, 3)), Entry("b", (4, 3)), Entry("taller", (8, 3)), Entry("swapped", (4, 3))]
@@ -135,7 +135,7 @@ def test_layers_that_are_told_of_in_the_same_words_are_told_apart_where_they_dif
 def test_different_knowledge_has_different_numbers():
     numbers = set()
     for dtype in ("float32", "bfloat16"):
-        knowledge = Knowledge()
+        knowledge = LoaderMap()
         told = {k: {"w": [[*ROWS[k][0][:3], dtype]]} for k in (0, 1)}
         knowledge.learn(told, [Entry("w", (4, 3))], 2, loaded=True)
         numbers.add(knowledge.digest(["w"]))
@@ -143,7 +143,7 @@ def test_different_knowledge_has_different_numbers():
 
 
 def test_one_of_each_kind_is_a_sample_and_vouches_for_the_others():
-    knowledge = Knowledge()
+    knowledge = LoaderMap()
     names = ["layers.0.up", "layers.0.down", "layers.1.up", "layers.10.up", "layers.1.odd", "layers.2.up"]
     swapped = {0: ROWS[1], 1: ROWS[0]}
     told = {k: {name: (swapped if name == "layers.2.up" else ROWS)[k] for name in names} for k in (0, 1)}
@@ -168,7 +168,7 @@ def test_one_of_each_kind_is_a_sample_and_vouches_for_the_others():
 
 
 def test_a_tensor_is_rehearsed_once_whatever_came_of_it():
-    knowledge = Knowledge()
+    knowledge = LoaderMap()
     knowledge.confirm(("a", "b"))
     known = {k: {"w": ROWS[k]} for k in (0, 1)}
     knowledge.learn(known, [Entry("w", (4, 3)), Entry("derived", (4, 3))], 2, loaded=False)
@@ -182,7 +182,7 @@ def test_a_tensor_is_rehearsed_once_whatever_came_of_it():
 
 
 def test_what_is_forgotten_is_verified_anew():
-    knowledge = Knowledge()
+    knowledge = LoaderMap()
     knowledge.confirm(("a", "b"))
     told = {k: {"w": ROWS[k]} for k in (0, 1)}
     knowledge.learn(told, [Entry("w", (4, 3))], 2, loaded=True)

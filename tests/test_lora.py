@@ -12,11 +12,11 @@ from test_requests import Captured, refused
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tpcolocate.engine.releases import release
-from tpcolocate.engine.verbs import LoraLimits, Verbs
 from tpcolocate.errors import ConfigError, RequestError, WeightsMismatchError
+from tpcolocate.server.api import LoraLimits, ServerApi
+from tpcolocate.server.releases import release
 from tpcolocate.weights.lora import adapter_of, check_adapter, check_served, make_adapter
-from tpcolocate.weights.spec import ModelSpec
+from tpcolocate.weights.sources.model_spec import ModelSpec
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(120)]
 
@@ -278,7 +278,7 @@ def test_each_release_gets_the_form_it_reads(version, tp_size):
     """Through 0.5.16 one payload, read by all TP ranks; then one each.  Both are a pickled dict (tp_worker.py)."""
     client = Captured(version)
     adapter = make_adapter(GOOD, CONFIG)
-    Verbs(client).load_lora("a", adapter.tensors, adapter.config_for_server, tp_size=tp_size, timeout_s=1)
+    ServerApi(client).load_lora("a", adapter.tensors, adapter.config_for_server, tp_size=tp_size, timeout_s=1)
     [(path, body)] = client.asked
     assert path == "/load_lora_adapter_from_tensors" and body["lora_name"] == "a"
     assert body["config_dict"] == adapter.config_for_server
@@ -297,7 +297,7 @@ def test_each_release_gets_the_form_it_reads(version, tp_size):
 def test_a_view_travels_without_the_rest_of_its_memory():
     client = Captured("0.5.21")
     adapter = make_adapter({A: torch.randn(1000, HIDDEN)[:R]}, CONFIG).gathered(keep=True)
-    Verbs(client).load_lora("a", adapter.tensors, {}, tp_size=1, timeout_s=1)
+    ServerApi(client).load_lora("a", adapter.tensors, {}, tp_size=1, timeout_s=1)
     assert len(client.asked[0][1]["serialized_named_tensors"][0]) < 4000
 
 
@@ -315,15 +315,15 @@ def test_only_what_is_kept_is_copied():
     ({"enable_lora": True, "lora_paths": {"x": {}}}, LoraLimits(), {"x"}),
 ])  # fmt: skip
 def test_the_server_says_what_it_was_started_for(info, limits, at_start):
-    verbs = Verbs(Captured("0.5.21", **info))
+    verbs = ServerApi(Captured("0.5.21", **info))
     assert verbs.lora_limits == limits and verbs.loras_at_start == at_start
 
 
 def test_unloading_what_is_not_there_may_be_no_error():
     missing = {"/unload_lora_adapter": refused("LoRA with name a does not exist")}
-    Verbs(Captured("0.5.21", missing)).unload_lora("a", missing_ok=True, timeout_s=1)
+    ServerApi(Captured("0.5.21", missing)).unload_lora("a", missing_ok=True, timeout_s=1)
     with pytest.raises(RequestError, match="does not exist"):
-        Verbs(Captured("0.5.21", missing)).unload_lora("a", timeout_s=1)
+        ServerApi(Captured("0.5.21", missing)).unload_lora("a", timeout_s=1)
     with pytest.raises(RequestError, match="incomplete unload"):
         busy = {"/unload_lora_adapter": refused("an incomplete unload")}
-        Verbs(Captured("0.5.21", busy)).unload_lora("a", missing_ok=True, timeout_s=1)
+        ServerApi(Captured("0.5.21", busy)).unload_lora("a", missing_ok=True, timeout_s=1)

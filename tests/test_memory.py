@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from tpcolocate import ipc_payload
 from tpcolocate.errors import ConfigError
-from tpcolocate.weights import memory
-from tpcolocate.weights.memory import SlopeAlarm, allocated_bytes, free_bytes, plan_bucket
+from tpcolocate.weights.transport import memory
+from tpcolocate.weights.transport.memory import SlopeAlarm, allocated_bytes, free_bytes, plan_bucket
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(60)]
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from tpcolocate.errors import ConfigError
-from tpcolocate.weights.items import Derived, full_tensor
-from tpcolocate.weights.source import Weights
+from tpcolocate.weights.sources.lazy_tensor import LazyTensor, full_tensor
+from tpcolocate.weights.sources.named_weights import Weights
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(120)]
 
@@ -91,12 +91,12 @@ def test_what_is_sent_is_what_peft_would_merge_and_nothing_is_changed(kind):
     same(state(model), before, rtol=0, atol=0)
     # What no adapter touches is live memory, not a copy.
     live = {tensor.data_ptr() for tensor in model.state_dict(keep_vars=True).values()}
-    untouched = [item for _, item in weights if not isinstance(item, Derived)]
+    untouched = [item for _, item in weights if not isinstance(item, LazyTensor)]
     assert untouched and all(item.data_ptr() in live for item in untouched)
     base = Model().state_dict()
     with model.disable_adapter():
         base = sent(model)
-    derived = {name for name, item in weights if isinstance(item, Derived)}
+    derived = {name for name, item in weights if isinstance(item, LazyTensor)}
     assert derived and all(not torch.equal(expected[name], base[name]) for name in derived)
 
 

@@ -1,6 +1,6 @@
 """Parts of sharded weights reach the workers that read them: four ranks, two slices, no engine.
 
-The worker is the receiver's own code (`Plans`, `Program`) over a small model that loads as a TP rank does; the server
+The worker is the receiver's own code (`CopyPlan`, `CopyProgram`) over a small model that loads as a TP rank does; the server
 around it, its processes and handles are in test_engine.py and test_proof.py.
 """
 
@@ -10,11 +10,11 @@ from harness import run_ranks
 from torch import nn
 
 from tpcolocate import ipc_payload
-from tpcolocate.in_server.tpcolocate_receiver.plans import Plans, Program, places_of
-from tpcolocate.in_server.tpcolocate_receiver.watch import Recorder, Staged, storage_of, views
-from tpcolocate.weights.held import HeldAgain, layouts_of
-from tpcolocate.weights.knowledge import Knowledge
-from tpcolocate.weights.mover import Mover
+from tpcolocate.in_server.tpcolocate_receiver.copy_plan import CopyPlan, CopyProgram, places_of
+from tpcolocate.in_server.tpcolocate_receiver.loader_trace import BucketTensors, LoaderTrace, storage_of, views
+from tpcolocate.weights.plan.loader_map import LoaderMap
+from tpcolocate.weights.plan.sharding import CachedShards, layouts_of
+from tpcolocate.weights.transport.staging import Transfer
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(120)]
 
@@ -64,14 +64,14 @@ def full_weights(seed):
 
 def learned(tp_rank, knowledge=None):
     """A worker that has been loaded once, what it learned, and what it would tell."""
-    model, plans = Worker(tp_rank), Plans()
+    model, plans = Worker(tp_rank), CopyPlan()
     weights = full_weights(0)
     entries, size = ipc_payload.layout([(n, t.shape, t.dtype) for n, t in weights.items()])
     flat = torch.zeros(size, dtype=torch.uint8)
     for entry in entries:
         ipc_payload.view(flat, entry).copy_(weights[entry.name])
     told = ipc_payload.described(entries)
-    recorder = Recorder(Staged(flat, told), {storage_of(p) for p in model.parameters()})
+    recorder = LoaderTrace(BucketTensors(flat, told), {storage_of(p) for p in model.parameters()})
     with torch.no_grad(), recorder:
         model.load_weights(views(flat, told))
     plans.learn(recorder, told, places_of(model))
@@ -106,9 +106,9 @@ def sharded(how, weights):
 
 def moves_on_a_rank(rank, how, staging_bytes):
     model, plans, entries, _ = learned(rank % TP)
-    knowledge = Knowledge()
+    knowledge = LoaderMap()
     knowledge.learn({k: learned(k)[3] for k in range(TP)}, entries, TP, loaded=True)
-    mover = Mover(torch.device("cpu"), tp_rank=rank % TP, tp_ranks={r: r % TP for r in range(WORLD)}, tp_size=TP)
+    mover = Transfer(torch.device("cpu"), tp_rank=rank % TP, tp_ranks={r: r % TP for r in range(WORLD)}, tp_size=TP)
     seen = []
     moves = None
     for seed in (1, 2):
@@ -117,7 +117,7 @@ def moves_on_a_rank(rank, how, staging_bytes):
         assert all(one is not None for one in tensors.values())
         if moves is None:
             moves = mover.plan(tensors, knowledge.reads, set(), staging_bytes=staging_bytes)
-            programs = {key: Program(pieces, plans) for key, pieces in mover.definitions(moves, tensors)}
+            programs = {key: CopyProgram(pieces, plans) for key, pieces in mover.definitions(moves, tensors)}
         sums = mover.begin_sums(moves, tensors)
         regions = {f"stage{i}": torch.zeros(moves.stage_bytes, dtype=torch.uint8) for i in (0, 1)}
         sending = torch.zeros(moves.send_bytes, dtype=torch.uint8)
@@ -186,18 +186,18 @@ class Slow:
 def test_a_mesh_that_does_not_answer_is_a_missed_deadline():
     from tpcolocate.errors import DeadlineError
 
-    mover = Mover(torch.device("cpu"), tp_rank=0, tp_ranks={0: 0}, tp_size=1)
+    mover = Transfer(torch.device("cpu"), tp_rank=0, tp_ranks={0: 0}, tp_size=1)
     mover.deadline = 0.0
     with pytest.raises(DeadlineError, match="did not move their parts in time"):
         mover.finish(Slow())
 
 
 def test_tensors_that_lie_as_before_are_looked_at_when_they_are_needed():
-    mover = Mover(torch.device("cpu"), tp_rank=0, tp_ranks={0: 0}, tp_size=1)
+    mover = Transfer(torch.device("cpu"), tp_rank=0, tp_ranks={0: 0}, tp_size=1)
     first = {"a": torch.zeros(2, 3), "b": torch.zeros(4)}
     layouts = layouts_of({name: mover.hold(tensor) for name, tensor in first.items()})
     now = {"a": torch.ones(2, 3), "b": torch.ones(4)}
-    again = HeldAgain(now, layouts)
+    again = CachedShards(now, layouts)
     assert list(again) == ["a", "b"] and len(again) == 2 and "c" not in again
     for name, tensor in now.items():
         assert again[name].local.data_ptr() == tensor.data_ptr()

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tpcolocate.in_server.tpcolocate_receiver.boxes import Box, box_of, is_covered, strides_of, whole
-from tpcolocate.weights.moves import cut, is_read_whole, pieces_of, place, reads_of, shards
+from tpcolocate.in_server.tpcolocate_receiver.regions import Region, is_covered, region_of, strides_of, whole
+from tpcolocate.weights.plan.slices import cut, is_read_whole, place, reads_of, shards, slices_of
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(60)]
 
@@ -20,7 +20,7 @@ def tensor_and_box(draw):
     shape = tuple(draw(SHAPES))
     starts = tuple(draw(st.integers(0, n - 1)) for n in shape)
     lengths = tuple(draw(st.integers(1, n - start)) for n, start in zip(shape, starts))
-    return torch.arange(torch.Size(shape).numel()).view(shape), Box(starts, lengths)
+    return torch.arange(torch.Size(shape).numel()).view(shape), Region(starts, lengths)
 
 
 def narrowed(tensor, box):
@@ -36,7 +36,7 @@ def test_every_rectangular_view_is_recognised(case, data):
     for dim in reversed(range(view.dim())):  # as when a loader picks one expert
         if view.shape[dim] == 1 and data.draw(st.booleans()):
             view = view.select(dim, 0)
-    found = box_of(view.storage_offset(), tuple(view.shape), view.stride(), tuple(tensor.shape))
+    found = region_of(view.storage_offset(), tuple(view.shape), view.stride(), tuple(tensor.shape))
     assert found is not None
     assert torch.equal(narrowed(tensor, found[0]).reshape(view.shape), view)
     for size, dim in zip(view.shape, found[1], strict=True):
@@ -60,7 +60,7 @@ def test_no_other_view_is_taken_for_a_rectangular_one(case, data):
             view = view.unsqueeze(data.draw(st.integers(0, view.dim())))
         elif kind == "split" and view.dim() and view.shape[0] % 2 == 0:
             view = view.unflatten(0, (2, -1))
-    found = box_of(view.storage_offset(), tuple(view.shape), view.stride(), tuple(tensor.shape))
+    found = region_of(view.storage_offset(), tuple(view.shape), view.stride(), tuple(tensor.shape))
     if found is not None:
         assert torch.equal(narrowed(tensor, found[0]).reshape(view.shape), view)
 
@@ -76,7 +76,7 @@ NOT_BOXES = [
 
 @pytest.mark.parametrize("offset, shape, strides, full", [c[1:] for c in NOT_BOXES], ids=[c[0] for c in NOT_BOXES])
 def test_what_is_no_box(offset, shape, strides, full):
-    assert box_of(offset, shape, strides, full) is None
+    assert region_of(offset, shape, strides, full) is None
 
 
 @given(SHAPES, st.data())
@@ -85,7 +85,7 @@ def test_covering_is_counted_exactly(shape, data):
     boxes, seen = [], torch.zeros(full, dtype=torch.bool)
     for _ in range(data.draw(st.integers(0, 4))):
         starts = tuple(data.draw(st.integers(0, n - 1)) for n in full)
-        boxes.append(Box(starts, tuple(data.draw(st.integers(1, n - s)) for n, s in zip(full, starts))))
+        boxes.append(Region(starts, tuple(data.draw(st.integers(1, n - s)) for n, s in zip(full, starts))))
         narrowed(seen, boxes[-1]).fill_(True)
     assert is_covered(boxes, full) == bool(seen.all())
 
@@ -112,7 +112,7 @@ def test_pieces_put_together_are_what_is_read(case, num_ranks, data):
     reads = reads_of(described, full)
     [read] = reads
     target = torch.full(view.shape, -1)
-    for piece in pieces_of("w", reads, slabs):
+    for piece in slices_of("w", reads, slabs):
         local = narrowed(tensor, slabs[piece.holder])
         starts, lengths = piece.target()
         part = target
@@ -129,7 +129,7 @@ def test_pieces_put_together_are_what_is_read(case, num_ranks, data):
 def test_a_copy_that_reads_no_box_makes_the_tensor_unknown_and_empty_ones_do_not_count():
     assert reads_of([[0, [2], [1], "float32"], [0, [3, 4], [1, 3], "float32"]], (4, 3)) is None
     [read] = reads_of([[0, [0, 3], [3, 1], "float32"], [3, [1, 3], [3, 1], "bfloat16"]], (4, 3))
-    assert (read.number, read.box, read.dtype) == (1, Box((1, 0), (1, 3)), torch.bfloat16)
+    assert (read.number, read.box, read.dtype) == (1, Region((1, 0), (1, 3)), torch.bfloat16)
 
 
 def test_whether_the_ranks_read_everything():
@@ -149,7 +149,7 @@ def test_steps_keep_order_and_room(costs, room):
 
 def test_pieces_lie_behind_one_another_aligned():
     reads = reads_of([[0, [3], [1], "bfloat16"], [0, [3], [1], "float32"]], (3,))
-    pieces = pieces_of("w", reads, [whole((3,))])
+    pieces = slices_of("w", reads, [whole((3,))])
     assert place(pieces) == ([0, 16], 32)
     assert place(pieces, 64) == ([64, 80], 96)
     assert place([]) == ([], 0)

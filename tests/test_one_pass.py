@@ -17,17 +17,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from loaders import applied, model_of, plain, sent
 
-from tpcolocate.in_server.tpcolocate_receiver import one_pass
-from tpcolocate.in_server.tpcolocate_receiver.plans import Program
-from tpcolocate.in_server.tpcolocate_receiver.sums import word_sum
-from tpcolocate.weights.held import Held
-from tpcolocate.weights.moves import Piece, Read, whole
-from tpcolocate.weights.part_sums import SumsInPlace
+from tpcolocate.in_server.tpcolocate_receiver import kernels as one_pass
+from tpcolocate.in_server.tpcolocate_receiver.checksums import word_sum
+from tpcolocate.in_server.tpcolocate_receiver.copy_plan import CopyProgram
+from tpcolocate.weights.plan.sharding import LocalShard
+from tpcolocate.weights.plan.slices import Read, TensorSlice, whole
+from tpcolocate.weights.transport.checksums import SumsInPlace
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(120)]
 
 CPU = torch.device("cpu")
-KERNEL = "tpcolocate.in_server.tpcolocate_receiver.one_pass_kernel"
+KERNEL = "tpcolocate.in_server.tpcolocate_receiver.triton_kernel"
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +213,7 @@ def program_and_regions():
     model = model_of(plain, {"a": (4, 16), "b": (3,)})
     applied(model, sent({"a": (4, 16), "b": (3,)}, 1))
     regions = {"left": torch.zeros(2 * 64 * 4, dtype=torch.uint8), "right": torch.zeros(140, dtype=torch.uint8)}
-    return model, Program(PIECES, model.plans), regions
+    return model, CopyProgram(PIECES, model.plans), regions
 
 
 def filled(regions, seed):
@@ -270,7 +270,7 @@ def test_what_the_kernel_does_all_of_is_called_so(made):
     model = model_of(plain, {"a": (4, 16)})
     new = sent({"a": (4, 16)}, 1)
     applied(model, new)
-    program = Program([["a", 0, None, None, "r", 0, "float32", [16, 1]]], model.plans)
+    program = CopyProgram([["a", 0, None, None, "r", 0, "float32", [16, 1]]], model.plans)
     found, seconds = program.run(model.plans, {"r": new["a"].view(-1).view(torch.uint8)}, keep=True)
     assert list(seconds) == ["one_pass"] and found == [int(word_sum(new["a"]))]
 
@@ -282,9 +282,9 @@ def test_the_trainers_sums_are_the_same_with_and_without_the_kernel(made, left):
         name: one[:, 4:16] if name == "cut" else one[:, :2] if name == "narrow" else one for name, one in base.items()
     }
     views["odd"] = views["odd"][0, :3]
-    tensors = {name: Held(tuple(one.shape), one, (whole(tuple(one.shape)),)) for name, one in views.items()}
+    tensors = {name: LocalShard(tuple(one.shape), one, (whole(tuple(one.shape)),)) for name, one in views.items()}
     pieces = [
-        Piece(name, Read(0, one.slab, tuple(range(len(one.shape))), torch.float64 if name == "cast" else torch.float32), one.slab, 0)
+        TensorSlice(name, Read(0, one.slab, tuple(range(len(one.shape))), torch.float64 if name == "cast" else torch.float32), one.slab, 0)
         for name, one in tensors.items()
     ]  # fmt: skip
     sums = SumsInPlace(pieces, tensors, CPU)

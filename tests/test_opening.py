@@ -15,11 +15,11 @@ import pytest
 import torch
 from test_requests import BEGIN, END, FLUSH, GO_ON, PAUSE, Captured, refused
 
-from tpcolocate.engine.verbs import Verbs
 from tpcolocate.errors import DeadlineError, EngineDeadError, EngineStateError, RequestError, SyncError
 from tpcolocate.in_server.tpcolocate_receiver import receive
-from tpcolocate.weights import opening as module
-from tpcolocate.weights.opening import Opening
+from tpcolocate.server.api import ServerApi
+from tpcolocate.weights.transport import connection as module
+from tpcolocate.weights.transport.connection import WorkerConnection
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(60)]
 
@@ -137,7 +137,7 @@ class OneByOne(Captured):
 
 
 def opened(server, tp_size=1, *, folder=Path("folder"), timeout_s=30.0):
-    return Opening(server, folder=folder, loader="a.loader", tp_size=tp_size, timeout_s=timeout_s)
+    return WorkerConnection(server, folder=folder, loader="a.loader", tp_size=tp_size, timeout_s=timeout_s)
 
 
 @pytest.fixture
@@ -146,7 +146,7 @@ def reach(tmp_path):
     openings = []
 
     def begin(client, **options):
-        openings.append(opened(Verbs(client), folder=tmp_path, **options))
+        openings.append(opened(ServerApi(client), folder=tmp_path, **options))
         return openings[-1]
 
     yield begin

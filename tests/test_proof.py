@@ -15,8 +15,12 @@ from harness import Footprint, leftovers, run_ranks
 from test_engine import drive
 
 from tpcolocate import errors, ipc_payload
-from tpcolocate.engine import channel
-from tpcolocate.weights import delivery, loans, mover, moves, opening
+from tpcolocate.server import channel
+from tpcolocate.weights.plan import slices as moves
+from tpcolocate.weights.transport import bucket_sender as delivery
+from tpcolocate.weights.transport import connection as opening
+from tpcolocate.weights.transport import mapped_memory as loans
+from tpcolocate.weights.transport import staging as mover
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
@@ -86,7 +90,7 @@ def a_flipped_bit(world):
 
         return commands
 
-    with planted(delivery.Delivery, "commands", make, here=world.rank == 1):
+    with planted(delivery.BucketSender, "commands", make, here=world.rank == 1):
         told = failing_sync(world, parts=False)
     return {"told": told, **heal(world)}
 
@@ -101,7 +105,7 @@ def a_flipped_bit_of_a_part(world):
 
         return stage
 
-    with planted(mover.Mover, "stage", make, here=world.rank == 1):
+    with planted(mover.Transfer, "stage", make, here=world.rank == 1):
         told = failing_sync(world)
     return {"told": told, **heal(world)}
 
@@ -117,7 +121,7 @@ def a_part_that_went_astray(world):
 
         return stage
 
-    with planted(mover.Mover, "stage", make, here=world.rank == 1):
+    with planted(mover.Transfer, "stage", make, here=world.rank == 1):
         told = failing_sync(world, world.sharded)
     return {"told": told, **heal(world)}
 
@@ -138,7 +142,7 @@ def lent_memory_that_changes_while_it_is_read(world):
 
         return begin_sums
 
-    with planted(mover.Mover, "begin_sums", make, here=world.rank == 1):
+    with planted(mover.Transfer, "begin_sums", make, here=world.rank == 1):
         told = failing_sync(world)
     if world.rank == 1:
         world.model.model.layers[1].mlp.down_proj.weight.data[0, -1] -= 1
@@ -153,7 +157,7 @@ def staging_that_fails_on_one_rank(world):
 
         return stage
 
-    with planted(mover.Mover, "stage", make, here=world.rank == 1):
+    with planted(mover.Transfer, "stage", make, here=world.rank == 1):
         told = failing_sync(world, world.sharded)
     return {"told": told, **heal(world)}
 
@@ -219,7 +223,7 @@ def one_payload_for_two_readers(world):
         return load
 
     before = set(os.listdir("/dev/shm"))
-    with planted(delivery.Delivery, "load", make):
+    with planted(delivery.BucketSender, "load", make):
         told = failing_sync(world, transport="stock")
     result = {"told": told, **heal(world)}
     # what the fault left is taken back by the sync that healed it, but for what the traceback of the error still holds
@@ -372,7 +376,7 @@ def memory_that_is_taken_back(world):
     lent = world.engine._sync.mover.loans
     had = list(lent._loans.values())
     before = [loan.handle.count() for loan in had]
-    with planted(loans.Loans, "expired", lambda original: lambda self: list(self._loans.values())):
+    with planted(loans.PersistentMappings, "expired", lambda original: lambda self: list(self._loans.values())):
         world.engine.wake()
     after = [loan.handle.count() for loan in had]
     world.perturb(9)
@@ -406,7 +410,7 @@ def handles_of_lent_memory_that_do_not_open(world):
     def make(original):
         return lambda self, loan: [loan.name, {**original(self, loan)[1], "name": ipc_payload._text(b"/torch_0_0_0")}]
 
-    with planted(loans.Loans, "describe", make, here=world.rank == 1):
+    with planted(loans.PersistentMappings, "describe", make, here=world.rank == 1):
         report = world.engine.sync_weights(world.model)
         later = world.engine.sync_weights(world.model)
     world.engine._sync.lending_refused = None
@@ -450,7 +454,7 @@ def memory_that_is_borrowed_for_the_first_sync(world):
 
     with (
         planted(ipc_payload.Ledger, "export_storage", noting("export")),
-        planted(opening.Opening, "result", noting("wait for the workers")),
+        planted(opening.WorkerConnection, "result", noting("wait for the workers")),
     ):
         reports, found = learned_anew(world, times=2)
     model = sum(p.numel() * p.element_size() for p in world.model.parameters())
@@ -535,7 +539,7 @@ def samples_that_do_not_arrive(world):
         return commands
 
     world.engine._sync.knowledge.forget()
-    with planted(delivery.Delivery, "commands", make, here=world.rank == 1):
+    with planted(delivery.BucketSender, "commands", make, here=world.rank == 1):
         told = failing_sync(world)
     return {"told": told, **heal(world)}
 

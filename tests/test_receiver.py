@@ -26,10 +26,11 @@ from loaders import (
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tpcolocate.in_server.tpcolocate_receiver import sums, watch
-from tpcolocate.in_server.tpcolocate_receiver.plans import Plans, Program, places_of
-from tpcolocate.in_server.tpcolocate_receiver.sums import checksum, word_sum
-from tpcolocate.in_server.tpcolocate_receiver.watch import Copy, differing
+from tpcolocate.in_server.tpcolocate_receiver import checksums as sums
+from tpcolocate.in_server.tpcolocate_receiver import loader_trace as watch
+from tpcolocate.in_server.tpcolocate_receiver.checksums import checksum, word_sum
+from tpcolocate.in_server.tpcolocate_receiver.copy_plan import CopyPlan, CopyProgram, places_of
+from tpcolocate.in_server.tpcolocate_receiver.loader_trace import Copy, differing
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(60)]
 
@@ -253,7 +254,7 @@ def test_a_watch_does_not_compare_every_copy_with_every_other(monkeypatch):
     monkeypatch.setattr(watch, "bounds", lambda tensor: looked.append(1) or bounds(tensor))
     model = model_of(load, {"w": (num, 4)})
     recorder = watched(model, flat, entries)
-    plans = Plans()
+    plans = CopyPlan()
     plans.learn(recorder, entries, places_of(model))
     assert not recorder.reworked and len(recorder.copies) == len(recorder.fills) == num
     assert len(looked) <= 5 * num
@@ -494,7 +495,7 @@ def test_a_program_copies_parts_out_of_regions_and_sums_up_what_arrived():
         ["b", 0, None, None, "right", 48, "float32", [1]],
     ]
     regions = {"left": left.view(-1).view(torch.uint8), "right": right.view(torch.uint8)}
-    program = Program(pieces, model.plans)
+    program = CopyProgram(pieces, model.plans)
     for keep in (True, True, False):
         model.a.data.zero_(), model.b.data.zero_()
         found, _ = program.run(model.plans, regions, keep=keep)
@@ -507,7 +508,7 @@ def test_a_program_writes_the_loaders_constants_again():
     applied(model, sent(W, 1))
     model.w.data.fill_(9)
     new = sent(W, 2)["w"]
-    program = Program([["w", 0, None, None, "r", 0, "float32", [4, 1]]], model.plans)
+    program = CopyProgram([["w", 0, None, None, "r", 0, "float32", [4, 1]]], model.plans)
     program.run(model.plans, {"r": new.view(-1).view(torch.uint8)}, keep=False)
     assert torch.equal(model.w[:4], new) and not model.w[4:].any()
 

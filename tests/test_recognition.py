@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from tpcolocate.weights.recognition import Remembered
-from tpcolocate.weights.source import Weights
+from tpcolocate.weights.sources.fingerprint import Fingerprint
+from tpcolocate.weights.sources.named_weights import Weights
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(60)]
 
@@ -22,7 +22,7 @@ class Small(nn.Module):
 
 def remembered(module, **options):
     weights = Weights(module, **options)
-    return weights, Remembered.of(module, weights)
+    return weights, Fingerprint.of(module, weights)
 
 
 def test_the_same_module_gives_the_same_weights_without_its_memory_being_kept():
@@ -133,7 +133,7 @@ def test_parts_of_a_tensor_are_views_of_where_it_lies_now():
     weights = Weights(module)
     whole = module[0].weight
     weights.known = [(f"part{i}", whole.detach().as_strided((3, 2), (2, 1), 6 * i)) for i in range(2)]
-    again = Remembered.of(module, weights).recognise(module)
+    again = Fingerprint.of(module, weights).recognise(module)
     with torch.no_grad():
         whole.copy_(torch.arange(12.0).view(6, 2))
     assert torch.equal(torch.cat([item for _, item in again.known]), whole.detach())
@@ -142,10 +142,10 @@ def test_parts_of_a_tensor_are_views_of_where_it_lies_now():
 def test_what_is_no_module_or_not_sent_in_full_is_not_remembered():
     module = Small()
     state = module.state_dict()
-    assert Remembered.of(state, Weights(state)) is None
-    assert Remembered.of(module, Weights(module, rename={"first.bias": None})) is None, (
+    assert Fingerprint.of(state, Weights(state)) is None
+    assert Fingerprint.of(module, Weights(module, rename={"first.bias": None})) is None, (
         "which ones are sent may hang on more than tensors"
     )
     weights = Weights(module)
     weights.known[0] = ("first.weight", torch.zeros(4, 3))
-    assert Remembered.of(module, weights) is None, "a tensor from elsewhere, as a hook may give it"
+    assert Fingerprint.of(module, weights) is None, "a tensor from elsewhere, as a hook may give it"

@@ -24,10 +24,10 @@ from loaders import (
 )
 from torch import nn
 
-from tpcolocate.in_server.tpcolocate_receiver.hook import _apply
-from tpcolocate.in_server.tpcolocate_receiver.plans import Plans, places_of
-from tpcolocate.in_server.tpcolocate_receiver.rehearsal import rehearse
-from tpcolocate.in_server.tpcolocate_receiver.watch import NotRehearsableError
+from tpcolocate.in_server.tpcolocate_receiver.copy_plan import CopyPlan, places_of
+from tpcolocate.in_server.tpcolocate_receiver.dry_run import rehearse
+from tpcolocate.in_server.tpcolocate_receiver.loader_trace import DryRunError
+from tpcolocate.in_server.tpcolocate_receiver.session import _apply
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(60)]
 
@@ -38,7 +38,7 @@ def described(shapes, dtype="float32"):
 
 def learned_by_loading(model, tensors):
     flat, entries = bucket_of(tensors)
-    plans, places = Plans(), places_of(model)
+    plans, places = CopyPlan(), places_of(model)
     plans.learn(watched(model, flat, entries), entries, places)
     return plans
 
@@ -62,7 +62,7 @@ def test_a_rehearsal_teaches_what_a_load_does_or_nothing_and_leaves_the_model_al
 ):
     model = model_of(load, shapes)
     before = everything_of(model)
-    plans = Plans()
+    plans = CopyPlan()
     try:
         rehearse(model, plans, described(send))
         went = True
@@ -81,11 +81,11 @@ def test_a_rehearsal_teaches_what_a_load_does_or_nothing_and_leaves_the_model_al
 @pytest.mark.parametrize("load, shapes, send, derived, reworked, repeatable, read", LOADERS, ids=IDS)
 def test_what_was_rehearsed_gives_the_bits_that_a_load_gives(load, shapes, send, derived, reworked, repeatable, read):
     model, stock = model_of(load, shapes), model_of(load, shapes)
-    plans = Plans()
+    plans = CopyPlan()
     try:
         rehearse(model, plans, described(send))
     except Exception:
-        plans = Plans()  # as a worker does: nothing is known then
+        plans = CopyPlan()  # as a worker does: nothing is known then
     for seed in range(2):
         flat, entries = bucket_of(sent(send, seed))
         with torch.no_grad():
@@ -98,7 +98,7 @@ def test_one_derived_tensor_does_not_spoil_the_others():
     def load(model, name, tensor):
         model.get_parameter(name).data.copy_(tensor.t().contiguous() if name == "b" else tensor)
 
-    model, plans = model_of(load, {"a": (2, 3), "b": (3, 2), "c": (4,)}), Plans()
+    model, plans = model_of(load, {"a": (2, 3), "b": (3, 2), "c": (4,)}), CopyPlan()
     rehearse(model, plans, described({"a": (2, 3), "b": (2, 3), "c": (4,)}))
     assert [plans.knows(described({name: shape})) for name, shape in (("a", (2, 3)), ("b", (2, 3)), ("c", (4,)))] == [
         True, False, True,
@@ -109,7 +109,7 @@ def test_a_weight_on_its_way_to_a_device_is_derived_and_not_an_error():
     def load(model, name, tensor):
         model.w.data.copy_(tensor.to("cpu", torch.bfloat16))
 
-    plans = Plans()
+    plans = CopyPlan()
     rehearse(model_of(load, W), plans, described(W))
     assert not plans.knows(described(W))
 
@@ -118,7 +118,7 @@ def test_a_loader_that_needs_values_says_so_and_nothing_is_known():
     def load(model, name, tensor):
         model.w.data.copy_(tensor if tensor.abs().max() > 0 else tensor * 2)
 
-    model, plans = model_of(load, W), Plans()
+    model, plans = model_of(load, W), CopyPlan()
     with pytest.raises(Exception, match="meta"):
         rehearse(model, plans, described(W))
     assert not plans.knows(described(W)) and plans.fit()
@@ -150,8 +150,8 @@ def test_what_a_loader_puts_in_place_of_a_tensor_is_put_back(place):
     model = nn.Sequential(Holder())
     parameter = model[0].w
     before = everything_of(model[0])
-    plans = Plans()
-    with pytest.raises(NotRehearsableError, match="replaces"):
+    plans = CopyPlan()
+    with pytest.raises(DryRunError, match="replaces"):
         rehearse(loadable(model), plans, described({"w": (4,)}))
     assert everything_of(model[0]) == before and model[0].w is parameter
     assert not plans.knows(described({"w": (4,)}))
@@ -163,7 +163,7 @@ def loadable(model):
 
 
 def test_constants_are_noted_and_written_only_with_the_weights():
-    model, plans = model_of(padded_before, {"w": (6, 4)}), Plans()
+    model, plans = model_of(padded_before, {"w": (6, 4)}), CopyPlan()
     before = bits(model)
     rehearse(model, plans, described(W))
     assert bits(model) == before
@@ -180,8 +180,8 @@ def test_a_quantised_parameter_cannot_be_rehearsed():
         model.w.data.copy_(tensor)
 
     model = Model(load, w=torch.zeros(4, 4, dtype=torch.int8))
-    with pytest.raises(NotRehearsableError, match="quantises its weights"):
-        rehearse(model, Plans(), described(W, "bfloat16"))
+    with pytest.raises(DryRunError, match="quantises its weights"):
+        rehearse(model, CopyPlan(), described(W, "bfloat16"))
 
 
 def test_samples_that_are_loaded_otherwise_are_found_and_nothing_is_believed_any_more():
@@ -194,7 +194,7 @@ def test_samples_that_are_loaded_otherwise_are_found_and_nothing_is_believed_any
         model.qkv.data.narrow(0, *rows).copy_(tensor)
 
     shapes = {"q": (4, 3), "k": (2, 3), "v": (2, 3)}
-    model, plans = model_of(load, {"qkv": (8, 3)}), Plans()
+    model, plans = model_of(load, {"qkv": (8, 3)}), CopyPlan()
     rehearse(model, plans, described(shapes))
     flat, entries = bucket_of(sent(shapes))
     identity = plans.identity
@@ -210,7 +210,7 @@ def test_samples_that_are_loaded_otherwise_are_found_and_nothing_is_believed_any
     "load, shapes, send", [(plain, W, W), (fused, {"qkv": (8, 3)}, {"q": (4, 3), "k": (2, 3), "v": (2, 3)})]
 )
 def test_samples_that_are_loaded_as_rehearsed_are_no_news(load, shapes, send):
-    model, plans = model_of(load, shapes), Plans()
+    model, plans = model_of(load, shapes), CopyPlan()
     rehearse(model, plans, described(send))
     identity, known = plans.identity, where(plans, send)
     flat, entries = bucket_of(sent(send))
@@ -229,7 +229,7 @@ def test_a_sample_with_which_more_is_done_than_to_copy_it_is_otherwise(then):
         if not tensor.is_meta:
             then(model.w.data, tensor)
 
-    model, plans = model_of(load, W), Plans()
+    model, plans = model_of(load, W), CopyPlan()
     rehearse(model, plans, described(W))
     assert plans.knows(described(W))
     flat, entries = bucket_of(sent(W))
@@ -241,15 +241,15 @@ def test_a_sample_with_which_more_is_done_than_to_copy_it_is_otherwise(then):
 
 @pytest.mark.parametrize("load, shapes", [(rescaled, W), (counts, {"w": (4, 4), "also": (1,)}), (many_at_once, W)])
 def test_a_loader_that_does_more_to_the_model_than_to_copy_ends_the_rehearsal_with_the_reason(load, shapes):
-    with pytest.raises(NotRehearsableError, match="changes the model by more than a copy or a constant"):
-        rehearse(model_of(load, shapes), Plans(), described(W))
+    with pytest.raises(DryRunError, match="changes the model by more than a copy or a constant"):
+        rehearse(model_of(load, shapes), CopyPlan(), described(W))
 
 
 def test_a_sample_whose_loader_computes_is_otherwise():
     def load(model, name, tensor):
         model.w.data.copy_(tensor if tensor.is_meta else tensor * 1)
 
-    model, plans = model_of(load, W), Plans()
+    model, plans = model_of(load, W), CopyPlan()
     rehearse(model, plans, described(W))
     flat, entries = bucket_of(sent(W))
     otherwise = []

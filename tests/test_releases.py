@@ -10,8 +10,10 @@ import pytest
 from packaging.version import Version
 
 import tpcolocate
-from tpcolocate.engine.client import ServerClient
-from tpcolocate.engine.releases import (
+from tpcolocate.errors import ConfigError
+from tpcolocate.server.api import ServerApi
+from tpcolocate.server.http import ServerClient
+from tpcolocate.server.releases import (
     ENDPOINTS,
     OLDEST,
     RENAMED,
@@ -20,8 +22,6 @@ from tpcolocate.engine.releases import (
     other_spelling,
     release,
 )
-from tpcolocate.engine.verbs import Verbs
-from tpcolocate.errors import ConfigError
 
 pytestmark = pytest.mark.quick
 
@@ -106,7 +106,7 @@ class Recorded(ServerClient):
 @pytest.mark.parametrize("version, expected", [("0.5.9", {}), ("0.5.20", NO_DRAFT), ("0.5.21", TARGET)])
 def test_a_push_carries_what_the_release_takes_and_nothing_else(version, expected):
     client = Recorded(version)
-    Verbs(client).push(["a", "b"], load_format="flattened_bucket", timeout_s=1)
+    ServerApi(client).push(["a", "b"], load_format="flattened_bucket", timeout_s=1)
     [body] = [body for path, body in client.sent if path == "/update_weights_from_tensor"]
     common = {"serialized_named_tensors": ["a", "b"], "load_format": "flattened_bucket", "flush_cache": False}
     assert body == common | expected
@@ -114,7 +114,7 @@ def test_a_push_carries_what_the_release_takes_and_nothing_else(version, expecte
 
 def test_a_field_that_the_release_lacks_is_not_sent():
     client = Recorded("0.5.20")
-    verbs = Verbs(client)
+    verbs = ServerApi(client)
     with pytest.raises(ConfigError, match="SGLang 0.5.20 has no field 'group'"):
         verbs.destroy_weights_update_group(group="mine", timeout_s=1)
     with pytest.raises(ConfigError, match="no field 'nothing'"):
@@ -124,11 +124,11 @@ def test_a_field_that_the_release_lacks_is_not_sent():
 
 def test_a_draft_model_that_updates_would_reach_is_refused():
     with pytest.raises(ConfigError, match="speculative_algorithm='EAGLE' cannot be used with SGLang 0.5.9") as caught:
-        Verbs(Recorded("0.5.9", speculative_algorithm="EAGLE"))
+        ServerApi(Recorded("0.5.9", speculative_algorithm="EAGLE"))
     assert "0.5.10 or newer" in caught.value.hint
     for version in ("0.5.10", "0.5.20", "0.5.21"):
-        Verbs(Recorded(version, speculative_algorithm="EAGLE"))
-    Verbs(Recorded("0.5.9", speculative_algorithm=None))
+        ServerApi(Recorded(version, speculative_algorithm="EAGLE"))
+    ServerApi(Recorded("0.5.9", speculative_algorithm=None))
     check_draft_model("x", "EAGLE", {"selector"})
 
 

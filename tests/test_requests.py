@@ -6,8 +6,8 @@ import time
 import pytest
 import torch
 
-from tpcolocate.engine.verbs import Verbs
 from tpcolocate.errors import DeadlineError, EngineDeadError, EngineStateError, RequestError, SyncError
+from tpcolocate.server.api import ServerApi
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(60)]
 
@@ -59,7 +59,7 @@ VERSION, GO_ON = "update_weight_version", "continue_generation"
 
 
 def synced(client, verbs=None):
-    verbs = Verbs(client) if verbs is None else verbs
+    verbs = ServerApi(client) if verbs is None else verbs
     verbs.begin_sync(timeout_s=1)
     client.answers["/model_info"] = {"weight_version": "7"}
     verbs.end_sync("7", timeout_s=1)
@@ -100,7 +100,7 @@ def test_nothing_is_generated_before_a_session_is_closed():
 @pytest.mark.parametrize("mode", ["retract", "abort", "in_place"])
 def test_a_sync_leaves_the_users_pause_alone(mode):
     client = Captured()
-    verbs = Verbs(client)
+    verbs = ServerApi(client)
     verbs.pause_generation(mode, timeout_s=1)
     client.asked.clear()
     synced(client, verbs)
@@ -135,7 +135,7 @@ def test_a_session_is_opened_beside_the_flush():
 
 def test_generation_is_held_before_the_cache_is_dropped_and_a_sync_is_begun_after_it():
     client = FlushLater("0.5.20", "/update_weights_from_tensor")
-    verbs = Verbs(client)
+    verbs = ServerApi(client)
     dropped = verbs.hold_generation(timeout_s=1)
     assert client.paths[0] == PAUSE and not dropped.done()
     verbs.push(["payload"], load_format="a.loader", timeout_s=1)
@@ -155,7 +155,7 @@ def test_the_flush_has_been_sent_before_anything_is_asked_for_that_must_not_over
             return super().post(path, body, **options)
 
     client = Slow()
-    Verbs(client).hold_generation(timeout_s=1)
+    ServerApi(client).hold_generation(timeout_s=1)
     assert client.paths[:3] == [PAUSE, FLUSH, BEGIN]
 
 
@@ -164,14 +164,14 @@ def test_a_cache_that_cannot_be_dropped_is_told_before_the_weights_change(versio
     """0.5.10 to 0.5.20 count retracted requests among those that run."""
     client = Captured(version, {"/flush_cache": refused()})
     with pytest.raises(EngineStateError, match=f"SGLang {version} keeps the cache"):
-        Verbs(client).begin_sync(timeout_s=1)
+        ServerApi(client).begin_sync(timeout_s=1)
     without_begin = [path for path in client.paths if path != BEGIN]
     assert without_begin == [PAUSE, FLUSH, *ended, GO_ON], "and generation goes on"
 
 
 def test_under_a_pause_in_place_the_old_cache_stays_and_is_remembered_until_a_flush():
     client = Captured(answers={"/flush_cache": [refused(), refused(), "flushed", "flushed"]})
-    verbs = Verbs(client)
+    verbs = ServerApi(client)
     verbs.pause_generation("in_place", timeout_s=1)
     synced(client, verbs)
     assert verbs.cache_is_stale
@@ -187,7 +187,7 @@ def test_under_a_pause_in_place_the_old_cache_stays_and_is_remembered_until_a_fl
 def test_what_is_no_answer_about_the_cache_is_an_error_of_its_own():
     client = Captured(answers={"/flush_cache": refused("broken", status=500)})
     with pytest.raises(RequestError, match="broken"):
-        Verbs(client).begin_sync(timeout_s=1)
+        ServerApi(client).begin_sync(timeout_s=1)
     assert client.paths[-2:] == [END, GO_ON]
 
 
@@ -195,23 +195,23 @@ def test_what_is_no_answer_about_the_cache_is_an_error_of_its_own():
 def test_a_server_that_does_not_answer_is_not_asked_to_go_on(error):
     client = Captured(answers={"/flush_cache": error})
     with pytest.raises(type(error)):
-        Verbs(client).begin_sync(timeout_s=1)
+        ServerApi(client).begin_sync(timeout_s=1)
     assert sorted(client.paths) == sorted([PAUSE, FLUSH, BEGIN])
 
 
 def test_a_session_that_a_failed_sync_left_open_is_closed_first():
     client = Captured(answers={"/begin_weight_update": [refused("a session is already open"), {"success": True}]})
-    Verbs(client).begin_sync(timeout_s=1)
+    ServerApi(client).begin_sync(timeout_s=1)
     assert [path for path in client.paths if path != FLUSH] == [PAUSE, BEGIN, END, BEGIN]
     other = Captured(answers={"/begin_weight_update": refused("something else")})
     with pytest.raises(RequestError, match="something else"):
-        Verbs(other).begin_sync(timeout_s=1)
+        ServerApi(other).begin_sync(timeout_s=1)
     assert [path for path in other.paths if path != FLUSH] == [PAUSE, BEGIN, GO_ON]
 
 
 def test_a_cancelled_sync_lets_generation_go_on_whether_or_not_a_session_was_opened():
     client = Captured()
-    verbs = Verbs(client)
+    verbs = ServerApi(client)
     verbs.cancel_sync(timeout_s=1)
     assert client.paths == [GO_ON]
     verbs.begin_sync(timeout_s=1)
@@ -224,7 +224,7 @@ def test_a_cancelled_sync_lets_generation_go_on_whether_or_not_a_session_was_ope
 
 def test_nothing_goes_on_with_weights_of_a_sync_that_failed_half_way():
     client = Captured("0.5.17", {"/flush_cache": ["flushed", refused(), "flushed"]})
-    verbs = Verbs(client)
+    verbs = ServerApi(client)
     verbs.weights_unknown = True
     verbs.begin_sync(timeout_s=1)
     verbs.cancel_sync(timeout_s=1)
@@ -238,18 +238,18 @@ def test_nothing_goes_on_with_weights_of_a_sync_that_failed_half_way():
 def test_a_version_that_the_server_does_not_report_is_an_error():
     client = Captured(answers={"/model_info": {"weight_version": "6"}})
     with pytest.raises(SyncError, match="'6' after '7' was set"):
-        Verbs(client).end_sync("7", timeout_s=1)
+        ServerApi(client).end_sync("7", timeout_s=1)
 
 
 def test_a_version_that_is_asked_for_before_it_is_set_is_asked_for_again():
     client = Captured(answers={"/model_info": [{"weight_version": "6"}, {"weight_version": "7"}]})
-    Verbs(client).end_sync("7", timeout_s=1)
+    ServerApi(client).end_sync("7", timeout_s=1)
 
 
 def test_a_version_that_cannot_be_set_is_told_as_the_server_tells_it():
     answers = {"/update_weight_version": refused("no such thing"), "/model_info": {"weight_version": "6"}}
     with pytest.raises(RequestError, match="no such thing"):
-        Verbs(Captured(answers=answers)).end_sync("7", timeout_s=1)
+        ServerApi(Captured(answers=answers)).end_sync("7", timeout_s=1)
 
 
 def test_nothing_waits_for_the_version_to_be_set_but_it_leaves_first():
@@ -264,7 +264,7 @@ def test_nothing_waits_for_the_version_to_be_set_but_it_leaves_first():
             return found
 
     going_on = threading.Event()
-    Verbs(Slow(answers={"/model_info": {"weight_version": "7"}})).end_sync("7", timeout_s=5)
+    ServerApi(Slow(answers={"/model_info": {"weight_version": "7"}})).end_sync("7", timeout_s=5)
 
 
 WEIGHTS = [("a", torch.Size([2, 3]), "bfloat16"), ("b", torch.Size([]), "int8")]
@@ -272,7 +272,7 @@ WEIGHTS = [("a", torch.Size([2, 3]), "bfloat16"), ("b", torch.Size([]), "int8")]
 
 def test_broadcast_weights_are_asked_for_without_a_flush_and_for_the_target_alone():
     client = Captured()
-    Verbs(client).receive(WEIGHTS, group_name="g", timeout_s=1)
+    ServerApi(client).receive(WEIGHTS, group_name="g", timeout_s=1)
     assert client.asked == [(
         "/update_weights_from_distributed",
         {"names": ["a", "b"], "shapes": [[2, 3], []], "dtypes": ["bfloat16", "int8"], "group_name": "g",
@@ -283,7 +283,7 @@ def test_broadcast_weights_are_asked_for_without_a_flush_and_for_the_target_alon
 @pytest.mark.parametrize("answer", [refused("not received"), {"success": False, "message": "not received"}])
 def test_weights_that_were_not_received_are_a_failed_sync(answer):
     with pytest.raises(SyncError, match="did not take the broadcast weights: not received"):
-        Verbs(Captured(answers={"/update_weights_from_distributed": answer})).receive(
+        ServerApi(Captured(answers={"/update_weights_from_distributed": answer})).receive(
             WEIGHTS, group_name="g", timeout_s=1
         )
 
@@ -293,7 +293,7 @@ RELEASE, RESUME = "release_memory_occupation", "resume_memory_occupation"
 
 def test_before_memory_is_released_the_server_is_waited_for_and_holds_what_comes():
     client = Captured(answers={"/flush_cache": [refused(), refused(), "flushed"]})
-    Verbs(client).fall_asleep(["weights"], timeout_s=5)
+    ServerApi(client).fall_asleep(["weights"], timeout_s=5)
     assert client.paths == [FLUSH] * 3 + [PAUSE, RELEASE]
     assert client.asked[-2:] == [
         ("/pause_generation", {"mode": "abort"}),
@@ -301,12 +301,12 @@ def test_before_memory_is_released_the_server_is_waited_for_and_holds_what_comes
     ]
     busy = Captured(answers={"/flush_cache": refused()})
     with pytest.raises(DeadlineError, match="requests still run after 0.1 s"):
-        Verbs(busy).fall_asleep(["weights"], timeout_s=0.1)
+        ServerApi(busy).fall_asleep(["weights"], timeout_s=0.1)
     assert set(busy.paths) == {FLUSH}
 
 
 def asleep(client, tags):
-    verbs = Verbs(client)
+    verbs = ServerApi(client)
     verbs.fall_asleep(tags, timeout_s=1)
     client.asked.clear()
     return verbs
@@ -342,7 +342,7 @@ def test_a_server_whose_weights_are_lost_goes_on_with_the_sync_that_brings_them(
 
 def test_sleep_leaves_the_users_pause_alone():
     client = Captured()
-    verbs = Verbs(client)
+    verbs = ServerApi(client)
     verbs.pause_generation("retract", timeout_s=1)
     client.asked.clear()
     verbs.fall_asleep(["kv_cache"], timeout_s=1)
@@ -354,7 +354,7 @@ def test_sleep_leaves_the_users_pause_alone():
 
 def test_memory_that_cannot_be_released_holds_nothing():
     client = Captured(answers={"/release_memory_occupation": refused("no such tag")})
-    verbs = Verbs(client)
+    verbs = ServerApi(client)
     with pytest.raises(RequestError, match="no such tag"):
         verbs.fall_asleep(["kv_cache"], timeout_s=1)
     assert client.paths == [FLUSH, PAUSE, RELEASE, GO_ON] and not verbs.asleep

@@ -11,8 +11,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from tpcolocate.weights.items import Derived, full_bytes, full_tensor
-from tpcolocate.weights.source import Weights
+from tpcolocate.weights.sources.lazy_tensor import LazyTensor, full_bytes, full_tensor
+from tpcolocate.weights.sources.named_weights import Weights
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -41,7 +41,7 @@ def experts(folder):
         "equal": sorted(found) == sorted(saved) and all(torch.equal(found[name], saved[name]) for name in saved),
         "gathers": gathers == len(model.state_dict()),
         "bytes": weights.reading_bytes == max(full_bytes(tensor) for tensor in model.state_dict().values()),
-        "derived": all(isinstance(item, Derived) and item.is_collective for item in experts),
+        "derived": all(isinstance(item, LazyTensor) and item.is_collective for item in experts),
         "sharded": weights.is_sharded,
     }
 
@@ -56,7 +56,7 @@ def adapters():
         fully_shard(layer, mesh=mesh)  # layers of their own, as auto-wrapping makes them
     fully_shard(model, mesh=mesh)
     weights = Weights(model)
-    collective = sorted(name for name, item in weights if isinstance(item, Derived) and item.is_collective)
+    collective = sorted(name for name, item in weights if isinstance(item, LazyTensor) and item.is_collective)
     same({name: full_tensor(item) for name, item in weights}, expected)
     return collective, weights.reading_bytes > 3 * 4 * 5 * 4
 

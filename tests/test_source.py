@@ -7,7 +7,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from tpcolocate.errors import ConfigError
-from tpcolocate.weights.source import Weights, full_tensor
+from tpcolocate.weights.sources.named_weights import Weights, full_tensor
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(120)]
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tpcolocate.errors import ConfigError, WeightsMismatchError
-from tpcolocate.weights.spec import ModelSpec, check_not_quantised, read_spec
+from tpcolocate.weights.sources.model_spec import ModelSpec, check_not_quantised, read_spec
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(120)]
 

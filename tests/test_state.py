@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from tpcolocate.engine.state import PAUSES, TAGS, State, Weights
 from tpcolocate.errors import ConfigError, EngineStateError
+from tpcolocate.server.lifecycle import PAUSES, TAGS, State, Weights
 
 pytestmark = pytest.mark.quick
 

@@ -17,8 +17,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tpcolocate.engine import launch
 from tpcolocate.processes import this_process
+from tpcolocate.server import process as launch
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(60), pytest.mark.usefixtures("no_leftovers")]
 

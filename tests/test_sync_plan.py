@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from tpcolocate import ipc_payload
 from tpcolocate.errors import ConfigError
-from tpcolocate.weights.delivery import PAYLOADS, TRANSPORTS
-from tpcolocate.weights.options import SyncOptions
-from tpcolocate.weights.source import Weights
-from tpcolocate.weights.sync_buckets import buckets
+from tpcolocate.weights.sources.named_weights import Weights
+from tpcolocate.weights.sync.buckets import buckets
+from tpcolocate.weights.sync.options import SyncOptions
+from tpcolocate.weights.transport.bucket_sender import PAYLOADS, TRANSPORTS
 
 pytestmark = pytest.mark.quick
 

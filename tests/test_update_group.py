@@ -6,8 +6,8 @@ import torch.distributed as dist
 from harness import run_ranks
 
 import tpcolocate
-from tpcolocate.engine.launch import hold_port
 from tpcolocate.errors import ConfigError, WeightsMismatchError
+from tpcolocate.server.process import hold_port
 from tpcolocate.weights.update_group import UpdateGroup, announced, requests
 
 pytestmark = pytest.mark.timeout(120)

@@ -29,8 +29,8 @@ from test_engine import ARGS as PLAIN_ARGS
 from test_engine import GREEDY, HEALTH_S, PROMPTS, World, checked
 
 import tpcolocate
-from tpcolocate.engine.launch import hold_port
-from tpcolocate.engine.state import PAUSES
+from tpcolocate.server.lifecycle import PAUSES
+from tpcolocate.server.process import hold_port
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -385,7 +385,7 @@ def setup(request, tiny_model_dir, tmp_path_factory):
     """(tp_size, what every rank found, what the set-up left behind); served from a checkpoint of our own."""
     from safetensors.torch import load_file
 
-    from tpcolocate.weights.checkpoint import CheckpointWriter
+    from tpcolocate.weights.sources.checkpoint import CheckpointWriter
 
     tp_size = request.param
     folder = tmp_path_factory.mktemp("verbs")

@@ -4,6 +4,8 @@ See `init`, `Colocation.launch` and `Engine`.
 """
 
 from tpcolocate._version import __version__
+from tpcolocate.engine.client import Client, Health
+from tpcolocate.engine.engine import Engine
 from tpcolocate.errors import (
     ConfigError,
     DeadlineError,
@@ -22,10 +24,8 @@ from tpcolocate.errors import (
     WeightsMismatchError,
 )
 from tpcolocate.report import RankReport, SyncReport
-from tpcolocate.rollout.client import Client, Health
-from tpcolocate.rollout.engine import Engine
 from tpcolocate.session import Colocation, connect, init
-from tpcolocate.weights.checkpoint import Checkpoint
+from tpcolocate.weights.sources.checkpoint import Checkpoint
 from tpcolocate.weights.update_group import join_update_group
 
 __all__ = [

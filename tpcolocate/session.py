@@ -20,19 +20,19 @@ import torch.distributed as dist
 from tpcolocate import rendezvous, roles
 from tpcolocate._version import __version__
 from tpcolocate.agreement import RankGroup
-from tpcolocate.engine.arguments import RECEIVER
-from tpcolocate.engine.client import ServerClient
-from tpcolocate.engine.launch import ServerProcess
-from tpcolocate.engine.verbs import Verbs
+from tpcolocate.engine.client import Client
+from tpcolocate.engine.engine import Engine
 from tpcolocate.errors import ConfigError, RendezvousError
 from tpcolocate.groups import Host, Member, exchange, make_group
-from tpcolocate.in_server.tpcolocate_receiver import one_pass
-from tpcolocate.launching import Site, agree_on_launch, answers
+from tpcolocate.in_server.tpcolocate_receiver import kernels as one_pass
+from tpcolocate.launch import Site, agree_on_launch, answers
 from tpcolocate.placement import look_around, plan, told
 from tpcolocate.processes import this_process
-from tpcolocate.rollout.client import Client
-from tpcolocate.rollout.engine import Engine
-from tpcolocate.weights.sync import WeightSync
+from tpcolocate.server.api import ServerApi
+from tpcolocate.server.arguments import RECEIVER
+from tpcolocate.server.http import ServerClient
+from tpcolocate.server.process import ServerProcess
+from tpcolocate.weights.sync.syncer import WeightSync
 
 _WARM_UP_S = 30.0
 # It takes two seconds the first time on a machine, beside a server that takes a minute.
@@ -234,7 +234,7 @@ class Colocation:
             closed=self._closed,
         )
         server: ServerProcess | None = None
-        verbs: Verbs | None = None
+        verbs: ServerApi | None = None
         one_pass.prepare(self.device)  # while the server starts
         try:
             if self.is_owner:

@@ -32,14 +32,14 @@ from pathlib import Path
 import torch
 
 from tpcolocate import ipc_payload
-from tpcolocate.engine.arguments import RECEIVER, check_installed, server_arguments, to_argv
-from tpcolocate.engine.client import ServerClient
-from tpcolocate.engine.installed import find_installed
-from tpcolocate.engine.launch import hold_port
-from tpcolocate.engine.releases import ENDPOINTS, SERVER_INFO, release
-from tpcolocate.engine.verbs import Verbs
+from tpcolocate.engine.client import Client
 from tpcolocate.in_server import tpcolocate_receiver
-from tpcolocate.rollout.client import Client
+from tpcolocate.server.api import ServerApi
+from tpcolocate.server.arguments import RECEIVER, check_installed, server_arguments, to_argv
+from tpcolocate.server.http import ServerClient
+from tpcolocate.server.installed import find_installed
+from tpcolocate.server.process import hold_port
+from tpcolocate.server.releases import ENDPOINTS, SERVER_INFO, release
 
 MODEL = "dummy"  # SGLang's own word for: there is no model, resolve nothing
 LOADED = []
@@ -317,7 +317,7 @@ def _engine(model, *, tp_rank, loaders, draft=None):
 
 
 def _update(payloads, **fields):
-    """As `Verbs.push` sends it, in the release's own structure."""
+    """As `ServerApi.push` sends it, in the release's own structure."""
     target_only = release(find_installed(os.environ).version).target_only()
     received = _received(payloads)
     return _request(
@@ -525,7 +525,7 @@ def _arrives(*calls):
         Path -> names of the fields that were posted.
     """
     client, manager = _serve()
-    verbs = Verbs(client)
+    verbs = ServerApi(client)
     client.posted.clear()
     manager.received.clear()
     for call in calls:

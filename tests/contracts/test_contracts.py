@@ -21,9 +21,9 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 import tpcolocate
-from tpcolocate.engine.installed import Installed
-from tpcolocate.engine.releases import ENDPOINTS, EXACT_UNPICKLER, HEALTH_RUNS_RELEASED, RENAMED, release
 from tpcolocate.in_server import tpcolocate_receiver
+from tpcolocate.server.installed import Installed
+from tpcolocate.server.releases import ENDPOINTS, EXACT_UNPICKLER, HEALTH_RUNS_RELEASED, RENAMED, release
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -70,7 +70,7 @@ def _ask(version):
     out.mkdir(exist_ok=True)
     answers = out / f"contracts-{version}.pickle"
     answers.unlink(missing_ok=True)
-    path = [folder, PACKAGE / "engine" / "cpu_stub", PACKAGE / "in_server", HERE, PACKAGE.parent]
+    path = [folder, PACKAGE / "server" / "cpu_stub", PACKAGE / "in_server", HERE, PACKAGE.parent]
     environment = {
         **os.environ,
         "PROBED": str(folder),

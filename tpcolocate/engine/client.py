@@ -1,348 +1,191 @@
-"""HTTP to one SGLang server: requests, deadlines, and its errors in our words.
-
-Nothing is ever sent twice: a request whose answer was lost may have been carried out, and a weight push that was
-carried out twice opens its payload twice.
-"""
+"""Generation on a running server, for anybody who has its URL."""
 
 from __future__ import annotations
 
-import asyncio
-import functools
-import json
-import logging
-import ssl
 import threading
-import time
-import weakref
-from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from enum import StrEnum
 from typing import Any
-from urllib.parse import urlencode
 
-import httpx
-import urllib3
+from tpcolocate.errors import ConfigError
+from tpcolocate.server.http import ServerClient
 
-from tpcolocate.errors import DeadlineError, EngineDeadError, RequestError, TpColocateError
+Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
 
-_CONNECT_TIMEOUT_S = 5.0
-# uvicorn closes idle connections after 5 s; one that is older than this is not used again, so that no request
-# races the close and has to be repeated.
-_KEEPALIVE_S = 2.0
-_MAX_IDLE = 64
-_LIMITS = httpx.Limits(max_connections=None, max_keepalive_connections=_MAX_IDLE, keepalive_expiry=_KEEPALIVE_S)
-_encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-
-
-class _NotOurRequests(logging.Filter):
-    """Keeps httpx's line per request out of a training log; requests to other servers stay in it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._users: Counter[str] = Counter()
-
-    def add(self, url: str) -> None:
-        self._users[url + "/"] += 1  # with the slash: port 3000 is not port 30001
-
-    def remove(self, url: str) -> None:
-        self._users[url + "/"] -= 1
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        quiet = tuple(origin for origin, users in list(self._users.items()) if users > 0)
-        arguments = record.args if isinstance(record.args, tuple) else ()
-        return not any(str(argument).startswith(quiet) for argument in arguments)
+HEALTH_TIMEOUT_S = 30.0
+# Fields of /generate in every supported release; any other is looked up in the server's own description, because
+# SGLang drops what it does not know without a word.
+_KNOWN_FIELDS = frozenset(
+    "text input_ids input_embeds image_data sampling_params rid return_logprob logprob_start_len top_logprobs_num "
+    "token_ids_logprob return_text_in_logprobs stream lora_path return_hidden_states session_params".split()
+)
 
 
-_quiet = _NotOurRequests()
+class Health(StrEnum):
+    """What `health` found."""
+
+    STARTING = "starting"
+    READY = "ready"
+    PAUSED = "paused"
+    ASLEEP = "asleep"
+    DEAD = "dead"
 
 
-class ServerClient:
-    """Blocking and asyncio access to one server.  Thread-safe; one asyncio connection pool per event loop.
+class Client:
+    """Generation on one SGLang server.  Thread-safe; nothing here is collective.
 
     Args:
-        url: ``http://host:port``.
-        api_key: Sent as a bearer token.
-
-    Attributes:
-        check: Asked before every `post`, with the path and all names in body and query; raises what must not be sent.
+        url: Base URL of the server.
+        api_key: Its key.
     """
 
     def __init__(self, url: str, *, api_key: str | None = None) -> None:
         self.url = url
-        self.check: Callable[[str, Mapping[str, Any]], None] | None = None
-        _quiet.add(url)
-        self._closed = False
-        logging.getLogger("httpx").addFilter(_quiet)
-        self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
-        # urllib3 for blocking requests: through httpx each costs a millisecond more, a tenth of a short generation.
+        self.api_key = api_key
+        self._client = ServerClient(url, api_key=api_key)
         self._lock = threading.Lock()
-        self._pool: urllib3.HTTPConnectionPool | None = None
-        self._used = 0.0
-        self._async: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, httpx.AsyncClient] = (
-            weakref.WeakKeyDictionary()
-        )
+        self._in_flight = 0
+        self._described_fields: frozenset[str] | None = None
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.url!r})"
 
     def close(self) -> None:
-        """Close the idle connections of the blocking side; asyncio pools go with their loops."""
-        if not self._closed:
-            self._closed = True
-            _quiet.remove(self.url)  # others may still talk to the same server
-        with self._lock:
-            pool, self._pool = self._pool, None
-        if pool is not None:
-            pool.close()
+        """Close this side's connections; the server runs on."""
+        self._client.close()
 
-    def get(self, path: str, *, timeout_s: float) -> Any:
-        """GET a JSON answer.
-
-        Raises:
-            RequestError: The server answered with an error status.
-            EngineDeadError: It could not be reached, or closed the connection without an answer.
-            DeadlineError: It did not answer within `timeout_s`.
-        """
-        return self._exchange("GET", path, None, timeout_s=timeout_s)
-
-    def post(
+    def generate(
         self,
-        path: str,
-        body: Mapping[str, Any] | None = None,
+        prompts: Prompts | None = None,
+        sampling_params: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
         *,
-        timeout_s: float,
-        params: Mapping[str, Any] | None = None,
-        sent: Callable[[], None] | None = None,
+        stream: bool = False,
+        timeout_s: float = 600.0,
+        **fields: Any,
     ) -> Any:
-        """POST JSON and return the JSON (or text) answer.  Raises as `get`, and what `check` raises.
+        """Generate on the slice's server; any rank, any time, any number at once.
 
         Args:
-            path: Of the endpoint.
-            body: Its fields.
-            timeout_s: In seconds.
-            params: Of the query.
-            sent: Called when all of the request has left, before the answer is waited for.
+            prompts: Text, token ids, or a list of either.
+            sampling_params: SGLang's; one for all prompts, or one each.
+            stream: Return an iterator over SGLang's events instead of the finished answer.
+            timeout_s: Longest wait for the answer (streaming: for the next event), in seconds.
+            fields: Any other field of SGLang's ``/generate``, such as ``return_logprob=True`` or ``lora_path="name"``.
+
+        Returns:
+            SGLang's response dict; a list for a list of prompts, with ``n > 1`` all samples of the first prompt first.
+
+        Raises:
+            ConfigError: A field that this server does not know.
+            EngineStateError: Asleep, or the weights are not the trainer's.
+            RequestError: The server refused, in its own words.
+            EngineDeadError, DeadlineError: The server is gone, or too slow.
         """
-        if self.check is not None:
-            self.check(path, {**({} if body is None else body), **({} if params is None else params)})
-        return self._exchange("POST", path, {} if body is None else body, timeout_s=timeout_s, params=params, sent=sent)
+        body = self._body(prompts, sampling_params, fields, stream)
+        if body is None:
+            return iter(()) if stream else []
+        if stream:
+            return self._streaming(body, timeout_s)
+        with self._counted():
+            return self._client.post("/generate", body, timeout_s=timeout_s)
 
-    def _exchange(
+    async def generate_async(
         self,
-        method: str,
-        path: str,
-        body: Mapping[str, Any] | None,
+        prompts: Prompts | None = None,
+        sampling_params: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
         *,
-        timeout_s: float,
-        params: Mapping[str, Any] | None = None,
-        sent: Callable[[], None] | None = None,
+        stream: bool = False,
+        timeout_s: float = 600.0,
+        **fields: Any,
     ) -> Any:
-        target = f"{path}?{urlencode(params)}" if params else path
-        data = None if body is None else _encode(body)
-        with self._errors(path, timeout_s):
-            response = self._send(method, target, data, timeout_s, whole=True, sent=sent)
-        return self._answer(path, response.status, response.reason, response.data)
+        """`generate` for asyncio; with ``stream=True`` the awaited value is an asynchronous iterator."""
+        body = self._body(prompts, sampling_params, fields, stream)
+        if body is None:
+            return _nothing() if stream else []
+        if stream:
+            return self._streaming_async(body, timeout_s)
+        with self._counted():
+            return await self._client.post_async("/generate", body, timeout_s=timeout_s)
 
-    def _send(
-        self,
-        method: str,
-        target: str,
-        data: bytes | None,
-        timeout_s: float,
-        *,
-        whole: bool,
-        sent: Callable[[], None] | None = None,
-    ) -> urllib3.BaseHTTPResponse:
-        headers = {**self._headers, "Content-Type": "application/json"}
-        body: bytes | Iterator[bytes] | None = data
-        if data is not None and sent is not None:
-            headers["Content-Length"] = str(len(data))  # without it, it would be chunked
-            body = _then(data, sent)
-        return self._fresh_pool().urlopen(
-            method,
-            target,
-            body=body,
-            headers=headers,
-            timeout=urllib3.Timeout(connect=min(_CONNECT_TIMEOUT_S, timeout_s), read=timeout_s),
-            retries=False,
-            redirect=False,
-            preload_content=whole,
-        )
+    def _streaming(self, body: dict[str, Any], timeout_s: float) -> Iterator[Any]:
+        with self._counted():
+            yield from self._client.stream("/generate", body, timeout_s=timeout_s)
 
-    def _fresh_pool(self) -> urllib3.HTTPConnectionPool:
-        with self._lock:
-            now = time.monotonic()
-            if self._pool is not None and now - self._used > _KEEPALIVE_S:
-                # Requests in flight keep their connections; the idle ones may be about to be closed by the server.
-                self._pool.close()
-                self._pool = None
-            if self._pool is None:
-                more = {"ssl_context": certificates()} if self.url.startswith("https") else {}
-                self._pool = urllib3.connection_from_url(self.url, maxsize=_MAX_IDLE, **more)
-            self._used = now
-            return self._pool
+    async def _streaming_async(self, body: dict[str, Any], timeout_s: float) -> AsyncIterator[Any]:
+        with self._counted():
+            async for event in self._client.stream_async("/generate", body, timeout_s=timeout_s):
+                yield event
 
-    async def post_async(self, path: str, body: Mapping[str, Any], *, timeout_s: float) -> Any:
-        """`post` on the running event loop."""
-        with self._errors(path, timeout_s):
-            response = await self._async_http().post(path, content=_encode(body), timeout=_timeout(timeout_s))
-        return self._answer(path, response.status_code, response.reason_phrase, response.content)
-
-    def stream(self, path: str, body: Mapping[str, Any], *, timeout_s: float) -> Iterator[Any]:
-        """POST and yield each server-sent JSON event; `timeout_s` bounds the wait for each."""
-        with self._errors(path, timeout_s):
-            response = self._send("POST", path, _encode(body), timeout_s, whole=False)
-            try:
-                if response.status >= 400:
-                    self._answer(path, response.status, response.reason, response.read())
-                for line in response:
-                    event = self._event(path, line.decode())
-                    if event is _DONE:
-                        return
-                    if event is not None:
-                        yield event
-                raise self._cut(path)
-            finally:
-                response.close()
-
-    async def stream_async(self, path: str, body: Mapping[str, Any], *, timeout_s: float) -> AsyncIterator[Any]:
-        """`stream` on the running event loop."""
-        with self._errors(path, timeout_s):
-            async with self._async_http().stream(
-                "POST", path, content=_encode(body), timeout=_timeout(timeout_s)
-            ) as response:
-                if response.is_error:
-                    self._answer(path, response.status_code, response.reason_phrase, await response.aread())
-                async for line in response.aiter_lines():
-                    event = self._event(path, line)
-                    if event is _DONE:
-                        return
-                    if event is not None:
-                        yield event
-                raise self._cut(path)
-
-    def _cut(self, path: str) -> EngineDeadError:
-        return EngineDeadError(
-            f"{path}: the stream ended without [DONE]", hint="see the end of the server's log", url=self.url
-        )
-
-    def is_listening(self, *, timeout_s: float) -> bool:
-        """Whether the server answers at all; schedules no forward, so it is safe while memory is released."""
-        try:
-            self.get("/model_info", timeout_s=timeout_s)
-        except RequestError as error:
-            return error.status not in (404, 401)
-        except (EngineDeadError, DeadlineError):
-            return False
-        return True
-
-    def is_healthy(self, *, timeout_s: float) -> bool:
-        """Whether the server has just generated a token.  Not while memory is released: it schedules a real forward."""
-        try:
-            self.get("/health", timeout_s=timeout_s)
-        except (RequestError, EngineDeadError, DeadlineError):
-            return False
-        return True
-
-    def _async_http(self) -> httpx.AsyncClient:
-        loop = asyncio.get_running_loop()
-        client = self._async.get(loop)
-        if client is None:
-            # trust_env off: a proxy from the environment must not get requests meant for this machine
-            client = httpx.AsyncClient(
-                base_url=self.url,
-                headers={**self._headers, "Content-Type": "application/json"},
-                trust_env=False,
-                verify=certificates(),
-                limits=_LIMITS,
+    def _body(
+        self, prompts: Prompts | None, sampling_params: Any, fields: dict[str, Any], stream: bool
+    ) -> dict[str, Any] | None:
+        self._check_generate()
+        body = dict(fields)
+        if prompts is not None:
+            if "text" in body or "input_ids" in body:
+                raise ConfigError("prompts are given twice", hint="pass prompts, or text=, or input_ids=")
+            body["text" if _is_text(prompts) else "input_ids"] = prompts if isinstance(prompts, str) else list(prompts)
+        given = body.get("text", body.get("input_ids"))
+        if given is None and body.get("input_embeds") is None:
+            raise ConfigError(
+                "there is nothing to generate from", hint="pass prompts, or text=, input_ids= or input_embeds="
             )
-            self._async[loop] = client
-        return client
+        if given is not None and not isinstance(given, str) and len(given) == 0:
+            return None
+        unknown = set(body) - _KNOWN_FIELDS
+        if unknown and (unknown := unknown - self._server_fields()):
+            raise ConfigError(
+                f"this server's /generate has no field {', '.join(sorted(unknown))}",
+                hint="SGLang would ignore it without a word; sampling parameters go into sampling_params",
+                url=self.url,
+            )
+        if sampling_params is not None:
+            body["sampling_params"] = sampling_params
+        if stream:
+            body["stream"] = True
+        return body
+
+    def _server_fields(self) -> frozenset[str]:
+        if self._described_fields is None:
+            schemas = self._client.get("/openapi.json", timeout_s=HEALTH_TIMEOUT_S)["components"]["schemas"]
+            self._described_fields = frozenset(schemas["GenerateReqInput"]["properties"])
+        return self._described_fields
+
+    def _check_generate(self) -> None:
+        """Overridden where the state of the engine is known."""
 
     @contextmanager
-    def _errors(self, path: str, timeout_s: float) -> Iterator[None]:
+    def _counted(self) -> Iterator[None]:
+        with self._lock:
+            self._in_flight += 1
         try:
+            # Also now that it counts: `sleep` first says that the engine sleeps and then looks for requests, so that one of
+            # the two sees the other.  And a stream begins when it is first read.
+            self._check_generate()
             yield
-        except TpColocateError:
-            raise  # some of them are connection errors too
-        except (urllib3.exceptions.ConnectTimeoutError, httpx.ConnectTimeout) as error:
-            if isinstance(error, urllib3.exceptions.NewConnectionError):  # refused, which urllib3 counts among them
-                raise self._unreachable(path, error) from error
-            raise EngineDeadError(
-                f"{path}: no connection within {min(_CONNECT_TIMEOUT_S, timeout_s):g} s", url=self.url
-            ) from error
-        except (urllib3.exceptions.ReadTimeoutError, httpx.TimeoutException) as error:
-            raise DeadlineError(
-                f"{path}: no answer within {timeout_s:g} s", hint="the request may still be carried out", url=self.url
-            ) from error
-        except (urllib3.exceptions.HTTPError, httpx.TransportError, OSError) as error:
-            raise self._unreachable(path, error) from error
+        finally:
+            with self._lock:
+                self._in_flight -= 1
 
-    def _unreachable(self, path: str, error: Exception) -> EngineDeadError:
-        return EngineDeadError(
-            f"{path}: {type(error).__name__}: {error}", hint="see the end of the server's log", url=self.url
-        )
+    def health(self) -> Health:
+        """``ready`` if the server answers, else ``dead``.
 
-    def _answer(self, path: str, status: int, reason: str | None, content: bytes) -> Any:
-        if status >= 400:
-            raise RequestError(f"{path}: {status}: {_message(content, reason)}", status=status, url=self.url)
-        if not content:
-            return None
-        try:
-            return json.loads(content)
-        except ValueError:
-            return content.decode(errors="replace")
-
-    def _event(self, path: str, line: str) -> Any:
-        if not line.startswith("data:"):
-            return None
-        data = line[len("data:") :].strip()
-        if data == "[DONE]":
-            return _DONE
-        event = json.loads(data)
-        if isinstance(event, dict) and "error" in event:
-            error = event["error"]
-            raise RequestError(
-                f"{path}: {error.get('message', error) if isinstance(error, dict) else error}", url=self.url
-            )
-        return event
+        Only that: whether it is asleep is known inside the job, and a token generated to find out would touch memory
+        that a sleeping server has released.
+        """
+        return Health.READY if self._client.is_listening(timeout_s=HEALTH_TIMEOUT_S) else Health.DEAD
 
 
-_DONE = object()
+def _is_text(prompts: Prompts) -> bool:
+    if isinstance(prompts, str):
+        return True
+    return len(prompts) > 0 and isinstance(prompts[0], str)
 
 
-def _then(data: bytes, sent: Callable[[], None]) -> Iterator[bytes]:
-    """A body of one piece; it is asked for another one when that has left."""
-    yield data
-    sent()
+async def _nothing() -> AsyncIterator[Any]:
+    return
+    yield
 
 
-def _encode(body: Mapping[str, Any]) -> bytes:
-    return _encoder.encode(body).encode()
-
-
-@functools.cache
-def certificates() -> ssl.SSLContext:
-    """Once for all clients: reading them takes tens of milliseconds, for servers that mostly speak plain HTTP."""
-    return httpx.create_ssl_context(trust_env=False)
-
-
-def _timeout(timeout_s: float) -> httpx.Timeout:
-    return httpx.Timeout(timeout_s, connect=min(_CONNECT_TIMEOUT_S, timeout_s))
-
-
-def _message(content: bytes, reason: str | None) -> str:
-    """The server's own words, whichever of its three error shapes it chose."""
-    try:
-        body = json.loads(content)
-    except ValueError:
-        text = content.decode(errors="replace").strip()
-        return text if text else str(reason)
-    if isinstance(body, dict):
-        error = body.get("error", body)
-        if isinstance(error, str) and error:
-            return error
-        for key in ("message", "error_message", "detail"):
-            if isinstance(error, dict) and error.get(key):
-                return str(error[key])
-    return json.dumps(body)
-
-
-__all__ = ["ServerClient"]
+__all__ = ["Client", "Health"]

@@ -18,9 +18,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tpcolocate.errors import ConfigError, WeightsMismatchError, some
-from tpcolocate.weights.items import full_tensor
-from tpcolocate.weights.names import without_wrappers
-from tpcolocate.weights.spec import ModelSpec
+from tpcolocate.weights.sources.lazy_tensor import full_tensor
+from tpcolocate.weights.sources.model_spec import ModelSpec
+from tpcolocate.weights.sources.wrapper_names import without_wrappers
 
 _PREFIX = "base_model.model."
 _NAME = re.compile(r"^(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.weight$")

@@ -10,6 +10,6 @@ server.  Here nothing is raised; what went wrong is answered, and the trainer de
 Needs torch and pyzmq, and any SGLang from 0.5.9 on.  The trainer imports some of it too.
 """
 
-from .hook import receive
+from .session import receive
 
 __all__ = ["receive"]

@@ -1,0 +1,173 @@
+"""Names and shapes that the served model expects, so that wrong ones are refused here.
+
+SGLang itself answers 200 to an unknown name (a warning in its log), to a projection with too few rows (padded with
+zeros) and to one with too many (cut): see /update_weights_from_tensor in releases 0.5.9 to 0.5.23.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from tpcolocate.errors import ConfigError, WeightsMismatchError, some
+from tpcolocate.weights.sources.hf_names import to_checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """What a checkpoint of the served model contains.
+
+    Attributes:
+        shapes: Name -> full shape.
+        origin: Where it was read, for people.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    origin: str
+
+    def check(self, tensors: Iterable[tuple[str, torch.Size]]) -> None:
+        """Compare what is about to be sent.
+
+        Raises:
+            WeightsMismatchError: An unknown name, or a wrong shape.
+        """
+        unknown, wrong = [], []
+        for name, shape in tensors:
+            expected = self.shapes.get(name)
+            if expected is None:
+                unknown.append(name)
+            elif tuple(shape) != tuple(expected):
+                wrong.append(f"{name} has shape {tuple(shape)}, the model expects {tuple(expected)}")
+        if wrong:
+            raise WeightsMismatchError(
+                f"{some(wrong)} (according to {self.origin})",
+                hint="the trainer's and the served model differ; SGLang would pad or cut these without an error",
+            )
+        if unknown:
+            raise WeightsMismatchError(
+                f"the served model has no {some(unknown)} (according to {self.origin})",
+                hint="send the names of the checkpoint that the server loaded; SGLang would ignore these without an error",
+            )
+
+    def check_complete(self, names: Iterable[str]) -> None:
+        """Refuse a sync that would leave old weights among new ones.
+
+        Raises:
+            WeightsMismatchError: Weights of the checkpoint were not sent.
+        """
+        missing = sorted(set(self.shapes) - set(names))
+        if missing:
+            raise WeightsMismatchError(
+                f"not all weights were sent: {some(missing)} (according to {self.origin})",
+                hint="send the whole model, or pass partial=True if the others shall stay as they are",
+            )
+
+
+def read_spec(model_path: str) -> ModelSpec | None:
+    """Read the expected names and shapes; None if they cannot be known.
+
+    From the headers of the checkpoint's safetensors files (a folder, or a hub id that is in the local cache), else
+    from the architecture named in its config.json, built on the meta device with transformers.
+
+    Args:
+        model_path: As passed to SGLang.
+    """
+    folder = local_folder(model_path)
+    if folder is None:
+        return None
+    files = safetensors_files(folder)
+    if files:
+        shapes: dict[str, tuple[int, ...]] = {}
+        for file in files:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():
+                    shapes[name] = tuple(tensors.get_slice(name).get_shape())
+        return ModelSpec(shapes, f"{len(files)} safetensors files in {folder}")
+    return _from_architecture(folder)
+
+
+def check_not_quantised(model_path: str) -> None:
+    """Refuse a checkpoint of quantised weights: a sync would write the trainer's values into quantised parameters.
+
+    What cannot be known (a hub id that is not in the local cache) passes.
+
+    Args:
+        model_path: As passed to SGLang.
+
+    Raises:
+        ConfigError: Its config.json has a ``quantization_config`` (``compression_config`` in older ones), here or in
+            the part that describes the text model, or ModelOpt's ``hf_quant_config.json`` lies beside it.
+    """
+    folder = local_folder(model_path)
+    if folder is None:
+        return
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        config = {}
+    parts = [config, config.get("text_config")] if isinstance(config, dict) else []
+    found = [
+        f"{key} ({part[key].get('quant_method', 'of no method') if isinstance(part[key], dict) else part[key]})"
+        for part in parts
+        if isinstance(part, dict)
+        for key in ("quantization_config", "compression_config")
+        if part.get(key)
+    ]
+    if (folder / "hf_quant_config.json").exists():
+        found.append("hf_quant_config.json")
+    if found:
+        raise ConfigError(
+            f"{folder} is a quantised checkpoint: it has {', '.join(found)}",
+            hint="serve the checkpoint in the dtype that you train; a sync would write the trainer's values into "
+            "quantised parameters",
+        )
+
+
+def local_folder(model_path: str) -> Path | None:
+    """The folder of a checkpoint that lies on this machine, or None."""
+    if Path(model_path).is_dir():
+        return Path(model_path)
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    except ImportError:
+        return None
+    try:
+        return Path(snapshot_download(model_path, local_files_only=True))
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError):
+        return None
+
+
+def safetensors_files(folder: Path) -> list[Path]:
+    """The files of a checkpoint, those of its index if it has one; empty if there are none."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    return sorted(folder.glob("*.safetensors"))
+
+
+def _from_architecture(folder: Path) -> ModelSpec | None:
+    try:
+        from transformers import AutoConfig, AutoModelForCausalLM
+    except ImportError:
+        return None
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (ValueError, OSError, KeyError):
+        return None  # an architecture that transformers does not know; SGLang may
+    weights: dict[int, tuple[str, torch.Tensor]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        weights.setdefault(id(tensor), (name, tensor))
+    served = to_checkpoint(model, list(weights.values()), is_served=lambda name: False)
+    shapes = {name: tuple(item.shape) for name, item in served}
+    return ModelSpec(shapes, f"the architecture {type(model).__name__} of {folder / 'config.json'}")
+
+
+__all__ = ["ModelSpec", "check_not_quantised", "local_folder", "read_spec", "safetensors_files"]
