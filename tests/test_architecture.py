@@ -22,7 +22,7 @@ FLOORS = (
     {"engine", "launch"},
     {"server", "weights", "rendezvous"},
     {"agreement", "placement"},
-    {"groups", "roles", "ipc_payload"},
+    {"groups", "roles", "ipc_payload", "worker_errors"},
     {"devices", "report", "in_server", "parallel", "processes", "deadline"},
     {"errors", "_version"},
 )

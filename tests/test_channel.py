@@ -1,6 +1,5 @@
 """The trainer's end of a sync: who connects, who leaves, and what ends the waiting."""
 
-import json
 import threading
 import time
 
@@ -8,15 +7,28 @@ import pytest
 import zmq
 
 from tpcolocate.errors import DeadlineError, EngineDeadError, EngineError, SyncError
+from tpcolocate.in_server.tpcolocate_receiver.protocol import (
+    Addressed,
+    FindUnwritten,
+    Greeting,
+    Leave,
+    Reply,
+    RunProgram,
+    UnwrittenParameters,
+    addressed_to_all,
+    decode_command,
+    decode_envelope,
+    encode_reply,
+)
 from tpcolocate.server.channel import Channel
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(60)]
 
 
 class Worker(threading.Thread):
-    """Answers every command with what `answer` makes of it, until it is told to leave."""
+    """Answers every command with the names that `answer` makes of it, until it is told to leave or that is None."""
 
-    def __init__(self, path, tp_rank, answer=lambda command: {}):
+    def __init__(self, path, tp_rank, answer):
         super().__init__(daemon=True)
         self.path, self.tp_rank, self.answer, self.seen = path, tp_rank, answer, []
 
@@ -25,18 +37,26 @@ class Worker(threading.Thread):
             socket.setsockopt(zmq.IDENTITY, str(self.tp_rank).encode())
             socket.setsockopt(zmq.LINGER, 1000)
             socket.connect(f"ipc://{self.path}")
-            socket.send(json.dumps({"hello": self.tp_rank}).encode())
+            socket.send(encode_reply(greeting(self.tp_rank)))
             while True:
-                command = json.loads(socket.recv())
+                envelope = decode_envelope(socket.recv())
+                command = decode_command(envelope)
+                assert envelope.for_tp_rank == self.tp_rank
                 self.seen.append(command)
-                if command["do"] == "leave":
+                if isinstance(command, Leave) or (names := self.answer(command)) is None:
                     return
-                answer = self.answer(command)
-                if answer is None:
+                reply = Reply(self.tp_rank, envelope.number, None, True, 0.1, UnwrittenParameters(names))
+                socket.send(encode_reply(reply))
+                if isinstance(command, RunProgram) and command.is_last:
                     return
-                socket.send(json.dumps({"number": command["number"], "by": self.tp_rank, **answer}).encode())
-                if command.get("last"):
-                    return
+
+
+def greeting(tp_rank):
+    return Reply(tp_rank, None, None, False, 0.1, Greeting(None, f"plan of {tp_rank}"))
+
+
+def program_of(command):
+    return [command.program]
 
 
 @pytest.fixture
@@ -65,49 +85,50 @@ def opened(tmp_path):
 
 
 def test_commands_reach_their_worker_and_answers_come_back(opened, tmp_path):
-    channel, workers = opened(lambda c: {"got": c["x"]}, lambda c: {"got": -c["x"]})
-    assert channel.greet(timeout_s=20) == {0: {"hello": 0}, 1: {"hello": 1}}
-    channel.post({0: {"do": "it", "x": 1}, 1: {"do": "it", "x": 2}}, 7)
-    answers = channel.collect(7, timeout_s=20)
-    assert {k: (a["got"], a["by"]) for k, a in answers.items()} == {0: (1, 0), 1: (-2, 1)}
+    channel, workers = opened(program_of, lambda c: [*program_of(c), "and more"])
+    assert channel.greet(timeout_s=20) == {0: greeting(0), 1: greeting(1)}
+    channel.post({k: Addressed(k, RunProgram(program=name)) for k, name in enumerate("ab")}, 7)
+    replies = channel.collect(7, timeout_s=20)
+    assert {k: (r.result.names, r.tp_rank) for k, r in replies.items()} == {0: (["a"], 0), 1: (["b", "and more"], 1)}
     channel.finish()
-    assert [worker.seen[-1]["do"] for worker in workers] == ["leave", "leave"]
+    assert [worker.seen[-1] for worker in workers] == [Leave(), Leave()]
     assert list(tmp_path.iterdir()) == []
 
 
 def test_several_commands_may_be_under_way(opened):
-    channel, _ = opened(lambda c: {"got": c["x"]}, lambda c: {"got": c["x"]})
+    channel, _ = opened(program_of, program_of)
     channel.greet(timeout_s=20)
     for number in range(3):
-        channel.post({k: {"do": "it", "x": number} for k in (0, 1)}, number)
+        channel.post(addressed_to_all(RunProgram(program=f"p{number}"), 2), number)
     for number in (0, 1, 2):
-        assert {a["got"] for a in channel.collect(number, timeout_s=20).values()} == {number}
+        assert [r.result.names for r in channel.collect(number, timeout_s=20).values()] == [[f"p{number}"]] * 2
     channel.finish()
 
 
 def test_workers_that_know_the_last_command_are_not_told_to_leave(opened):
-    channel, workers = opened(lambda c: {"got": c["x"]}, lambda c: {"got": c["x"]})
+    commands = [RunProgram(program="p1"), RunProgram(program="p2", is_last=True)]
+    channel, workers = opened(program_of, program_of)
     channel.greet(timeout_s=20)
-    channel.post({k: {"do": "it", "x": 1, "last": False} for k in (0, 1)}, 0)
-    channel.post({k: {"do": "it", "x": 2, "last": True} for k in (0, 1)}, 1)
+    for number, command in enumerate(commands):
+        channel.post(addressed_to_all(command, 2), number)
     for worker in workers:
         worker.join(20)
-    assert {a["got"] for a in channel.collect(0, timeout_s=20).values()} == {1}
-    assert {a["got"] for a in channel.collect(1, timeout_s=20).values()} == {2}, "also after SGLang has answered"
+    for number, name in enumerate(["p1", "p2"]):  # also after SGLang has answered
+        assert [r.result.names for r in channel.collect(number, timeout_s=20).values()] == [[name]] * 2
     channel.dismiss()
     channel.finish()
-    assert [[command["do"] for command in worker.seen] for worker in workers] == [["it", "it"]] * 2
+    assert [[command.program for command in worker.seen] for worker in workers] == [["p1", "p2"]] * 2
 
 
 def test_dismissed_workers_are_gone_before_anybody_waits_for_them(opened):
-    channel, workers = opened(lambda c: {})
+    channel, workers = opened(program_of)
     channel.greet(timeout_s=20)
     channel.dismiss()
     for worker in workers:
         worker.join(20)
     channel.dismiss()
     channel.finish()
-    assert [[command["do"] for command in worker.seen] for worker in workers] == [["leave"]], "told once"
+    assert [worker.seen for worker in workers] == [[Leave()]], "told once"
 
 
 def test_a_request_that_fails_ends_the_waiting_with_its_error(tmp_path):
@@ -133,16 +154,16 @@ def test_a_request_that_ends_without_a_worker_is_told(tmp_path):
 def test_a_worker_that_leaves_in_between_is_told(opened):
     channel, _ = opened(lambda c: None)
     channel.greet(timeout_s=20)
-    channel.post({0: {"do": "it"}}, 0)
+    channel.post({0: Addressed(0, FindUnwritten())}, 0)
     with pytest.raises(EngineError, match="ended the weight sync by itself"):
         channel.collect(0, timeout_s=20)
 
 
 def test_a_worker_that_takes_too_long_meets_the_deadline(opened):
     held = threading.Event()
-    channel, _ = opened(lambda c: held.wait(20) and {})
+    channel, _ = opened(lambda c: held.wait(20) and [])
     channel.greet(timeout_s=20)
-    channel.post({0: {"do": "it"}}, 0)
+    channel.post({0: Addressed(0, FindUnwritten())}, 0)
     with pytest.raises(DeadlineError, match="answer command 0"):
         channel.collect(0, timeout_s=0.2)
     held.set()

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from tpcolocate import agreement, ipc_payload
 from tpcolocate.in_server.tpcolocate_receiver.checksums import checksum
+from tpcolocate.in_server.tpcolocate_receiver.protocol import BucketResult, LoadBucket, Reply, WorkerError
 from tpcolocate.weights.transport.bucket_sender import BucketSender, Verdict, judge
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(60)]
@@ -23,13 +24,18 @@ ALL = {"a": 8, "b": 6}
 
 
 def reply(read=ALL, **changes):
-    return {
-        "tp_rank": 0, "error": None, "opened": True, "differing": [], "unproven": [], "read": dict(read), "replayed": False,
-        "phases": {}, "seconds": 0.1, **changes,
+    result = {
+        "differing": [], "unverified": [], "read": dict(read), "replayed": False, "traced": None, "deviating": None,
+        "step_seconds": {}, **changes,
     }  # fmt: skip
+    return Reply(0, 0, None, True, 0.1, BucketResult(**result))
 
 
-FAILED = {"tp_rank": 0, "error": "ValueError: bad", "opened": True, "traceback": "...", "seconds": 0.1}
+def failed(message="bad", *, opened=True):
+    return Reply(0, 0, WorkerError("ValueError", message, "Traceback ..."), opened, 0.1)
+
+
+FAILED = failed()
 UNREAD = "the engine took these tensors in part or not at all: "
 EMPTY_FIRST = entries_of(e=(0, 3), a=(4, 2), f=(0,))
 MANY = entries_of(**{f"w{i}": (2,) for i in range(8)})
@@ -38,8 +44,8 @@ JUDGED = [
     ("one rank took all", {0: reply()}, A_AND_B, None, ()),
     ("error", {0: FAILED}, A_AND_B, "TP rank 0: ValueError: bad", ()),
     ("error of one", {0: reply(), 1: FAILED}, A_AND_B, "TP rank 1: ValueError: bad", ()),
-    ("error before opening", {0: {**FAILED, "opened": False}}, A_AND_B, "TP rank 0: ValueError: bad", ()),
-    ("an error without words", {0: {**FAILED, "error": ""}}, A_AND_B, "TP rank 0: ", ()),
+    ("error before opening", {0: failed(opened=False)}, A_AND_B, "TP rank 0: ValueError: bad", ()),
+    ("an error without words", {0: failed("")}, A_AND_B, "TP rank 0: ValueError: ", ()),
     ("differing", {0: reply(differing=["b"])}, A_AND_B, "TP rank 0 holds other values than were sent: b", ()),
     ("differing on one", {0: reply(), 1: reply(differing=["a", "b"])}, A_AND_B, "TP rank 1 holds other values than were sent: a, b", ()),
     ("differing and read twice", {0: reply(differing=["a"]), 1: reply()}, A_AND_B, "TP rank 0 holds other values than were sent: a", ()),
@@ -56,10 +62,10 @@ JUDGED = [
     ("of four ranks one took nothing", {i: reply({"a": 2, "b": 6} if i else {"b": 6}) for i in range(4)}, A_AND_B, UNREAD + "a", ()),
     ("replicated", {0: reply(), 1: reply()}, A_AND_B, None, ()),
     ("replicated in part", {0: reply({"a": 8, "b": 3}), 1: reply({"a": 8, "b": 3})}, A_AND_B, None, ()),
-    ("unproven need not be read", {0: reply({"b": 6}, unproven=["a"])}, A_AND_B, None, ("a",)),
-    ("unproven on one rank", {0: reply({"a": 4, "b": 6}, unproven=["a"]), 1: reply({"b": 6})}, A_AND_B, None, ("a",)),
-    ("unproven on all ranks", {0: reply({}, unproven=["b", "a"]), 1: reply({}, unproven=["a"])}, A_AND_B, None, ("a", "b")),
-    ("one unproven, the other unread", {0: reply({}, unproven=["a"])}, A_AND_B, UNREAD + "b", ()),
+    ("unproven need not be read", {0: reply({"b": 6}, unverified=["a"])}, A_AND_B, None, ("a",)),
+    ("unproven on one rank", {0: reply({"a": 4, "b": 6}, unverified=["a"]), 1: reply({"b": 6})}, A_AND_B, None, ("a",)),
+    ("unproven on all ranks", {0: reply({}, unverified=["b", "a"]), 1: reply({}, unverified=["a"])}, A_AND_B, None, ("a", "b")),
+    ("one unproven, the other unread", {0: reply({}, unverified=["a"])}, A_AND_B, UNREAD + "b", ()),
     ("nothing to read in empty tensors", {0: reply({"a": 8})}, EMPTY_FIRST, None, ()),
     ("only empty tensors", {0: reply({}), 1: reply({})}, entries_of(e=(0, 3)), None, ()),
     ("an empty bucket", {0: reply({})}, [], None, ()),
@@ -75,7 +81,9 @@ JUDGED = [
 def test_replies_are_judged(replies, entries, problem, unproven):
     verdict = judge(replies, entries)
     assert (verdict.problem, verdict.unproven) == (problem, unproven)
-    assert verdict.opened == {rank: answer["opened"] for rank, answer in replies.items()}
+    has_failed = any(answer.error is not None for answer in replies.values())
+    assert verdict.details == ("TP rank 0:\nTraceback ..." if has_failed else None)
+    assert verdict.opened == {rank: answer.opened for rank, answer in replies.items()}
 
 
 @pytest.mark.parametrize(
@@ -88,12 +96,12 @@ def test_a_bucket_is_replayed_if_every_worker_did(replayed, expected):
 
 def test_the_slowest_worker_is_reported_step_by_step():
     steps = [{"open": 0.1, "load": 0.5}, {"open": 0.3, "load": 0.2, "compare": 0.1}]
-    verdict = judge({rank: reply(phases=phases) for rank, phases in enumerate(steps)}, A_AND_B)
+    verdict = judge({rank: reply(step_seconds=seconds) for rank, seconds in enumerate(steps)}, A_AND_B)
     assert verdict.worker_seconds == {"open": 0.3, "load": 0.5, "compare": 0.1}
 
 
 def test_what_was_learned_is_told_only_by_workers_whose_loader_was_watched():
-    verdict = judge({0: reply(learned={"a": []}), 1: reply(replayed=True)}, A_AND_B)
+    verdict = judge({0: reply(traced={"a": []}), 1: reply(replayed=True)}, A_AND_B)
     assert verdict.learned == {0: {"a": []}} and not verdict.replayed
 
 
@@ -164,11 +172,11 @@ def test_every_tp_rank_is_served_once_and_in_order(delivery, payloads, transport
     assert exported == ([0, 0] if transport == "file" else [len(first), len(second)])
     if transport != "stock":
         told = [command for of_rank in made for command in of_rank]
-        assert [command["for"] for command in told] == [0, 1] and {command["do"] for command in told} == {"load"}
-        assert all(
-            job["checksum"] == list(checksum(flat)) and job["entries"] == ipc_payload.described(entries) for job in told
-        )
-        handles = [json.dumps(job["handle"]) for job in told]
+        assert [command.for_tp_rank for command in told] == [0, 1]
+        jobs = [command.command for command in told]
+        assert {type(job) for job in jobs} == {LoadBucket}
+        assert all(job.checksum == checksum(flat) and job.entries == ipc_payload.described(entries) for job in jobs)
+        handles = [json.dumps(job.handle) for job in jobs]
         assert len(set(handles)) == (1 if transport == "file" else len(first) or 2)
 
 
@@ -177,7 +185,7 @@ def test_what_is_told_of_a_bucket_of_many_tensors_fits_into_one_round_of_the_ran
     entries = ipc_payload.layout([(name, torch.Size(shape), torch.bfloat16) for name, shape in shapes.items()])[0]
     learned = {name: [[2048 * 4096, [2048, 4096], [4096, 1], "bfloat16"]] for name in shapes}
     read = {name: 2048 * 4096 for name in shapes}
-    verdict = judge({rank: reply(read, learned=learned) for rank in (0, 1)}, entries)
+    verdict = judge({rank: reply(read, traced=learned) for rank in (0, 1)}, entries)
     assert verdict.problem is None
     command = delivery().make(bucket()[0], entries, 0)
     assert all(
@@ -188,7 +196,7 @@ def test_what_is_told_of_a_bucket_of_many_tensors_fits_into_one_round_of_the_ran
 def test_fan_out_on_a_cpu_copies_once_per_further_reader(delivery):
     flat, entries = bucket()
     made = delivery(tp_size=3, payloads="fan_out").make(flat, entries, 0)
-    assert len({job["handle"]["name"] for job in made}) == 3, "one counter would not tell the readers apart"
+    assert len({job.command.handle["name"] for job in made}) == 3, "one counter would not tell the readers apart"
     assert delivery.copies() == 2
 
 
@@ -196,7 +204,7 @@ def test_a_file_holds_the_bucket_and_goes_once_it_was_loaded(delivery, tmp_path)
     one = delivery(tp_size=1, transport="file")
     flat, entries = bucket()
     [command] = commands = one.make(flat, entries, 4)
-    assert torch.equal(load_file(command["handle"]["path"])["bucket"], flat)
+    assert torch.equal(load_file(command.command.handle["path"])["bucket"], flat)
     one.workers = Workers({0: reply({"a": 2})})
     assert one.load(None, commands, entries, 4, 5.0).problem is None
     assert list((tmp_path / "files").iterdir()) == []
@@ -220,7 +228,7 @@ def test_every_worker_gets_its_own_command(delivery):
     one = delivery(payloads="fan_out")
     flat, entries = bucket()
     commands = one.make(flat, entries, 2)
-    one.workers = Workers({0: reply({"a": 2}), 1: {**FAILED, "opened": False}})
+    one.workers = Workers({0: reply({"a": 2}), 1: failed(opened=False)})
     verdict = one.load(None, commands, entries, 2, 5.0)
     assert (verdict.problem, verdict.opened) == ("TP rank 1: ValueError: bad", {0: True, 1: False})
     assert one.workers.posted == [({0: commands[0], 1: commands[1]}, 2)]

@@ -17,6 +17,7 @@ from test_requests import BEGIN, END, FLUSH, GO_ON, PAUSE, Captured, refused
 
 from tpcolocate.errors import DeadlineError, EngineDeadError, EngineStateError, RequestError, SyncError
 from tpcolocate.in_server.tpcolocate_receiver import receive
+from tpcolocate.in_server.tpcolocate_receiver.protocol import Addressed, Greeting, Reply, RunProgram, WorkerError
 from tpcolocate.server.api import ServerApi
 from tpcolocate.weights.transport import connection as module
 from tpcolocate.weights.transport.connection import WorkerConnection
@@ -25,6 +26,8 @@ pytestmark = [pytest.mark.quick, pytest.mark.timeout(60)]
 
 UPDATE, LEFT = "update_weights_from_tensor", "the workers have left"
 PATIENCE_S = 10.0
+GREETING = Reply(0, None, None, False, 0.1, Greeting(None, "a"))
+FAILED = Reply(1, None, WorkerError("RuntimeError", "another rank's command", "Traceback ..."), False, 0.1)
 
 
 class Workers:
@@ -52,7 +55,7 @@ class Server:
         self.go_on = threading.Event()
         self.dropped = Future()
         self.asked = []
-        self.workers = Workers({0: {"error": None, "plans": "a"}} if greetings is None else greetings)
+        self.workers = Workers({0: GREETING} if greetings is None else greetings)
 
     def hold_generation(self, *, timeout_s):
         self.asked.append("hold_generation")
@@ -157,8 +160,8 @@ def reach(tmp_path):
 
 def answers(opening):
     """Whether the workers of an opening carry out a command."""
-    opening.workers.post({0: {"do": "run", "for": 0}}, 0)
-    return opening.workers.collect(0, timeout_s=PATIENCE_S)[0]["error"] is None
+    opening.workers.post({0: Addressed(0, RunProgram())}, 0)
+    return opening.workers.collect(0, timeout_s=PATIENCE_S)[0].error is None
 
 
 def test_the_workers_are_reached_while_something_else_is_done():
@@ -167,7 +170,7 @@ def test_the_workers_are_reached_while_something_else_is_done():
     assert server.asked in ([], ["hold_generation"]), "not called yet"
     server.go_on.set()
     server.dropped.set_result(None)
-    assert opening.result() == {0: {"error": None, "plans": "a"}} and opening.workers is server.workers
+    assert opening.result() == {0: GREETING} and opening.workers is server.workers
     assert server.asked == ["hold_generation", (f"{opening.session}.sock", opening.session, "a.loader", 1)]
     opening.close(timeout_s=1)
     assert server.workers.closed.is_set()
@@ -189,11 +192,12 @@ def test_what_goes_wrong_on_the_way_is_raised_where_it_is_waited_for():
     server.go_on.set()
     with pytest.raises(EngineStateError, match="asleep"):
         opened(server).result()
-    server = Server(greetings={0: {"error": None}, 1: {"error": "another rank's command"}})
+    server = Server(greetings={0: GREETING, 1: FAILED})
     server.go_on.set()
     server.dropped.set_result(None)
-    with pytest.raises(SyncError, match="TP rank 1: another rank's command"):
+    with pytest.raises(SyncError, match="TP rank 1: RuntimeError: another rank's command") as caught:
         opened(server, tp_size=2).result()
+    assert caught.value.details == "TP rank 1:\nTraceback ..."
 
 
 def test_workers_are_not_called_after_the_end():

@@ -4,6 +4,7 @@ One server serves all checks; the faults are planted on the trainer's side, betw
 """
 
 import copy
+import dataclasses
 import gc
 import os
 from pathlib import Path
@@ -15,6 +16,7 @@ from harness import Footprint, leftovers, run_ranks
 from test_engine import drive
 
 from tpcolocate import errors, ipc_payload
+from tpcolocate.in_server.tpcolocate_receiver.protocol import Addressed, BucketResult, DryRun, LoadBucket
 from tpcolocate.server import channel
 from tpcolocate.weights.plan import slices as moves
 from tpcolocate.weights.transport import bucket_sender as delivery
@@ -82,9 +84,9 @@ def a_flipped_bit(world):
     """In the staging memory of the last rank, after the checksum was taken and before the engine reads; full tensors."""
 
     def make(original):
-        def commands(self, flat, action, **options):
-            made = original(self, flat, action, **options)
-            if action == "load":
+        def commands(self, flat, kind, **options):
+            made = original(self, flat, kind, **options)
+            if kind is LoadBucket:
                 flat[1000] ^= 1
             return made
 
@@ -474,9 +476,8 @@ def a_loader_that_cannot_be_rehearsed(world):
 
     def make(original):
         def post(self, commands, number):
-            if commands[0]["do"] == "rehearse":
-                entries = [["model.norm.weight", "no_such_dtype", [1]]]
-                commands = {**commands, 1: {**commands[1], "entries": entries}}
+            if isinstance(commands[0].command, DryRun):
+                commands = {**commands, 1: Addressed(1, DryRun([["model.norm.weight", "no_such_dtype", [1]]]))}
             return original(self, commands, number)
 
         return post
@@ -493,8 +494,10 @@ def a_loader_that_does_otherwise_than_it_rehearsed(world):
     def make(original):
         def collect(self, number, *, timeout_s):
             replies = original(self, number, timeout_s=timeout_s)
-            if "otherwise" in replies[1]:
-                replies[1]["otherwise"] = ["model.norm.weight"]
+            result = replies[1].result
+            if isinstance(result, BucketResult) and result.deviating is not None:
+                result = dataclasses.replace(result, deviating=["model.norm.weight"])
+                replies[1] = dataclasses.replace(replies[1], result=result)
             return replies
 
         return collect
@@ -530,8 +533,8 @@ def an_export_to_borrow_that_fails_on_one_rank(world):
 
 def samples_that_do_not_arrive(world):
     def make(original):
-        def commands(self, flat, action, **options):
-            made = original(self, flat, action, **options)
+        def commands(self, flat, kind, **options):
+            made = original(self, flat, kind, **options)
             if options.get("watch"):
                 flat[1000] ^= 1
             return made

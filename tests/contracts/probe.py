@@ -363,7 +363,7 @@ def our_receiver_is_found_by_its_name():
     from sglang.srt.utils import dynamic_import
 
     found = dynamic_import(RECEIVER)
-    assert Path(inspect.getfile(found)) == Path(tpcolocate_receiver.__file__).with_name("hook.py")
+    assert Path(inspect.getfile(found)) == Path(tpcolocate_receiver.__file__).with_name("session.py")
     assert list(inspect.signature(found).parameters) == list(inspect.signature(recording_loader).parameters)
     run, _ = _engine(Model(), tp_rank=0, loaders=[RECEIVER])
     run(_update([ipc_payload.command({"do": "nothing that exists"})], load_format=RECEIVER))

@@ -23,6 +23,7 @@ from tpcolocate.errors import (
     SyncError,
     TpColocateError,
 )
+from tpcolocate.in_server.tpcolocate_receiver.protocol import OpenSession, to_json
 from tpcolocate.parallel import begun_in_background, beside
 from tpcolocate.processes import this_process
 from tpcolocate.server.channel import Channel
@@ -238,18 +239,9 @@ class ServerApi:
             tp_size: Number of workers.
             timeout_s: For the whole sync, in seconds; the workers leave by themselves after it.
         """
-        pid, started = this_process()
         payloads = [
             ipc_payload.command(
-                {
-                    "session": session,
-                    "endpoint": workers.endpoint,
-                    "peer": [pid, started],
-                    "for": tp_rank,
-                    "tp_rank": tp_rank,
-                    "tp_size": tp_size,
-                    "timeout_s": timeout_s,
-                }
+                to_json(OpenSession(session, workers.endpoint, this_process(), tp_rank, tp_size, timeout_s))
             )
             for tp_rank in range(tp_size)
         ]

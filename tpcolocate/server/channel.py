@@ -7,22 +7,30 @@ commands in JSON until it is told to leave.  The request is answered when all of
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
 from pathlib import Path
-from typing import Any
 
 import zmq
 
 from tpcolocate.errors import DeadlineError, EngineDeadError, EngineError, SyncError
+from tpcolocate.in_server.tpcolocate_receiver.protocol import (
+    Addressed,
+    Leave,
+    Reply,
+    RunProgram,
+    decode_reply,
+    encode_command,
+)
 from tpcolocate.parallel import in_background
 
 _POLL_MS = 20
 _LEAVE_S = 5.0
 # sun_path holds 108 bytes with its end.
 _LONGEST_PATH = 107
+_UNANSWERED = -1
+"""Number of a command that is not answered."""
 
 
 class Channel:
@@ -39,13 +47,13 @@ class Channel:
         self._path = path
         self._tp_size = tp_size
         self._due: dict[int, set[int]] = {}
-        self._early: dict[tuple[int | None, int], dict[str, Any]] = {}
+        self._early: dict[tuple[int | None, int], Reply] = {}
         self._request: Future[None] | None = None
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        self._present: dict[int, dict[str, Any]] = {}
+        self._present: dict[int, Reply] = {}
         self._is_dismissed = False
         try:
             self._socket.bind(self.endpoint)
@@ -66,8 +74,8 @@ class Channel:
         """
         self._request = in_background(request, name="tpcolocate sync")
 
-    def greet(self, *, timeout_s: float) -> dict[int, dict[str, Any]]:
-        """Wait until all workers are here: TP rank -> what it said when it connected.
+    def greet(self, *, timeout_s: float) -> dict[int, Reply]:
+        """Wait until all workers have connected; their greetings, by TP rank.
 
         Raises:
             EngineError: The request failed, so nobody will connect.
@@ -75,8 +83,8 @@ class Channel:
         """
         deadline = time.monotonic() + timeout_s
         while len(self._present) < self._tp_size:
-            tp_rank, answer = self._receive(deadline, "open the weight sync")
-            self._present[tp_rank] = answer
+            tp_rank, reply = self._receive(deadline, "open the weight sync")
+            self._present[tp_rank] = reply
         return self._present
 
     @property
@@ -88,40 +96,41 @@ class Channel:
     def _failure(self) -> BaseException | None:
         return None if self._request is None or self._is_asking else self._request.exception()
 
-    def post(self, commands: Mapping[int, dict[str, Any]], number: int) -> None:
-        """Send a command to each TP rank; `collect` has the answers.
+    def post(self, commands: Mapping[int, Addressed], number: int) -> None:
+        """Send a command to each TP rank; `collect` has the replies.
 
         Args:
-            commands: TP rank -> command.  After one that is the ``last`` a worker leaves by itself, once it has answered.
-            number: Identifies the answers.
+            commands: TP rank -> command.  After a `RunProgram` that is the last, the workers leave by themselves.
+            number: Identifies the replies.
         """
         self._due[number] = set(commands)
         for tp_rank, command in commands.items():
             try:
-                self._socket.send_multipart(
-                    [str(tp_rank).encode(), json.dumps({**command, "number": number}).encode()], zmq.NOBLOCK
-                )
+                self._send(tp_rank, command, number)
             except zmq.ZMQError as error:
                 raise EngineDeadError(f"TP rank {tp_rank} has left the weight sync: {error}") from error
-        self._is_dismissed = all(command.get("last", False) for command in commands.values())
+        self._is_dismissed = all(isinstance(c.command, RunProgram) and c.command.is_last for c in commands.values())
 
-    def collect(self, number: int, *, timeout_s: float) -> dict[int, dict[str, Any]]:
-        """The answers to a `post`, by TP rank.
+    def _send(self, tp_rank: int, command: Addressed, number: int) -> None:
+        self._socket.send_multipart([str(tp_rank).encode(), encode_command(command, number)], zmq.NOBLOCK)
+
+    def collect(self, number: int, *, timeout_s: float) -> dict[int, Reply]:
+        """Wait for the replies to a `post`, by TP rank.
 
         Raises:
             EngineError: The request has failed or ended before all answers came.
             DeadlineError: Not all answers came in time.
         """
         deadline = time.monotonic() + timeout_s
-        found: dict[int, dict[str, Any]] = {}
+        found: dict[int, Reply] = {}
         for tp_rank in sorted(self._due.pop(number)):
             while (number, tp_rank) not in self._early:
-                came, answer = self._receive(deadline, f"answer command {number}")
-                self._early[answer.get("number"), came] = answer
+                came, reply = self._receive(deadline, f"answer command {number}")
+                self._early[reply.number, came] = reply
             found[tp_rank] = self._early.pop((number, tp_rank))
         return found
 
-    def _receive(self, deadline: float, what: str) -> tuple[int, dict[str, Any]]:
+    def _receive(self, deadline: float, what: str) -> tuple[int, Reply]:
         while not self._socket.poll(_POLL_MS):
             if not self._is_asking:
                 if self._failure is not None:
@@ -134,7 +143,7 @@ class Channel:
             elif time.monotonic() >= deadline:
                 raise DeadlineError(f"the TP workers did not {what} in time", hint="see the server's log")
         name, content = self._socket.recv_multipart()
-        return int(name), json.loads(content)
+        return int(name), decode_reply(content)
 
     def dismiss(self) -> None:
         """Tell the workers that this was all, unless they know."""
@@ -143,9 +152,7 @@ class Channel:
         self._is_dismissed = True
         for tp_rank in self._present:
             try:
-                self._socket.send_multipart(
-                    [str(tp_rank).encode(), json.dumps({"do": "leave", "for": tp_rank}).encode()], zmq.NOBLOCK
-                )
+                self._send(tp_rank, Addressed(tp_rank, Leave()), _UNANSWERED)
             except zmq.ZMQError:
                 pass  # it has left
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ def device_uuid() -> str | None:
     return str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
 
 
-def open_handle(handle: dict[str, Any], device: torch.device) -> torch.Tensor:
+def open_handle(handle: Mapping[str, Any], device: torch.device) -> torch.Tensor:
     """Map what the trainer exported: a flat uint8 tensor.
 
     Args:

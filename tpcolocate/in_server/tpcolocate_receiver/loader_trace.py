@@ -326,7 +326,7 @@ def _tensors(values: list[Any]) -> list[torch.Tensor]:
     return found
 
 
-def views(flat: torch.Tensor, entries: list[list[Any]]) -> list[tuple[str, torch.Tensor]]:
+def views(flat: torch.Tensor, entries: Sequence[Sequence[Any]]) -> list[tuple[str, torch.Tensor]]:
     """The bucket's tensors by name; entries are [name, dtype, shape, start, num_bytes]."""
     return [
         (name, flat[start : start + num_bytes].view(getattr(torch, dtype)).view(shape))

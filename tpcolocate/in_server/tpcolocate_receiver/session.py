@@ -1,44 +1,90 @@
-"""SGLang's custom weight loader hook, and the commands that a sync sends to it.
+"""SGLang's custom weight loader hook, and the commands that a weight sync sends to it.
 
 One request of SGLang's carries a whole sync: inside it the worker takes commands over a local socket until it is told
-that this was all, or its trainer is gone, or its time is up.
+to leave, its trainer is gone, or the session has timed out.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 import time
 import traceback
 import weakref
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import kernels as one_pass
+from . import kernels, protocol
 from .checksums import checksum, load_kernels
 from .copy_plan import CopyPlan, CopyProgram, places_of
 from .dry_run import rehearse
 from .handles import device_uuid, open_handle
 from .loader_trace import BucketTensors, Copy, LoaderTrace, differing, quantised, views
+from .protocol import Envelope, OpenSession, Reply, WorkerError
 
 logger = logging.getLogger(__name__)
 
 _POLL_MS = 200
-# For the last answer to leave after the socket was closed.
+# For the last reply to leave after the socket was closed.
 _LINGER_MS = 2000
 _STAGE = "stage"
 """How the names of regions begin that are mapped for the length of one session."""
 
-_plans: weakref.WeakKeyDictionary[torch.nn.Module, CopyPlan] = weakref.WeakKeyDictionary()
-_regions: dict[str, torch.Tensor] = {}
-"""The trainer's memory that is mapped here, by the name that the trainer gave it."""
-_held: deque[str] = deque(maxlen=64)
-"""Sessions that were held here: a second model in one worker (a draft) must not open the same handles again."""
+
+class WorkerState:
+    """What a worker keeps of one model from session to session.
+
+    Attributes:
+        plan: Traced from the model's loader.
+        regions: The trainer's memory that is mapped here, by the name that the trainer gave it.
+    """
+
+    def __init__(self) -> None:
+        self.plan = CopyPlan()
+        self.regions: dict[str, torch.Tensor] = {}
+
+    def release(self, names: Iterable[str]) -> None:
+        """Unmap regions, once nothing reads them any more."""
+        gone = set(names)
+        if not gone:
+            return
+        for program in self.plan.programs.values():
+            if program.regions & gone:
+                program.forget()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        for name in gone:
+            self.regions.pop(name, None)
+
+    def release_staging(self) -> None:
+        """Unmap the regions that end with the session."""
+        self.release([name for name in self.regions if name.startswith(_STAGE)])
+
+
+class Receiver:
+    """All sessions of one worker process."""
+
+    def __init__(self) -> None:
+        self.states: weakref.WeakKeyDictionary[torch.nn.Module, WorkerState] = weakref.WeakKeyDictionary()
+        # A second model in one worker (a draft) gets the same request, and must not open the same handles again.
+        self._sessions: deque[str] = deque(maxlen=64)
+
+    def run_session(self, model: torch.nn.Module, opening: OpenSession) -> None:
+        """Run a session, unless there was one of this name."""
+        if opening.session in self._sessions:
+            return
+        self._sessions.append(opening.session)
+        state = self.states.setdefault(model, WorkerState())
+        if not state.plan.fit():
+            state.plan = CopyPlan()
+        Session(model, state, opening).run()
+
+
+_RECEIVER = Receiver()
 
 
 def receive(model: torch.nn.Module, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -46,161 +92,243 @@ def receive(model: torch.nn.Module, named_tensors: Iterable[tuple[str, torch.Ten
 
     Args:
         model: The worker's model.
-        named_tensors: One tensor without elements, whose name is the command that opens a session, in JSON.
+        named_tensors: One tensor without elements, whose name is an `OpenSession`.
     """
     try:
-        [(command, _)] = named_tensors
-        job = json.loads(command)
-        if job["session"] in _held:
-            return
-        _held.append(job["session"])
-        _hold(model, job)
-    except BaseException:  # an exception that leaves here takes the server down; the trainer misses the answer
-        logger.exception("tpcolocate: a session was not held")
+        [(opening, _)] = named_tensors
+        _RECEIVER.run_session(model, protocol.decode_session(opening))
+    except BaseException:  # an exception that leaves here takes the server down; the trainer misses the reply
+        logger.exception("tpcolocate: weight sync session failed")
 
 
-def _hold(model: torch.nn.Module, job: dict[str, Any]) -> None:
-    import zmq  # SGLang's own dependency; a failing import at the top would take the server down
+class Session:
+    """The commands of one weight sync.
 
-    deadline = time.monotonic() + job["timeout_s"]
-    if not _is_running(job["peer"]):
-        job["peer"] = None
-    plans = _plans.get(model)
-    if plans is None or not plans.fit():
-        plans = _plans[model] = CopyPlan()
-    # A context of its own: none of the server's sockets and settings are touched, and it ends with the session.
-    with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
-        socket.setsockopt(zmq.IDENTITY, str(job["tp_rank"]).encode())
-        socket.setsockopt(zmq.LINGER, _LINGER_MS)
-        socket.connect(job["endpoint"])
-        socket.send(json.dumps(_answer(_greet, model, plans, job)).encode())
-        while True:
-            if not socket.poll(_POLL_MS):
-                if time.monotonic() >= deadline or _is_over(job):
-                    logger.error("tpcolocate: the trainer left a weight sync; the weights may be half old, half new")
+    Args:
+        model: The worker's.
+        state: What is kept of it.
+        opening: From the trainer.
+    """
+
+    def __init__(self, model: torch.nn.Module, state: WorkerState, opening: OpenSession) -> None:
+        self._model = model
+        self._state = state
+        self._opening = opening
+        self._deadline = time.monotonic() + opening.timeout_s
+        self._device = next(model.parameters()).device
+        # A trainer that was never seen from here (in another PID namespace) counts as running.
+        self._peer = opening.peer if _is_running(opening.peer) else None
+        self._opened = False
+
+    def run(self) -> None:
+        """Greet the trainer and carry out commands until the session is over."""
+        import zmq  # SGLang's own dependency; a failing import at the top would take the server down
+
+        # A context of its own: none of the server's sockets and settings are touched, and it ends with the session.
+        with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
+            socket.setsockopt(zmq.IDENTITY, str(self._opening.tp_rank).encode())
+            socket.setsockopt(zmq.LINGER, _LINGER_MS)
+            socket.connect(self._opening.endpoint)
+            socket.send(protocol.encode_reply(self._reply(None, self._greet)))
+            while True:
+                if not socket.poll(_POLL_MS):
+                    if time.monotonic() >= self._deadline or self._is_abandoned():
+                        logger.error(
+                            "tpcolocate: the trainer left a weight sync; the weights may be half old, half new"
+                        )
+                        break
+                    continue
+                reply, is_last = self._handle(protocol.decode_envelope(socket.recv()))
+                if reply is not None:
+                    socket.send(protocol.encode_reply(reply))
+                if is_last:
+                    kernels.prepare(self._device)  # beside what the server does next
                     break
-                continue
-            command = json.loads(socket.recv())
-            if command["do"] != "leave":
-                socket.send(json.dumps(_answer(_act, model, plans, {**job, **command})).encode())
-            if command["do"] == "leave" or command.get("last"):
-                one_pass.prepare(next(model.parameters()).device)  # beside what the server does next
-                break
-    _drop(plans, _staged())
+        self._state.release_staging()
+
+    def _is_abandoned(self) -> bool:
+        """Whether the trainer's process has ended, or has removed its socket."""
+        endpoint = Path(self._opening.endpoint.removeprefix("ipc://"))
+        return not (_is_running(self._peer) and endpoint.exists())
+
+    def _handle(self, envelope: Envelope) -> tuple[Reply | None, bool]:
+        """Carry out one command: the reply, if it takes one, and whether it is the last."""
+        command: protocol.Command | None = None
+
+        def act() -> Any:
+            nonlocal command
+            command = protocol.decode_command(envelope)
+            if isinstance(command, protocol.Leave):
+                return None
+            self._check_address(envelope.for_tp_rank)
+            return _HANDLERS[type(command)](self, command)
+
+        reply = self._reply(envelope.number, act)
+        if isinstance(command, protocol.Leave):
+            return None, True
+        return reply, isinstance(command, protocol.RunProgram) and command.is_last
+
+    def _reply(self, number: int | None, action: Callable[[], Any]) -> Reply:
+        """Act, and put whatever goes wrong into the reply."""
+        self._opened = False
+        error: WorkerError | None = None
+        result = None
+        started = time.perf_counter()
+        try:
+            result = action()
+        except BaseException as caught:
+            error = WorkerError(type(caught).__name__, str(caught), traceback.format_exc())
+        seconds = time.perf_counter() - started
+        return Reply(self._opening.tp_rank, number, error, self._opened, seconds, result)
+
+    def _check_address(self, for_tp_rank: int) -> None:
+        """The command must have reached the worker that it was made for."""
+        tp_rank = self._opening.tp_rank
+        if for_tp_rank != tp_rank:
+            raise RuntimeError(f"the payload of TP rank {for_tp_rank} reached TP rank {tp_rank}")
+        if not torch.distributed.is_initialized():
+            return
+        rank = torch.distributed.get_rank() % self._opening.tp_size
+        if rank != tp_rank:
+            raise RuntimeError(f"the payload of TP rank {tp_rank} reached TP rank {rank}")
+
+    def _greet(self) -> protocol.Greeting:
+        self._check_address(self._opening.tp_rank)
+        return protocol.Greeting(device_uuid(), self._state.plan.identity)
+
+    def _probe(self, command: protocol.Probe) -> protocol.ProbeResult:
+        flat = open_handle(command.handle, self._device)
+        self._opened = True
+        found = list(checksum(flat))
+        del flat
+        if found != command.checksum:
+            raise RuntimeError("the handle opened, but on other memory than the trainer's")
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return protocol.ProbeResult(device_uuid())
+
+    def _load_bucket(self, command: protocol.LoadBucket) -> protocol.BucketResult:
+        """Load full tensors by the engine's loader, or by what was traced of it."""
+        clock = _Clock()
+        plan, device, entries = self._state.plan, self._device, command.entries
+        mapped = flat = open_handle(command.handle, device)
+        self._opened = True
+        source = mapped.device
+        try:
+            clock.lap("open")
+            if source != device:
+                # Parameters that the memory saver holds can be reached by their own GPU alone.
+                flat = mapped.to(device)
+                clock.lap("bring")
+            if list(checksum(flat)) != command.checksum:
+                # Checked before the first parameter is touched.
+                raise RuntimeError("the bucket does not hold what the trainer packed (checksum)")
+            clock.lap("check")
+            deviating: list[str] | None = [] if command.watch else None
+            copies, unverified, replayed = _apply(self._model, plan, flat, entries, deviating)
+            clock.lap("load")
+            wrong = differing([c for c in copies if c.entry not in unverified])
+            clock.lap("compare")
+            read: dict[int, int] = {}
+            for copy in copies:
+                read[copy.entry] = read.get(copy.entry, 0) + copy.src.numel()
+            del copies
+            traced = None
+            if not replayed or command.report_trace:
+                traced = plan.described([entry[0] for entry in entries if plan.knows([entry])])
+            return protocol.BucketResult(
+                differing=sorted(entries[i][0] for i in wrong),
+                unverified=sorted(entries[i][0] for i in unverified),
+                read={entries[i][0]: count for i, count in read.items()},
+                replayed=replayed,
+                traced=traced,
+                deviating=deviating,
+                step_seconds=clock.seconds,
+            )
+        finally:
+            if device.type == "cuda":
+                # Acknowledged means finished, on the GPU that was read from as well (fan-out).
+                for used in {device, source}:
+                    torch.cuda.synchronize(used)
+            del flat, mapped
+
+    def _warm_up(self, command: protocol.WarmUp) -> protocol.DryRunResult:
+        """`_dry_run` before there is a trainer's model: with the names of the checkpoint, in the engine's own dtype."""
+        dtype = str(next(self._model.parameters()).dtype).removeprefix("torch.")
+        # Neither needs what the other does: the loader is Python at work, the driver's loading of kernels is not.
+        loading = threading.Thread(target=_load_kernels, args=(self._device,))
+        loading.start()
+        try:
+            return self._dry_run(protocol.DryRun([[name, dtype, shape] for name, shape in command.shapes]))
+        finally:
+            loading.join()
+
+    def _dry_run(self, command: protocol.DryRun) -> protocol.DryRunResult:
+        plan = self._state.plan
+        entries = [entry for entry in command.entries if not plan.knows([entry])]
+        if entries:
+            rehearse(self._model, plan, entries)
+        return protocol.DryRunResult(plan.described([e[0] for e in command.entries if plan.knows([e])]))
+
+    def _run_program(self, command: protocol.RunProgram) -> protocol.ProgramResult:
+        clock = _Clock()
+        plan, regions = self._state.plan, self._state.regions
+        self._state.release(command.release)
+        for name, handle in command.map:
+            regions[name] = open_handle(handle, self._device)
+        self._opened = True
+        clock.lap("open")
+        if command.define is not None:
+            plan.programs = {name: CopyProgram(slices, plan) for name, slices in command.define}
+        clock.lap("define")
+        checksums: list[int] | None = None
+        if command.program is not None:
+            if not plan.fit():
+                raise RuntimeError("the parameters moved during a sync")
+            with torch.no_grad():
+                checksums, seconds = plan.programs[command.program].run(plan, regions, keep=command.keep_views)
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
+            clock.lap("load")
+            clock.seconds.update(seconds)
+        return protocol.ProgramResult(checksums, clock.seconds)
+
+    def _release_staging(self, command: protocol.ReleaseStaging) -> None:
+        self._state.release_staging()
+
+    def _find_unwritten(self, command: protocol.FindUnwritten) -> protocol.UnwrittenParameters:
+        return protocol.UnwrittenParameters(self._state.plan.unwritten(self._model))
 
 
-def _answer(action: Any, model: torch.nn.Module, plans: CopyPlan, job: dict[str, Any]) -> dict[str, Any]:
-    """Carry one command out; whatever goes wrong is in the answer."""
-    answer: dict[str, Any] = {"tp_rank": job["tp_rank"], "number": job.get("number"), "error": None, "opened": False}
-    started = time.perf_counter()
-    try:
-        _check_address(job)
-        action(model, plans, job, answer)
-    except BaseException as error:
-        answer["error"] = f"{type(error).__name__}: {error}"
-        answer["traceback"] = traceback.format_exc()
-    answer["seconds"] = time.perf_counter() - started
-    return answer
+_HANDLERS: dict[type[Any], Callable[[Session, Any], Any]] = {
+    protocol.WarmUp: Session._warm_up,
+    protocol.Probe: Session._probe,
+    protocol.DryRun: Session._dry_run,
+    protocol.LoadBucket: Session._load_bucket,
+    protocol.RunProgram: Session._run_program,
+    protocol.ReleaseStaging: Session._release_staging,
+    protocol.FindUnwritten: Session._find_unwritten,
+}
 
 
-def _is_over(job: dict[str, Any]) -> bool:
-    """Whether the trainer's end is gone: its process, or the socket that it removes when it is done."""
-    return not _is_running(job["peer"]) or not Path(job["endpoint"].removeprefix("ipc://")).exists()
-
-
-def _is_running(peer: list[int] | None) -> bool:
-    """Whether the trainer's process lives; one that was never seen from here (another PID namespace) counts as alive."""
+def _is_running(peer: tuple[int, int] | None) -> bool:
+    """Whether the process of this pid and start time runs; one that has ended and was not waited for does not."""
     if peer is None:
         return True
+    pid, started = peer
     try:
-        # Field 22, counted behind the name in brackets, which may hold spaces.
-        return int(Path(f"/proc/{peer[0]}/stat").read_text().rpartition(")")[2].split()[19]) == peer[1]
-    except (OSError, IndexError, ValueError):
+        # Counted behind the name in brackets, which may hold spaces; see proc(5).
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+    except OSError:
         return False
-
-
-def _check_address(job: dict[str, Any]) -> None:
-    """The command must have reached the worker it was made for."""
-    if job["for"] != job["tp_rank"]:
-        raise RuntimeError(f"the payload of TP rank {job['for']} reached TP rank {job['tp_rank']}")
-    if not torch.distributed.is_initialized():
-        return
-    rank = torch.distributed.get_rank() % job["tp_size"]
-    if rank != job["tp_rank"]:
-        raise RuntimeError(f"the payload of TP rank {job['tp_rank']} reached TP rank {rank}")
-
-
-def _greet(model: torch.nn.Module, plans: CopyPlan, job: dict[str, Any], answer: dict[str, Any]) -> None:
-    """Say who this is, and which knowledge of the loader there is."""
-    answer["uuid"] = device_uuid()
-    answer["plans"] = plans.identity
-
-
-def _act(model: torch.nn.Module, plans: CopyPlan, job: dict[str, Any], answer: dict[str, Any]) -> None:
-    _ACTIONS[job["do"]](model, plans, job, answer)
-
-
-def _probe(model: torch.nn.Module, plans: CopyPlan, job: dict[str, Any], answer: dict[str, Any]) -> None:
-    answer["uuid"] = device_uuid()
-    flat = open_handle(job["handle"], next(model.parameters()).device)
-    answer["opened"] = True
-    found = list(checksum(flat))
-    del flat
-    if found != job["checksum"]:
-        raise RuntimeError("the handle opened, but on other memory than the trainer's")
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def _load(model: torch.nn.Module, plans: CopyPlan, job: dict[str, Any], answer: dict[str, Any]) -> None:
-    """Take one bucket of full tensors, by the engine's loader or by what was learned from it."""
-    clock = _Clock()
-    device = next(model.parameters()).device
-    entries = job["entries"]
-    mapped = flat = open_handle(job["handle"], device)
-    answer["opened"] = True
-    source = mapped.device
-    try:
-        clock.lap("open")
-        if source != device:
-            # Parameters that the memory saver holds can be reached by their own GPU alone.
-            flat = mapped.to(device)
-            clock.lap("bring")
-        if list(checksum(flat)) != job["checksum"]:
-            # Checked before the first parameter is touched.
-            raise RuntimeError("the bucket does not hold what the trainer packed (checksum)")
-        clock.lap("check")
-        otherwise: list[str] | None = None
-        if job.get("watch"):
-            otherwise = answer["otherwise"] = []
-        copies, unsure, replayed = _apply(model, plans, flat, entries, otherwise)
-        clock.lap("load")
-        wrong = differing([c for c in copies if c.entry not in unsure])
-        clock.lap("compare")
-        read: dict[int, int] = {}
-        for copy in copies:
-            read[copy.entry] = read.get(copy.entry, 0) + copy.src.numel()
-        answer["differing"] = sorted(entries[i][0] for i in wrong)
-        answer["unproven"] = sorted(entries[i][0] for i in unsure)
-        answer["read"] = {entries[i][0]: count for i, count in read.items()}
-        answer["replayed"] = replayed
-        if not replayed or job.get("tell"):
-            answer["learned"] = plans.described([entry[0] for entry in entries if plans.knows([entry])])
-        answer["phases"] = clock.seconds
-        del copies
-    finally:
-        if device.type == "cuda":
-            # Acknowledged means finished, on the GPU that was read from as well (fan-out).
-            for used in {device, source}:
-                torch.cuda.synchronize(used)
-        del flat, mapped
+    return fields[0] not in (b"Z", b"X") and int(fields[19]) == started
 
 
 def _apply(
     model: torch.nn.Module,
     plans: CopyPlan,
     flat: torch.Tensor,
-    entries: list[list[Any]],
+    entries: Sequence[Sequence[Any]],
     otherwise: list[str] | None = None,
 ) -> tuple[list[Copy], set[int], bool]:
     """Load a bucket: by what was learned if all of it is known, else by the engine's own loader, watched.
@@ -238,27 +366,6 @@ def _apply(
     return recorder.copies, recorder.derived | recorder.reworked, False
 
 
-def _warm_up(model: torch.nn.Module, plans: CopyPlan, job: dict[str, Any], answer: dict[str, Any]) -> None:
-    """`_rehearse` before there is a trainer's model: with the names of the checkpoint, in the engine's own dtype."""
-    parameter = next(model.parameters())
-    dtype = str(parameter.dtype).removeprefix("torch.")
-    # Neither needs what the other does: the loader is Python at work, the driver's loading of kernels is not.
-    kernels = threading.Thread(target=_load_kernels, args=(parameter.device,))
-    kernels.start()
-    try:
-        _rehearse(model, plans, {**job, "entries": [[name, dtype, shape] for name, shape in job["shapes"]]}, answer)
-    finally:
-        kernels.join()
-
-
-def _rehearse(model: torch.nn.Module, plans: CopyPlan, job: dict[str, Any], answer: dict[str, Any]) -> None:
-    """Learn what the engine's loader would do with these tensors; the model stays as it is."""
-    entries = [entry for entry in job["entries"] if not plans.knows([entry])]
-    if entries:
-        rehearse(model, plans, entries)
-    answer["learned"] = plans.described([entry[0] for entry in job["entries"] if plans.knows([entry])])
-
-
 def _load_kernels(device: torch.device) -> None:
     try:
         if device.type == "cuda":
@@ -268,58 +375,8 @@ def _load_kernels(device: torch.device) -> None:
         logger.warning("tpcolocate: kernels were not loaded ahead", exc_info=True)
 
 
-def _run(model: torch.nn.Module, plans: CopyPlan, job: dict[str, Any], answer: dict[str, Any]) -> None:
-    """Map and let go regions, take in a program, run one: whichever of these the command names, in this order."""
-    clock = _Clock()
-    device = next(model.parameters()).device
-    _drop(plans, job.get("release", ()))
-    for name, handle in job.get("map", ()):
-        _regions[name] = open_handle(handle, device)
-        answer.setdefault("mapped", []).append(name)
-    answer["opened"] = True
-    clock.lap("open")
-    if "define" in job:  # in place of what there was
-        plans.programs = {key: CopyProgram(pieces, plans) for key, pieces in job["define"]}
-    clock.lap("define")
-    if "program" in job:
-        if not plans.fit():
-            raise RuntimeError("the parameters moved during a sync")
-        with torch.no_grad():
-            answer["sums"], seconds = plans.programs[job["program"]].run(plans, _regions, keep=job["keep"])
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        clock.lap("load")
-        clock.seconds.update(seconds)
-    answer["phases"] = clock.seconds
-
-
-def _unstage(model: torch.nn.Module, plans: CopyPlan, job: dict[str, Any], answer: dict[str, Any]) -> None:
-    _drop(plans, _staged())
-
-
-def _staged() -> list[str]:
-    return [name for name in _regions if name.startswith(_STAGE)]
-
-
-def _drop(plans: CopyPlan, names: Iterable[str]) -> None:
-    gone = set(names)
-    if not gone:
-        return
-    for program in plans.programs.values():
-        if program.regions & gone:
-            program.forget()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    for name in gone:
-        _regions.pop(name, None)
-
-
-def _survey(model: torch.nn.Module, plans: CopyPlan, job: dict[str, Any], answer: dict[str, Any]) -> None:
-    answer["unwritten"] = plans.unwritten(model)
-
-
 class _Clock:
-    """Seconds per step, for whoever wants to know where the time goes."""
+    """Seconds per step."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -329,14 +386,3 @@ class _Clock:
         now = time.perf_counter()
         self.seconds[name] = now - self._last
         self._last = now
-
-
-_ACTIONS = {
-    "warm_up": _warm_up,
-    "probe": _probe,
-    "rehearse": _rehearse,
-    "load": _load,
-    "run": _run,
-    "unstage": _unstage,
-    "survey": _survey,
-}

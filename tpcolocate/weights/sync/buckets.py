@@ -79,7 +79,7 @@ class BucketPhases(SyncPhases):
             with self.watch.phase("export"):
                 # The workers may know what this side does not: they learned it in a sync that failed.
                 tell = not all(self.sync.knowledge.covers(e.name, e.shape, e.dtype) for e in entries)
-                asked = {"watch": True} if is_sample else {"tell": tell}
+                asked = {"watch": True} if is_sample else {"report_trace": tell}
                 payloads = self.delivery.make(flat, entries, number, **asked)
         except BaseException as caught:
             error = caught
@@ -97,6 +97,7 @@ class BucketPhases(SyncPhases):
                 f"bucket {number} did not arrive: {verdict.problem}",
                 hint="the engine's weights are unknown now: sync again in full, or launch() again",
                 rank=self.sync.owner_rank,
+                details=verdict.details,
             )
         self.otherwise += verdict.otherwise
         if verdict.learned:

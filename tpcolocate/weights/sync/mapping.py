@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tpcolocate.errors import SyncError
+from tpcolocate.in_server.tpcolocate_receiver.protocol import Addressed, RunProgram
 from tpcolocate.weights.sync.phases import RETURN_S, SyncPhases
 from tpcolocate.weights.transport.bucket_sender import slowest
 from tpcolocate.weights.transport.mapped_memory import PersistentMapping
+from tpcolocate.worker_errors import raise_worker_errors
 
 STAGED, CAN_BE_MAPPED, STAYS = "0", "1", "2"
 """What may become of a tensor's memory: it is copied; mapped for one sync; mapped from sync to sync."""
@@ -88,18 +89,18 @@ class LendingPhases(SyncPhases):
             "map the trainer's memory",
             lambda _: self.delivery.ask(
                 [
-                    {"do": "run", "for": k, "release": release, "map": [] if failed is not None else map_}
+                    Addressed(k, RunProgram(release, () if failed is not None else map_))
                     for k, (release, map_, _) in enumerate(told)
                 ],
                 number,
                 self.left("map the trainer's memory"),
             ),
         )
-        self.borrowed.note_opened({rank: reply["opened"] for rank, reply in replies.items()})
+        self.borrowed.note_opened({rank: reply.opened for rank, reply in replies.items()})
         self.together("take back what was lent", lambda: self.sync.returned(old, timeout_s=RETURN_S))
         if failed is None:
             failed = next(
-                (f"TP rank {k}: {reply['error']}" for k, reply in replies.items() if reply["error"] is not None), None
+                (f"TP rank {k}: {reply.error}" for k, reply in replies.items() if reply.error is not None), None
             )
         if failed is None:
             self.add_seconds({"map": slowest(replies)["open"]})
@@ -117,14 +118,12 @@ class LendingPhases(SyncPhases):
         replies = self.on_owner(
             "let go of the trainer's memory",
             lambda _: self.delivery.ask(
-                [{"do": "run", "for": k, "release": release} for k, release in enumerate(told)],
+                [Addressed(k, RunProgram(release)) for k, release in enumerate(told)],
                 number,
                 self.left("let go of the trainer's memory"),
             ),
         )
-        for tp_rank, reply in replies.items():
-            if reply["error"] is not None:
-                raise SyncError(f"TP rank {tp_rank} did not let go of the trainer's memory: {reply['error']}")
+        raise_worker_errors(replies, "the trainer's memory was not released")
         # The workers have confirmed that they map nothing of it: what is left was never opened.
         loans.reclaim()
         self.borrowed.reclaim()

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from tpcolocate import ipc_payload
-from tpcolocate.errors import DeadlineError, SyncError, WeightsMismatchError
+from tpcolocate.errors import DeadlineError, WeightsMismatchError
+from tpcolocate.in_server.tpcolocate_receiver.protocol import Command, addressed_to_all
 from tpcolocate.report import Stopwatch
 from tpcolocate.weights.plan.sharding import LocalShard
 from tpcolocate.weights.sources.lazy_tensor import Items
@@ -23,6 +24,7 @@ from tpcolocate.weights.transport.connection import WorkerConnection
 from tpcolocate.weights.transport.memory import allocated_bytes
 from tpcolocate.weights.transport.staging import Ready
 from tpcolocate.weights.transport.transient_mappings import TransientMappings
+from tpcolocate.worker_errors import raise_worker_errors
 
 if TYPE_CHECKING:
     from tpcolocate.weights.sync.syncer import WeightSync
@@ -150,14 +152,12 @@ class SyncPhases:
                 error = caught
         return self.agree(error, value, what=what)[self.group.ranks.index(self.sync.owner_rank)]  # type: ignore[return-value]
 
-    def ask(self, what: str, command: dict[str, Any]) -> Replies:
+    def ask(self, what: str, command: Command) -> Replies:
         """The same command for every worker; their answers, on every rank."""
         number = self.number()
-        commands = [{**command, "for": tp_rank} for tp_rank in range(len(self.group))]
+        commands = list(addressed_to_all(command, len(self.group)).values())
         replies = self.on_owner(what, lambda _: self.delivery.ask(commands, number, self.left(what)))
-        for tp_rank, reply in replies.items():
-            if reply["error"] is not None:
-                raise SyncError(f"TP rank {tp_rank} could not {what}: {reply['error']}", rank=self.sync.owner_rank)
+        raise_worker_errors(replies, f"could not {what}", rank=self.sync.owner_rank)
         return replies
 
     def check(self, shapes: list[tuple[str, torch.Size]]) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import time
-from typing import Any
 
 import torch
 
 from tpcolocate import ipc_payload
 from tpcolocate.errors import DeadlineError, SyncError, TpColocateError
+from tpcolocate.in_server.tpcolocate_receiver.protocol import Addressed, Probe
 from tpcolocate.weights.sync.phases import SyncPhases
 from tpcolocate.weights.transport.bucket_sender import Replies
 
@@ -47,14 +47,14 @@ class Preflight(SyncPhases):
     def probe(self) -> str | None:
         """One small handle there and back; what went wrong anywhere in the slice, or None."""
         error: BaseException | None = None
-        commands: list[dict[str, Any]] = []
+        commands: list[Addressed] = []
         try:
             if self.delivery.exports:
                 flat = ipc_payload.allocate(_PREFLIGHT_BYTES, self.sync.device)
                 # Not torch's random numbers: the training's own would be other ones from here on, and a GPU's take time
                 # to load.
                 flat.copy_(torch.frombuffer(bytearray(os.urandom(_PREFLIGHT_BYTES)), dtype=torch.uint8))
-                commands = self.delivery.commands(flat, "probe", number=_PREFLIGHT)
+                commands = self.delivery.commands(flat, Probe, number=_PREFLIGHT)
         except (TpColocateError, RuntimeError) as caught:
             error = caught  # an export that fails is an answer, not an accident
         told = self.agree(None, (commands, None if error is None else str(error)), what="make the preflight's handles")
@@ -77,18 +77,18 @@ class Preflight(SyncPhases):
 
     def probed(self, replies: Replies) -> str | None:
         """This rank's part of the preflight's verdict."""
-        self.ledger.note_opened(_PREFLIGHT, {rank: reply["opened"] for rank, reply in replies.items()})
+        self.ledger.note_opened(_PREFLIGHT, {rank: reply.opened for rank, reply in replies.items()})
         problem = None
         for tp_rank, reply in replies.items():
-            if reply["error"] is not None:
-                problem = f"TP rank {tp_rank}: {reply['error']}"
+            if reply.error is not None:
+                problem = f"TP rank {tp_rank}: {reply.error}"
         mine = replies[self.sync.tp_rank]
         if problem is None and self.sync.device.type == "cuda":
             uuid = str(torch.cuda.get_device_properties(self.sync.device).uuid)
-            if mine["uuid"] != uuid:
+            if mine.result.device_uuid != uuid:
                 # Not a question of transport: no other one would put the server on the right GPUs.
                 raise SyncError(
-                    f"TP rank {self.sync.tp_rank} of the server runs on GPU {mine['uuid']}, its training rank {self.group.rank} on {uuid}",
+                    f"TP rank {self.sync.tp_rank} of the server runs on GPU {mine.result.device_uuid}, its training rank {self.group.rank} on {uuid}",
                     hint="do not pass base_gpu_id or gpu_id_step, nor CUDA_VISIBLE_DEVICES in env=",
                     rank=self.group.rank,
                 )

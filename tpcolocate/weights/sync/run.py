@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from tpcolocate.errors import SyncError, some
+from tpcolocate.in_server.tpcolocate_receiver.protocol import FindUnwritten
 from tpcolocate.report import RankReport, SyncReport
 from tpcolocate.weights.sources.lazy_tensor import full_tensor, is_collective
 from tpcolocate.weights.sources.named_weights import Source, Weights
@@ -93,8 +94,8 @@ class SyncRun(StartPhases, Preflight, LearningPhases):
 
     def survey(self) -> None:
         """After the loader was watched: what no weight was ever copied into is told, or is an error on one rank alone."""
-        replies = self.ask("look for parameters that nothing was copied into", {"do": "survey"})
-        unwritten = {tp_rank: set(reply["unwritten"]) for tp_rank, reply in replies.items()}
+        replies = self.ask("look for parameters that nothing was copied into", FindUnwritten())
+        unwritten = {tp_rank: set(reply.result.names) for tp_rank, reply in replies.items()}
         common = set.intersection(*unwritten.values())
         for tp_rank, names in unwritten.items():
             if names - common and not self.unproven:

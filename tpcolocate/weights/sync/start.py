@@ -104,7 +104,7 @@ class StartPhases(MovePhases):
             mine = (
                 None if prepared is None else prepared[1],
                 "" if self.opening is None else self.opening.session,
-                None if greetings is None else [greetings[k]["plans"] for k in range(len(self.group))],
+                None if greetings is None else [greetings[k].result.plan_id for k in range(len(self.group))],
             )
             told = self.agree(error, mine, what="prepare a weight sync")
         assert prepared is not None

@@ -15,8 +15,9 @@ import torch
 
 from tpcolocate import ipc_payload
 from tpcolocate.agreement import RankGroup
-from tpcolocate.errors import DeadlineError, RankLostError, SyncError, TpColocateError
+from tpcolocate.errors import DeadlineError, RankLostError, TpColocateError
 from tpcolocate.in_server.tpcolocate_receiver.checksums import load_kernels
+from tpcolocate.in_server.tpcolocate_receiver.protocol import Addressed, RunProgram, WarmUp, addressed_to_all
 from tpcolocate.report import SyncReport
 from tpcolocate.weights.plan.loader_map import LoaderMap
 from tpcolocate.weights.plan.transfer_plan import TransferPlan
@@ -31,6 +32,7 @@ from tpcolocate.weights.transport.connection import WorkerConnection
 from tpcolocate.weights.transport.mapped_memory import PersistentMapping
 from tpcolocate.weights.transport.memory import SlopeAlarm
 from tpcolocate.weights.transport.staging import Transfer
+from tpcolocate.worker_errors import raise_worker_errors
 
 logger = logging.getLogger(__name__)
 
@@ -219,22 +221,20 @@ class WeightSync:
         shapes = [] if self.spec is None else [[name, list(shape)] for name, shape in self.spec.shapes.items()]
         try:
             with self._called(self.server, timeout_s) as workers:
-                workers.post({k: {"do": "warm_up", "for": k, "shapes": shapes} for k in range(len(self.group))}, 0)
+                workers.post(addressed_to_all(WarmUp(shapes), len(self.group)), 0)
                 replies = workers.collect(0, timeout_s=timeout_s)
         except Exception as error:  # nobody would end the server if this left here
             logger.debug("the engine was not warmed up: %s", error)
             return
-        problems = [f"TP rank {k}: {reply['error']}" for k, reply in replies.items() if reply["error"] is not None]
+        problems = [f"TP rank {k}: {reply.error}" for k, reply in replies.items() if reply.error is not None]
         logger.debug(
             "the engine was warmed up in %.2f s%s", time.monotonic() - started, "".join(f"; {p}" for p in problems)
         )
 
     def _release(self, server: WeightServer, of_ranks: list[list[str]], timeout_s: float) -> None:
         with self._called(server, timeout_s) as workers:
-            workers.post({k: {"do": "run", "for": k, "release": names} for k, names in enumerate(of_ranks)}, 0)
-            for tp_rank, reply in workers.collect(0, timeout_s=timeout_s).items():
-                if reply["error"] is not None:
-                    raise SyncError(f"TP rank {tp_rank} did not let go of the trainer's memory: {reply['error']}")
+            workers.post({k: Addressed(k, RunProgram(names)) for k, names in enumerate(of_ranks)}, 0)
+            raise_worker_errors(workers.collect(0, timeout_s=timeout_s), "the trainer's memory was not released")
 
     @contextlib.contextmanager
     def _called(self, server: WeightServer, timeout_s: float) -> Iterator[Workers]:

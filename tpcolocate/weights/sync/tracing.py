@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from tpcolocate.errors import some
+from tpcolocate.in_server.tpcolocate_receiver.protocol import DryRun, addressed_to_all
 from tpcolocate.weights.sources.lazy_tensor import full_tensor, is_collective
 from tpcolocate.weights.sources.named_weights import Weights
 from tpcolocate.weights.sync.buckets import BucketPhases, buckets
@@ -60,8 +61,7 @@ class LearningPhases(MovePhases, BucketPhases):
             error: BaseException | None = None
             try:
                 if workers is not None:
-                    commands = {k: {"do": "rehearse", "for": k, "entries": entries} for k in range(len(self.group))}
-                    workers.post(commands, number)
+                    workers.post(addressed_to_all(DryRun(entries), len(self.group)), number)
             except BaseException as caught:
                 error = caught
             self.borrowed.export(
@@ -76,10 +76,10 @@ class LearningPhases(MovePhases, BucketPhases):
 
             replies = self.on_owner(what, answers)
             for tp_rank, reply in replies.items():
-                if reply["error"] is not None:
-                    self.refuse_rehearsals(f"TP rank {tp_rank}: {reply['error']}")
+                if reply.error is not None:
+                    self.refuse_rehearsals(f"TP rank {tp_rank}: {reply.error}")
                     return
-            told = {tp_rank: reply["learned"] for tp_rank, reply in replies.items()}
+            told = {tp_rank: reply.result.traced for tp_rank, reply in replies.items()}
             knowledge.learn(told, new, len(self.group), loaded=False)
             self.rehearsed = True
 

@@ -6,18 +6,21 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from tpcolocate import ipc_payload
 from tpcolocate.errors import SyncError, some
+from tpcolocate.in_server.tpcolocate_receiver.protocol import Addressed, ReleaseStaging, RunProgram, addressed_to_all
 from tpcolocate.weights.plan.transfer_plan import TransferPlan
 from tpcolocate.weights.sources.lazy_tensor import full_bytes
 from tpcolocate.weights.sources.named_weights import Weights
 from tpcolocate.weights.sync.mapping import CAN_BE_MAPPED, STAYS, Lending, LendingPhases
 from tpcolocate.weights.transport.bucket_sender import Replies, slowest
 from tpcolocate.weights.transport.staging import Ready, Transfer
+from tpcolocate.worker_errors import raise_worker_errors
 
 
 class MovePhases(LendingPhases):
@@ -94,17 +97,17 @@ class MovePhases(LendingPhases):
         direct, *staged = moves.programs
         *_, last = moves.programs
 
-        def run(program: str, *, keep: bool) -> dict[str, Any]:
+        def run(program: str, *, keep: bool) -> RunProgram:
             # Of a sync that repeats another it is known what it ends with: nobody has to tell the workers to leave.
             is_last = self.repeats and program == last
-            return {"do": "run", "program": program, "keep": keep, "last": is_last}
+            return RunProgram(program=program, keep_views=keep, is_last=is_last)
 
         command = run(direct, keep=True)
         error: BaseException | None = None
         if self.repeats:
             error = self.post_alike(command, waiting)
         else:
-            self.post("copy what is mapped", {**command, **define}, waiting, error=None)
+            self.post("copy what is mapped", replace(command, **define), waiting, error=None)
         for i, program in enumerate(staged):
             command = run(program, keep=False)
             with self.watch.phase("gather"):
@@ -114,7 +117,7 @@ class MovePhases(LendingPhases):
                         handle = self.ledger.export(
                             ready.halves[i], tp_rank=self.sync.tp_rank, bucket=self.num_commands
                         )
-                        command["map"] = [[f"stage{i}", handle.describe()]]
+                        command = replace(command, map=[[f"stage{i}", handle.describe()]])
                     self.num_staged += moves.steps[i].num_bytes
                 except BaseException as caught:
                     error = caught
@@ -194,21 +197,21 @@ class MovePhases(LendingPhases):
 
         return [*(stage(i) for i in range(len(moves.steps))), ready.sums.expected]
 
-    def post_alike(self, command: dict[str, Any], waiting: list[tuple[int, str]]) -> BaseException | None:
+    def post_alike(self, command: RunProgram, waiting: list[tuple[int, str]]) -> BaseException | None:
         """Send a command that all ranks know to be the same for every worker; this rank's error, for the next agreement."""
         number = self.number()
-        waiting.append((number, command["program"]))
+        waiting.append((number, str(command.program)))
         if self.delivery.workers is None:
             return None
         with self.watch.phase("push"):
             try:
-                self.delivery.workers.post({k: {**command, "for": k} for k in range(len(self.group))}, number)
+                self.delivery.workers.post(addressed_to_all(command, len(self.group)), number)
             except BaseException as caught:
                 return caught
         return None
 
     def post(
-        self, what: str, command: dict[str, Any], waiting: list[tuple[int, str]], *, error: BaseException | None
+        self, what: str, command: RunProgram, waiting: list[tuple[int, str]], *, error: BaseException | None
     ) -> None:
         """Send one command to every worker once all ranks are ready, without waiting for its answer."""
         number = self.number()
@@ -221,30 +224,33 @@ class MovePhases(LendingPhases):
                     replies = self.collect(*before)
             except BaseException as caught:
                 error = caught
-            told = self.agree(error, ({**command, "for": self.sync.tp_rank}, replies), what=what)
+            told = self.agree(error, (Addressed(self.sync.tp_rank, command), replies), what=what)
             if before is not None:
                 self.accept(before[0], told[self.group.ranks.index(self.sync.owner_rank)][1])
             if self.delivery.workers is not None:
                 self.delivery.workers.post({k: of_rank for k, (of_rank, _) in enumerate(told)}, number)
-        waiting.append((number, command["program"]))
+        waiting.append((number, str(command.program)))
 
     def collect(self, number: int, program: str) -> Replies:
         """On the owner: wait for the answers to a command; keeps the sums, which the others need not know."""
         assert self.delivery.workers is not None
         replies = self.delivery.workers.collect(number, timeout_s=self.left("copy the weights"))
-        self.found[program] = {tp_rank: reply.pop("sums", None) for tp_rank, reply in replies.items()}
-        return replies
+        results = {tp_rank: reply.result for tp_rank, reply in replies.items()}
+        self.found[program] = {k: result and result.checksums for k, result in results.items()}
+        return {
+            k: reply if reply.result is None else replace(reply, result=replace(reply.result, checksums=None))
+            for k, reply in replies.items()
+        }
 
     def accept(self, number: int, replies: Replies) -> None:
         """On every rank: what the workers said to a command."""
-        self.ledger.note_opened(number, {rank: reply["opened"] for rank, reply in replies.items()})
-        for tp_rank, reply in replies.items():
-            if reply["error"] is not None:
-                raise SyncError(
-                    f"weights did not arrive: TP rank {tp_rank}: {reply['error']}",
-                    hint="the engine's weights are unknown now: sync again in full, or launch() again",
-                    rank=self.sync.owner_rank,
-                )
+        self.ledger.note_opened(number, {rank: reply.opened for rank, reply in replies.items()})
+        raise_worker_errors(
+            replies,
+            "weights did not arrive",
+            hint="the engine's weights are unknown now: sync again in full, or launch() again",
+            rank=self.sync.owner_rank,
+        )
         self.add_seconds(slowest(replies))
 
     def prove(self, moves: TransferPlan, waiting: list[tuple[int, str]], error: BaseException | None) -> None:
@@ -302,7 +308,7 @@ class MovePhases(LendingPhases):
     def unstage(self) -> None:
         """Take back what the moves staged or borrowed, before buckets need their memory."""
         with self.watch.phase("settle"):
-            self.ask("let go of the staging memory", {"do": "unstage"})
+            self.ask("let go of the staging memory", ReleaseStaging())
             self.borrowed.forget()
             self.settle_together()
 

@@ -16,6 +16,8 @@ import torch
 from tpcolocate import ipc_payload
 from tpcolocate.errors import some
 from tpcolocate.in_server.tpcolocate_receiver.checksums import checksum
+from tpcolocate.in_server.tpcolocate_receiver.protocol import Addressed, LoadBucket, Probe, Reply
+from tpcolocate.worker_errors import worker_details
 
 PAYLOADS = ("per_rank", "fan_out")
 """``per_rank``: each rank exports the memory of its own device.  ``fan_out``: the owner exports one copy per TP rank."""
@@ -23,17 +25,16 @@ TRANSPORTS = ("auto", "ipc", "file", "stock")
 """``ipc``: handles, opened and checked by our receiver.  ``file``: safetensors files, read by it.  ``stock``: handles,
 opened by SGLang itself, unchecked.  ``auto``: ``ipc`` if a first small handle proves that it works, else ``file``."""
 
-Command = dict[str, Any]
-Replies = Mapping[int, dict[str, Any]]
+Replies = Mapping[int, Reply]
 """TP rank -> what its receiver answered."""
 
 
 class Workers(Protocol):
     """The receivers in the TP workers, for the length of a sync; used on the owner only."""
 
-    def greet(self, *, timeout_s: float) -> dict[int, dict[str, Any]]: ...
-    def post(self, commands: Mapping[int, Command], number: int) -> None: ...
-    def collect(self, number: int, *, timeout_s: float) -> dict[int, dict[str, Any]]: ...
+    def greet(self, *, timeout_s: float) -> dict[int, Reply]: ...
+    def post(self, commands: Mapping[int, Addressed], number: int) -> None: ...
+    def collect(self, number: int, *, timeout_s: float) -> dict[int, Reply]: ...
     def dismiss(self) -> None: ...
     def finish(self) -> None: ...
     def close(self) -> None: ...
@@ -57,6 +58,7 @@ class Verdict:
     Attributes:
         opened: TP rank -> whether it mapped its handle; empty if the engine cannot say.
         problem: What is wrong, in words; None if nothing is.
+        details: The worker's traceback, if there is one.
         unproven: Tensors whose arrival cannot be read back.
         replayed: Whether every worker repeated known copies instead of running the engine's loader.
         learned: TP rank -> tensor -> its copies, where the loader was watched; see `moves.reads_of`.
@@ -71,6 +73,7 @@ class Verdict:
     learned: dict[int, dict[str, Any]] = field(default_factory=dict)
     otherwise: tuple[str, ...] = ()
     worker_seconds: dict[str, float] = field(default_factory=dict)
+    details: str | None = None
 
 
 def judge(replies: Replies, entries: Sequence[ipc_payload.Entry]) -> Verdict:
@@ -80,16 +83,18 @@ def judge(replies: Replies, entries: Sequence[ipc_payload.Entry]) -> Verdict:
         replies: TP rank -> answer of `tpcolocate_receiver`.
         entries: What the bucket held.
     """
-    opened = {rank: reply["opened"] for rank, reply in replies.items()}
+    opened = {rank: reply.opened for rank, reply in replies.items()}
     for rank, reply in replies.items():
-        if reply["error"] is not None:
-            return Verdict(opened, f"TP rank {rank}: {reply['error']}")
-        if reply["differing"]:
+        if reply.error is not None:
+            return Verdict(opened, f"TP rank {rank}: {reply.error}", details=worker_details(reply))
+        if reply.result.differing:
             return Verdict(
-                opened, f"TP rank {rank} holds other values than were sent: {some(reply['differing'], between=', ')}"
+                opened,
+                f"TP rank {rank} holds other values than were sent: {some(reply.result.differing, between=', ')}",
             )
-    unproven = {name for reply in replies.values() for name in reply["unproven"]}
-    read = {e.name: sum(r["read"].get(e.name, 0) for r in replies.values()) for e in entries}
+    results = {rank: reply.result for rank, reply in replies.items()}
+    unproven = {name for result in results.values() for name in result.unverified}
+    read = {e.name: sum(result.read.get(e.name, 0) for result in results.values()) for e in entries}
     missed = [e.name for e in entries if e.name not in unproven and read[e.name] < e.shape.numel()]
     if missed:
         return Verdict(opened, f"the engine took these tensors in part or not at all: {some(missed, between=', ')}")
@@ -97,17 +102,17 @@ def judge(replies: Replies, entries: Sequence[ipc_payload.Entry]) -> Verdict:
         opened,
         None,
         tuple(sorted(unproven)),
-        all(reply["replayed"] for reply in replies.values()),
-        {rank: reply["learned"] for rank, reply in replies.items() if "learned" in reply},
-        tuple(sorted({name for reply in replies.values() for name in reply.get("otherwise", ())})),
+        all(result.replayed for result in results.values()),
+        {rank: result.traced for rank, result in results.items() if result.traced is not None},
+        tuple(sorted({name for result in results.values() for name in result.deviating or ()})),
         slowest(replies),
     )
 
 
 def slowest(replies: Replies) -> dict[str, float]:
     """Step inside the workers -> seconds, the slowest worker's."""
-    steps = {step for reply in replies.values() for step in reply["phases"]}
-    return {step: max(reply["phases"].get(step, 0.0) for reply in replies.values()) for step in sorted(steps)}
+    of_workers = [reply.result.step_seconds for reply in replies.values()]
+    return {step: max(seconds.get(step, 0.0) for seconds in of_workers) for step in sorted(set().union(*of_workers))}
 
 
 @dataclass(slots=True)
@@ -162,27 +167,27 @@ class BucketSender:
             flat: The bucket; None on ranks that export nothing.
             entries: What it holds.
             number: Of the command.
-            asked: What the workers are to do beside: ``tell`` what they copy, also where they have known it before;
-                ``watch`` the engine's loader, also where they could do without.
+            asked: ``report_trace`` and ``watch`` of `LoadBucket`.
         """
         if flat is None:
             return []
         if self.transport == "stock":
             return [ipc_payload.payload(self.exported(flat, reader, number), entries) for reader in self.readers]
-        return self.commands(flat, "load", number=number, entries=ipc_payload.described(entries), **asked)
+        return self.commands(flat, LoadBucket, number=number, entries=ipc_payload.described(entries), **asked)
 
-    def commands(self, flat: torch.Tensor, action: str, *, number: int, **fields: Any) -> list[Command]:
+    def commands(
+        self, flat: torch.Tensor, kind: type[LoadBucket] | type[Probe], *, number: int, **fields: Any
+    ) -> list[Addressed]:
         """Commands for the receiver, one per reader, each with a handle of its own."""
-        job = {"do": action, "checksum": list(checksum(flat)), **fields}
+        sums = checksum(flat)
         file: dict[str, Any] | None = None
         if self.transport == "file":
             file = ipc_payload.write_file(flat, self.file(number))
         return [
-            {
-                **job,
-                "for": reader,
-                "handle": file if file is not None else self.exported(flat, reader, number).describe(),
-            }
+            Addressed(
+                reader,
+                kind(file if file is not None else self.exported(flat, reader, number).describe(), sums, **fields),
+            )
             for reader in self.readers
         ]
 
@@ -207,7 +212,7 @@ class BucketSender:
             if self.transport == "file":
                 self.file(number).unlink(missing_ok=True)
 
-    def ask(self, commands: list[Command], number: int, timeout_s: float) -> Replies:
+    def ask(self, commands: list[Addressed], number: int, timeout_s: float) -> Replies:
         """On the owner: send one command to each TP rank; their answers."""
         assert self.workers is not None
         self.workers.post(dict(enumerate(commands)), number)
@@ -218,5 +223,5 @@ class BucketSender:
 
 
 __all__ = [
-    "PAYLOADS", "TRANSPORTS", "Command", "BucketSender", "Replies", "Verdict", "WeightServer", "Workers", "judge", "slowest", "some",
+    "PAYLOADS", "TRANSPORTS", "BucketSender", "Replies", "Verdict", "WeightServer", "Workers", "judge", "slowest", "some",
 ]  # fmt: skip

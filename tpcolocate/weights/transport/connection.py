@@ -7,12 +7,13 @@ import threading
 import time
 from concurrent.futures import wait
 from pathlib import Path
-from typing import Any
 
 from tpcolocate import ipc_payload
 from tpcolocate.errors import EngineDeadError, SyncError, TpColocateError
+from tpcolocate.in_server.tpcolocate_receiver.protocol import Reply
 from tpcolocate.parallel import in_background, quick_switching
 from tpcolocate.weights.transport.bucket_sender import WeightServer, Workers
+from tpcolocate.worker_errors import raise_worker_errors
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +21,7 @@ logger = logging.getLogger(__name__)
 # the turn of our thread.  Where it takes longer for once, the workers are reached a second time, and nothing else.
 _ANSWER_S = 0.25
 
-Greetings = dict[int, dict[str, Any]]
+Greetings = dict[int, Reply]
 """TP rank -> what its receiver said when it came."""
 
 
@@ -80,9 +81,7 @@ class WorkerConnection:
             workers, self.session, loader=self._loader, tp_size=self._tp_size, timeout_s=self._left()
         )
         greetings = workers.greet(timeout_s=self._left())
-        for tp_rank, greeting in greetings.items():
-            if greeting["error"] is not None:
-                raise SyncError(f"TP rank {tp_rank}: {greeting['error']}")
+        raise_worker_errors(greetings, "could not open the weight sync")
         return greetings
 
     def _let_go(self) -> None:

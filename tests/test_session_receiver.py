@@ -25,9 +25,22 @@ from test_receiver import CPU, random_bytes
 
 from tpcolocate import ipc_payload
 from tpcolocate.in_server.tpcolocate_receiver import receive
-from tpcolocate.in_server.tpcolocate_receiver import session as hook
+from tpcolocate.in_server.tpcolocate_receiver import session as receiver_session
 from tpcolocate.in_server.tpcolocate_receiver.checksums import checksum, word_sum
 from tpcolocate.in_server.tpcolocate_receiver.handles import device_uuid, open_handle
+from tpcolocate.in_server.tpcolocate_receiver.protocol import (
+    Addressed,
+    DryRun,
+    FindUnwritten,
+    LoadBucket,
+    OpenSession,
+    Probe,
+    ReleaseStaging,
+    Reply,
+    RunProgram,
+    WarmUp,
+    to_json,
+)
 from tpcolocate.processes import start_of, this_process
 from tpcolocate.server.channel import Channel
 
@@ -37,10 +50,10 @@ pytestmark = [pytest.mark.quick, pytest.mark.timeout(60)]
 def opening(path, **changes):
     """What SGLang hands to the hook for a session of one TP worker."""
     job = {
-        "session": ipc_payload.new_session(), "endpoint": f"ipc://{path}", "peer": list(this_process()),
-        "for": 0, "tp_rank": 0, "tp_size": 1, "timeout_s": 30.0, **changes,
+        "session": ipc_payload.new_session(), "endpoint": f"ipc://{path}", "peer": this_process(),
+        "tp_rank": 0, "tp_size": 1, "timeout_s": 30.0, **changes,
     }  # fmt: skip
-    return [(json.dumps(job), torch.empty(0))]
+    return [(json.dumps(to_json(OpenSession(**job))), torch.empty(0))]
 
 
 class Session:
@@ -62,15 +75,24 @@ class Session:
 
     def ask(self, command):
         number = next(self.numbers)
-        self.channel.post({self.rank: {"for": self.rank, **command}}, number)
+        self.channel.post({self.rank: Addressed(self.rank, command)}, number)
+        return self.channel.collect(number, timeout_s=20)[self.rank]
+
+    def ask_json(self, command, *, for_tp_rank=0):
+        """The same with a command that no trainer would send."""
+        number = next(self.numbers)
+        self.channel._due[number] = {self.rank}
+        envelope = {"number": number, "for_tp_rank": for_tp_rank, "command": command}
+        self.channel._socket.send_multipart([str(self.rank).encode(), json.dumps(envelope).encode()])
         return self.channel.collect(number, timeout_s=20)[self.rank]
 
 
-def load_command(tmp_path, tensors, **changes):
+def load_command(tmp_path, tensors, kind=LoadBucket, **changes):
     """A bucket in a file, which any number of loads may read."""
     flat, entries = bucket_of(tensors)
     handle = ipc_payload.write_file(flat, tmp_path / "bucket.safetensors")
-    return {"do": "load", "handle": handle, "entries": entries, "checksum": list(checksum(flat)), **changes}
+    fields = {"handle": handle, "checksum": list(checksum(flat)), **changes}
+    return kind(**fields) if kind is Probe else kind(**{"entries": entries, **fields})
 
 
 def test_a_session_says_who_is_there_and_remembers_from_one_to_the_next(tmp_path):
@@ -78,8 +100,9 @@ def test_a_session_says_who_is_there_and_remembers_from_one_to_the_next(tmp_path
     seen = []
     for seed in range(3):
         with Session(model, tmp_path) as session:
-            assert session.greeting["error"] is None and session.greeting["uuid"] == device_uuid()
-            seen.append((session.greeting["plans"], session.ask(load_command(tmp_path, sent(W, seed)))["replayed"]))
+            assert session.greeting.error is None and session.greeting.result.device_uuid == device_uuid()
+            replayed = session.ask(load_command(tmp_path, sent(W, seed))).result.replayed
+            seen.append((session.greeting.result.plan_id, replayed))
         if seed == 1:
             model.w.data = model.w.data.clone()
     assert [replayed for _, replayed in seen] == [False, True, False], "the parameter has moved"
@@ -95,11 +118,10 @@ def test_after_the_last_command_a_worker_answers_and_leaves(tmp_path, succeeds):
     worker = threading.Thread(target=receive, args=(model, opening(path)))
     channel.call(lambda: (worker.start(), worker.join()))
     channel.greet(timeout_s=20)
-    command = load_command(tmp_path, sent(W), last=True)
-    channel.post({0: {"for": 0, **command} if succeeds else {"for": 0, "do": "nothing that exists", "last": True}}, 0)
+    channel.post({0: Addressed(0, RunProgram(program=None if succeeds else "none of this name", is_last=True))}, 0)
     worker.join(20)
     assert not worker.is_alive(), "nobody told it to"
-    assert (channel.collect(0, timeout_s=20)[0]["error"] is None) == succeeds
+    assert (channel.collect(0, timeout_s=20)[0].error is None) == succeeds
     channel.finish()
 
 
@@ -109,14 +131,15 @@ def test_a_load_is_answered_in_full(tmp_path):
         tensors = sent({"a": (3, 5), "b": (7,)}, seed)
         with Session(model, tmp_path) as session:
             answer = session.ask(load_command(tmp_path, tensors))
-            again = session.ask(load_command(tmp_path, tensors, tell=True))
-        assert again["replayed"] and again["learned"].keys() == {"a", "b"}, "also what was known, to whoever asks"
-        assert answer.pop("seconds") > 0 and set(answer.pop("phases")) == {"open", "check", "load", "compare"}
-        learned = {"a": [[0, [3, 5], [5, 1], "float32"]], "b": [[0, [7], [1], "float32"]]}
-        assert answer == {
-            "tp_rank": 0, "number": 0, "error": None, "opened": True, "differing": [], "unproven": [],
-            "read": {"a": 15, "b": 7}, "replayed": seed == 1, **({"learned": learned} if seed == 0 else {}),
-        }  # fmt: skip
+            again = session.ask(load_command(tmp_path, tensors, report_trace=True)).result
+        assert again.replayed and again.traced.keys() == {"a", "b"}, "also what was planned before, where asked for"
+        found = answer.result
+        assert answer == Reply(0, 0, None, True, answer.seconds, found) and answer.seconds > 0
+        assert set(found.step_seconds) == {"open", "check", "load", "compare"}
+        assert (found.differing, found.unverified, found.deviating) == ([], [], None)
+        assert found.read == {"a": 15, "b": 7} and found.replayed == (seed == 1)
+        traced = {"a": [[0, [3, 5], [5, 1], "float32"]], "b": [[0, [7], [1], "float32"]]}
+        assert found.traced == (traced if seed == 0 else None)
         assert all(torch.equal(getattr(model, name), tensor) for name, tensor in tensors.items())
 
 
@@ -125,9 +148,9 @@ def test_only_what_can_be_made_again_counts_as_learned(tmp_path):
         (cast_first if name == "w" else plain)(model, name, tensor)
 
     with Session(model_of(load, {**W, "a": (2,)}), tmp_path) as session:
-        answer = session.ask(load_command(tmp_path, sent({**W, "a": (2,)})))
-        assert set(answer["learned"]) == {"a"} and answer["unproven"] == ["w"]
-        assert session.ask({"do": "survey"})["unwritten"] == ["w"]
+        found = session.ask(load_command(tmp_path, sent({**W, "a": (2,)}))).result
+        assert set(found.traced) == {"a"} and found.unverified == ["w"]
+        assert session.ask(FindUnwritten()).result.names == ["w"]
 
 
 def test_what_cannot_be_proven_and_what_is_skipped_are_in_the_reply(tmp_path):
@@ -137,7 +160,7 @@ def test_what_cannot_be_proven_and_what_is_skipped_are_in_the_reply(tmp_path):
 
     with Session(model_of(load, W), tmp_path) as session:
         answer = session.ask(load_command(tmp_path, sent({"w": (4, 4), "gone": (3,)})))
-    assert (answer["error"], answer["unproven"], answer["read"]) == (None, ["w"], {})
+    assert (answer.error, answer.result.unverified, answer.result.read) == (None, ["w"], {})
 
 
 def test_a_parameter_that_is_changed_by_the_loaders_end_is_in_the_reply(tmp_path):
@@ -152,16 +175,16 @@ def test_a_parameter_that_is_changed_by_the_loaders_end_is_in_the_reply(tmp_path
     model.load_weights = load_and_spoil
     with Session(model, tmp_path) as session:
         answer = session.ask(load_command(tmp_path, sent(W)))
-    assert (answer["error"], answer["differing"]) == (None, ["w"])
+    assert (answer.error, answer.result.differing) == (None, ["w"])
 
 
-@pytest.mark.parametrize("action", ["load", "probe"])
-def test_memory_that_is_not_the_trainers_is_refused_before_a_parameter_is_touched(tmp_path, action):
+@pytest.mark.parametrize("kind", [LoadBucket, Probe])
+def test_memory_that_is_not_the_trainers_is_refused_before_a_parameter_is_touched(tmp_path, kind):
     model = model_of(plain, W)
     before = bits(model)
     with Session(model, tmp_path) as session:
-        answer = session.ask(load_command(tmp_path, sent(W), do=action, checksum=[1, 2]))
-    assert answer["opened"] and answer["error"].startswith("RuntimeError: ")
+        answer = session.ask(load_command(tmp_path, sent(W), kind, checksum=[1, 2]))
+    assert answer.opened and answer.error.type == "RuntimeError" and answer.result is None
     assert bits(model) == before
 
 
@@ -171,16 +194,15 @@ def test_a_session_rehearses_tells_and_lets_samples_bear_it_out(tmp_path):
     before = bits(model)
     entries = [[name, "float32", list(shape)] for name, shape in send.items()]
     with Session(model, tmp_path) as session:
-        told = session.ask({"do": "rehearse", "entries": entries})
-        again = session.ask({"do": "rehearse", "entries": entries})
-        assert told["error"] is None and told["learned"] == again["learned"]
-        assert {name: copies[0][1] for name, copies in told["learned"].items()} == {n: list(s) for n, s in send.items()}
+        traced = session.ask(DryRun(entries)).result.traced
+        assert session.ask(DryRun(entries)).result.traced == traced
+        assert {name: copies[0][1] for name, copies in traced.items()} == {n: list(s) for n, s in send.items()}
         assert bits(model) == before
         sample = session.ask(load_command(tmp_path, {"k": sent(send)["k"]}, watch=True))
-        assert sample["error"] is None and sample["otherwise"] == [] and not sample["replayed"]
-        assert sample["learned"] == {"k": told["learned"]["k"]}
-        rest = session.ask(load_command(tmp_path, sent(send)))
-        assert rest["replayed"] and "otherwise" not in rest
+        assert sample.error is None and sample.result.deviating == [] and not sample.result.replayed
+        assert sample.result.traced == {"k": traced["k"]}
+        rest = session.ask(load_command(tmp_path, sent(send))).result
+        assert rest.replayed and rest.deviating is None
 
 
 def test_an_engine_that_was_warmed_up_knows_its_loader_when_the_trainer_comes(tmp_path):
@@ -193,51 +215,52 @@ def test_an_engine_that_was_warmed_up_knows_its_loader_when_the_trainer_comes(tm
     model = model_of(load, {**W, "a": (2,)})
     before = bits(model)
     with Session(model, tmp_path) as session:
-        told = session.ask({"do": "warm_up", "shapes": [["w", [4, 4]], ["a", [2]]]})
-        assert told["error"] is None and set(told["learned"]) == {"w", "a"}
+        traced = session.ask(WarmUp([["w", [4, 4]], ["a", [2]]])).result.traced
+        assert set(traced) == {"w", "a"}
     assert bits(model) == before and sorted(loads) == ["a", "w"], "rehearsed, with nothing loaded"
     with Session(model, tmp_path) as session:
-        again = session.ask({"do": "rehearse", "entries": [["w", "float32", [4, 4]], ["a", "float32", [2]]]})
-        assert again["learned"] == told["learned"] and len(loads) == 2, "it need not be asked again"
-        other = session.ask({"do": "rehearse", "entries": [["w", "bfloat16", [4, 4]]]})
-        assert set(other["learned"]) == {"w"} and len(loads) == 3, "but for weights of another dtype"
+        again = session.ask(DryRun([["w", "float32", [4, 4]], ["a", "float32", [2]]]))
+        assert again.result.traced == traced and len(loads) == 2, "it need not be asked again"
+        other = session.ask(DryRun([["w", "bfloat16", [4, 4]]]))
+        assert set(other.result.traced) == {"w"} and len(loads) == 3, "but for weights of another dtype"
 
 
 def test_a_loader_that_cannot_be_rehearsed_is_warmed_up_in_vain(tmp_path):
     with Session(model_of(asked_for_a_value, W), tmp_path) as session:
-        assert session.ask({"do": "warm_up", "shapes": [["w", [4, 4]]]})["error"] is not None
-        assert session.ask(load_command(tmp_path, sent(W)))["error"] is None, "the first sync watches it"
+        assert session.ask(WarmUp([["w", [4, 4]]])).error is not None
+        assert session.ask(load_command(tmp_path, sent(W))).error is None, "the first sync watches it"
 
 
 def test_a_session_says_why_a_loader_cannot_be_rehearsed(tmp_path):
     model = model_of(asked_for_a_value, W)
     before = bits(model)
     with Session(model, tmp_path) as session:
-        told = session.ask({"do": "rehearse", "entries": [["w", "float32", [4, 4]]]})
-        assert "learned" not in told and "meta" in told["error"]
+        reply = session.ask(DryRun([["w", "float32", [4, 4]]]))
+        assert reply.result is None and "meta" in reply.error.message
         assert bits(model) == before
-        assert session.ask(load_command(tmp_path, sent(W)))["error"] is None
+        assert session.ask(load_command(tmp_path, sent(W))).error is None
 
 
 def test_what_was_staged_is_let_go_before_the_session_ends(tmp_path):
     tensor = sent(W)["w"]
     handle = ipc_payload.write_file(tensor.view(-1).view(torch.uint8), tmp_path / "staged.safetensors")
-    with Session(model_of(plain, W), tmp_path) as session:
-        assert session.ask({"do": "run", "map": [["stage/0", handle], ["loan0", handle]]})["mapped"] == [
-            "stage/0",
-            "loan0",
-        ]
-        assert session.ask({"do": "unstage"})["error"] is None
-        assert list(hook._regions) == ["loan0"]
-        session.ask({"do": "run", "release": ["loan0"]})
+    model = model_of(plain, W)
+    with Session(model, tmp_path) as session:
+        assert session.ask(RunProgram(map=[["stage/0", handle], ["kept", handle]])).opened
+        regions = receiver_session._RECEIVER.states[model].regions
+        assert list(regions) == ["stage/0", "kept"]
+        assert session.ask(ReleaseStaging()).error is None
+        assert list(regions) == ["kept"]
+        session.ask(RunProgram(release=["kept"]))
+        assert not regions
 
 
 def test_a_probe_opens_and_loads_nothing(tmp_path):
     model = model_of(plain, W)
     before = bits(model)
     with Session(model, tmp_path) as session:
-        answer = session.ask(load_command(tmp_path, sent(W), do="probe"))
-    assert (answer["error"], answer["opened"], answer["uuid"]) == (None, True, device_uuid())
+        answer = session.ask(load_command(tmp_path, sent(W), Probe))
+    assert (answer.error, answer.opened, answer.result.device_uuid) == (None, True, device_uuid())
     assert bits(model) == before
 
 
@@ -255,22 +278,22 @@ def test_regions_are_mapped_run_and_let_go(tmp_path):
             [key, [["w", 0, None, None, region, 0, "float32", [4, 1]]]]
             for key, region in (("k/direct", "loan0"), ("k/0", "stage0"))
         ]
-        answer = session.ask({"do": "run", "map": [[n, h.describe()] for n, h in handles.items()], "define": programs})
-        assert answer["error"] is None and answer["mapped"] == ["loan0", "stage0"]
+        answer = session.ask(RunProgram(map=[[n, h.describe()] for n, h in handles.items()], define=programs))
+        assert answer.error is None and answer.opened and answer.result.checksums is None
         for key, memory in (("k/direct", lent), ("k/0", staged_one)):
             new = sent(W, 3)["w"] if key == "k/0" else sent(W, 4)["w"]
             memory.copy_(new.view(-1).view(torch.uint8))
-            answer = session.ask({"do": "run", "program": key, "keep": key == "k/direct"})
-            assert answer["error"] is None and torch.equal(model.w, new)
-            assert answer["sums"] == [int(word_sum(new))]
+            answer = session.ask(RunProgram(program=key, keep_views=key == "k/direct"))
+            assert answer.error is None and torch.equal(model.w, new)
+            assert answer.result.checksums == [int(word_sum(new))]
     assert (handles["loan0"].count(), handles["stage0"].count()) == (1, 0), "what is lent stays, what is staged goes"
     with Session(model, tmp_path) as session:
         lent.copy_(sent(W, 5)["w"].view(-1).view(torch.uint8))
-        assert session.ask({"do": "run", "program": "k/direct", "keep": True})["error"] is None
+        assert session.ask(RunProgram(program="k/direct")).error is None
         assert torch.equal(model.w, sent(W, 5)["w"])
-        assert session.ask({"do": "run", "release": ["loan0", "never"]})["error"] is None
+        assert session.ask(RunProgram(release=["loan0", "never"])).error is None
         assert handles["loan0"].count() == 0
-        assert "KeyError" in session.ask({"do": "run", "program": "k/direct", "keep": True})["error"]
+        assert session.ask(RunProgram(program="k/direct")).error.type == "KeyError"
     assert ledger.reclaim() == []
 
 
@@ -278,9 +301,9 @@ def test_parameters_that_move_inside_a_session_are_not_written_through(tmp_path)
     model = model_of(plain, W)
     with Session(model, tmp_path) as session:
         session.ask(load_command(tmp_path, sent(W)))
-        session.ask({"do": "run", "define": [["k", [["w", 0, None, None, "r", 0, "float32", [4, 1]]]]]})
+        session.ask(RunProgram(define=[["k", [["w", 0, None, None, "r", 0, "float32", [4, 1]]]]]))
         model.w.data = torch.zeros(4, 4)
-        assert "moved" in session.ask({"do": "run", "program": "k", "keep": True})["error"]
+        assert "moved" in session.ask(RunProgram(program="k")).error.message
     assert not model.w.any()
 
 
@@ -297,49 +320,43 @@ def test_a_loader_that_fails_does_not_take_the_worker_down(tmp_path, error):
     with Session(model_of(raising(error), W), tmp_path) as session:
         for _ in range(2):  # nothing of a failed load is learned
             answer = session.ask(load_command(tmp_path, sent(W)))
-            assert answer["error"] == f"{type(error).__name__}: {error}" and "in load" in answer["traceback"]
-            assert answer["opened"]
+            assert str(answer.error) == f"{type(error).__name__}: {error}" and "in load" in answer.error.traceback
+            assert answer.opened
 
 
 JUNK = [
-    None,
-    0,
-    -1,
-    1.5,
-    "x",
-    "",
-    [],
-    {},
-    [None],
-    {"kind": "cpu"},
-    {"kind": "file", "path": "/nowhere"},
-    {"kind": "unheard-of"},
-]
+    None, 0, -1, 1.5, "x", "", [], {}, [None], {"kind": "cpu"}, {"kind": "file", "path": "/nowhere"}, {"kind": "unheard-of"},
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("field", ["do", "for", "handle", "entries", "checksum"])
+@pytest.mark.parametrize("field", ["kind", "for_tp_rank", "handle", "entries", "checksum", "unheard-of"])
 def test_junk_in_any_field_is_told_and_never_raised(tmp_path, field):
     model = model_of(plain, W)
     before = bits(model)
     with Session(model, tmp_path) as session:
         for junk in JUNK:
-            answer = session.ask(load_command(tmp_path, sent(W), **{field: junk}))
+            command = to_json(load_command(tmp_path, sent(W)))
+            if field == "for_tp_rank":
+                answer = session.ask_json(command, for_tp_rank=junk)
+            else:
+                answer = session.ask_json({**command, field: junk})
             if field == "entries" and junk in ("", [], {}):
-                assert answer["error"] is None and answer["read"] == {}, "an empty bucket is one"
-            elif field == "for" and junk == 0:
-                assert answer["error"] is None
+                assert answer.error is None and answer.result.read == {}, "an empty bucket is one"
+            elif field == "for_tp_rank" and junk == 0:
+                assert answer.error is None
                 before = bits(model)
             else:
-                assert answer["error"] and answer["traceback"], junk
+                assert answer.error.message and answer.error.traceback, junk
             assert bits(model) == before
 
 
 @pytest.mark.parametrize("field", ["handle", "entries", "checksum"])
 def test_a_missing_field_is_told(tmp_path, field):
-    command = load_command(tmp_path, sent(W))
+    command = to_json(load_command(tmp_path, sent(W)))
     del command[field]
     with Session(model_of(plain, W), tmp_path) as session:
-        assert session.ask(command)["error"] == f"KeyError: '{field}'"
+        error = session.ask_json(command).error
+    assert str(error) == f"ProtocolError: LoadBucket needs a field '{field}'"
 
 
 @pytest.mark.parametrize("job", ["", "{", "\x00\udcff", "null", "[]", "3", '"x"', "{}", '{"session": 3}'])
@@ -365,11 +382,11 @@ def test_a_second_model_in_the_worker_does_not_take_part(tmp_path):
 @pytest.mark.parametrize("gone", ["the socket", "the process", "the time"])
 def test_a_trainer_that_is_gone_does_not_keep_the_worker(tmp_path, gone):
     path = tmp_path / "s.sock"
-    changes = {"the process": {"peer": list(this_process())}, "the time": {"timeout_s": 0.3}}.get(gone, {})
+    changes = {"the process": {"peer": this_process()}, "the time": {"timeout_s": 0.3}}.get(gone, {})
     if gone == "the process":
         child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
         child.start()
-        changes = {"peer": [child.pid, start_of(child.pid)]}
+        changes = {"peer": (child.pid, start_of(child.pid))}
     worker = threading.Thread(target=receive, args=(model_of(plain, W), opening(path, **changes)))
     with zmq.Context() as context, context.socket(zmq.ROUTER) as socket:
         socket.setsockopt(zmq.LINGER, 0)
@@ -394,21 +411,21 @@ def test_a_payload_that_reached_another_worker_is_told(tmp_path, monkeypatch, ra
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
     model = model_of(plain, W)
     before = bits(model)
-    with Session(model, tmp_path, tp_rank=tp_rank, tp_size=tp_size, **{"for": tp_rank}) as session:
+    with Session(model, tmp_path, tp_rank=tp_rank, tp_size=tp_size) as session:
         answer = session.ask(load_command(tmp_path, sent(W)))
     if right:
-        assert session.greeting["error"] is answer["error"] is None
+        assert session.greeting.error is answer.error is None
     else:
         told = f"RuntimeError: the payload of TP rank {tp_rank} reached TP rank {rank % tp_size}"
-        assert session.greeting["error"] == answer["error"] == told
-        assert not answer["opened"] and bits(model) == before, "the handle is not even opened"
+        assert str(session.greeting.error) == str(answer.error) == told
+        assert not answer.opened and bits(model) == before, "the handle is not even opened"
 
 
 def test_a_command_for_another_worker_is_told(tmp_path):
     model = model_of(plain, W)
     with Session(model, tmp_path) as session:
-        answer = session.ask(load_command(tmp_path, sent(W), **{"for": 1}))
-    assert answer["error"] == "RuntimeError: the payload of TP rank 1 reached TP rank 0" and not answer["opened"]
+        answer = session.ask_json(to_json(load_command(tmp_path, sent(W))), for_tp_rank=1)
+    assert str(answer.error) == "RuntimeError: the payload of TP rank 1 reached TP rank 0" and not answer.opened
 
 
 # --- handles, opened in another process -----------------------------------------------------------------------------
@@ -497,7 +514,7 @@ def session_with(worker, tmp_path, command):
     channel = Channel(path, tp_size=1)
     channel.call(lambda: held.append(worker({"path": str(path), "endpoint": channel.endpoint})))
     channel.greet(timeout_s=30)
-    channel.post({0: {"for": 0, **command}}, 0)
+    channel.post({0: Addressed(0, command)}, 0)
     answer = channel.collect(0, timeout_s=30)[0]
     channel.finish()
     return answer, held[0]
@@ -512,7 +529,7 @@ def test_a_load_over_shared_memory_gives_the_handle_back_before_it_is_acknowledg
         command = load_command(tmp_path, tensors, handle=handle.describe(), entries=entries)
         answer, weights = session_with(worker, tmp_path, command)
         assert weights == tensors["w"].tolist()
-        assert (answer["error"], answer["replayed"], answer["read"]) == (None, seed > 0, {"w": 16})
+        assert (answer.error, answer.result.replayed, answer.result.read) == (None, seed > 0, {"w": 16})
         assert handle.count() == 0
         assert ledger.reclaim() == []
 
@@ -525,5 +542,5 @@ def test_a_load_that_fails_gives_the_handle_back_too(worker, tmp_path):
     answer, _ = session_with(
         worker, tmp_path, load_command(tmp_path, tensors, handle=handle.describe(), entries=entries)
     )
-    assert "nowhere" in answer["error"]
+    assert "nowhere" in answer.error.message
     assert handle.count() == 0 and ledger.reclaim() == []
