@@ -1,4 +1,4 @@
-"""Models that each have one habit of an engine's loader, and what is to be seen of it."""
+"""Models that each have one habit of an engine's loader, and what a trace shows of it."""
 
 import json
 
@@ -7,8 +7,8 @@ from torch import nn
 
 from tpcolocate import ipc_payload
 from tpcolocate.in_server.tpcolocate_receiver.copy_plan import CopyPlan
+from tpcolocate.in_server.tpcolocate_receiver.load_bucket import load_bucket
 from tpcolocate.in_server.tpcolocate_receiver.loader_trace import BucketTensors, LoaderTrace, differing, views
-from tpcolocate.in_server.tpcolocate_receiver.session import _apply
 
 
 class Model(nn.Module):
@@ -176,7 +176,7 @@ def halves(model, name, tensor):
 W = {"w": (4, 4)}
 NOTHING = set()
 LOADERS = [
-    # loader, parameters, tensors sent, derived, reworked, repeatable, elements read
+    # loader, parameters, tensors sent, transformed, overwritten, repeatable, elements read
     (plain, {"a": (3, 5), "b": (7,), "c": ()}, {"a": (3, 5), "b": (7,), "c": ()}, NOTHING, NOTHING, True, {"a": 15, "b": 7, "c": 1}),
     (plain, {"a": (0, 5), "b": (2,)}, {"a": (0, 5), "b": (2,)}, NOTHING, NOTHING, True, {"b": 2}),
     (fused, {"qkv": (8, 3)}, {"q": (4, 3), "k": (2, 3), "v": (2, 3)}, NOTHING, NOTHING, True, {"q": 12, "k": 6, "v": 6}),
@@ -232,12 +232,17 @@ def sent(shapes, seed=0, dtype=torch.float32):
     return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
 
 
-def watched(model, flat, entries):
+def traced(model, flat, entries):
     owned = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
-    recorder = LoaderTrace(BucketTensors(flat, entries), owned)
-    with torch.no_grad(), recorder:
+    trace = LoaderTrace(BucketTensors(flat, entries), owned)
+    with torch.no_grad(), trace:
         model.load_weights(views(flat, entries))
-    return recorder
+    return trace
+
+
+def is_repeatable(trace):
+    """Whether the loader made copies and wrote constants, and nothing else."""
+    return not (trace.has_other_writes or trace.transformed)
 
 
 def elements_read(copies, entries):
@@ -254,12 +259,12 @@ def bits(model):
     }
 
 
-def applied(model, tensors):
-    """(whether the loader was not needed, what could not be proven, what differs, elements read)."""
+def update(model, tensors):
+    """(whether the loader was not needed, what cannot be verified, what differs, elements read)."""
     flat, entries = bucket_of(tensors)
-    if not hasattr(model, "plans") or not model.plans.fit():
-        model.plans = CopyPlan()
-    with torch.no_grad():
-        copies, unsure, replayed = _apply(model, model.plans, flat, entries)
-    wrong = differing([c for c in copies if c.entry not in unsure])
-    return replayed, {entries[i][0] for i in unsure}, wrong, elements_read(copies, entries)
+    if not hasattr(model, "plan") or not model.plan.is_current():
+        model.plan = CopyPlan()
+    loaded = load_bucket(model, model.plan, flat, entries)
+    wrong = differing([c for c in loaded.copies if c.entry not in loaded.unverified])
+    unverified = {entries[i][0] for i in loaded.unverified}
+    return loaded.replayed, unverified, wrong, elements_read(loaded.copies, entries)

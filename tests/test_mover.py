@@ -10,7 +10,8 @@ from harness import run_ranks
 from torch import nn
 
 from tpcolocate import ipc_payload
-from tpcolocate.in_server.tpcolocate_receiver.copy_plan import CopyPlan, CopyProgram, places_of
+from tpcolocate.in_server.tpcolocate_receiver.copy_plan import CopyPlan, locations_of
+from tpcolocate.in_server.tpcolocate_receiver.copy_program import CopyProgram
 from tpcolocate.in_server.tpcolocate_receiver.loader_trace import BucketTensors, LoaderTrace, storage_of, views
 from tpcolocate.weights.plan.loader_map import LoaderMap
 from tpcolocate.weights.plan.sharding import CachedShards, layouts_of
@@ -74,8 +75,8 @@ def learned(tp_rank, knowledge=None):
     recorder = LoaderTrace(BucketTensors(flat, told), {storage_of(p) for p in model.parameters()})
     with torch.no_grad(), recorder:
         model.load_weights(views(flat, told))
-    plans.learn(recorder, told, places_of(model))
-    return model, plans, entries, plans.described(list(SHAPES))
+    plans.add(recorder, told, locations_of(model))
+    return model, plans, entries, plans.describe(list(SHAPES))
 
 
 def sharded(how, weights):
@@ -124,7 +125,7 @@ def moves_on_a_rank(rank, how, staging_bytes):
         found = {}
         for i, step in enumerate(moves.steps):
             mover.stage(step, tensors, regions[f"stage{i % 2}"], sending)
-            found[f"{moves.key}/{i}"], _ = programs[f"{moves.key}/{i}"].run(plans, regions, keep=False)
+            found[f"{moves.key}/{i}"], _ = programs[f"{moves.key}/{i}"].run(plans, regions, keep_views=False)
         expected = sums.expected()
         reference = Worker(rank % TP)
         reference.load_weights(weights.items())

@@ -1,4 +1,4 @@
-"""The session inside the engine's workers: commands, answers and errors, and handles opened in another process."""
+"""The session inside the engine's workers: commands, replies and errors, and handles opened in another process."""
 
 import json
 import multiprocessing
@@ -21,7 +21,7 @@ from loaders import (
     plain,
     sent,
 )
-from test_receiver import CPU, random_bytes
+from test_receiver_checksums import random_bytes
 
 from tpcolocate import ipc_payload
 from tpcolocate.in_server.tpcolocate_receiver import receive
@@ -45,6 +45,8 @@ from tpcolocate.processes import start_of, this_process
 from tpcolocate.server.channel import Channel
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(60)]
+
+CPU = torch.device("cpu")
 
 
 def opening(path, **changes):
@@ -95,7 +97,7 @@ def load_command(tmp_path, tensors, kind=LoadBucket, **changes):
     return kind(**fields) if kind is Probe else kind(**{"entries": entries, **fields})
 
 
-def test_a_session_says_who_is_there_and_remembers_from_one_to_the_next(tmp_path):
+def test_a_session_greets_and_keeps_its_plan_for_the_next_one(tmp_path):
     model = model_of(plain, W)
     seen = []
     for seed in range(3):
@@ -120,21 +122,21 @@ def test_after_the_last_command_a_worker_answers_and_leaves(tmp_path, succeeds):
     channel.greet(timeout_s=20)
     channel.post({0: Addressed(0, RunProgram(program=None if succeeds else "none of this name", is_last=True))}, 0)
     worker.join(20)
-    assert not worker.is_alive(), "nobody told it to"
+    assert not worker.is_alive(), "it was not told to leave"
     assert (channel.collect(0, timeout_s=20)[0].error is None) == succeeds
     channel.finish()
 
 
-def test_a_load_is_answered_in_full(tmp_path):
+def test_a_reply_to_a_load_is_complete(tmp_path):
     model = model_of(plain, {"a": (3, 5), "b": (7,)})
     for seed in range(2):
         tensors = sent({"a": (3, 5), "b": (7,)}, seed)
         with Session(model, tmp_path) as session:
-            answer = session.ask(load_command(tmp_path, tensors))
+            reply = session.ask(load_command(tmp_path, tensors))
             again = session.ask(load_command(tmp_path, tensors, report_trace=True)).result
         assert again.replayed and again.traced.keys() == {"a", "b"}, "also what was planned before, where asked for"
-        found = answer.result
-        assert answer == Reply(0, 0, None, True, answer.seconds, found) and answer.seconds > 0
+        found = reply.result
+        assert reply == Reply(0, 0, None, True, reply.seconds, found) and reply.seconds > 0
         assert set(found.step_seconds) == {"open", "check", "load", "compare"}
         assert (found.differing, found.unverified, found.deviating) == ([], [], None)
         assert found.read == {"a": 15, "b": 7} and found.replayed == (seed == 1)
@@ -143,7 +145,7 @@ def test_a_load_is_answered_in_full(tmp_path):
         assert all(torch.equal(getattr(model, name), tensor) for name, tensor in tensors.items())
 
 
-def test_only_what_can_be_made_again_counts_as_learned(tmp_path):
+def test_only_copies_that_can_be_repeated_are_planned(tmp_path):
     def load(model, name, tensor):
         (cast_first if name == "w" else plain)(model, name, tensor)
 
@@ -153,18 +155,18 @@ def test_only_what_can_be_made_again_counts_as_learned(tmp_path):
         assert session.ask(FindUnwritten()).result.names == ["w"]
 
 
-def test_what_cannot_be_proven_and_what_is_skipped_are_in_the_reply(tmp_path):
+def test_what_cannot_be_verified_and_what_is_skipped_are_in_the_reply(tmp_path):
     def load(model, name, tensor):
         if name == "w":
             cast_first(model, name, tensor)
 
     with Session(model_of(load, W), tmp_path) as session:
-        answer = session.ask(load_command(tmp_path, sent({"w": (4, 4), "gone": (3,)})))
-    assert (answer.error, answer.result.unverified, answer.result.read) == (None, ["w"], {})
+        reply = session.ask(load_command(tmp_path, sent({"w": (4, 4), "gone": (3,)})))
+    assert (reply.error, reply.result.unverified, reply.result.read) == (None, ["w"], {})
 
 
 def test_a_parameter_that_is_changed_by_the_loaders_end_is_in_the_reply(tmp_path):
-    """By something the watch cannot see: another thread, a kernel of its own."""
+    """By something that the trace cannot see: another thread, a kernel of its own."""
     model = model_of(plain, W)
     load_weights = model.load_weights
 
@@ -174,8 +176,8 @@ def test_a_parameter_that_is_changed_by_the_loaders_end_is_in_the_reply(tmp_path
 
     model.load_weights = load_and_spoil
     with Session(model, tmp_path) as session:
-        answer = session.ask(load_command(tmp_path, sent(W)))
-    assert (answer.error, answer.result.differing) == (None, ["w"])
+        reply = session.ask(load_command(tmp_path, sent(W)))
+    assert (reply.error, reply.result.differing) == (None, ["w"])
 
 
 @pytest.mark.parametrize("kind", [LoadBucket, Probe])
@@ -183,12 +185,12 @@ def test_memory_that_is_not_the_trainers_is_refused_before_a_parameter_is_touche
     model = model_of(plain, W)
     before = bits(model)
     with Session(model, tmp_path) as session:
-        answer = session.ask(load_command(tmp_path, sent(W), kind, checksum=[1, 2]))
-    assert answer.opened and answer.error.type == "RuntimeError" and answer.result is None
+        reply = session.ask(load_command(tmp_path, sent(W), kind, checksum=[1, 2]))
+    assert reply.opened and reply.error.type == "RuntimeError" and reply.result is None
     assert bits(model) == before
 
 
-def test_a_session_rehearses_tells_and_lets_samples_bear_it_out(tmp_path):
+def test_a_dry_run_is_reported_and_samples_confirm_it(tmp_path):
     shapes, send = {"qkv": (8, 3)}, {"q": (4, 3), "k": (2, 3), "v": (2, 3)}
     model = model_of(fused, shapes)
     before = bits(model)
@@ -205,7 +207,7 @@ def test_a_session_rehearses_tells_and_lets_samples_bear_it_out(tmp_path):
         assert rest.replayed and rest.deviating is None
 
 
-def test_an_engine_that_was_warmed_up_knows_its_loader_when_the_trainer_comes(tmp_path):
+def test_an_engine_that_was_warmed_up_has_its_plan_before_the_trainers_first_sync(tmp_path):
     loads = []
 
     def load(model, name, tensor):
@@ -217,21 +219,21 @@ def test_an_engine_that_was_warmed_up_knows_its_loader_when_the_trainer_comes(tm
     with Session(model, tmp_path) as session:
         traced = session.ask(WarmUp([["w", [4, 4]], ["a", [2]]])).result.traced
         assert set(traced) == {"w", "a"}
-    assert bits(model) == before and sorted(loads) == ["a", "w"], "rehearsed, with nothing loaded"
+    assert bits(model) == before and sorted(loads) == ["a", "w"], "traced, with nothing loaded"
     with Session(model, tmp_path) as session:
         again = session.ask(DryRun([["w", "float32", [4, 4]], ["a", "float32", [2]]]))
-        assert again.result.traced == traced and len(loads) == 2, "it need not be asked again"
+        assert again.result.traced == traced and len(loads) == 2, "the loader is not run again"
         other = session.ask(DryRun([["w", "bfloat16", [4, 4]]]))
-        assert set(other.result.traced) == {"w"} and len(loads) == 3, "but for weights of another dtype"
+        assert set(other.result.traced) == {"w"} and len(loads) == 3, "except for weights of another dtype"
 
 
-def test_a_loader_that_cannot_be_rehearsed_is_warmed_up_in_vain(tmp_path):
+def test_a_warm_up_may_fail_where_a_dry_run_does(tmp_path):
     with Session(model_of(asked_for_a_value, W), tmp_path) as session:
         assert session.ask(WarmUp([["w", [4, 4]]])).error is not None
-        assert session.ask(load_command(tmp_path, sent(W))).error is None, "the first sync watches it"
+        assert session.ask(load_command(tmp_path, sent(W))).error is None, "the first sync traces it"
 
 
-def test_a_session_says_why_a_loader_cannot_be_rehearsed(tmp_path):
+def test_a_session_reports_why_a_dry_run_failed(tmp_path):
     model = model_of(asked_for_a_value, W)
     before = bits(model)
     with Session(model, tmp_path) as session:
@@ -241,7 +243,7 @@ def test_a_session_says_why_a_loader_cannot_be_rehearsed(tmp_path):
         assert session.ask(load_command(tmp_path, sent(W))).error is None
 
 
-def test_what_was_staged_is_let_go_before_the_session_ends(tmp_path):
+def test_staging_regions_are_released_before_the_session_ends(tmp_path):
     tensor = sent(W)["w"]
     handle = ipc_payload.write_file(tensor.view(-1).view(torch.uint8), tmp_path / "staged.safetensors")
     model = model_of(plain, W)
@@ -259,40 +261,40 @@ def test_a_probe_opens_and_loads_nothing(tmp_path):
     model = model_of(plain, W)
     before = bits(model)
     with Session(model, tmp_path) as session:
-        answer = session.ask(load_command(tmp_path, sent(W), Probe))
-    assert (answer.error, answer.opened, answer.result.device_uuid) == (None, True, device_uuid())
+        reply = session.ask(load_command(tmp_path, sent(W), Probe))
+    assert (reply.error, reply.opened, reply.result.device_uuid) == (None, True, device_uuid())
     assert bits(model) == before
 
 
-def test_regions_are_mapped_run_and_let_go(tmp_path):
+def test_regions_are_mapped_run_and_released(tmp_path):
     model = model_of(plain, W)
     ledger = ipc_payload.Ledger(rank=0)
-    lent, staged_one = staged(torch.zeros(64, dtype=torch.uint8)), staged(torch.zeros(64, dtype=torch.uint8))
+    kept, staged_one = staged(torch.zeros(64, dtype=torch.uint8)), staged(torch.zeros(64, dtype=torch.uint8))
     handles = {
-        "loan0": ledger.export(lent, tp_rank=0, bucket=0),
+        "kept0": ledger.export(kept, tp_rank=0, bucket=0),
         "stage0": ledger.export(staged_one, tp_rank=0, bucket=1),
     }
     with Session(model, tmp_path) as session:
         session.ask(load_command(tmp_path, sent(W)))
         programs = [
             [key, [["w", 0, None, None, region, 0, "float32", [4, 1]]]]
-            for key, region in (("k/direct", "loan0"), ("k/0", "stage0"))
+            for key, region in (("k/direct", "kept0"), ("k/0", "stage0"))
         ]
-        answer = session.ask(RunProgram(map=[[n, h.describe()] for n, h in handles.items()], define=programs))
-        assert answer.error is None and answer.opened and answer.result.checksums is None
-        for key, memory in (("k/direct", lent), ("k/0", staged_one)):
+        reply = session.ask(RunProgram(map=[[n, h.describe()] for n, h in handles.items()], define=programs))
+        assert reply.error is None and reply.opened and reply.result.checksums is None
+        for key, memory in (("k/direct", kept), ("k/0", staged_one)):
             new = sent(W, 3)["w"] if key == "k/0" else sent(W, 4)["w"]
             memory.copy_(new.view(-1).view(torch.uint8))
-            answer = session.ask(RunProgram(program=key, keep_views=key == "k/direct"))
-            assert answer.error is None and torch.equal(model.w, new)
-            assert answer.result.checksums == [int(word_sum(new))]
-    assert (handles["loan0"].count(), handles["stage0"].count()) == (1, 0), "what is lent stays, what is staged goes"
+            reply = session.ask(RunProgram(program=key, keep_views=key == "k/direct"))
+            assert reply.error is None and torch.equal(model.w, new)
+            assert reply.result.checksums == [int(word_sum(new))]
+    assert (handles["kept0"].count(), handles["stage0"].count()) == (1, 0), "persistent mappings stay, staging goes"
     with Session(model, tmp_path) as session:
-        lent.copy_(sent(W, 5)["w"].view(-1).view(torch.uint8))
+        kept.copy_(sent(W, 5)["w"].view(-1).view(torch.uint8))
         assert session.ask(RunProgram(program="k/direct")).error is None
         assert torch.equal(model.w, sent(W, 5)["w"])
-        assert session.ask(RunProgram(release=["loan0", "never"])).error is None
-        assert handles["loan0"].count() == 0
+        assert session.ask(RunProgram(release=["kept0", "never"])).error is None
+        assert handles["kept0"].count() == 0
         assert session.ask(RunProgram(program="k/direct")).error.type == "KeyError"
     assert ledger.reclaim() == []
 
@@ -318,10 +320,10 @@ def raising(error):
                          ids=lambda error: type(error).__name__)  # fmt: skip
 def test_a_loader_that_fails_does_not_take_the_worker_down(tmp_path, error):
     with Session(model_of(raising(error), W), tmp_path) as session:
-        for _ in range(2):  # nothing of a failed load is learned
-            answer = session.ask(load_command(tmp_path, sent(W)))
-            assert str(answer.error) == f"{type(error).__name__}: {error}" and "in load" in answer.error.traceback
-            assert answer.opened
+        for _ in range(2):  # a failed load is not traced
+            reply = session.ask(load_command(tmp_path, sent(W)))
+            assert str(reply.error) == f"{type(error).__name__}: {error}" and "in load" in reply.error.traceback
+            assert reply.opened
 
 
 JUNK = [
@@ -330,28 +332,28 @@ JUNK = [
 
 
 @pytest.mark.parametrize("field", ["kind", "for_tp_rank", "handle", "entries", "checksum", "unheard-of"])
-def test_junk_in_any_field_is_told_and_never_raised(tmp_path, field):
+def test_junk_in_any_field_is_reported_and_never_raised(tmp_path, field):
     model = model_of(plain, W)
     before = bits(model)
     with Session(model, tmp_path) as session:
         for junk in JUNK:
             command = to_json(load_command(tmp_path, sent(W)))
             if field == "for_tp_rank":
-                answer = session.ask_json(command, for_tp_rank=junk)
+                reply = session.ask_json(command, for_tp_rank=junk)
             else:
-                answer = session.ask_json({**command, field: junk})
+                reply = session.ask_json({**command, field: junk})
             if field == "entries" and junk in ("", [], {}):
-                assert answer.error is None and answer.result.read == {}, "an empty bucket is one"
+                assert reply.error is None and reply.result.read == {}, "an empty bucket is one"
             elif field == "for_tp_rank" and junk == 0:
-                assert answer.error is None
+                assert reply.error is None
                 before = bits(model)
             else:
-                assert answer.error.message and answer.error.traceback, junk
+                assert reply.error.message and reply.error.traceback, junk
             assert bits(model) == before
 
 
 @pytest.mark.parametrize("field", ["handle", "entries", "checksum"])
-def test_a_missing_field_is_told(tmp_path, field):
+def test_a_missing_field_is_reported(tmp_path, field):
     command = to_json(load_command(tmp_path, sent(W)))
     del command[field]
     with Session(model_of(plain, W), tmp_path) as session:
@@ -379,11 +381,12 @@ def test_a_second_model_in_the_worker_does_not_take_part(tmp_path):
     assert bits(draft) == before
 
 
-@pytest.mark.parametrize("gone", ["the socket", "the process", "the time"])
+@pytest.mark.parametrize("gone", ["the socket", "the process", "the process, which was not waited for", "the time"])
 def test_a_trainer_that_is_gone_does_not_keep_the_worker(tmp_path, gone):
     path = tmp_path / "s.sock"
-    changes = {"the process": {"peer": this_process()}, "the time": {"timeout_s": 0.3}}.get(gone, {})
-    if gone == "the process":
+    changes = {"timeout_s": 0.3} if gone == "the time" else {}
+    child = None
+    if gone.startswith("the process"):
         child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
         child.start()
         changes = {"peer": (child.pid, start_of(child.pid))}
@@ -392,47 +395,50 @@ def test_a_trainer_that_is_gone_does_not_keep_the_worker(tmp_path, gone):
         socket.setsockopt(zmq.LINGER, 0)
         socket.bind(f"ipc://{path}")
         worker.start()
-        assert socket.poll(20_000), "it has come"
+        assert socket.poll(20_000), "it has connected"
         if gone == "the socket":
             path.unlink()
-        if gone == "the process":
+        if child is not None:
             child.kill()
+        if gone == "the process":
             child.join()
         worker.join(20)
         assert not worker.is_alive()
+    if child is not None:
+        child.join()
 
 
 @pytest.mark.parametrize(
     "rank, tp_size, tp_rank, right",
     [(0, 2, 0, True), (1, 2, 1, True), (3, 2, 1, True), (0, 2, 1, False), (2, 2, 1, False)],
 )
-def test_a_payload_that_reached_another_worker_is_told(tmp_path, monkeypatch, rank, tp_size, tp_rank, right):
+def test_a_payload_that_reached_another_worker_is_refused(tmp_path, monkeypatch, rank, tp_size, tp_rank, right):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
     model = model_of(plain, W)
     before = bits(model)
     with Session(model, tmp_path, tp_rank=tp_rank, tp_size=tp_size) as session:
-        answer = session.ask(load_command(tmp_path, sent(W)))
+        reply = session.ask(load_command(tmp_path, sent(W)))
     if right:
-        assert session.greeting.error is answer.error is None
+        assert session.greeting.error is reply.error is None
     else:
-        told = f"RuntimeError: the payload of TP rank {tp_rank} reached TP rank {rank % tp_size}"
-        assert str(session.greeting.error) == str(answer.error) == told
-        assert not answer.opened and bits(model) == before, "the handle is not even opened"
+        expected = f"RuntimeError: the payload of TP rank {tp_rank} reached TP rank {rank % tp_size}"
+        assert str(session.greeting.error) == str(reply.error) == expected
+        assert not reply.opened and bits(model) == before, "the handle is not even opened"
 
 
-def test_a_command_for_another_worker_is_told(tmp_path):
+def test_a_command_for_another_worker_is_refused(tmp_path):
     model = model_of(plain, W)
     with Session(model, tmp_path) as session:
-        answer = session.ask_json(to_json(load_command(tmp_path, sent(W))), for_tp_rank=1)
-    assert str(answer.error) == "RuntimeError: the payload of TP rank 1 reached TP rank 0" and not answer.opened
+        reply = session.ask_json(to_json(load_command(tmp_path, sent(W))), for_tp_rank=1)
+    assert str(reply.error) == "RuntimeError: the payload of TP rank 1 reached TP rank 0" and not reply.opened
 
 
 # --- handles, opened in another process -----------------------------------------------------------------------------
 
 
 def worker_main(pipe):
-    """A TP worker: opens what it is told to, by the receiver alone."""
+    """A TP worker: opens handles and takes sessions with the receiver alone."""
     model = model_of(plain, W)
     while (job := pipe.recv()) is not None:
         if "endpoint" in job:
@@ -441,16 +447,16 @@ def worker_main(pipe):
             continue
         try:
             flat = open_handle(job, CPU)
-            answer = bytes(flat.tolist()), str(flat.dtype), list(flat.shape)
-            del flat  # before the answer, or whoever reads it finds the handle still out
+            reply = bytes(flat.tolist()), str(flat.dtype), list(flat.shape)
+            del flat  # before the reply, or the handle is still out when it is read
         except Exception as error:
-            answer = error
-        pipe.send(answer)
+            reply = error
+        pipe.send(reply)
 
 
 @pytest.fixture(scope="module")
 def worker():
-    """A function that hands one job to a process of its own and returns its answer."""
+    """A function that hands one job to a process of its own and returns its reply."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))  # as for ranks: there is one such server for all
     pipe, theirs = context.Pipe()
@@ -476,14 +482,14 @@ def staged(content):
 
 
 @pytest.mark.parametrize("size", [1, 7, 256, 5000])
-def test_shared_memory_is_opened_and_let_go(worker, size):
+def test_shared_memory_is_opened_and_released(worker, size):
     content = random_bytes(size)
     ledger = ipc_payload.Ledger(rank=0)
     handle = ledger.export(staged(content), tp_rank=0, bucket=0)
     job = json.loads(json.dumps(handle.describe()))
     assert job["kind"] == "cpu" and handle.count() == 1
     assert worker(job) == (bytes(content.tolist()), "torch.uint8", [size])
-    assert handle.count() == 0, "let go as soon as it was dropped"
+    assert handle.count() == 0, "released as soon as it was dropped"
     assert len(ledger.reclaim()) == 0
 
 
@@ -508,16 +514,16 @@ def test_what_does_not_open_is_an_error_in_the_worker_and_leaves_the_handle_alon
 
 
 def session_with(worker, tmp_path, command):
-    """One command in a session with a worker in another process: its answer, and what its parameter holds after it."""
+    """One command in a session with a worker in another process: its reply, and what its parameter holds after it."""
     path = tmp_path / "s.sock"
     held = []
     channel = Channel(path, tp_size=1)
     channel.call(lambda: held.append(worker({"path": str(path), "endpoint": channel.endpoint})))
     channel.greet(timeout_s=30)
     channel.post({0: Addressed(0, command)}, 0)
-    answer = channel.collect(0, timeout_s=30)[0]
+    reply = channel.collect(0, timeout_s=30)[0]
     channel.finish()
-    return answer, held[0]
+    return reply, held[0]
 
 
 def test_a_load_over_shared_memory_gives_the_handle_back_before_it_is_acknowledged(worker, tmp_path):
@@ -527,9 +533,9 @@ def test_a_load_over_shared_memory_gives_the_handle_back_before_it_is_acknowledg
         ledger = ipc_payload.Ledger(rank=0)
         handle = ledger.export(staged(flat), tp_rank=0, bucket=0)
         command = load_command(tmp_path, tensors, handle=handle.describe(), entries=entries)
-        answer, weights = session_with(worker, tmp_path, command)
+        reply, weights = session_with(worker, tmp_path, command)
         assert weights == tensors["w"].tolist()
-        assert (answer.error, answer.result.replayed, answer.result.read) == (None, seed > 0, {"w": 16})
+        assert (reply.error, reply.result.replayed, reply.result.read) == (None, seed > 0, {"w": 16})
         assert handle.count() == 0
         assert ledger.reclaim() == []
 
@@ -539,8 +545,8 @@ def test_a_load_that_fails_gives_the_handle_back_too(worker, tmp_path):
     flat, entries = bucket_of(tensors)
     ledger = ipc_payload.Ledger(rank=0)
     handle = ledger.export(staged(flat), tp_rank=0, bucket=0)
-    answer, _ = session_with(
+    reply, _ = session_with(
         worker, tmp_path, load_command(tmp_path, tensors, handle=handle.describe(), entries=entries)
     )
-    assert "nowhere" in answer.error.message
+    assert "nowhere" in reply.error.message
     assert handle.count() == 0 and ledger.reclaim() == []

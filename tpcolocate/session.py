@@ -24,7 +24,7 @@ from tpcolocate.engine.client import Client
 from tpcolocate.engine.engine import Engine
 from tpcolocate.errors import ConfigError, RendezvousError
 from tpcolocate.groups import Host, Member, exchange, make_group
-from tpcolocate.in_server.tpcolocate_receiver import kernels as one_pass
+from tpcolocate.in_server.tpcolocate_receiver import kernels
 from tpcolocate.launch import Site, agree_on_launch, answers
 from tpcolocate.placement import look_around, plan, told
 from tpcolocate.processes import this_process
@@ -235,14 +235,14 @@ class Colocation:
         )
         server: ServerProcess | None = None
         verbs: ServerApi | None = None
-        one_pass.prepare(self.device)  # while the server starts
+        kernels.prepare(self.device)  # while the server starts
         try:
             if self.is_owner:
                 result, server, verbs = launch.carry_out(health_timeout_s=health_timeout_s, log_path=log_path)
             else:
                 result = launch.follow(health_timeout_s=health_timeout_s)
         finally:
-            one_pass.settle(self.device, timeout_s=_KERNEL_S)
+            kernels.wait_until_prepared(self.device, timeout_s=_KERNEL_S)
         probe = ServerClient(result.url, api_key=result.api_key)
         sync = WeightSync(
             self._slice,

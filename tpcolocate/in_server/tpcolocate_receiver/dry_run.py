@@ -1,4 +1,4 @@
-"""Learning an engine's loader before there is anything to load: it is given descriptions, and kept from the model."""
+"""A dry run of an engine's loader: traced with tensors that have no memory, while the model stays as it is."""
 
 from __future__ import annotations
 
@@ -7,54 +7,54 @@ from typing import Any
 
 import torch
 
-from .copy_plan import CopyPlan, places_of
-from .loader_trace import DryRunError, LoaderTrace, MetaTensors, quantised
+from .copy_plan import CopyPlan, locations_of
+from .loader_trace import DryRunError, LoaderTrace, MetaTensors, quantization_problem
 from .module_walk import modules_of
 
 
-def rehearse(model: torch.nn.Module, plans: CopyPlan, entries: Sequence[Sequence[Any]]) -> None:
-    """Watch the loader with tensors that have no memory.
+def dry_run(model: torch.nn.Module, plan: CopyPlan, entries: Sequence[Sequence[Any]]) -> None:
+    """Trace the loader with tensors that have no memory.
 
-    The model is what it was afterwards, whatever happens: copies and constants are only noted, and a parameter that
-    the loader puts something else in place of is put back.
+    The model is unchanged afterwards, whatever happens: copies and constants are only recorded, and parameters that the
+    loader replaces are restored.
 
     Args:
         model: The worker's.
-        plans: Takes in what was learned; tensors with which the loader does more than to copy parts of them stay unknown.
+        plan: The traced copies are added to it, but for tensors that the loader does not only copy.
         entries: Each tensor's [name, dtype, shape].
 
     Raises:
         DryRunError: The loader needs values, or changes the model in another way.
-        Exception: Whatever the loader raises when it meets tensors without memory.
+        Exception: Whatever the loader raises for tensors without memory.
     """
-    places = places_of(model)
-    given = MetaTensors(entries)
-    recorder = LoaderTrace(given, {storage for *_, storage in places}, carries_out=False)
-    kept = _tensors_of(model)
+    locations = locations_of(model)
+    inputs = MetaTensors(entries)
+    trace = LoaderTrace(inputs, {location.storage for location in locations}, is_dry_run=True)
+    saved = _tensors_of(model)
     loader: Any = model  # every SGLang model has load_weights
     try:
-        with torch.no_grad(), recorder:
-            loader.load_weights(list(given.tensors))
+        with torch.no_grad(), trace:
+            loader.load_weights(list(inputs.tensors))
     finally:
-        replaced = _put_back(model, kept)
+        replaced = _restore(model, saved)
     if replaced:
         raise DryRunError(f"the loader replaces {replaced[0]} instead of filling it")
-    if (words := quantised(recorder.copies, entries)) is not None:
-        raise DryRunError(words)
-    plans.learn(recorder, entries, places)
+    if (problem := quantization_problem(trace.copies, entries)) is not None:
+        raise DryRunError(problem)
+    plan.add(trace, entries, locations)
 
 
-Kept = dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor]]
-"""(id of a module's table, name in it) -> the tensor, and what it held."""
+Saved = dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor]]
+"""(id of a module's table, name in it) -> the tensor, and another one of its memory."""
 
 
 def _tables(model: torch.nn.Module) -> Iterator[dict[str, Any]]:
-    """Where the tensors of a model stand: parameters, buffers, and plain attributes."""
+    """Yield the tables that hold a model's tensors: parameters, buffers, and plain attributes."""
     for module in modules_of(model):
         yield from (module._parameters, module._buffers, vars(module))
 
 
-def _tensors_of(model: torch.nn.Module) -> Kept:
+def _tensors_of(model: torch.nn.Module) -> Saved:
     return {
         (id(table), name): (tensor, tensor.detach())
         for table in _tables(model)
@@ -63,21 +63,21 @@ def _tensors_of(model: torch.nn.Module) -> Kept:
     }
 
 
-def _put_back(model: torch.nn.Module, kept: Kept) -> list[str]:
-    """Undo what was put in place of tensors; their names."""
+def _restore(model: torch.nn.Module, saved: Saved) -> list[str]:
+    """Restore the tensors that were replaced, and return their names."""
     replaced = []
     for table in _tables(model):
         for name in [name for name, value in table.items() if isinstance(value, torch.Tensor)]:
-            if (id(table), name) not in kept:
+            if (id(table), name) not in saved:
                 replaced.append(name)
                 del table[name]
                 continue
-            tensor, held = kept[id(table), name]
-            if table[name] is not tensor or tensor.data_ptr() != held.data_ptr():
+            tensor, before = saved[id(table), name]
+            if table[name] is not tensor or tensor.data_ptr() != before.data_ptr():
                 replaced.append(name)
-                tensor.data = held
+                tensor.data = before
                 table[name] = tensor
     return replaced
 
 
-__all__ = ["rehearse"]
+__all__ = ["dry_run"]

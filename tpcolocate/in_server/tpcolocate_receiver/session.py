@@ -20,10 +20,12 @@ import torch
 
 from . import kernels, protocol
 from .checksums import checksum, load_kernels
-from .copy_plan import CopyPlan, CopyProgram, places_of
-from .dry_run import rehearse
+from .copy_plan import CopyPlan
+from .copy_program import CopyProgram
+from .dry_run import dry_run
 from .handles import device_uuid, open_handle
-from .loader_trace import BucketTensors, Copy, LoaderTrace, differing, quantised, views
+from .load_bucket import load_bucket
+from .loader_trace import differing
 from .protocol import Envelope, OpenSession, Reply, WorkerError
 
 logger = logging.getLogger(__name__)
@@ -40,21 +42,28 @@ class WorkerState:
 
     Attributes:
         plan: Traced from the model's loader.
+        programs: Defined by the trainer; they copy as the plan does.
         regions: The trainer's memory that is mapped here, by the name that the trainer gave it.
     """
 
     def __init__(self) -> None:
         self.plan = CopyPlan()
+        self.programs: dict[str, CopyProgram] = {}
         self.regions: dict[str, torch.Tensor] = {}
+
+    def refresh(self) -> None:
+        """Discard what was traced, if the parameters have moved since."""
+        if not self.plan.is_current():
+            self.plan, self.programs = CopyPlan(), {}
 
     def release(self, names: Iterable[str]) -> None:
         """Unmap regions, once nothing reads them any more."""
         gone = set(names)
         if not gone:
             return
-        for program in self.plan.programs.values():
+        for program in self.programs.values():
             if program.regions & gone:
-                program.forget()
+                program.forget_views()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         for name in gone:
@@ -79,8 +88,7 @@ class Receiver:
             return
         self._sessions.append(opening.session)
         state = self.states.setdefault(model, WorkerState())
-        if not state.plan.fit():
-            state.plan = CopyPlan()
+        state.refresh()
         Session(model, state, opening).run()
 
 
@@ -147,12 +155,12 @@ class Session:
         self._state.release_staging()
 
     def _is_abandoned(self) -> bool:
-        """Whether the trainer's process has ended, or has removed its socket."""
+        """Return whether the trainer's process has ended, or has removed its socket."""
         endpoint = Path(self._opening.endpoint.removeprefix("ipc://"))
         return not (_is_running(self._peer) and endpoint.exists())
 
     def _handle(self, envelope: Envelope) -> tuple[Reply | None, bool]:
-        """Carry out one command: the reply, if it takes one, and whether it is the last."""
+        """Carry out one command; return the reply, if there is one, and whether this was the last command."""
         command: protocol.Command | None = None
 
         def act() -> Any:
@@ -169,7 +177,7 @@ class Session:
         return reply, isinstance(command, protocol.RunProgram) and command.is_last
 
     def _reply(self, number: int | None, action: Callable[[], Any]) -> Reply:
-        """Act, and put whatever goes wrong into the reply."""
+        """Return the reply to an action; it holds whatever the action raises."""
         self._opened = False
         error: WorkerError | None = None
         result = None
@@ -182,7 +190,7 @@ class Session:
         return Reply(self._opening.tp_rank, number, error, self._opened, seconds, result)
 
     def _check_address(self, for_tp_rank: int) -> None:
-        """The command must have reached the worker that it was made for."""
+        """Refuse a command that was made for another worker."""
         tp_rank = self._opening.tp_rank
         if for_tp_rank != tp_rank:
             raise RuntimeError(f"the payload of TP rank {for_tp_rank} reached TP rank {tp_rank}")
@@ -208,9 +216,9 @@ class Session:
         return protocol.ProbeResult(device_uuid())
 
     def _load_bucket(self, command: protocol.LoadBucket) -> protocol.BucketResult:
-        """Load full tensors by the engine's loader, or by what was traced of it."""
+        """Load full tensors by the engine's loader, or by planned copies."""
         clock = _Clock()
-        plan, device, entries = self._state.plan, self._device, command.entries
+        device, entries = self._device, command.entries
         mapped = flat = open_handle(command.handle, device)
         self._opened = True
         source = mapped.device
@@ -224,25 +232,23 @@ class Session:
                 # Checked before the first parameter is touched.
                 raise RuntimeError("the bucket does not hold what the trainer packed (checksum)")
             clock.lap("check")
-            deviating: list[str] | None = [] if command.watch else None
-            copies, unverified, replayed = _apply(self._model, plan, flat, entries, deviating)
+            loaded = load_bucket(self._model, self._state.plan, flat, entries, watch=command.watch)
+            if loaded.deviating:
+                self._state.programs = {}
             clock.lap("load")
-            wrong = differing([c for c in copies if c.entry not in unverified])
+            wrong = differing([c for c in loaded.copies if c.entry not in loaded.unverified])
             clock.lap("compare")
-            read: dict[int, int] = {}
-            for copy in copies:
-                read[copy.entry] = read.get(copy.entry, 0) + copy.src.numel()
-            del copies
-            traced = None
-            if not replayed or command.report_trace:
-                traced = plan.described([entry[0] for entry in entries if plan.knows([entry])])
+            read: dict[str, int] = {}
+            for copy in loaded.copies:
+                name = entries[copy.entry][0]
+                read[name] = read.get(name, 0) + copy.src.numel()
             return protocol.BucketResult(
                 differing=sorted(entries[i][0] for i in wrong),
-                unverified=sorted(entries[i][0] for i in unverified),
-                read={entries[i][0]: count for i, count in read.items()},
-                replayed=replayed,
-                traced=traced,
-                deviating=deviating,
+                unverified=sorted(entries[i][0] for i in loaded.unverified),
+                read=read,
+                replayed=loaded.replayed,
+                traced=self._traced(entries) if not loaded.replayed or command.report_trace else None,
+                deviating=loaded.deviating,
                 step_seconds=clock.seconds,
             )
         finally:
@@ -252,10 +258,15 @@ class Session:
                     torch.cuda.synchronize(used)
             del flat, mapped
 
+    def _traced(self, entries: Sequence[Sequence[Any]]) -> dict[str, list[Any]]:
+        """Return the copies of those tensors that are planned."""
+        plan = self._state.plan
+        return plan.describe([entry[0] for entry in entries if plan.covers([entry])])
+
     def _warm_up(self, command: protocol.WarmUp) -> protocol.DryRunResult:
-        """`_dry_run` before there is a trainer's model: with the names of the checkpoint, in the engine's own dtype."""
+        """Make a dry run with the checkpoint's names, in the engine's own dtype, before the trainer's model is known."""
         dtype = str(next(self._model.parameters()).dtype).removeprefix("torch.")
-        # Neither needs what the other does: the loader is Python at work, the driver's loading of kernels is not.
+        # Side by side: the loader is busy in Python, loading kernels in the driver.
         loading = threading.Thread(target=_load_kernels, args=(self._device,))
         loading.start()
         try:
@@ -265,28 +276,29 @@ class Session:
 
     def _dry_run(self, command: protocol.DryRun) -> protocol.DryRunResult:
         plan = self._state.plan
-        entries = [entry for entry in command.entries if not plan.knows([entry])]
+        entries = [entry for entry in command.entries if not plan.covers([entry])]
         if entries:
-            rehearse(self._model, plan, entries)
-        return protocol.DryRunResult(plan.described([e[0] for e in command.entries if plan.knows([e])]))
+            dry_run(self._model, plan, entries)
+        return protocol.DryRunResult(self._traced(command.entries))
 
     def _run_program(self, command: protocol.RunProgram) -> protocol.ProgramResult:
         clock = _Clock()
-        plan, regions = self._state.plan, self._state.regions
-        self._state.release(command.release)
+        state = self._state
+        state.release(command.release)
         for name, handle in command.map:
-            regions[name] = open_handle(handle, self._device)
+            state.regions[name] = open_handle(handle, self._device)
         self._opened = True
         clock.lap("open")
         if command.define is not None:
-            plan.programs = {name: CopyProgram(slices, plan) for name, slices in command.define}
+            state.programs = {name: CopyProgram(slices, state.plan) for name, slices in command.define}
         clock.lap("define")
         checksums: list[int] | None = None
         if command.program is not None:
-            if not plan.fit():
+            if not state.plan.is_current():
                 raise RuntimeError("the parameters moved during a sync")
+            program = state.programs[command.program]
             with torch.no_grad():
-                checksums, seconds = plan.programs[command.program].run(plan, regions, keep=command.keep_views)
+                checksums, seconds = program.run(state.plan, state.regions, keep_views=command.keep_views)
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)
             clock.lap("load")
@@ -312,7 +324,7 @@ _HANDLERS: dict[type[Any], Callable[[Session, Any], Any]] = {
 
 
 def _is_running(peer: tuple[int, int] | None) -> bool:
-    """Whether the process of this pid and start time runs; one that has ended and was not waited for does not."""
+    """Return whether the process of this pid and start time runs; one that has ended and was not waited for does not."""
     if peer is None:
         return True
     pid, started = peer
@@ -324,54 +336,12 @@ def _is_running(peer: tuple[int, int] | None) -> bool:
     return fields[0] not in (b"Z", b"X") and int(fields[19]) == started
 
 
-def _apply(
-    model: torch.nn.Module,
-    plans: CopyPlan,
-    flat: torch.Tensor,
-    entries: Sequence[Sequence[Any]],
-    otherwise: list[str] | None = None,
-) -> tuple[list[Copy], set[int], bool]:
-    """Load a bucket: by what was learned if all of it is known, else by the engine's own loader, watched.
-
-    Args:
-        model: The worker's.
-        plans: What is known of it.
-        flat: The bucket.
-        entries: What lies in it.
-        otherwise: Have the loader do it also where all is known, and put in here what it does otherwise than is known;
-            then nothing is known any more.
-
-    Returns:
-        The copies that were made, the entries whose arrival they cannot prove, and whether the loader was not needed.
-    """
-    known = plans.knows(entries) and plans.fit()
-    if known and otherwise is None:
-        with torch.no_grad():
-            return plans.replay(flat, entries), set(), True
-    places = places_of(model)
-    recorder = LoaderTrace(BucketTensors(flat, entries), {storage for *_, storage in places})
-    loader: Any = model  # every SGLang model has load_weights
-    sent = views(flat, entries)  # made out of its sight
-    with torch.no_grad(), recorder:
-        loader.load_weights(sent)
-    if (words := quantised(recorder.copies, entries)) is not None:
-        raise RuntimeError(words)
-    if known and otherwise is not None:
-        seen = CopyPlan()
-        seen.learn(recorder, entries, places)
-        otherwise += plans.otherwise(seen, [entry[0] for entry in entries])
-        if otherwise:
-            plans.forget()
-    plans.learn(recorder, entries, places)
-    return recorder.copies, recorder.derived | recorder.reworked, False
-
-
 def _load_kernels(device: torch.device) -> None:
     try:
         if device.type == "cuda":
             torch.cuda.set_device(device)  # of this thread
         load_kernels(device)
-    except RuntimeError:  # out of memory, say: whoever needs them says so
+    except RuntimeError:  # out of memory, say; what needs them will raise again
         logger.warning("tpcolocate: kernels were not loaded ahead", exc_info=True)
 
 

@@ -1,4 +1,4 @@
-"""The kernel of `one_pass`, in a module of its own: Triton is imported where it is needed, and only there."""
+"""The kernel of `kernels`, in a module of its own: importing it imports Triton, which may be missing."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from .kernels import BLOCKS, PIECE_FIELDS, TILE, TILE_FIELDS
+from .kernel_tables import BLOCKS, PART_FIELDS, TILE, TILE_FIELDS
 
 _NUM_WARPS = 8
 
 
 @triton.jit
-def _go_through(
-    pieces,
+def _copy_and_sum(
+    parts,
     tiles,
-    sums,
-    piece_fields: tl.constexpr,
+    checksums,
+    part_fields: tl.constexpr,
     tile_fields: tl.constexpr,
     tile_words: tl.constexpr,
     block_rows: tl.constexpr,
@@ -25,18 +25,18 @@ def _go_through(
     copies: tl.constexpr,
 ):
     tile = tiles + tl.program_id(0) * tile_fields
-    piece = pieces + tl.load(tile) * piece_fields
+    part = parts + tl.load(tile) * part_fields
     first_row = tl.load(tile + 1)
     first_word = tl.load(tile + 2)
-    src = tl.load(piece).to(tl.pointer_type(tl.int64))
-    dst = tl.load(piece + 1).to(tl.pointer_type(tl.int64))
-    num_rows = tl.load(piece + 2).to(tl.int32)
-    width = tl.load(piece + 3).to(tl.int32)
-    src_stride = tl.load(piece + 4)
-    dst_stride = tl.load(piece + 5)
-    rows_at_once = tl.load(piece + 6).to(tl.int32)
-    number = tl.load(piece + 7)
-    # Promised by `parts_of`: without it every word would travel by itself instead of two at a time.
+    src = tl.load(part).to(tl.pointer_type(tl.int64))
+    dst = tl.load(part + 1).to(tl.pointer_type(tl.int64))
+    num_rows = tl.load(part + 2).to(tl.int32)
+    width = tl.load(part + 3).to(tl.int32)
+    src_stride = tl.load(part + 4)
+    dst_stride = tl.load(part + 5)
+    rows_at_once = tl.load(part + 6).to(tl.int32)
+    number = tl.load(part + 7)
+    # As `parts_of` makes sure: without the hint words would be loaded and stored one by one instead of in pairs.
     src = tl.multiple_of(src + first_row * src_stride + first_word, 16)
     dst = tl.multiple_of(dst + first_row * dst_stride + first_word, 16)
     src_stride = tl.multiple_of(src_stride, 2)
@@ -55,27 +55,27 @@ def _go_through(
             if copies:
                 at = dst + row * dst_stride + word
                 tl.store(at, given, mask=mask)
-                # No thread reads what another has yet to write; volatile, so that it is read from memory and not remembered.
+                # No thread reads what another has yet to write; volatile, so that memory is read and not a register.
                 tl.debug_barrier()
                 found += tl.load(at, mask=mask, other=0, volatile=True)
             else:
                 found += given
-    tl.atomic_add(sums + number, tl.sum(tl.sum(found, axis=1), axis=0))
+    tl.atomic_add(checksums + number, tl.sum(tl.sum(found, axis=1), axis=0))
 
 
-def launch(pieces: Any, tiles: Any, sums: Any, block_words: int, *, copies: bool = True) -> None:
-    """Queue it on the current stream.
+def launch(parts: Any, tiles: Any, checksums: Any, block_words: int, *, copies: bool = True) -> None:
+    """Queue the kernel on the current stream.
 
     Args:
-        pieces, tiles, sums: As `one_pass.Sheet` and `one_pass.Readings` have them.
-        block_words: One of `one_pass.BLOCKS`.
-        copies: Whether sources are copied to targets and those are summed up; otherwise sources are, and no more.
+        parts, tiles, checksums: See `kernel_tables`.
+        block_words: One of `BLOCKS`.
+        copies: Whether sources are copied to targets and these are summed up; otherwise the sources are.
     """
-    _go_through[(len(tiles),)](
-        pieces,
+    _copy_and_sum[(len(tiles),)](
+        parts,
         tiles,
-        sums,
-        PIECE_FIELDS,
+        checksums,
+        PART_FIELDS,
         TILE_FIELDS,
         TILE,
         BLOCKS[-1] // block_words,

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from tpcolocate.in_server.tpcolocate_receiver import kernels as one_pass
+from tpcolocate.in_server.tpcolocate_receiver import kernel_tables, kernels
 from tpcolocate.in_server.tpcolocate_receiver.checksums import word_sum, word_view
 from tpcolocate.in_server.tpcolocate_receiver.replay import Lanes, Replay
 from tpcolocate.weights.plan.sharding import LocalShard
@@ -41,7 +41,7 @@ class SumsInPlace:
         self._words = [self._words_of(piece, tensors) for piece in pieces]
         self._sums = torch.empty(len(pieces), dtype=torch.int64, device=device)
         self._of_piece = self._sums.unbind()
-        self._readings: one_pass.Readings | None = None
+        self._readings: kernel_tables.ChecksumTable | None = None
         self._is_arranged = False
         self._viewed = [i for i, words in enumerate(self._words) if words is not None]
         """Numbers of the pieces that torch sums up where they lie."""
@@ -76,9 +76,9 @@ class SumsInPlace:
     def _arrange(self, tensors: Mapping[str, LocalShard]) -> None:
         """Leave to the kernel what it can read."""
         views = {i: self._view(i, tensors) for i in self._viewed}
-        parts = {i: one_pass.parts_of(view, view) for i, view in views.items()}
+        parts = {i: kernel_tables.parts_of(view, view) for i, view in views.items()}
         readings = [(i, of_one) for i, of_one in parts.items() if of_one is not None]
-        self._readings = one_pass.Readings(readings, self._device) if readings else None
+        self._readings = kernel_tables.ChecksumTable(readings, self._device) if readings else None
         self._viewed = [i for i, of_one in parts.items() if of_one is None]
         self._is_arranged = True
         self._replay.forget()  # others than these may have been queued before
@@ -94,7 +94,7 @@ class SumsInPlace:
                     torch.sum(view, dim=tuple(range(view.dim())), out=self._of_piece[i])
             lanes.join()
 
-        launch = one_pass.ready(self._device)
+        launch = kernels.ready(self._device)
         if launch is not None and not self._is_arranged:
             self._arrange(tensors)
         if self._readings is not None:

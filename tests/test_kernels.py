@@ -1,6 +1,6 @@
-"""The kernel that copies and reads back, run by Triton's own interpreter on a CPU: what is copied, and what is not touched.
+"""The fused copy and checksum, run by Triton's own interpreter on a CPU.
 
-How fast it is, and that a GPU's memory is really read, is for GPUs: `test_gpu.py` and the benchmarks.
+Its speed, and that it reads a GPU's memory back, are tested on GPUs: `test_gpu.py` and the benchmarks.
 """
 
 import ctypes
@@ -15,11 +15,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loaders import applied, model_of, plain, sent
+from loaders import model_of, plain, sent, update
 
-from tpcolocate.in_server.tpcolocate_receiver import kernels as one_pass
+from tpcolocate.in_server.tpcolocate_receiver import copy_program, kernel_tables, kernels
 from tpcolocate.in_server.tpcolocate_receiver.checksums import word_sum
-from tpcolocate.in_server.tpcolocate_receiver.copy_plan import CopyProgram
+from tpcolocate.in_server.tpcolocate_receiver.copy_program import CopyProgram
 from tpcolocate.weights.plan.sharding import LocalShard
 from tpcolocate.weights.plan.slices import Read, TensorSlice, whole
 from tpcolocate.weights.transport.checksums import SumsInPlace
@@ -61,25 +61,25 @@ def view_of(base, cut):
 
 def run(kernel, pairs):
     """The copies by the kernel; what it summed up."""
-    copies = [(i, str(i), one_pass.parts_of(dst, src)) for i, (dst, src) in enumerate(pairs)]
+    copies = [(i, str(i), kernel_tables.parts_of(dst, src)) for i, (dst, src) in enumerate(pairs)]
     assert all(parts is not None for *_, parts in copies)
     sums = torch.zeros(len(pairs), dtype=torch.int64)
-    one_pass.Sheet(copies, {str(i): src for i, (_, src) in enumerate(pairs)}, CPU).run(kernel.launch, sums)
+    kernel_tables.CopyTable(copies, {str(i): src for i, (_, src) in enumerate(pairs)}, CPU).run(kernel.launch, sums)
     return sums.tolist()
 
 
 def test_it_passes_the_test_that_it_must_pass_on_a_gpu(kernel):
-    one_pass.try_out(kernel.launch, CPU)
+    kernels.verify(kernel.launch, CPU)
 
 
 @pytest.mark.parametrize("spoiled, words_of_error", [
     (lambda launch, *what, copies=True: what[2].add_(1), r"failed its test \(0\)"),
     (lambda launch, *what, copies=True: None, r"failed its test \(0\)"),
-    (lambda launch, *what, copies=True: launch(*what) if copies else None, r"failed its test \(sums\)"),
+    (lambda launch, *what, copies=True: launch(*what) if copies else None, r"failed its test \(checksums\)"),
 ])  # fmt: skip
 def test_a_kernel_that_does_something_else_does_not_pass(kernel, spoiled, words_of_error):
     with pytest.raises(RuntimeError, match=words_of_error):
-        one_pass.try_out(functools.partial(spoiled, kernel.launch), CPU)
+        kernels.verify(functools.partial(spoiled, kernel.launch), CPU)
 
 
 def test_what_is_summed_up_is_what_is_there_and_not_what_was_given(kernel):
@@ -90,16 +90,16 @@ def test_what_is_summed_up_is_what_is_there_and_not_what_was_given(kernel):
 
 
 def test_a_sum_of_what_was_given_instead_of_what_arrived_does_not_pass(kernel):
-    def believing(pieces, tiles, sums, block):
+    def trusting(parts, tiles, sums, block):
         before = sums.clone()
-        kernel.launch(pieces, tiles, sums, block)
+        kernel.launch(parts, tiles, sums, block)
         if before[-1] != sums[-1]:  # as if both rows had arrived
-            first, second = pieces[-1, 0], pieces[-1, 4]
+            first, second = parts[-1, 0], parts[-1, 4]
             rows = [(ctypes.c_int64 * 64).from_address(int(first + 8 * second * row)) for row in (0, 1)]
             sums[-1] = before[-1] + torch.tensor(rows, dtype=torch.int64).sum()
 
     with pytest.raises(RuntimeError, match=r"failed its test \(5\)"):
-        one_pass.try_out(believing, CPU)
+        kernels.verify(trusting, CPU)
 
 
 @given(
@@ -141,9 +141,9 @@ def test_what_is_only_summed_up_is_written_nowhere(kernel):
     sources = [words((3, 8192), 1), words((70, 306), 2)[:, 2:302], words((2,), 3), words((3, 6, 20), 4)[:, 1:5, 2:10]]
     before = [source.clone() for source in sources]
     elsewhere = [torch.zeros(source.shape, dtype=torch.int64) for source in sources]
-    parts = [(number + 1, one_pass.parts_of(*pair)) for number, pair in enumerate(zip(elsewhere, sources))]
+    parts = [(number + 1, kernel_tables.parts_of(*pair)) for number, pair in enumerate(zip(elsewhere, sources))]
     sums = torch.zeros(len(sources) + 2, dtype=torch.int64)
-    one_pass.Readings(parts, CPU).run(kernel.launch, sums)
+    kernel_tables.ChecksumTable(parts, CPU).run(kernel.launch, sums)
     assert sums.tolist() == [0, *(int(source.sum()) for source in sources), 0]
     assert all(map(torch.equal, sources, before)) and not any(target.any() for target in elsewhere)
 
@@ -162,30 +162,30 @@ ODD = [
 
 @pytest.mark.parametrize("make", [make for _, make in ODD], ids=[name for name, _ in ODD])
 def test_what_the_kernel_cannot_copy_is_left_to_torch(make):
-    assert one_pass.parts_of(*make()) is None
+    assert kernel_tables.parts_of(*make()) is None
 
 
-def test_a_sheet_reads_regions_that_were_mapped_anew_and_refuses_others(kernel):
+def test_a_table_reads_regions_that_were_mapped_again_and_refuses_others(kernel):
     first, second = words((64,), 1), words((64,), 2)
     targets = [torch.zeros(4, 4, dtype=torch.int64), torch.zeros(6, dtype=torch.int64)]
 
     def views(region):
         return region[2:34].view(4, 8)[:, 2:6], region[40:46]
 
-    sheet = one_pass.Sheet(
-        [(i, "r", one_pass.parts_of(dst, src)) for i, (dst, src) in enumerate(zip(targets, views(first)))],
+    table = kernel_tables.CopyTable(
+        [(i, "r", kernel_tables.parts_of(dst, src)) for i, (dst, src) in enumerate(zip(targets, views(first)))],
         {"r": first},
         CPU,
     )
     for region in (first, second, first):
         sums = torch.zeros(2, dtype=torch.int64)
-        assert sheet.place({"r": region})
-        sheet.run(kernel.launch, sums)
+        assert table.rebase({"r": region})
+        table.run(kernel.launch, sums)
         assert all(map(torch.equal, targets, views(region)))
         assert sums.tolist() == [int(view.sum()) for view in views(region)]
-    assert not sheet.place({"r": words((62,))}), "shorter: it would be read beyond its end"
-    assert not sheet.place({"r": words((65,))[1:]}), "between two pairs of words"
-    sheet.run(kernel.launch, torch.zeros(2, dtype=torch.int64))
+    assert not table.rebase({"r": words((62,))}), "shorter: it would be read beyond its end"
+    assert not table.rebase({"r": words((65,))[1:]}), "between two pairs of words"
+    table.run(kernel.launch, torch.zeros(2, dtype=torch.int64))
     assert all(map(torch.equal, targets, views(first))), "still the last that it could"
 
 
@@ -197,12 +197,12 @@ def made(kernel, monkeypatch):
     """A function that lets the kernel be there, or not yet."""
 
     def there(is_there):
-        monkeypatch.setattr(one_pass, "_ready", {CPU: kernel.launch} if is_there else {})
+        monkeypatch.setattr(kernels, "_launchers", {CPU: kernel.launch} if is_there else {})
 
     return there
 
 
-PIECES = [
+SLICES = [
     ["a", 0, [0, 0], [2, 16], "left", 64, "float32", [64, 1]],
     ["a", 0, [2, 0], [2, 16], "right", 0, "float32", [16, 1]],
     ["b", 0, None, None, "right", 128, "float32", [1]],  # three elements: torch's
@@ -211,9 +211,9 @@ PIECES = [
 
 def program_and_regions():
     model = model_of(plain, {"a": (4, 16), "b": (3,)})
-    applied(model, sent({"a": (4, 16), "b": (3,)}, 1))
+    update(model, sent({"a": (4, 16), "b": (3,)}, 1))
     regions = {"left": torch.zeros(2 * 64 * 4, dtype=torch.uint8), "right": torch.zeros(140, dtype=torch.uint8)}
-    return model, CopyProgram(PIECES, model.plans), regions
+    return model, CopyProgram(SLICES, model.plan), regions
 
 
 def filled(regions, seed):
@@ -230,7 +230,7 @@ def test_a_program_does_the_same_with_and_without_the_kernel(made, order, keep):
     for seed, is_there in enumerate(sorted(order), 2):  # it comes, and stays
         made(is_there)
         new = filled(regions, seed)
-        found, seconds = program.run(model.plans, regions, keep=keep)
+        found, seconds = program.run(model.plan, regions, keep_views=keep)
         assert torch.equal(model.a, new["a"]) and torch.equal(model.b, new["b"])
         assert found == [int(word_sum(part)) for part in (new["a"][:2], new["a"][2:], new["b"])]
         assert list(seconds) == ["copy"], "one of them is torch's"
@@ -242,36 +242,36 @@ def test_a_program_reads_new_memory_after_its_regions_were_let_go(made):
     for seed in (2, 3):
         regions = {name: torch.zeros_like(region) for name, region in regions.items()}
         new = filled(regions, seed)
-        program.run(model.plans, regions, keep=True)
+        program.run(model.plan, regions, keep_views=True)
         assert torch.equal(model.a, new["a"]) and torch.equal(model.b, new["b"])
-        program.forget()
+        program.forget_views()
 
 
-def test_which_copies_are_whose_is_decided_once(made, monkeypatch):
+def test_which_copies_are_whose_is_divided_once(made, monkeypatch):
     made(False)
     model, program, regions = program_and_regions()
-    decided, forgotten, placed = [], [], []
-    parts_of, forget, place = one_pass.parts_of, program._replay.forget, one_pass.Sheet.place
-    monkeypatch.setattr(one_pass, "parts_of", lambda *views: decided.append(1) or parts_of(*views))
+    divided, forgotten, rebased = [], [], []
+    parts_of, forget, rebase = kernel_tables.parts_of, program._replay.forget, kernel_tables.CopyTable.rebase
+    monkeypatch.setattr(copy_program, "parts_of", lambda *views: divided.append(1) or parts_of(*views))
     monkeypatch.setattr(program._replay, "forget", lambda: forgotten.append(1) or forget())
-    monkeypatch.setattr(one_pass.Sheet, "place", lambda *args: placed.append(1) or place(*args))
+    monkeypatch.setattr(kernel_tables.CopyTable, "rebase", lambda *args: rebased.append(1) or rebase(*args))
     for _ in range(2):
-        program.run(model.plans, regions, keep=True)
-    assert not decided
+        program.run(model.plan, regions, keep_views=True)
+    assert not divided
     made(True)
     for _ in range(3):
-        program.run(model.plans, regions, keep=True)
-    assert len(placed) == 1
-    assert len(decided) == len(PIECES) and len(forgotten) == 1, "what was queued for all of them is queued no more"
+        program.run(model.plan, regions, keep_views=True)
+    assert len(rebased) == 1
+    assert len(divided) == len(SLICES) and len(forgotten) == 1, "what was queued for all of them is queued no more"
 
 
 def test_what_the_kernel_does_all_of_is_called_so(made):
     made(True)
     model = model_of(plain, {"a": (4, 16)})
     new = sent({"a": (4, 16)}, 1)
-    applied(model, new)
-    program = CopyProgram([["a", 0, None, None, "r", 0, "float32", [16, 1]]], model.plans)
-    found, seconds = program.run(model.plans, {"r": new["a"].view(-1).view(torch.uint8)}, keep=True)
+    update(model, new)
+    program = CopyProgram([["a", 0, None, None, "r", 0, "float32", [16, 1]]], model.plan)
+    found, seconds = program.run(model.plan, {"r": new["a"].view(-1).view(torch.uint8)}, keep_views=True)
     assert list(seconds) == ["one_pass"] and found == [int(word_sum(new["a"]))]
 
 
@@ -283,16 +283,16 @@ def test_the_trainers_sums_are_the_same_with_and_without_the_kernel(made, left):
     }
     views["odd"] = views["odd"][0, :3]
     tensors = {name: LocalShard(tuple(one.shape), one, (whole(tuple(one.shape)),)) for name, one in views.items()}
-    pieces = [
+    slices = [
         TensorSlice(name, Read(0, one.slab, tuple(range(len(one.shape))), torch.float64 if name == "cast" else torch.float32), one.slab, 0)
         for name, one in tensors.items()
     ]  # fmt: skip
-    sums = SumsInPlace(pieces, tensors, CPU)
+    sums = SumsInPlace(slices, tensors, CPU)
     for is_there in (False, True, True):
         made(is_there)
         for one in base.values():
             one.mul_(1.5)  # in place
-        expected = [int(word_sum(views[piece.name].to(piece.read.dtype))) for piece in pieces]
+        expected = [int(word_sum(views[one.name].to(one.read.dtype))) for one in slices]
         assert sums.begin(tensors).tolist() == expected
         assert sums.is_one_piece == (is_there and not left)
 
@@ -301,30 +301,30 @@ def test_the_trainers_sums_are_the_same_with_and_without_the_kernel(made, left):
 def test_where_triton_cannot_be_had_it_is_said_and_copies_are_torchs(monkeypatch, caplog, missing):
     monkeypatch.delitem(sys.modules, KERNEL, raising=False)
     monkeypatch.setitem(sys.modules, missing, None)
-    monkeypatch.setattr(one_pass, "_ready", {})
-    one_pass._make(CPU)
-    assert one_pass.ready(CPU) is None and "copied and summed up tensor by tensor" in caplog.text
+    monkeypatch.setattr(kernels, "_launchers", {})
+    kernels._compile(CPU)
+    assert kernels.ready(CPU) is None and "copied and summed up tensor by tensor" in caplog.text
     model, program, regions = program_and_regions()
     new = filled(regions, 3)
-    program.run(model.plans, regions, keep=True)
+    program.run(model.plan, regions, keep_views=True)
     assert torch.equal(model.a, new["a"]) and torch.equal(model.b, new["b"])
 
 
 def test_a_cpu_has_no_kernel_made():
-    one_pass.prepare(CPU)
-    assert one_pass.ready(CPU) is None and CPU not in one_pass._begun
-    one_pass.settle(CPU, timeout_s=10)
+    kernels.prepare(CPU)
+    assert kernels.ready(CPU) is None and CPU not in kernels._threads
+    kernels.wait_until_prepared(CPU, timeout_s=10)
 
 
 def test_the_kernel_is_made_once_and_waited_for_as_long_as_was_said(monkeypatch):
     device, made, release = torch.device("cuda", 7), [], threading.Event()
-    monkeypatch.setattr(one_pass, "_begun", {})
-    monkeypatch.setattr(one_pass, "_make", lambda device: (made.append(device), release.wait(30)))
+    monkeypatch.setattr(kernels, "_threads", {})
+    monkeypatch.setattr(kernels, "_compile", lambda device: (made.append(device), release.wait(30)))
     for _ in range(2):
-        one_pass.prepare(device)
+        kernels.prepare(device)
     started = time.monotonic()
-    one_pass.settle(device, timeout_s=0.1)
-    assert 0.1 <= time.monotonic() - started < 10 and one_pass._begun[device].is_alive()
+    kernels.wait_until_prepared(device, timeout_s=0.1)
+    assert 0.1 <= time.monotonic() - started < 10 and kernels._threads[device].is_alive()
     release.set()
-    one_pass.settle(device, timeout_s=30)
-    assert not one_pass._begun[device].is_alive() and made == [device]
+    kernels.wait_until_prepared(device, timeout_s=30)
+    assert not kernels._threads[device].is_alive() and made == [device]
