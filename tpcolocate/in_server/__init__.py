@@ -1,1 +1,1 @@
-"""What runs inside SGLang's TP workers; its folder goes on the server's PYTHONPATH, and it imports nothing of ours."""
+"""What runs inside SGLang's TP workers: this folder goes on the server's PYTHONPATH, so it imports nothing of tpcolocate."""

@@ -1,8 +1,8 @@
-"""One weight sync's connection to the TP workers: one request of SGLang's, and a local socket beside it.
+"""One weight sync's connection to the TP workers: a request of SGLang's, and a local socket beside it.
 
-SGLang's ``/update_weights_from_tensor`` reaches all TP workers at once and costs several milliseconds; a sync makes it
+SGLang's ``/update_weights_from_tensor`` reaches all TP workers at once and costs several milliseconds, so a sync makes it
 once.  Inside it the receiver in every worker connects to a socket in a folder that only this user can enter, and takes
-commands in JSON until it is told to leave.  The request is answered when all of them have left.
+commands until it is told to leave; see `tpcolocate_receiver.protocol`.  SGLang answers the request when all have left.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ _UNANSWERED = -1
 
 
 class Channel:
-    """Commands to the TP workers of one server, for the length of one sync.
+    """The commands and replies of one sync.
 
     Args:
-        path: Where the socket is to be, from now on; its folder is private to this user.
+        path: Of the socket, which exists from now on; its folder is private to this user.
         tp_size: Number of workers.
     """
 
@@ -47,7 +47,7 @@ class Channel:
         self._path = path
         self._tp_size = tp_size
         self._due: dict[int, set[int]] = {}
-        self._early: dict[tuple[int | None, int], Reply] = {}
+        self._received: dict[tuple[int | None, int], Reply] = {}
         self._request: Future[None] | None = None
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
@@ -63,22 +63,22 @@ class Channel:
 
     @property
     def endpoint(self) -> str:
-        """Where the workers are to connect to."""
+        """Return the address that the workers connect to."""
         return f"ipc://{self._path}"
 
     def call(self, request: Callable[[], None]) -> None:
-        """Have SGLang call the workers here.
+        """Start the request that makes the workers connect.
 
         Args:
-            request: Makes SGLang's request and returns when that was answered; runs in a thread of its own, from now on.
+            request: Returns when SGLang has answered; runs in a thread of its own.
         """
         self._request = in_background(request, name="tpcolocate sync")
 
     def greet(self, *, timeout_s: float) -> dict[int, Reply]:
-        """Wait until all workers have connected; their greetings, by TP rank.
+        """Wait until all workers have connected, and return their greetings by TP rank.
 
         Raises:
-            EngineError: The request failed, so nobody will connect.
+            EngineError: The request failed before that.
             DeadlineError: Not all workers connected in time.
         """
         deadline = time.monotonic() + timeout_s
@@ -89,7 +89,7 @@ class Channel:
 
     @property
     def _is_asking(self) -> bool:
-        """Whether SGLang has the request and has not answered it."""
+        """Return whether SGLang has not answered the request yet."""
         return self._request is not None and not self._request.done()
 
     @property
@@ -97,7 +97,7 @@ class Channel:
         return None if self._request is None or self._is_asking else self._request.exception()
 
     def post(self, commands: Mapping[int, Addressed], number: int) -> None:
-        """Send a command to each TP rank; `collect` has the replies.
+        """Send a command to each TP rank; `collect` returns the replies.
 
         Args:
             commands: TP rank -> command.  After a `RunProgram` that is the last, the workers leave by themselves.
@@ -115,7 +115,7 @@ class Channel:
         self._socket.send_multipart([str(tp_rank).encode(), encode_command(command, number)], zmq.NOBLOCK)
 
     def collect(self, number: int, *, timeout_s: float) -> dict[int, Reply]:
-        """Wait for the replies to a `post`, by TP rank.
+        """Wait for the replies to a `post`, and return them by TP rank.
 
         Raises:
             EngineError: The request has failed or ended before all answers came.
@@ -124,10 +124,10 @@ class Channel:
         deadline = time.monotonic() + timeout_s
         found: dict[int, Reply] = {}
         for tp_rank in sorted(self._due.pop(number)):
-            while (number, tp_rank) not in self._early:
+            while (number, tp_rank) not in self._received:
                 came, reply = self._receive(deadline, f"answer command {number}")
-                self._early[reply.number, came] = reply
-            found[tp_rank] = self._early.pop((number, tp_rank))
+                self._received[reply.number, came] = reply
+            found[tp_rank] = self._received.pop((number, tp_rank))
         return found
 
     def _receive(self, deadline: float, what: str) -> tuple[int, Reply]:
@@ -135,10 +135,10 @@ class Channel:
             if not self._is_asking:
                 if self._failure is not None:
                     raise self._failure
-                if not self._socket.poll(0):  # what came before the end still counts
+                if not self._socket.poll(0):  # what was sent before the end still counts
                     raise EngineError(
                         "the engine ended the weight sync by itself",
-                        hint="the server's log says why",
+                        hint="see the server's log",
                     )
             elif time.monotonic() >= deadline:
                 raise DeadlineError(f"the TP workers did not {what} in time", hint="see the server's log")
@@ -146,7 +146,7 @@ class Channel:
         return int(name), decode_reply(content)
 
     def dismiss(self) -> None:
-        """Tell the workers that this was all, unless they know."""
+        """Tell the workers to leave, unless they do so by themselves."""
         if self._is_dismissed or not self._is_asking:
             return
         self._is_dismissed = True
@@ -157,7 +157,7 @@ class Channel:
                 pass  # it has left
 
     def close(self) -> None:
-        """`dismiss`, and wait, for a bounded time, until SGLang has answered."""
+        """Dismiss the workers, and wait for a bounded time until SGLang has answered."""
         if self._socket.closed:
             return
         try:
@@ -170,7 +170,7 @@ class Channel:
             self._path.unlink(missing_ok=True)
 
     def finish(self) -> None:
-        """`close`, and raise what SGLang's request raised.
+        """Close the channel, and raise what SGLang's request raised.
 
         Raises:
             EngineError: The request failed, or was not answered.
@@ -180,7 +180,7 @@ class Channel:
             raise self._failure
         if self._is_asking:
             raise DeadlineError(
-                f"the engine did not answer within {_LEAVE_S:g} s after the weight sync was over",
+                f"the engine did not answer within {_LEAVE_S:g} s after the end of the weight sync",
                 hint="see the server's log",
             )
 

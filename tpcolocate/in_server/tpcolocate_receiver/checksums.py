@@ -1,4 +1,4 @@
-"""Sums over memory, computed alike by the trainer and the worker, on CPU and GPU (integers wrap)."""
+"""Checksums of memory, computed alike by the trainer and the worker, on CPU and GPU (integers wrap)."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ _ROW_WORDS = 1024
 
 
 def checksum(data: torch.Tensor) -> tuple[int, int]:
-    """Two 64-bit sums of a flat uint8 tensor, weighted by position along rows and along columns.
+    """Return two 64-bit sums of a flat uint8 tensor, weighted by position along rows and along columns.
 
-    Any flipped bit changes both.  Moved words, rows and blocks change at least one, but for words that differ in
-    nothing except their highest bits (the weights of a sum that no flipped bit escapes differ by even numbers).  Two
-    passes over the data and no copy of it.  Computed alike on CPU and GPU (integers wrap).
+    Any flipped bit changes both.  Moved words, rows and blocks change at least one, unless the words differ in their
+    highest bits alone (all weights are odd, so that they differ by even numbers).  Takes two passes over the data and
+    no copy of it.
 
     Args:
         data: One-dimensional, contiguous, starting at a multiple of 8 bytes.
     """
     num_rows = data.numel() // (8 * _ROW_WORDS)
     end = num_rows * 8 * _ROW_WORDS
-    # What fills no row is summed up on the host: for so little, a GPU's time goes into starting kernels.
+    # The rest, less than a row, is summed up on the host: for so little, a GPU would spend its time starting kernels.
     extra = _sum_of_rest(data[end:].cpu())
     if num_rows == 0:
         return _wrapped(extra), _wrapped(-extra)
@@ -31,7 +31,7 @@ def checksum(data: torch.Tensor) -> tuple[int, int]:
 
 
 def load_kernels(device: torch.device) -> None:
-    """Have a GPU load what sums and comparisons need, which it otherwise does at first use."""
+    """Load the GPU kernels of checksums and comparisons, which would otherwise happen at their first use."""
     if device.type != "cuda":
         return
     data = torch.zeros(16 * 8 * _ROW_WORDS, dtype=torch.uint8, device=device)
@@ -63,10 +63,10 @@ def _wrapped(number: int) -> int:
 
 
 def word_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum of the 64-bit words of a tensor's elements in order: one pass, no copy where rows are whole words.
+    """Return the sum of the 64-bit words of a tensor's elements: one pass, no copy where rows are whole words.
 
     The same for two tensors of equal shape, dtype and contents, however each lies in memory.  Any flipped bit changes
-    it.  Not sensitive to words that trade places: it compares two ends of a copy whose course is known.
+    it, swapped words do not: it compares both ends of a copy.
 
     Args:
         tensor: Any shape and dtype, on any device.
@@ -78,10 +78,10 @@ def word_sum(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def words(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor's memory as int64, in its order; a view where that is possible.  The last word is filled with zeros."""
-    seen = word_view(tensor)
-    if seen is not None:
-        return seen
+    """Return a tensor's elements as int64, a view where possible; the last word is filled up with zeros."""
+    view = word_view(tensor)
+    if view is not None:
+        return view
     flat = tensor.contiguous().view(-1).view(torch.uint8)
     filled = torch.zeros(-(-flat.numel() // 8) * 8, dtype=torch.uint8, device=tensor.device)
     filled[: flat.numel()] = flat
@@ -89,7 +89,7 @@ def words(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def word_view(tensor: torch.Tensor) -> torch.Tensor | None:
-    """A tensor's memory as int64, in its order; None unless its rows are whole words, each where one can start."""
+    """Return a view of a tensor as int64; None unless its rows are whole, aligned words."""
     if tensor.dim() == 0:
         tensor = tensor.reshape(1)
     size, strides = tensor.element_size(), tensor.stride()

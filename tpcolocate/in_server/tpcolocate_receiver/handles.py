@@ -1,4 +1,4 @@
-"""Mapping what the trainer exported."""
+"""Opening memory that the trainer exported."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from torch.multiprocessing import reductions
 
 
 def device_uuid() -> str | None:
-    """UUID of this worker's GPU, None on a CPU."""
+    """Return the UUID of this worker's GPU; None on a CPU."""
     if not torch.cuda.is_available():
         return None
     return str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
 
 
 def open_handle(handle: Mapping[str, Any], device: torch.device) -> torch.Tensor:
-    """Map what the trainer exported: a flat uint8 tensor.
+    """Map exported memory, as a flat uint8 tensor.
 
     Args:
-        handle: As `tpcolocate.ipc_payload.Handle.describe` makes it.
-        device: Where file contents are to go.
+        handle: See `protocol.Handle`.
+        device: Where the contents of a file are loaded to.
     """
     kind = handle["kind"]
     if kind == "file":
@@ -44,7 +44,7 @@ def open_handle(handle: Mapping[str, Any], device: torch.device) -> torch.Tensor
     )
     if index is None:
         raise RuntimeError(f"GPU {handle['uuid']} is not visible to this TP worker (it runs on {device_uuid()})")
-    # SGLang replaces this function by one that also takes UUIDs; the index is right for both.
+    # SGLang replaces this function by one that also takes UUIDs; an index works with both.
     rebuild = getattr(reductions, "_rebuild_cuda_tensor_original", reductions.rebuild_cuda_tensor)
     return rebuild(
         tensor_cls=torch.Tensor,

@@ -1,4 +1,4 @@
-"""Walking a model's modules."""
+"""A fast walk through a model's modules."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import torch
 
 
 def modules_of(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """Every module once, a module before those in it; these are looked up after it was given.
+    """Yield every module once, before its children, which are looked up afterwards.
 
-    By hand, because `Module.modules`, which makes names, takes several times as long: there is a walk at every sync.
+    `Module.modules` also makes names and takes several times as long, and there is a walk at every sync.
     """
     modules, seen = [model], {model}
     for module in modules:  # which grows

@@ -19,7 +19,7 @@ TracedCopies = Mapping[str, Sequence[Any]]
 
 
 class ProtocolError(ValueError):
-    """A message that the other end cannot have meant."""
+    """A message that is not understood."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Rectangular parts of tensors, as plain numbers.  Pure; the trainer imports it too."""
+"""Rectangular parts of tensors, as plain numbers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Region:
         return volume
 
     def meet(self, other: Region) -> Region | None:
-        """The part that both have, None if there is none."""
+        """Return the intersection; None if it is empty."""
         starts = tuple(max(a, b) for a, b in zip(self.starts, other.starts))
         ends = (
             min(a + n, b + m) for a, n, b, m in zip(self.starts, self.lengths, other.starts, other.lengths, strict=True)
@@ -36,12 +36,12 @@ class Region:
 
 
 def whole(shape: Sequence[int]) -> Region:
-    """All of a tensor."""
+    """Return the region that is all of a tensor."""
     return Region((0,) * len(shape), tuple(shape))
 
 
 def strides_of(shape: Sequence[int]) -> tuple[int, ...]:
-    """Strides of a contiguous tensor, in elements."""
+    """Return the strides of a contiguous tensor, in elements."""
     strides, step = [], 1
     for length in reversed(shape):
         strides.append(step)
@@ -52,7 +52,7 @@ def strides_of(shape: Sequence[int]) -> tuple[int, ...]:
 def region_of(
     offset: int, shape: Sequence[int], strides: Sequence[int], full: Sequence[int]
 ) -> tuple[Region, tuple[int | None, ...]] | None:
-    """The part of a contiguous tensor that a view shows, if the view is rectangular and keeps the dimensions' order.
+    """Return the region of a contiguous tensor that a view shows, if it is one and the order of dimensions is kept.
 
     Args:
         offset: First element of the view, from the tensor's first.
@@ -61,8 +61,8 @@ def region_of(
         full: Shape of the tensor.
 
     Returns:
-        The part, and for each dimension of the view the dimension of the tensor that it runs along (None for those of
-        length 1); None if the view is anything else (flattened, transposed, strided).
+        The region, and for each dimension of the view the dimension of the tensor that it runs along (None for those of
+        length 1); None for other views (flattened, transposed, strided).
     """
     steps = strides_of(full)
     starts, lengths = [], [1] * len(full)
@@ -89,15 +89,15 @@ def region_of(
     return Region(tuple(starts), tuple(lengths)), tuple(along)
 
 
-def is_covered(boxes: Sequence[Region], full: Sequence[int]) -> bool:
-    """Whether the parts together are the whole tensor.
+def is_covered(regions: Sequence[Region], full: Sequence[int]) -> bool:
+    """Return whether regions together cover a tensor.
 
-    Counts cells of the grid that the parts' edges span, so it is exact however they overlap.
+    Counts cells of the grid that their edges span, so the result is exact however they overlap.
     """
     target = whole(full)
     if target.volume == 0:
         return True
-    parts = set(boxes)
+    parts = set(regions)
     if target in parts:
         return True
     edges = [

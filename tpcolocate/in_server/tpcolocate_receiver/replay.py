@@ -1,4 +1,4 @@
-"""The same GPU work again and again, queued as one piece."""
+"""Repeated GPU work, queued as one CUDA graph and on several streams."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ logger = logging.getLogger(__name__)
 
 
 class Replay:
-    """Queues the same kernels at every call: call by call the first time, as a CUDA graph from the second time on.
+    """Queues the same kernels at every call: one by one the first time, as a CUDA graph from the second time on.
 
-    Hundreds of short kernels can take longer to queue from Python than to run.  The graph keeps
-    addresses, not memory: whoever calls makes sure that everything lies where it lay.
+    Hundreds of short kernels can take longer to queue from Python than to run.  The graph keeps addresses, not memory:
+    the caller makes sure that nothing has moved, or calls `forget`.
 
     Args:
-        device: Of the work; on a CPU it is just done.
+        device: Of the work; on a CPU every call does it at once.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -29,14 +29,14 @@ class Replay:
 
     @property
     def is_captured(self) -> bool:
-        """Whether the work is queued as a graph."""
+        """Return whether the work is queued as a graph."""
         return self._graph is not None
 
     def run(self, work: Callable[[], None]) -> None:
         """Queue the work on the current stream.
 
         Args:
-            work: Queues kernels and nothing else: no waiting, no memory but what lasts.
+            work: Queues kernels and nothing else: it neither waits nor uses memory that is freed.
         """
         self._num_calls += 1
         if self._device.type == "cuda" and self._num_calls == 2:
@@ -59,18 +59,18 @@ class Replay:
                 finally:
                     graph.capture_end()
             self._graph = graph
-        except RuntimeError as error:  # slower, and all the same
+        except RuntimeError as error:  # slower, with the same result
             logger.warning("tpcolocate: kernels are queued one by one: %s", error)
         torch.cuda.current_stream(self._device).wait_stream(stream)
 
     def forget(self) -> None:
-        """Something lies elsewhere now."""
+        """Drop the graph, since memory has moved or the work is different."""
         self._graph = None
         self._num_calls = 0
 
 
 class Lanes:
-    """A few streams side by side: each kernel's end leaves room on the GPU that another's start can use.
+    """A few streams side by side: where one kernel ends and leaves a part of the GPU idle, another can start.
 
     Args:
         device: Of the work; on a CPU it is done at once.
@@ -85,13 +85,13 @@ class Lanes:
                 stream.wait_stream(torch.cuda.current_stream(device))
 
     def lane(self, number: int) -> contextlib.AbstractContextManager[Any]:
-        """Work that follows what the current stream held at the start, and its own lane's."""
+        """Return a context for work behind the work of its own lane and what the current stream held at the start."""
         if not self._streams:
             return contextlib.nullcontext()
         return torch.cuda.stream(self._streams[number % _NUM_LANES])
 
     def join(self) -> None:
-        """Have the current stream wait for all lanes."""
+        """Make the current stream wait for all lanes."""
         for stream in self._streams:
             torch.cuda.current_stream(self._device).wait_stream(stream)
 
