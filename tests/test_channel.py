@@ -20,6 +20,7 @@ from tpcolocate.in_server.tpcolocate_receiver.protocol import (
     decode_envelope,
     encode_reply,
 )
+from tpcolocate.server import channel as module
 from tpcolocate.server.channel import Channel
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(60)]
@@ -105,7 +106,7 @@ def test_several_commands_may_be_under_way(opened):
     channel.finish()
 
 
-def test_workers_that_know_the_last_command_are_not_told_to_leave(opened):
+def test_workers_that_got_the_last_command_are_not_sent_another(opened):
     commands = [RunProgram(program="p1"), RunProgram(program="p2", is_last=True)]
     channel, workers = opened(program_of, program_of)
     channel.greet(timeout_s=20)
@@ -120,7 +121,7 @@ def test_workers_that_know_the_last_command_are_not_told_to_leave(opened):
     assert [[command.program for command in worker.seen] for worker in workers] == [["p1", "p2"]] * 2
 
 
-def test_dismissed_workers_are_gone_before_anybody_waits_for_them(opened):
+def test_dismissed_workers_leave_before_they_are_waited_for(opened):
     channel, workers = opened(program_of)
     channel.greet(timeout_s=20)
     channel.dismiss()
@@ -143,7 +144,7 @@ def test_a_request_that_fails_ends_the_waiting_with_its_error(tmp_path):
         channel.finish()
 
 
-def test_a_request_that_ends_without_a_worker_is_told(tmp_path):
+def test_a_request_that_ends_without_a_worker_is_an_error(tmp_path):
     channel = Channel(tmp_path / "s.sock", tp_size=1)
     channel.call(lambda: None)
     with pytest.raises(EngineError, match="ended the weight sync by itself"):
@@ -151,12 +152,51 @@ def test_a_request_that_ends_without_a_worker_is_told(tmp_path):
     channel.finish()
 
 
-def test_a_worker_that_leaves_in_between_is_told(opened):
+def test_a_worker_that_leaves_in_between_is_an_error(opened):
     channel, _ = opened(lambda c: None)
     channel.greet(timeout_s=20)
     channel.post({0: Addressed(0, FindUnwritten())}, 0)
     with pytest.raises(EngineError, match="ended the weight sync by itself"):
         channel.collect(0, timeout_s=20)
+
+
+def test_a_reply_that_comes_after_the_end_of_the_request_counts(tmp_path):
+    """ZeroMQ hands it over in a thread of its own, which on a busy machine may have to wait for its turn."""
+    over = threading.Event()
+    worker = Worker(tmp_path / "s.sock", 0, lambda command: over.set() or time.sleep(0.3) or ["late"])
+    channel = Channel(tmp_path / "s.sock", tp_size=1)
+    channel.call(lambda: worker.start() or over.wait(20))
+    channel.greet(timeout_s=20)
+    channel.post({0: Addressed(0, RunProgram(is_last=True))}, 0)
+    assert channel.collect(0, timeout_s=20)[0].result.names == ["late"]
+    channel.finish()
+    worker.join(20)
+
+
+def test_a_worker_that_has_left_gets_no_more_commands(opened):
+    channel, [worker] = opened(lambda c: None)
+    channel.greet(timeout_s=20)
+    channel.post({0: Addressed(0, FindUnwritten())}, 0)
+    worker.join(20)
+    with pytest.raises(EngineDeadError, match="TP rank 0 has left the weight sync"):
+        for number in range(1, 1000):  # until ZeroMQ has noticed
+            channel.post({0: Addressed(0, FindUnwritten())}, number)
+            time.sleep(0.01)
+
+
+def test_a_request_that_does_not_end_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_LEAVE_S", 0.1)
+    over = threading.Event()
+    channel = Channel(tmp_path / "s.sock", tp_size=1)
+    channel.call(lambda: over.wait(20))
+    with pytest.raises(DeadlineError, match="did not answer within 0.1 s"):
+        channel.finish()
+    over.set()
+
+
+def test_a_folder_that_is_not_there_leaves_nothing_behind(tmp_path):
+    with pytest.raises(zmq.ZMQError):
+        Channel(tmp_path / "none" / "s.sock", tp_size=1)
 
 
 def test_a_worker_that_takes_too_long_meets_the_deadline(opened):
@@ -169,7 +209,7 @@ def test_a_worker_that_takes_too_long_meets_the_deadline(opened):
     held.set()
 
 
-def test_nobody_comes(tmp_path):
+def test_no_worker_connects(tmp_path):
     over = threading.Event()
     channel = Channel(tmp_path / "s.sock", tp_size=1)
     channel.call(lambda: over.wait(20))
@@ -184,7 +224,7 @@ def test_a_path_that_no_socket_can_have_is_refused(tmp_path):
         Channel(tmp_path / ("x" * 107), tp_size=1)
 
 
-def test_a_socket_that_nobody_was_called_to_goes_without_waiting(tmp_path):
+def test_a_socket_without_a_request_is_closed_without_waiting(tmp_path):
     channel = Channel(tmp_path / "s.sock", tp_size=1)
     assert channel.endpoint == f"ipc://{tmp_path}/s.sock" and (tmp_path / "s.sock").exists()
     begun = time.monotonic()

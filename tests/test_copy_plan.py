@@ -208,6 +208,29 @@ def test_parameters_that_nothing_was_copied_into_are_found():
     assert model.plan.unwritten(model) == ["c", "d"], "half of c, and nothing of d"
 
 
+def test_copies_into_another_shape_are_repeated_and_not_described():
+    model = model_of(lambda model, name, tensor: model.w.data.copy_(tensor), W)
+    update(model, sent({"w": (4,)}, 1))
+    assert model.plan.describe(["w"]) == {}
+    assert update(model, sent({"w": (4,)}, 2))[0] and torch.equal(model.w, sent({"w": (4,)}, 2)["w"].expand(4, 4))
+
+
+@pytest.mark.parametrize("num_rows, unwritten", [(4, []), (3, ["w"])])
+def test_a_parameter_that_is_not_contiguous_is_written_if_enough_was_copied(num_rows, unwritten):
+    model = Model(lambda m, n, t: m.w.data[:num_rows].copy_(t[:num_rows]), w=torch.zeros(4, 4).t())
+    update(model, sent(W))
+    assert model.plan.unwritten(model) == unwritten
+
+
+def test_parts_of_another_parameter_in_the_same_storage_do_not_count():
+    both = torch.zeros(8)
+    model = Model(plain, a=both[:4], b=both[4:])
+    update(model, sent({"a": (4,)}))
+    assert model.plan.unwritten(model) == ["b"]
+    update(model, sent({"b": (4,)}))
+    assert model.plan.unwritten(model) == []
+
+
 # --- programs ----------------------------------------------------------------------------------------------------------
 
 
@@ -242,3 +265,11 @@ def test_a_program_writes_the_loaders_constants_again():
     program = CopyProgram([["w", 0, None, None, "r", 0, "float32", [4, 1]]], model.plan)
     program.run(model.plan, {"r": new.view(-1).view(torch.uint8)}, keep_views=False)
     assert torch.equal(model.w[:4], new) and not model.w[4:].any()
+
+
+def test_a_source_that_its_dtype_cannot_start_at_is_refused():
+    model = model_of(plain, W)
+    update(model, sent(W))
+    program = CopyProgram([["w", 0, None, None, "r", 2, "float32", [4, 1]]], model.plan)
+    with pytest.raises(ValueError, match="torch.float32 cannot start at byte 2 of a region"):
+        program.run(model.plan, {"r": torch.zeros(128, dtype=torch.uint8)}, keep_views=True)

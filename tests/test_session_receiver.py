@@ -207,6 +207,18 @@ def test_a_dry_run_is_reported_and_samples_confirm_it(tmp_path):
         assert rest.replayed and rest.deviating is None
 
 
+def test_programs_of_a_plan_that_a_sample_disproves_are_gone(tmp_path):
+    def load(model, name, tensor):
+        model.w.data.copy_(tensor if tensor.is_meta else tensor * 1)
+
+    with Session(model_of(load, W), tmp_path) as session:
+        session.ask(DryRun([["w", "float32", [4, 4]]]))
+        assert session.ask(RunProgram(define=[["p", []]], program="p")).result.checksums == []
+        sample = session.ask(load_command(tmp_path, sent(W), watch=True)).result
+        assert sample.deviating == sample.unverified == ["w"] and sample.traced == {}
+        assert session.ask(RunProgram(program="p")).error.type == "KeyError"
+
+
 def test_an_engine_that_was_warmed_up_has_its_plan_before_the_trainers_first_sync(tmp_path):
     loads = []
 

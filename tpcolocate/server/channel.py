@@ -26,6 +26,8 @@ from tpcolocate.in_server.tpcolocate_receiver.protocol import (
 from tpcolocate.parallel import in_background
 
 _POLL_MS = 20
+# A reply may still be on its way through ZeroMQ's threads when SGLang's answer, sent after it, is there.
+_LATE_MS = 1000
 _LEAVE_S = 5.0
 # sun_path holds 108 bytes with its end.
 _LONGEST_PATH = 107
@@ -135,7 +137,7 @@ class Channel:
             if not self._is_asking:
                 if self._failure is not None:
                     raise self._failure
-                if not self._socket.poll(0):  # what was sent before the end still counts
+                if not self._socket.poll(_LATE_MS):
                     raise EngineError(
                         "the engine ended the weight sync by itself",
                         hint="see the server's log",
