@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.quick, pytest.mark.timeout(60)]
 
 
 class Worker(threading.Thread):
-    """Answers every command with the names that `answer` makes of it, until it is told to leave or that is None."""
+    """Answers every command with the names that `answer` makes of it, until it gets `Leave` or that is None."""
 
     def __init__(self, path, tp_rank, answer):
         super().__init__(daemon=True)
@@ -129,7 +129,7 @@ def test_dismissed_workers_leave_before_they_are_waited_for(opened):
         worker.join(20)
     channel.dismiss()
     channel.finish()
-    assert [worker.seen for worker in workers] == [[Leave()]], "told once"
+    assert [worker.seen for worker in workers] == [[Leave()]], "sent once"
 
 
 def test_a_request_that_fails_ends_the_waiting_with_its_error(tmp_path):

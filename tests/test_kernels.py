@@ -298,7 +298,7 @@ def test_the_trainers_sums_are_the_same_with_and_without_the_kernel(made, left):
 
 
 @pytest.mark.parametrize("missing", [KERNEL, "triton"])
-def test_where_triton_cannot_be_had_it_is_said_and_copies_are_torchs(monkeypatch, caplog, missing):
+def test_without_triton_there_is_a_warning_and_copies_are_torchs(monkeypatch, caplog, missing):
     monkeypatch.delitem(sys.modules, KERNEL, raising=False)
     monkeypatch.setitem(sys.modules, missing, None)
     monkeypatch.setattr(kernels, "_launchers", {})
@@ -310,13 +310,13 @@ def test_where_triton_cannot_be_had_it_is_said_and_copies_are_torchs(monkeypatch
     assert torch.equal(model.a, new["a"]) and torch.equal(model.b, new["b"])
 
 
-def test_a_cpu_has_no_kernel_made():
+def test_no_kernel_is_compiled_for_a_cpu():
     kernels.prepare(CPU)
     assert kernels.ready(CPU) is None and CPU not in kernels._threads
     kernels.wait_until_prepared(CPU, timeout_s=10)
 
 
-def test_the_kernel_is_made_once_and_waited_for_as_long_as_was_said(monkeypatch):
+def test_the_kernel_is_compiled_once_and_waited_for_until_the_timeout(monkeypatch):
     device, made, release = torch.device("cuda", 7), [], threading.Event()
     monkeypatch.setattr(kernels, "_threads", {})
     monkeypatch.setattr(kernels, "_compile", lambda device: (made.append(device), release.wait(30)))

@@ -122,7 +122,7 @@ def test_after_the_last_command_a_worker_answers_and_leaves(tmp_path, succeeds):
     channel.greet(timeout_s=20)
     channel.post({0: Addressed(0, RunProgram(program=None if succeeds else "none of this name", is_last=True))}, 0)
     worker.join(20)
-    assert not worker.is_alive(), "it was not told to leave"
+    assert not worker.is_alive(), "it leaves without another command"
     assert (channel.collect(0, timeout_s=20)[0].error is None) == succeeds
     channel.finish()
 

@@ -2,7 +2,7 @@
 
 SGLang's ``/update_weights_from_tensor`` reaches all TP workers at once and costs several milliseconds, so a sync makes it
 once.  Inside it the receiver in every worker connects to a socket in a folder that only this user can enter, and takes
-commands until it is told to leave; see `tpcolocate_receiver.protocol`.  SGLang answers the request when all have left.
+commands until it is dismissed; see `tpcolocate_receiver.protocol`.  SGLang answers the request when all have left.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ class Channel:
         return int(name), decode_reply(content)
 
     def dismiss(self) -> None:
-        """Tell the workers to leave, unless they do so by themselves."""
+        """Have the workers leave, unless they do so by themselves."""
         if self._is_dismissed or not self._is_asking:
             return
         self._is_dismissed = True

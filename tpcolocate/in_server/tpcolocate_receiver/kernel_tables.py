@@ -1,4 +1,4 @@
-"""Tables that tell the kernel what to copy and to sum up: rows of parts, and tiles of them for its programs."""
+"""Tables of what the kernel copies and sums up: rows of parts, and tiles of them for its programs."""
 
 from __future__ import annotations
 

@@ -357,8 +357,8 @@ def _decoded(parts: Any, classes: Iterable[type[Any]]) -> Any:
     for cls in classes:
         if kind == cls.__name__:
             return _filled(cls, {name: value for name, value in parts.items() if name != "kind"})
-    known = ", ".join(cls.__name__ for cls in classes)
-    raise ProtocolError(f"kind {kind!r} is none of {known}" if kind is not None else f"{_short(parts)} is no message")
+    kinds = ", ".join(cls.__name__ for cls in classes)
+    raise ProtocolError(f"kind {kind!r} is none of {kinds}" if kind is not None else f"{_short(parts)} is no message")
 
 
 def _filled(cls: type[Any], values: Any) -> Any:

@@ -1,7 +1,7 @@
 """SGLang's custom weight loader hook, and the commands that a weight sync sends to it.
 
-One request of SGLang's carries a whole sync: inside it the worker takes commands over a local socket until it is told
-to leave, its trainer is gone, or the session has timed out.
+One request of SGLang's carries a whole sync: inside it the worker takes commands over a local socket until it
+is dismissed, its trainer is gone, or the session has timed out.
 """
 
 from __future__ import annotations
@@ -89,7 +89,10 @@ class Receiver:
         self._sessions.append(opening.session)
         state = self.states.setdefault(model, WorkerState())
         state.refresh()
-        Session(model, state, opening).run()
+        try:
+            Session(model, state, opening).run()
+        finally:
+            state.release_staging()
 
 
 _RECEIVER = Receiver()
@@ -152,7 +155,6 @@ class Session:
                 if is_last:
                     kernels.prepare(self._device)  # beside what the server does next
                     break
-        self._state.release_staging()
 
     def _is_abandoned(self) -> bool:
         """Return whether the trainer's process has ended, or has removed its socket."""
