@@ -13,7 +13,7 @@ from tpcolocate.errors import ConfigError
 from tpcolocate.weights.sources import checkpoint
 from tpcolocate.weights.sources.checkpoint import Checkpoint, CheckpointWriter, count_shards, save, saved_version
 from tpcolocate.weights.sources.model_spec import read_spec
-from tpcolocate.weights.sources.named_weights import Weights
+from tpcolocate.weights.sources.named_weights import NamedWeights
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -21,7 +21,7 @@ TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.
 
 
 def write(folder, tensors=TENSORS, *, shard_bytes=2**30, like=None, version="7"):
-    weights = Weights(tensors)
+    weights = NamedWeights.of(tensors)
     writer = CheckpointWriter(
         folder, weight_version=version, num_shards=count_shards(weights, shard_bytes=shard_bytes), like=like
     )
@@ -57,7 +57,7 @@ def test_transformers_reads_a_saved_model_and_its_tokenizer(tmp_path, tiny_model
     with torch.no_grad():
         model.model.norm.weight.add_(1)
     expected = read_spec(str(served)).shapes
-    weights = Weights(model, expected=expected)
+    weights = NamedWeights.of(model, expected=expected)
     writer = CheckpointWriter(
         tmp_path / "x", weight_version="7", num_shards=count_shards(weights, shard_bytes=shard_bytes), like=served
     )
@@ -106,7 +106,7 @@ def test_what_cannot_be_written_is_told_after_all_were_read_and_leaves_nothing(t
 
 def test_a_rank_without_a_writer_reads_and_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert save(Weights(TENSORS), None) is None and os.listdir(tmp_path) == []
+    assert save(NamedWeights.of(TENSORS), None) is None and os.listdir(tmp_path) == []
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path):
@@ -168,7 +168,7 @@ def save_sharded(rank, folder):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 5))
     want = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    weights = Weights(fully_shard(model, mesh=init_device_mesh("cpu", (2,))))
+    weights = NamedWeights.of(fully_shard(model, mesh=init_device_mesh("cpu", (2,))))
     writer = None
     if rank == 0:
         writer = CheckpointWriter(

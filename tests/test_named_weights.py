@@ -7,7 +7,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from tpcolocate.errors import ConfigError
-from tpcolocate.weights.sources.named_weights import Weights, full_tensor
+from tpcolocate.weights.sources.named_weights import NamedWeights, full_tensor
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(120)]
 
@@ -26,7 +26,7 @@ class Model(nn.Module):
 
 
 def names(source):
-    return sorted(name for name, _ in Weights(source))
+    return sorted(name for name, _ in NamedWeights.of(source))
 
 
 def wrapped_inside(model):
@@ -45,7 +45,7 @@ def wrapped_inside(model):
 ], ids=["plain", "compiled", "wrapped inside", "both", "state dict", "list", "iterator"])  # fmt: skip
 def test_names_are_those_of_the_plain_model(wrap):
     model = Model()
-    weights = dict(Weights(wrap(model)))
+    weights = dict(NamedWeights.of(wrap(model)))
     assert sorted(weights) == NAMES, "persistent buffers are part of a checkpoint, others are not"
     assert all(
         weights[name].data_ptr() == tensor.data_ptr()
@@ -85,7 +85,7 @@ REST = ["layer.bias", "scale"]
     ([], ["embed.weight"], {"layer.weight": "embed.weight"}),  # wrong, and found to be so by the spec
 ])  # fmt: skip
 def test_tied_weights_are_sent_under_the_names_that_are_served(give, served, sent, aliases):
-    weights = Weights(give(Model(tie=True)), expected={*served, *REST})
+    weights = NamedWeights.of(give(Model(tie=True)), expected={*served, *REST})
     assert sorted(name for name, _ in weights) == sorted(sent + REST)
     assert weights.aliases == aliases
 
@@ -98,7 +98,7 @@ def test_not_knowing_what_is_served_a_module_sends_tied_weights_once_and_a_dict_
 def test_other_views_of_one_memory_are_not_tied():
     block = torch.randn(4, 4)
     parts = {"q": block[:2], "k": block[2:], "all": block, "t": block.t(), "e": torch.empty(0), "f": torch.empty(0)}
-    weights = Weights(parts, expected=())
+    weights = NamedWeights.of(parts, expected=())
     assert [name for name, _ in weights] == list(parts) and weights.aliases == {}
 
 
@@ -110,8 +110,8 @@ def test_a_generator_is_taken_as_it_comes():
             taken.append(i)
             yield str(i), torch.zeros(1)
 
-    weights = Weights(pairs())
-    assert weights.known is None and taken == [] and not weights.is_sharded
+    weights = NamedWeights.of(pairs())
+    assert weights.items is None and taken == [] and not weights.is_sharded
     stream = iter(weights)
     assert next(stream)[0] == "0" and taken == [0]
     assert [name for name, _ in stream] == ["1", "2"]
@@ -130,11 +130,11 @@ def test_a_generator_is_taken_as_it_comes():
 ])  # fmt: skip
 def test_what_holds_no_dense_named_data_is_refused(source, words):
     with pytest.raises(ConfigError, match=words):
-        Weights(source)
+        NamedWeights.of(source)
 
 
 def test_a_generator_is_checked_as_it_comes():
-    stream = iter(Weights(item for item in [("a", torch.zeros(1)), ("b", torch.empty(1, device="meta"))]))
+    stream = iter(NamedWeights.of(item for item in [("a", torch.zeros(1)), ("b", torch.empty(1, device="meta"))]))
     assert next(stream)[0] == "a"
     with pytest.raises(ConfigError, match="b is on the meta device"):
         next(stream)
@@ -149,11 +149,11 @@ def fsdp(rank):
     model = Model(tie=True)
     expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     sharded = fully_shard(model, mesh=mesh)
-    weights = Weights(sharded)
+    weights = NamedWeights.of(sharded)
     full = {name: full_tensor(tensor) for name, tensor in weights}
-    from_dict = {name: full_tensor(tensor) for name, tensor in Weights(sharded.state_dict(), expected=[*full])}
+    from_dict = {name: full_tensor(tensor) for name, tensor in NamedWeights.of(sharded.state_dict(), expected=[*full])}
     try:
-        Weights(FullyShardedDataParallel(nn.Linear(2, 2), device_id=torch.device("cpu")))
+        NamedWeights.of(FullyShardedDataParallel(nn.Linear(2, 2), device_id=torch.device("cpu")))
         refusal = None
     except ConfigError as error:
         refusal = error.message
@@ -195,9 +195,9 @@ class Actor(nn.Module):
 ], ids=["module", "dict", "list", "iterator"])  # fmt: skip
 def test_names_are_mapped_before_ties_are_looked_at_and_none_leaves_a_weight_out(give, rename):
     model = Actor()
-    weights = Weights(give(model), expected=["embed.weight", *REST], rename=rename)
+    weights = NamedWeights.of(give(model), expected=["embed.weight", *REST], rename=rename)
     given = dict(weights)
-    if weights.known is None:
+    if weights.items is None:
         assert sorted(given) == NAMES  # as it comes
     else:
         assert sorted(given) == ["embed.weight", *REST] and weights.aliases == {"layer.weight": "embed.weight"}
@@ -209,7 +209,7 @@ def test_a_mapping_leaves_alone_what_it_lacks():
 
 
 def names_renamed(rename):
-    return sorted(name for name, _ in Weights(Model(), rename=rename))
+    return sorted(name for name, _ in NamedWeights.of(Model(), rename=rename))
 
 
 def test_a_name_is_a_string_or_none():

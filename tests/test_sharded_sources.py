@@ -5,14 +5,14 @@ import copy
 import pytest
 import torch
 from harness import run_ranks
-from test_conversion import checkpoint, load
-from test_merging import adapted, lora, same
+from test_hf_names import checkpoint, load
+from test_peft_merge import adapted, lora, same
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from tpcolocate.weights.sources.lazy_tensor import LazyTensor, full_bytes, full_tensor
-from tpcolocate.weights.sources.named_weights import Weights
+from tpcolocate.weights.sources.named_weights import NamedWeights
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -22,7 +22,7 @@ def experts(folder):
     for layer in model.model.layers:
         fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))
     fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
-    weights = Weights(model, expected=checkpoint(folder))
+    weights = NamedWeights.of(model, expected=checkpoint(folder))
     gathers, full = 0, DTensor.full_tensor
 
     def counted(self):
@@ -55,7 +55,7 @@ def adapters():
     for layer in (model.base_model.model.inner["q"].lora_A["default"], model.base_model.model.inner["q"]):
         fully_shard(layer, mesh=mesh)  # layers of their own, as auto-wrapping makes them
     fully_shard(model, mesh=mesh)
-    weights = Weights(model)
+    weights = NamedWeights.of(model)
     collective = sorted(name for name, item in weights if isinstance(item, LazyTensor) and item.is_collective)
     same({name: full_tensor(item) for name, item in weights}, expected)
     return collective, weights.reading_bytes > 3 * 4 * 5 * 4
