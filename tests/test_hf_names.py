@@ -111,7 +111,9 @@ def test_a_conversion_that_computes_new_tensors_is_refused(tiny_model_dir):
 
     model = load(tiny_model_dir(family="qwen3"))
     model._weight_conversions = [WeightConverter("q_proj.weight", "q_proj.weight", operations=[Transpose(0, 1)])]
-    with pytest.raises(ConfigError, match="q_proj.weight of a Qwen3ForCausalLM is not part of a trainer's tensor") as caught:
+    with pytest.raises(
+        ConfigError, match="q_proj.weight of a Qwen3ForCausalLM is not part of a trainer's tensor"
+    ) as caught:
         NamedWeights.of(model)
     assert "pass (name, tensor) pairs" in caught.value.hint
 

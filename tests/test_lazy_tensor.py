@@ -135,7 +135,9 @@ def uneven(rank):
     model = nn.Sequential(nn.Linear(3, 2, bias=False), nn.Linear(3, 2, bias=False))
     model[1].weight = model[0].weight
     # A state dict has tied weights as two tensors, and those of the third rank have no address.
-    weights = NamedWeights.of(fully_shard(model, mesh=init_device_mesh("cpu", (3,))).state_dict(), expected=["0.weight"])
+    weights = NamedWeights.of(
+        fully_shard(model, mesh=init_device_mesh("cpu", (3,))).state_dict(), expected=["0.weight"]
+    )
     found["tied and empty"] = [name for name, _ in weights], weights.aliases
     return found
 

@@ -1,4 +1,4 @@
-"""Sharded weights that are cut or merged when they are read: all ranks gather the same, in the same order, once."""
+"""Sharded experts and merged adapters: all ranks make the same gathers in the same order, one for each tensor."""
 
 import copy
 
@@ -41,7 +41,7 @@ def experts(folder):
         "equal": sorted(found) == sorted(saved) and all(torch.equal(found[name], saved[name]) for name in saved),
         "gathers": gathers == len(model.state_dict()),
         "bytes": weights.reading_bytes == max(full_bytes(tensor) for tensor in model.state_dict().values()),
-        "derived": all(isinstance(item, LazyTensor) and item.is_collective for item in experts),
+        "lazy": all(isinstance(item, LazyTensor) and item.is_collective for item in experts),
         "sharded": weights.is_sharded,
     }
 
@@ -70,11 +70,11 @@ def found(tiny_model_dir):
     return run_ranks(both, 2, tiny_model_dir(family="qwen3_moe"), timeout_s=120)
 
 
-def test_fused_experts_are_gathered_once_a_tensor_and_not_once_an_expert(found):
-    seen = dict.fromkeys(["equal", "gathers", "bytes", "derived", "sharded"], True)
+def test_fused_experts_are_gathered_once_per_tensor_not_once_per_expert(found):
+    seen = dict.fromkeys(["equal", "gathers", "bytes", "lazy", "sharded"], True)
     assert [of_rank[0] for of_rank in found] == [seen] * 2
 
 
-def test_adapters_are_merged_from_full_factors(found):
-    derived = ["embed.weight", "experts.up", "inner.o.weight", "inner.q.weight"]
-    assert [of_rank[1] for of_rank in found] == [(derived, True)] * 2
+def test_sharded_adapters_are_merged_from_gathered_factors(found):
+    lazy = ["embed.weight", "experts.up", "inner.o.weight", "inner.q.weight"]
+    assert [of_rank[1] for of_rank in found] == [(lazy, True)] * 2
