@@ -186,7 +186,7 @@ def test_without_a_spec_only_ranks_are_checked_and_missing_projections_refused()
     assert check_adapter(make_adapter(complete, CONFIG), None).tensors == complete
     with pytest.raises(WeightsMismatchError, match=r"expected \(4, any\)"):
         check_adapter(make_adapter(complete, {**CONFIG, "r": 4}), None)
-    with pytest.raises(ConfigError, match="not model.layers.0.self_attn.k_proj, and the served"):
+    with pytest.raises(ConfigError, match="but not model.layers.0.self_attn.k_proj, and the served"):
         check_adapter(make_adapter(GOOD, CONFIG), None)
 
 

@@ -166,7 +166,7 @@ def check_adapter(adapter: Adapter, spec: ModelSpec | None) -> Adapter:
 
     Raises:
         WeightsMismatchError: A module that the served model lacks, a wrong shape, or a missing ``A`` or ``B``.
-        ConfigError: Parts are missing, and the served model's shapes are not known.
+        ConfigError: Parts are missing, and the served model's shapes are unknown.
     """
     modules = adapter.modules()
     wrong: list[str] = []
@@ -242,7 +242,7 @@ def _check_config(config: Mapping[str, Any]) -> None:
 
 
 def _shape(module: str, side: str, rank: int, spec: ModelSpec | None) -> tuple[int | None, int | None]:
-    """Return the expected shape of ``A`` or ``B``; None for a size that is not known."""
+    """Return the expected shape of ``A`` or ``B``; None for an unknown size."""
     num_out: int | None = None
     num_in: int | None = None
     if spec is not None:
@@ -284,7 +284,7 @@ def _zeros(adapter: Adapter, spec: ModelSpec | None) -> dict[str, torch.Tensor]:
                 continue
             if spec is None:
                 raise ConfigError(
-                    f"the adapter has {module} and not {sibling}, and the served model's shapes are not known",
+                    f"the adapter has {module} but not {sibling}, and the served model's shapes are unknown",
                     hint=f"adapt all of {', '.join(group)}",
                 )
             if f"{sibling}.weight" not in spec.shapes:

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -124,11 +125,8 @@ class CheckpointWriter:
     def add(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Write the next shard: full, contiguous tensors on the CPU that share no memory."""
         self._num_written += 1
-        name = (
-            "model.safetensors"
-            if self._num_shards == 1
-            else f"model-{self._num_written:05d}-of-{self._num_shards:05d}.safetensors"
-        )
+        part = f"-{self._num_written:05d}-of-{self._num_shards:05d}" if self._num_shards > 1 else ""
+        name = f"model{part}.safetensors"
         save_file(dict(tensors), self._partial / name, metadata={"format": "pt", VERSION_KEY: self.weight_version})
         self._file_of.update(dict.fromkeys(tensors, name))
         self._num_bytes += sum(tensor.nbytes for tensor in tensors.values())
@@ -156,40 +154,32 @@ def save(weights: NamedWeights, writer: CheckpointWriter | None, *, shard_bytes:
     Collective: over the meshes of the weights.  A rank that fails goes on gathering, so that the others do not wait for
     it, and returns its first error.
     """
-    first = _FirstError()
+    errors: list[Exception] = []
     for shard in _shards(weights, shard_bytes):
         tensors = {}
         for name, item in shard:
-            with first:
+            with _collected(errors):
                 full = full_tensor(item)
-                if writer is not None and first.error is None:
+                if writer is not None and not errors:
                     # A copy in any case: tied weights share memory, which safetensors does not write.
                     tensors[name] = full.to("cpu", copy=True).contiguous()
-        with first:
-            if writer is not None and first.error is None:
+        with _collected(errors):
+            if writer is not None and not errors:
                 writer.add(tensors)
-    with first:
-        if writer is not None and first.error is None:
+    with _collected(errors):
+        if writer is not None and not errors:
             writer.finish()
-    if writer is not None and first.error is not None:
+    if writer is not None and errors:
         writer.abandon()
-    return first.error
+    return errors[0] if errors else None
 
 
-class _FirstError:
-    """Suppresses exceptions in its `with` blocks and keeps the first."""
-
-    def __init__(self) -> None:
-        self.error: Exception | None = None
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
-        if not isinstance(error, Exception):
-            return False
-        self.error = error if self.error is None else self.error
-        return True
+@contextmanager
+def _collected(errors: list[Exception]) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        errors.append(error)
 
 
 def count_shards(weights: NamedWeights, *, shard_bytes: int = SHARD_BYTES) -> int:

@@ -1,6 +1,6 @@
 """From the names of a transformers model in memory to those of its checkpoints.
 
-Since transformers 5 a model may hold its weights in another form than the checkpoint: Qwen3-MoE and Mixtral keep all
+Since transformers 5 a model may have its weights in another form than the checkpoint: Qwen3-MoE and Mixtral keep all
 experts of a layer in one tensor, ``mlp.experts.gate_up_proj``, where checkpoints and SGLang have three tensors for each
 expert.  `save_pretrained` undoes that with transformers.core_model_loading.revert_weight_conversion.  We pass it tensors
 without data; the views that it returns show which part of which tensor has which name.

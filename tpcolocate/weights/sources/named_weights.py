@@ -158,7 +158,7 @@ def _identity(item: Item) -> object:
     if isinstance(item, LazyTensor):
         return id(item)
     local = local_of(item)
-    # An empty shard has no address, and its rank must tell the same tensors apart as the others.
+    # An empty shard has no address, and its rank must distinguish the same tensors as the others.
     address = local.data_ptr() if local.numel() else storage_id(local)
     return address, item.dtype, item.shape, local.stride()
 

@@ -136,7 +136,7 @@ def _active_adapters(layer: Any, name: list[str]) -> list[tuple[nn.Module, str]]
                 hint=_MERGE_FIRST,
             )
     target = layer.parameter_name if isinstance(layer, lora.ParamWrapper) else "weight"
-    # peft's layers are modules, which its own annotations do not say.
+    # peft's layers are modules, which is not in its annotations.
     return [(cast(nn.Module, layer), adapter) for adapter in adapters] if name[-1] == target else []
 
 
