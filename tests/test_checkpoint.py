@@ -1,4 +1,4 @@
-"""Checkpoints that are written and read here, and by transformers."""
+"""Checkpoints, written and read here and by transformers."""
 
 import json
 import os
@@ -13,15 +13,15 @@ from tpcolocate.errors import ConfigError
 from tpcolocate.weights.sources import checkpoint
 from tpcolocate.weights.sources.checkpoint import Checkpoint, CheckpointWriter, count_shards, save, saved_version
 from tpcolocate.weights.sources.model_spec import read_spec
-from tpcolocate.weights.sources.named_weights import Weights
+from tpcolocate.weights.sources.named_weights import NamedWeights
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.quick, pytest.mark.timeout(120)]
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.bfloat16), "c": torch.tensor(3)}
 
 
 def write(folder, tensors=TENSORS, *, shard_bytes=2**30, like=None, version="7"):
-    weights = Weights(tensors)
+    weights = NamedWeights.of(tensors)
     writer = CheckpointWriter(
         folder, weight_version=version, num_shards=count_shards(weights, shard_bytes=shard_bytes), like=like
     )
@@ -30,10 +30,10 @@ def write(folder, tensors=TENSORS, *, shard_bytes=2**30, like=None, version="7")
 
 @pytest.mark.parametrize("shard_bytes, files", [
     (2**30, ["model.safetensors"]),
-    (256, ["model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors", "model-00003-of-00003.safetensors",
+    (1, ["model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors", "model-00003-of-00003.safetensors",
            "model.safetensors.index.json"]),
 ])  # fmt: skip
-def test_what_is_written_is_read_again_with_its_version(tmp_path, shard_bytes, files):
+def test_a_checkpoint_is_read_as_it_was_written_with_its_version(tmp_path, shard_bytes, files):
     assert write(tmp_path / "x", shard_bytes=shard_bytes) is None
     assert sorted(os.listdir(tmp_path / "x")) == files and os.listdir(tmp_path) == ["x"]
     found = Checkpoint(tmp_path / "x")
@@ -42,7 +42,7 @@ def test_what_is_written_is_read_again_with_its_version(tmp_path, shard_bytes, f
         torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype for name, tensor in TENSORS.items()
     )
     assert saved_version(str(tmp_path / "x")) == "7" and "weight_version='7'" in repr(found)
-    if shard_bytes == 256:
+    if shard_bytes == 1:
         index = json.loads((tmp_path / "x" / "model.safetensors.index.json").read_text())
         assert index["metadata"]["total_size"] == 24 + 8 + 8 and set(index["weight_map"].values()) == set(files[:-1])
 
@@ -57,7 +57,7 @@ def test_transformers_reads_a_saved_model_and_its_tokenizer(tmp_path, tiny_model
     with torch.no_grad():
         model.model.norm.weight.add_(1)
     expected = read_spec(str(served)).shapes
-    weights = Weights(model, expected=expected)
+    weights = NamedWeights.of(model, expected=expected)
     writer = CheckpointWriter(
         tmp_path / "x", weight_version="7", num_shards=count_shards(weights, shard_bytes=shard_bytes), like=served
     )
@@ -70,7 +70,7 @@ def test_transformers_reads_a_saved_model_and_its_tokenizer(tmp_path, tiny_model
     assert read_spec(str(tmp_path / "x")).shapes == expected
 
 
-def test_tied_and_transposed_weights_are_written_as_they_are(tmp_path):
+def test_tied_transposed_and_overlapping_weights_are_written(tmp_path):
     block = torch.arange(6.0).reshape(2, 3)
     assert write(tmp_path / "x", {"a": block, "b": block, "t": block.T, "part": block[1]}) is None
     found = Checkpoint(tmp_path / "x")
@@ -78,7 +78,7 @@ def test_tied_and_transposed_weights_are_written_as_they_are(tmp_path):
     assert torch.equal(found["part"], block[1])
 
 
-def test_a_folder_with_something_in_it_is_left_alone(tmp_path):
+def test_a_folder_that_is_not_empty_is_refused_and_unchanged(tmp_path):
     (tmp_path / "x").mkdir()
     assert write(tmp_path / "x") is None  # empty
     before = load_file(tmp_path / "x" / "model.safetensors")
@@ -90,29 +90,52 @@ def test_a_folder_with_something_in_it_is_left_alone(tmp_path):
         write(tmp_path / "file")
 
 
-def test_what_cannot_be_written_is_told_after_all_were_read_and_leaves_nothing(tmp_path, monkeypatch):
-    read = []
+def fail_first(problem, then=lambda *args, **kwargs: None):
+    """Return a function that raises when it is first called, and a list of its calls."""
+    calls = []
 
-    class Watched(dict):
-        def items(self):
-            return [(name, tensor) for name, tensor in super().items()]
+    def call(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 1:
+            raise problem
+        return then(*args, **kwargs)
 
-    monkeypatch.setattr(checkpoint, "full_tensor", lambda tensor: read.append(tensor) or tensor)
-    monkeypatch.setattr(checkpoint, "save_file", lambda *a, **k: (_ for _ in ()).throw(OSError("disk full")))
-    problem = write(tmp_path / "x", Watched(TENSORS), shard_bytes=1)
-    assert isinstance(problem, OSError) and len(read) == 3
-    assert os.listdir(tmp_path) == []
+    return call, calls
 
 
-def test_a_rank_without_a_writer_reads_and_writes_nothing(tmp_path, monkeypatch):
+@pytest.mark.parametrize("step", ["full_tensor", "save_file", "finish"])
+def test_after_an_error_the_rest_is_gathered_and_nothing_is_left(tmp_path, monkeypatch, step):
+    """The other ranks are in these gathers.  The first error is returned, not the last."""
+    gathered = []
+    monkeypatch.setattr(checkpoint, "full_tensor", lambda item: gathered.append(item) or item)
+    problem = OSError("disk full")
+    if step == "full_tensor":
+        failing, gathered = fail_first(problem, torch.Tensor.detach)
+        monkeypatch.setattr(checkpoint, "full_tensor", failing)
+        monkeypatch.setattr(checkpoint, "save_file", lambda *args, **kwargs: pytest.fail("it writes after an error"))
+    elif step == "save_file":
+        monkeypatch.setattr(checkpoint, "save_file", fail_first(problem)[0])
+    else:
+        monkeypatch.setattr(CheckpointWriter, "finish", fail_first(problem)[0])
+    assert write(tmp_path / "x", shard_bytes=1) is problem
+    assert len(gathered) == 3 and os.listdir(tmp_path) == []
+
+
+def test_an_interrupt_is_not_kept_for_later(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "full_tensor", fail_first(KeyboardInterrupt())[0])
+    with pytest.raises(KeyboardInterrupt):
+        save(NamedWeights.of(TENSORS), None)
+
+
+def test_a_rank_without_a_writer_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert save(Weights(TENSORS), None) is None and os.listdir(tmp_path) == []
+    assert save(NamedWeights.of(TENSORS), None) is None and os.listdir(tmp_path) == []
 
 
-def test_what_is_no_checkpoint_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="holds no safetensors"):
+def test_folders_that_are_not_checkpoints_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="has no safetensors"):
         Checkpoint(tmp_path)
-    with pytest.raises(ConfigError, match="holds no safetensors"):
+    with pytest.raises(ConfigError, match="has no safetensors"):
         Checkpoint(tmp_path / "nowhere")
     (tmp_path / "model.safetensors").write_bytes(b"no")
     with pytest.raises(ConfigError, match="cannot be read"):
@@ -134,11 +157,11 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path):
         Checkpoint(tmp_path)
 
 
-def test_another_librarys_checkpoint_has_no_version(tiny_model_dir):
+def test_a_checkpoint_from_elsewhere_has_no_version(tiny_model_dir):
     assert Checkpoint(tiny_model_dir()).weight_version is None
 
 
-def test_reading_it_maps_and_does_not_copy(tmp_path):
+def test_a_checkpoint_is_memory_mapped(tmp_path):
     import psutil
 
     save_file({"a": torch.zeros(64 * 2**20)}, tmp_path / "model.safetensors")  # 256 MiB
@@ -168,7 +191,7 @@ def save_sharded(rank, folder):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 5))
     want = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    weights = Weights(fully_shard(model, mesh=init_device_mesh("cpu", (2,))))
+    weights = NamedWeights.of(fully_shard(model, mesh=init_device_mesh("cpu", (2,))))
     writer = None
     if rank == 0:
         writer = CheckpointWriter(
@@ -178,7 +201,7 @@ def save_sharded(rank, folder):
     return want
 
 
-def test_sharded_weights_are_written_whole(tmp_path):
+def test_sharded_weights_are_written_in_full(tmp_path):
     want, _ = run_ranks(save_sharded, 2, str(tmp_path / "x"))
     found = Checkpoint(tmp_path / "x")
     assert found.keys() == want.keys() and all(torch.equal(found[name], tensor) for name, tensor in want.items())

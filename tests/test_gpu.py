@@ -310,7 +310,7 @@ def offloaded(rank, world):
     from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 
     from tpcolocate.weights.sources.lazy_tensor import full_tensor
-    from tpcolocate.weights.sources.named_weights import Weights
+    from tpcolocate.weights.sources.named_weights import NamedWeights
 
     torch.cuda.set_device(rank)
     torch.manual_seed(0)
@@ -318,7 +318,7 @@ def offloaded(rank, world):
     expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     fully_shard(model, mesh=init_device_mesh("cuda", (world,)), offload_policy=CPUOffloadPolicy())
     held = {parameter.to_local().device.type for parameter in model.parameters()}
-    full = {name: full_tensor(item) for name, item in Weights(model)}
+    full = {name: full_tensor(item) for name, item in NamedWeights.of(model)}
     equal = all(torch.equal(full[name].cpu(), tensor) for name, tensor in expected.items())
     return held, {tensor.device.type for tensor in full.values()}, equal
 

@@ -1,4 +1,4 @@
-"""What of a LoRA adapter may go to the engine, and in which form; no server."""
+"""LoRA adapters: their names in one form, the checks against the served model, and the requests; no server."""
 
 import base64
 import io
@@ -58,7 +58,7 @@ A, B = (
     {name.replace(".weight", ".default.weight"): tensor for name, tensor in GOOD.items()},
     {name.replace(".layers.", "._checkpoint_wrapped_module.layers."): tensor for name, tensor in GOOD.items()},
 ], ids=["saved", "without a prefix", "of a state dict", "wrapped"])  # fmt: skip
-def test_names_come_in_several_forms_and_go_in_one(given):
+def test_all_forms_of_names_become_those_that_peft_saves(given):
     adapter = make_adapter(given, CONFIG)
     assert list(adapter.tensors) == list(GOOD)
     assert all(adapter.tensors[name] is tensor for name, tensor in zip(GOOD, given.values()))
@@ -77,7 +77,7 @@ class Kind(StrEnum):
     {**CONFIG, "target_modules": "all-linear"},
     peft.LoraConfig(r=R, lora_alpha=4, target_modules=["q_proj", "v_proj"]),
 ], ids=["json", "python", "short", "pattern", "all-linear", "peft"])  # fmt: skip
-def test_the_server_gets_json_and_the_names_of_modules(config):
+def test_the_configuration_for_the_server_is_json_with_names_of_modules(config):
     import json
 
     sent = make_adapter(GOOD, config).config_for_server
@@ -88,7 +88,7 @@ def test_the_server_gets_json_and_the_names_of_modules(config):
 
 
 @pytest.mark.parametrize("changes, words", [
-    ({"peft_type": "LOHA"}, "peft_type='LOHA'"),
+    ({"peft_type": "LOHA"}, "peft_type must be 'LORA', got 'LOHA'"),
     ({"r": 0}, "r=0"),
     ({"r": None}, "r=None"),
     ({"r": True}, "r=True"),
@@ -102,14 +102,14 @@ def test_the_server_gets_json_and_the_names_of_modules(config):
     ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
     ({"lora_bias": True}, "lora_bias"),
 ])  # fmt: skip
-def test_what_sglang_would_serve_as_something_else_is_refused(changes, words):
+def test_configurations_that_sglang_ignores_are_refused(changes, words):
     with pytest.raises(ConfigError, match=words):
         make_adapter(GOOD, {**CONFIG, **changes})
 
 
 @pytest.mark.parametrize("config", [None, "adapter_config.json", [CONFIG]])
-def test_a_configuration_is_a_mapping(config):
-    with pytest.raises(ConfigError, match=f"config is a {type(config).__name__}"):
+def test_a_configuration_must_be_a_mapping(config):
+    with pytest.raises(ConfigError, match=f"config must be a mapping .* got {type(config).__name__}"):
         make_adapter(GOOD, config)
 
 
@@ -121,7 +121,7 @@ def test_a_configuration_is_a_mapping(config):
     ({**GOOD, 3: torch.ones(1)}, WeightsMismatchError, ": 3"),
     ({**tensors("q_proj", adapter=".one"), **tensors("q_proj", adapter=".two")}, ConfigError, "one, two"),
 ])  # fmt: skip
-def test_names_that_are_none_of_one_adapters_are_refused(given, error, words):
+def test_names_that_are_not_those_of_one_adapter_are_refused(given, error, words):
     with pytest.raises(error, match=words):
         make_adapter(given, CONFIG)
 
@@ -142,7 +142,7 @@ def test_names_that_are_none_of_one_adapters_are_refused(given, error, words):
     (tensors("q_proj", "v_proj", layers=(0,)), {}, "no tensors: model.layers.1.self_attn.q_proj; model.layers.1.self_attn.v_proj"),
     (GOOD, {"target_modules": ["q_proj", "v_proj", "o_proj"]}, "no tensors: model.layers.0.self_attn.o_proj"),
 ])  # fmt: skip
-def test_what_does_not_fit_the_served_model_is_refused(given, config, words):
+def test_adapters_that_do_not_fit_the_served_model_are_refused(given, config, words):
     with pytest.raises(WeightsMismatchError, match=words):
         check_adapter(make_adapter(given, {**CONFIG, **config}), SPEC)
 
@@ -152,11 +152,11 @@ def test_what_does_not_fit_the_served_model_is_refused(given, config, words):
     {"target_modules": r".*layers\.0.*(q|v)_proj"},
     {"target_modules": ["layers.0.self_attn.q_proj", "layers.0.self_attn.v_proj"]},
 ])  # fmt: skip
-def test_an_adapter_of_some_layers_may_say_so(config):
+def test_an_adapter_may_be_configured_for_some_layers_only(config):
     check_adapter(make_adapter(tensors("q_proj", "v_proj", layers=(0,)), {**CONFIG, **config}), SPEC)
 
 
-def test_experts_are_refused():
+def test_adapters_on_experts_are_refused():
     given = {name.replace("self_attn.q_proj", "mlp.experts.3.up_proj"): tensor for name, tensor in GOOD.items()}
     with pytest.raises(ConfigError, match="adapters on experts"):
         check_adapter(make_adapter(given, CONFIG), SPEC)
@@ -172,26 +172,26 @@ def test_experts_are_refused():
 ])  # fmt: skip
 def test_the_missing_parts_of_a_fused_projection_are_zeros(has, gets):
     given = {name: tensor.double() for name, tensor in tensors(*has).items()}
-    whole = check_adapter(make_adapter(given, {**CONFIG, "target_modules": list(has)}), SPEC)
-    added = {name: tensor for name, tensor in whole.tensors.items() if name not in given}
+    completed = check_adapter(make_adapter(given, {**CONFIG, "target_modules": list(has)}), SPEC)
+    added = {name: tensor for name, tensor in completed.tensors.items() if name not in given}
     assert {name: tuple(tensor.shape) for name, tensor in added.items()} == {
         name: tuple(tensor.shape) for name, tensor in tensors(*gets).items()
     }
     assert all(not tensor.any() and tensor.dtype == torch.double for tensor in added.values())
-    assert whole.config_for_server["target_modules"] == sorted([*has, *gets])
+    assert completed.config_for_server["target_modules"] == sorted([*has, *gets])
 
 
-def test_without_a_spec_halves_are_compared_with_the_configuration_and_nothing_can_be_added():
-    whole = tensors("q_proj", "k_proj", "v_proj")
-    assert check_adapter(make_adapter(whole, CONFIG), None).tensors == whole
+def test_without_a_spec_only_ranks_are_checked_and_missing_projections_refused():
+    complete = tensors("q_proj", "k_proj", "v_proj")
+    assert check_adapter(make_adapter(complete, CONFIG), None).tensors == complete
     with pytest.raises(WeightsMismatchError, match=r"expected \(4, any\)"):
-        check_adapter(make_adapter(whole, {**CONFIG, "r": 4}), None)
-    with pytest.raises(ConfigError, match="not model.layers.0.self_attn.k_proj, and the served"):
+        check_adapter(make_adapter(complete, {**CONFIG, "r": 4}), None)
+    with pytest.raises(ConfigError, match="but not model.layers.0.self_attn.k_proj, and the served"):
         check_adapter(make_adapter(GOOD, CONFIG), None)
 
 
 @pytest.mark.parametrize("max_rank, modules, words", [
-    (1, None, "r=2 is above the server's max_lora_rank=1"),
+    (1, None, "r=2 exceeds the server's max_lora_rank=1"),
     (None, ["o_proj"], "not started for adapters on q_proj, v_proj"),
     (2, ["q_proj"], None),  # SGLang serves q, k and v as one
     (64, ["k_proj", "down_proj"], None),
@@ -199,7 +199,7 @@ def test_without_a_spec_halves_are_compared_with_the_configuration_and_nothing_c
     (2, {"model.layers.0.self_attn.v_proj"}, None),
     (None, None, None),
 ])  # fmt: skip
-def test_what_the_server_was_not_started_for_is_refused(max_rank, modules, words):
+def test_adapters_beyond_the_servers_limits_are_refused(max_rank, modules, words):
     adapter = make_adapter(GOOD, CONFIG)
     if words is None:
         check_served(adapter, max_rank=max_rank, target_modules=modules)
@@ -232,7 +232,7 @@ def lora(**changes):
     return peft.LoraConfig(**{"r": R, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False, **changes})
 
 
-def test_a_models_adapter_is_read_as_peft_saves_it(tmp_path):
+def test_a_models_adapter_has_the_tensors_that_peft_saves(tmp_path):
     from safetensors.torch import load_file
 
     model = wrapped(default=lora())
@@ -245,22 +245,22 @@ def test_a_models_adapter_is_read_as_peft_saves_it(tmp_path):
     assert {adapter.tensors[name].data_ptr() for name in saved} <= {p.data_ptr() for p in model.parameters()}
 
 
-def test_of_several_adapters_one_is_named():
+def test_one_of_several_adapters_must_be_named():
     model = wrapped(one=lora(), two=lora(r=4))
     assert adapter_of(model, "one").rank == 2 and adapter_of(model, "two").rank == 4
     for name in (None, "three"):
-        with pytest.raises(ConfigError, match="none of the model's adapters") as caught:
+        with pytest.raises(ConfigError, match="the model has no adapter named") as caught:
             adapter_of(model, name)
         assert "one, two" in caught.value.hint
 
 
-def test_a_model_without_adapters_is_refused_with_what_to_do():
-    with pytest.raises(ConfigError, match="Model has no adapters of PEFT") as caught:
+def test_a_model_without_adapters_is_refused_with_a_hint():
+    with pytest.raises(ConfigError, match="Model has no PEFT adapters") as caught:
         adapter_of(Model(), None)
     assert "get_peft_model" in caught.value.hint
 
 
-def test_ddp_is_taken_off():
+def test_ddp_is_unwrapped():
     class Fake(DistributedDataParallel):
         def __init__(self, module):
             nn.Module.__init__(self)
@@ -274,7 +274,7 @@ def test_ddp_is_taken_off():
 
 
 @pytest.mark.parametrize("version, tp_size", [("0.5.9", 2), ("0.5.16", 1), ("0.5.17", 1), ("0.5.17", 2), ("0.5.21", 4)])
-def test_each_release_gets_the_form_it_reads(version, tp_size):
+def test_each_release_gets_the_form_that_it_reads(version, tp_size):
     """Through 0.5.16 one payload, read by all TP ranks; then one each.  Both are a pickled dict (tp_worker.py)."""
     client = Captured(version)
     adapter = make_adapter(GOOD, CONFIG)
@@ -294,14 +294,14 @@ def test_each_release_gets_the_form_it_reads(version, tp_size):
         assert all(torch.equal(loaded[name], tensor) for name, tensor in GOOD.items())
 
 
-def test_a_view_travels_without_the_rest_of_its_memory():
+def test_a_view_is_sent_without_the_rest_of_its_memory():
     client = Captured("0.5.21")
     adapter = make_adapter({A: torch.randn(1000, HIDDEN)[:R]}, CONFIG).gathered(keep=True)
     ServerApi(client).load_lora("a", adapter.tensors, {}, tp_size=1, timeout_s=1)
     assert len(client.asked[0][1]["serialized_named_tensors"][0]) < 4000
 
 
-def test_only_what_is_kept_is_copied():
+def test_a_rank_that_does_not_keep_the_tensors_copies_none():
     assert make_adapter(GOOD, CONFIG).gathered(keep=False).tensors == {}
 
 
@@ -314,12 +314,12 @@ def test_only_what_is_kept_is_copied():
      LoraLimits(8, frozenset({"q_proj"}), 3), {"x", "z"}),
     ({"enable_lora": True, "lora_paths": {"x": {}}}, LoraLimits(), {"x"}),
 ])  # fmt: skip
-def test_the_server_says_what_it_was_started_for(info, limits, at_start):
+def test_limits_and_adapters_are_read_from_the_servers_info(info, limits, at_start):
     verbs = ServerApi(Captured("0.5.21", **info))
     assert verbs.lora_limits == limits and verbs.loras_at_start == at_start
 
 
-def test_unloading_what_is_not_there_may_be_no_error():
+def test_unloading_a_missing_adapter_may_be_permitted():
     missing = {"/unload_lora_adapter": refused("LoRA with name a does not exist")}
     ServerApi(Captured("0.5.21", missing)).unload_lora("a", missing_ok=True, timeout_s=1)
     with pytest.raises(RequestError, match="does not exist"):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tpcolocate import ipc_payload
 from tpcolocate.errors import ConfigError
-from tpcolocate.weights.sources.named_weights import Weights
+from tpcolocate.weights.sources.named_weights import NamedWeights
 from tpcolocate.weights.sync.buckets import buckets
 from tpcolocate.weights.sync.options import SyncOptions
 from tpcolocate.weights.transport.bucket_sender import PAYLOADS, TRANSPORTS
@@ -25,7 +25,7 @@ streams = st.lists(
 @given(streams, st.integers(1, 5000), st.booleans())
 def test_nothing_is_lost_or_moved_and_buckets_keep_their_size(shapes, bucket_bytes, known):
     pairs = [(str(i), torch.zeros(shape, dtype=dtype)) for i, (shape, dtype) in enumerate(shapes)]
-    cut = list(buckets(Weights(pairs if known else iter(pairs)), bucket_bytes))
+    cut = list(buckets(NamedWeights.of(pairs if known else iter(pairs)), bucket_bytes))
     assert [name for bucket in cut for name, _ in bucket] == [name for name, _ in pairs]
     for bucket in cut:
         entries, num_bytes = ipc_payload.layout([(name, tensor.shape, tensor.dtype) for name, tensor in bucket])
@@ -38,7 +38,7 @@ def test_nothing_is_lost_or_moved_and_buckets_keep_their_size(shapes, bucket_byt
 
 
 def test_no_weights_make_no_bucket():
-    assert list(buckets(Weights([]), 10)) == []
+    assert list(buckets(NamedWeights.of([]), 10)) == []
 
 
 def test_a_generator_is_read_one_tensor_ahead_at_most():
@@ -49,7 +49,7 @@ def test_a_generator_is_read_one_tensor_ahead_at_most():
             read.append(i)
             yield str(i), torch.zeros(256, dtype=torch.uint8)
 
-    stream = buckets(Weights(pairs()), 512)
+    stream = buckets(NamedWeights.of(pairs()), 512)
     assert [name for name, _ in next(stream)] == ["0", "1"] and read == [0, 1, 2]
 
 

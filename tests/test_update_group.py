@@ -1,4 +1,4 @@
-"""Who may be in an update group, what may be announced, and the group itself between two processes."""
+"""Checks of update groups and announced weights, and the group itself between two processes."""
 
 import pytest
 import torch
@@ -11,27 +11,30 @@ from tpcolocate.server.process import hold_port
 from tpcolocate.weights.update_group import UpdateGroup, announced, requests
 
 pytestmark = pytest.mark.timeout(120)
+quick = pytest.mark.quick
 
 PLACE = {"master_address": "127.0.0.1", "master_port": 29500, "rank_offset": 1, "world_size": 3}
 
 
+@quick
 @pytest.mark.parametrize("changes, words", [
-    ({"rank_offset": 0}, "rank_offset=0 is below 1"),
+    ({"rank_offset": 0}, "rank_offset must be at least 1, got 0"),
     ({"rank_offset": 2}, "world_size=3 is too small for 2 TP ranks from rank_offset=2 on"),
     ({"world_size": 2}, "world_size=2 is too small"),
-    ({"master_port": 0}, "master_port=0 is no port"),
-    ({"master_port": 65536}, "is no port"),
+    ({"master_port": 0}, "master_port must be between 1 and 65535, got 0"),
+    ({"master_port": 65536}, "got 65536"),
     ({"master_address": ""}, "must not be empty"),
     ({"group_name": ""}, "must not be empty"),
 ])  # fmt: skip
-def test_a_group_that_cannot_meet_is_refused(changes, words):
+def test_a_group_that_cannot_form_is_refused(changes, words):
     UpdateGroup(**PLACE).check(2)
     UpdateGroup(**{**PLACE, "world_size": 9, "rank_offset": 5}).check(4)  # several servers in one group
     with pytest.raises(ConfigError, match=words):
         UpdateGroup(**{**PLACE, **changes}).check(2)
 
 
-def test_weights_are_announced_in_one_form():
+@quick
+def test_announced_weights_are_brought_into_one_form():
     found = announced(["a", "b", "c"], ["bfloat16", torch.float32, "torch.int8"], [(2, 3), [4], torch.Size([])])
     assert found == [
         ("a", torch.Size([2, 3]), "bfloat16"),
@@ -40,6 +43,7 @@ def test_weights_are_announced_in_one_form():
     ]
 
 
+@quick
 @pytest.mark.parametrize("names, dtypes, shapes, error, words", [
     ([], [], [], ConfigError, "0 names"),
     (["a"], [], [[1]], ConfigError, "1 names, 0 dtypes and 1 shapes"),
@@ -50,22 +54,28 @@ def test_weights_are_announced_in_one_form():
     (["a"], ["int8"], [[1.5]], ConfigError, r"shape \(1.5,\)"),
     (["a", "a"], ["int8"] * 2, [[1]] * 2, WeightsMismatchError, "a is given twice"),
 ])  # fmt: skip
-def test_what_is_no_list_of_weights_is_refused(names, dtypes, shapes, error, words):
+def test_invalid_announcements_are_refused(names, dtypes, shapes, error, words):
     with pytest.raises(error, match=words):
         announced(names, dtypes, shapes)
 
 
+@quick
 @pytest.mark.parametrize("limit, cut", [(1, "a|b|c|d"), (8, "a|b|cd"), (12, "ab|cd"), (15, "ab|cd"), (1000, "abcd")])
-def test_requests_keep_the_order_and_hold_no_more_than_they_may(limit, cut):
+def test_requests_are_in_order_and_of_bounded_size(limit, cut):
     weights = announced("a b c d".split(), ["float32", "int8", "float16", "int8"], [[2], [4], [3], [2]])  # 8, 4, 6, 2
     found = list(requests(weights, limit))
     assert "|".join("".join(name for name, _, _ in request) for request in found) == cut
     assert [weight for request in found for weight in request] == weights
 
 
-def join(port, name="group", timeout_s=30):
+def join(port, name="group", *, world_size=2, timeout_s=30):
     return tpcolocate.join_update_group(
-        master_address="127.0.0.1", master_port=port, world_size=2, group_name=name, backend="gloo", timeout_s=timeout_s
+        master_address="127.0.0.1",
+        master_port=port,
+        world_size=world_size,
+        group_name=name,
+        backend="gloo",
+        timeout_s=timeout_s,
     )
 
 
@@ -107,33 +117,40 @@ def both_ends(rank, port, names):
     (True, ["group", "group", "other"]),  # with a barrier after each: the port is free again
     (False, ["group"]),
 ], ids=["beside a default group", "alone"])  # fmt: skip
-def test_it_meets_the_group_that_sglang_makes(init_group, names):
+def test_the_group_is_joined_by_the_one_that_sglang_makes(init_group, names):
     with hold_port() as held:
         port = held.getsockname()[1]
         sender, receiver = run_ranks(both_ends, 2, port, names, init_group=init_group, timeout_s=100)
     assert receiver == [[0, 1, 2, 3], [1, 2, 3, 4], [2, 3, 4, 5]][: len(names)]
-    held_by_the_last = "cannot listen on 127.0.0.1"  # while somebody keeps the group that was destroyed
-    assert sender == [said for name in names for said in (f"this process has a group named '{name}'", held_by_the_last)]
+    in_use = "cannot listen on 127.0.0.1"  # while there is a reference to the destroyed group
+    assert sender == [text for name in names for text in (f"this process already has a group named '{name}'", in_use)]
 
 
-@pytest.mark.quick
-def test_a_sender_whose_nccl_could_not_open_the_engines_memory_is_told_before_it_joins(monkeypatch):
+@quick
+def test_a_sender_whose_nccl_could_not_open_the_engines_memory_is_refused(monkeypatch):
     monkeypatch.delenv("NCCL_CUMEM_ENABLE", raising=False)
     with pytest.raises(ConfigError, match="NCCL_CUMEM_ENABLE is not set") as caught:
         tpcolocate.join_update_group(master_address="127.0.0.1", master_port=1, world_size=2)
     assert "start this process with NCCL_CUMEM_ENABLE=0" in str(caught.value)
 
 
-def nobody_comes(rank, port):
+def one_end(rank, port):
     try:
-        tpcolocate.join_update_group(
-            master_address="127.0.0.1", master_port=port, world_size=2, backend="gloo", timeout_s=1
-        )
-    except Exception as error:
-        return type(error).__name__
+        join(port, timeout_s=1)
+        timed_out = False
+    except RuntimeError:  # torch's
+        timed_out = True
+    group = join(0, "alone", world_size=1)  # any free port
+    tensor = torch.ones(2)
+    dist.broadcast(tensor, src=0, group=group)
+    size = group.size()
+    again = refused(0, "alone")
+    dist.destroy_process_group(group)
+    return timed_out, size, again
 
 
-def test_a_group_that_does_not_meet_ends_at_its_deadline():
+@quick
+def test_a_group_that_does_not_form_ends_at_its_timeout_and_another_can_be_joined():
     with hold_port() as held:
-        [found] = run_ranks(nobody_comes, 1, held.getsockname()[1], init_group=False, timeout_s=60)
-    assert found is not None and "Error" in found
+        [found] = run_ranks(one_end, 1, held.getsockname()[1], init_group=False, timeout_s=60)
+    assert found == (True, 1, "this process already has a group named 'alone'")

@@ -24,7 +24,7 @@ from tpcolocate.report import SyncReport
 from tpcolocate.server.lifecycle import Weights as EngineWeights
 from tpcolocate.weights.sources.checkpoint import Checkpoint, CheckpointWriter, count_shards, save
 from tpcolocate.weights.sources.model_spec import local_folder
-from tpcolocate.weights.sources.named_weights import Rename, Source, Weights
+from tpcolocate.weights.sources.named_weights import NamedWeights, Rename, Source
 from tpcolocate.weights.sync.options import SyncOptions
 
 logger = logging.getLogger(__name__)
@@ -165,18 +165,18 @@ class Engine(AdapterCalls, UpdateGroupCalls, GenerationCalls):
             RankFailedError: It could not be written (``OSError``), or another library's exception.
         """
         everybody = self._everybody
-        weights: Weights | None = None
+        weights: NamedWeights | None = None
         writer: CheckpointWriter | None = None
         try:
             with everybody.together("get ready to save the weights"):
                 spec = self._sync.spec
                 expected = None if spec is None else spec.shapes
-                weights = Weights(model_or_named_tensors, expected=expected, rename=rename)
-                if weights.known is None:
+                weights = NamedWeights.of(model_or_named_tensors, expected=expected, rename=rename)
+                if weights.items is None:
                     raise ConfigError("cannot save a generator", hint="pass the module, a mapping or a list")
                 if spec is not None:
-                    spec.check([(name, tensor.shape) for name, tensor in weights.known])
-                    spec.check_complete([*(name for name, _ in weights.known), *weights.aliases])
+                    spec.check([(name, tensor.shape) for name, tensor in weights.items])
+                    spec.check_complete([*(name for name, _ in weights.items), *weights.aliases])
                 if everybody.rank == 0:
                     writer = CheckpointWriter(
                         folder,

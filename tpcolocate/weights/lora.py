@@ -1,8 +1,8 @@
-"""LoRA adapters on their way to the engine: what PEFT calls them, what can be served, and what is refused.
+"""LoRA adapters for the engine: PEFT's names in one form, and checks against the served model.
 
-SGLang loads an adapter of the wrong shape, leaves out projections that it cannot pair, and scales by ``lora_alpha / r``
-whatever the configuration says; each answers 200 (``lora/lora.py`` of releases 0.5.9 to 0.5.21).  So names, shapes and
-configuration are compared with the served model here, before an adapter of that name is touched.
+SGLang loads an adapter of the wrong shape, drops projections that it cannot pair, and always scales by
+``lora_alpha / r``, each with status 200 (``lora/lora.py`` of releases 0.5.9 to 0.5.21).  So names, shapes and
+configuration are checked before an adapter that is being served is replaced.
 """
 
 from __future__ import annotations
@@ -15,18 +15,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from tpcolocate.errors import ConfigError, WeightsMismatchError, some
 from tpcolocate.weights.sources.lazy_tensor import full_tensor
 from tpcolocate.weights.sources.model_spec import ModelSpec
-from tpcolocate.weights.sources.wrapper_names import without_wrappers
+from tpcolocate.weights.sources.wrapper_names import unwrapped, without_wrappers
 
 _PREFIX = "base_model.model."
 _NAME = re.compile(r"^(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.weight$")
-# SGLang serves these as one projection.  Where an adapter has only some of them it fails or leaves them out.
+# SGLang serves these as one projection.  It fails on an adapter with only some of them, or drops those.
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-# Configuration that changes what an adapter computes, and that SGLang does not look at.
+# Configuration that changes what an adapter computes, and that SGLang ignores.
 _MUST_BE_OFF = {
     "use_dora": "SGLang does not serve DoRA",
     "use_rslora": "SGLang scales by lora_alpha / r; pass lora_alpha * sqrt(r) as lora_alpha and use_rslora=False",
@@ -45,11 +44,11 @@ _MUST_BE_OFF = {
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """One LoRA adapter, as PEFT would save it.
+    """One LoRA adapter, as PEFT saves it.
 
     Attributes:
         tensors: ``base_model.model.<module>.lora_A.weight`` -> (r, in), ``lora_B`` -> (out, r); full tensors or DTensors.
-        config: ``adapter_config.json``, JSON types.
+        config: ``adapter_config.json``, in JSON types.
     """
 
     tensors: Mapping[str, torch.Tensor]
@@ -61,12 +60,12 @@ class Adapter:
 
     @property
     def config_for_server(self) -> dict[str, Any]:
-        """What SGLang reads, with the names of the modules where PEFT also takes a regular expression."""
+        """The configuration for SGLang: names of modules where PEFT may have a regular expression."""
         leaves = sorted({_leaf(module) for module in self.modules()})
         return {**self.config, "peft_type": "LORA", "r": self.rank, "target_modules": leaves}
 
     def modules(self) -> dict[str, dict[str, torch.Tensor]]:
-        """Module path in the served model -> its ``A`` and ``B``."""
+        """Return the ``A`` and ``B`` of each module, by its path in the served model."""
         found: dict[str, dict[str, torch.Tensor]] = {}
         for name, tensor in self.tensors.items():
             module, side = _parts(name)
@@ -74,7 +73,10 @@ class Adapter:
         return found
 
     def gathered(self, *, keep: bool) -> Adapter:
-        """Full tensors on the CPU; empty unless `keep`.  Collective: over the mesh of DTensors."""
+        """Return the adapter with full tensors on the CPU; with none unless `keep`.
+
+        Collective: over the meshes of DTensors.
+        """
         tensors = {}
         for name, tensor in self.tensors.items():
             full = full_tensor(tensor)
@@ -85,7 +87,7 @@ class Adapter:
 
 
 def make_adapter(tensors: Mapping[str, torch.Tensor], config: Any) -> Adapter:
-    """Bring PEFT's names and configuration into one form.
+    """Return an adapter with PEFT's names and configuration in one form.
 
     Args:
         tensors: From ``get_peft_model_state_dict``, an ``adapter_model.safetensors``, or the ``lora_`` entries of a state
@@ -93,13 +95,13 @@ def make_adapter(tensors: Mapping[str, torch.Tensor], config: Any) -> Adapter:
         config: ``adapter_config.json`` as a mapping, or a `peft.LoraConfig`.
 
     Raises:
-        ConfigError: No LoRA adapter, or one that SGLang would serve as something else.
-        WeightsMismatchError: Names that are none of a LoRA adapter's.
+        ConfigError: Not a LoRA adapter, or one that SGLang would not compute as PEFT does.
+        WeightsMismatchError: Names that no LoRA adapter has.
     """
     plain = _plain(config.to_dict() if hasattr(config, "to_dict") else config)
     if not isinstance(plain, dict):
         raise ConfigError(
-            f"config is a {type(config).__name__}",
+            f"config must be a mapping or a peft.LoraConfig, got {type(config).__name__}",
             hint="pass PEFT's adapter_config.json as a dict, or a peft.LoraConfig",
         )
     _check_config(plain)
@@ -116,46 +118,40 @@ def make_adapter(tensors: Mapping[str, torch.Tensor], config: Any) -> Adapter:
         named[f"{_PREFIX}{matched['module']}.lora_{matched['side']}.weight"] = tensor
     if unknown:
         raise WeightsMismatchError(
-            f"no weights of a LoRA adapter on linear layers: {some(unknown)}",
-            hint="names are PEFT's, such as base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight; SGLang would "
+            f"not weights of a LoRA adapter on linear layers: {some(unknown)}",
+            hint="use PEFT's names, such as base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight; SGLang would "
             "ignore others without an error",
         )
     if len(adapters) > 1:
         raise ConfigError(
-            f"the tensors are of several adapters: {', '.join(sorted(str(a) for a in adapters))}",
+            f"the tensors belong to several adapters: {', '.join(sorted(map(str, adapters)))}",
             hint="pass one at a time, for example peft.get_peft_model_state_dict(model, adapter_name=...)",
         )
     return Adapter(named, plain)
 
 
 def adapter_of(model: nn.Module, adapter_name: str | None) -> Adapter:
-    """The adapter of a model that PEFT has wrapped (or transformers' ``add_adapter``), without copying it.
+    """Return the adapter of a model with PEFT layers (also from transformers' ``add_adapter``), without copying it.
 
     Args:
         model: Plain, DDP, compiled or FSDP2-sharded.
-        adapter_name: Which one; may be left out if it has one.
+        adapter_name: Which one; may be None if there is only one.
 
     Raises:
-        ConfigError: No PEFT model, no such adapter, or as `make_adapter`.
+        ConfigError: Not a PEFT model, no such adapter, or as `make_adapter`.
     """
-    while True:  # as source.py does for whole models
-        if isinstance(model, DistributedDataParallel):
-            model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        else:
-            break
+    model = unwrapped(model)
     configs = getattr(model, "peft_config", None)
     if not isinstance(configs, Mapping) or not configs:
         raise ConfigError(
-            f"{type(model).__name__} has no adapters of PEFT",
+            f"{type(model).__name__} has no PEFT adapters",
             hint="wrap it with peft.get_peft_model(), or use set_lora_from_tensors()",
         )
     if adapter_name is None and len(configs) == 1:
         [adapter_name] = configs
     if adapter_name is None or adapter_name not in configs:
         raise ConfigError(
-            f"adapter_name={adapter_name!r} is none of the model's adapters", hint=f"one of {', '.join(configs)}"
+            f"the model has no adapter named {adapter_name!r}", hint=f"pass adapter_name: one of {', '.join(configs)}"
         )
     from peft import get_peft_model_state_dict
 
@@ -163,14 +159,14 @@ def adapter_of(model: nn.Module, adapter_name: str | None) -> Adapter:
 
 
 def check_adapter(adapter: Adapter, spec: ModelSpec | None) -> Adapter:
-    """Compare an adapter with the served model.
+    """Check an adapter against the served model.
 
     Returns:
-        The adapter with zeros where SGLang wants all parts of a fused projection (q, k, v; gate, up): they add nothing.
+        The adapter, with zeros for the missing parts of fused projections (q, k, v; gate, up), which SGLang requires.
 
     Raises:
-        WeightsMismatchError: A module that the served model does not have, a shape that does not fit it, or a half.
-        ConfigError: What cannot be completed because the served model's shapes are not known.
+        WeightsMismatchError: A module that the served model lacks, a wrong shape, or a missing ``A`` or ``B``.
+        ConfigError: Parts are missing, and the served model's shapes are unknown.
     """
     modules = adapter.modules()
     wrong: list[str] = []
@@ -184,70 +180,69 @@ def check_adapter(adapter: Adapter, spec: ModelSpec | None) -> Adapter:
         for side, tensor in sorted(sides.items()):
             expected = _shape(module, side, adapter.rank, spec)
             if not tensor.is_floating_point() or tensor.is_meta:
-                wrong.append(f"{module}.lora_{side} is {tensor.dtype} on {tensor.device}, no floating-point data")
+                wrong.append(f"{module}.lora_{side} is {tensor.dtype} on {tensor.device}, expected floating-point data")
             elif len(tensor.shape) != 2 or any(w not in (None, n) for w, n in zip(expected, tensor.shape)):
                 want = ", ".join("any" if n is None else str(n) for n in expected)
                 wrong.append(f"{module}.lora_{side} has shape {tuple(tensor.shape)}, expected ({want})")
     if wrong:
         raise WeightsMismatchError(
-            f"{some(wrong)} (r={adapter.rank}, according to {'its own tensors' if spec is None else spec.origin})",
-            hint="the adapter was made for another model or configuration; SGLang would load it without an error",
+            f"{some(wrong)} (r={adapter.rank}, according to {'its configuration' if spec is None else spec.origin})",
+            hint="the adapter is for another model or configuration; SGLang would load it without an error",
         )
     absent = [] if spec is None else _absent(adapter, spec)
     if absent:
         raise WeightsMismatchError(
             f"target_modules names layers that have no tensors: {some(absent)}",
-            hint="pass the whole adapter, or a configuration that names what it adapts",
+            hint="pass the whole adapter, or the configuration that it was made with",
         )
     return Adapter({**adapter.tensors, **_zeros(adapter, spec)}, adapter.config)
 
 
 def check_served(adapter: Adapter, *, max_rank: int | None, target_modules: Iterable[str] | None) -> None:
-    """Compare an adapter with what the server was started for.
+    """Check an adapter against the server's limits.
 
     Raises:
-        ConfigError: Its rank or one of its modules is beyond that.
+        ConfigError: Its rank is too large, or the server does not serve adapters on one of its modules.
     """
     if max_rank is not None and adapter.rank > max_rank:
         raise ConfigError(
-            f"the adapter's r={adapter.rank} is above the server's max_lora_rank={max_rank}",
+            f"the adapter's r={adapter.rank} exceeds the server's max_lora_rank={max_rank}",
             hint=f"launch(max_lora_rank={adapter.rank})",
         )
     served = None if target_modules is None else set(target_modules)
     if served is None or served & {"all", "all-linear"}:
         return
     allowed = {_fused(_leaf(module)) for module in served}
-    beyond = sorted(leaf for leaf in {_leaf(m) for m in adapter.modules()} if _fused(leaf) not in allowed)
-    if beyond:
+    refused = sorted(leaf for leaf in {_leaf(m) for m in adapter.modules()} if _fused(leaf) not in allowed)
+    if refused:
         raise ConfigError(
-            f"the server was not started for adapters on {', '.join(beyond)}",
-            hint=f"launch(lora_target_modules={sorted({*served, *beyond})})",
+            f"the server was not started for adapters on {', '.join(refused)}",
+            hint=f"launch(lora_target_modules={sorted({*served, *refused})})",
         )
 
 
 def _check_config(config: Mapping[str, Any]) -> None:
     kind = config.get("peft_type", "LORA")
     if str(kind).upper() != "LORA":
-        raise ConfigError(f"peft_type={kind!r} is no LoRA", hint="SGLang serves LoRA adapters only")
+        raise ConfigError(f"peft_type must be 'LORA', got {kind!r}", hint="SGLang serves LoRA adapters only")
     for name in ("r", "lora_alpha"):
         value = config.get(name)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
             raise ConfigError(
-                f"the adapter's configuration has {name}={value!r}", hint="a positive number, as in adapter_config.json"
+                f"the adapter's configuration has {name}={value!r}",
+                hint="pass a positive number, as in adapter_config.json",
             )
     if config["r"] != int(config["r"]):
-        raise ConfigError(f"the adapter's configuration has r={config['r']!r}", hint="the rank is a whole number")
+        raise ConfigError(f"the adapter's configuration has r={config['r']!r}", hint="pass an integer rank")
+    on = {name: reason for name, reason in _MUST_BE_OFF.items() if config.get(name)}
     if config.get("bias", "none") != "none":
-        raise ConfigError(
-            f"the adapter's configuration has bias={config['bias']!r}", hint="SGLang has no biases in adapters"
-        )
-    for name, reason in _MUST_BE_OFF.items():
-        if config.get(name):
-            raise ConfigError(f"the adapter's configuration has {name}={config[name]!r}", hint=reason)
+        on["bias"] = "SGLang has no biases in adapters"
+    for name, reason in on.items():
+        raise ConfigError(f"the adapter's configuration has {name}={config[name]!r}", hint=reason)
 
 
 def _shape(module: str, side: str, rank: int, spec: ModelSpec | None) -> tuple[int | None, int | None]:
-    """What a half of the adapter must look like; None for a side that is not known."""
+    """Return the expected shape of ``A`` or ``B``; None for an unknown size."""
     num_out: int | None = None
     num_in: int | None = None
     if spec is not None:
@@ -255,20 +250,20 @@ def _shape(module: str, side: str, rank: int, spec: ModelSpec | None) -> tuple[i
         if base is None or len(base) != 2:
             raise WeightsMismatchError(
                 f"the served model has no linear layer {module} (according to {spec.origin})",
-                hint="the adapter was made for another model, or for an output layer that is tied to the embedding; "
-                "SGLang would ignore it without an error",
+                hint="the adapter is for another model, or for an output layer that is tied to the embedding; SGLang would "
+                "ignore it without an error",
             )
         num_out, num_in = base
     return (rank, num_in) if side == "A" else (num_out, rank)
 
 
 def _absent(adapter: Adapter, spec: ModelSpec) -> list[str]:
-    """Layers that PEFT would have adapted by this configuration, and that are not there."""
+    """Return the layers that PEFT adapts with this configuration, and that have no tensors."""
     targets = adapter.config.get("target_modules")
     if not isinstance(targets, list) or any(
         adapter.config.get(name) for name in ("layers_to_transform", "layers_pattern", "exclude_modules")
     ):
-        return []  # PEFT's other rules are not repeated here
+        return []  # PEFT's other rules are not implemented here
     linear = [
         n.removesuffix(".weight") for n, shape in spec.shapes.items() if n.endswith(".weight") and len(shape) == 2
     ]
@@ -277,7 +272,7 @@ def _absent(adapter: Adapter, spec: ModelSpec) -> list[str]:
 
 
 def _zeros(adapter: Adapter, spec: ModelSpec | None) -> dict[str, torch.Tensor]:
-    """The missing parts of fused projections."""
+    """Return zeros for the missing parts of fused projections."""
     zeros: dict[str, torch.Tensor] = {}
     modules = adapter.modules()
     for module, sides in modules.items():
@@ -289,7 +284,7 @@ def _zeros(adapter: Adapter, spec: ModelSpec | None) -> dict[str, torch.Tensor]:
                 continue
             if spec is None:
                 raise ConfigError(
-                    f"the adapter has {module} and not {sibling}, and the served model's shapes are not known",
+                    f"the adapter has {module} but not {sibling}, and the served model's shapes are unknown",
                     hint=f"adapt all of {', '.join(group)}",
                 )
             if f"{sibling}.weight" not in spec.shapes:
@@ -315,7 +310,7 @@ def _fused(leaf: str) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """JSON types: PEFT's configuration holds sets and enumerations."""
+    """Return a value in JSON types: PEFT's configuration has sets and enumerations."""
     if isinstance(value, Enum):
         return _plain(value.value)
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""Weights that somebody else broadcasts: the process group that the engine joins, and what may be sent through it."""
+"""Weights that another process broadcasts: the process group that the engine joins, and what may be sent through it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from tpcolocate.errors import ConfigError, WeightsMismatchError
+from tpcolocate.weights.buckets import split_into_buckets
 
 DEFAULT_NAME = "weight_update_group"
 Weight = tuple[str, torch.Size, str]
-"""Name, full shape, dtype as torch spells it (``bfloat16``)."""
+"""Name, full shape, name of the dtype (``bfloat16``)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,23 +41,23 @@ class UpdateGroup:
     backend: str = "nccl"
 
     def check(self, tp_size: int) -> None:
-        """Refuse a group that cannot meet.
+        """Check that the group can form.
 
         Raises:
-            ConfigError: What is wrong with it.
+            ConfigError: It cannot.
         """
         if not self.group_name or not self.master_address:
             raise ConfigError("group_name and master_address must not be empty")
         if not 0 < self.master_port < 65536:
-            raise ConfigError(f"master_port={self.master_port} is no port")
+            raise ConfigError(f"master_port must be between 1 and 65535, got {self.master_port}")
         if self.rank_offset < 1:
             raise ConfigError(
-                f"rank_offset={self.rank_offset} is below 1", hint="rank 0 of the group is the one that sends"
+                f"rank_offset must be at least 1, got {self.rank_offset}", hint="rank 0 of the group is the sender"
             )
         if self.rank_offset + tp_size > self.world_size:
             raise ConfigError(
                 f"world_size={self.world_size} is too small for {tp_size} TP ranks from rank_offset={self.rank_offset} on",
-                hint=f"the sender and the TP ranks of all engines in the group, here at least {self.rank_offset + tp_size}",
+                hint=f"count the sender and the TP ranks of all engines in the group: at least {self.rank_offset + tp_size}",
             )
 
 
@@ -69,50 +70,51 @@ def join_update_group(
     backend: str = "nccl",
     timeout_s: float = 300.0,
 ) -> dist.ProcessGroup:
-    """Join an update group as rank 0, the one that sends; the other end of `Engine.init_weights_update_group`.
+    """Join an update group as rank 0, the sender; the counterpart of `Engine.init_weights_update_group`.
 
-    For any process: in this job or outside of it, with or without a default process group.  It returns once all ranks of
-    the group have come, so it must run at the same time as the engine's call: in another process, or in a thread.
-    With nccl, this process must be on another GPU than the engine, and both must agree on ``NCCL_CUMEM_ENABLE``: SGLang sets
-    it to 0 unless the engine was started with it, NCCL takes 1 where it is not set, and the two cannot open each other's
-    memory.  Send with ``dist.broadcast(tensor, src=0,
-    group=group)``; leave with ``dist.destroy_process_group(group)``.
+    Any process can call it: inside or outside of this job, with or without a default process group.  It returns once all
+    ranks have joined, so it must run at the same time as the engine's call: in another process or thread.  Send with
+    ``dist.broadcast(tensor, src=0, group=group)``; leave with ``dist.destroy_process_group(group)``.
 
-    The group is made as the engine makes it (``init_custom_process_group`` in SGLang's ``utils``), because torch's own
-    ``new_group`` cannot reach processes outside of the default group.
+    With nccl, this process must be on another GPU than the engine, and both must have the same ``NCCL_CUMEM_ENABLE``:
+    SGLang sets it to 0 unless it is set already, NCCL's own default is 1, and the two cannot open each other's memory.
+
+    The group is created like the engine's (``init_custom_process_group`` in SGLang's ``utils``), because torch's
+    ``new_group`` cannot include processes outside of the default group.
 
     Args:
         master_address: An address of this host that the engine can reach.
         master_port: A free port on it.
-        world_size: 1 and the TP ranks of all engines in the group.
-        group_name: As the engine is told.
-        backend: As the engine is told.
-        timeout_s: For the meeting and for every operation of the group, in seconds.
+        world_size: 1 plus the TP ranks of all engines in the group.
+        group_name: As passed to the engine.
+        backend: As passed to the engine.
+        timeout_s: For joining, and for every operation of the group, in seconds.
 
     Raises:
-        ConfigError: This process has a group of that name, the port is taken, or NCCL_CUMEM_ENABLE is not set for nccl.
-        RuntimeError: torch's own errors, such as a rank that did not come.
+        ConfigError: This process has a group of that name, the port is in use, or NCCL_CUMEM_ENABLE is not set for nccl.
+        RuntimeError: torch's own errors, for example when a rank does not join.
     """
     if group_name in distributed_c10d._world.pg_names.values():
         raise ConfigError(
-            f"this process has a group named {group_name!r}", hint="torch.distributed.destroy_process_group() it first"
+            f"this process already has a group named {group_name!r}",
+            hint="torch.distributed.destroy_process_group() it first",
         )
     if backend == "nccl" and "NCCL_CUMEM_ENABLE" not in os.environ:
-        # NCCL reads it when it is first used, which here may be long ago: it cannot be set for the caller.
+        # NCCL reads it at its first use, which may be long ago: it cannot be set for the caller.
         raise ConfigError(
-            "NCCL_CUMEM_ENABLE is not set: NCCL would share memory in a way here that SGLang has turned off, and the first "
-            "broadcast would fail with 'invalid argument', half-way through the engine's weights",
+            "NCCL_CUMEM_ENABLE is not set: NCCL would share memory by a mechanism that SGLang turns off, and the first "
+            "broadcast would fail with 'invalid argument', in the middle of the engine's update",
             hint="start this process with NCCL_CUMEM_ENABLE=0, or this one and the engine's with NCCL_CUMEM_ENABLE=1",
         )
     timeout = timedelta(seconds=timeout_s)
     try:
-        # Not shared with an earlier group on this port, as torch's own rendezvous would: what that one has left in its
-        # store would send the ranks to connections that are gone.
+        # Not shared with an earlier group on this port, as torch's own rendezvous would: the addresses that are left in
+        # its store are of closed connections.
         store = dist.TCPStore(master_address, master_port, world_size, True, timeout=timeout, multi_tenant=False)
     except dist.DistNetworkError as error:
         raise ConfigError(
             f"cannot listen on {master_address}:{master_port}: {error}",
-            hint="choose a free port; an earlier group keeps its own until the last reference to it is gone",
+            hint="choose a free port; an earlier group keeps its port until the last reference to it is dropped",
         ) from error
     helper: Any = distributed_c10d._new_process_group_helper
     made = helper(
@@ -132,24 +134,24 @@ def join_update_group(
 def announced(
     names: Sequence[str], dtypes: Sequence[str | torch.dtype], shapes: Sequence[Sequence[int]]
 ) -> list[Weight]:
-    """What rank 0 will send, checked and in one form.
+    """Return the weights that rank 0 will send, checked.
 
     Raises:
-        ConfigError: Lists of different lengths, or what is no dtype or shape.
-        WeightsMismatchError: A name that comes twice.
+        ConfigError: Lists of different lengths, an unknown dtype, an invalid shape.
+        WeightsMismatchError: A repeated name.
     """
     if isinstance(names, str) or not len(names) == len(dtypes) == len(shapes) or not len(names):
         raise ConfigError(
-            f"{len(names)} names, {len(dtypes)} dtypes and {len(shapes)} shapes", hint="one of each for every weight"
+            f"got {len(names)} names, {len(dtypes)} dtypes and {len(shapes)} shapes", hint="pass one of each per weight"
         )
     weights: list[Weight] = []
     seen: set[str] = set()
     for name, dtype, shape in zip(names, dtypes, shapes):
         text = str(dtype).removeprefix("torch.")
         if not isinstance(getattr(torch, text, None), torch.dtype):
-            raise ConfigError(f"{name} has dtype {dtype!r}, which torch does not know", hint='for example "bfloat16"')
+            raise ConfigError(f"{name} has dtype {dtype!r}, which is not torch's", hint='for example "bfloat16"')
         if any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in shape):
-            raise ConfigError(f"{name} has shape {tuple(shape)!r}", hint="a list of whole numbers")
+            raise ConfigError(f"{name} has shape {tuple(shape)!r}", hint="pass integers of at least 0")
         if name in seen:
             raise WeightsMismatchError(f"{name} is given twice", hint="names must be unique")
         seen.add(name)
@@ -158,18 +160,10 @@ def announced(
 
 
 def requests(weights: Sequence[Weight], bucket_bytes: int) -> Iterator[list[Weight]]:
-    """Cut the weights into requests of at most `bucket_bytes`, in order: the engine holds one at a time in full."""
-    request: list[Weight] = []
-    used = 0
-    for name, shape, dtype in weights:
-        size = shape.numel() * getattr(torch, dtype).itemsize
-        if request and used + size > bucket_bytes:
-            yield request
-            request, used = [], 0
-        request.append((name, shape, dtype))
-        used += size
-    if request:
-        yield request
+    """Split the weights into requests of at most `bucket_bytes`, in order: the engine keeps one request's in memory."""
+    return split_into_buckets(
+        weights, bucket_bytes, num_bytes=lambda weight: weight[1].numel() * getattr(torch, weight[2]).itemsize
+    )
 
 
 __all__ = ["DEFAULT_NAME", "UpdateGroup", "announced", "join_update_group", "requests"]

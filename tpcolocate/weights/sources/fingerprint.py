@@ -1,14 +1,14 @@
-"""Whether a module is what it was at the last sync, found out without naming its weights again.
+"""The fingerprint of a module: a repeated sync finds that nothing has changed without naming the weights again.
 
-Naming, checking and comparing hundreds of weights can take as long as copying them.  What is remembered of a module
-holds no memory: weak references, addresses, and how each weight is made of one of the module's tensors.
+Naming, checking and comparing hundreds of weights can take as long as copying them.  A fingerprint keeps no memory
+alive: it has weak references, addresses, and which weight is which part of which tensor of the module.
 """
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -16,10 +16,11 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from tpcolocate.in_server.tpcolocate_receiver.module_walk import modules_of
-from tpcolocate.weights.sources.lazy_tensor import Items, LazyTensor, local_of
-from tpcolocate.weights.sources.named_weights import Source, Weights
+from tpcolocate.weights.sources.lazy_tensor import Items, LazyTensor, local_of, storage_id
+from tpcolocate.weights.sources.named_weights import NamedWeights, Source
 
-_Part = tuple[torch.Size, tuple[int, ...], int]
+_View = tuple[torch.Size, tuple[int, ...], int]
+"""Size, stride and storage offset."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,79 +29,78 @@ class Fingerprint:
 
     Attributes:
         module: The source.
-        layout: Names of the module's parts, in order.
+        layout: Names of the parts of each module in it, in order.
         tensors: Its parameters and persistent buffers, in order.
-        places: Their addresses.
-        weights: Name -> number of the tensor that it is, and which part of that (None: all of it).
-        aliases: As `Weights.aliases`.
+        memory: Where the local data of each tensor is, and in which layout.
+        weights: Name, number of the tensor, and which view of that (None: the tensor itself).
+        aliases: As `NamedWeights.aliases`.
     """
 
     module: weakref.ref[nn.Module]
     layout: list[tuple[str, ...]]
     tensors: list[weakref.ref[torch.Tensor]]
-    places: list[int]
-    weights: list[tuple[str, int, _Part | None]]
-    aliases: dict[str, str]
+    memory: list[tuple[object, ...]]
+    weights: list[tuple[str, int, _View | None]]
+    aliases: Mapping[str, str]
 
     @classmethod
-    def of(cls, source: Source, weights: Weights) -> Fingerprint | None:
-        """What is to be remembered; None if the weights are more than tensors of a module under other names.
+    def of(cls, source: Source, weights: NamedWeights) -> Fingerprint | None:
+        """Return the fingerprint of a module; None if its weights are more than its tensors under other names.
 
-        A source that is no module, and weights that are computed (merged adapters, gathered experts), are read anew each
-        time; so is a module of whose tensors not all are sent, because which ones are may hang on its settings.
+        There is none of a source that is not a module, nor of computed weights (merged adapters, gathered experts), nor
+        if some of the module's tensors are not sent, since which ones are may depend on its settings.
         """
-        if not isinstance(source, nn.Module) or weights.known is None:
+        if not isinstance(source, nn.Module) or weights.items is None:
             return None
         layout, tensors = _walk(source)
         number_of = {id(tensor): i for i, tensor in enumerate(tensors)}
-        within = {_storage_of(tensor): i for i, tensor in enumerate(tensors)}
-        found: list[tuple[str, int, _Part | None]] = []
-        for name, item in weights.known:
+        number_by_storage = {storage_id(tensor): i for i, tensor in enumerate(tensors)}
+        found: list[tuple[str, int, _View | None]] = []
+        for name, item in weights.items:
             if isinstance(item, LazyTensor):
                 return None
-            whole, part = number_of.get(id(item)), None
-            if whole is None and not isinstance(item, DTensor):
-                whole = within.get(_storage_of(item))
-                part = item.shape, item.stride(), int(item.storage_offset())
-            if whole is None or (part is not None and item.dtype != tensors[whole].dtype):
+            number, view = number_of.get(id(item)), None
+            if number is None and not isinstance(item, DTensor):
+                number = number_by_storage.get(storage_id(item))
+                view = item.shape, item.stride(), int(item.storage_offset())
+            if number is None or (view is not None and item.dtype != tensors[number].dtype):
                 return None
-            found.append((name, whole, part))
-        sent = {whole for _, whole, _ in found}
-        if len(sent) != len(number_of):
+            found.append((name, number, view))
+        if len({number for _, number, _ in found}) != len(tensors):
             return None
         return cls(
             weakref.ref(source),
             layout,
             [weakref.ref(tensor) for tensor in tensors],
-            [local_of(tensor).data_ptr() for tensor in tensors],
+            [_memory(tensor) for tensor in tensors],
             found,
-            dict(weights.aliases),
+            weights.aliases,
         )
 
-    def recognise(self, source: Source) -> Weights | None:
-        """The weights of the source, if it is the same module with the same tensors in the same places."""
+    def match(self, source: Source) -> NamedWeights | None:
+        """Return the source's weights if it is the same module, with the same tensors in the same memory."""
         if self.module() is not source:
             return None
         layout, tensors = _walk(source)  # type: ignore[arg-type]
         if layout != self.layout or len(tensors) != len(self.tensors):
             return None
-        for tensor, before, place in zip(tensors, self.tensors, self.places):
-            if before() is not tensor or local_of(tensor).data_ptr() != place:
+        for tensor, before, memory in zip(tensors, self.tensors, self.memory):
+            if before() is not tensor or _memory(tensor) != memory:
                 return None
-        known: Items = [
-            (name, tensors[number] if part is None else tensors[number].detach().as_strided(*part))
-            for name, number, part in self.weights
+        items: Items = [
+            (name, tensors[number] if view is None else tensors[number].detach().as_strided(*view))
+            for name, number, view in self.weights
         ]
-        return Weights.again(known, self.aliases)
+        return NamedWeights(items, self.aliases)
 
 
 def _walk(module: nn.Module) -> tuple[list[tuple[str, ...]], list[torch.Tensor]]:
-    """Names of every module's parts, and all parameters and persistent buffers, each once."""
+    """Return the names of every module's parts, and all parameters and persistent buffers, each once."""
     layout: list[tuple[str, ...]] = []
     tensors: dict[int, torch.Tensor] = {}
     for one in modules_of(module):
         if isinstance(one, FSDPModule):
-            one.reshard()  # as FSDP2 does before a state dict: gathered parameters stand in the shards' place
+            one.reshard()  # as FSDP2 does before a state dict: a forward may leave the parameters unsharded
         layout.append((*one._modules, *one._parameters))
         for parameter in one._parameters.values():
             if parameter is not None:
@@ -112,8 +112,10 @@ def _walk(module: nn.Module) -> tuple[list[tuple[str, ...]], list[torch.Tensor]]
     return layout, list(tensors.values())
 
 
-def _storage_of(tensor: torch.Tensor) -> Any:
-    return local_of(tensor).untyped_storage()._cdata
+def _memory(tensor: torch.Tensor) -> tuple[object, ...]:
+    local = local_of(tensor)
+    # Not the shape, which takes several times as long as the rest: numel and stride change with it.
+    return local.data_ptr(), local.numel(), local.stride()
 
 
 __all__ = ["Fingerprint"]

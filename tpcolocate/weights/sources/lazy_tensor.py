@@ -1,9 +1,10 @@
-"""What a name of a source stands for: a tensor that is there, or one that is made when it is read."""
+"""The items of a source: tensors in memory, DTensors, and lazy tensors that are computed when they are read."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeGuard
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -11,14 +12,14 @@ from torch.distributed.tensor import DTensor
 
 @dataclass(frozen=True, eq=False, slots=True)
 class LazyTensor:
-    """A tensor that no parameter holds: it is computed from the trainer's, each time that it is read.
+    """A tensor that is computed from the trainer's parameters each time it is read.
 
-    Shape and dtype are known before, so that it can be checked, compared and planned for like any other.
+    Shape and dtype are known in advance, so it can be checked, compared and planned for like any other tensor.
 
     Attributes:
         shape: Full shape.
         dtype: Of what `make` returns.
-        device: Of the tensor that it is computed from; what FSDP2 has offloaded is gathered elsewhere.
+        device: Of the tensor it is computed from; what FSDP2 has offloaded is gathered on another device.
         make: Computes it.  If `is_collective`, every rank calls it for the same tensors in the same order.
         is_collective: Whether `make` gathers.
         extra_bytes: Memory that `make` takes beside its result, in bytes.
@@ -32,13 +33,13 @@ class LazyTensor:
     extra_bytes: int
 
     def materialize(self) -> torch.Tensor:
-        """The tensor; not to be written to, since others may share its memory.
+        """Compute the tensor.  It is read-only: others may share its memory.
 
         Collective: over the meshes of what it is computed from, if `is_collective`.
         """
         with torch.no_grad():
             made = self.make()
-        assert made.shape == self.shape and made.dtype == self.dtype, f"{made.shape} {made.dtype}, promised {self}"
+        assert made.shape == self.shape and made.dtype == self.dtype, f"{made.shape} {made.dtype}, expected {self}"
         return made
 
 
@@ -47,7 +48,7 @@ Items = list[tuple[str, Item]]
 
 
 def full_tensor(item: Item) -> torch.Tensor:
-    """The whole tensor, detached: the one way to read an item.
+    """Return the full tensor, detached.
 
     Collective: over the meshes of a DTensor, or of what a `LazyTensor` is computed from; local for any other tensor.
     """
@@ -62,33 +63,46 @@ def full_tensor(item: Item) -> torch.Tensor:
         return item.full_tensor()
 
 
+def is_plain_tensor(item: Item) -> TypeGuard[torch.Tensor]:
+    """Return whether the item is a full tensor in this process's memory, neither sharded nor lazy."""
+    return isinstance(item, torch.Tensor) and not isinstance(item, DTensor)
+
+
 def is_collective(item: Item) -> bool:
-    """Whether all ranks must read it together."""
+    """Return whether all ranks must read the item together."""
     return item.is_collective if isinstance(item, LazyTensor) else isinstance(item, DTensor)
 
 
 def local_of(item: torch.Tensor) -> torch.Tensor:
-    """What lies here of a tensor."""
+    """Return this rank's shard of a DTensor, or the tensor itself."""
     # to_local() builds an autograd node, for every tensor at every sync.
     return item._local_tensor if isinstance(item, DTensor) else item
 
 
+def storage_id(item: torch.Tensor) -> int:
+    """Return what identifies the storage of a tensor, or of its local shard, while that is alive.
+
+    Unlike an address it also tells apart tensors without data: empty shards, and tensors on the meta device.
+    """
+    return local_of(item).untyped_storage()._cdata
+
+
 def full_bytes(item: Item) -> int:
-    """Size of the whole tensor."""
+    """Return the size of the full tensor, in bytes."""
     return item.shape.numel() * item.dtype.itemsize
 
 
 def reading_bytes(item: Item) -> int:
-    """Memory that `full_tensor` takes on this rank until its result is dropped."""
+    """Return the memory that `full_tensor` takes on this rank until its result is dropped, in bytes."""
     if isinstance(item, LazyTensor):
         return item.extra_bytes + full_bytes(item)
     return full_bytes(item) if isinstance(item, DTensor) else 0
 
 
 class SharedGather:
-    """A tensor that several items are parts of; it is gathered once for all of them, not once for each.
+    """Parts of one tensor that is gathered once for all of them.
 
-    It is kept from the first part that is read until the last one: parts of one whole belong next to each other.
+    The full tensor is kept from the first part that is read until the last: read its parts next to each other.
 
     Args:
         item: The tensor.
@@ -96,23 +110,21 @@ class SharedGather:
 
     def __init__(self, item: Item) -> None:
         self._item = item
-        lies = isinstance(item, torch.Tensor) and not isinstance(item, DTensor)
-        self._live = item.detach() if lies else None  # type: ignore[union-attr]
         self._num_parts = 0
         self._unread: set[int] = set()
         self._full: torch.Tensor | None = None
 
     def part(self, size: torch.Size, stride: tuple[int, ...], offset: int) -> Item:
-        """A view of the whole; of live memory if that is where the whole is.
+        """Return a view of a plain tensor, a lazy tensor of any other.
 
         Args:
             size: Of the part.
-            stride: In elements, within the whole tensor: contiguous, unless it is a plain tensor that is not.
-            offset: In elements, from the whole tensor's first.
+            stride: In elements, within the full tensor; of a plain tensor as it is, of any other as if contiguous.
+            offset: In elements, from the full tensor's first.
         """
-        if self._live is not None:
-            return self._live.as_strided(size, stride, self._live.storage_offset() + offset)
         item = self._item
+        if is_plain_tensor(item):
+            return item.detach().as_strided(size, stride, int(item.storage_offset()) + offset)
         number = self._num_parts
         self._num_parts += 1
         return LazyTensor(
@@ -137,13 +149,15 @@ class SharedGather:
 
 
 __all__ = [
-    "LazyTensor",
     "Item",
     "Items",
+    "LazyTensor",
     "SharedGather",
     "full_bytes",
     "full_tensor",
     "is_collective",
+    "is_plain_tensor",
     "local_of",
     "reading_bytes",
+    "storage_id",
 ]

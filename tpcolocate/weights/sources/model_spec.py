@@ -1,7 +1,7 @@
-"""Names and shapes that the served model expects, so that wrong ones are refused here.
+"""The names and shapes that the served model expects, so that wrong ones are refused before they are sent.
 
-SGLang itself answers 200 to an unknown name (a warning in its log), to a projection with too few rows (padded with
-zeros) and to one with too many (cut): see /update_weights_from_tensor in releases 0.5.9 to 0.5.23.
+SGLang answers 200 to an unknown name (with a warning in its log), to a projection with too few rows (padded with
+zeros) and to one with too many (truncated): see /update_weights_from_tensor in releases 0.5.9 to 0.5.23.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from tpcolocate.weights.sources.hf_names import to_checkpoint
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """What a checkpoint of the served model contains.
+    """The contents of the served model's checkpoint.
 
     Attributes:
         shapes: Name -> full shape.
-        origin: Where it was read, for people.
+        origin: Where they were read, for messages.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
     origin: str
 
     def check(self, tensors: Iterable[tuple[str, torch.Size]]) -> None:
-        """Compare what is about to be sent.
+        """Check names and shapes that are about to be sent.
 
         Raises:
             WeightsMismatchError: An unknown name, or a wrong shape.
@@ -46,33 +46,33 @@ class ModelSpec:
         if wrong:
             raise WeightsMismatchError(
                 f"{some(wrong)} (according to {self.origin})",
-                hint="the trainer's and the served model differ; SGLang would pad or cut these without an error",
+                hint="the trainer's model differs from the served one; SGLang would pad or truncate these without an error",
             )
         if unknown:
             raise WeightsMismatchError(
                 f"the served model has no {some(unknown)} (according to {self.origin})",
-                hint="send the names of the checkpoint that the server loaded; SGLang would ignore these without an error",
+                hint="use the names of the checkpoint that the server loaded; SGLang would ignore these without an error",
             )
 
     def check_complete(self, names: Iterable[str]) -> None:
-        """Refuse a sync that would leave old weights among new ones.
+        """Check that no weight of the checkpoint is missing.
 
         Raises:
-            WeightsMismatchError: Weights of the checkpoint were not sent.
+            WeightsMismatchError: One is; the server would have new weights beside old ones.
         """
         missing = sorted(set(self.shapes) - set(names))
         if missing:
             raise WeightsMismatchError(
                 f"not all weights were sent: {some(missing)} (according to {self.origin})",
-                hint="send the whole model, or pass partial=True if the others shall stay as they are",
+                hint="send the whole model, or pass partial=True to leave the other weights as they are",
             )
 
 
 def read_spec(model_path: str) -> ModelSpec | None:
-    """Read the expected names and shapes; None if they cannot be known.
+    """Return the names and shapes that a served model expects; None if they cannot be found out.
 
-    From the headers of the checkpoint's safetensors files (a folder, or a hub id that is in the local cache), else
-    from the architecture named in its config.json, built on the meta device with transformers.
+    They come from the headers of the checkpoint's safetensors files (a folder, or a hub id in the local cache), else
+    from the architecture in its config.json, built on the meta device with transformers.
 
     Args:
         model_path: As passed to SGLang.
@@ -92,16 +92,16 @@ def read_spec(model_path: str) -> ModelSpec | None:
 
 
 def check_not_quantised(model_path: str) -> None:
-    """Refuse a checkpoint of quantised weights: a sync would write the trainer's values into quantised parameters.
+    """Check that a checkpoint's weights are not quantised: a sync would write plain values into quantised parameters.
 
-    What cannot be known (a hub id that is not in the local cache) passes.
+    A hub id that is not in the local cache passes.
 
     Args:
         model_path: As passed to SGLang.
 
     Raises:
-        ConfigError: Its config.json has a ``quantization_config`` (``compression_config`` in older ones), here or in
-            the part that describes the text model, or ModelOpt's ``hf_quant_config.json`` lies beside it.
+        ConfigError: Its config.json has a ``quantization_config`` (``compression_config`` in older ones), at the top or
+            for the text model, or there is a ``hf_quant_config.json`` of ModelOpt.
     """
     folder = local_folder(model_path)
     if folder is None:
@@ -112,7 +112,7 @@ def check_not_quantised(model_path: str) -> None:
         config = {}
     parts = [config, config.get("text_config")] if isinstance(config, dict) else []
     found = [
-        f"{key} ({part[key].get('quant_method', 'of no method') if isinstance(part[key], dict) else part[key]})"
+        f"{key} ({part[key].get('quant_method', 'no method') if isinstance(part[key], dict) else part[key]})"
         for part in parts
         if isinstance(part, dict)
         for key in ("quantization_config", "compression_config")
@@ -123,13 +123,13 @@ def check_not_quantised(model_path: str) -> None:
     if found:
         raise ConfigError(
             f"{folder} is a quantised checkpoint: it has {', '.join(found)}",
-            hint="serve the checkpoint in the dtype that you train; a sync would write the trainer's values into "
-            "quantised parameters",
+            hint="serve a checkpoint in the dtype that you train; a sync would write the trainer's values into quantised "
+            "parameters",
         )
 
 
 def local_folder(model_path: str) -> Path | None:
-    """The folder of a checkpoint that lies on this machine, or None."""
+    """Return the folder of a checkpoint on this machine, or None."""
     if Path(model_path).is_dir():
         return Path(model_path)
     try:
@@ -144,7 +144,7 @@ def local_folder(model_path: str) -> Path | None:
 
 
 def safetensors_files(folder: Path) -> list[Path]:
-    """The files of a checkpoint, those of its index if it has one; empty if there are none."""
+    """Return the safetensors files of a checkpoint: those in its index if it has one, else all in the folder."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
         return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]

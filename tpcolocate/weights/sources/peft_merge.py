@@ -1,7 +1,7 @@
-"""The weights that a peft model computes with, under the names of the model inside it.
+"""The merged weights of a peft model, under the names of the model inside it.
 
-A LoRA layer's merged weight is computed tensor by tensor when it is read; neither model nor adapters are changed.  Relied
-on: peft.tuners.lora.layer (`get_delta_weight`, `merge` and the order of the cases in `forward`) and
+The merged weight of a LoRA layer is computed when it is read; neither the model nor its adapters are changed.  Relies on
+peft.tuners.lora.layer (`get_delta_weight`, `merge` and the order of the cases in `forward`) and
 peft.utils.other.ModulesToSaveWrapper, in peft 0.21.
 """
 
@@ -28,10 +28,10 @@ _MERGE_FIRST = "send a copy that peft has merged: copy.deepcopy(model).merge_and
 
 
 def inner_model(module: nn.Module) -> nn.Module | None:
-    """The model inside a `peft.PeftModel`; None for any other module.
+    """Return the model inside a `peft.PeftModel`; None for any other module.
 
     Raises:
-        ConfigError: The adapter lies in the prompt, where no weight could carry it.
+        ConfigError: The adapter changes the prompt, which no weight can represent.
     """
     peft = sys.modules.get("peft")
     if peft is None or not isinstance(module, peft.PeftModel):
@@ -45,7 +45,7 @@ def inner_model(module: nn.Module) -> nn.Module | None:
 
 
 def merged(module: nn.Module, weights: Items) -> Items:
-    """Weights of a module with peft layers, as the module computes with them; those of any other unchanged.
+    """Return the weights of a module with its active adapters merged; those of a module without peft layers unchanged.
 
     Args:
         module: What the weights were taken from.
@@ -56,11 +56,11 @@ def merged(module: nn.Module, weights: Items) -> Items:
     """
     if "peft" not in sys.modules:
         return weights
-    places = _Places(module)
-    return [entry for name, item in weights if (entry := places.resolve(name, item)) is not None]
+    layers = _PeftLayers(module)
+    return [entry for name, item in weights if (entry := layers.resolve(name, item)) is not None]
 
 
-class _Places:
+class _PeftLayers:
     """The peft layers of a module, by path."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -74,7 +74,7 @@ class _Places:
                 self._layers[without_wrappers(path)] = layer
 
     def resolve(self, name: str, tensor: Any) -> tuple[str, Any] | None:
-        """The name without peft and what it stands for; None if the model does not compute with that tensor."""
+        """Return a weight's name without peft, and its merged value; None if the model does not compute with it."""
         kept: list[str] = []
         around: list[Any] = []
         path: list[str] = []
@@ -92,28 +92,28 @@ class _Places:
                 copy = None if layer.disable_adapters else next(iter(layer.active_adapters), None)
                 if segment == "original_module":
                     if copy in layer.modules_to_save:
-                        return None  # the copy takes its place
+                        return None  # replaced by the copy
                 else:
                     path.append(next(segments))
                     if path[-1] != copy:
                         return None
             else:
                 raise ConfigError(
-                    f"{'.'.join(path[:-1])} is a peft {type(layer).__name__}, whose merged weight is not computed on the fly",
+                    f"{'.'.join(path[:-1])} is a peft {type(layer).__name__}, which cannot be merged during a sync",
                     hint=_MERGE_FIRST,
                 )
-        steps = [step for layer in reversed(around) for step in _steps(layer, kept)]
-        return ".".join(kept), _sum(tensor, steps) if steps else tensor
+        adapters = [adapter for layer in reversed(around) for adapter in _active_adapters(layer, kept)]
+        return ".".join(kept), _sum(tensor, adapters) if adapters else tensor
 
 
-def _steps(layer: Any, name: list[str]) -> list[tuple[nn.Module, str]]:
-    """(layer, adapter) for every adapter that changes the parameter `name` of the layer's base layer."""
+def _active_adapters(layer: Any, name: list[str]) -> list[tuple[nn.Module, str]]:
+    """Return (layer, adapter) for every adapter that changes the parameter `name` of the layer's base layer."""
     from peft.tuners import lora
 
     if layer.merged:
         if layer.disable_adapters:
             raise ConfigError(
-                f"the adapters of {'.'.join(name)} are merged and disabled, of which peft makes up its mind in the next forward",
+                f"the adapters of {'.'.join(name)} are both merged and disabled; peft unmerges them in the next forward",
                 hint="call unmerge_adapter() on the model first",
             )
         return []  # the base layer's weight is the merged one
@@ -122,21 +122,21 @@ def _steps(layer: Any, name: list[str]) -> list[tuple[nn.Module, str]]:
     if not isinstance(layer, lora.LoraLayer):
         kind = type(layer).__module__.removeprefix("peft.tuners.").partition(".")[0]
         raise ConfigError(
-            f"{'.'.join(name)} has an adapter of kind {kind}; only those of LoRA are merged on the fly",
+            f"{'.'.join(name)} has an adapter of kind {kind}; only LoRA can be merged during a sync",
             hint=_MERGE_FIRST,
         )
     adapters = [adapter for adapter in layer.active_adapters if adapter in layer.r]
     plain = isinstance(layer, (lora.Linear, lora.Embedding, lora.ParamWrapper))
     for adapter in adapters:
-        # Variants (DoRA and others) are merged by code of their own, quantised bases by their own layers.
+        # Variants such as DoRA have merge code of their own, and quantised bases their own layers.
         if not plain or adapter in layer.lora_variant or layer.lora_bias[adapter] or not _is_floating(layer):
             raise ConfigError(
-                f"{'.'.join(name)} has a LoRA adapter {adapter!r} that is more than a product of two matrices added to a weight "
-                f"({type(layer).__name__}; DoRA, a bias and quantised base weights are such cases)",
+                f"{'.'.join(name)} has a LoRA adapter {adapter!r} that cannot be merged during a sync "
+                f"({type(layer).__name__}; DoRA, LoRA biases and quantised base weights are not supported)",
                 hint=_MERGE_FIRST,
             )
     target = layer.parameter_name if isinstance(layer, lora.ParamWrapper) else "weight"
-    # peft's layers are modules, which its own annotations do not say.
+    # peft's layers are modules, which is not in its annotations.
     return [(cast(nn.Module, layer), adapter) for adapter in adapters] if name[-1] == target else []
 
 
@@ -144,33 +144,33 @@ def _is_floating(layer: Any) -> bool:
     return all(parameter.is_floating_point() for parameter in layer.get_base_layer().parameters(recurse=False))
 
 
-def _sum(base: torch.Tensor, steps: list[tuple[nn.Module, str]]) -> LazyTensor:
-    """The base weight and what the adapters add to it."""
-    factors = [_factors(layer, adapter) for layer, adapter in steps]
-    given = [base, *(factor for of_step in factors for factor in of_step.values())]
-    widest = max(tensor.dtype.itemsize for tensor in given)
+def _sum(base: torch.Tensor, adapters: list[tuple[nn.Module, str]]) -> LazyTensor:
+    """Return the base weight plus the deltas of the adapters."""
+    factors = [_factors(layer, adapter) for layer, adapter in adapters]
+    inputs = [base, *(factor for of_adapter in factors for factor in of_adapter.values())]
+    widest = max(tensor.dtype.itemsize for tensor in inputs)
 
     def make() -> torch.Tensor:
-        whole = full_tensor(base)
-        for (layer, adapter), of_step in zip(steps, factors):
-            full = {name: full_tensor(factor) for name, factor in of_step.items()}
+        weight = full_tensor(base)
+        for (layer, adapter), of_adapter in zip(adapters, factors):
+            full = {name: full_tensor(factor) for name, factor in of_adapter.items()}
             delta = torch.func.functional_call(_Delta(layer), full, (adapter,))
-            # In the wider of the two dtypes, rounded once.  peft puts some deltas where an offloaded base weight lies.
-            whole = (whole + delta.to(whole.device)).to(base.dtype)
-        return whole
+            # In the wider of the two dtypes, rounded once.  peft computes some deltas on an offloaded base's device.
+            weight = (weight + delta.to(weight.device)).to(base.dtype)
+        return weight
 
     return LazyTensor(
         shape=base.shape,
         dtype=base.dtype,
         device=base.device,
         make=make,
-        is_collective=any(is_collective(tensor) for tensor in given),
-        extra_bytes=sum(reading_bytes(tensor) for tensor in given) + 2 * base.shape.numel() * widest - full_bytes(base),
+        is_collective=any(is_collective(tensor) for tensor in inputs),
+        extra_bytes=sum(map(reading_bytes, inputs)) + 2 * base.shape.numel() * widest - full_bytes(base),
     )
 
 
 def _factors(layer: Any, adapter: str) -> dict[str, torch.Tensor]:
-    """The adapter's own parameters, under the names that they have in a `_Delta`."""
+    """Return the adapter's own parameters, under the names that they have in a `_Delta`."""
     return {
         f"layer.{name}": parameter
         for name, parameter in layer.named_parameters()
@@ -179,7 +179,7 @@ def _factors(layer: Any, adapter: str) -> dict[str, torch.Tensor]:
 
 
 class _Delta(nn.Module):
-    """What an adapter adds to a weight, as a module: so that it can be computed by peft itself from full tensors."""
+    """The delta of an adapter as a module, so that peft's own code can compute it from gathered factors."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()

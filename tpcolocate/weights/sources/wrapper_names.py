@@ -1,17 +1,29 @@
-"""Names without what torch's wrappers add to them."""
+"""Modules and names without what DDP, torch.compile, FSDP and activation checkpointing add to them."""
 
 from __future__ import annotations
 
-# Each puts a segment of its own into every name below it.
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+# Each wrapper inserts a segment of its own into every name below it.
 _WRAPPER_SEGMENTS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
 
 
 def without_wrappers(name: str) -> str:
-    """The name of a weight, or the path of a module, in the model before it was wrapped."""
+    """Return the name of a weight, or the path of a module, in the model before it was wrapped."""
     name += "."  # a path may end with a wrapper
     for segment in _WRAPPER_SEGMENTS:
         name = name.replace(segment, "")
     return name.removesuffix(".")
 
 
-__all__ = ["without_wrappers"]
+def unwrapped(module: nn.Module) -> nn.Module:
+    """Return the module inside DDP and torch.compile, in any order."""
+    while True:
+        inner = module.module if isinstance(module, DistributedDataParallel) else getattr(module, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            return module
+        module = inner
+
+
+__all__ = ["unwrapped", "without_wrappers"]

@@ -20,7 +20,7 @@ class SyncOptions:
         transport: One of `TRANSPORTS`.
         partial: Weights that are not sent stay as they are, instead of being an error.
         folder: Where files go, for the transport ``file``; default: /dev/shm.
-        rename: From the source's names to the served checkpoint's; see `Weights`.
+        rename: From the source's names to the served checkpoint's; see `NamedWeights`.
         parts: Move only the parts that each TP worker reads, where that is known, instead of full tensors.
     """
 

@@ -17,7 +17,7 @@ from tpcolocate.errors import SyncError, some
 from tpcolocate.in_server.tpcolocate_receiver.protocol import FindUnwritten
 from tpcolocate.report import RankReport, SyncReport
 from tpcolocate.weights.sources.lazy_tensor import full_tensor, is_collective
-from tpcolocate.weights.sources.named_weights import Source, Weights
+from tpcolocate.weights.sources.named_weights import NamedWeights, Source
 from tpcolocate.weights.sync.buckets import buckets
 from tpcolocate.weights.sync.phases import GRACE_S
 from tpcolocate.weights.sync.preflight import Preflight
@@ -40,7 +40,7 @@ class SyncRun(StartPhases, Preflight, LearningPhases):
         self.rehearse(lending)
         touched()
         self.touched = True
-        tensors, known = self.tensors, weights.known
+        tensors, known = self.tensors, weights.items
         moving = self.agree_on_mode() and self.samples_hold(weights)
         if not moving:
             self.borrowed.reclaim()  # exported in vain
@@ -76,7 +76,7 @@ class SyncRun(StartPhases, Preflight, LearningPhases):
             self.sync.last = self.remember(source, weights, facts, tensors) if all_moved else None
         return report
 
-    def check_complete(self, weights: Weights) -> None:
+    def check_complete(self, weights: NamedWeights) -> None:
         if self.sync.spec is not None and not self.options.partial:
             self.sync.spec.check_complete([*self.names, *weights.aliases])
 

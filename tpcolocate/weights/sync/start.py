@@ -12,7 +12,7 @@ import torch.distributed as dist
 from tpcolocate.errors import ConfigError, WeightsMismatchError
 from tpcolocate.weights.plan.sharding import CachedShards, Layouts, LocalShard, layouts_of
 from tpcolocate.weights.sources.fingerprint import Fingerprint
-from tpcolocate.weights.sources.named_weights import Source, Weights
+from tpcolocate.weights.sources.named_weights import NamedWeights, Source
 from tpcolocate.weights.sync.buckets import headline, padded_bytes
 from tpcolocate.weights.sync.mapping import CAN_BE_MAPPED, Lending
 from tpcolocate.weights.sync.options import SyncOptions
@@ -69,13 +69,13 @@ class Last:
 class StartPhases(MovePhases):
     """From the source to the agreement on what there is to send, and on whether this sync repeats the last one."""
 
-    def get_going(self, source: Source) -> tuple[Weights, Facts, Lending]:
+    def get_going(self, source: Source) -> tuple[NamedWeights, Facts, Lending]:
         """Read and check the weights on every rank, hold generation, reach the workers, compare what the ranks hold.
 
         Returns:
             The weights, what this rank told of them, and what may become of their memory.
         """
-        prepared: tuple[Weights, Facts] | None = None
+        prepared: tuple[NamedWeights, Facts] | None = None
         greetings: Greetings | None = None
         error: BaseException | None = None
         with self.watch.phase("prepare"):
@@ -132,7 +132,7 @@ class StartPhases(MovePhases):
                 timeout_s=self.left("open the weight sync"),
             )
 
-    def plan_staging(self, weights: Weights, free: list[int]) -> None:
+    def plan_staging(self, weights: NamedWeights, free: list[int]) -> None:
         """Decide on the bucket's size; a sync that repeats the last one as far as is known may find less memory now.
 
         Args:
@@ -146,36 +146,36 @@ class StartPhases(MovePhases):
         self.bucket_bytes = plan_bucket(
             self.options.bucket_bytes,
             free,
-            largest=max((padded_bytes(tensor) for _, tensor in weights.known or ()), default=0),
+            largest=max((padded_bytes(tensor) for _, tensor in weights.items or ()), default=0),
             # Ranks of a CPU slice share one /dev/shm.
             copies=len(self.group) if self.sync.device.type == "cpu" else 1,
             gathered=weights.reading_bytes,
         )
         self.repeats = self.repeats and last is not None and self.bucket_bytes == last.bucket_bytes
 
-    def prepare(self, source: Source) -> tuple[Weights, Facts]:
+    def prepare(self, source: Source) -> tuple[NamedWeights, Facts]:
         again = self.prepare_again(source)
         if again is not None:
             return again
         expected = None if self.sync.spec is None else self.sync.spec.shapes
-        weights = Weights(source, expected=expected, rename=self.options.rename)
+        weights = NamedWeights.of(source, expected=expected, rename=self.options.rename)
         self.sharded = weights.is_sharded
         lending: list[str] = []
-        if weights.known is not None:
-            if not weights.known:
+        if weights.items is not None:
+            if not weights.items:
                 raise ConfigError("there are no weights to sync", hint="pass a module with parameters")
-            repeated = _repeated(name for name, _ in weights.known)
+            repeated = _repeated(name for name, _ in weights.items)
             if repeated is not None:
                 raise WeightsMismatchError(f"{repeated} is given twice", hint="names must be unique")
-            self.check([(name, tensor.shape) for name, tensor in weights.known])
+            self.check([(name, tensor.shape) for name, tensor in weights.items])
             if self.sync.spec is not None and not self.options.partial:
-                self.sync.spec.check_complete([*(name for name, _ in weights.known), *weights.aliases])
+                self.sync.spec.check_complete([*(name for name, _ in weights.items), *weights.aliases])
             if self.options.parts and self.options.payloads == "per_rank" and self.options.transport in ("auto", "ipc"):
-                held = ((name, self.sync.mover.hold(tensor)) for name, tensor in weights.known)
+                held = ((name, self.sync.mover.hold(tensor)) for name, tensor in weights.items)
                 self.tensors = {name: one for name, one in held if one is not None}
                 lending = self.lending()
                 self.wait_for_the_trainer()
-        contents = None if weights.known is None else [(n, tuple(t.shape), t.dtype) for n, t in weights.known]
+        contents = None if weights.items is None else [(n, tuple(t.shape), t.dtype) for n, t in weights.items]
         digest = hashlib.sha256(repr((contents, list(self.tensors) == [n for n, *_ in contents or ()])).encode())
         return weights, Facts(
             digest.digest(),
@@ -191,16 +191,16 @@ class StartPhases(MovePhases):
             return None
         return last
 
-    def prepare_again(self, source: Source) -> tuple[Weights, Facts] | None:
+    def prepare_again(self, source: Source) -> tuple[NamedWeights, Facts] | None:
         """The same, if this rank finds everything as it was at the last sync."""
         last = self.last_alike()
         if last is None:
             return None
-        weights = last.source.recognise(source)
-        if weights is None or weights.known is None:
+        weights = last.source.match(source)
+        if weights is None or weights.items is None:
             return None
         self.tensors = CachedShards(
-            {n: item for n, item in weights.known if isinstance(item, torch.Tensor)}, last.layouts
+            {n: item for n, item in weights.items if isinstance(item, torch.Tensor)}, last.layouts
         )
         self.sharded = bool(last.groups)
         self.wait_for_the_trainer()
@@ -230,11 +230,11 @@ class StartPhases(MovePhases):
         self.ready = self.get_ready(self.sync.moves[1])
 
     def remember(
-        self, source: Source, weights: Weights, facts: Facts, tensors: Mapping[str, LocalShard]
+        self, source: Source, weights: NamedWeights, facts: Facts, tensors: Mapping[str, LocalShard]
     ) -> Last | None:
         """For the next sync: of a sync that moved everything, and lent all that it may."""
-        assert weights.known is not None
-        if list(tensors) != [name for name, _ in weights.known] or CAN_BE_MAPPED in facts.lending:
+        assert weights.items is not None
+        if list(tensors) != [name for name, _ in weights.items] or CAN_BE_MAPPED in facts.lending:
             return None
         found = Fingerprint.of(source, weights)
         if found is None:

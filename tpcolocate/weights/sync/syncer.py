@@ -148,7 +148,7 @@ class WeightSync:
         Collective: over the slice, and over the meshes of the weights.
 
         Args:
-            source: What to send; see `Weights`.
+            source: What to send; see `NamedWeights`.
             version: Published once everything has arrived.
             options: See `SyncOptions`.
             timeout_s: For the whole sync, in seconds.

@@ -12,7 +12,7 @@ import torch
 from tpcolocate.errors import some
 from tpcolocate.in_server.tpcolocate_receiver.protocol import DryRun, addressed_to_all
 from tpcolocate.weights.sources.lazy_tensor import full_tensor, is_collective
-from tpcolocate.weights.sources.named_weights import Weights
+from tpcolocate.weights.sources.named_weights import NamedWeights
 from tpcolocate.weights.sync.buckets import BucketPhases, buckets
 from tpcolocate.weights.sync.mapping import CAN_BE_MAPPED, Lending
 from tpcolocate.weights.sync.transfer import MovePhases
@@ -88,7 +88,7 @@ class LearningPhases(MovePhases, BucketPhases):
         self.sync.rehearsal_refused = why
         self.notes.append(f"the engine's loader is learned from whole buckets, which takes longer: {why}")
 
-    def samples_hold(self, weights: Weights) -> bool:
+    def samples_hold(self, weights: NamedWeights) -> bool:
         """Whether the engine's loader does with real weights, one of each kind, what it did when it rehearsed.
 
         Each worker compares every copy with what was learned, and what arrived with what was sent, bit for bit.
@@ -99,9 +99,9 @@ class LearningPhases(MovePhases, BucketPhases):
         if self.is_verified:
             return True
         names = set(self.sync.knowledge.samples(list(self.tensors)))
-        items = [item for item in weights.known or () if item[0] in names]
+        items = [item for item in weights.items or () if item[0] in names]
         self.samples = buckets(items, self.bucket_bytes)
-        self.rest = buckets(weights.known or (), self.bucket_bytes)  # of which all is sent if they do not hold
+        self.rest = buckets(weights.items or (), self.bucket_bytes)  # of which all is sent if they do not hold
         with self.watch.phase("verify"):
             error: BaseException | None = None
             for bucket in self.samples:

@@ -16,7 +16,7 @@ from tpcolocate.errors import SyncError, some
 from tpcolocate.in_server.tpcolocate_receiver.protocol import Addressed, ReleaseStaging, RunProgram, addressed_to_all
 from tpcolocate.weights.plan.transfer_plan import TransferPlan
 from tpcolocate.weights.sources.lazy_tensor import full_bytes
-from tpcolocate.weights.sources.named_weights import Weights
+from tpcolocate.weights.sources.named_weights import NamedWeights
 from tpcolocate.weights.sync.mapping import CAN_BE_MAPPED, STAYS, Lending, LendingPhases
 from tpcolocate.weights.transport.bucket_sender import Replies, slowest
 from tpcolocate.weights.transport.staging import Ready, Transfer
@@ -82,7 +82,7 @@ class MovePhases(LendingPhases):
             ),
         )
 
-    def move(self, weights: Weights, lending: Lending) -> None:
+    def move(self, weights: NamedWeights, lending: Lending) -> None:
         """Move all parts, compare what every worker holds with what its training ranks gave."""
         define: dict[str, Any] = {}
         if self.repeats:
@@ -132,7 +132,7 @@ class MovePhases(LendingPhases):
         if self.repeats and self.sync.last is not None:
             self.num_bytes += self.sync.last.num_bytes
         else:
-            self.num_bytes += sum(full_bytes(item) for name, item in weights.known or () if name in names)
+            self.num_bytes += sum(full_bytes(item) for name, item in weights.items or () if name in names)
         self.names |= names
 
     def choose(self, lending: Lending, define: dict[str, Any]) -> tuple[TransferPlan, Ready]:

@@ -1,9 +1,8 @@
-"""Trainers of every kind against a real server of Qwen3-MoE, and one of Mixtral: tokens equal the trainer's model.
+"""Trainers of every kind with a real server of Qwen3-MoE, and one of Mixtral: the tokens equal the trainer's model's.
 
-The models are odd on purpose: five experts, and a vocabulary of 509 tokens in one of them, so that no shard is like the
-next.  In the engine the experts are one tensor, in a checkpoint they are many, and in transformers 5 they are one again,
-cut otherwise.  SGLang ties the embeddings of neither family: of a trainer that does, both are sent.  Each server is
-started once, as in test_engine.
+The sizes are odd on purpose, so that shards are unequal: five experts, and a vocabulary of 509 tokens in one model.  The
+experts are one tensor in the engine, many in a checkpoint, and one in transformers 5, in another layout.  SGLang ties the
+embeddings of neither family; of a trainer that does, both are sent.  Each server is started once, as in test_engine.
 """
 
 import copy
@@ -25,7 +24,7 @@ IDS = torch.arange(1, 33).view(2, 16)
 
 
 def trainer(world, seed):
-    """A copy of the served model, a random step away from it and from any other seed's."""
+    """Return a copy of the served model with random changes, different for each seed."""
     model = copy.deepcopy(world.model)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -35,7 +34,7 @@ def trainer(world, seed):
 
 
 def step(model):
-    """One of training, the same on every rank; afterwards a forward, which leaves FSDP2's root unsharded."""
+    """Make one training step, the same on every rank, and a forward, which leaves FSDP2's root unsharded."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=0.5)
     loss = model(IDS, labels=IDS).loss
@@ -52,15 +51,15 @@ def shard(model, mesh=None, **how):
     return fully_shard(model, mesh=mesh, reshard_after_forward=False, **how)
 
 
-def whole(world, model):
-    """A plain model with the weights of a sharded one, as torch gathers them."""
+def gathered(world, model):
+    """Return a plain model with the weights of a sharded one, gathered by torch."""
     plain = copy.deepcopy(world.model)
     plain.load_state_dict(get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)))
     return plain
 
 
 def synced(world, model, reference, **options):
-    """Syncs a trainer; what is asserted of every one of them."""
+    """Sync a trainer, and return what is asserted of every one."""
     before = world.generated()
     report = world.engine.sync_weights(model, **options)
     expected, found = world.expected(reference), world.generated()
@@ -81,7 +80,7 @@ def plain(world):
 
 
 def plain_again(world):
-    """The workers have seen this layout: all of it goes by the plan, experts included."""
+    """The workers have traced this layout: all of it is copied as planned, experts included."""
     model = trainer(world, 2)
     return synced(world, model, model)
 
@@ -96,19 +95,19 @@ def fsdp2_mixed_precision(world):
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     model = shard(trainer(world, 4), mp_policy=policy)
     step(model)
-    held = model.model.norm.weight.dtype
-    found = synced(world, model, whole(world, model), bucket_bytes=200_000)
-    return {**found, "held": str(held)}
+    dtype = model.model.norm.weight.dtype
+    found = synced(world, model, gathered(world, model), bucket_bytes=200_000)
+    return {**found, "dtype": str(dtype)}
 
 
 def fsdp2_cpu_offload(world):
     model = shard(trainer(world, 5), offload_policy=CPUOffloadPolicy(pin_memory=False))
     step(model)
-    return synced(world, model, whole(world, model))
+    return synced(world, model, gathered(world, model))
 
 
 def fsdp2_frozen_and_tied(world):
-    """The tied embedding and the first layer stay as they are, the rest learns."""
+    """The tied embedding and the first layer are frozen, the rest is trained."""
     model = trainer(world, 6)
     model.lm_head.weight = model.model.embed_tokens.weight
     frozen = [model.model.embed_tokens.weight, *model.model.layers[0].parameters()]
@@ -117,14 +116,14 @@ def fsdp2_frozen_and_tied(world):
     start = model.model.layers[0].mlp.experts.down_proj.clone(), model.model.layers[1].mlp.experts.down_proj.clone()
     model = shard(model)
     step(model)
-    reference = whole(world, model)
+    reference = gathered(world, model)
     tied = torch.equal(reference.lm_head.weight, reference.model.embed_tokens.weight)
     layers = reference.model.layers
     stayed = torch.equal(layers[0].mlp.experts.down_proj, start[0])
-    learnt = not torch.equal(layers[1].mlp.experts.down_proj, start[1])
+    trained = not torch.equal(layers[1].mlp.experts.down_proj, start[1])
     rows = {len(model.model.embed_tokens.weight.to_local()), len(model.model.layers[0].mlp.gate.weight.to_local())}
     found = synced(world, model, reference, payloads="fan_out")
-    return {**found, "froze": stayed and learnt and tied, "rows": sorted(rows)}
+    return {**found, "froze": stayed and trained and tied, "rows": sorted(rows)}
 
 
 def tensor_parallel(world):
@@ -136,11 +135,11 @@ def tensor_parallel(world):
     mesh = init_device_mesh("cpu", (2,))
     for layer in model.model.layers:
         parallelize_module(layer, mesh, {**attention, "self_attn.o_proj": RowwiseParallel()})
-        # Each rank would learn from its own heads alone, and the ranks would part.
+        # Each rank would train them on its own heads alone, and the ranks would diverge.
         for norm in (layer.self_attn.q_norm, layer.self_attn.k_norm):
             norm.weight.requires_grad_(False)
     step(model)
-    return synced(world, model, whole(world, model))
+    return synced(world, model, gathered(world, model))
 
 
 LORA = {
@@ -154,7 +153,7 @@ def adapted(world, seed, **kwargs):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_" in name:  # the second factor starts at zero, which would show nothing
+            if "lora_" in name:  # the second factor starts at zero: the adapter would have no effect
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
     return model
 
@@ -187,11 +186,11 @@ def peft_refused(world):
     try:
         world.engine.sync_weights(adapted(world, 10, use_dora=True, target_parameters=None))
     except errors.ConfigError as error:
-        return {"said": error.message, "hint": error.hint, "unchanged": world.generated() == before}
+        return {"message": error.message, "hint": error.hint, "unchanged": world.generated() == before}
 
 
 class Actor(nn.Module):
-    """A policy beside a value head, as trainers hold them."""
+    """A policy beside a value head, as trainers have them."""
 
     def __init__(self, policy):
         super().__init__()
@@ -226,28 +225,28 @@ SETUPS = {
 
 @pytest.fixture(scope="module")
 def found(tiny_model_dir):
-    """Family -> (tp_size, what every rank found, what the set-up left behind), its server started by who asks first."""
-    known = {}
+    """Family -> (tp_size, what every rank found, what the set-up left behind); the first use starts its server."""
+    done = {}
 
     def of(family):
-        if family not in known:
+        if family not in done:
             how, tp_size, checks = SETUPS[family]
             before = Footprint.now()
             try:
                 model_dir = str(tiny_model_dir(family=family, **how))
                 ranks = run_ranks(drive, tp_size, model_dir, tp_size, checks, timeout_s=400)
-                known[family] = tp_size, ranks, leftovers(before)
+                done[family] = tp_size, ranks, leftovers(before)
             except RanksFailed as error:  # once is enough
-                known[family] = error
-        if isinstance(known[family], Exception):
-            raise known[family]
-        return known[family]
+                done[family] = error
+        if isinstance(done[family], Exception):
+            raise done[family]
+        return done[family]
 
     return of
 
 
 def every(*checks):
-    """Runs a test for each family and each of these checks."""
+    """Run a test for each family and each of these checks."""
     pairs = [(family, check) for family, (_, _, included) in SETUPS.items() for check in checks if check in included]
     return pytest.mark.parametrize("family, check", pairs, ids=[f"{f}-{c.__name__}" for f, c in pairs])
 
@@ -260,26 +259,26 @@ def test_a_mixture_of_experts_is_served_on_the_cpu(found, family, check):
 @every(*SYNCS)
 def test_tokens_equal_the_trainers_model_after_a_sync_from(found, family, check):
     for seen in results(found(family), check):
-        assert seen["changed"], "the sync must have something to show"
+        assert seen["changed"], "the sync must change tokens"
         assert seen["equal"] and seen["unproven"] == ()
 
 
 @every(plain)
-def test_a_first_sync_rehearses_experts_too(found, family, check):
+def test_a_first_sync_plans_experts_too(found, family, check):
     for seen in results(found(family), check):
         assert seen["replayed"] == seen["tensors"] and seen["warnings"] == ()
 
 
 @every(plain_again)
-def test_experts_are_part_of_the_plan(found, family, check):
+def test_experts_are_copied_as_planned(found, family, check):
     for seen in results(found(family), check):
         # five experts of three tensors in each of two layers, and the dense rest
         assert seen["replayed"] == seen["tensors"] > 2 * 5 * 3
 
 
 @every(fsdp2_mixed_precision)
-def test_master_weights_are_sent_and_not_what_a_forward_left_in_the_module(found, family, check):
-    assert [seen["held"] for seen in results(found(family), check)] == ["torch.bfloat16"] * 2
+def test_master_weights_are_sent_not_the_parameters_that_a_forward_left_in_the_module(found, family, check):
+    assert [seen["dtype"] for seen in results(found(family), check)] == ["torch.bfloat16"] * 2
 
 
 @every(fsdp2_frozen_and_tied)
@@ -290,20 +289,20 @@ def test_frozen_and_trained_weights_come_from_shards_of_unequal_size(found, fami
 
 
 @every(peft_lora)
-def test_an_adapter_is_merged_for_the_engine_alone(found, family, check):
+def test_an_adapter_is_merged_in_the_engine_only(found, family, check):
     for seen in results(found(family), check):
         assert seen["effect"] and seen["unchanged"]
 
 
 @every(peft_refused)
-def test_an_adapter_that_cannot_be_merged_on_the_fly_is_refused_before_anything_is_sent(found, family, check):
-    said = results(found(family), check)
-    assert said[0] == said[1] and said[0]["unchanged"]
-    assert "DoRA" in said[0]["said"] and "merge_and_unload()" in said[0]["hint"]
+def test_an_adapter_that_cannot_be_merged_is_refused_before_anything_is_sent(found, family, check):
+    seen = results(found(family), check)
+    assert seen[0] == seen[1] and seen[0]["unchanged"]
+    assert "DoRA" in seen[0]["message"] and "merge_and_unload()" in seen[0]["hint"]
 
 
 @every(renamed)
-def test_names_are_mapped_and_what_is_not_the_models_is_left_out(found, family, check):
+def test_names_are_mapped_and_other_weights_left_out(found, family, check):
     for seen in results(found(family), check):
         assert "the served model has no policy.model.embed_tokens.weight" in seen["without"]
 

@@ -1,4 +1,4 @@
-"""Weights of a transformers model under the names of its checkpoint."""
+"""NamedWeights of a transformers model under the names of its checkpoint."""
 
 import shutil
 
@@ -9,7 +9,7 @@ from torch import nn
 
 from tpcolocate.errors import ConfigError
 from tpcolocate.weights.sources.model_spec import read_spec
-from tpcolocate.weights.sources.named_weights import Weights
+from tpcolocate.weights.sources.named_weights import NamedWeights
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(120)]
 
@@ -28,21 +28,21 @@ def load(folder):
 
 
 def build(folder):
-    """As a trainer that starts from scratch: transformers has not seen a checkpoint of it."""
+    """Return a model that was not loaded from a checkpoint."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
 
 
 @FAMILIES
-@pytest.mark.parametrize("knows", [True, False], ids=["served names known", "unknown"])
-def test_experts_are_sent_one_by_one_as_views_of_the_fused_parameters(tiny_model_dir, family, knows):
+@pytest.mark.parametrize("with_expected", [True, False], ids=["expected names", "no expected names"])
+def test_experts_are_views_of_the_fused_parameters(tiny_model_dir, family, with_expected):
     saved = checkpoint(tiny_model_dir(family=family))
     model = load(tiny_model_dir(family=family))
-    assert FUSED in model.state_dict(), "otherwise there is nothing to convert"
-    weights = Weights(model, expected=saved if knows else None)
+    assert FUSED in model.state_dict(), "there must be something to convert"
+    weights = NamedWeights.of(model, expected=saved if with_expected else None)
     sent = dict(weights)
-    assert sorted(sent) == sorted(saved) and len(weights.known) == len(sent)
+    assert sorted(sent) == sorted(saved) and len(weights.items) == len(sent)
     live = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     for name, tensor in sent.items():
         assert torch.equal(tensor, saved[name]), name
@@ -51,29 +51,29 @@ def test_experts_are_sent_one_by_one_as_views_of_the_fused_parameters(tiny_model
 
 
 @FAMILIES
-def test_a_model_that_no_checkpoint_was_loaded_into_is_converted_as_well(tiny_model_dir, family):
+def test_a_model_that_was_not_loaded_from_a_checkpoint_is_converted_too(tiny_model_dir, family):
     folder = tiny_model_dir(family=family)
-    assert sorted(name for name, _ in Weights(build(folder))) == sorted(checkpoint(folder))
+    assert sorted(name for name, _ in NamedWeights.of(build(folder))) == sorted(checkpoint(folder))
 
 
-def test_what_is_served_under_the_models_own_names_is_left_alone(tiny_model_dir):
+def test_weights_that_are_served_under_the_models_own_names_are_not_converted(tiny_model_dir):
     model = load(tiny_model_dir(family="qwen3_moe"))
     state = model.state_dict(keep_vars=True)
-    assert all(item is state[name] for name, item in Weights(model, expected=state))
+    assert all(item is state[name] for name, item in NamedWeights.of(model, expected=state))
 
 
-def test_names_are_compared_as_they_are_served(tiny_model_dir):
+def test_names_are_compared_after_renaming(tiny_model_dir):
     folder = tiny_model_dir(family="qwen3_moe")
     model, served = load(folder), [f"text.{name}" for name in checkpoint(folder)]
-    weights = Weights(model, expected=served, rename=lambda name: f"text.{name}")
+    weights = NamedWeights.of(model, expected=served, rename=lambda name: f"text.{name}")
     assert sorted(name for name, _ in weights) == sorted(served)
     fused = [f"text.{name}" for name in model.state_dict()]
-    weights = Weights(model, expected=fused, rename=lambda name: f"text.{name}")
+    weights = NamedWeights.of(model, expected=fused, rename=lambda name: f"text.{name}")
     assert sorted(name for name, _ in weights) == sorted(fused)
 
 
 class Actor(nn.Module):
-    """A policy inside a module of the trainer's, compiled, beside a value head."""
+    """A compiled policy beside a value head."""
 
     def __init__(self, policy):
         super().__init__()
@@ -85,67 +85,89 @@ def test_a_model_inside_a_module_is_converted_under_its_prefix(tiny_model_dir):
     saved = checkpoint(tiny_model_dir(family="mixtral"))
     actor = Actor(load(tiny_model_dir(family="mixtral")))
     head = ["value_head.bias", "value_head.weight"]
-    assert sorted(name for name, _ in Weights(actor)) == [*sorted(f"policy.{name}" for name in saved), *head]
+    assert sorted(name for name, _ in NamedWeights.of(actor)) == [*sorted(f"policy.{name}" for name in saved), *head]
     policy_only = lambda name: name.removeprefix("policy.") if name.startswith("policy.") else None  # noqa: E731
-    sent = dict(Weights(actor, expected=saved, rename=policy_only))
+    sent = dict(NamedWeights.of(actor, expected=saved, rename=policy_only))
     assert sorted(sent) == sorted(saved) and all(torch.equal(sent[name], tensor) for name, tensor in saved.items())
 
 
-def test_a_dense_model_is_what_it_was(tiny_model_dir):
+def test_a_dense_model_is_not_converted(tiny_model_dir):
     folder = tiny_model_dir(family="qwen3")
     for expected in (None, checkpoint(folder)):
         model = load(folder)
         state = model.state_dict(keep_vars=True)
-        assert [(name, id(item)) for name, item in Weights(model, expected=expected)] == [
+        assert [(name, id(item)) for name, item in NamedWeights.of(model, expected=expected)] == [
             (name, id(tensor)) for name, tensor in state.items()
         ]
 
 
-def test_other_modules_are_none_of_its_business():
+def test_modules_without_a_transformers_model_are_not_converted():
     model = nn.Sequential(nn.Linear(2, 2))
-    assert [name for name, _ in Weights(model, expected=["a"])] == ["0.weight", "0.bias"]
+    assert [name for name, _ in NamedWeights.of(model, expected=["a"])] == ["0.weight", "0.bias"]
 
 
-def test_weights_that_transformers_computes_to_save_them_are_refused(tiny_model_dir):
+def test_a_conversion_that_computes_new_tensors_is_refused(tiny_model_dir):
     from transformers.core_model_loading import Transpose, WeightConverter
 
     model = load(tiny_model_dir(family="qwen3"))
     model._weight_conversions = [WeightConverter("q_proj.weight", "q_proj.weight", operations=[Transpose(0, 1)])]
-    with pytest.raises(ConfigError, match="q_proj.weight of a Qwen3ForCausalLM is not a part of one") as caught:
-        Weights(model)
+    with pytest.raises(
+        ConfigError, match="q_proj.weight of a Qwen3ForCausalLM is not part of a trainer's tensor"
+    ) as caught:
+        NamedWeights.of(model)
     assert "pass (name, tensor) pairs" in caught.value.hint
+
+
+def test_a_conversion_that_returns_a_transposed_view_is_followed(tiny_model_dir):
+    from transformers.core_model_loading import ConversionOps, WeightConverter
+
+    class View(ConversionOps):
+        def convert(self, input_dict, source_patterns, target_patterns, **kwargs):
+            [tensors] = input_dict.values()
+            return {target_patterns[0]: (tensors[0] if isinstance(tensors, list) else tensors).t()}
+
+        @property
+        def reverse_op(self):
+            return self
+
+    model = load(tiny_model_dir(family="qwen3"))
+    layer = model.model.layers[0].self_attn.q_proj
+    layer.weight = nn.Parameter(torch.arange(16.0).view(4, 4))  # square: only the strides show the transpose
+    model._weight_conversions = [WeightConverter("q_proj.weight", "q_proj.weight", operations=[View()])]
+    sent = dict(NamedWeights.of(model))["model.layers.0.self_attn.q_proj.weight"]
+    assert torch.equal(sent, layer.weight.t()) and sent.data_ptr() == layer.weight.data_ptr()
 
 
 def test_a_conversion_that_transformers_cannot_undo_is_refused(tiny_model_dir):
     model = load(tiny_model_dir(family="qwen3_moe"))
     model._weight_conversions[0].quantization_operation = object()  # as loading a quantised checkpoint leaves it
     with pytest.raises(
-        ConfigError, match="how a Qwen3MoeForCausalLM is named in its checkpoint: Cannot reverse"
+        ConfigError, match="weights of a Qwen3MoeForCausalLM as in its checkpoint: Cannot reverse"
     ) as caught:
-        Weights(model)
+        NamedWeights.of(model)
     assert "pass (name, tensor) pairs" in caught.value.hint
 
 
 @pytest.mark.parametrize("layout", ["transposed", "with gaps"])
-def test_experts_that_do_not_lie_contiguous_are_cut_where_they_lie(tiny_model_dir, layout):
+def test_parts_of_a_non_contiguous_tensor_are_views_too(tiny_model_dir, layout):
     folder = tiny_model_dir(family="qwen3_moe")
     model, saved = load(folder), checkpoint(folder)
     experts = model.model.layers[0].mlp.experts
-    held = experts.gate_up_proj.detach()
+    fused = experts.gate_up_proj.detach()
     if layout == "transposed":
-        held = held.transpose(1, 2).contiguous().transpose(1, 2)
+        fused = fused.transpose(1, 2).contiguous().transpose(1, 2)
     else:
-        held = torch.cat([held, held], dim=2)[:, :, : held.shape[2]]
-    experts.gate_up_proj = nn.Parameter(held)
+        fused = torch.cat([fused, fused], dim=2)[:, :, : fused.shape[2]]
+    experts.gate_up_proj = nn.Parameter(fused)
     assert not experts.gate_up_proj.is_contiguous()
-    sent = dict(Weights(model, expected=saved))
+    sent = dict(NamedWeights.of(model, expected=saved))
     assert all(torch.equal(sent[name], tensor) for name, tensor in saved.items())
     memory = experts.gate_up_proj.untyped_storage().data_ptr()
     assert sent["model.layers.0.mlp.experts.4.up_proj.weight"].untyped_storage().data_ptr() == memory
 
 
 @FAMILIES
-def test_an_architecture_without_weights_is_read_under_the_names_of_a_checkpoint(tiny_model_dir, tmp_path, family):
+def test_the_spec_of_an_architecture_has_the_names_of_a_checkpoint(tiny_model_dir, tmp_path, family):
     folder = tiny_model_dir(family=family)
     shutil.copy(folder / "config.json", tmp_path)
     spec = read_spec(str(tmp_path))

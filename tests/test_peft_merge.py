@@ -1,4 +1,4 @@
-"""A peft model is sent as it computes: against peft's own merge, and without a change to the model."""
+"""The merged weights of peft models: compared with peft's own merge, and without changing the model."""
 
 import copy
 
@@ -9,7 +9,7 @@ from torch import nn
 
 from tpcolocate.errors import ConfigError
 from tpcolocate.weights.sources.lazy_tensor import LazyTensor, full_tensor
-from tpcolocate.weights.sources.named_weights import Weights
+from tpcolocate.weights.sources.named_weights import NamedWeights
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(120)]
 
@@ -53,7 +53,7 @@ def adapted(config, *, also=()):
 def randomise(model):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_" in name or "modules_to_save" in name:  # B starts at zero: an adapter that nobody could miss
+            if "lora_" in name or "modules_to_save" in name:  # B starts at zero: the adapter would have no effect
                 parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
 
 
@@ -68,7 +68,7 @@ def same(found, expected, **close):
 
 
 def sent(model, **kwargs):
-    return {name: full_tensor(item) for name, item in Weights(model, **kwargs)}
+    return {name: full_tensor(item) for name, item in NamedWeights.of(model, **kwargs)}
 
 
 CONFIGS = {
@@ -82,27 +82,27 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_what_is_sent_is_what_peft_would_merge_and_nothing_is_changed(kind):
+def test_merged_weights_equal_those_of_peft_and_the_model_is_unchanged(kind):
     model = adapted(copy.deepcopy(CONFIGS[kind]))
     before = state(model)
-    weights = Weights(model)
+    weights = NamedWeights.of(model)
     expected = copy.deepcopy(model).merge_and_unload().state_dict()
     same(sent(model), expected)
     same(state(model), before, rtol=0, atol=0)
-    # What no adapter touches is live memory, not a copy.
+    # Weights without an adapter are live memory, not copies.
     live = {tensor.data_ptr() for tensor in model.state_dict(keep_vars=True).values()}
     untouched = [item for _, item in weights if not isinstance(item, LazyTensor)]
     assert untouched and all(item.data_ptr() in live for item in untouched)
     base = Model().state_dict()
     with model.disable_adapter():
         base = sent(model)
-    derived = {name for name, item in weights if isinstance(item, LazyTensor)}
-    assert derived and all(not torch.equal(expected[name], base[name]) for name in derived)
+    lazy = {name for name, item in weights if isinstance(item, LazyTensor)}
+    assert lazy and all(not torch.equal(expected[name], base[name]) for name in lazy)
 
 
-def test_it_is_computed_when_it_is_read():
+def test_a_merged_weight_is_computed_when_it_is_read():
     model = adapted(lora())
-    weights = Weights(model)
+    weights = NamedWeights.of(model)
     with torch.no_grad():
         model.base_model.model.inner["q"].lora_B["default"].weight.mul_(3)
     same({name: full_tensor(item) for name, item in weights}, copy.deepcopy(model).merge_and_unload().state_dict())
@@ -113,7 +113,7 @@ def test_it_is_computed_when_it_is_read():
     lambda model: model.base_model.set_adapter(["default", "other0"]),
     lambda model: model.set_adapter("other0"),
 ], ids=["merged", "two at once", "another one"])  # fmt: skip
-def test_the_active_adapters_count_and_what_is_merged_counts_once(prepare):
+def test_active_adapters_are_merged_and_merged_ones_not_merged_again(prepare):
     model = adapted(lora(), also=[lora(target_modules=["q"], r=3)])
     prepare(model)
     ids = torch.arange(8)
@@ -125,7 +125,7 @@ def test_the_active_adapters_count_and_what_is_merged_counts_once(prepare):
     assert (plain(ids) - base).abs().max() > 0.1
 
 
-def test_disabled_adapters_are_not_sent():
+def test_disabled_adapters_are_not_merged():
     model = adapted(lora(modules_to_save=["head"]))
     torch.manual_seed(0)
     base = Model().state_dict()
@@ -134,35 +134,35 @@ def test_disabled_adapters_are_not_sent():
     assert not torch.equal(sent(model)["head.weight"], base["head.weight"])
 
 
-def test_merged_but_disabled_is_refused():
+def test_adapters_both_merged_and_disabled_are_refused():
     model = adapted(lora())
     model.merge_adapter()
     model.base_model.disable_adapter_layers()
-    with pytest.raises(ConfigError, match="inner.q.weight are merged and disabled") as caught:
-        Weights(model)
+    with pytest.raises(ConfigError, match="inner.q.weight are both merged and disabled") as caught:
+        NamedWeights.of(model)
     assert "unmerge_adapter()" in caught.value.hint
 
 
 @pytest.mark.parametrize("config, words", [
-    (lora(use_dora=True), r"inner.q.weight has a LoRA adapter 'default' that is more than .*\(Linear; DoRA"),
-    (lora(target_modules=["q"], lora_bias=True), "inner.q.weight has a LoRA adapter 'default' that is more than"),
+    (lora(use_dora=True), r"inner.q.weight has a LoRA adapter 'default' that cannot be merged .*\(Linear; DoRA"),
+    (lora(target_modules=["q"], lora_bias=True), "inner.q.weight has a LoRA adapter 'default' that cannot be merged"),
     (peft.IA3Config(target_modules=["q"], feedforward_modules=[]), "inner.q.weight has an adapter of kind ia3"),
     (lora(trainable_token_indices={"embed": [1]}), "embed is a peft TrainableTokensWrapper"),
 ], ids=["dora", "bias", "ia3", "tokens"])  # fmt: skip
-def test_what_cannot_be_computed_from_two_factors_is_refused_with_a_way_out(config, words):
+def test_adapters_that_cannot_be_merged_are_refused_with_an_alternative(config, words):
     model = adapted(config)
     with pytest.raises(ConfigError, match=words) as caught:
-        Weights(model)
+        NamedWeights.of(model)
     assert "merge_and_unload()" in caught.value.hint
-    assert sorted(sent(copy.deepcopy(model).merge_and_unload())) == sorted(Model().state_dict()), "the way out is one"
+    assert sorted(sent(copy.deepcopy(model).merge_and_unload())) == sorted(Model().state_dict()), "the hint must work"
 
 
 def test_a_quantised_base_weight_is_refused():
     model = adapted(lora())
     base = model.base_model.model.inner["q"].base_layer
     base.weight = nn.Parameter(torch.zeros(6, 4, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(ConfigError, match="quantised base weights are such cases"):
-        Weights(model)
+    with pytest.raises(ConfigError, match="quantised base weights are not supported"):
+        NamedWeights.of(model)
 
 
 def test_a_prompt_adapter_is_refused(tiny_model_dir):
@@ -172,12 +172,12 @@ def test_a_prompt_adapter_is_refused(tiny_model_dir):
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     model = peft.get_peft_model(model, config)
     with pytest.raises(ConfigError, match="a PROMPT_TUNING adapter changes the prompt") as caught:
-        Weights(model)
+        NamedWeights.of(model)
     assert "get_base_model()" in caught.value.hint
-    assert list(dict(Weights(model.get_base_model()))) == list(model.get_base_model().state_dict())
+    assert list(dict(NamedWeights.of(model.get_base_model()))) == list(model.get_base_model().state_dict())
 
 
-def test_a_wrapper_around_it_makes_no_difference():
+def test_compiled_peft_models_are_merged_too():
     model = adapted(lora())
     expected = copy.deepcopy(model).merge_and_unload().state_dict()
     same(sent(torch.compile(model)), expected)
@@ -185,7 +185,7 @@ def test_a_wrapper_around_it_makes_no_difference():
     same(sent(model), expected)
 
 
-def test_an_adapter_that_was_injected_without_a_wrapper():
+def test_an_injected_adapter_without_a_peft_model_is_merged():
     torch.manual_seed(0)
     model = peft.inject_adapter_in_model(lora(), Model())
     randomise(model)
@@ -200,7 +200,7 @@ def test_an_adapter_that_was_injected_without_a_wrapper():
     assert list(sent(reference)) == list(found)
 
 
-def test_bfloat16_is_rounded_once():
+def test_a_bfloat16_sum_is_rounded_once():
     model = adapted(lora()).to(torch.bfloat16)
     for name, parameter in model.named_parameters():
         if "lora_" in name:

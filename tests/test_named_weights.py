@@ -1,4 +1,7 @@
-"""What may be handed to sync_weights, and under which names it is sent."""
+"""The sources that sync_weights accepts, and the names under which their weights are sent."""
+
+import gc
+import traceback
 
 import pytest
 import torch
@@ -7,7 +10,9 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from tpcolocate.errors import ConfigError
-from tpcolocate.weights.sources.named_weights import Weights, full_tensor
+from tpcolocate.weights.lora import check_adapter, make_adapter
+from tpcolocate.weights.sources.lazy_tensor import full_tensor
+from tpcolocate.weights.sources.named_weights import NamedWeights
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(120)]
 
@@ -26,7 +31,7 @@ class Model(nn.Module):
 
 
 def names(source):
-    return sorted(name for name, _ in Weights(source))
+    return sorted(name for name, _ in NamedWeights.of(source))
 
 
 def wrapped_inside(model):
@@ -45,7 +50,7 @@ def wrapped_inside(model):
 ], ids=["plain", "compiled", "wrapped inside", "both", "state dict", "list", "iterator"])  # fmt: skip
 def test_names_are_those_of_the_plain_model(wrap):
     model = Model()
-    weights = dict(Weights(wrap(model)))
+    weights = dict(NamedWeights.of(wrap(model)))
     assert sorted(weights) == NAMES, "persistent buffers are part of a checkpoint, others are not"
     assert all(
         weights[name].data_ptr() == tensor.data_ptr()
@@ -67,7 +72,7 @@ def ddp_names(rank):
     return found
 
 
-def test_ddp_adds_nothing_to_the_names_however_it_is_nested():
+def test_ddp_is_unwrapped_in_any_nesting():
     assert run_ranks(ddp_names, 1) == [[NAMES] * 3]
 
 
@@ -81,16 +86,16 @@ REST = ["layer.bias", "scale"]
 @pytest.mark.parametrize("served, sent, aliases", [
     (["embed.weight"], ["embed.weight"], {"layer.weight": "embed.weight"}),
     (["layer.weight"], ["layer.weight"], {"embed.weight": "layer.weight"}),
-    (["embed.weight", "layer.weight"], ["embed.weight", "layer.weight"], {}),  # the engine does not tie them
-    ([], ["embed.weight"], {"layer.weight": "embed.weight"}),  # wrong, and found to be so by the spec
+    (["embed.weight", "layer.weight"], ["embed.weight", "layer.weight"], {}),  # the served model does not tie them
+    ([], ["embed.weight"], {"layer.weight": "embed.weight"}),  # an error, which the spec finds
 ])  # fmt: skip
 def test_tied_weights_are_sent_under_the_names_that_are_served(give, served, sent, aliases):
-    weights = Weights(give(Model(tie=True)), expected={*served, *REST})
+    weights = NamedWeights.of(give(Model(tie=True)), expected={*served, *REST})
     assert sorted(name for name, _ in weights) == sorted(sent + REST)
     assert weights.aliases == aliases
 
 
-def test_not_knowing_what_is_served_a_module_sends_tied_weights_once_and_a_dict_what_it_says():
+def test_without_expected_names_a_module_sends_tied_weights_once_and_a_dict_all_its_names():
     assert names(Model(tie=True)) == ["embed.weight", *REST]
     assert names(Model(tie=True).state_dict()) == NAMES
 
@@ -98,11 +103,11 @@ def test_not_knowing_what_is_served_a_module_sends_tied_weights_once_and_a_dict_
 def test_other_views_of_one_memory_are_not_tied():
     block = torch.randn(4, 4)
     parts = {"q": block[:2], "k": block[2:], "all": block, "t": block.t(), "e": torch.empty(0), "f": torch.empty(0)}
-    weights = Weights(parts, expected=())
+    weights = NamedWeights.of(parts, expected=())
     assert [name for name, _ in weights] == list(parts) and weights.aliases == {}
 
 
-def test_a_generator_is_taken_as_it_comes():
+def test_a_generator_is_read_as_it_is_sent():
     taken = []
 
     def pairs():
@@ -110,8 +115,9 @@ def test_a_generator_is_taken_as_it_comes():
             taken.append(i)
             yield str(i), torch.zeros(1)
 
-    weights = Weights(pairs())
-    assert weights.known is None and taken == [] and not weights.is_sharded
+    weights = NamedWeights.of(pairs())
+    assert weights.is_streamed and taken == []
+    assert weights.items is None and not weights.is_sharded and weights.reading_bytes == 0
     stream = iter(weights)
     assert next(stream)[0] == "0" and taken == [0]
     assert [name for name, _ in stream] == ["1", "2"]
@@ -128,13 +134,13 @@ def test_a_generator_is_taken_as_it_comes():
     (None, "cannot take weights from NoneType"),
     ("path", "got str"),
 ])  # fmt: skip
-def test_what_holds_no_dense_named_data_is_refused(source, words):
+def test_sources_without_dense_named_data_are_refused(source, words):
     with pytest.raises(ConfigError, match=words):
-        Weights(source)
+        NamedWeights.of(source)
 
 
-def test_a_generator_is_checked_as_it_comes():
-    stream = iter(Weights(item for item in [("a", torch.zeros(1)), ("b", torch.empty(1, device="meta"))]))
+def test_a_generator_is_checked_as_it_is_read():
+    stream = iter(NamedWeights.of(item for item in [("a", torch.zeros(1)), ("b", torch.empty(1, device="meta"))]))
     assert next(stream)[0] == "a"
     with pytest.raises(ConfigError, match="b is on the meta device"):
         next(stream)
@@ -149,11 +155,11 @@ def fsdp(rank):
     model = Model(tie=True)
     expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     sharded = fully_shard(model, mesh=mesh)
-    weights = Weights(sharded)
+    weights = NamedWeights.of(sharded)
     full = {name: full_tensor(tensor) for name, tensor in weights}
-    from_dict = {name: full_tensor(tensor) for name, tensor in Weights(sharded.state_dict(), expected=[*full])}
+    from_dict = {name: full_tensor(tensor) for name, tensor in NamedWeights.of(sharded.state_dict(), expected=[*full])}
     try:
-        Weights(FullyShardedDataParallel(nn.Linear(2, 2), device_id=torch.device("cpu")))
+        NamedWeights.of(FullyShardedDataParallel(nn.Linear(2, 2), device_id=torch.device("cpu")))
         refusal = None
     except ConfigError as error:
         refusal = error.message
@@ -193,25 +199,59 @@ class Actor(nn.Module):
 @pytest.mark.parametrize("give", [
     lambda m: m, lambda m: m.state_dict(), lambda m: list(m.state_dict().items()), lambda m: iter(m.state_dict().items()),
 ], ids=["module", "dict", "list", "iterator"])  # fmt: skip
-def test_names_are_mapped_before_ties_are_looked_at_and_none_leaves_a_weight_out(give, rename):
+def test_names_are_mapped_before_ties_are_found_and_none_leaves_a_weight_out(give, rename):
     model = Actor()
-    weights = Weights(give(model), expected=["embed.weight", *REST], rename=rename)
+    weights = NamedWeights.of(give(model), expected=["embed.weight", *REST], rename=rename)
     given = dict(weights)
-    if weights.known is None:
-        assert sorted(given) == NAMES  # as it comes
+    if weights.items is None:
+        assert sorted(given) == NAMES  # not untied
     else:
         assert sorted(given) == ["embed.weight", *REST] and weights.aliases == {"layer.weight": "embed.weight"}
     assert given["scale"].data_ptr() == model.actor.scale.data_ptr()
 
 
-def test_a_mapping_leaves_alone_what_it_lacks():
+def test_names_that_a_mapping_lacks_are_kept():
     assert names_renamed({"scale": "factor"}) == ["embed.weight", "factor", "layer.bias", "layer.weight"]
 
 
 def names_renamed(rename):
-    return sorted(name for name, _ in Weights(Model(), rename=rename))
+    return sorted(name for name, _ in NamedWeights.of(Model(), rename=rename))
 
 
 def test_a_name_is_a_string_or_none():
-    with pytest.raises(ConfigError, match="rename gave int for scale"):
+    with pytest.raises(ConfigError, match="rename returned int for scale"):
         names_renamed(lambda name: 3)
+
+
+class HalfOnMeta(nn.Module):
+    def __init__(self, tensor):
+        super().__init__()
+        self.register_buffer("a", tensor)
+        self.b = nn.Linear(2, 2, device="meta")
+
+
+SPARSE = torch.eye(2).to_sparse()
+
+
+@pytest.mark.parametrize("refused", [
+    lambda tensor: NamedWeights.of([("a", tensor), ("b", SPARSE)]),
+    lambda tensor: NamedWeights.of({"a": tensor, "b": 1}),
+    lambda tensor: NamedWeights.of([(tensor, "a")]),
+    lambda tensor: NamedWeights.of({"a": tensor}, rename=lambda name: 3),
+    lambda tensor: NamedWeights.of(HalfOnMeta(tensor)),
+    lambda tensor: list(NamedWeights.of(pair for pair in [("a", tensor), ("b", SPARSE)])),
+    lambda tensor: make_adapter({"a": tensor}, {"r": 1, "lora_alpha": 1}),
+    lambda tensor: check_adapter(make_adapter({"a.lora_A.weight": tensor}, {"r": 1, "lora_alpha": 1}), None),
+], ids=["list", "dict", "swapped", "rename", "module", "generator", "names of an adapter", "half an adapter"])  # fmt: skip
+def test_a_kept_error_holds_no_tensors(refused):
+    """Beyond the frames of its traceback, which can be cleared."""
+    tensor = torch.ones(3)
+    storage = torch.multiprocessing.reductions.StorageWeakRef(tensor.untyped_storage())
+    with pytest.raises(ConfigError) as caught:
+        refused(tensor)
+    error = caught.value
+    del tensor, caught
+    assert not storage.expired()
+    traceback.clear_frames(error.__traceback__)
+    gc.collect()
+    assert storage.expired() and error.message

@@ -1,7 +1,8 @@
-"""What the served model expects, read from its folder, and what is refused against it."""
+"""The names and shapes of a served model, read from its folder, and the checks against them."""
 
 import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ def shapes_of(folder):
 
 
 @pytest.mark.parametrize("tie", [False, True])
-def test_it_is_read_from_the_headers_of_a_checkpoint(tiny_model_dir, tie):
+def test_the_spec_is_read_from_the_headers_of_a_checkpoint(tiny_model_dir, tie):
     folder = tiny_model_dir(tie=tie)
     spec = read_spec(str(folder))
     assert dict(spec.shapes) == shapes_of(folder)
@@ -29,7 +30,7 @@ def test_it_is_read_from_the_headers_of_a_checkpoint(tiny_model_dir, tie):
 
 
 @pytest.mark.parametrize("index", [False, True])
-def test_a_checkpoint_may_lie_in_several_files(tiny_model_dir, tmp_path, index):
+def test_a_checkpoint_may_have_several_files(tiny_model_dir, tmp_path, index):
     folder = tiny_model_dir()
     tensors = load_file(folder / "model.safetensors")
     parts = {}
@@ -40,14 +41,14 @@ def test_a_checkpoint_may_lie_in_several_files(tiny_model_dir, tmp_path, index):
     if index:
         places = {name: file for file, part in parts.items() for name in part}
         (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
-        save_file({"adapter": torch.zeros(1)}, tmp_path / "adapter.safetensors")  # no part of the model
+        save_file({"adapter": torch.zeros(1)}, tmp_path / "adapter.safetensors")  # not in the index
     spec = read_spec(str(tmp_path))
     assert dict(spec.shapes) == shapes_of(folder)
     assert "2 safetensors files" in spec.origin
 
 
 @pytest.mark.parametrize("tie", [False, True])
-def test_without_weights_the_architecture_tells_without_being_built(tiny_model_dir, tmp_path, tie):
+def test_without_weights_the_spec_comes_from_the_architecture(tiny_model_dir, tmp_path, tie):
     folder = tiny_model_dir(tie=tie)
     shutil.copy(folder / "config.json", tmp_path)
     spec = read_spec(str(tmp_path))
@@ -56,14 +57,14 @@ def test_without_weights_the_architecture_tells_without_being_built(tiny_model_d
 
 
 @pytest.mark.parametrize("content", [None, {}, {"model_type": "no-such-model"}, "no json"])
-def test_what_cannot_be_known_is_none(tmp_path, content):
+def test_an_unknown_architecture_has_no_spec(tmp_path, content):
     if content is not None:
         (tmp_path / "config.json").write_text(content if isinstance(content, str) else json.dumps(content))
     assert read_spec(str(tmp_path)) is None
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "no/such-model-in-the-cache", "not a repository id !"])
-def test_no_folder_is_none_and_asks_no_network(monkeypatch, tmp_path, name):
+def test_a_model_that_is_not_local_has_no_spec_and_needs_no_network(monkeypatch, tmp_path, name):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("socket.socket.connect", lambda *a: pytest.fail("it connects"))
     assert read_spec(name) is None
@@ -76,15 +77,15 @@ def test_no_folder_is_none_and_asks_no_network(monkeypatch, tmp_path, name):
     ([("c", (1,))], r"c has shape \(1,\), the model expects \(\)"),
     ([("x", (2, 3)), ("b", (4,))], "the served model has no x"),
     ([(f"x{i}", (1,)) for i in range(8)], "x0; x1; x2; x3; x4 and 3 more"),
-    ([("x", (1,)), ("b", (5,))], r"b has shape \(5,\)"),  # the worse news first
+    ([("x", (1,)), ("b", (5,))], r"b has shape \(5,\)"),  # shapes before names
 ])  # fmt: skip
-def test_wrong_weights_are_refused_with_where_it_was_read(tensors, words):
+def test_wrong_names_and_shapes_are_refused_with_the_origin_of_the_spec(tensors, words):
     with pytest.raises(WeightsMismatchError, match=words) as caught:
         SPEC.check([(name, torch.Size(shape)) for name, shape in tensors])
     assert "according to somewhere" in str(caught.value)
 
 
-def test_right_weights_pass_in_part_and_completeness_is_asked_apart():
+def test_some_of_the_weights_pass_and_completeness_is_a_check_of_its_own():
     SPEC.check([("c", torch.Size([])), ("a", torch.Size([2, 3]))])
     SPEC.check_complete(["c", "b", "a", "more"])
     with pytest.raises(WeightsMismatchError, match="not all weights were sent: a; c "):
@@ -93,7 +94,7 @@ def test_right_weights_pass_in_part_and_completeness_is_asked_apart():
 
 @pytest.mark.parametrize("config, words", [
     ({"quantization_config": {"quant_method": "fp8"}}, r"quantization_config \(fp8\)"),
-    ({"compression_config": {"format": "int"}}, r"compression_config \(of no method\)"),
+    ({"compression_config": {"format": "int"}}, r"compression_config \(no method\)"),
     ({"text_config": {"quantization_config": {"quant_method": "awq"}}}, r"quantization_config \(awq\)"),
 ])  # fmt: skip
 def test_a_quantised_checkpoint_is_refused(tmp_path, config, words):
@@ -102,14 +103,21 @@ def test_a_quantised_checkpoint_is_refused(tmp_path, config, words):
         check_not_quantised(str(tmp_path))
 
 
-def test_so_is_one_of_modelopt(tmp_path):
+def test_a_checkpoint_of_modelopt_is_refused(tmp_path):
     (tmp_path / "hf_quant_config.json").write_text("{}")
     with pytest.raises(ConfigError, match="it has hf_quant_config.json"):
         check_not_quantised(str(tmp_path))
 
 
 @pytest.mark.parametrize("config", ["no json", "[]", "{}", '{"quantization_config": null}', '{"text_config": 3}'])
-def test_others_and_what_cannot_be_known_pass(tmp_path, config, tiny_model_dir):
+def test_other_checkpoints_and_unknown_ones_pass(tmp_path, config, tiny_model_dir):
     (tmp_path / "config.json").write_text(config)
     for path in (tmp_path, tmp_path / "nowhere", tiny_model_dir()):
         check_not_quantised(str(path))
+
+
+@pytest.mark.parametrize("missing, found", [("huggingface_hub", "no/such-model"), ("transformers", None)])
+def test_without_the_optional_libraries_there_is_no_spec(monkeypatch, tmp_path, tiny_model_dir, missing, found):
+    shutil.copy(tiny_model_dir() / "config.json", tmp_path)
+    monkeypatch.setitem(sys.modules, missing, None)
+    assert read_spec(found or str(tmp_path)) is None

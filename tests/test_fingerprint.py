@@ -1,0 +1,190 @@
+"""Whether a module matches its fingerprint from one sync to the next, and every change that must not match."""
+
+import gc
+
+import pytest
+import torch
+from harness import run_ranks
+from torch import nn
+
+from tpcolocate.weights.sources.fingerprint import Fingerprint
+from tpcolocate.weights.sources.lazy_tensor import LazyTensor
+from tpcolocate.weights.sources.named_weights import NamedWeights
+
+pytestmark = [pytest.mark.quick, pytest.mark.timeout(120)]
+
+
+class Small(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(3, 4)
+        self.norm = nn.BatchNorm1d(4)
+        self.register_buffer("scratch", torch.zeros(2), persistent=False)
+
+
+def fingerprint(module, **options):
+    weights = NamedWeights.of(module, **options)
+    return weights, Fingerprint.of(module, weights)
+
+
+def test_an_unchanged_module_matches_and_its_memory_is_not_kept():
+    module = Small()
+    weights, found = fingerprint(module)
+    again = found.match(module)
+    assert [name for name, _ in again.items] == [name for name, _ in weights.items]
+    assert all(a is b for (_, a), (_, b) in zip(again.items, weights.items))
+    with torch.no_grad():
+        module.first.weight.add_(1)  # an optimizer step in place
+    assert found.match(module) is not None
+    storage = torch.multiprocessing.reductions.StorageWeakRef(module.first.weight.untyped_storage())
+    del module, weights, again
+    gc.collect()
+    assert storage.expired()
+
+
+def replace_a_parameter(module):
+    module.first.weight = nn.Parameter(module.first.weight.detach().clone())
+
+
+def replace_the_data(module):
+    module.first.weight.data = module.first.weight.data.clone()
+
+
+def transpose_the_data_in_place(module):
+    module.first.weight.data = module.first.weight.data.t()
+
+
+def shorten_the_data_in_place(module):
+    module.first.weight.data = module.first.weight.data[:2]
+
+
+def replace_a_buffer(module):
+    module.norm.running_mean = module.norm.running_mean.clone()
+
+
+def add_a_parameter(module):
+    module.extra = nn.Parameter(torch.zeros(1))
+
+
+def remove_a_parameter(module):
+    module.first.bias = None
+
+
+def rename_a_layer(module):
+    module.second = module.first
+    del module.first
+
+
+def replace_a_parameter_by_its_transpose(module):
+    module.first.weight = nn.Parameter(module.first.weight.detach().t())
+
+
+def swap_two_layers(module):
+    module.first, module.norm = module.norm, module.first
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        replace_a_parameter,
+        replace_the_data,
+        transpose_the_data_in_place,
+        shorten_the_data_in_place,
+        replace_a_buffer,
+        add_a_parameter,
+        remove_a_parameter,
+        rename_a_layer,
+        replace_a_parameter_by_its_transpose,
+        swap_two_layers,
+    ],
+)
+def test_a_changed_module_does_not_match(change):
+    module = Small()
+    _, found = fingerprint(module)
+    change(module)
+    assert found.match(module) is None
+
+
+def test_buffers_that_are_not_persistent_may_change():
+    module = Small()
+    _, found = fingerprint(module)
+    module.scratch = torch.ones(5)
+    assert found.match(module) is not None
+
+
+def test_another_module_does_not_match():
+    module = Small()
+    _, found = fingerprint(module)
+    assert found.match(Small()) is None
+    twin = Small()
+    twin.first, twin.norm = module.first, module.norm
+    assert found.match(twin) is None, "the same tensors may mean something else in it"
+
+
+def test_a_new_name_alone_is_a_change():
+    module = nn.Sequential()
+    module.add_module("old", nn.Linear(2, 2))
+    _, found = fingerprint(module)
+    assert found.match(module) is not None
+    module._modules["new"] = module._modules.pop("old")
+    assert found.match(module) is None
+
+
+def test_tied_weights_keep_their_names_and_aliases():
+    module = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
+    module[1].weight = module[0].weight
+    weights, found = fingerprint(module)
+    again = found.match(module)
+    assert again.aliases == weights.aliases == {"1.weight": "0.weight"}
+    _, both = fingerprint(module, expected=["0.weight", "1.weight"])
+    assert [name for name, _ in both.match(module).items] == ["0.weight", "1.weight"]
+
+
+def test_parts_of_a_tensor_are_views_of_its_current_memory():
+    module = nn.Sequential(nn.Linear(2, 6, bias=False))
+    full = module[0].weight
+    weights = NamedWeights([(f"part{i}", full.detach().as_strided((3, 2), (2, 1), 6 * i)) for i in range(2)])
+    again = Fingerprint.of(module, weights).match(module)
+    with torch.no_grad():
+        full.copy_(torch.arange(12.0).view(6, 2))
+    assert torch.equal(torch.cat([item for _, item in again.items]), full.detach())
+
+
+LAZY = LazyTensor(torch.Size([4, 3]), torch.float32, torch.device("cpu"), lambda: torch.ones(4, 3), False, 0)
+
+
+@pytest.mark.parametrize("first", [
+    torch.zeros(4, 3),  # a tensor from elsewhere, as a state dict hook may return it
+    LAZY,
+], ids=["not of the module", "lazy"])  # fmt: skip
+def test_weights_that_are_not_the_modules_tensors_have_no_fingerprint(first):
+    module = Small()
+    [_, *others] = NamedWeights.of(module).items
+    assert Fingerprint.of(module, NamedWeights([("first.weight", first), *others])) is None
+
+
+def test_there_is_none_of_a_state_dict_a_generator_or_weights_that_leave_some_out():
+    module = Small()
+    state = module.state_dict()
+    assert Fingerprint.of(state, NamedWeights.of(state)) is None
+    assert Fingerprint.of(module, NamedWeights.of(iter(state.items()))) is None
+    assert fingerprint(module, rename={"first.bias": None})[1] is None, "which ones are sent may depend on settings"
+
+
+def sharded(rank):
+    """Under FSDP2 a forward may leave unsharded parameters in the module; its fingerprint is of the shards."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3))
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)), reshard_after_forward=False)
+    weights, found = fingerprint(model)
+    with torch.no_grad():
+        model(torch.ones(1, 4))
+    unsharded = type(model[0].weight).__name__
+    again = found.match(model)
+    return unsharded, all(a is b for (_, a), (_, b) in zip(again.items, weights.items, strict=True))
+
+
+def test_a_sharded_module_matches_after_a_forward():
+    assert run_ranks(sharded, 2) == [("Parameter", True)] * 2
