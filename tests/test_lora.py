@@ -8,7 +8,7 @@ from enum import StrEnum
 import peft
 import pytest
 import torch
-from test_requests import Captured, refused
+from test_api import Captured, refused
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -315,8 +315,8 @@ def test_only_what_is_kept_is_copied():
     ({"enable_lora": True, "lora_paths": {"x": {}}}, LoraLimits(), {"x"}),
 ])  # fmt: skip
 def test_the_server_says_what_it_was_started_for(info, limits, at_start):
-    verbs = ServerApi(Captured("0.5.21", **info))
-    assert verbs.lora_limits == limits and verbs.loras_at_start == at_start
+    api = ServerApi(Captured("0.5.21", **info))
+    assert api.lora_limits == limits and api.loras_at_start == at_start
 
 
 def test_unloading_what_is_not_there_may_be_no_error():
