@@ -199,7 +199,7 @@ class Stock:
             dist.gather_object(mine, gathered, dst=self.colo.owner_rank, group=group)
         if self.colo.is_owner:
             gathered = [mine] * self.colo.tp_size if duplicate else gathered
-            self.engine._verbs.push(gathered, load_format="flattened_bucket", timeout_s=120)
+            self.engine._context.owned.api.push(gathered, load_format="flattened_bucket", timeout_s=120)
         if group is not None:
             dist.barrier(group=group)
         del flat

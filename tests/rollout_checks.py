@@ -1,4 +1,4 @@
-"""Checks of requests beside collective calls, each run on every rank of a set-up of test_verbs.
+"""Checks of requests beside collective calls, each run on every rank of a set-up of test_engine_calls.
 
 What a rank's own threads, its other ranks and other processes may ask for while the slice pauses, syncs and sleeps.
 """
@@ -19,7 +19,7 @@ from tpcolocate.server.lifecycle import PAUSES
 LONG = {"temperature": 0, "max_new_tokens": 240, "ignore_eos": True}
 
 
-def said(call):
+def outcome_of(call):
     """The class and message of what `call` raises, the same on all ranks; or what it returned."""
     try:
         return repr(call())
@@ -38,8 +38,8 @@ def follows(model, prompt, tokens):
     return choices(model, [*prompt, *tokens[:-1]])[len(prompt) - 1 :] == tokens
 
 
-def speaks_as(world, model, name=None):
-    """Whether the engine, with an adapter or without, speaks with the weights of `model`."""
+def generates_as(world, model, name=None):
+    """Whether the engine, with an adapter or without, generates with the weights of `model`."""
     fields = {} if name is None else {"lora_path": name}
     answers = world.engine.generate(PROMPTS, GREEDY, **fields)
     return all(follows(model, prompt, answer["output_ids"]) for prompt, answer in zip(PROMPTS, answers))
@@ -122,7 +122,7 @@ def sync_under_requests(world):
     world.engine.sync_weights(world.model)
     request.grow(16)
     k = handed_over(old, world.model, request.prompt, request.end(), old_cache=False)
-    return {"handed over": k is not None and k >= 8, "equal": speaks_as(world, world.model)}
+    return {"handed over": k is not None and k >= 8, "equal": generates_as(world, world.model)}
 
 
 def request_begun_during_a_sync(world):
@@ -143,7 +143,7 @@ def request_begun_during_a_sync(world):
         for number, item in enumerate(world.model.named_parameters()):
             if number == 8:
                 asking.start()
-                while not engine._in_flight and not answers:
+                while not engine._context.client.num_in_flight and not answers:
                     time.sleep(0.001)
                 health.append(engine.health().value)
             yield item
@@ -154,7 +154,7 @@ def request_begun_during_a_sync(world):
     if isinstance(tokens, Exception):
         raise tokens
     of_new = follows(world.model, PROMPTS[world.rank], tokens)
-    return {"of new": of_new, "health": health, "equal": speaks_as(world, world.model)}
+    return {"of new": of_new, "health": health, "equal": generates_as(world, world.model)}
 
 
 def crossed_calls(world):
@@ -165,19 +165,19 @@ def crossed_calls(world):
     found = {}
     if world.colo.tp_size > 1:
         found = {
-            "call": said(engine.pause_generation if rank == 0 else lambda: engine.sync_weights(world.model)),
-            "mode": said(lambda: engine.pause_generation(["retract", "abort"][rank])),
-            "tags": said(lambda: engine.sleep([["weights", "kv_cache"], ["kv_cache"]][rank])),
-            "bucket_bytes": said(lambda: engine.sync_weights(world.model, bucket_bytes=400_000 + rank)),
-            "weight_version": said(lambda: engine.sync_weights(world.model, weight_version=f"of rank {rank}")),
+            "call": outcome_of(engine.pause_generation if rank == 0 else lambda: engine.sync_weights(world.model)),
+            "mode": outcome_of(lambda: engine.pause_generation(["retract", "abort"][rank])),
+            "tags": outcome_of(lambda: engine.sleep([["weights", "kv_cache"], ["kv_cache"]][rank])),
+            "bucket_bytes": outcome_of(lambda: engine.sync_weights(world.model, bucket_bytes=400_000 + rank)),
+            "weight_version": outcome_of(lambda: engine.sync_weights(world.model, weight_version=f"of rank {rank}")),
         }
-    unchanged = speaks_as(world, model)
+    unchanged = generates_as(world, model)
     engine.sync_weights(world.model)
     return {
-        "said": found,
+        "outcomes": found,
         "unchanged": unchanged,
         "version": engine.weight_version,
-        "equal": speaks_as(world, world.model),
+        "equal": generates_as(world, world.model),
     }
 
 
@@ -199,15 +199,15 @@ def sync_before_the_last_rank_has_its_tokens(world):
         found.append({
             "of old": not tokens or (len(tokens) == 64 and follows(old, prompt, tokens)),
             "in time": report.seconds < 30,
-            "equal": speaks_as(world, world.model),
+            "equal": generates_as(world, world.model),
         })  # fmt: skip
     return found
 
 
 @contextlib.contextmanager
 def rollouts(world, *clients, most_tokens, rest_s, refused=()):
-    """A thread for each client generates until the body is over; yields what they were told where it was `refused`."""
-    over, problems, told = threading.Event(), [], []
+    """A thread for each client generates until the body is over; yields the messages of errors that are `refused`."""
+    over, problems, messages = threading.Event(), [], []
 
     def roll_out(client, chance):
         while not over.is_set() and not problems:
@@ -217,7 +217,7 @@ def rollouts(world, *clients, most_tokens, rest_s, refused=()):
                 client.generate(prompts, params, timeout_s=60)
                 time.sleep(chance.random() * rest_s)
             except refused as error:
-                told.append(error.message)
+                messages.append(error.message)
                 time.sleep(0.002)
             except Exception as error:
                 problems.append(error)
@@ -228,7 +228,7 @@ def rollouts(world, *clients, most_tokens, rest_s, refused=()):
     ]
     for thread in threads:
         thread.start()
-    yield told
+    yield messages
     over.set()
     for thread in threads:
         thread.join(60)
@@ -253,7 +253,7 @@ def rollouts_beside_everything(world):
             engine.sync_weights(source, parts=together.random() < 0.8, timeout_s=60)
             if mode is not None:
                 engine.continue_generation()
-    return speaks_as(world, world.model)
+    return generates_as(world, world.model)
 
 
 def sleep_beside_rollouts(world):
@@ -261,14 +261,15 @@ def sleep_beside_rollouts(world):
     engine, slept, refused, of_stream = world.engine, 0, 0, None
     with (
         contextlib.closing(tpcolocate.connect(world.colo.job, slice_index=0)) as other,
-        rollouts(world, engine, other, most_tokens=3, rest_s=0.4, refused=errors.EngineStateError) as told,
+        rollouts(world, engine, other, most_tokens=3, rest_s=0.4, refused=errors.EngineStateError) as messages,
     ):
         while min(slept, refused) < 10 and slept + refused < 400:  # the same on every rank
-            outcome = said(engine.sleep)
+            outcome = outcome_of(engine.sleep)
             if outcome == "None":
                 slept += 1
-                stream = engine._streaming({"input_ids": [1]}, 60)  # as one that was asked for before and is read now
-                of_stream = said(lambda stream=stream: next(stream))
+                # As one that was asked for before and is read now.
+                stream = engine._context.client._stream({"input_ids": [1]}, timeout_s=60)
+                of_stream = outcome_of(lambda stream=stream: next(stream))
                 engine.wake()
             else:
                 refused += 1
@@ -276,9 +277,9 @@ def sleep_beside_rollouts(world):
             time.sleep(0.01)
     return {
         "often": min(slept, refused),
-        "told": sorted(set(told)),
+        "refused": sorted(set(messages)),
         "stream": of_stream,
-        "equal": speaks_as(world, world.model),
+        "equal": generates_as(world, world.model),
     }
 
 
@@ -301,11 +302,11 @@ def another_process_asks_while_the_engine_sleeps(world):
         asking.join(60)
     [[answer]] = answers
     of_new = follows(world.model, prompt, answer["output_ids"])
-    return {"waited": waited, "of new": of_new, "equal": speaks_as(world, world.model)}
+    return {"waited": waited, "of new": of_new, "equal": generates_as(world, world.model)}
 
 
-def told_apart(old, new, prompt, most=8):
-    """Whether `new`, wherever it goes on with what `old` has said, soon says something else."""
+def differ_soon(old, new, prompt, most=8):
+    """Whether `new`, from any token of `old` on, soon chooses another token."""
     tokens = list(prompt)
     for _ in range(100):
         tokens.append(choices(old, tokens)[-1])
@@ -317,26 +318,26 @@ def told_apart(old, new, prompt, most=8):
     return True
 
 
-def perturbed_audibly(world, seed):
-    """Perturb the model; what it was, which the engine has.  A model that only repeats itself may say the same before and after."""
+def perturbed_until_tokens_differ(world, seed):
+    """Perturb the model; return what it was, which the engine has.  A model that only repeats itself may choose the same tokens as before."""
     for attempt in range(30):
         old = copy.deepcopy(world.model)
         world.perturb(seed + 1000 * attempt)
-        if all(told_apart(old, world.model, prompt) for prompt in PROMPTS[: world.colo.tp_size]):
+        if all(differ_soon(old, world.model, prompt) for prompt in PROMPTS[: world.colo.tp_size]):
             return old
         world.engine.sync_weights(world.model)
-    raise AssertionError("no two models that can be told apart")
+    raise AssertionError("no two models whose tokens differ")
 
 
 def sync_under_a_pause(world):
     """In each mode of the user's: what became of the requests, and that the pause stays."""
     engine, found = world.engine, {}
     for number, mode in enumerate(PAUSES):
-        old = perturbed_audibly(world, 21 + number)
+        old = perturbed_until_tokens_differ(world, 21 + number)
         request = in_flight(world)
         engine.pause_generation(mode)
         engine.pause_generation(mode)  # nothing more
-        other = said(lambda mode=mode: engine.pause_generation("abort" if mode == "retract" else "retract"))
+        other = outcome_of(lambda mode=mode: engine.pause_generation("abort" if mode == "retract" else "retract"))
         health = engine.health().value
         report = engine.sync_weights(world.model)
         later = InFlight(world)
@@ -363,7 +364,7 @@ def sync_under_a_pause(world):
             "handed over with its cache": handed_over(old, world.model, request.prompt, tokens, old_cache=True),
             "later of new": follows(world.model, later.prompt, of_later),
             "warned": [warning for warning in report.warnings if "cache of the old weights" in warning],
-            "equal": speaks_as(world, world.model),
+            "equal": generates_as(world, world.model),
         }
     return found
 
@@ -371,12 +372,12 @@ def sync_under_a_pause(world):
 def abort_and_flush(world):
     engine = world.engine
     request = in_flight(world)
-    refused = said(engine.flush_cache)
+    refused = outcome_of(engine.flush_cache)
     if world.rank == 0:
         request.end()
     world.colo._slice.all_gather(None, what="see the first one end")
     if world.rank > 0:
-        request.grow(4)  # nobody asked for its end
+        request.grow(4)  # its end was not asked for
     world.colo._slice.all_gather(None, what="see the others go on")
     if world.rank == 0:
         engine.abort_request()  # those of other ranks too
@@ -392,6 +393,6 @@ def abort_and_flush(world):
         "refused": refused,
         "ended": request.finish["type"],
         "cached": cached,
-        "empty": said(lambda: engine.abort_request("")),
-        "mode": said(lambda: engine.pause_generation("stop")),
+        "empty": outcome_of(lambda: engine.abort_request("")),
+        "mode": outcome_of(lambda: engine.pause_generation("stop")),
     }

@@ -8,7 +8,6 @@ import torch
 from harness import run_ranks
 from safetensors.torch import load_file, save_file
 
-from tpcolocate.engine.base import SliceClient, count_in
 from tpcolocate.errors import ConfigError
 from tpcolocate.weights.sources import checkpoint
 from tpcolocate.weights.sources.checkpoint import Checkpoint, CheckpointWriter, count_shards, save, saved_version
@@ -169,19 +168,6 @@ def test_a_checkpoint_is_memory_mapped(tmp_path):
     found = Checkpoint(tmp_path)
     assert found["a"].shape == (64 * 2**20,)
     assert psutil.Process().memory_info().rss - before < 64 * 2**20
-
-
-@pytest.mark.parametrize("given, expected", [
-    ([None, None], ["6", "7"]),
-    (["700", None, None], ["700", "701", "702"]),
-    (["epoch 3", None], ["epoch 3", "7"]),  # counted all the same
-    (["-3", "1.5", "٣", None], ["-3", "1.5", "٣", "9"]),
-])  # fmt: skip
-def test_counted_versions_go_on_from_a_version_that_is_a_number(given, expected):
-    engine = SliceClient.__new__(SliceClient)
-    engine._num_syncs = count_in("5")
-    assert [engine._next_version(version) for version in given] == expected
-    assert count_in("default") == 0
 
 
 def save_sharded(rank, folder):

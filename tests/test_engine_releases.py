@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from harness import Footprint, leftovers, run_ranks
-from rollout_checks import another_process_asks_while_the_engine_sleeps, follows, in_flight, said
+from rollout_checks import another_process_asks_while_the_engine_sleeps, follows, in_flight, outcome_of
 from test_engine import (
     ARGS,
     HEALTH_S,
@@ -54,7 +54,7 @@ def sync_while_requests_wait(world):
     old = copy.deepcopy(world.model)
     world.perturb(8)
     request = in_flight(world)
-    refused = said(lambda: world.engine.sync_weights(world.model))
+    refused = outcome_of(lambda: world.engine.sync_weights(world.model))
     request.grow(16)
     found = {"refused": refused, "of old": follows(old, request.prompt, request.end())}
     world.colo._slice.all_gather(None, what="see all requests end")

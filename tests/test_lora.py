@@ -8,7 +8,7 @@ from enum import StrEnum
 import peft
 import pytest
 import torch
-from test_requests import Captured, refused
+from test_api import Captured, refused
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -315,8 +315,8 @@ def test_a_rank_that_does_not_keep_the_tensors_copies_none():
     ({"enable_lora": True, "lora_paths": {"x": {}}}, LoraLimits(), {"x"}),
 ])  # fmt: skip
 def test_limits_and_adapters_are_read_from_the_servers_info(info, limits, at_start):
-    verbs = ServerApi(Captured("0.5.21", **info))
-    assert verbs.lora_limits == limits and verbs.loras_at_start == at_start
+    api = ServerApi(Captured("0.5.21", **info))
+    assert api.lora_limits == limits and api.loras_at_start == at_start
 
 
 def test_unloading_a_missing_adapter_may_be_permitted():

@@ -13,12 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_requests import BEGIN, END, FLUSH, GO_ON, PAUSE, Captured, refused
+from test_api import BEGIN, END, FLUSH, GO_ON, PAUSE, Captured, Owner, refused
 
 from tpcolocate.errors import DeadlineError, EngineDeadError, EngineStateError, RequestError, SyncError
 from tpcolocate.in_server.tpcolocate_receiver import receive
 from tpcolocate.in_server.tpcolocate_receiver.protocol import Addressed, Greeting, Reply, RunProgram, WorkerError
-from tpcolocate.server.api import ServerApi
 from tpcolocate.weights.transport import connection as module
 from tpcolocate.weights.transport.connection import WorkerConnection
 
@@ -149,7 +148,7 @@ def reach(tmp_path):
     openings = []
 
     def begin(client, **options):
-        openings.append(opened(ServerApi(client), folder=tmp_path, **options))
+        openings.append(opened(Owner(client).updates, folder=tmp_path, **options))
         return openings[-1]
 
     yield begin

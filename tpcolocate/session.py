@@ -21,6 +21,7 @@ from tpcolocate import rendezvous, roles
 from tpcolocate._version import __version__
 from tpcolocate.agreement import RankGroup
 from tpcolocate.engine.client import Client
+from tpcolocate.engine.context import OwnedServer, SliceContext
 from tpcolocate.engine.engine import Engine
 from tpcolocate.errors import ConfigError, RendezvousError
 from tpcolocate.groups import Host, Member, exchange, make_group
@@ -31,6 +32,7 @@ from tpcolocate.processes import this_process
 from tpcolocate.server.api import ServerApi
 from tpcolocate.server.arguments import RECEIVER
 from tpcolocate.server.http import ServerClient
+from tpcolocate.server.lifecycle import Lifecycle
 from tpcolocate.server.process import ServerProcess
 from tpcolocate.weights.sync.syncer import WeightSync
 
@@ -234,21 +236,23 @@ class Colocation:
             closed=self._closed,
         )
         server: ServerProcess | None = None
-        verbs: ServerApi | None = None
+        api: ServerApi | None = None
         kernels.prepare(self.device)  # while the server starts
         try:
             if self.is_owner:
-                result, server, verbs = launch.carry_out(health_timeout_s=health_timeout_s, log_path=log_path)
+                result, server, api = launch.carry_out(health_timeout_s=health_timeout_s, log_path=log_path)
             else:
                 result = launch.follow(health_timeout_s=health_timeout_s)
         finally:
             kernels.wait_until_prepared(self.device, timeout_s=_KERNEL_S)
+        lifecycle = Lifecycle(result.state, weight_version=result.weight_version)
+        owned = None if server is None or api is None else OwnedServer.of(server, api, lifecycle)
         probe = ServerClient(result.url, api_key=result.api_key)
         sync = WeightSync(
             self._slice,
             device=self.device,
             owner_rank=self.owner_rank,
-            server=verbs,
+            server=None if owned is None else owned.updates,
             spec=result.spec,
             loader=RECEIVER,
             tp_ranks=self._tp_ranks,
@@ -264,20 +268,20 @@ class Colocation:
                 if log_path is None:
                     server.remove_log()
 
-        engine = Engine(
+        context = SliceContext(
             group=self._slice,
             world=self._world,
             owner_rank=self.owner_rank,
-            url=result.url,
-            api_key=result.api_key,
-            state=result.state,
+            client=Client(result.url, api_key=result.api_key, check=lambda: lifecycle.state.check_generate()),
+            lifecycle=lifecycle,
             sync=sync,
-            verbs=verbs,
-            server=server,
-            on_shutdown=on_shutdown,
+            owned=owned,
+        )
+        engine = Engine(
+            context,
             sglang_version=result.sglang_version,
             model_path=launch.order.model,
-            weight_version=result.weight_version,
+            on_shutdown=on_shutdown,
         )
         self._engines.add(engine)
         return engine

@@ -32,12 +32,14 @@ from pathlib import Path
 import torch
 
 from tpcolocate import ipc_payload
-from tpcolocate.engine.client import Client
+from tpcolocate.engine.client import KNOWN_FIELDS
+from tpcolocate.engine.context import OwnedServer
 from tpcolocate.in_server import tpcolocate_receiver
 from tpcolocate.server.api import ServerApi
 from tpcolocate.server.arguments import RECEIVER, check_installed, server_arguments, to_argv
 from tpcolocate.server.http import ServerClient
 from tpcolocate.server.installed import find_installed
+from tpcolocate.server.lifecycle import Lifecycle, State
 from tpcolocate.server.process import hold_port
 from tpcolocate.server.releases import ENDPOINTS, SERVER_INFO, release
 
@@ -519,17 +521,17 @@ def _plain(value):
 
 
 def _arrives(*calls):
-    """Runs verbs against the application; everything posted must reach SGLang's own structure, field by field.
+    """Make calls of an owner to the application; everything posted must reach SGLang's own structure, field by field.
 
     Returns:
         Path -> names of the fields that were posted.
     """
     client, manager = _serve()
-    verbs = ServerApi(client)
+    owned = OwnedServer.of(None, ServerApi(client), Lifecycle(State()))
     client.posted.clear()
     manager.received.clear()
     for call in calls:
-        call(verbs)
+        call(owned)
     received = {}
     for name, request in manager.received:
         received.setdefault(name, []).append(request)
@@ -545,15 +547,15 @@ def _arrives(*calls):
 
 def a_push_arrives():
     payloads = [ipc_payload.command({"tp_rank": k}) for k in range(2)]
-    return _arrives(lambda verbs: verbs.push(payloads, load_format=RECEIVER, timeout_s=10))
+    return _arrives(lambda owned: owned.api.push(payloads, load_format=RECEIVER, timeout_s=10))
 
 
 def begin_and_end_of_a_sync_arrive():
     found = _arrives(
-        lambda verbs: verbs.begin_sync(timeout_s=10),
-        lambda verbs: verbs.end_sync("seven", timeout_s=10),  # raises if the version is not reported
-        lambda verbs: verbs.begin_sync(timeout_s=10),
-        lambda verbs: verbs.cancel_sync(timeout_s=10),
+        lambda owned: owned.updates.begin_sync(timeout_s=10),
+        lambda owned: owned.updates.end_sync("seven", timeout_s=10),  # raises if the version is not reported
+        lambda owned: owned.updates.begin_sync(timeout_s=10),
+        lambda owned: owned.updates.cancel_sync(timeout_s=10),
     )
     _, manager = _serve()
     assert not any(name == "abort_request" for name, _ in manager.received), "publishing a version must abort nothing"
@@ -562,9 +564,9 @@ def begin_and_end_of_a_sync_arrive():
 
 def sleep_and_wake_arrive():
     return _arrives(
-        lambda verbs: verbs.fall_asleep(["kv_cache", "weights"], timeout_s=10),
-        lambda verbs: verbs.wake_up(["weights"], weights_lost=False, timeout_s=10),
-        lambda verbs: verbs.wake_up(["kv_cache"], weights_lost=False, timeout_s=10),
+        lambda owned: owned.generation.release_memory(["kv_cache", "weights"], timeout_s=10),
+        lambda owned: owned.generation.resume_memory(["weights"], State(asleep=frozenset({"kv_cache"})), timeout_s=10),
+        lambda owned: owned.generation.resume_memory(["kv_cache"], State(), timeout_s=10),
     )
 
 
@@ -574,8 +576,8 @@ def update_groups_arrive():
         "backend": "gloo",
     }  # fmt: skip
     return _arrives(
-        lambda verbs: verbs.init_weights_update_group(**fields, timeout_s=10),
-        lambda verbs: verbs.destroy_weights_update_group(group_name="g", timeout_s=10),
+        lambda owned: owned.api.init_weights_update_group(**fields, timeout_s=10),
+        lambda owned: owned.api.destroy_weights_update_group(group_name="g", timeout_s=10),
     )
 
 
@@ -584,9 +586,9 @@ def an_adapter_arrives_and_passes_the_unpickler():
     tensors = {"base_model.model.q_proj.lora_A.weight": torch.arange(6.0).reshape(2, 3)}
     _, manager = _serve()
 
-    def load(verbs):
-        verbs.info["enable_lora"] = True
-        verbs.load_lora("mine", tensors, {"r": 2, "lora_alpha": 4}, tp_size=2, timeout_s=10)
+    def load(owned):
+        owned.api.info["enable_lora"] = True
+        owned.api.load_lora("mine", tensors, {"r": 2, "lora_alpha": 4}, tp_size=2, timeout_s=10)
 
     found = _arrives(load)
     [request] = [r for name, r in manager.received if name == "load_lora_adapter_from_tensors"]
@@ -639,8 +641,7 @@ def generate_describes_its_fields():
     client, _ = _serve()
     schemas = client.get("/openapi.json", timeout_s=60)["components"]["schemas"]
     described = set(schemas["GenerateReqInput"]["properties"])
-    known = inspect.getmodule(Client)._KNOWN_FIELDS
-    return {"missing": sorted(known - described), "num": len(described)}
+    return {"missing": sorted(KNOWN_FIELDS - described), "num": len(described)}
 
 
 def server_info_says_what_is_asked_of_it():

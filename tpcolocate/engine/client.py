@@ -1,9 +1,9 @@
-"""Generation on a running server, for anybody who has its URL."""
+"""Generation on a running server, for any process that has its URL."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from typing import Any
@@ -12,11 +12,12 @@ from tpcolocate.errors import ConfigError
 from tpcolocate.server.http import ServerClient
 
 Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
+SamplingParams = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
 HEALTH_TIMEOUT_S = 30.0
 # Fields of /generate in every supported release; any other is looked up in the server's own description, because
-# SGLang drops what it does not know without a word.
-_KNOWN_FIELDS = frozenset(
+# SGLang ignores silently what it does not know.
+KNOWN_FIELDS = frozenset(
     "text input_ids input_embeds image_data sampling_params rid return_logprob logprob_start_len top_logprobs_num "
     "token_ids_logprob return_text_in_logprobs stream lora_path return_hidden_states session_params".split()
 )
@@ -38,14 +39,20 @@ class Client:
     Args:
         url: Base URL of the server.
         api_key: Its key.
+        check: Called before each request, and again once it is counted; raises if none may be made.
+
+    Attributes:
+        http: For endpoints that have no method here.
+        num_in_flight: Requests of this client that are not finished.
     """
 
-    def __init__(self, url: str, *, api_key: str | None = None) -> None:
+    def __init__(self, url: str, *, api_key: str | None = None, check: Callable[[], None] = lambda: None) -> None:
         self.url = url
         self.api_key = api_key
-        self._client = ServerClient(url, api_key=api_key)
+        self.http = ServerClient(url, api_key=api_key)
+        self.num_in_flight = 0
+        self._check = check
         self._lock = threading.Lock()
-        self._in_flight = 0
         self._described_fields: frozenset[str] | None = None
 
     def __repr__(self) -> str:
@@ -53,47 +60,34 @@ class Client:
 
     def close(self) -> None:
         """Close this side's connections; the server runs on."""
-        self._client.close()
+        self.http.close()
 
     def generate(
         self,
         prompts: Prompts | None = None,
-        sampling_params: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+        sampling_params: SamplingParams | None = None,
         *,
         stream: bool = False,
         timeout_s: float = 600.0,
         **fields: Any,
     ) -> Any:
-        """Generate on the slice's server; any rank, any time, any number at once.
+        """Generate on the server; arguments, return value and errors as for `Engine.generate`.
 
-        Args:
-            prompts: Text, token ids, or a list of either.
-            sampling_params: SGLang's; one for all prompts, or one each.
-            stream: Return an iterator over SGLang's events instead of the finished answer.
-            timeout_s: Longest wait for the answer (streaming: for the next event), in seconds.
-            fields: Any other field of SGLang's ``/generate``, such as ``return_logprob=True`` or ``lora_path="name"``.
-
-        Returns:
-            SGLang's response dict; a list for a list of prompts, with ``n > 1`` all samples of the first prompt first.
-
-        Raises:
-            ConfigError: A field that this server does not know.
-            EngineStateError: Asleep, or the weights are not the trainer's.
-            RequestError: The server refused, in its own words.
-            EngineDeadError, DeadlineError: The server is gone, or too slow.
+        A client of `connect` does not know the state of the engine: while that is paused or asleep, requests wait in the
+        server.
         """
         body = self._body(prompts, sampling_params, fields, stream)
         if body is None:
             return iter(()) if stream else []
         if stream:
-            return self._streaming(body, timeout_s)
+            return self._stream(body, timeout_s=timeout_s)
         with self._counted():
-            return self._client.post("/generate", body, timeout_s=timeout_s)
+            return self.http.post("/generate", body, timeout_s=timeout_s)
 
     async def generate_async(
         self,
         prompts: Prompts | None = None,
-        sampling_params: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+        sampling_params: SamplingParams | None = None,
         *,
         stream: bool = False,
         timeout_s: float = 600.0,
@@ -104,23 +98,29 @@ class Client:
         if body is None:
             return _nothing() if stream else []
         if stream:
-            return self._streaming_async(body, timeout_s)
+            return self._stream_async(body, timeout_s=timeout_s)
         with self._counted():
-            return await self._client.post_async("/generate", body, timeout_s=timeout_s)
+            return await self.http.post_async("/generate", body, timeout_s=timeout_s)
 
-    def _streaming(self, body: dict[str, Any], timeout_s: float) -> Iterator[Any]:
+    def _stream(self, body: Mapping[str, Any], *, timeout_s: float) -> Iterator[Any]:
+        """Yield the events of a request, which is made when the first one is asked for."""
         with self._counted():
-            yield from self._client.stream("/generate", body, timeout_s=timeout_s)
+            yield from self.http.stream("/generate", body, timeout_s=timeout_s)
 
-    async def _streaming_async(self, body: dict[str, Any], timeout_s: float) -> AsyncIterator[Any]:
+    async def _stream_async(self, body: Mapping[str, Any], *, timeout_s: float) -> AsyncIterator[Any]:
         with self._counted():
-            async for event in self._client.stream_async("/generate", body, timeout_s=timeout_s):
+            async for event in self.http.stream_async("/generate", body, timeout_s=timeout_s):
                 yield event
 
     def _body(
-        self, prompts: Prompts | None, sampling_params: Any, fields: dict[str, Any], stream: bool
+        self,
+        prompts: Prompts | None,
+        sampling_params: SamplingParams | None,
+        fields: Mapping[str, Any],
+        stream: bool,
     ) -> dict[str, Any] | None:
-        self._check_generate()
+        """Return the body of a request; None if there is no prompt to generate from."""
+        self._check()
         body = dict(fields)
         if prompts is not None:
             if "text" in body or "input_ids" in body:
@@ -133,11 +133,11 @@ class Client:
             )
         if given is not None and not isinstance(given, str) and len(given) == 0:
             return None
-        unknown = set(body) - _KNOWN_FIELDS
+        unknown = set(body) - KNOWN_FIELDS
         if unknown and (unknown := unknown - self._server_fields()):
             raise ConfigError(
                 f"this server's /generate has no field {', '.join(sorted(unknown))}",
-                hint="SGLang would ignore it without a word; sampling parameters go into sampling_params",
+                hint="SGLang would ignore it silently; sampling parameters go into sampling_params",
                 url=self.url,
             )
         if sampling_params is not None:
@@ -148,33 +148,30 @@ class Client:
 
     def _server_fields(self) -> frozenset[str]:
         if self._described_fields is None:
-            schemas = self._client.get("/openapi.json", timeout_s=HEALTH_TIMEOUT_S)["components"]["schemas"]
+            schemas = self.http.get("/openapi.json", timeout_s=HEALTH_TIMEOUT_S)["components"]["schemas"]
             self._described_fields = frozenset(schemas["GenerateReqInput"]["properties"])
         return self._described_fields
-
-    def _check_generate(self) -> None:
-        """Overridden where the state of the engine is known."""
 
     @contextmanager
     def _counted(self) -> Iterator[None]:
         with self._lock:
-            self._in_flight += 1
+            self.num_in_flight += 1
         try:
-            # Also now that it counts: `sleep` first says that the engine sleeps and then looks for requests, so that one of
+            # Again, now that it is counted: `sleep` first changes the state and then looks for requests, so that one of
             # the two sees the other.  And a stream begins when it is first read.
-            self._check_generate()
+            self._check()
             yield
         finally:
             with self._lock:
-                self._in_flight -= 1
+                self.num_in_flight -= 1
 
     def health(self) -> Health:
-        """``ready`` if the server answers, else ``dead``.
+        """Return ``ready`` if the server answers, else ``dead``.
 
-        Only that: whether it is asleep is known inside the job, and a token generated to find out would touch memory
-        that a sleeping server has released.
+        Only that: whether it is asleep is known inside the job alone, and a token generated to find out would touch
+        memory that a sleeping server has released.
         """
-        return Health.READY if self._client.is_listening(timeout_s=HEALTH_TIMEOUT_S) else Health.DEAD
+        return Health.READY if self.http.is_listening(timeout_s=HEALTH_TIMEOUT_S) else Health.DEAD
 
 
 def _is_text(prompts: Prompts) -> bool:
@@ -188,4 +185,4 @@ async def _nothing() -> AsyncIterator[Any]:
     yield
 
 
-__all__ = ["Client", "Health"]
+__all__ = ["HEALTH_TIMEOUT_S", "KNOWN_FIELDS", "Client", "Health", "Prompts", "SamplingParams"]

@@ -1,7 +1,8 @@
-"""The engine as a training script holds it: one rank's end of its slice's server.
+"""The engine as a training script uses it: one rank's end of its slice's server.
 
-Composes the server's verbs, the weight sync and the slice's agreement.  Calls marked collective must be made by every
-rank of the slice, in the same order; the owner acts, the others learn how it went.
+Composed of a `Client`, the weight sync, and a part each for pauses, adapters and update groups, which share a
+`SliceContext`.  Calls marked collective must be made by every rank of the slice, in the same order; the owner talks to
+the server, and every rank returns or raises as it does.
 """
 
 from __future__ import annotations
@@ -9,23 +10,31 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
-from tpcolocate.engine.adapters import AdapterCalls
-from tpcolocate.engine.client import HEALTH_TIMEOUT_S, Health
-from tpcolocate.engine.generation import GenerationCalls
-from tpcolocate.engine.update_groups import UpdateGroupCalls
-from tpcolocate.errors import ConfigError, EngineStateError, RankLostError, TpColocateError
+import torch
+from torch import nn
+
+from tpcolocate.engine.adapters import LoraAdapters
+from tpcolocate.engine.client import HEALTH_TIMEOUT_S, Health, Prompts, SamplingParams
+from tpcolocate.engine.context import OwnedServer, SliceContext
+from tpcolocate.engine.generation import GenerationControl
+from tpcolocate.engine.update_groups import UpdateGroups
+from tpcolocate.errors import ConfigError, EngineStateError, TpColocateError
 from tpcolocate.ipc_payload import listed
 from tpcolocate.report import SyncReport
-from tpcolocate.server.lifecycle import Weights as EngineWeights
+from tpcolocate.server.lifecycle import WeightsState
+from tpcolocate.weights import update_group
+from tpcolocate.weights.lora import adapter_of, make_adapter
 from tpcolocate.weights.sources.checkpoint import Checkpoint, CheckpointWriter, count_shards, save
 from tpcolocate.weights.sources.model_spec import local_folder
 from tpcolocate.weights.sources.named_weights import NamedWeights, Rename, Source
 from tpcolocate.weights.sync.options import SyncOptions
+from tpcolocate.weights.update_group import UpdateGroup
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +43,12 @@ _AT_ONCE_S = 5.0
 _SERVER_ENDS_S = 40.0
 
 
-class Engine(AdapterCalls, UpdateGroupCalls, GenerationCalls):
+class Engine:
     """One rank's end of its slice's server; made by `Colocation.launch`.
+
+    Args:
+        context: This rank's view of the server.
+        on_shutdown: Called once, after the server is gone (owner) or its connections are closed (client).
 
     Attributes:
         url: Base URL of the server.
@@ -45,7 +58,139 @@ class Engine(AdapterCalls, UpdateGroupCalls, GenerationCalls):
         weight_version: As the server reports it: of the last sync, or what it was started with.
     """
 
-    # --- weights -----------------------------------------------------------------------------------------------
+    def __init__(
+        self,
+        context: SliceContext,
+        *,
+        sglang_version: str,
+        model_path: str,
+        on_shutdown: Callable[[], None],
+    ) -> None:
+        self.url = context.client.url
+        self.api_key = context.client.api_key
+        self.sglang_version = sglang_version
+        self.model_path = model_path
+        self._context = context
+        self._client = context.client.http
+        self._lifecycle = context.lifecycle
+        self._sync = context.sync
+        self._generation = GenerationControl(context)
+        self._adapters = LoraAdapters(context)
+        self._update_groups = UpdateGroups(context)
+        self._on_shutdown = on_shutdown
+        self._pid = os.getpid()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.url!r})"
+
+    @property
+    def weight_version(self) -> str:
+        return self._lifecycle.weight_version
+
+    # --- generation ------------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Prompts | None = None,
+        sampling_params: SamplingParams | None = None,
+        *,
+        stream: bool = False,
+        timeout_s: float = 600.0,
+        **fields: Any,
+    ) -> Any:
+        """Generate on the slice's server; any rank, any time, any number at once.
+
+        Args:
+            prompts: Text, token ids, or a list of either.
+            sampling_params: SGLang's; one for all prompts, or one each.
+            stream: Return an iterator over SGLang's events instead of the finished answer.
+            timeout_s: Longest wait for the answer (streaming: for the next event), in seconds.
+            fields: Any other field of SGLang's ``/generate``, such as ``return_logprob=True`` or ``lora_path="name"``.
+
+        Returns:
+            SGLang's response dict; a list for a list of prompts, with ``n > 1`` all samples of the first prompt first.
+
+        Raises:
+            ConfigError: A field that this server does not know.
+            EngineStateError: Asleep, or the weights are not the trainer's.
+            RequestError: The server refused; the message is its own.
+            EngineDeadError, DeadlineError: The server is gone, or too slow.
+        """
+        return self._context.client.generate(prompts, sampling_params, stream=stream, timeout_s=timeout_s, **fields)
+
+    async def generate_async(
+        self,
+        prompts: Prompts | None = None,
+        sampling_params: SamplingParams | None = None,
+        *,
+        stream: bool = False,
+        timeout_s: float = 600.0,
+        **fields: Any,
+    ) -> Any:
+        """`generate` for asyncio; with ``stream=True`` the awaited value is an asynchronous iterator."""
+        return await self._context.client.generate_async(
+            prompts, sampling_params, stream=stream, timeout_s=timeout_s, **fields
+        )
+
+    def pause_generation(self, mode: str = "retract", *, timeout_s: float = 120.0) -> None:
+        """Hold generation until `continue_generation`; a sync in between leaves it held.
+
+        New requests wait in the server.  Pausing again in the same mode does nothing.
+
+        Collective: over the slice.
+
+        Args:
+            mode: What becomes of running requests.  ``"retract"``: they keep their tokens, give up their cache, and
+                compute it anew when they go on.  ``"in_place"``: they keep both, and go on with a cache of the old
+                weights after a sync.  ``"abort"``: they end with the tokens they have; the call returns once all have.
+            timeout_s: For the request, in seconds.
+
+        Raises:
+            ConfigError: An unknown mode.
+            EngineStateError: Paused in another mode, or the engine is shut down.
+            RequestError, EngineDeadError, DeadlineError: The server failed.
+        """
+        self._generation.pause(mode, timeout_s=timeout_s)
+
+    def continue_generation(self, *, timeout_s: float = 60.0) -> None:
+        """Let generation go on after `pause_generation`; does nothing if it was not paused.
+
+        Collective: over the slice.
+
+        Raises:
+            EngineStateError: Asleep, or the weights are not the trainer's.
+            RequestError, EngineDeadError, DeadlineError: The server failed.
+        """
+        self._generation.go_on(timeout_s=timeout_s)
+
+    def abort_request(self, rid: str | None = None, *, timeout_s: float = 30.0) -> None:
+        """End requests early; they answer with the tokens they have and the finish reason ``abort``.
+
+        Not collective.  The call does not wait for them: they end a little later.
+
+        Args:
+            rid: As passed to `generate`; SGLang takes it as a prefix.  Default: all requests of the server, those of
+                other ranks too.
+            timeout_s: For the request, in seconds.
+
+        Raises:
+            ConfigError: An empty `rid`.
+            RequestError, EngineDeadError, DeadlineError: The server failed.
+        """
+        self._generation.abort(rid, timeout_s=timeout_s)
+
+    def flush_cache(self, *, timeout_s: float = 60.0) -> None:
+        """Drop the prefix cache.
+
+        Collective: over the slice.
+
+        Raises:
+            EngineStateError: Requests are in flight, or the cache's memory is released.
+            RequestError, EngineDeadError, DeadlineError: The server failed.
+        """
+        self._generation.flush_cache(timeout_s=timeout_s)
+
+    # --- weights ---------------------------------------------------------------------------------------------------
 
     def sync_weights(
         self,
@@ -61,7 +206,7 @@ class Engine(AdapterCalls, UpdateGroupCalls, GenerationCalls):
         parts: bool = True,
         timeout_s: float = 600.0,
     ) -> SyncReport:
-        """Make the server speak with these weights.
+        """Update the server's weights in place.
 
         Collective: over the slice; for sharded weights also over their mesh, and with several slices of tp_size > 1
         over all of them: call it on every training rank.
@@ -75,13 +220,13 @@ class Engine(AdapterCalls, UpdateGroupCalls, GenerationCalls):
             payloads: ``"per_rank"``: every rank exports from its own device.  ``"fan_out"``: the owner exports one
                 copy per TP rank; for when other ranks cannot reach their TP rank's device.  Not with ``"stock"``.
             transport: ``"ipc"``: handles of memory that the engine maps.  ``"file"``: safetensors files.  ``"auto"``: the
-                first sync proves with a small handle that the one works, or takes the other.  ``"stock"``: handles that
-                SGLang opens by itself; nothing is read back, and a failure kills the server.
+                first sync tries ``"ipc"`` with a small handle, and takes files if it does not work.  ``"stock"``: handles
+                that SGLang opens by itself; nothing is read back, and a failure kills the server.
             folder: Where files go; default: /dev/shm.
             rename: A function or a mapping from the source's names to those of the served checkpoint; None for a
                 weight that is not to be sent, such as a value head's.  The same on every rank.
             partial: Permit that weights are missing; they stay as they are.
-            parts: Move only the parts of tensors that each TP worker reads, once the first sync has shown which, instead
+            parts: Send only the parts of tensors that each TP worker reads, once the first sync has shown which, instead
                 of full tensors.
             timeout_s: For the whole sync, in seconds, from when all ranks have come.  How long one waits for the others, which
                 may still be generating, is the ``timeout_s`` of `init`.
@@ -102,12 +247,10 @@ class Engine(AdapterCalls, UpdateGroupCalls, GenerationCalls):
         """
         if weight_version is None and isinstance(model_or_named_tensors, Checkpoint):
             weight_version = model_or_named_tensors.weight_version
-        error: TpColocateError | None = None
-        everybody = self._everybody
-        # Before the owner holds generation: a rank that is still waiting for tokens would wait for ever, and the others for
-        # it.  All slices together: the gathers of sharded weights span them, and a slice that stays away would hang them.
-        with everybody.together("sync weights") as meant:
-            self._state.check_sync()
+        # Before the owner holds generation: a rank that is still waiting for tokens would wait until its deadline, and
+        # the others for it.  All slices together: the gathers of sharded weights span them, and hang without one.
+        with self._context.all_slices.together("sync weights") as must_match:
+            self._lifecycle.state.check_sync()
             options = SyncOptions(
                 bucket_bytes=bucket_bytes,
                 payloads=payloads,
@@ -117,24 +260,19 @@ class Engine(AdapterCalls, UpdateGroupCalls, GenerationCalls):
                 parts=parts,
                 rename=rename,
             )
-            # Functions of one name need not be one function; what they make of the names is compared with the weights.
-            meant |= {**asdict(replace(options, rename=None)), "weight_version": weight_version}
-        version = self._next_version(weight_version)
-        with self._changing_weights() as touched:
-            try:
-                report = self._sync.run(
-                    model_or_named_tensors, version=version, options=options, timeout_s=timeout_s, touched=touched
-                )
-            except TpColocateError as caught:
-                error = caught
-            if everybody is not self._group and not isinstance(error, RankLostError):
-                # A slice that failed must not leave the others to their next step.
-                everybody.agree(error, what="finish the weight sync of all slices", timeout_s=timeout_s)
-            if error is not None:
-                raise error
-            self._published(version, partial=partial)
-        stale = self._stale_cache()
-        return report if stale is None else replace(report, warnings=(*report.warnings, stale))
+            # Functions of one name need not be one function; the names that they make are compared with the weights.
+            must_match |= {**asdict(replace(options, rename=None)), "weight_version": weight_version}
+        version = self._lifecycle.next_version(weight_version)
+        with self._lifecycle.weight_update(version, partial=partial) as modified:
+            report = self._context.in_all_slices(
+                "finish the weight sync of all slices",
+                lambda: self._sync.run(
+                    model_or_named_tensors, version=version, options=options, timeout_s=timeout_s, touched=modified
+                ),
+                timeout_s=timeout_s,
+            )
+        warning = self._generation.warn_of_stale_cache()
+        return report if warning is None else replace(report, warnings=(*report.warnings, warning))
 
     def save_weights(
         self,
@@ -150,8 +288,8 @@ class Engine(AdapterCalls, UpdateGroupCalls, GenerationCalls):
         and copies configuration and tokenizer from the served model's folder if that is on its host, so that `launch`
         can serve the result.  It appears under its name once it is complete.
 
-        Collective: as `sync_weights`.  With tp_size 1 no group exists to tell the others of a failure: only rank 0
-        raises it, and only there the checkpoint is complete on return.
+        Collective: as `sync_weights`.  With tp_size 1 there is no group between the ranks: only rank 0 raises its
+        failure, and only there the checkpoint is complete on return.
 
         Args:
             model_or_named_tensors: As for `sync_weights`, but no generator.
@@ -164,11 +302,11 @@ class Engine(AdapterCalls, UpdateGroupCalls, GenerationCalls):
             WeightsMismatchError: Names, shapes or completeness.
             RankFailedError: It could not be written (``OSError``), or another library's exception.
         """
-        everybody = self._everybody
+        ranks = self._context.all_slices
         weights: NamedWeights | None = None
         writer: CheckpointWriter | None = None
         try:
-            with everybody.together("get ready to save the weights"):
+            with ranks.together("get ready to save the weights"):
                 spec = self._sync.spec
                 expected = None if spec is None else spec.shapes
                 weights = NamedWeights.of(model_or_named_tensors, expected=expected, rename=rename)
@@ -177,7 +315,7 @@ class Engine(AdapterCalls, UpdateGroupCalls, GenerationCalls):
                 if spec is not None:
                     spec.check([(name, tensor.shape) for name, tensor in weights.items])
                     spec.check_complete([*(name for name, _ in weights.items), *weights.aliases])
-                if everybody.rank == 0:
+                if ranks.rank == 0:
                     writer = CheckpointWriter(
                         folder,
                         weight_version=self.weight_version,
@@ -185,14 +323,163 @@ class Engine(AdapterCalls, UpdateGroupCalls, GenerationCalls):
                         like=local_folder(self.model_path),
                     )
         except TpColocateError:
-            # Without a group the other ranks have not heard of it, and are in the gathers.
-            if len(everybody) == 1 and weights is not None and weights.is_sharded:
+            # Without a group the other ranks do not know of it, and are in the gathers.
+            if len(ranks) == 1 and weights is not None and weights.is_sharded:
                 save(weights, None)
             raise
         problem = save(weights, writer)
-        everybody.agree(problem, what="save the weights", timeout_s=timeout_s)
+        ranks.agree(problem, what="save the weights", timeout_s=timeout_s)
 
-    # --- memory ------------------------------------------------------------------------------------------------
+    def init_weights_update_group(
+        self,
+        *,
+        master_address: str,
+        master_port: int,
+        rank_offset: int,
+        world_size: int,
+        group_name: str = update_group.DEFAULT_NAME,
+        backend: str = "nccl",
+        timeout_s: float = 300.0,
+    ) -> None:
+        """Have the server's TP ranks join a process group that weights will be broadcast over.
+
+        The server answers once the whole group has met: rank 0 of it must join at the same time, from another process
+        or thread, for example with `join_update_group`.  With nccl it must be on another GPU than the server.
+
+        Collective: over the slice, with the same arguments; the owner asks, the clients wait.
+
+        Args:
+            master_address: Host of rank 0.
+            master_port: Port of its store.
+            rank_offset: Rank of the server's TP rank 0 in the group; at least 1.
+            world_size: Number of ranks in the group: the sender, and the TP ranks of all servers in it.
+            group_name: Its name on both sides.
+            backend: ``"nccl"``, or ``"gloo"`` on a CPU.
+            timeout_s: For the request, in seconds.  A group that does not meet keeps the server busy beyond it.
+
+        Raises:
+            ConfigError: A group that cannot meet, or ranks that pass different arguments.
+            EngineStateError: A group of that name exists, or the engine is shut down.
+            RequestError, EngineDeadError, DeadlineError: The server failed, or rank 0 did not come.
+        """
+        group = UpdateGroup(master_address, master_port, rank_offset, world_size, group_name, backend)
+        self._update_groups.join(group, timeout_s=timeout_s)
+
+    def update_weights_from_distributed(
+        self,
+        names: Sequence[str],
+        *,
+        dtypes: Sequence[str | torch.dtype],
+        shapes: Sequence[Sequence[int]],
+        group_name: str = update_group.DEFAULT_NAME,
+        weight_version: str | None = None,
+        bucket_bytes: int = 512 * 2**20,
+        partial: bool = False,
+        timeout_s: float = 600.0,
+    ) -> None:
+        """Update the server's weights with those that rank 0 of an update group broadcasts, one by one, in this order.
+
+        Everything around it is as in `sync_weights`: requests in flight, the cache, the version, and what is refused
+        before and after.  What arrives is not compared with what was sent.
+
+        Collective: over the slice, with the same arguments; the owner asks, the clients wait.  Rank 0 of the group
+        broadcasts at the same time, from another process or thread.
+
+        Args:
+            names: Checkpoint names, all of them unless `partial`.
+            dtypes: Of each, as they are broadcast.
+            shapes: Of each, in full.
+            group_name: From `init_weights_update_group`.
+            weight_version: As for `sync_weights`.
+            bucket_bytes: Most memory that a TP rank of the server takes for weights in transit; a larger one travels
+                by itself.  The sender need not know it.
+            partial: Permit that weights are missing; they stay as they are.
+            timeout_s: For the whole update, in seconds.
+
+        Raises:
+            WeightsMismatchError: Names or shapes are not the served model's; nothing was asked for.
+            ConfigError: Lists of different lengths, no dtype, or ranks that pass different arguments.
+            EngineStateError: No such group; the weights are released; or as `sync_weights`.
+            SyncError, RequestError, EngineDeadError, DeadlineError: The server failed, or did not get what it waited for.
+                Its weights are unknown: generation is refused until a full sync or update succeeds.
+        """
+        self._update_groups.update(
+            lambda: update_group.announced(names, dtypes, shapes),
+            group_name=group_name,
+            weight_version=weight_version,
+            bucket_bytes=bucket_bytes,
+            partial=partial,
+            timeout_s=timeout_s,
+        )
+        self._generation.warn_of_stale_cache()
+
+    def destroy_weights_update_group(
+        self, *, group_name: str = update_group.DEFAULT_NAME, timeout_s: float = 60.0
+    ) -> None:
+        """Have the server leave an update group; the other ranks leave on their own.
+
+        Collective: over the slice, with the same argument; the owner asks, the clients wait.
+
+        Raises:
+            ConfigError: Ranks that pass different names.
+            EngineStateError: There is no group of that name.
+            RequestError, EngineDeadError, DeadlineError: The server failed.
+        """
+        self._update_groups.leave(group_name, timeout_s=timeout_s)
+
+    # --- adapters --------------------------------------------------------------------------------------------------
+
+    def set_lora(
+        self, name: str, model: nn.Module, *, adapter_name: str | None = None, timeout_s: float = 120.0
+    ) -> None:
+        """Serve the LoRA adapter of a PEFT model under a name, in place of one of that name.
+
+        Collective: over the slice; for sharded weights also over their mesh, and with several slices of tp_size > 1
+        over all of them: call it on every training rank.
+
+        Args:
+            name: For ``generate(..., lora_path=name)``.
+            model: From `peft.get_peft_model`: plain, DDP or FSDP2.
+            adapter_name: PEFT's name of the adapter; may be left out if the model has one.
+            timeout_s: For each request to the server, in seconds; an adapter is replaced once its requests are done.
+
+        Raises:
+            ConfigError: No adapter, one that SGLang would serve as something else (DoRA, rank patterns, ...), or one that
+                the server was not started for.
+            WeightsMismatchError: Its names or shapes do not fit the served model, or differ between ranks.
+            EngineStateError: Shut down, or the server cannot hold one more.
+            RequestError, EngineDeadError, DeadlineError: The server failed; an adapter of that name may be gone.
+            RankFailedError: Another library's exception on some rank.
+        """
+        self._adapters.load(name, lambda: adapter_of(model, adapter_name), timeout_s=timeout_s)
+
+    def set_lora_from_tensors(
+        self, name: str, tensors: Mapping[str, torch.Tensor], config: Any, *, timeout_s: float = 120.0
+    ) -> None:
+        """Serve a LoRA adapter under a name, in place of one of that name.
+
+        Collective and `Raises`: as `set_lora`; every rank passes the same.
+
+        Args:
+            name: For ``generate(..., lora_path=name)``.
+            tensors: PEFT's names -> full tensors or DTensors, on any device.
+            config: PEFT's adapter configuration: ``adapter_config.json`` as a dict, or a `peft.LoraConfig`.
+            timeout_s: As `set_lora`.
+        """
+        self._adapters.load(name, lambda: make_adapter(tensors, config), timeout_s=timeout_s)
+
+    def unload_lora(self, name: str, *, timeout_s: float = 120.0) -> None:
+        """Remove a LoRA adapter, once the requests that use it are done.
+
+        Collective: over the slice.
+
+        Raises:
+            RequestError: The server has no adapter of that name, or failed.
+            EngineDeadError, DeadlineError: The server is gone, or its requests take longer.
+        """
+        self._adapters.unload(name, timeout_s=timeout_s)
+
+    # --- memory ----------------------------------------------------------------------------------------------------
 
     def sleep(self, tags: Sequence[str] | None = None, *, timeout_s: float = 120.0) -> None:
         """Release the server's memory, by tag; what is released already stays so.
@@ -210,32 +497,32 @@ class Engine(AdapterCalls, UpdateGroupCalls, GenerationCalls):
             DeadlineError: Requests from elsewhere still run.
             RequestError, EngineDeadError: The server failed.
         """
-        before = self._state
+        context, lifecycle = self._context, self._lifecycle
         try:
-            with self._group.together("sleep", timeout_s=timeout_s) as meant:
-                chosen, after = self._state.sleeping(tags)
-                meant["tags"] = None if tags is None else sorted(tags)
-                if not self._state.frees_memory:
+            with context.group.together("sleep", timeout_s=timeout_s) as must_match:
+                chosen, after = lifecycle.state.sleeping(tags)
+                must_match["tags"] = None if tags is None else sorted(tags)
+                if not after.frees_memory:
                     raise EngineStateError(
                         "sleep() would free nothing: the server has no memory saver",
                         hint="launch(enable_memory_saver=True)",
                     )
-                self._state = after  # before requests are looked for: see `_counted`
-                if chosen and self._in_flight:
+                lifecycle.state = after  # before requests are looked for: see `Client`
+                if chosen and context.client.num_in_flight:
                     raise EngineStateError(
-                        f"cannot sleep: {self._in_flight} requests of rank {self._group.rank} are in flight",
+                        f"cannot sleep: {context.client.num_in_flight} requests of rank {context.group.rank} are in flight",
                         hint="wait for them first",
                     )
 
-            def act() -> None:
-                if chosen and self._verbs is not None:
-                    self._verbs.fall_asleep(chosen, timeout_s=timeout_s)
+            def act(owned: OwnedServer) -> None:
+                if chosen:
+                    owned.generation.release_memory(chosen, timeout_s=timeout_s)
 
             self._sync.call_back(timeout_s=timeout_s)
-            self._on_owner("sleep", act, timeout_s=timeout_s)
-        except BaseException:
-            self._state = before
-            raise
+            context.on_owner("sleep", act, timeout_s=timeout_s)
+            lifecycle.state = lifecycle.state.slept()
+        finally:
+            lifecycle.state = lifecycle.state.sleep_over()
 
     def wake(self, tags: Sequence[str] | None = None, *, timeout_s: float = 120.0) -> None:
         """Take the memory back, by tag; what is awake already stays so.
@@ -243,39 +530,43 @@ class Engine(AdapterCalls, UpdateGroupCalls, GenerationCalls):
         Collective: over the slice.  After waking ``weights`` they hold garbage, unless the server was launched with
         ``enable_weights_cpu_backup=True``: generation is refused until the next sync.  Raises as `sleep`.
         """
-        with self._group.together("wake", timeout_s=timeout_s) as meant:
-            chosen, after = self._state.waking(tags)
-            meant["tags"] = None if tags is None else sorted(tags)
+        with self._context.group.together("wake", timeout_s=timeout_s) as must_match:
+            chosen, after = self._lifecycle.state.waking(tags)
+            must_match["tags"] = None if tags is None else sorted(tags)
 
-        def act() -> None:
-            if chosen and self._verbs is not None:
-                lost = after.weights is not EngineWeights.CURRENT
-                self._verbs.wake_up(chosen, weights_lost=lost, timeout_s=timeout_s)
+        def act(owned: OwnedServer) -> None:
+            if chosen:
+                owned.generation.resume_memory(chosen, after, timeout_s=timeout_s)
 
         self._sync.call_back(timeout_s=timeout_s)
-        self._on_owner("wake", act, timeout_s=timeout_s)
-        self._state = after
+        self._context.on_owner("wake", act, timeout_s=timeout_s)
+        self._lifecycle.state = after
 
-    # --- life --------------------------------------------------------------------------------------------------
+    # --- life ------------------------------------------------------------------------------------------------------
 
     def health(self) -> Health:
-        """``starting``, ``ready``, ``paused``, ``asleep`` or ``dead``, on any rank; the last three without a forward."""
-        if self._state.closed or (self._server is not None and self._server.exited()):
+        """Return ``starting``, ``ready``, ``paused``, ``asleep`` or ``dead``, on any rank; the last three without a forward."""
+        state, owned = self._lifecycle.state, self._context.owned
+        if state.closed or (owned is not None and owned.process.exited()):
             return Health.DEAD
-        if self._state.asleep:
-            return Health.ASLEEP if self._client.is_listening(timeout_s=HEALTH_TIMEOUT_S) else Health.DEAD
-        if self._state.paused is not None or self._state.weights is not EngineWeights.CURRENT:
-            # No token comes out of a paused server.  Sleep and sync pause it, until its weights are the trainer's again.
-            return Health.PAUSED if self._client.is_listening(timeout_s=HEALTH_TIMEOUT_S) else Health.DEAD
+        # No token comes out of a paused server.  A sync pauses it too, until its weights are the trainer's again.
+        is_paused = state.paused is not None or state.weights is not WeightsState.CURRENT
+        if state.not_awake or is_paused:
+            alive = Health.ASLEEP if state.not_awake else Health.PAUSED
+            return alive if self._client.is_listening(timeout_s=HEALTH_TIMEOUT_S) else Health.DEAD
         asked = time.monotonic()
         if self._client.is_healthy(timeout_s=HEALTH_TIMEOUT_S):
             return Health.READY
-        # SGLang refuses at once while it warms up, and after 20 s without a token; gone, it does not answer at all.
+        # SGLang refuses at once while it warms up, and after 20 s without a token; a server that is gone does not answer.
         at_once = time.monotonic() - asked < _AT_ONCE_S
         return Health.STARTING if at_once and self._client.is_listening(timeout_s=_AT_ONCE_S) else Health.DEAD
 
+    def close(self) -> None:
+        """Close this side's connections; the server runs on."""
+        self._context.client.close()
+
     def shutdown(self, *, wait: bool = True, timeout_s: float = 60.0) -> None:
-        """End the server, all of it, and take back what it left in /dev/shm.  Idempotent.
+        """End the server, all of it, and remove what it left in /dev/shm.  Idempotent.
 
         Collective: over the slice with ``wait=True``: the owner ends the server once every rank is here, so that no
         rank's request is cut off.
@@ -288,28 +579,29 @@ class Engine(AdapterCalls, UpdateGroupCalls, GenerationCalls):
             EngineError: The end of the server could not be confirmed; the message names its pid.
         """
         # A fork of the trainer (a data loader worker) inherits this object, not the engine.
-        if self._state.closed or os.getpid() != self._pid:
+        if self._lifecycle.state.closed or os.getpid() != self._pid:
             return
-        self._state = self._state.shut_down()
-        wait = wait and self._came("shut the engine down", timeout_s)
+        self._lifecycle.state = self._lifecycle.state.shut_down()
+        owned = self._context.owned
+        wait = wait and self._wait_for_ranks("shut the engine down", timeout_s)
         try:
-            if self._server is not None:
-                self._server.stop()
+            if owned is not None:
+                owned.process.stop()
         finally:
             if wait:
-                # Not before the server is gone: a counter that is set right while somebody still reads would drop below
-                # zero when that reader lets go.
-                self._came("end the server", timeout_s + _SERVER_ENDS_S)
+                # Not before the server is gone: a counter that is set right while a process still reads would drop below
+                # zero when that reader releases it.
+                self._wait_for_ranks("end the server", timeout_s + _SERVER_ENDS_S)
             self.close()
-            lost = self._sync.close(timeout_s=0.0 if self._server is not None else _SERVER_ENDS_S)
+            lost = self._sync.close(timeout_s=0.0 if owned is not None else _SERVER_ENDS_S)
             if lost:
-                logger.warning("reclaimed handles that the engine never gave back: %s", listed(lost))
+                logger.warning("reclaimed handles that the engine never released: %s", listed(lost))
             self._on_shutdown()
 
-    def _came(self, what: str, timeout_s: float) -> bool:
-        """Wait for the other ranks; False if one of them does not come."""
+    def _wait_for_ranks(self, what: str, timeout_s: float) -> bool:
+        """Wait for the other ranks; return False if one of them does not come."""
         try:
-            self._group.all_gather(None, what=what, timeout_s=timeout_s)
+            self._context.group.all_gather(None, what=what, timeout_s=timeout_s)
             return True
         except TpColocateError as error:  # or another thread is in a call that they will not come to
             logger.warning("shutting down without the others: %s", error)

@@ -1,7 +1,12 @@
-"""HTTP to one SGLang server: requests, deadlines, and its errors in our words.
+"""HTTP to one SGLang server: requests, deadlines, and errors of this library's classes.
 
 Nothing is ever sent twice: a request whose answer was lost may have been carried out, and a weight push that was
 carried out twice opens its payload twice.
+
+Two libraries, because each lacks what the other has.  httpx serves asyncio: urllib3 would need a thread for each of the
+hundreds of requests that a rollout makes at once.  urllib3 serves blocking calls: through httpx each one took 1.2 ms more
+than a bare connection, 12 % of a short generation, and through urllib3 0.2 ms (``benchmarks/generate_overhead.py``).
+`ServerClient._errors` maps both to the same errors, and the tests run against both.
 """
 
 from __future__ import annotations
@@ -34,8 +39,8 @@ _LIMITS = httpx.Limits(max_connections=None, max_keepalive_connections=_MAX_IDLE
 _encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
-class _NotOurRequests(logging.Filter):
-    """Keeps httpx's line per request out of a training log; requests to other servers stay in it."""
+class _HideOwnRequests(logging.Filter):
+    """Keep httpx's line per request out of a training log; requests to other servers stay in it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,7 +58,7 @@ class _NotOurRequests(logging.Filter):
         return not any(str(argument).startswith(quiet) for argument in arguments)
 
 
-_quiet = _NotOurRequests()
+_quiet = _HideOwnRequests()
 
 
 class ServerClient:
@@ -64,7 +69,7 @@ class ServerClient:
         api_key: Sent as a bearer token.
 
     Attributes:
-        check: Asked before every `post`, with the path and all names in body and query; raises what must not be sent.
+        check: Called before every `post`, with the path and all names in body and query; raises if they must not be sent.
     """
 
     def __init__(self, url: str, *, api_key: str | None = None) -> None:
@@ -74,7 +79,6 @@ class ServerClient:
         self._closed = False
         logging.getLogger("httpx").addFilter(_quiet)
         self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
-        # urllib3 for blocking requests: through httpx each costs a millisecond more, a tenth of a short generation.
         self._lock = threading.Lock()
         self._pool: urllib3.HTTPConnectionPool | None = None
         self._used = 0.0
@@ -86,7 +90,7 @@ class ServerClient:
         """Close the idle connections of the blocking side; asyncio pools go with their loops."""
         if not self._closed:
             self._closed = True
-            _quiet.remove(self.url)  # others may still talk to the same server
+            _quiet.remove(self.url)  # other clients of the same server may go on
         with self._lock:
             pool, self._pool = self._pool, None
         if pool is not None:
@@ -111,14 +115,14 @@ class ServerClient:
         params: Mapping[str, Any] | None = None,
         sent: Callable[[], None] | None = None,
     ) -> Any:
-        """POST JSON and return the JSON (or text) answer.  Raises as `get`, and what `check` raises.
+        """POST JSON and return the JSON (or text) answer.  Raises as `get` and `check`.
 
         Args:
             path: Of the endpoint.
             body: Its fields.
             timeout_s: In seconds.
             params: Of the query.
-            sent: Called when all of the request has left, before the answer is waited for.
+            sent: Called once the whole request has left, before the answer is awaited.
         """
         if self.check is not None:
             self.check(path, {**({} if body is None else body), **({} if params is None else params)})
@@ -154,7 +158,7 @@ class ServerClient:
         body: bytes | Iterator[bytes] | None = data
         if data is not None and sent is not None:
             headers["Content-Length"] = str(len(data))  # without it, it would be chunked
-            body = _then(data, sent)
+            body = _reporting_sent(data, sent)
         return self._fresh_pool().urlopen(
             method,
             target,
@@ -224,7 +228,7 @@ class ServerClient:
         )
 
     def is_listening(self, *, timeout_s: float) -> bool:
-        """Whether the server answers at all; schedules no forward, so it is safe while memory is released."""
+        """Return whether the server answers at all; schedules no forward, so it is safe while memory is released."""
         try:
             self.get("/model_info", timeout_s=timeout_s)
         except RequestError as error:
@@ -234,7 +238,7 @@ class ServerClient:
         return True
 
     def is_healthy(self, *, timeout_s: float) -> bool:
-        """Whether the server has just generated a token.  Not while memory is released: it schedules a real forward."""
+        """Return whether the server has just generated a token.  Not while memory is released: that runs a forward."""
         try:
             self.get("/health", timeout_s=timeout_s)
         except (RequestError, EngineDeadError, DeadlineError):
@@ -245,7 +249,7 @@ class ServerClient:
         loop = asyncio.get_running_loop()
         client = self._async.get(loop)
         if client is None:
-            # trust_env off: a proxy from the environment must not get requests meant for this machine
+            # trust_env off: a proxy from the environment must not get requests to this machine
             client = httpx.AsyncClient(
                 base_url=self.url,
                 headers={**self._headers, "Content-Type": "application/json"},
@@ -261,9 +265,9 @@ class ServerClient:
         try:
             yield
         except TpColocateError:
-            raise  # some of them are connection errors too
+            raise  # some are connection errors too
         except (urllib3.exceptions.ConnectTimeoutError, httpx.ConnectTimeout) as error:
-            if isinstance(error, urllib3.exceptions.NewConnectionError):  # refused, which urllib3 counts among them
+            if isinstance(error, urllib3.exceptions.NewConnectionError):  # refused; for urllib3 a kind of timeout
                 raise self._unreachable(path, error) from error
             raise EngineDeadError(
                 f"{path}: no connection within {min(_CONNECT_TIMEOUT_S, timeout_s):g} s", url=self.url
@@ -308,8 +312,8 @@ class ServerClient:
 _DONE = object()
 
 
-def _then(data: bytes, sent: Callable[[], None]) -> Iterator[bytes]:
-    """A body of one piece; it is asked for another one when that has left."""
+def _reporting_sent(data: bytes, sent: Callable[[], None]) -> Iterator[bytes]:
+    """Yield a body in one chunk; urllib3 asks for the next one once it has left."""
     yield data
     sent()
 
@@ -320,7 +324,7 @@ def _encode(body: Mapping[str, Any]) -> bytes:
 
 @functools.cache
 def certificates() -> ssl.SSLContext:
-    """Once for all clients: reading them takes tens of milliseconds, for servers that mostly speak plain HTTP."""
+    """Load them once for all clients: that takes tens of milliseconds, and most servers use plain HTTP."""
     return httpx.create_ssl_context(trust_env=False)
 
 
@@ -329,7 +333,7 @@ def _timeout(timeout_s: float) -> httpx.Timeout:
 
 
 def _message(content: bytes, reason: str | None) -> str:
-    """The server's own words, whichever of its three error shapes it chose."""
+    """Return the server's own message, in whichever of its three forms it comes."""
     try:
         body = json.loads(content)
     except ValueError:

@@ -1,13 +1,14 @@
-"""What state the engine is in, and what may be asked of it then.  Pure.
+"""The state of an engine, and what may be asked of it in each state.
 
-SGLang does not defend itself here: releasing while a request runs, or resuming a tag that was not released, kills the
-whole server, and generating from released or half-written weights answers 200 with garbage.  So every rank of the
-slice keeps this state, and nothing is sent that it forbids.
+SGLang does not guard itself here: releasing memory under a running request, or resuming a tag that was not released,
+ends the server, and generating from released or half-written weights answers 200 with garbage.  So every rank of the
+slice keeps this state, and sends nothing that it forbids.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -19,13 +20,13 @@ PAUSES = ("retract", "abort", "in_place")
 """What becomes of running requests when generation is paused, as SGLang names it."""
 
 
-class Weights(Enum):
+class WeightsState(Enum):
     """What the engine's parameters hold."""
 
     CURRENT = "current"
-    LOST = "lost"  # released without a copy: memory came back with anything in it
-    CHANGING = "changing"  # a sync is on the way: the server holds generation until it is over
-    UNKNOWN = "unknown"  # a sync failed on the way
+    LOST = "lost"  # released without a copy: the memory came back with arbitrary content
+    CHANGING = "changing"  # a sync is in progress: the server holds generation until its end
+    UNKNOWN = "unknown"  # a sync failed half-way
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,47 +35,62 @@ class State:
 
     Attributes:
         asleep: Tags whose memory is released.
-        weights: See `Weights`.
+        falling_asleep: Tags whose memory is about to be released.  No request may be made any more, but the server
+            still finishes those of other processes.
+        weights: See `WeightsState`.
+        weights_after_sync: What `weights` will be once the sync in progress succeeds.
         closed: After `shutdown`.
         frees_memory: Whether the server was started with a memory saver; without one, sleeping changes nothing in it.
         keeps_weights: Whether released weights come back as they were (CPU backup, or nothing is really released).
-        paused: How the user has paused generation; None while it runs.  The pause of a sync is its own affair.
+        paused: How the user has paused generation; None while it runs.  Pauses for a sync or a sleep do not count.
     """
 
     asleep: frozenset[str] = frozenset()
-    weights: Weights = Weights.CURRENT
+    falling_asleep: frozenset[str] = frozenset()
+    weights: WeightsState = WeightsState.CURRENT
+    weights_after_sync: WeightsState = WeightsState.CURRENT
     closed: bool = False
     frees_memory: bool = True
     keeps_weights: bool = False
     paused: str | None = None
 
-    def check_generate(self) -> None:
-        """Raises EngineStateError unless the tokens of a request made now would be the trainer's.
+    @property
+    def not_awake(self) -> frozenset[str]:
+        """Tags whose memory is released or about to be."""
+        return self.asleep | self.falling_asleep
 
-        During a sync they would: the server has the request wait for the new weights.
+    @property
+    def lets_generate(self) -> bool:
+        """Whether the server may generate: it is awake, has the trainer's weights, and the user has not paused it."""
+        return self.paused is None and not self.asleep and self.weights is WeightsState.CURRENT
+
+    def check_generate(self) -> None:
+        """Raise EngineStateError unless the tokens of a request made now would be the trainer's.
+
+        During a sync they would: the server holds the request until it has the new weights.
         """
         self._check_ready("generate")
 
     def _check_ready(self, what: str) -> None:
         self.check_open(what)
-        if self.asleep:
+        if self.not_awake:
             raise EngineStateError(
-                f"cannot {what} while asleep ({self._names(self.asleep)} released)",
+                f"cannot {what} while asleep ({', '.join(sorted(self.not_awake))} released)",
                 hint="call wake() on every rank first",
             )
-        if self.weights is Weights.LOST:
+        if self.weights is WeightsState.LOST:
             raise EngineStateError(
                 f"cannot {what}: the weights were released and hold garbage",
                 hint="call sync_weights() after wake(), or launch with enable_weights_cpu_backup=True",
             )
-        if self.weights is Weights.UNKNOWN:
+        if self.weights is WeightsState.UNKNOWN:
             raise EngineStateError(
                 f"cannot {what}: an earlier sync failed half-way and the weights are unknown",
                 hint="call sync_weights() with the full model, or launch again",
             )
 
     def check_sync(self) -> None:
-        """Raises EngineStateError unless weights can be written."""
+        """Raise EngineStateError unless weights can be written."""
         self.check_open("sync weights")
         if "weights" in self.asleep:
             raise EngineStateError(
@@ -82,30 +98,39 @@ class State:
             )
 
     def check_open(self, what: str) -> None:
-        """Raises EngineStateError after `shut_down`."""
+        """Raise EngineStateError after `shut_down`."""
         if self.closed:
             raise EngineStateError(f"cannot {what}: the engine was shut down", hint="launch() again")
 
     def sleeping(self, tags: Sequence[str] | None) -> tuple[tuple[str, ...], State]:
-        """Tags to release now (those that are not yet), and the state after it.
+        """Return the tags to release now (those that are not yet), and the state until `slept` or `sleep_over`.
 
         Raises:
             ConfigError: An unknown tag.
             EngineStateError: Shut down.
         """
         self.check_open("sleep")
-        chosen = tuple(tag for tag in self._known(tags) if tag not in self.asleep)
-        return chosen, replace(self, asleep=self.asleep | set(chosen))
+        chosen = tuple(tag for tag in self._checked(tags) if tag not in self.asleep)
+        return chosen, replace(self, falling_asleep=frozenset(chosen))
+
+    def slept(self) -> State:
+        """Return the state once the memory is released."""
+        return replace(self, asleep=self.not_awake, falling_asleep=frozenset())
+
+    def sleep_over(self) -> State:
+        """Return the state after an attempt to sleep, however it ended."""
+        return replace(self, falling_asleep=frozenset())
 
     def waking(self, tags: Sequence[str] | None) -> tuple[tuple[str, ...], State]:
-        """Tags to resume now (those that are released), and the state after it.  Raises as `sleeping`."""
+        """Return the tags to resume now (those that are released), and the state after it.  Raises as `sleeping`."""
         self.check_open("wake")
-        chosen = tuple(tag for tag in self._known(tags) if tag in self.asleep)
+        chosen = tuple(tag for tag in self._checked(tags) if tag in self.asleep)
         lost = "weights" in chosen and not self.keeps_weights
-        return chosen, replace(self, asleep=self.asleep - set(chosen), weights=Weights.LOST if lost else self.weights)
+        weights = WeightsState.LOST if lost else self.weights
+        return chosen, replace(self, asleep=self.asleep - set(chosen), weights=weights)
 
     def pausing(self, mode: str) -> State:
-        """The state once generation is paused; `self` if it already is.
+        """Return the state once generation is paused; `self` if it already is.
 
         Raises:
             ConfigError: An unknown mode.
@@ -122,34 +147,41 @@ class State:
         return replace(self, paused=mode)
 
     def continuing(self) -> State:
-        """The state once generation goes on; `self` if it was not paused.
+        """Return the state once generation goes on; `self` if it was not paused.
 
         Raises:
-            EngineStateError: Shut down, asleep, or the weights are not the trainer's, or not yet: requests that wait would go on
-                with garbage.
+            EngineStateError: Shut down, asleep, or the weights are not the trainer's, or not yet: requests that wait
+                would go on with garbage.
         """
         self._check_ready("continue generation")
-        if self.weights is Weights.CHANGING:
+        if self.weights is WeightsState.CHANGING:
             raise EngineStateError("cannot continue generation during a weight sync", hint="wait for its end")
         return replace(self, paused=None)
 
-    def synced(self, *, partial: bool = False) -> State:
-        """After a sync; a partial one mends nothing that was lost or unknown."""
-        return self if partial else replace(self, weights=Weights.CURRENT)
+    def syncing(self, *, partial: bool = False) -> State:
+        """Return the state from the first byte that may change, until `synced` or `sync_over`.
 
-    def syncing(self) -> State:
-        """From the first byte that may change until `synced` or `sync_over`."""
-        return replace(self, weights=Weights.CHANGING)
+        Args:
+            partial: The sync repairs nothing that was lost or unknown.
+        """
+        after = self.weights if partial else WeightsState.CURRENT
+        return replace(self, weights=WeightsState.CHANGING, weights_after_sync=after)
+
+    def synced(self) -> State:
+        """Return the state once the sync in progress has succeeded; `self` if it has changed nothing."""
+        if self.weights is not WeightsState.CHANGING:
+            return self
+        return replace(self, weights=self.weights_after_sync, weights_after_sync=WeightsState.CURRENT)
 
     def sync_over(self) -> State:
-        """After a sync, however it ended: what it was still changing is unknown."""
-        return replace(self, weights=Weights.UNKNOWN) if self.weights is Weights.CHANGING else self
+        """Return the state after a sync, however it ended: weights that were still changing are unknown."""
+        return replace(self, weights=WeightsState.UNKNOWN) if self.weights is WeightsState.CHANGING else self
 
     def shut_down(self) -> State:
         return replace(self, closed=True)
 
     @staticmethod
-    def _known(tags: Sequence[str] | None) -> tuple[str, ...]:
+    def _checked(tags: Sequence[str] | None) -> tuple[str, ...]:
         if tags is None:
             return TAGS
         if isinstance(tags, str):
@@ -159,9 +191,53 @@ class State:
             raise ConfigError(f"unknown tags {unknown}", hint=f"SGLang knows {', '.join(TAGS)}")
         return tuple(tag for tag in TAGS if tag in tags)
 
-    @staticmethod
-    def _names(tags: frozenset[str]) -> str:
-        return ", ".join(sorted(tags))
+
+class Lifecycle:
+    """The current state of one engine on this rank, and the version of its weights.
+
+    Only the engine changes it; the owner's `GenerationHold` and `WeightUpdates` read it.
+
+    Args:
+        state: At the start.
+        weight_version: At the start; if it is a number, versions are counted from there.
+    """
+
+    def __init__(self, state: State, *, weight_version: str = "default") -> None:
+        self.state = state
+        self.weight_version = weight_version
+        self._num_syncs = _number(weight_version, 0)
+
+    def next_version(self, version: str | None) -> str:
+        """Return the version of the next weights: the given one, or the next number."""
+        self._num_syncs = self._num_syncs + 1 if version is None else _number(version, self._num_syncs + 1)
+        return str(self._num_syncs) if version is None else version
+
+    @contextmanager
+    def weight_update(self, version: str, *, partial: bool) -> Iterator[Callable[[], None]]:
+        """Track a sync or update in the body; if it fails once weights may have changed, they are unknown.
+
+        Args:
+            version: Of the new weights.
+            partial: Weights that are missing stay as they are.
+
+        Yields:
+            A function to call before the first byte may change in the engine.
+        """
+
+        def modified() -> None:
+            self.state = self.state.syncing(partial=partial)
+
+        try:
+            yield modified
+            self.state = self.state.synced()
+            self.weight_version = version
+        finally:
+            self.state = self.state.sync_over()
 
 
-__all__ = ["PAUSES", "TAGS", "State", "Weights"]
+def _number(version: str, otherwise: int) -> int:
+    """Return the number that a version is, or `otherwise` if it is none."""
+    return int(version) if version.isdecimal() and version.isascii() else otherwise
+
+
+__all__ = ["PAUSES", "TAGS", "Lifecycle", "State", "WeightsState"]

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from tpcolocate.errors import ConfigError, EngineStateError
-from tpcolocate.server.lifecycle import PAUSES, TAGS, State, Weights
+from tpcolocate.server.lifecycle import PAUSES, TAGS, Lifecycle, State, WeightsState
 
 pytestmark = pytest.mark.quick
 
@@ -16,7 +16,7 @@ AWAKE = State()
 def states():
     for size in range(len(TAGS) + 1):
         for asleep in itertools.combinations(TAGS, size):
-            for weights in Weights:
+            for weights in WeightsState:
                 for closed in (False, True):
                     yield State(asleep=frozenset(asleep), weights=weights, closed=closed)
 
@@ -49,9 +49,26 @@ def test_syncing_needs_the_weights_memory_and_nothing_else(state):
     ((), ["weights", "kv_cache", "weights"], ("kv_cache", "weights"), ("kv_cache", "weights")),
 ])  # fmt: skip
 def test_sleeping_releases_what_is_not_yet_released(asleep, tags, released, now):
-    chosen, after = State(asleep=frozenset(asleep)).sleeping(tags)
+    before = State(asleep=frozenset(asleep))
+    chosen, during = before.sleeping(tags)
     assert chosen == released
-    assert after == State(asleep=frozenset(now))
+    assert during.asleep == before.asleep and during.not_awake == frozenset(now)
+    assert during.slept() == State(asleep=frozenset(now)) == during.slept().sleep_over()
+    assert during.sleep_over() == before, "it failed"
+
+
+@pytest.mark.parametrize("state", list(states()), ids=str)
+@pytest.mark.parametrize("paused", [None, "abort"])
+def test_the_server_may_generate_while_awake_and_not_paused_with_the_trainers_weights(state, paused):
+    state = replace(state, paused=paused, closed=False)
+    assert state.lets_generate is (state == AWAKE)
+
+
+def test_from_the_start_of_a_sleep_no_request_may_be_made_but_those_of_others_go_on():
+    chosen, during = AWAKE.sleeping(["kv_cache"])
+    with pytest.raises(EngineStateError, match=r"while asleep \(kv_cache released\)"):
+        during.check_generate()
+    assert during.lets_generate and not during.slept().lets_generate
 
 
 @pytest.mark.parametrize("asleep, tags, resumed, now", [
@@ -66,17 +83,19 @@ def test_waking_resumes_what_is_released_and_loses_weights_without_a_copy(asleep
     chosen, after = State(asleep=frozenset(asleep), keeps_weights=keeps).waking(tags)
     lost = "weights" in resumed and not keeps
     assert chosen == resumed
-    assert after == State(asleep=frozenset(now), keeps_weights=keeps, weights=Weights.LOST if lost else Weights.CURRENT)
+    assert after == State(
+        asleep=frozenset(now), keeps_weights=keeps, weights=WeightsState.LOST if lost else WeightsState.CURRENT
+    )
 
 
-@pytest.mark.parametrize("weights", Weights)
+@pytest.mark.parametrize("weights", WeightsState)
 def test_waking_other_memory_says_nothing_new_about_the_weights(weights):
     assert State(asleep=frozenset({"kv_cache"}), weights=weights).waking(None)[1].weights is weights
 
 
 def test_a_copy_of_half_written_weights_is_no_better_than_they_were():
-    state = State(keeps_weights=True).syncing().sync_over().sleeping(None)[1].waking(None)[1]
-    assert state.weights is Weights.UNKNOWN
+    state = State(keeps_weights=True).syncing().sync_over().sleeping(None)[1].slept().waking(None)[1]
+    assert state.weights is WeightsState.UNKNOWN
 
 
 @pytest.mark.parametrize("call", [State.sleeping, State.waking])
@@ -89,12 +108,14 @@ def test_unknown_tags_are_refused(call, tags, words):
 
 
 def test_a_failed_sync_is_repaired_by_one_that_succeeds_and_nothing_opens_a_closed_engine():
-    assert AWAKE.syncing().weights is Weights.CHANGING
+    assert AWAKE.syncing().weights is WeightsState.CHANGING
     failed = AWAKE.syncing().sync_over()
-    assert failed.weights is Weights.UNKNOWN and failed.synced() == AWAKE == AWAKE.syncing().synced().sync_over()
-    for weights in set(Weights) - {Weights.CHANGING}:
+    assert failed.weights is WeightsState.UNKNOWN
+    assert failed.syncing().synced() == AWAKE == AWAKE.syncing().synced().sync_over()
+    for weights in set(WeightsState) - {WeightsState.CHANGING}:
         before = replace(AWAKE, weights=weights)
-        assert before.sync_over() == before, "it was refused before anything could change"
+        assert before.sync_over() == before == before.synced(), "it ended before anything could change"
+        assert before.syncing(partial=True).synced() == before, "what was lost or unknown stays so"
     closed = AWAKE.shut_down()
     for call in (
         lambda: closed.sleeping(None),
@@ -112,7 +133,7 @@ def test_a_pause_is_kept_until_generation_goes_on(mode):
     assert paused == State(paused=mode) == paused.pausing(mode)
     paused.check_generate()  # the request waits in the server
     paused.check_sync()
-    assert paused.sleeping(None)[1].waking(None)[1].synced().paused == mode
+    assert paused.sleeping(None)[1].slept().waking(None)[1].syncing().synced().paused == mode
     assert paused.continuing() == AWAKE == AWAKE.continuing()
     for other in set(PAUSES) - {mode}:
         with pytest.raises(EngineStateError, match=f"generation is paused with '{mode}'"):
@@ -135,3 +156,46 @@ def test_unknown_pauses_and_closed_engines_are_refused():
         AWAKE.pausing("stop")
     with pytest.raises(EngineStateError, match="shut down"):
         AWAKE.shut_down().pausing("abort")
+
+
+@pytest.mark.parametrize("given, expected", [
+    ([None, None], ["6", "7"]),
+    (["700", None, None], ["700", "701", "702"]),
+    (["epoch 3", None], ["epoch 3", "7"]),  # counted all the same
+    (["-3", "1.5", "٣", None], ["-3", "1.5", "٣", "9"]),
+])  # fmt: skip
+def test_counted_versions_go_on_from_a_version_that_is_a_number(given, expected):
+    lifecycle = Lifecycle(State(), weight_version="5")
+    assert [lifecycle.next_version(version) for version in given] == expected
+    assert Lifecycle(State(), weight_version="default").next_version(None) == "1"
+
+
+@pytest.mark.parametrize("partial", [False, True])
+@pytest.mark.parametrize("before", [WeightsState.CURRENT, WeightsState.LOST])
+def test_an_update_that_succeeds_has_a_version_and_one_that_fails_leaves_the_weights_unknown(before, partial):
+    lifecycle = Lifecycle(State(weights=before), weight_version="1")
+    with lifecycle.weight_update("2", partial=partial) as modified:
+        assert lifecycle.state.weights is before
+        modified()
+        assert lifecycle.state.weights is WeightsState.CHANGING
+    assert lifecycle.weight_version == "2"
+    assert lifecycle.state == State(weights=before if partial else WeightsState.CURRENT)
+    with pytest.raises(ZeroDivisionError), lifecycle.weight_update("3", partial=partial) as modified:
+        modified()
+        raise ZeroDivisionError
+    assert lifecycle.state.weights is WeightsState.UNKNOWN and lifecycle.weight_version == "2"
+
+
+def test_an_update_that_fails_before_anything_could_change_leaves_the_weights_as_they_are():
+    lifecycle = Lifecycle(State(), weight_version="1")
+    with pytest.raises(ZeroDivisionError), lifecycle.weight_update("2", partial=False):
+        raise ZeroDivisionError
+    assert lifecycle.state == State() and lifecycle.weight_version == "1"
+
+
+def test_a_shutdown_during_an_update_stays():
+    lifecycle = Lifecycle(State())
+    with lifecycle.weight_update("1", partial=False) as modified:
+        modified()
+        lifecycle.state = lifecycle.state.shut_down()  # by another thread
+    assert lifecycle.state.closed

@@ -1,4 +1,4 @@
-"""HTTP to the engine against a real server: errors in our words, nothing sent twice, nothing through a proxy."""
+"""HTTP to the engine against a real server: errors of our classes, nothing sent twice, nothing through a proxy."""
 
 import asyncio
 import json
@@ -153,7 +153,7 @@ def test_json_goes_out_with_the_key_and_comes_back(server, client, send):
     assert json.loads(body) == {"a": 1} and authorization == "Bearer secret"
 
 
-def test_a_request_says_when_it_has_left_before_it_is_answered(server, client):
+def test_a_request_reports_that_it_has_left_before_it_is_answered(server, client):
     left = threading.Event()
     with pytest.raises(DeadlineError):
         client.post("/slow", {"a": 1}, timeout_s=0.3, sent=left.set)
@@ -172,7 +172,7 @@ def test_get_params_and_empty_bodies(server, client):
 
 @pytest.mark.parametrize("path", ERRORS)
 @every_way
-def test_a_refusal_is_told_in_the_servers_words(server, client, send, path):
+def test_a_refusal_has_the_servers_message(server, client, send, path):
     status, _, words = ERRORS[path]
     with pytest.raises(RequestError) as caught:
         send(client, path)
@@ -200,7 +200,7 @@ def test_no_answer_in_time_is_a_deadline_and_is_not_tried_again(server, client, 
 
 
 @every_way
-def test_nobody_there_is_a_dead_engine(send):
+def test_an_unused_port_is_a_dead_engine(send):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         client = ServerClient(f"http://127.0.0.1:{unused.getsockname()[1]}")

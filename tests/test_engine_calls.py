@@ -16,11 +16,11 @@ from rollout_checks import (
     another_process_asks_while_the_engine_sleeps,
     crossed_calls,
     follows,
+    generates_as,
+    outcome_of,
     request_begun_during_a_sync,
     rollouts_beside_everything,
-    said,
     sleep_beside_rollouts,
-    speaks_as,
     sync_before_the_last_rank_has_its_tokens,
     sync_under_a_pause,
     sync_under_requests,
@@ -77,7 +77,9 @@ def lora_beside_each_other(world):
     engine.set_lora("first", first)
     engine.set_lora_from_tensors("second", peft.get_peft_model_state_dict(second), second.peft_config["default"])
     models = {"first": merged(first), "second": merged(second), None: base}
-    found = {f"{name} as {other}": speaks_as(world, model, name) for other, model in models.items() for name in models}
+    found = {
+        f"{name} as {other}": generates_as(world, model, name) for other, model in models.items() for name in models
+    }
     names = ["second", None, "first", "second"]
     mixed = engine.generate(PROMPTS, GREEDY, lora_path=names)
     found["mixed"] = all(
@@ -85,12 +87,14 @@ def lora_beside_each_other(world):
     )
     again = adapted(base, 3)
     engine.set_lora("first", again)
-    found["replaced"] = speaks_as(world, merged(again), "first") and not speaks_as(world, models["first"], "first")
-    found["second after it"] = speaks_as(world, models["second"], "second")
+    found["replaced"] = generates_as(world, merged(again), "first") and not generates_as(
+        world, models["first"], "first"
+    )
+    found["second after it"] = generates_as(world, models["second"], "second")
     engine.unload_lora("first")
-    found["unloaded"] = said(lambda: speaks_as(world, base, "first"))[0]
-    found["unloaded twice"] = said(lambda: engine.unload_lora("first"))[0]
-    found["second after all"] = speaks_as(world, models["second"], "second")
+    found["unloaded"] = outcome_of(lambda: generates_as(world, base, "first"))[0]
+    found["unloaded twice"] = outcome_of(lambda: engine.unload_lora("first"))[0]
+    found["second after all"] = generates_as(world, models["second"], "second")
     engine.unload_lora("second")
     return found
 
@@ -101,7 +105,7 @@ def lora_in_parts_of_fused_projections(world):
     for targets in (["q_proj"], ["k_proj"], ["up_proj"], ["gate_proj", "o_proj"]):
         model = adapted(world.model, 4, target_modules=targets)
         world.engine.set_lora("part", model)
-        found[targets[0]] = speaks_as(world, merged(model), "part") and not speaks_as(world, world.model, "part")
+        found[targets[0]] = generates_as(world, merged(model), "part") and not generates_as(world, world.model, "part")
     world.engine.unload_lora("part")
     return found
 
@@ -121,7 +125,7 @@ def lora_of_wrapped_models(world):
         else:
             model = DistributedDataParallel(model)
         world.engine.set_lora("wrapped", model)
-        found[wrap] = speaks_as(world, whole, "wrapped") and not speaks_as(world, world.model, "wrapped")
+        found[wrap] = generates_as(world, whole, "wrapped") and not generates_as(world, world.model, "wrapped")
     world.engine.unload_lora("wrapped")
     return found
 
@@ -154,15 +158,15 @@ def lora_refused(world):
         "one rank": lambda: engine.set_lora("kept", world.model if last else model),
         "ranks differ": lambda: engine.set_lora(f"of rank {world.rank}" if world.colo.tp_size > 1 else "", model),
     }
-    found = {case: said(call) for case, call in cases.items()}
-    kept = speaks_as(world, merged(model), "kept")
+    found = {case: outcome_of(call) for case, call in cases.items()}
+    kept = generates_as(world, merged(model), "kept")
     for name in ("two", "three"):
         engine.set_lora(name, model)
-    found["one too many"] = said(lambda: engine.set_lora("four", model))
-    engine.set_lora("two", model)  # in the place of one that is there: no room is needed
+    found["one too many"] = outcome_of(lambda: engine.set_lora("four", model))
+    engine.set_lora("two", model)  # in place of one that is there
     for name in ("kept", "two", "three"):
         engine.unload_lora(name)
-    return {"said": found, "kept": kept}
+    return {"outcomes": found, "kept": kept}
 
 
 def lora_on_synced_weights(world):
@@ -173,8 +177,8 @@ def lora_on_synced_weights(world):
     world.engine.sync_weights(world.model)
     moved = adapted(world.model, 7, target_modules=MODULES)  # the same seed, the same adapter
     found = {
-        "base": speaks_as(world, world.model),
-        "adapter": speaks_as(world, merged(moved), "stays") and not speaks_as(world, merged(model), "stays"),
+        "base": generates_as(world, world.model),
+        "adapter": generates_as(world, merged(moved), "stays") and not generates_as(world, merged(model), "stays"),
     }
     world.engine.unload_lora("stays")
     return found
@@ -184,7 +188,7 @@ def lora_on_synced_weights(world):
 
 
 class Sender(threading.Thread):
-    """Rank 0 of an update group: joins, broadcasts when told to, leaves.  On the owner; elsewhere it does nothing."""
+    """Rank 0 of an update group: joins, broadcasts after `send`, leaves.  On the owner; elsewhere it does nothing."""
 
     def __init__(self, world, **place):
         super().__init__(daemon=True)
@@ -218,7 +222,7 @@ def meet(world, name="weight_update_group"):
     """The engine and a sender in one group."""
     held = hold_port() if world.colo.is_owner else None
     port = world.colo._slice.broadcast(
-        None if held is None else held.getsockname()[1], src=world.colo.owner_rank, what="tell the port"
+        None if held is None else held.getsockname()[1], src=world.colo.owner_rank, what="exchange the port"
     )
     size = 1 + world.colo.tp_size
     sender = Sender(world, master_address="127.0.0.1", master_port=port, world_size=size, group_name=name)
@@ -255,7 +259,7 @@ def update_groups(world):
         engine.destroy_weights_update_group()
         [answer] = engine.generate([PROMPTS[0]], GREEDY)
         found.append({
-            "equal": speaks_as(world, world.model) and not speaks_as(world, old),
+            "equal": generates_as(world, world.model) and not generates_as(world, old),
             "version": (answer["meta_info"]["weight_version"], engine.weight_version),
         })  # fmt: skip
     with torch.no_grad():
@@ -266,7 +270,7 @@ def update_groups(world):
     engine.update_weights_from_distributed(**described(part), group_name="another", partial=True)
     sender.end()
     engine.destroy_weights_update_group(group_name="another")
-    found.append({"equal": speaks_as(world, world.model), "version": engine.weight_version})
+    found.append({"equal": generates_as(world, world.model), "version": engine.weight_version})
     return found
 
 
@@ -277,11 +281,11 @@ def update_group_guards(world):
     good = described(weights)
     wrong = [torch.Size([3]), *good["shapes"][1:]]
     found = {
-        "update without init": said(lambda: engine.update_weights_from_distributed(**good)),
-        "destroy without init": said(lambda: engine.destroy_weights_update_group()),
-        "no room": said(lambda: engine.init_weights_update_group(**{**place, "world_size": 1})),
-        "no sender": said(lambda: engine.init_weights_update_group(**{**place, "rank_offset": 0})),
-        "ranks differ": said(
+        "update without init": outcome_of(lambda: engine.update_weights_from_distributed(**good)),
+        "destroy without init": outcome_of(lambda: engine.destroy_weights_update_group()),
+        "too small": outcome_of(lambda: engine.init_weights_update_group(**{**place, "world_size": 1})),
+        "no sender": outcome_of(lambda: engine.init_weights_update_group(**{**place, "rank_offset": 0})),
+        "ranks differ": outcome_of(
             lambda: engine.init_weights_update_group(**{**place, "master_port": 1234 + world.rank}, backend="x" * 9)
         )
         if world.colo.tp_size > 1
@@ -289,26 +293,26 @@ def update_group_guards(world):
     }
     sender = meet(world)
     found |= {
-        "init twice": said(lambda: engine.init_weights_update_group(**place)),
-        "wrong shape": said(lambda: engine.update_weights_from_distributed(**{**good, "shapes": wrong})),
-        "unknown name": said(
+        "init twice": outcome_of(lambda: engine.init_weights_update_group(**place)),
+        "wrong shape": outcome_of(lambda: engine.update_weights_from_distributed(**{**good, "shapes": wrong})),
+        "unknown name": outcome_of(
             lambda: engine.update_weights_from_distributed(["x"], dtypes=["float32"], shapes=[[1]], partial=True)
         ),
-        "missing": said(lambda: engine.update_weights_from_distributed(**described(weights[1:]))),
-        "no dtype": said(lambda: engine.update_weights_from_distributed(["x"], dtypes=["float33"], shapes=[[1]])),
-        "lengths": said(lambda: engine.update_weights_from_distributed(["x"], dtypes=[], shapes=[])),
-        "versions differ": said(
+        "missing": outcome_of(lambda: engine.update_weights_from_distributed(**described(weights[1:]))),
+        "no dtype": outcome_of(lambda: engine.update_weights_from_distributed(["x"], dtypes=["float33"], shapes=[[1]])),
+        "lengths": outcome_of(lambda: engine.update_weights_from_distributed(["x"], dtypes=[], shapes=[])),
+        "versions differ": outcome_of(
             lambda: engine.update_weights_from_distributed(**good, weight_version=f"of rank {world.rank}")
         )
         if world.colo.tp_size > 1
         else None,
     }
-    unchanged = speaks_as(world, world.model)
+    unchanged = generates_as(world, world.model)
     sender.send(tensor for _, tensor in weights)  # the group is still good
     engine.update_weights_from_distributed(**good)
     sender.end()
     engine.destroy_weights_update_group()
-    return {"said": found, "unchanged": unchanged, "equal": speaks_as(world, world.model)}
+    return {"outcomes": found, "unchanged": unchanged, "equal": generates_as(world, world.model)}
 
 
 def sender_that_leaves(world):
@@ -318,16 +322,16 @@ def sender_that_leaves(world):
     sender = meet(world)
     sender.send(tensor for _, tensor in weights[:5])
     found = {
-        "update": said(lambda: engine.update_weights_from_distributed(**described(weights), timeout_s=30)),
-        "generate": said(lambda: engine.generate(PROMPTS, GREEDY)),
+        "update": outcome_of(lambda: engine.update_weights_from_distributed(**described(weights), timeout_s=30)),
+        "generate": outcome_of(lambda: engine.generate(PROMPTS, GREEDY)),
         "health": engine.health().value,
-        "go on": said(engine.continue_generation),
+        "go on": outcome_of(engine.continue_generation),
     }
     sender.end()
     engine.destroy_weights_update_group()
     world.perturb(12)
     version = engine.sync_weights(world.model).weight_version
-    return {**found, "version": version == engine.weight_version, "equal": speaks_as(world, world.model)}
+    return {**found, "version": version == engine.weight_version, "equal": generates_as(world, world.model)}
 
 
 # --- checkpoints ----------------------------------------------------------------------------------------------------
@@ -335,7 +339,7 @@ def sender_that_leaves(world):
 
 def launched_from_a_checkpoint(world):
     [answer] = world.engine.generate([PROMPTS[0]], GREEDY)
-    return world.engine.weight_version, answer["meta_info"]["weight_version"], speaks_as(world, world.model)
+    return world.engine.weight_version, answer["meta_info"]["weight_version"], generates_as(world, world.model)
 
 
 def saved_and_resumed(world):
@@ -348,24 +352,24 @@ def saved_and_resumed(world):
     source = world.sharded() if world.colo.tp_size > 1 else world.model
     named = {f"actor.{name}": tensor for name, tensor in source.state_dict().items()}
     engine.save_weights(named, folder=folder, rename=lambda name: name.removeprefix("actor."))
-    again = said(lambda: engine.save_weights(source, folder=folder))
+    again = outcome_of(lambda: engine.save_weights(source, folder=folder))
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokens = AutoTokenizer.from_pretrained(folder)("what is 3 plus 4?")["input_ids"]
     world.perturb(41)
     engine.sync_weights(world.model)
-    moved = not speaks_as(world, want)
+    moved = not generates_as(world, want)
     checkpoint = tpcolocate.Checkpoint(folder)
     report = engine.sync_weights(checkpoint)
     [answer] = engine.generate([PROMPTS[0]], GREEDY)
     found = {
         "moved": moved,
-        "equal": speaks_as(world, want) and speaks_as(world, loaded),
+        "equal": generates_as(world, want) and generates_as(world, loaded),
         "versions": (checkpoint.weight_version, report.weight_version, answer["meta_info"]["weight_version"]),
         "tokens": len(tokens),
         "again": again[0],
         "left": sorted(path.name for path in world.folder.iterdir()),
-        "missing": said(lambda: engine.save_weights([], folder=world.folder / "none"))[0],
-        "generator": said(lambda: engine.save_weights(iter(checkpoint.items()), folder=world.folder / "none"))[0],
+        "missing": outcome_of(lambda: engine.save_weights([], folder=world.folder / "none"))[0],
+        "generator": outcome_of(lambda: engine.save_weights(iter(checkpoint.items()), folder=world.folder / "none"))[0],
     }
     found["next"] = engine.sync_weights(world.model).weight_version
     return found
@@ -388,7 +392,7 @@ def setup(request, tiny_model_dir, tmp_path_factory):
     from tpcolocate.weights.sources.checkpoint import CheckpointWriter
 
     tp_size = request.param
-    folder = tmp_path_factory.mktemp("verbs")
+    folder = tmp_path_factory.mktemp("calls")
     model = tiny_model_dir(family="qwen3", tie=tp_size == 1)
     writer = CheckpointWriter(folder / "model", weight_version=SAVED_VERSION, num_shards=1, like=model)
     writer.add(load_file(model / "model.safetensors"))
@@ -412,7 +416,7 @@ def results(setup, check):
 # --- what came of it ------------------------------------------------------------------------------------------------
 
 
-def test_a_server_tells_the_version_of_the_checkpoint_that_it_was_launched_from(setup):
+def test_a_server_reports_the_version_of_the_checkpoint_that_it_was_launched_from(setup):
     for found in results(setup, launched_from_a_checkpoint):
         assert found == (SAVED_VERSION, SAVED_VERSION, True)
 
@@ -440,14 +444,14 @@ def test_the_adapters_of_sharded_and_wrapped_models_equal_merged_weights(setup):
 def test_adapters_that_do_not_fit_are_refused_on_every_rank_and_change_nothing(setup):
     found = results(setup, lora_refused)
     for of_rank in found:
-        assert {case: kind for case, (kind, _) in of_rank["said"].items()} == {
+        assert {case: kind for case, (kind, _) in of_rank["outcomes"].items()} == {
             **dict.fromkeys(["wrong in", "wrong out", "wrong r", "half", "a layer less", "unknown layer"], "WeightsMismatchError"),
             "no name of PEFT's": "WeightsMismatchError",
             **dict.fromkeys(["rank too high", "dora", "rslora", "no adapter", "one rank", "ranks differ"], "ConfigError"),
             "one too many": "EngineStateError",
         }  # fmt: skip
         assert of_rank["kept"]
-    assert all(of_rank["said"] == found[0]["said"] for of_rank in found), "the same error on every rank"
+    assert all(of_rank["outcomes"] == found[0]["outcomes"] for of_rank in found), "the same error on every rank"
 
 
 def test_an_adapter_stays_when_the_weights_below_it_change(setup):
@@ -478,18 +482,18 @@ def test_update_groups_are_guarded_on_every_rank(setup):
     tp_size, _, _ = setup
     found = results(setup, update_group_guards)
     for of_rank in found:
-        said = of_rank["said"]
-        assert {case: what[0] for case, what in said.items() if what is not None} == {
+        outcomes = of_rank["outcomes"]
+        assert {case: what[0] for case, what in outcomes.items() if what is not None} == {
             **dict.fromkeys(["update without init", "destroy without init", "init twice"], "EngineStateError"),
-            **dict.fromkeys(["no room", "no sender", "no dtype", "lengths"], "ConfigError"),
+            **dict.fromkeys(["too small", "no sender", "no dtype", "lengths"], "ConfigError"),
             **dict.fromkeys(["wrong shape", "unknown name", "missing"], "WeightsMismatchError"),
             **(dict.fromkeys(["ranks differ", "versions differ"], "ConfigError") if tp_size > 1 else {}),
         }
         assert of_rank["unchanged"] and of_rank["equal"]
         if tp_size > 1:
-            assert "ranks 0 and 1 pass different master_port: 1234 and 1235" in said["ranks differ"][1]
-            assert "different weight_version: 'of rank 0' and 'of rank 1'" in said["versions differ"][1]
-    assert all(of_rank["said"] == found[0]["said"] for of_rank in found), "the same error on every rank"
+            assert "ranks 0 and 1 pass different master_port: 1234 and 1235" in outcomes["ranks differ"][1]
+            assert "different weight_version: 'of rank 0' and 'of rank 1'" in outcomes["versions differ"][1]
+    assert all(of_rank["outcomes"] == found[0]["outcomes"] for of_rank in found), "the same error on every rank"
 
 
 def test_a_sync_retracts_requests_in_flight_and_they_go_on_with_the_new_weights(setup):
@@ -517,7 +521,7 @@ def test_ranks_that_make_different_calls_get_the_same_error_and_nothing_happens(
         "weight_version": ("ConfigError", differ.format("sync weights", "weight_version: 'of rank 0' and 'of rank 1'")),
     }
     for of_rank in found:
-        assert of_rank["said"] == (words if tp_size > 1 else {})
+        assert of_rank["outcomes"] == (words if tp_size > 1 else {})
         assert of_rank["unchanged"] and of_rank["equal"]
     assert len({of_rank["version"] for of_rank in found}) == 1
 
@@ -534,7 +538,7 @@ def test_rollouts_go_on_beside_syncs_and_pauses_whenever_ranks_come_to_them(setu
 def test_sleeping_beside_rollouts_neither_lets_a_request_through_nor_ends_the_server(setup):
     words = "cannot generate while asleep (cuda_graph, kv_cache, weights released)"
     for found in results(setup, sleep_beside_rollouts):
-        assert set(found.pop("told")) <= {words}
+        assert set(found.pop("refused")) <= {words}
         assert found == {"often": 10, "stream": ("EngineStateError", words), "equal": True}
 
 

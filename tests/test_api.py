@@ -1,4 +1,4 @@
-"""What the verbs ask of a server, in which order, and what they make of its answers; no server."""
+"""The requests that syncs, pauses and sleeps make, their order, and what follows from the answers; no server."""
 
 import threading
 import time
@@ -8,16 +8,19 @@ import torch
 
 from tpcolocate.errors import DeadlineError, EngineDeadError, EngineStateError, RequestError, SyncError
 from tpcolocate.server.api import ServerApi
+from tpcolocate.server.generation import GenerationHold
+from tpcolocate.server.lifecycle import Lifecycle, State, WeightsState
+from tpcolocate.server.weight_updates import WeightUpdates
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(60)]
 
 
 class Captured:
-    """A client that answers as told and keeps what it was asked.
+    """A client with given answers that keeps what it was asked.
 
     Args:
         version: That the server reports.
-        answers: Path -> what it answers, an error to raise, or a list of them for one call after the other.
+        answers: Path -> the answer, an error to raise, or a list of them for one call after the other.
         info: More of ``/server_info``.
     """
 
@@ -58,12 +61,43 @@ PAUSE, FLUSH, BEGIN, END = "pause_generation", "flush_cache", "begin_weight_upda
 VERSION, GO_ON = "update_weight_version", "continue_generation"
 
 
-def synced(client, verbs=None):
-    verbs = ServerApi(client) if verbs is None else verbs
-    verbs.begin_sync(timeout_s=1)
-    client.answers["/model_info"] = {"weight_version": "7"}
-    verbs.end_sync("7", timeout_s=1)
-    return verbs
+class Owner:
+    """The calls of an owner to its server, with the changes of state that the engine makes around them."""
+
+    def __init__(self, client, state=State()):  # noqa: B008  (frozen)
+        self.client = client
+        self.lifecycle = Lifecycle(state)
+        self.api = ServerApi(client)
+        self.generation = GenerationHold(self.api, self.lifecycle)
+        self.updates = WeightUpdates(self.api, self.generation, self.lifecycle)
+
+    def pause(self, mode):
+        self.api.pause_generation(mode, timeout_s=1)
+        self.lifecycle.state = self.lifecycle.state.pausing(mode)
+
+    def continue_generation(self):
+        self.generation.continue_generation(timeout_s=1)
+        self.lifecycle.state = self.lifecycle.state.continuing()
+
+    def sleep(self, tags, *, timeout_s=1):
+        chosen, self.lifecycle.state = self.lifecycle.state.sleeping(tags)
+        try:
+            self.generation.release_memory(chosen, timeout_s=timeout_s)
+            self.lifecycle.state = self.lifecycle.state.slept()
+        finally:
+            self.lifecycle.state = self.lifecycle.state.sleep_over()
+
+    def wake(self, tags):
+        chosen, after = self.lifecycle.state.waking(tags)
+        self.generation.resume_memory(chosen, after, timeout_s=1)
+        self.lifecycle.state = after
+
+    def sync(self, *, partial=False):
+        self.updates.begin_sync(timeout_s=1)
+        self.client.answers["/model_info"] = {"weight_version": "7"}
+        with self.lifecycle.weight_update("7", partial=partial) as modified:
+            modified()
+            self.updates.end_sync("7", timeout_s=1)
 
 
 @pytest.mark.parametrize("version, expected", [
@@ -73,7 +107,7 @@ def synced(client, verbs=None):
 ])  # fmt: skip
 def test_a_sync_pauses_and_drops_the_cache_before_anything_is_sent(version, expected):
     client = Captured(version)
-    synced(client)
+    Owner(client).sync()
     # Some are made at once: in no order, but for the ends of the pause and the session.
     assert sorted(client.paths) == sorted(expected) and (client.paths[0], client.paths[-1]) == (PAUSE, GO_ON)
     sessions = [path for path in client.paths if path in (BEGIN, END)]
@@ -93,27 +127,28 @@ def test_nothing_is_generated_before_a_session_is_closed():
             return super()._answer(path)
 
     client = Slow("0.5.21")
-    synced(client)
+    Owner(client).sync()
     assert client.paths[-1] == GO_ON
 
 
 @pytest.mark.parametrize("mode", ["retract", "abort", "in_place"])
 def test_a_sync_leaves_the_users_pause_alone(mode):
     client = Captured()
-    verbs = ServerApi(client)
-    verbs.pause_generation(mode, timeout_s=1)
+    owner = Owner(client)
+    owner.pause(mode)
     client.asked.clear()
-    synced(client, verbs)
-    assert sorted(client.paths) == sorted([FLUSH, BEGIN, END, VERSION]) and verbs.paused == mode
-    verbs.cancel_sync(timeout_s=1)
+    owner.sync()
+    assert sorted(client.paths) == sorted([FLUSH, BEGIN, END, VERSION]) and owner.lifecycle.state.paused == mode
+    owner.updates.cancel_sync(timeout_s=1)
     assert GO_ON not in client.paths
-    verbs.continue_generation(timeout_s=1)
-    verbs.continue_generation(timeout_s=1)  # nothing more
-    assert client.paths.count(GO_ON) == 1 and verbs.paused is None
+    owner.continue_generation()
+    assert client.paths.count(GO_ON) == 1
+    owner.sync()
+    assert client.paths.count(PAUSE) == 1 and client.paths[-1] == GO_ON, "as if there had been no pause"
 
 
 class FlushLater(Captured):
-    """Answers a flush once something else was asked for; refuses it if that does not come."""
+    """Answers a flush once another request has come; refuses it if that does not come."""
 
     def __init__(self, version, other):
         super().__init__(version)
@@ -129,25 +164,25 @@ class FlushLater(Captured):
 
 def test_a_session_is_opened_beside_the_flush():
     client = FlushLater("0.5.21", "/begin_weight_update")
-    synced(client)
+    Owner(client).sync()
     assert client.paths[-1] == GO_ON
 
 
 def test_generation_is_held_before_the_cache_is_dropped_and_a_sync_is_begun_after_it():
     client = FlushLater("0.5.20", "/update_weights_from_tensor")
-    verbs = ServerApi(client)
-    dropped = verbs.hold_generation(timeout_s=1)
+    updates = Owner(client).updates
+    dropped = updates.hold_generation(timeout_s=1)
     assert client.paths[0] == PAUSE and not dropped.done()
-    verbs.push(["payload"], load_format="a.loader", timeout_s=1)
+    updates.push(["payload"], load_format="a.loader", timeout_s=1)
     dropped.result()
-    verbs.begin_sync(timeout_s=1)
+    updates.begin_sync(timeout_s=1)
     assert client.paths[-1] == FLUSH
     client.other_came.clear()
     with pytest.raises(EngineStateError):
-        verbs.begin_sync(timeout_s=1)  # it has waited for the answer
+        updates.begin_sync(timeout_s=1)  # it has waited for the answer
 
 
-def test_the_flush_has_been_sent_before_anything_is_asked_for_that_must_not_overtake_it():
+def test_the_flush_is_sent_before_any_request_that_must_not_overtake_it():
     class Slow(Captured):
         def post(self, path, body=None, **options):
             if path == "/flush_cache":
@@ -155,39 +190,39 @@ def test_the_flush_has_been_sent_before_anything_is_asked_for_that_must_not_over
             return super().post(path, body, **options)
 
     client = Slow()
-    ServerApi(client).hold_generation(timeout_s=1)
+    Owner(client).updates.hold_generation(timeout_s=1)
     assert client.paths[:3] == [PAUSE, FLUSH, BEGIN]
 
 
 @pytest.mark.parametrize("version, ended", [("0.5.17", []), ("0.5.21", [END])])
-def test_a_cache_that_cannot_be_dropped_is_told_before_the_weights_change(version, ended):
+def test_a_cache_that_cannot_be_dropped_is_an_error_before_the_weights_change(version, ended):
     """0.5.10 to 0.5.20 count retracted requests among those that run."""
     client = Captured(version, {"/flush_cache": refused()})
     with pytest.raises(EngineStateError, match=f"SGLang {version} keeps the cache"):
-        ServerApi(client).begin_sync(timeout_s=1)
+        Owner(client).updates.begin_sync(timeout_s=1)
     without_begin = [path for path in client.paths if path != BEGIN]
     assert without_begin == [PAUSE, FLUSH, *ended, GO_ON], "and generation goes on"
 
 
 def test_under_a_pause_in_place_the_old_cache_stays_and_is_remembered_until_a_flush():
     client = Captured(answers={"/flush_cache": [refused(), refused(), "flushed", "flushed"]})
-    verbs = ServerApi(client)
-    verbs.pause_generation("in_place", timeout_s=1)
-    synced(client, verbs)
-    assert verbs.cache_is_stale
+    owner = Owner(client)
+    owner.pause("in_place")
+    owner.sync()
+    assert owner.generation.cache_is_stale
     with pytest.raises(EngineStateError, match="requests are in flight"):
-        verbs.flush_cache(timeout_s=1)
-    assert verbs.cache_is_stale
-    verbs.flush_cache(timeout_s=1)
-    assert not verbs.cache_is_stale
-    synced(client, verbs)
-    assert not verbs.cache_is_stale
+        owner.generation.flush_cache(timeout_s=1)
+    assert owner.generation.cache_is_stale
+    owner.generation.flush_cache(timeout_s=1)
+    assert not owner.generation.cache_is_stale
+    owner.sync()
+    assert not owner.generation.cache_is_stale
 
 
-def test_what_is_no_answer_about_the_cache_is_an_error_of_its_own():
+def test_a_flush_that_fails_otherwise_is_an_error_of_its_own():
     client = Captured(answers={"/flush_cache": refused("broken", status=500)})
     with pytest.raises(RequestError, match="broken"):
-        ServerApi(client).begin_sync(timeout_s=1)
+        Owner(client).updates.begin_sync(timeout_s=1)
     assert client.paths[-2:] == [END, GO_ON]
 
 
@@ -195,61 +230,66 @@ def test_what_is_no_answer_about_the_cache_is_an_error_of_its_own():
 def test_a_server_that_does_not_answer_is_not_asked_to_go_on(error):
     client = Captured(answers={"/flush_cache": error})
     with pytest.raises(type(error)):
-        ServerApi(client).begin_sync(timeout_s=1)
+        Owner(client).updates.begin_sync(timeout_s=1)
     assert sorted(client.paths) == sorted([PAUSE, FLUSH, BEGIN])
 
 
 def test_a_session_that_a_failed_sync_left_open_is_closed_first():
     client = Captured(answers={"/begin_weight_update": [refused("a session is already open"), {"success": True}]})
-    ServerApi(client).begin_sync(timeout_s=1)
+    Owner(client).updates.begin_sync(timeout_s=1)
     assert [path for path in client.paths if path != FLUSH] == [PAUSE, BEGIN, END, BEGIN]
     other = Captured(answers={"/begin_weight_update": refused("something else")})
     with pytest.raises(RequestError, match="something else"):
-        ServerApi(other).begin_sync(timeout_s=1)
+        Owner(other).updates.begin_sync(timeout_s=1)
     assert [path for path in other.paths if path != FLUSH] == [PAUSE, BEGIN, GO_ON]
 
 
 def test_a_cancelled_sync_lets_generation_go_on_whether_or_not_a_session_was_opened():
     client = Captured()
-    verbs = ServerApi(client)
-    verbs.cancel_sync(timeout_s=1)
+    updates = Owner(client).updates
+    updates.cancel_sync(timeout_s=1)
     assert client.paths == [GO_ON]
-    verbs.begin_sync(timeout_s=1)
+    updates.begin_sync(timeout_s=1)
     client.asked.clear()
-    verbs.cancel_sync(timeout_s=1)
+    updates.cancel_sync(timeout_s=1)
     assert client.paths == [END, GO_ON]
-    verbs.cancel_sync(timeout_s=1)
+    updates.cancel_sync(timeout_s=1)
     assert client.paths == [END, GO_ON, GO_ON], "a session is closed once"
 
 
-def test_nothing_goes_on_with_weights_of_a_sync_that_failed_half_way():
-    client = Captured("0.5.17", {"/flush_cache": ["flushed", refused(), "flushed"]})
-    verbs = ServerApi(client)
-    verbs.weights_unknown = True
-    verbs.begin_sync(timeout_s=1)
-    verbs.cancel_sync(timeout_s=1)
+@pytest.mark.parametrize("weights", [WeightsState.UNKNOWN, WeightsState.LOST])
+def test_only_a_full_sync_lets_generation_go_on_with_weights_that_were_not_the_trainers(weights):
+    client = Captured("0.5.17", {"/flush_cache": ["flushed", refused(), "flushed", "flushed"]})
+    owner = Owner(client, State(weights=weights))
+    owner.updates.begin_sync(timeout_s=1)
+    owner.updates.cancel_sync(timeout_s=1)
     with pytest.raises(EngineStateError):
-        verbs.begin_sync(timeout_s=1)
+        owner.updates.begin_sync(timeout_s=1)
+    owner.sync(partial=True)
     assert GO_ON not in client.paths
-    synced(client, verbs)  # one that succeeded
+    owner.sync()
     assert client.paths[-1] == GO_ON
+    client.asked.clear()
+    client.answers.clear()
+    owner.sync(partial=True)
+    assert client.paths[-1] == GO_ON, "it has changed nothing for the worse"
 
 
 def test_a_version_that_the_server_does_not_report_is_an_error():
     client = Captured(answers={"/model_info": {"weight_version": "6"}})
     with pytest.raises(SyncError, match="'6' after '7' was set"):
-        ServerApi(client).end_sync("7", timeout_s=1)
+        Owner(client).updates.end_sync("7", timeout_s=1)
 
 
 def test_a_version_that_is_asked_for_before_it_is_set_is_asked_for_again():
     client = Captured(answers={"/model_info": [{"weight_version": "6"}, {"weight_version": "7"}]})
-    ServerApi(client).end_sync("7", timeout_s=1)
+    Owner(client).updates.end_sync("7", timeout_s=1)
 
 
-def test_a_version_that_cannot_be_set_is_told_as_the_server_tells_it():
+def test_a_version_that_cannot_be_set_is_an_error_with_the_servers_message():
     answers = {"/update_weight_version": refused("no such thing"), "/model_info": {"weight_version": "6"}}
     with pytest.raises(RequestError, match="no such thing"):
-        ServerApi(Captured(answers=answers)).end_sync("7", timeout_s=1)
+        Owner(Captured(answers=answers)).updates.end_sync("7", timeout_s=1)
 
 
 def test_nothing_waits_for_the_version_to_be_set_but_it_leaves_first():
@@ -257,14 +297,14 @@ def test_nothing_waits_for_the_version_to_be_set_but_it_leaves_first():
         def post(self, path, body=None, *, timeout_s, params=None, sent=None):
             if path == "/continue_generation":
                 assert VERSION in self.paths
-                going_on.set()
-            found = super().post(path, body, timeout_s=timeout_s, params=params, sent=sent)
+                continued.set()
+            answer = super().post(path, body, timeout_s=timeout_s, params=params, sent=sent)
             if path == "/update_weight_version":
-                assert going_on.wait(5), "the end of the pause was not asked for meanwhile"
-            return found
+                assert continued.wait(5), "the end of the pause was not asked for meanwhile"
+            return answer
 
-    going_on = threading.Event()
-    ServerApi(Slow(answers={"/model_info": {"weight_version": "7"}})).end_sync("7", timeout_s=5)
+    continued = threading.Event()
+    Owner(Slow(answers={"/model_info": {"weight_version": "7"}})).updates.end_sync("7", timeout_s=5)
 
 
 WEIGHTS = [("a", torch.Size([2, 3]), "bfloat16"), ("b", torch.Size([]), "int8")]
@@ -293,7 +333,7 @@ RELEASE, RESUME = "release_memory_occupation", "resume_memory_occupation"
 
 def test_before_memory_is_released_the_server_is_waited_for_and_holds_what_comes():
     client = Captured(answers={"/flush_cache": [refused(), refused(), "flushed"]})
-    ServerApi(client).fall_asleep(["weights"], timeout_s=5)
+    Owner(client).sleep(["weights"], timeout_s=5)
     assert client.paths == [FLUSH] * 3 + [PAUSE, RELEASE]
     assert client.asked[-2:] == [
         ("/pause_generation", {"mode": "abort"}),
@@ -301,60 +341,71 @@ def test_before_memory_is_released_the_server_is_waited_for_and_holds_what_comes
     ]
     busy = Captured(answers={"/flush_cache": refused()})
     with pytest.raises(DeadlineError, match="requests still run after 0.1 s"):
-        ServerApi(busy).fall_asleep(["weights"], timeout_s=0.1)
+        Owner(busy).sleep(["weights"], timeout_s=0.1)
     assert set(busy.paths) == {FLUSH}
 
 
+def test_a_sync_called_off_before_memory_is_released_lets_requests_from_elsewhere_finish():
+    """As `Engine.sleep` does when mappings are released first: no new request may come, but the others must end."""
+    client = Captured()
+    owner = Owner(client)
+    _, owner.lifecycle.state = owner.lifecycle.state.sleeping(["weights"])
+    owner.updates.begin_sync(timeout_s=1)
+    owner.updates.cancel_sync(timeout_s=1)
+    assert client.paths[0] == PAUSE and client.paths[-1] == GO_ON
+
+
 def asleep(client, tags):
-    verbs = ServerApi(client)
-    verbs.fall_asleep(tags, timeout_s=1)
+    owner = Owner(client)
+    owner.sleep(tags)
     client.asked.clear()
-    return verbs
+    return owner
 
 
 def test_a_sleeping_server_goes_on_when_all_of_it_is_awake_and_its_weights_are_the_trainers():
     client = Captured("0.5.20")
-    verbs = asleep(client, ["weights", "kv_cache"])
-    verbs.wake_up(["weights"], weights_lost=True, timeout_s=1)
-    synced(client, verbs)
+    owner = asleep(client, ["weights", "kv_cache"])
+    owner.wake(["weights"])
+    owner.sync()
     assert sorted(client.paths) == sorted([RESUME, FLUSH, VERSION]), "held already, and still"
-    verbs.weights_unknown = False  # as the engine says after a sync
     client.asked.clear()
-    verbs.fall_asleep(["cuda_graph"], timeout_s=1)
-    verbs.wake_up(["kv_cache"], weights_lost=False, timeout_s=1)
-    verbs.wake_up(["cuda_graph"], weights_lost=False, timeout_s=1)
+    owner.sleep(["cuda_graph"])
+    owner.wake(["kv_cache"])
+    owner.wake(["cuda_graph"])
     assert client.paths == [FLUSH, RELEASE, RESUME, RESUME, GO_ON]
     client.asked.clear()
-    synced(client, verbs)
+    owner.sync()
     assert client.paths[0] == PAUSE and client.paths[-1] == GO_ON, "as if it had never slept"
 
 
 def test_a_server_whose_weights_are_lost_goes_on_with_the_sync_that_brings_them():
     client = Captured("0.5.20")
-    verbs = asleep(client, ["weights"])
-    verbs.wake_up(["weights"], weights_lost=True, timeout_s=1)
-    verbs.begin_sync(timeout_s=1)
-    verbs.cancel_sync(timeout_s=1)
+    owner = asleep(client, ["weights"])
+    owner.wake(["weights"])
+    owner.updates.begin_sync(timeout_s=1)
+    owner.updates.cancel_sync(timeout_s=1)
     assert client.paths == [RESUME, FLUSH]
-    synced(client, verbs)
+    owner.sync(partial=True)
+    assert GO_ON not in client.paths
+    owner.sync()
     assert PAUSE not in client.paths and client.paths.count(GO_ON) == 1 and client.paths[-1] == GO_ON
 
 
 def test_sleep_leaves_the_users_pause_alone():
     client = Captured()
-    verbs = ServerApi(client)
-    verbs.pause_generation("retract", timeout_s=1)
+    owner = Owner(client)
+    owner.pause("retract")
     client.asked.clear()
-    verbs.fall_asleep(["kv_cache"], timeout_s=1)
-    verbs.wake_up(["kv_cache"], weights_lost=False, timeout_s=1)
+    owner.sleep(["kv_cache"])
+    owner.wake(["kv_cache"])
     assert client.paths == [FLUSH, RELEASE, RESUME]
-    verbs.continue_generation(timeout_s=1)
-    assert client.paths[-1] == GO_ON and verbs.paused is None
+    owner.continue_generation()
+    assert client.paths[-1] == GO_ON
 
 
 def test_memory_that_cannot_be_released_holds_nothing():
     client = Captured(answers={"/release_memory_occupation": refused("no such tag")})
-    verbs = ServerApi(client)
+    owner = Owner(client)
     with pytest.raises(RequestError, match="no such tag"):
-        verbs.fall_asleep(["kv_cache"], timeout_s=1)
-    assert client.paths == [FLUSH, PAUSE, RELEASE, GO_ON] and not verbs.asleep
+        owner.sleep(["kv_cache"])
+    assert client.paths == [FLUSH, PAUSE, RELEASE, GO_ON] and not owner.generation.paused_for_sleep

@@ -1,0 +1,358 @@
+"""The calls of an engine of one rank, on its owner: what they check, the requests they make, the state after; no server.
+
+Its ranks agree as ever, being one; the sync is a stand-in, and so is the client.
+"""
+
+import threading
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_api import BEGIN, END, FLUSH, GO_ON, PAUSE, RELEASE, RESUME, VERSION, Captured, refused
+from test_lora import CONFIG, tensors
+
+from tpcolocate.agreement import RankGroup
+from tpcolocate.engine.client import Client, Health
+from tpcolocate.engine.context import OwnedServer, SliceContext
+from tpcolocate.engine.engine import Engine
+from tpcolocate.errors import ConfigError, EngineDeadError, EngineStateError, RequestError, SyncError
+from tpcolocate.groups import Host, Member
+from tpcolocate.server.api import ServerApi
+from tpcolocate.server.lifecycle import Lifecycle, State, WeightsState
+
+pytestmark = [pytest.mark.quick, pytest.mark.timeout(60)]
+
+GENERATE, LOAD, UNLOAD = "generate", "load_lora_adapter_from_tensors", "unload_lora_adapter"
+INIT, RECEIVE, DESTROY = "init_weights_update_group", "update_weights_from_distributed", "destroy_weights_update_group"
+PLACE = {"master_address": "127.0.0.1", "master_port": 1234, "rank_offset": 1, "world_size": 2}
+
+
+class Http(Captured):
+    """A client whose server is healthy, and which may keep a request of ours unanswered."""
+
+    def __init__(self, **info):
+        super().__init__("0.5.21", **info)
+        self.may_answer = threading.Event()
+        self.may_answer.set()
+        self.listens = self.healthy = True
+        self.closed = 0
+
+    def post(self, path, body=None, **options):
+        if path == "/generate":
+            assert self.may_answer.wait(30)
+        return super().post(path, body, **options)
+
+    def stream(self, path, body, *, timeout_s):
+        yield {"text": "a"}
+
+    def is_listening(self, *, timeout_s):
+        return self.listens
+
+    def is_healthy(self, *, timeout_s):
+        return self.healthy
+
+    def close(self):
+        self.closed += 1
+
+
+@dataclass(frozen=True)
+class Report:
+    warnings: tuple[str, ...] = ()
+
+
+class Sync:
+    """A sync that modifies the engine, or fails before or after; it holds generation as the real one does."""
+
+    spec = None
+
+    def __init__(self, owned):
+        self.owned = owned
+        self.error, self.modifies = None, True
+
+    def run(self, source, *, version, options, timeout_s, touched):
+        self.owned.updates.begin_sync(timeout_s=timeout_s)
+        if self.modifies:
+            touched()
+        if self.error is not None:
+            if not self.modifies:
+                self.owned.updates.cancel_sync(timeout_s=timeout_s)
+            raise self.error
+        self.owned.api.client.answers["/model_info"] = {"weight_version": version}
+        self.owned.updates.end_sync(version, timeout_s=timeout_s)
+        return Report()
+
+    def call_back(self, *, timeout_s):
+        self.owned.updates.begin_sync(timeout_s=timeout_s)
+        self.owned.updates.cancel_sync(timeout_s=timeout_s)
+
+    def close(self, *, timeout_s):
+        return []
+
+
+@pytest.fixture
+def launch():
+    """A function that makes an engine; `engine.asked` are the paths that were posted since it was made or read."""
+    ended = []
+
+    def make(state=State(), **info):  # noqa: B008  (frozen)
+        http = Http(**info)
+        lifecycle = Lifecycle(state, weight_version="5")
+        process = SimpleNamespace(exited=lambda: bool(ended), stop=lambda: ended.append("stopped"))
+        owned = OwnedServer.of(process, ServerApi(http), lifecycle)
+        client = Client("http://somewhere", api_key="key", check=lambda: lifecycle.state.check_generate())
+        client.http = http
+        group = RankGroup([Member(0, 1, 1, Host.here(), 1, 0)], rank=0, group=None, timeout_s=5)
+        context = SliceContext(group, None, 0, client, lifecycle, Sync(owned), owned)
+        return Engine(
+            context, sglang_version="0.5.21", model_path="model", on_shutdown=lambda: ended.append("shut down")
+        )
+
+    make.ended = ended
+    return make
+
+
+def asked(engine):
+    """The paths that were posted since the last call of this."""
+    http = engine._client
+    paths = http.paths
+    http.asked.clear()
+    return paths
+
+
+def test_an_engine_that_is_made_has_its_attributes(launch):
+    engine = launch()
+    assert (engine.url, engine.api_key, engine.sglang_version) == ("http://somewhere", "key", "0.5.21")
+    assert (engine.model_path, engine.weight_version) == ("model", "5")
+    assert repr(engine) == "Engine('http://somewhere')"
+
+
+def test_requests_are_refused_from_a_sleep_to_the_sync_that_brings_the_weights(launch):
+    engine = launch()
+    assert engine.generate([[1]]) == {"success": True} and engine.generate([]) == []
+    engine.sleep()
+    # Mappings are released first; the server must go on meanwhile, because others may have requests in it.
+    assert asked(engine) == [GENERATE, PAUSE, FLUSH, BEGIN, END, GO_ON, FLUSH, PAUSE, RELEASE]
+    assert engine.health() is Health.ASLEEP
+    for call in (lambda: engine.generate([[1]]), engine.continue_generation, engine.flush_cache, engine.sync_weights):
+        with pytest.raises(EngineStateError):
+            call({}) if call == engine.sync_weights else call()
+    engine.sleep()
+    engine.wake(["weights"])
+    engine.wake()
+    assert GO_ON not in asked(engine)
+    with pytest.raises(EngineStateError, match="hold garbage"):
+        engine.generate([[1]])
+    assert engine.health() is Health.PAUSED
+    engine.sync_weights({})
+    assert asked(engine)[-1] == GO_ON and engine.health() is Health.READY
+    engine.generate([[1]])
+
+
+def test_a_sleep_that_finds_a_request_is_refused_and_changes_nothing(launch):
+    engine = launch()
+    engine._client.may_answer.clear()
+    answers = []
+    asking = threading.Thread(target=lambda: answers.append(engine.generate([[1]])))
+    asking.start()
+    while not engine._context.client.num_in_flight:
+        asking.join(0.001)
+    with pytest.raises(EngineStateError, match="1 requests of rank 0 are in flight"):
+        engine.sleep()
+    engine._client.may_answer.set()
+    asking.join(30)
+    assert answers == [{"success": True}] and asked(engine) == [GENERATE]
+    engine.sleep(["kv_cache"])
+
+
+def test_a_stream_that_was_asked_for_before_a_sleep_is_refused_when_it_is_read(launch):
+    engine = launch()
+    early, late = engine.generate([[1]], stream=True), engine.generate([[1]], stream=True)
+    assert list(early) == [{"text": "a"}]
+    engine.sleep()
+    with pytest.raises(EngineStateError, match="while asleep"):
+        next(late)
+    assert engine._context.client.num_in_flight == 0
+
+
+@pytest.mark.parametrize("error", [refused("no such tag"), EngineDeadError("gone")])
+def test_a_sleep_that_fails_leaves_the_engine_awake(launch, error):
+    engine = launch()
+    engine._client.answers["/release_memory_occupation"] = error
+    with pytest.raises(type(error)):
+        engine.sleep()
+    engine.generate([[1]])
+
+
+def test_without_a_memory_saver_nothing_sleeps(launch):
+    engine = launch(State(frees_memory=False))
+    with pytest.raises(EngineStateError, match="no memory saver"):
+        engine.sleep()
+    engine.generate([[1]])
+    assert asked(engine) == [GENERATE]
+
+
+def test_memory_that_was_never_released_is_not_resumed(launch):
+    engine = launch()
+    engine.sleep(["kv_cache"])
+    asked(engine)
+    engine.wake(["weights", "kv_cache"])
+    assert [body for path, body in engine._client.asked if path.endswith(RESUME)] == [{"tags": ["kv_cache"]}]
+    assert asked(engine)[-1] == GO_ON
+    engine.wake()
+    assert RESUME not in asked(engine)
+
+
+def test_a_pause_is_asked_for_once_and_a_sync_leaves_it(launch):
+    engine = launch()
+    engine.pause_generation()
+    engine.pause_generation("retract")
+    assert asked(engine) == [PAUSE] and engine.health() is Health.PAUSED
+    with pytest.raises(EngineStateError, match="paused with 'retract'"):
+        engine.pause_generation("abort")
+    engine.sync_weights({})
+    assert not {PAUSE, GO_ON} & set(asked(engine))
+    engine.continue_generation()
+    engine.continue_generation()
+    assert asked(engine) == [GO_ON] and engine.health() is Health.READY
+
+
+def test_a_pause_that_the_server_refuses_is_none(launch):
+    engine = launch()
+    engine._client.answers["/pause_generation"] = [refused(), {"success": True}]
+    with pytest.raises(RequestError):
+        engine.pause_generation()
+    assert engine.health() is Health.READY
+    engine.pause_generation("abort")
+
+
+def test_a_cache_that_a_pause_in_place_keeps_is_a_warning(launch):
+    engine = launch()
+    engine.pause_generation("in_place")
+    engine._client.answers["/flush_cache"] = [refused(), "flushed", "flushed"]
+    [warning] = engine.sync_weights({}).warnings
+    assert "cache of the old weights" in warning
+    engine.flush_cache()
+    assert engine.sync_weights({}).warnings == ()
+
+
+def test_requests_are_aborted_by_name_or_all(launch):
+    engine = launch()
+    engine.abort_request("a")
+    engine.abort_request()
+    with pytest.raises(ConfigError, match="rid is empty"):
+        engine.abort_request("")
+    assert [body for _, body in engine._client.asked] == [{"rid": "a"}, {"abort_all": True}]
+
+
+@pytest.mark.parametrize("modifies", [True, False])
+def test_a_sync_that_fails_leaves_the_weights_unknown_only_if_they_may_have_changed(launch, modifies):
+    engine = launch()
+    engine._sync.modifies, engine._sync.error = modifies, SyncError("broken")
+    with pytest.raises(SyncError):
+        engine.sync_weights({})
+    assert engine.weight_version == "5"
+    assert (asked(engine)[-1] == GO_ON) is not modifies
+    assert engine.health() is (Health.PAUSED if modifies else Health.READY)
+    engine._sync.modifies, engine._sync.error = True, None
+    engine.sync_weights({}, partial=True)
+    assert (GO_ON in asked(engine)) is not modifies, "a part of the weights repairs nothing"
+    engine.sync_weights({}, weight_version="a")
+    assert asked(engine)[-1] == GO_ON and engine.weight_version == "a" and engine.health() is Health.READY
+
+
+def described(names=("a",)):
+    return {"names": list(names), "dtypes": [torch.float32] * len(names), "shapes": [[2]] * len(names)}
+
+
+def test_update_groups_are_joined_used_and_left(launch):
+    engine = launch()
+    with pytest.raises(EngineStateError, match="no update group"):
+        engine.update_weights_from_distributed(**described())
+    engine.init_weights_update_group(**PLACE)
+    assert dict(engine._client.asked)[f"/{INIT}"] == {**PLACE, "group_name": "weight_update_group", "backend": "nccl"}
+    with pytest.raises(EngineStateError, match="is in an update group"):
+        engine.init_weights_update_group(**PLACE)
+    asked(engine)
+    engine._client.answers["/model_info"] = {"weight_version": "6"}
+    engine.update_weights_from_distributed(**described("abc"), bucket_bytes=16)
+    paths = asked(engine)
+    assert [path for path in paths if path not in (FLUSH, BEGIN, END, VERSION)] == [PAUSE, RECEIVE, RECEIVE, GO_ON]
+    assert engine.weight_version == "6"
+    for wrong in ({"bucket_bytes": 0}, {"dtypes": []}):
+        with pytest.raises(ConfigError):
+            engine.update_weights_from_distributed(**{**described(), **wrong})
+    engine.destroy_weights_update_group()
+    assert asked(engine) == [DESTROY]
+    with pytest.raises(EngineStateError, match="no update group"):
+        engine.destroy_weights_update_group()
+
+
+def test_an_update_that_fails_leaves_the_weights_unknown_and_the_group_as_it_is(launch):
+    engine = launch()
+    engine.init_weights_update_group(**PLACE)
+    engine._client.answers["/update_weights_from_distributed"] = refused("no sender")
+    with pytest.raises(SyncError, match="no sender"):
+        engine.update_weights_from_distributed(**described())
+    assert GO_ON not in asked(engine) and engine.health() is Health.PAUSED
+    engine.destroy_weights_update_group()
+    engine.sync_weights({})
+    assert asked(engine)[-1] == GO_ON
+
+
+def test_adapters_are_replaced_counted_and_removed(launch):
+    adapter, config = tensors("o_proj"), {**CONFIG, "target_modules": ["o_proj"]}
+    engine = launch(enable_lora=True, max_loaded_loras=2, lora_paths={"first": "path"})
+    for _ in range(2):
+        engine.set_lora_from_tensors("a", adapter, config)
+        assert asked(engine) == [UNLOAD, LOAD], "in place of one of that name"
+    with pytest.raises(EngineStateError, match="holds 2 adapters"):
+        engine.set_lora_from_tensors("b", adapter, config)
+    with pytest.raises(ConfigError, match="needs a name"):
+        engine.set_lora_from_tensors("", adapter, config)
+    assert asked(engine) == []
+    engine.unload_lora("first")
+    engine._client.answers["/load_lora_adapter_from_tensors"] = [refused("broken"), {"success": True}]
+    with pytest.raises(RequestError, match="broken"):
+        engine.set_lora_from_tensors("a", adapter, config)  # and the one of that name is gone
+    engine.set_lora_from_tensors("b", adapter, config)
+    with pytest.raises(ConfigError, match="not started for LoRA"):
+        launch().set_lora_from_tensors("a", adapter, config)
+
+
+def test_health(launch):
+    engine = launch()
+    http = engine._client
+    assert engine.health() is Health.READY
+    http.healthy = False
+    assert engine.health() is Health.STARTING
+    http.listens = False
+    assert engine.health() is Health.DEAD
+    engine._lifecycle.state = State(weights=WeightsState.UNKNOWN)
+    assert engine.health() is Health.DEAD
+    http.listens = True
+    assert engine.health() is Health.PAUSED
+    launch.ended.append("by itself")
+    assert engine.health() is Health.DEAD
+
+
+def test_a_shutdown_ends_the_server_once_and_nothing_may_be_asked_for_after_it(launch):
+    with launch() as engine:
+        pass
+    engine.shutdown()
+    assert launch.ended == ["stopped", "shut down"] and engine._client.closed == 1
+    for call in (
+        engine.sleep,
+        engine.wake,
+        engine.pause_generation,
+        engine.continue_generation,
+        engine.abort_request,
+        engine.flush_cache,
+        lambda: engine.generate([[1]]),
+        lambda: engine.sync_weights({}),
+        lambda: engine.unload_lora("a"),
+        lambda: engine.init_weights_update_group(**PLACE),
+    ):
+        with pytest.raises(EngineStateError, match="shut down"):
+            call()
+    assert asked(engine) == [] and engine.health() is Health.DEAD
