@@ -87,13 +87,14 @@ def record(
     return result
 
 
-def publish(result: Mapping[str, Any], *, write: bool) -> None:
-    """Print a record, and write it under `RESULTS` if told so."""
+def publish(result: Mapping[str, Any], *, write: bool, folder: Path | None = None) -> None:
+    """Print a record, and write it to a folder if asked to; default: `RESULTS`."""
     text = json.dumps(result, indent=1, allow_nan=False)
     print(text, flush=True)
     if write:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"{result['name']}.json").write_text(text + "\n")
+        folder = RESULTS if folder is None else folder
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{result['name']}.json").write_text(text + "\n")
 
 
 def summary(samples: Sequence[float]) -> dict[str, Any]:
@@ -149,12 +150,15 @@ def command(argv: Sequence[str], environment: Mapping[str, str]) -> str:
 
 
 def commit() -> str | None:
-    """Commit of the code, ``-dirty`` if it was changed since; new results are no change.  None outside of git."""
+    """Commit of the code, ``-dirty`` if it was changed since; new results are no change.
+
+    Outside of git it is what the variable ``BENCHMARK_COMMIT`` says, else None.
+    """
     try:
         head = _git("rev-parse", "HEAD")
         changed = _git("status", "--porcelain", "--", ".", ":!benchmarks/results")
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get("BENCHMARK_COMMIT")
     return f"{head}-dirty" if changed else head
 
 
