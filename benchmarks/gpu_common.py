@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import urllib3
 from served import everyone
 
 import tpcolocate
@@ -27,6 +28,7 @@ SHAPES = {
     "4b": (2560, 9728, 36, 32, 8),
     "14b": (5120, 17408, 40, 40, 8),
     "32b": (5120, 25600, 64, 64, 8),
+    "tiny": (128, 256, 2, 4, 2),  # for a try on a CPU
 }
 VOCABULARY = 32_000
 SMALL: dict[str, Any] = {
@@ -111,6 +113,12 @@ def write_checkpoint(folder: str | Path) -> None:
 # --- measures --------------------------------------------------------------------------------------------------------
 
 
+def synchronize() -> None:
+    """Wait for the current device; on a CPU there is nothing to wait for."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def used_mib() -> float:
     """Memory in use on this rank's device, as the driver counts it, all processes together."""
     free, total = torch.cuda.mem_get_info()
@@ -142,11 +150,37 @@ def gap(engine: tpcolocate.Engine, model: torch.nn.Module, device: torch.device)
     return worst
 
 
+def post(engine: tpcolocate.Engine, path: str, body: dict[str, Any] | None = None, *, timeout_s: float) -> Any:
+    """Make a request to the server, beside this library; connections are kept.
+
+    Raises:
+        RuntimeError: The server refused it.
+    """
+    answer = _HTTP.request(
+        "POST",
+        engine.url + path,
+        body=json.dumps({} if body is None else body),
+        headers={"Authorization": f"Bearer {engine.api_key}", "Content-Type": "application/json"},
+        timeout=timeout_s,
+        retries=False,
+    )
+    try:
+        content = json.loads(answer.data)
+    except ValueError:
+        content = answer.data.decode(errors="replace")
+    if answer.status != 200 or (isinstance(content, dict) and content.get("success") is False):
+        raise RuntimeError(f"{path}: {answer.status} {content}")
+    return content
+
+
+_HTTP = urllib3.PoolManager()
+
+
 def checksums(engine: tpcolocate.Engine, colo: tpcolocate.Colocation) -> str | None:
     """The engine's own digest over every parameter of every rank."""
     if not colo.is_owner:
         return None
-    return engine._client.post("/weights_checker", {"action": "checksum"}, timeout_s=300)["per_engine_checksum"]
+    return post(engine, "/weights_checker", {"action": "checksum"}, timeout_s=300)["per_engine_checksum"]
 
 
 class Stock:
@@ -166,7 +200,7 @@ class Stock:
 
     def push(self, model: torch.nn.Module, *, duplicate: bool = False) -> float:
         """Seconds of one push; `duplicate` gives every TP rank the owner's payload, which is the mistake."""
-        torch.cuda.synchronize()
+        synchronize()
         dist.barrier()
         started = time.perf_counter()
         bucket, used = [], 0
@@ -180,13 +214,13 @@ class Stock:
             used += tensor.nbytes
         self._send(bucket, duplicate)
         if self.colo.is_owner:
-            self.engine._client.post("/flush_cache", timeout_s=60)
+            post(self.engine, "/flush_cache", timeout_s=60)
         dist.barrier()
         return time.perf_counter() - started
 
     def _send(self, bucket: list[tuple[str, torch.Tensor]], duplicate: bool) -> None:
         flat = self.bucket_class(named_tensors=bucket)
-        torch.cuda.synchronize()
+        synchronize()
         mine = ""
         if self.colo.is_owner or not duplicate:
             content = {"flattened_tensor": flat.get_flattened_tensor(), "metadata": flat.get_metadata()}
@@ -199,11 +233,13 @@ class Stock:
             dist.gather_object(mine, gathered, dst=self.colo.owner_rank, group=group)
         if self.colo.is_owner:
             gathered = [mine] * self.colo.tp_size if duplicate else gathered
-            self.engine._verbs.push(gathered, load_format="flattened_bucket", timeout_s=120)
+            body = {"serialized_named_tensors": gathered, "load_format": "flattened_bucket", "flush_cache": False}
+            post(self.engine, "/update_weights_from_tensor", body, timeout_s=120)
         if group is not None:
             dist.barrier(group=group)
         del flat
-        torch.cuda.ipc_collect()
+        if torch.cuda.is_available():
+            torch.cuda.ipc_collect()
 
 
 # --- a run -----------------------------------------------------------------------------------------------------------

@@ -61,6 +61,8 @@ PROMPTS = [[5, 6, 7, 100, 200], [100, 200, 300, 400], [17, 3], [9, 8, 7, 6, 5, 4
 SAMPLING = {"temperature": 1.0, "max_new_tokens": 16, "ignore_eos": True}
 TIMEOUT_S = 60.0
 """How long a sync, or a wait for another rank, may take."""
+HEALTH_S = 400.0
+"""How long a server may take to start."""
 
 
 def parse_args() -> argparse.Namespace:
@@ -260,11 +262,12 @@ class Bench:
         args, kind = self.args, self.device.type
         server = {**LAUNCH[kind], **(LAUNCH_EXPERTS[kind] if model == "experts" else {}), **args.server_args}
         started = time.monotonic()
+        faulthandler.dump_traceback_later(HEALTH_S + 2 * TIMEOUT_S, exit=True)
         self.colo = tpcolocate.init(
             args.tp_size, device=self.device, timeout_s=TIMEOUT_S, allow_shared_devices=args.shared_device
         )
         self.jobs.append(self.colo.job)
-        self.engine = self.colo.launch(folder, health_timeout_s=400.0, **server)
+        self.engine = self.colo.launch(folder, health_timeout_s=HEALTH_S, **server)
         self.launches.append(round(time.monotonic() - started, 1))
 
     def close(self) -> None:
@@ -338,11 +341,11 @@ class Bench:
         row: dict[str, Any] = {"model": model, "trainer": trainer}
         before, num_warnings = self.allocated_mib(), len(self.warnings)
         started = time.monotonic()
-        faulthandler.dump_traceback_later(self.args.row_timeout_s, exit=True)
         error: BaseException | None = None
         try:
             if self.engine is None:
                 self.launch(folder, model)
+            faulthandler.dump_traceback_later(self.args.row_timeout_s, exit=True)
             self.run(row, folder, reference)
         except Exception as caught:
             error = caught
@@ -451,6 +454,15 @@ def checkpoint(model: str, device: str, bench: Bench) -> Iterator[Path]:
         bench.gather("end of the model")  # rank 0 removes the folder
 
 
+def join_ranks(backend: str) -> int:
+    """This process's rank in the default group, also where torchrun has started the ranks anew."""
+    store, rank, world_size = next(dist.rendezvous("env://"))
+    # The store is the one of the attempt before, with its addresses.
+    store = dist.PrefixStore(f"attempt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=1800))
+    return rank
+
+
 def run_all(args: argparse.Namespace, bench: Bench, progress: Progress) -> None:
     ends = time.monotonic() + args.budget_s
     for model in args.models:
@@ -491,8 +503,7 @@ def main() -> None:
     else:
         device = torch.device("cpu")
         torch.set_num_threads(1)
-    dist.init_process_group("nccl" if args.device == "cuda" else "gloo", timeout=timedelta(seconds=1800))
-    rank = dist.get_rank()
+    rank = join_ranks("nccl" if args.device == "cuda" else "gloo")
     shm_before = set(left_in_shm())
     bench, progress = Bench(args, device), Progress(rank)
     run_all(args, bench, progress)
