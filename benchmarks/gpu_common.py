@@ -75,19 +75,22 @@ def shard(model: torch.nn.Module) -> None:
     fully_shard(model)
 
 
-def make_model(folder: Path, device: torch.device, seed: int, *, sharded: bool = False) -> torch.nn.Module:
-    """Random bf16 weights, to be sent and not to be run: its buffers hold anything.
+def make_model(
+    folder: Path, device: torch.device, seed: int, *, sharded: bool = False, dtype: torch.dtype = DTYPE
+) -> torch.nn.Module:
+    """Random weights, to be sent and not to be run: its buffers hold anything.
 
     Args:
         folder: With a config.
         device: Of this rank.
         seed: Of the weights, which are the same on every rank.
         sharded: Make nothing but this rank's shards, for a model that would not fit.
+        dtype: Of the weights.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
     if sharded:
         shard(model)
         seed += dist.get_rank()
@@ -98,6 +101,16 @@ def make_model(folder: Path, device: torch.device, seed: int, *, sharded: bool =
             local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
             local.normal_(0.0, 0.02, generator=generator)
     return model
+
+
+def change(model: torch.nn.Module, seed: int, device: torch.device) -> None:
+    """A step in place, the same on every rank that holds the same."""
+    generator = torch.Generator(device).manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+            local.mul_(1.0 + 0.01 * torch.rand((), generator=generator, device=device))
+    synchronize()
 
 
 def write_checkpoint(folder: str | Path) -> None:
@@ -176,11 +189,17 @@ def post(engine: tpcolocate.Engine, path: str, body: dict[str, Any] | None = Non
 _HTTP = urllib3.PoolManager()
 
 
-def checksums(engine: tpcolocate.Engine, colo: tpcolocate.Colocation) -> str | None:
-    """The engine's own digest over every parameter of every rank."""
-    if not colo.is_owner:
-        return None
-    return post(engine, "/weights_checker", {"action": "checksum"}, timeout_s=300)["per_engine_checksum"]
+def checksums(engine: tpcolocate.Engine, colo: tpcolocate.Colocation) -> str:
+    """The engine's own digest over every parameter of every TP rank, on all ranks.  Collective: over the default group."""
+    found = None
+    if colo.is_owner:
+        found = post(engine, "/weights_checker", {"action": "checksum"}, timeout_s=300)["per_engine_checksum"]
+    return everyone(found)[colo.owner_rank]
+
+
+def first_of(thing: Any, *names: str) -> Any:
+    """The attribute under the first of these names that there is: some were renamed, and several releases are measured."""
+    return getattr(thing, next(name for name in names if hasattr(thing, name)))
 
 
 class Stock:

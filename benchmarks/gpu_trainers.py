@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from gpu_common import SERVER, SMALL, OutOfStep, left_in_shm
+from gpu_common import SERVER, SMALL, OutOfStep, first_of, left_in_shm
 from record import RESULTS, publish, record
 
 import tpcolocate
@@ -59,6 +59,8 @@ STEP = {"cuda": 0.02, "cpu": 0.05}
 NOISE = {("cuda", "dense"): 0.5, ("cuda", "experts"): 1.5, ("cpu", "dense"): 0.01, ("cpu", "experts"): 0.01}
 PROMPTS = [[5, 6, 7, 100, 200], [100, 200, 300, 400], [17, 3], [9, 8, 7, 6, 5, 4, 3, 2]]
 SAMPLING = {"temperature": 1.0, "max_new_tokens": 16, "ignore_eos": True}
+LEFT_MIB = 4.0
+"""Memory that a trainer may leave: tables of the sync, not weights."""
 TIMEOUT_S = 60.0
 """How long a sync, or a wait for another rank, may take."""
 HEALTH_S = 400.0
@@ -208,11 +210,6 @@ def forget_frames(error: BaseException | None) -> None:
         error = error.__cause__ or error.__context__
 
 
-def first_of(thing: Any, *names: str) -> Any:
-    """The attribute under the first of these names that there is."""
-    return getattr(thing, next(name for name in names if hasattr(thing, name)))
-
-
 class Bench:
     """The ranks, and the server of one model at a time.
 
@@ -332,7 +329,7 @@ class Bench:
             or not max(row["mean_gap"]) < row["stale"][1] / 4
         ):
             return "WRONG"
-        if any(row["outstanding"]) or row["left_mib"] > 1:
+        if any(row["outstanding"]) or row["left_mib"] > LEFT_MIB:
             return "LEAKS"
         return "unverified" if row["unverified"] else "ok"
 
@@ -345,6 +342,9 @@ class Bench:
         try:
             if self.engine is None:
                 self.launch(folder, model)
+            with torch.no_grad():
+                reference(torch.tensor(PROMPTS[:1], device=self.device))  # which takes cuBLAS its workspace
+            before = self.allocated_mib()
             faulthandler.dump_traceback_later(self.args.row_timeout_s, exit=True)
             self.run(row, folder, reference)
         except Exception as caught:
@@ -354,7 +354,9 @@ class Bench:
         gc.collect()  # the trainer, whose memory the engine may still map
         usable = not isinstance(error, errors.EngineDeadError | errors.RankLostError | errors.LaunchError)
         told = self.gather_at_end((None if error is None else f"{type(error).__name__}: {error}", usable))
-        row["error"] = next((f"{text}"[:400] for text, _ in told if text is not None), None)
+        texts = [text[:400] for text, _ in told if text is not None]
+        texts.sort(key=lambda text: text.startswith(OutOfStep.__name__))  # the cause first
+        row["error"] = texts[0] if texts else None
         usable = all(is_usable for _, is_usable in told)
         try:
             if usable and self.engine is not None:

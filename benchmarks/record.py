@@ -88,13 +88,17 @@ def record(
 
 
 def publish(result: Mapping[str, Any], *, write: bool, folder: Path | None = None) -> None:
-    """Print a record, and write it to a folder if asked to; default: `RESULTS`."""
-    text = json.dumps(result, indent=1, allow_nan=False)
-    print(text, flush=True)
+    """Print a record, and `save` it if asked to."""
+    print(json.dumps(result, indent=1, allow_nan=False), flush=True)
     if write:
-        folder = RESULTS if folder is None else folder
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{result['name']}.json").write_text(text + "\n")
+        save(result, folder)
+
+
+def save(result: Mapping[str, Any], folder: Path | None = None) -> None:
+    """Write a record to a folder; default: `RESULTS`."""
+    folder = RESULTS if folder is None else folder
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{result['name']}.json").write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
 
 
 def summary(samples: Sequence[float]) -> dict[str, Any]:

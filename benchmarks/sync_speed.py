@@ -23,7 +23,19 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from gpu_common import DUMMY, SERVER, SHAPES, Stock, checksums, make_model, shard, summary, used_mib, write_config
+from gpu_common import (
+    DUMMY,
+    SERVER,
+    SHAPES,
+    Stock,
+    change,
+    checksums,
+    make_model,
+    shard,
+    summary,
+    used_mib,
+    write_config,
+)
 
 import tpcolocate
 from tpcolocate.agreement import RankGroup
@@ -57,16 +69,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--server-log", type=Path, default=None)
     return parser.parse_args()
-
-
-def change(model: torch.nn.Module, seed: int, device: torch.device) -> None:
-    """A step in place, the same on every rank that holds the same."""
-    generator = torch.Generator(device).manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
-            local.mul_(1.0 + 0.01 * torch.rand((), generator=generator, device=device))
-    torch.cuda.synchronize()
 
 
 def copy_floor(num_bytes: int, device: torch.device) -> dict[str, float]:
