@@ -1,7 +1,7 @@
 """What only a GPU can show: CUDA handles, the memory saver, UUIDs.  Two ranks, one SGLang server at tp=2.
 
-On two GPUs each rank takes its own; on a single one both share it (`TPCOLOCATE_TEST_ARGS` may then hold more server
-arguments as JSON; NCCL has to permit several ranks on a GPU).
+Only GPUs in CUDA_VISIBLE_DEVICES are used.  On two GPUs each rank takes its own; on a single one both share it
+(`TPCOLOCATE_TEST_ARGS` may then hold more server arguments as JSON; NCCL has to permit several ranks on a GPU).
 """
 
 import json
@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from harness import run_ranks
+from harness import gpu_environment, run_ranks
 
 import tpcolocate
 from tpcolocate import errors, ipc_payload
@@ -225,7 +225,7 @@ def found(tmp_path_factory):
         timeout_s=800,
         init_group=False,
         start_method="spawn",
-        env={"GLOO_SOCKET_IFNAME": None, "OMP_NUM_THREADS": "4"},
+        env={"GLOO_SOCKET_IFNAME": None, "OMP_NUM_THREADS": "4", **gpu_environment()},
     )
 
 
@@ -323,6 +323,9 @@ def offloaded(rank, world):
     return held, {tensor.device.type for tensor in full.values()}, equal
 
 
-def test_offloaded_shards_are_gathered_by_the_gpus():
+def test_offloaded_shards_are_gathered_by_the_gpus(monkeypatch):
+    for name, value in gpu_environment().items():
+        monkeypatch.setenv(name, value)
     world = min(2, torch.cuda.device_count())
-    assert run_ranks(offloaded, world, world, backend="nccl", timeout_s=120) == [({"cpu"}, {"cuda"}, True)] * world
+    found = run_ranks(offloaded, world, world, backend="nccl", timeout_s=120, env=gpu_environment())
+    assert found == [({"cpu"}, {"cuda"}, True)] * world
