@@ -33,8 +33,9 @@ from gpu_common import (
     Stock,
     change,
     checksums,
-    first_of,
+    is_verified,
     make_model,
+    num_mapped,
     shard,
     synchronize,
     write_config,
@@ -148,7 +149,7 @@ class Ranks:
             "seconds": [],
             "first": first,
             "commands": report.num_buckets,
-            "mapped": [first_of(r, "num_mapped", "num_lent") for r in report.ranks],
+            "mapped": num_mapped(report),
             "direct_mib": [round(r.direct_bytes / 2**20, 1) for r in report.ranks],
             "staged_mib": [round(r.staged_bytes / 2**20, 1) for r in report.ranks],
             "peak_extra_mib": [round(r.peak_extra_bytes / 2**20, 1) for r in report.ranks],
@@ -172,7 +173,7 @@ class Ranks:
         seconds, report = self.sync()
         row = self.found[module]
         row["seconds"].append(seconds)
-        row["all_verified"] &= first_of(report, "num_verified", "num_proven") == report.num_tensors
+        row["all_verified"] &= is_verified(report)
         row["all_verified"] &= all(r.num_exported == r.num_returned for r in report.ranks)
         mine = next(r.seconds for r in report.ranks if r.rank == report.rank)
         for key, of_sync in (("phases_ms", mine), ("workers_ms", report.worker_seconds)):

@@ -1,4 +1,4 @@
-"""What the benchmarks on GPUs share: models, server arguments, the stock push, what is measured, and how results are kept."""
+"""Common parts of the GPU benchmarks: models, server arguments, the stock push, measures, and how results are kept."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import urllib3
-from served import everyone
+from served import gather_all
 
 import tpcolocate
 
@@ -32,7 +32,7 @@ SHAPES = {
 }
 VOCABULARY = 32_000
 SMALL: dict[str, Any] = {
-    # Of a checkpoint with weights: at 0.06 the layers have a say in the tokens, at the usual 0.02 hardly.
+    # Of a checkpoint with weights: at 0.06 the layers influence the tokens, at the usual 0.02 hardly.
     "hidden_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128,
     "intermediate_size": 3072, "vocab_size": 4096, "tie_word_embeddings": False, "initializer_range": 0.06,
 }  # fmt: skip
@@ -42,7 +42,7 @@ SERVER: dict[str, Any] = {
     "attention_backend": "triton", "sampling_backend": "pytorch", "grammar_backend": "none", "disable_cuda_graph": True,
     "mem_fraction_static": 0.8, "max_total_tokens": 32768, "skip_tokenizer_init": True, "skip_server_warmup": True, "context_length": 1024,
 }  # fmt: skip
-"""Kernels that need no compiler on the machine, no tokenizer, and, by a bound on the tokens, room for a trainer."""
+"""Kernels that need no compiler on the machine, no tokenizer, and a bound on the tokens that leaves memory for a trainer."""
 DUMMY: dict[str, Any] = {"load_format": "dummy"}
 """For a folder with a config.json alone."""
 
@@ -194,12 +194,26 @@ def checksums(engine: tpcolocate.Engine, colo: tpcolocate.Colocation) -> str:
     found = None
     if colo.is_owner:
         found = post(engine, "/weights_checker", {"action": "checksum"}, timeout_s=300)["per_engine_checksum"]
-    return everyone(found)[colo.owner_rank]
+    return gather_all(found)[colo.owner_rank]
 
 
 def first_of(thing: Any, *names: str) -> Any:
     """The attribute under the first of these names that there is: some were renamed, and several releases are measured."""
     return getattr(thing, next(name for name in names if hasattr(thing, name)))
+
+
+def num_mapped(report: tpcolocate.SyncReport) -> list[int]:
+    """Handles of each rank's parameters that the engine keeps mapped."""
+    return [first_of(rank, "num_mapped", "num_lent") for rank in report.ranks]
+
+
+def num_verified(report: tpcolocate.SyncReport) -> int:
+    return first_of(report, "num_verified", "num_proven")
+
+
+def is_verified(report: tpcolocate.SyncReport) -> bool:
+    """Whether every tensor was read back from the engine."""
+    return num_verified(report) == report.num_tensors
 
 
 class Stock:
@@ -287,7 +301,7 @@ class Notes:
     Args:
         out: The file.
         rank: Of this process.
-        head: What there is to say before anything was measured.
+        head: What is known before anything is measured.
     """
 
     def __init__(self, out: Path, rank: int, head: dict[str, Any]) -> None:
@@ -304,7 +318,7 @@ class Notes:
 
 
 class Budget:
-    """Seconds that a run may take; every rank learns from rank 0 whether they are over.
+    """Seconds that a run may take, by the clock of rank 0.
 
     Args:
         seconds: From now on.
@@ -314,7 +328,7 @@ class Budget:
         self.ends = time.monotonic() + seconds
 
     def left(self) -> bool:
-        return everyone(time.monotonic() < self.ends)[0]
+        return gather_all(time.monotonic() < self.ends)[0]
 
 
 class OutOfStep(RuntimeError):
@@ -324,8 +338,8 @@ class OutOfStep(RuntimeError):
 class InStep:
     """The parts of a run, each made by all ranks: one that fails on some rank is noted, and all go on with the next one.
 
-    All that the ranks exchange within a part goes through `gather`, which says what it is for.  So a rank that failed, and asks
-    for the end of the part, is not taken for one that answers.
+    All that the ranks exchange within a part goes through `gather`, with the name of the value.  So a rank that failed, and
+    asks for the end of the part, is not mistaken for one that answers.
 
     Args:
         note: Keeps what each part found.
@@ -340,7 +354,7 @@ class InStep:
         Raises:
             OutOfStep: Some rank is somewhere else.
         """
-        views = everyone((what, value))
+        views = gather_all((what, value))
         if any(view[0] != what for view in views):
             raise OutOfStep(f"at {what!r}, others are at {[view[0] for view in views]}")
         return [view[1] for view in views]
@@ -362,11 +376,11 @@ class InStep:
             value = act(found)
             if value is not None:
                 found.update(value if isinstance(value, dict) else {"value": value})
-        except Exception as error:  # whatever it is, the others are told
+        except Exception as error:  # reported to the other ranks
             problem = f"{type(error).__name__}: {error}"
             traceback.print_exc()
         while True:
-            views = everyone((f"the end of {name}", problem))
+            views = gather_all((f"the end of {name}", problem))
             if all(view[0] == f"the end of {name}" for view in views):
                 break
         faulthandler.cancel_dump_traceback_later()

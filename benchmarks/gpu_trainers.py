@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from gpu_common import SERVER, SMALL, OutOfStep, first_of, left_in_shm
+from gpu_common import SERVER, SMALL, OutOfStep, first_of, left_in_shm, num_mapped
 from record import RESULTS, publish, record
 
 import tpcolocate
@@ -308,7 +308,7 @@ class Bench:
                 "seconds": round(max(self.gather("seconds", seconds)), 4),
                 "gap": float(f"{largest:.3g}"),
                 "mean_gap": float(f"{mean:.3g}"),
-                "mapped": max(first_of(r, "num_mapped", "num_lent") for r in ranks),
+                "mapped": max(num_mapped(report)),
                 "direct_mib": round(max(r.direct_bytes for r in ranks) / 2**20, 1),
                 "staged_mib": round(max(r.staged_bytes for r in ranks) / 2**20, 1),
                 "outstanding": sum(r.num_exported - r.num_returned for r in ranks),
@@ -353,11 +353,11 @@ class Bench:
             forget_frames(caught)
         gc.collect()  # the trainer, whose memory the engine may still map
         usable = not isinstance(error, errors.EngineDeadError | errors.RankLostError | errors.LaunchError)
-        told = self.gather_at_end((None if error is None else f"{type(error).__name__}: {error}", usable))
-        texts = [text[:400] for text, _ in told if text is not None]
+        outcomes = self.gather_at_end((None if error is None else f"{type(error).__name__}: {error}", usable))
+        texts = [text[:400] for text, _ in outcomes if text is not None]
         texts.sort(key=lambda text: text.startswith(OutOfStep.__name__))  # the cause first
         row["error"] = texts[0] if texts else None
-        usable = all(is_usable for _, is_usable in told)
+        usable = all(is_usable for _, is_usable in outcomes)
         try:
             if usable and self.engine is not None:
                 self.engine.wake()  # which takes back what the trainer has dropped
@@ -436,14 +436,14 @@ def series(row: dict[str, Any], name: str) -> str:
 def line_of(row: dict[str, Any]) -> str:
     """A row of the table."""
     if row["error"] is not None:
-        told = f"after {len(row.get('gap', ()))} syncs: {row['error'].splitlines()[0]}"
+        result = f"after {len(row.get('gap', ()))} syncs: {row['error'].splitlines()[0]}"
     else:
-        told = " | ".join(
+        result = " | ".join(
             f"{name} {series(row, name)}" for name in ("seconds", "gap", "mapped", "staged_mib", "direct_mib")
         )
-        told += f" | unverified {len(row['unverified'])} of {row['tensors']}"
+        result += f" | unverified {len(row['unverified'])} of {row['tensors']}"
     stale = f" (unsynced {row['stale'][0]:.2g})" if "stale" in row else ""
-    return f"{row['model']:8} {row['trainer']:11} {row['verdict']:10} {row.get('took_s', 0):5.0f} s  {told}{stale}"
+    return f"{row['model']:8} {row['trainer']:11} {row['verdict']:10} {row.get('took_s', 0):5.0f} s  {result}{stale}"
 
 
 @contextmanager

@@ -43,9 +43,22 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from gpu_common import DUMMY, SERVER, SHAPES, Stock, change, checksums, make_model, shard, synchronize, write_config
+from gpu_common import (
+    DUMMY,
+    SERVER,
+    SHAPES,
+    Stock,
+    change,
+    checksums,
+    is_verified,
+    make_model,
+    num_mapped,
+    shard,
+    synchronize,
+    write_config,
+)
 from record import RESULTS, publish, record, save
-from served import everyone
+from served import gather_all
 
 import tpcolocate
 from tpcolocate.errors import SyncError
@@ -218,7 +231,7 @@ class Bench:
         started = time.perf_counter()
         found = self.engine.sync_weights(model, **options)
         seconds = time.perf_counter() - started
-        self.all_verified = self.all_verified and found.num_proven == found.num_tensors
+        self.all_verified = self.all_verified and is_verified(found)
         return seconds, found
 
     def warm_up(self, model: torch.nn.Module, mode: str) -> dict[str, Any]:
@@ -227,14 +240,14 @@ class Bench:
             _, report = self.sync(model, None, mode)
         ends = time.monotonic() + KERNEL_S
         while mode == "plain" and self.device.type == "cuda" and "one_pass" not in report.worker_seconds:
-            if not everyone(time.monotonic() < ends)[0]:
+            if not gather_all(time.monotonic() < ends)[0]:
                 break
             _, report = self.sync(model, None, mode)
         for _ in range(3):
             _, report = self.sync(model, None, mode)
         return {
             "commands": report.num_buckets,
-            "mapped": [r.num_lent for r in report.ranks],
+            "mapped": num_mapped(report),
             "direct_mib": [round(r.direct_bytes / 2**20, 1) for r in report.ranks],
             "staged_mib": [round(r.staged_bytes / 2**20, 1) for r in report.ranks],
             "worker_ms": {name: round(value * 1e3, 2) for name, value in report.worker_seconds.items()},
@@ -259,7 +272,7 @@ class Bench:
             },
             "pairs_with_gain": sum(ratio > 1.0 for ratio in ratios), "n": len(ratios),
             "copies_ms": [round(statistics.median(inside[key]) * 1e3, 3) for key in (True, False)],
-            "workers_called_again": everyone(self.mechanisms.num_second_calls - calls)[self.colo.owner_rank],
+            "workers_called_again": gather_all(self.mechanisms.num_second_calls - calls)[self.colo.owner_rank],
             "checksums_equal_stock": [self.equals_stock(model, off, mode) for off in (None, mechanism)],
         }  # fmt: skip
 
@@ -295,7 +308,7 @@ def main() -> None:
     dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
     rank = dist.get_rank()
     with tempfile.TemporaryDirectory(prefix="tpcolocate-mechanisms-") as own:
-        folder = Path(everyone(own)[0])
+        folder = Path(gather_all(own)[0])
         if rank == 0:
             write_config(folder / "model", args.shape)
         dist.barrier()

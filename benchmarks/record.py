@@ -1,4 +1,4 @@
-"""How a result is recorded: one JSON file per result, complete enough to be doubted.
+"""How a result is recorded: one JSON file per result, complete enough to be checked.
 
 A record names its command, commit, versions, hardware and sizes, holds the baseline of the same run and what was
 checked in it.  It never names the host, its folders or its users.
@@ -25,7 +25,7 @@ FIELDS = (
     "name", "metric", "unit", "n", "median", "minimum", "maximum", "samples", "baseline", "comparison", "target",
     "target_met", "checks", "settings", "command", "commit", "versions", "hardware", "load_average", "time_utc",
 )  # fmt: skip
-"""Every record has all of them, in this order; None where there is nothing to say."""
+"""Every record has all of them, in this order; None where one does not apply."""
 _MOST_SAMPLES = 120
 _PACKAGES = ("torch", "sglang", "transformers", "httpx", "tpcolocate")
 
@@ -44,7 +44,7 @@ def record(
     target_met: bool | None = None,
     load_before: Sequence[float] | None = None,
 ) -> dict[str, Any]:
-    """Everything there is to say about one result.
+    """Return the record of one result.
 
     Args:
         name: Of the result, and of its file.
@@ -156,7 +156,7 @@ def command(argv: Sequence[str], environment: Mapping[str, str]) -> str:
 def commit() -> str | None:
     """Commit of the code, ``-dirty`` if it was changed since; new results are no change.
 
-    Outside of git it is what the variable ``BENCHMARK_COMMIT`` says, else None.
+    Outside of git it is the variable ``BENCHMARK_COMMIT``, else None.
     """
     try:
         head = _git("rev-parse", "HEAD")

@@ -1,4 +1,4 @@
-"""Records are complete and say nothing of the machine they were made on; every recorded result names a script that is there."""
+"""Records are complete and name nothing of the machine they were made on; every recorded result names a script that exists."""
 
 import ast
 import json
@@ -124,7 +124,7 @@ def test_no_samples_are_refused():
         made(samples=[])
 
 
-def test_many_samples_are_summed_up():
+def test_many_samples_are_summarised():
     assert made(samples=[float(i) for i in range(1, 1002)])["samples"] is None
 
 
@@ -177,5 +177,5 @@ def test_the_page_lists_every_recorded_result():
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
-def test_every_script_says_what_it_does(path):
+def test_every_script_has_a_docstring(path):
     assert ast.get_docstring(ast.parse(path.read_text()))
