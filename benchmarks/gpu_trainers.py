@@ -20,6 +20,7 @@ import faulthandler
 import gc
 import json
 import logging
+import math
 import os
 import tempfile
 import time
@@ -210,6 +211,24 @@ def forget_frames(error: BaseException | None) -> None:
         error = error.__cause__ or error.__context__
 
 
+def judge(row: dict[str, Any], device: str) -> str:
+    """One word on a trainer: ok, or what is wrong with it.
+
+    Args:
+        row: See `Bench.row`.
+        device: Type of device, for what is noise.
+    """
+    if row["error"] is not None:
+        refusal = REFUSED.get((row["model"], row["trainer"]))
+        return "refused" if refusal is not None and row["error"].startswith(refusal.__name__) else "FAILED"
+    at_noise = all(gap <= NOISE[device, row["model"]] for gap in row["gap"])
+    if not (at_noise and all(gap < row["stale"][1] / 4 for gap in row["mean_gap"])):
+        return "WRONG"
+    if any(row["outstanding"]) or row["left_mib"] > LEFT_MIB:
+        return "LEAKS"
+    return "unverified" if row["unverified"] else "ok"
+
+
 class Bench:
     """The ranks, and the server of one model at a time.
 
@@ -319,20 +338,6 @@ class Bench:
             row["unverified"] = sorted({*row.get("unverified", ()), *first_of(report, "unverified", "unproven")})
             row["transport"] = report.transport
 
-    def judge(self, row: dict[str, Any]) -> str:
-        """One word on a trainer: ok, or what is wrong with it."""
-        if row["error"] is not None:
-            refusal = REFUSED.get((row["model"], row["trainer"]))
-            return "refused" if refusal is not None and row["error"].startswith(refusal.__name__) else "FAILED"
-        if (
-            not max(row["gap"]) <= NOISE[self.device.type, row["model"]]
-            or not max(row["mean_gap"]) < row["stale"][1] / 4
-        ):
-            return "WRONG"
-        if any(row["outstanding"]) or row["left_mib"] > LEFT_MIB:
-            return "LEAKS"
-        return "unverified" if row["unverified"] else "ok"
-
     def row(self, model: str, trainer: str, folder: Path, reference: torch.nn.Module) -> dict[str, Any]:
         """One trainer from its module to its judgement, the same on every rank."""
         row: dict[str, Any] = {"model": model, "trainer": trainer}
@@ -378,7 +383,7 @@ class Bench:
         row["warnings"] = sorted({text[:200] for texts in new for text in texts})
         faulthandler.cancel_dump_traceback_later()
         row["took_s"] = round(time.monotonic() - started, 1)
-        row["verdict"] = self.judge(row)
+        row["verdict"] = judge(row, self.device.type)
         return row
 
     def allocated_mib(self) -> float:
@@ -492,7 +497,7 @@ def recorded(row: dict[str, Any]) -> dict[str, Any]:
     kept = {"verdict": row["verdict"], **{name: series(row, name) for name in lists if row.get(name)}}
     kept |= {name: row[name] for name in ("tensors", "transport") if name in row}
     kept |= {"unverified": row["unverified"][:5]} if row.get("unverified") else {}
-    kept |= {"unsynced_gap": row["stale"][0]} if "stale" in row else {}
+    kept |= {"unsynced_gap": f"{row['stale'][0]:.3g}"} if "stale" in row else {}
     return kept | ({} if row["error"] is None else {"error": row["error"].splitlines()[0]})
 
 
@@ -525,7 +530,7 @@ def main() -> None:
         for text in sorted({text for row in rows for text in row.get("warnings", ())}):
             print("warning:", text)
         print("outstanding:", json.dumps(outstanding), flush=True)
-        samples = [value for row in rows for value in row.get("gap", ())]
+        samples = [value for row in rows for value in row.get("gap", ()) if math.isfinite(value)]
         if samples:
             result = record(
                 f"gpu_trainers_tp{args.tp_size}" if args.device == "cuda" else f"cpu_trainers_tp{args.tp_size}",

@@ -87,6 +87,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--mechanisms", nargs="+", choices=MECHANISMS, default=MECHANISMS)
     parser.add_argument("--pairs", type=int, default=30)
+    parser.add_argument("--server-log", type=Path, default=None)
     parser.add_argument("--record", action="store_true", help="write the result as JSON")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where to")
     return parser.parse_args()
@@ -317,6 +318,7 @@ def main() -> None:
     if rank == 0:
         for name, row in rows.items():
             print(line_of(name, row))
+    if rank == 0 and any("error" not in row for row in rows.values()):
         publish(made(args, rows, modes, load_before), write=args.record, folder=args.results)
     dist.destroy_process_group()
 
@@ -344,7 +346,12 @@ def run(
     with tpcolocate.init(args.tp_size, device=device, timeout_s=120.0) as colo:
         mechanisms = Mechanisms(folder / "flags.json", is_owner=colo.is_owner)
         with colo.launch(
-            folder / "model", health_timeout_s=400, env=env, custom_weight_loader=WORKER, **server
+            folder / "model",
+            health_timeout_s=400,
+            log_path=args.server_log,
+            env=env,
+            custom_weight_loader=WORKER,
+            **server,
         ) as engine:
             engine._sync.loader = WORKER
             bench = Bench(args, engine, colo, mechanisms)
