@@ -119,7 +119,7 @@ def main() -> None:
             for case in CASES:
                 if args.case is None or case.name in args.case:
                     publish(measured(engine, case, args.rounds, settings), write=args.record)
-        served.everyone(None)
+        served.gather_all(None)
     if dist.is_initialized():
         dist.destroy_process_group()
 

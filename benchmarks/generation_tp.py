@@ -49,13 +49,13 @@ def arguments(args: argparse.Namespace, world: int) -> dict[str, Any]:
 
 @contextmanager
 def folder_of(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The model to serve, and what a record says of it."""
+    """Yield the model to serve and its description for a record."""
     if args.shape is None:
         with served.checkpoint(args.model) as (path, model):
             yield path, model
         return
     with tempfile.TemporaryDirectory(prefix="tpcolocate-benchmark-") as folder:  # rank 0's is the one
-        path = served.everyone(folder)[0]
+        path = served.gather_all(folder)[0]
         if dist.get_rank() == 0:
             gpu_common.write_config(Path(path), args.shape)
         dist.barrier()
@@ -105,13 +105,13 @@ def measured(
             dist.barrier()
             started = time.perf_counter()
             answers = engines[name].generate(mine, params)
-            elapsed = max(served.everyone(time.perf_counter() - started))
+            elapsed = max(served.gather_all(time.perf_counter() - started))
             last[name] = [answer["output_ids"] for answer in answers]
             first.setdefault(name, last[name])
             if number >= _WARM_UP:
                 seconds[name].append(elapsed)
     alone, over_all = engines
-    equal = added(served.everyone(same_tokens(last[alone], last[over_all])))
+    equal = added(served.gather_all(same_tokens(last[alone], last[over_all])))
     if args.device == "cpu" and args.shape is None and equal["answers"] != world * prompts:
         raise SystemExit(f"{equal['answers']} of {world * prompts} answers are equal; the figures mean nothing")
     checks = {"equal_answers": equal["answers"], "of": world * prompts}
@@ -119,7 +119,7 @@ def measured(
         checks |= {"equal_tokens": equal["tokens"], "of_tokens": world * prompts * args.max_new_tokens}
         for name in engines:
             checks[f"equal_tokens_of_{name.replace(' ', '_')}_in_first_and_last_round"] = added(
-                served.everyone(same_tokens(first[name], last[name]))
+                served.gather_all(same_tokens(first[name], last[name]))
             )["tokens"]
     name = f"generation_tp{world}_against_tp1_{args.device}"
     name += "" if args.shape is None else f"_{args.shape.replace('.', '_')}"

@@ -1,4 +1,4 @@
-"""What the benchmarks on GPUs share: models, server arguments, the stock push, what is measured, and how results are kept."""
+"""Common parts of the GPU benchmarks: models, server arguments, the stock push, measures, and how results are kept."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from served import everyone
+import urllib3
+from served import gather_all
 
 import tpcolocate
 
@@ -27,10 +28,11 @@ SHAPES = {
     "4b": (2560, 9728, 36, 32, 8),
     "14b": (5120, 17408, 40, 40, 8),
     "32b": (5120, 25600, 64, 64, 8),
+    "tiny": (128, 256, 2, 4, 2),  # for a try on a CPU
 }
 VOCABULARY = 32_000
 SMALL: dict[str, Any] = {
-    # Of a checkpoint with weights: at 0.06 the layers have a say in the tokens, at the usual 0.02 hardly.
+    # Of a checkpoint with weights: at 0.06 the layers influence the tokens, at the usual 0.02 hardly.
     "hidden_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128,
     "intermediate_size": 3072, "vocab_size": 4096, "tie_word_embeddings": False, "initializer_range": 0.06,
 }  # fmt: skip
@@ -40,7 +42,7 @@ SERVER: dict[str, Any] = {
     "attention_backend": "triton", "sampling_backend": "pytorch", "grammar_backend": "none", "disable_cuda_graph": True,
     "mem_fraction_static": 0.8, "max_total_tokens": 32768, "skip_tokenizer_init": True, "skip_server_warmup": True, "context_length": 1024,
 }  # fmt: skip
-"""Kernels that need no compiler on the machine, no tokenizer, and, by a bound on the tokens, room for a trainer."""
+"""Kernels that need no compiler on the machine, no tokenizer, and a bound on the tokens that leaves memory for a trainer."""
 DUMMY: dict[str, Any] = {"load_format": "dummy"}
 """For a folder with a config.json alone."""
 
@@ -73,19 +75,22 @@ def shard(model: torch.nn.Module) -> None:
     fully_shard(model)
 
 
-def make_model(folder: Path, device: torch.device, seed: int, *, sharded: bool = False) -> torch.nn.Module:
-    """Random bf16 weights, to be sent and not to be run: its buffers hold anything.
+def make_model(
+    folder: Path, device: torch.device, seed: int, *, sharded: bool = False, dtype: torch.dtype = DTYPE
+) -> torch.nn.Module:
+    """Random weights, to be sent and not to be run: its buffers hold anything.
 
     Args:
         folder: With a config.
         device: Of this rank.
         seed: Of the weights, which are the same on every rank.
         sharded: Make nothing but this rank's shards, for a model that would not fit.
+        dtype: Of the weights.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
     if sharded:
         shard(model)
         seed += dist.get_rank()
@@ -96,6 +101,16 @@ def make_model(folder: Path, device: torch.device, seed: int, *, sharded: bool =
             local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
             local.normal_(0.0, 0.02, generator=generator)
     return model
+
+
+def change(model: torch.nn.Module, seed: int, device: torch.device) -> None:
+    """A step in place, the same on every rank that holds the same."""
+    generator = torch.Generator(device).manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+            local.mul_(1.0 + 0.01 * torch.rand((), generator=generator, device=device))
+    synchronize()
 
 
 def write_checkpoint(folder: str | Path) -> None:
@@ -109,6 +124,12 @@ def write_checkpoint(folder: str | Path) -> None:
 
 
 # --- measures --------------------------------------------------------------------------------------------------------
+
+
+def synchronize() -> None:
+    """Wait for the current device; on a CPU there is nothing to wait for."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def used_mib() -> float:
@@ -142,11 +163,57 @@ def gap(engine: tpcolocate.Engine, model: torch.nn.Module, device: torch.device)
     return worst
 
 
-def checksums(engine: tpcolocate.Engine, colo: tpcolocate.Colocation) -> str | None:
-    """The engine's own digest over every parameter of every rank."""
-    if not colo.is_owner:
-        return None
-    return engine._client.post("/weights_checker", {"action": "checksum"}, timeout_s=300)["per_engine_checksum"]
+def post(engine: tpcolocate.Engine, path: str, body: dict[str, Any] | None = None, *, timeout_s: float) -> Any:
+    """Make a request to the server, beside this library; connections are kept.
+
+    Raises:
+        RuntimeError: The server refused it.
+    """
+    answer = _HTTP.request(
+        "POST",
+        engine.url + path,
+        body=json.dumps({} if body is None else body),
+        headers={"Authorization": f"Bearer {engine.api_key}", "Content-Type": "application/json"},
+        timeout=timeout_s,
+        retries=False,
+    )
+    try:
+        content = json.loads(answer.data)
+    except ValueError:
+        content = answer.data.decode(errors="replace")
+    if answer.status != 200 or (isinstance(content, dict) and content.get("success") is False):
+        raise RuntimeError(f"{path}: {answer.status} {content}")
+    return content
+
+
+_HTTP = urllib3.PoolManager()
+
+
+def checksums(engine: tpcolocate.Engine, colo: tpcolocate.Colocation) -> str:
+    """The engine's own digest over every parameter of every TP rank, on all ranks.  Collective: over the default group."""
+    found = None
+    if colo.is_owner:
+        found = post(engine, "/weights_checker", {"action": "checksum"}, timeout_s=300)["per_engine_checksum"]
+    return gather_all(found)[colo.owner_rank]
+
+
+def first_of(thing: Any, *names: str) -> Any:
+    """The attribute under the first of these names that there is: some were renamed, and several releases are measured."""
+    return getattr(thing, next(name for name in names if hasattr(thing, name)))
+
+
+def num_mapped(report: tpcolocate.SyncReport) -> list[int]:
+    """Handles of each rank's parameters that the engine keeps mapped."""
+    return [first_of(rank, "num_mapped", "num_lent") for rank in report.ranks]
+
+
+def num_verified(report: tpcolocate.SyncReport) -> int:
+    return first_of(report, "num_verified", "num_proven")
+
+
+def is_verified(report: tpcolocate.SyncReport) -> bool:
+    """Whether every tensor was read back from the engine."""
+    return num_verified(report) == report.num_tensors
 
 
 class Stock:
@@ -166,7 +233,7 @@ class Stock:
 
     def push(self, model: torch.nn.Module, *, duplicate: bool = False) -> float:
         """Seconds of one push; `duplicate` gives every TP rank the owner's payload, which is the mistake."""
-        torch.cuda.synchronize()
+        synchronize()
         dist.barrier()
         started = time.perf_counter()
         bucket, used = [], 0
@@ -180,13 +247,13 @@ class Stock:
             used += tensor.nbytes
         self._send(bucket, duplicate)
         if self.colo.is_owner:
-            self.engine._client.post("/flush_cache", timeout_s=60)
+            post(self.engine, "/flush_cache", timeout_s=60)
         dist.barrier()
         return time.perf_counter() - started
 
     def _send(self, bucket: list[tuple[str, torch.Tensor]], duplicate: bool) -> None:
         flat = self.bucket_class(named_tensors=bucket)
-        torch.cuda.synchronize()
+        synchronize()
         mine = ""
         if self.colo.is_owner or not duplicate:
             content = {"flattened_tensor": flat.get_flattened_tensor(), "metadata": flat.get_metadata()}
@@ -199,11 +266,13 @@ class Stock:
             dist.gather_object(mine, gathered, dst=self.colo.owner_rank, group=group)
         if self.colo.is_owner:
             gathered = [mine] * self.colo.tp_size if duplicate else gathered
-            self.engine._context.owned.api.push(gathered, load_format="flattened_bucket", timeout_s=120)
+            body = {"serialized_named_tensors": gathered, "load_format": "flattened_bucket", "flush_cache": False}
+            post(self.engine, "/update_weights_from_tensor", body, timeout_s=120)
         if group is not None:
             dist.barrier(group=group)
         del flat
-        torch.cuda.ipc_collect()
+        if torch.cuda.is_available():
+            torch.cuda.ipc_collect()
 
 
 # --- a run -----------------------------------------------------------------------------------------------------------
@@ -232,7 +301,7 @@ class Notes:
     Args:
         out: The file.
         rank: Of this process.
-        head: What there is to say before anything was measured.
+        head: What is known before anything is measured.
     """
 
     def __init__(self, out: Path, rank: int, head: dict[str, Any]) -> None:
@@ -249,7 +318,7 @@ class Notes:
 
 
 class Budget:
-    """Seconds that a run may take; every rank learns from rank 0 whether they are over.
+    """Seconds that a run may take, by the clock of rank 0.
 
     Args:
         seconds: From now on.
@@ -259,7 +328,7 @@ class Budget:
         self.ends = time.monotonic() + seconds
 
     def left(self) -> bool:
-        return everyone(time.monotonic() < self.ends)[0]
+        return gather_all(time.monotonic() < self.ends)[0]
 
 
 class OutOfStep(RuntimeError):
@@ -269,8 +338,8 @@ class OutOfStep(RuntimeError):
 class InStep:
     """The parts of a run, each made by all ranks: one that fails on some rank is noted, and all go on with the next one.
 
-    All that the ranks exchange within a part goes through `gather`, which says what it is for.  So a rank that failed, and asks
-    for the end of the part, is not taken for one that answers.
+    All that the ranks exchange within a part goes through `gather`, with the name of the value.  So a rank that failed, and
+    asks for the end of the part, is not mistaken for one that answers.
 
     Args:
         note: Keeps what each part found.
@@ -285,7 +354,7 @@ class InStep:
         Raises:
             OutOfStep: Some rank is somewhere else.
         """
-        views = everyone((what, value))
+        views = gather_all((what, value))
         if any(view[0] != what for view in views):
             raise OutOfStep(f"at {what!r}, others are at {[view[0] for view in views]}")
         return [view[1] for view in views]
@@ -307,11 +376,11 @@ class InStep:
             value = act(found)
             if value is not None:
                 found.update(value if isinstance(value, dict) else {"value": value})
-        except Exception as error:  # whatever it is, the others are told
+        except Exception as error:  # reported to the other ranks
             problem = f"{type(error).__name__}: {error}"
             traceback.print_exc()
         while True:
-            views = everyone((f"the end of {name}", problem))
+            views = gather_all((f"the end of {name}", problem))
             if all(view[0] == f"the end of {name}" for view in views):
                 break
         faulthandler.cancel_dump_traceback_later()

@@ -12,7 +12,7 @@ For plain and FSDP2 modules, in one run and on one server, with full tensors (pe
 * the negative control: one payload for all TP ranks.  The ledger must report it on the first sync; without the ledger
   (SGLang's own push, the same mistake) it leaks a model per push.
 
-What is not begun within the budget is left out, and the result says so.
+What is not begun within the budget is left out, and reported as such.
 """
 
 from __future__ import annotations
@@ -29,7 +29,21 @@ from typing import Any
 import gpu_common
 import torch
 import torch.distributed as dist
-from gpu_common import DUMMY, PROMPTS, SERVER, SHAPES, Stock, checksums, make_model, shard, slope, summary, used_mib
+from gpu_common import (
+    DUMMY,
+    PROMPTS,
+    SERVER,
+    SHAPES,
+    Stock,
+    checksums,
+    is_verified,
+    make_model,
+    num_mapped,
+    shard,
+    slope,
+    summary,
+    used_mib,
+)
 from record import command
 
 import tpcolocate
@@ -53,7 +67,7 @@ def parse_args() -> argparse.Namespace:
 
 def repeat(engine: tpcolocate.Engine, model: torch.nn.Module, times: int, **options: object) -> dict[str, object]:
     """Syncs in a row: memory after each, handles, seconds."""
-    used, seconds, phases, workers, balanced, proven = [], [], [], [], True, True
+    used, seconds, phases, workers, balanced, verified = [], [], [], [], True, True
     for _ in range(times):
         report = engine.sync_weights(model, **options)
         dist.barrier()
@@ -62,15 +76,15 @@ def repeat(engine: tpcolocate.Engine, model: torch.nn.Module, times: int, **opti
         phases.append(next(r.seconds for r in report.ranks if r.rank == report.rank))
         workers.append(report.worker_seconds)
         balanced &= all(r.num_exported == r.num_returned for r in report.ranks)
-        proven &= report.num_proven == report.num_tensors
+        verified &= is_verified(report)
     return {
         "syncs": times, "mib": report.num_bytes / 2**20, "buckets": report.num_buckets, "tensors": report.num_tensors,
-        "all_handles_back_each_time": balanced, "all_tensors_proven_each_time": proven, "transport": report.transport,
+        "all_handles_back_each_time": balanced, "all_tensors_verified_each_time": verified, "transport": report.transport,
         "driver_used_mib": used if times <= 12 else [*used[:3], "...", *used[-3:]], "driver_used_mib_min_max": [min(used), max(used)],
         "slope_mib_per_sync": round(slope(used), 4), "seconds": summary(seconds),
         "phases_median_ms": {k: round(statistics.median(p.get(k, 0.0) for p in phases) * 1e3, 2) for k in phases[-1]},
         "workers_median_ms": {k: round(statistics.median(w.get(k, 0.0) for w in workers) * 1e3, 2) for k in workers[-1]},
-        "replayed": report.num_replayed, "lent": [r.num_lent for r in report.ranks],
+        "replayed": report.num_replayed, "mapped": num_mapped(report),
         "direct_mib": [round(r.direct_bytes / 2**20, 1) for r in report.ranks], "staged_mib": [round(r.staged_bytes / 2**20, 1) for r in report.ranks],
         "peak_extra_mib": max(r.peak_extra_bytes for r in report.ranks) / 2**20, "warnings": report.warnings,
     }  # fmt: skip
@@ -103,14 +117,14 @@ def negative_control(engine: tpcolocate.Engine, model: torch.nn.Module, bucket_b
     delivery.BucketSender.load = duplicated  # type: ignore[method-assign]
     try:
         engine.sync_weights(model, transport="stock", bucket_bytes=bucket_bytes)
-        told = None
+        reported = None
     except tpcolocate.TpColocateError as error:
-        told = f"{type(error).__name__}: {error}"
+        reported = f"{type(error).__name__}: {error}"
     finally:
         delivery.BucketSender.load = original  # type: ignore[method-assign]
     engine.sync_weights(model, bucket_bytes=bucket_bytes)
     return {
-        "reported": told,
+        "reported": reported,
         "allocated_mib_more_after_the_next_sync": (torch.cuda.memory_allocated() - before) / 2**20,
     }
 
@@ -161,7 +175,7 @@ class Checks:
             "plain_beside_stock_2048_mib": self.large_buckets,
             "fsdp2": self.fsdp2,
             "fsdp2_checksums_equal_plain": self.same,
-            "fsdp2_parts": lambda: self.settled(self.args.fsdp_syncs),
+            "fsdp2_parts": lambda: self.repeated(self.args.fsdp_syncs),
             "fsdp2_parts_checksums_equal_plain": self.same,
             "fsdp2_beside_stock": lambda: alternate(
                 self.engine, self.stock, self.model, max(self.args.timed // 2, 2), **self.full
@@ -169,7 +183,7 @@ class Checks:
             "leak_without_ledger": lambda: leak(self.stock, self.model, 2),
         }
 
-    def settled(self, times: int) -> dict[str, Any]:
+    def repeated(self, times: int) -> dict[str, Any]:
         """Parts in a row, once nothing new is mapped or planned any more."""
         for _ in range(3):
             self.engine.sync_weights(self.model, **self.parts)
@@ -181,7 +195,7 @@ class Checks:
             for parameter in self.model.parameters():
                 parameter.mul_(1.01)
         torch.cuda.synchronize()
-        return self.settled(self.args.syncs)
+        return self.repeated(self.args.syncs)
 
     def same(self) -> bool:
         """Whether the engine holds what the stock push had left; on the owner, which is the one that is asked."""

@@ -3,7 +3,7 @@
     torchrun --standalone --nproc-per-node 2 benchmarks/gpu_verbs.py --out result.json
     torchrun --standalone --nproc-per-node 2 benchmarks/gpu_verbs.py --shared-device ...   # both ranks on one GPU (rig)
 
-A small random Qwen3 with real weights, so that the gap between the engine's log-probabilities and the trainer's tells whether the
+A small random Qwen3 with real weights, so that the gap between the engine's log-probabilities and the trainer's shows whether the
 right weights are served.  Two servers, one after the other:
 
 * memory saver and LoRA: the training step's order, cycle after cycle (``cycles_parts``, ``cycles``): generate, sleep, weights
@@ -35,7 +35,7 @@ from typing import Any
 import gpu_common
 import torch
 import torch.distributed as dist
-from gpu_common import PROMPTS, SERVER, gap, slope, summary, used_mib
+from gpu_common import PROMPTS, SERVER, gap, num_mapped, slope, summary, used_mib
 from record import command
 
 import tpcolocate
@@ -53,7 +53,7 @@ BUCKET_BYTES = 64 * 2**20
 LAUNCH_S = 240.0
 CALL_S = 90.0
 NOISE = 1.0
-"""bf16 on random weights is some tenths away; other weights are whole units away."""
+"""In bfloat16 the same random weights differ by some tenths, other weights by whole units."""
 
 
 def parse_args() -> argparse.Namespace:
@@ -109,7 +109,7 @@ class Run:
         """The largest gap of all ranks."""
         return max(self.steps.gather(f"gap: {what}", gap(self.engine, self.model, self.device)))
 
-    def spoken(self, what: str, **fields: Any) -> list[tuple[list[int], list[float]]]:
+    def answers(self, what: str, **fields: Any) -> list[tuple[list[int], list[float]]]:
         """Greedy tokens and their log-probabilities, asked for by rank 0 alone: in one batch with others they may round otherwise."""
         self.engine.flush_cache(timeout_s=CALL_S)
         found, problem = None, None
@@ -120,7 +120,7 @@ class Run:
                 found = [([pair[1] for pair in one], [pair[0] for pair in one]) for one in pairs]
             except tpcolocate.TpColocateError as error:
                 problem = error
-        found, problem = self.steps.gather(f"spoken: {what}", (found, problem))[0]
+        found, problem = self.steps.gather(f"answers: {what}", (found, problem))[0]
         if problem is not None:
             raise problem
         return found
@@ -188,7 +188,7 @@ class Run:
                 self.steps.note("cycles_parts" if parts else "cycles", found)  # what a run leaves that is cut off here
         report = engine.sync_weights(self.model, parts=parts, bucket_bytes=BUCKET_BYTES, timeout_s=CALL_S)
         found["last_sync"] = str(report)
-        found["lent"] = [rank.num_lent for rank in report.ranks]
+        found["mapped"] = num_mapped(report)
         found["warnings"] = list(report.warnings)
 
     def cycle(self, number: int, parts: bool, kept: dict[str, list[Any]]) -> None:
@@ -250,7 +250,7 @@ class Run:
         engine = self.engine
         self.step()  # weights that are in no file
         engine.sync_weights(self.model, bucket_bytes=BUCKET_BYTES, timeout_s=CALL_S)
-        before = self.spoken("before")
+        before = self.answers("before")
         found["gap_before"] = self.gap("before the sleep")
         awake = self.used("awake")
         rounds = []
@@ -260,7 +260,7 @@ class Run:
             woken = self.timed(lambda: engine.wake(timeout_s=CALL_S))
             again = self.used(f"awake {number}")
             rounds.append(
-                compared(before, self.spoken(f"after {number}"))
+                compared(before, self.answers(f"after {number}"))
                 | {
                     "sleep_s": slept, "wake_s": woken, "freed_mib": [round(a - b, 1) for a, b in zip(awake, asleep)],
                     "used_again_mib": [round(a - b, 1) for a, b in zip(again, awake)],
@@ -279,9 +279,9 @@ class Run:
         tensors, config = adapter(self.model.config, seed=1)
         engine.sync_weights(self.model, bucket_bytes=BUCKET_BYTES, timeout_s=CALL_S)
         found["set_s"] = self.timed(lambda: engine.set_lora_from_tensors("policy", tensors, config, timeout_s=CALL_S))
-        plain, before = self.spoken("without"), self.spoken("with", lora_path="policy")
+        plain, before = self.answers("without"), self.answers("with", lora_path="policy")
         found["adapter_does_something"] = not compared(plain, before)["tokens_equal"]
-        found["twice_without_a_sleep"] = compared(before, self.spoken("again", lora_path="policy"))
+        found["twice_without_a_sleep"] = compared(before, self.answers("again", lora_path="policy"))
         for tags in (["kv_cache"], ["kv_cache", "weights"], None):
             name = "all" if tags is None else "+".join(tags)
             engine.sleep(tags, timeout_s=CALL_S)
@@ -295,9 +295,9 @@ class Run:
         engine.unload_lora("policy", timeout_s=CALL_S)
 
     def against(self, expected: list[Any], what: str, **fields: Any) -> dict[str, Any]:
-        """How the engine speaks now beside how it did; its own refusal is an answer too."""
+        """Compare the engine's answers with earlier ones; its own refusal is an answer too."""
         try:
-            return compared(expected, self.spoken(what, **fields))
+            return compared(expected, self.answers(what, **fields))
         except tpcolocate.TpColocateError as error:
             return {"error": f"{type(error).__name__}: {error}"}
 
@@ -346,8 +346,8 @@ class Run:
         engine, backend = self.engine, "nccl" if self.device.type == "cuda" else "gloo"
         self.step()
         stale = self.asked(served, f"stale {number}")
-        held = hold_port() if self.rank == 0 else None
-        port = self.steps.gather(f"port {number}", None if held is None else held.getsockname()[1])[0]
+        reserved = hold_port() if self.rank == 0 else None
+        port = self.steps.gather(f"port {number}", None if reserved is None else reserved.getsockname()[1])[0]
         place = {"master_address": "127.0.0.1", "master_port": port, "world_size": 1 + tp_size, "backend": backend}
         weights = list(self.model.named_parameters())
         sender = Sender(self.device, [tensor.detach() for _, tensor in weights], place)
@@ -364,7 +364,7 @@ class Run:
                     lambda: engine.init_weights_update_group(**place, rank_offset=1, timeout_s=CALL_S)
                 )
             self.steps.gather(f"joined {number}")
-            sender.tell("send")
+            sender.order("send")
             if served:
                 seconds["update"] = self.timed(
                     lambda: engine.update_weights_from_distributed(
@@ -373,21 +373,21 @@ class Run:
                 )
             self.steps.gather(f"updated {number}")
         except Exception:
-            sender.tell("give up")
+            sender.order("give up")
             found[f"group_{number}"] = {"call_seconds": seconds, "sender": sender.ended(5.0)}
             self.stuck |= sender.is_alive()
             raise
         finally:
-            if held is not None:
-                held.close()
+            if reserved is not None:
+                reserved.close()
         # Both sides leave at the same time: with NCCL each may wait for the other.
         if served:
             seconds["destroy"] = self.timed(lambda: engine.destroy_weights_update_group(timeout_s=CALL_S))
-        said = sender.ended(CALL_S)
+        state = sender.ended(CALL_S)
         self.stuck |= sender.is_alive()
-        said = self.steps.gather(f"left {number}", said)[0]
-        if said != "done":
-            raise RuntimeError(f"the sender {said}")
+        state = self.steps.gather(f"left {number}", state)[0]
+        if state != "done":
+            raise RuntimeError(f"the sender {state}")
         fresh = self.asked(served, f"fresh {number}")
         found[f"group_{number}"] = {
             "backend": backend, "call_seconds": self.steps.gather(f"seconds {number}", seconds)[-1],
@@ -411,26 +411,26 @@ class Sender(threading.Thread):
     def __init__(self, device: torch.device, tensors: list[torch.Tensor], place: dict[str, Any]) -> None:
         super().__init__(daemon=True)
         self.device, self.tensors, self.place = device, tensors, place
-        self.told = threading.Event()
-        self.order = ""
-        self.said = "was not needed here"
+        self.ordered = threading.Event()
+        self.first_order = ""
+        self.state = "was not needed here"
 
-    def tell(self, order: str) -> None:
-        """``send``, or ``give up``."""
-        self.order = self.order or order
-        self.told.set()
+    def order(self, what: str) -> None:
+        """Have it ``send``, or ``give up``; the first order counts."""
+        self.first_order = self.first_order or what
+        self.ordered.set()
 
     def run(self) -> None:
         try:
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)  # every thread has a current device of its own
-            self.said = "is joining"
+            self.state = "is joining"
             # Later than everything here, since torch ends a process whose collective on a device takes longer.
             group = tpcolocate.join_update_group(**self.place, timeout_s=5 * CALL_S)
-            self.said = "waits for the engine to join"
-            if not self.told.wait(CALL_S) or self.order != "send":
+            self.state = "waits for the engine to join"
+            if not self.ordered.wait(CALL_S) or self.first_order != "send":
                 raise TimeoutError("the engine did not join")
-            self.said = "is sending"
+            self.state = "is sending"
             works = [dist.broadcast(tensor, src=0, group=group, async_op=True) for tensor in self.tensors]
             ends = time.monotonic() + CALL_S
             while not all(work.is_completed() for work in works):
@@ -438,21 +438,21 @@ class Sender(threading.Thread):
                 if time.monotonic() > ends:
                     raise TimeoutError(f"not sent within {CALL_S:g} s")
                 time.sleep(0.01)
-            self.said = "is leaving"
+            self.state = "is leaving"
             dist.destroy_process_group(group)
-            self.said = "done"
+            self.state = "done"
         except BaseException as error:
-            self.said = f"{self.said}: {type(error).__name__}: {error}"
+            self.state = f"{self.state}: {type(error).__name__}: {error}"
 
     def ended(self, timeout_s: float) -> str:
         """What became of it."""
         if self.ident is not None:
             self.join(timeout_s)
-        return self.said
+        return self.state
 
 
 def adapter(config: Any, seed: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """A LoRA adapter that changes what is said, under PEFT's names."""
+    """A LoRA adapter that changes the tokens, under PEFT's names."""
     generator = torch.Generator().manual_seed(seed)
     heads, kv_heads = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     sizes = {"q_proj": (config.hidden_size, heads), "v_proj": (config.hidden_size, kv_heads), "o_proj": (heads, config.hidden_size)}  # fmt: skip

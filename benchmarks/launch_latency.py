@@ -1,4 +1,4 @@
-"""From "the server is healthy", known to the owner, until every client of the slice holds the URL.
+"""From the owner's first healthy answer until every client of the slice has the URL.
 
     torchrun --standalone --nproc-per-node 2 benchmarks/launch_latency.py --record
     torchrun --standalone --nproc-per-node 4 benchmarks/launch_latency.py --record
@@ -41,7 +41,7 @@ HEALTHY_LINE = "SGLang is ready"
 
 
 class HealthyAt(logging.Handler):
-    """Reads the clock when the library says that the server is healthy."""
+    """Reads the clock when the library logs that the server is healthy."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -165,15 +165,15 @@ def timed_launch(
 
 def slowest(colo: tpcolocate.Colocation, mine: float | None) -> float:
     """Seconds from the owner's time to the latest of the clients'."""
-    times = served.everyone(mine)
+    times = served.gather_all(mine)
     return max(t for rank, t in enumerate(times) if rank != colo.owner_rank) - times[colo.owner_rank]
 
 
 def agreement(engine: tpcolocate.Engine) -> bool:
     """Whether every rank holds the same URL and key and is answered with the same tokens."""
     tokens = engine.generate([5, 6, 7], {"temperature": 0, "max_new_tokens": 4})["output_ids"]
-    said = served.everyone((engine.url, engine.api_key, tokens))
-    return all(other == said[0] for other in said) and len(tokens) > 0
+    seen = served.gather_all((engine.url, engine.api_key, tokens))
+    return all(other == seen[0] for other in seen) and len(tokens) > 0
 
 
 def announce_again(
@@ -191,7 +191,7 @@ def announce_again(
         for _ in range(args.announcements):
             with timed_launch(colo, path, healthy, served.SERVER[args.device], latencies) as again:
                 same = (again.url, again.api_key) == (engine.url, engine.api_key)
-                equal += all(served.everyone(same))
+                equal += all(served.gather_all(same))
     return latencies, equal
 
 

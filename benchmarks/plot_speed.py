@@ -31,7 +31,7 @@ def draw_seconds(axes: Any, records: list[dict[str, Any]], module: str) -> None:
     for i, record in enumerate(records):
         bars = {
             "stock push": (record["baseline"]["median"], "tab:gray"),
-            "ours, proof included": (record["median"], "tab:blue"),
+            "ours, verification included": (record["median"], "tab:blue"),
             "one copy of the model on one GPU": (record["checks"]["one_copy_seconds"]["median"], "tab:green"),
         }
         for k, (name, (seconds, color)) in enumerate(bars.items()):

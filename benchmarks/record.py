@@ -1,4 +1,4 @@
-"""How a result is recorded: one JSON file per result, complete enough to be doubted.
+"""How a result is recorded: one JSON file per result, complete enough to be checked.
 
 A record names its command, commit, versions, hardware and sizes, holds the baseline of the same run and what was
 checked in it.  It never names the host, its folders or its users.
@@ -25,7 +25,7 @@ FIELDS = (
     "name", "metric", "unit", "n", "median", "minimum", "maximum", "samples", "baseline", "comparison", "target",
     "target_met", "checks", "settings", "command", "commit", "versions", "hardware", "load_average", "time_utc",
 )  # fmt: skip
-"""Every record has all of them, in this order; None where there is nothing to say."""
+"""Every record has all of them, in this order; None where one does not apply."""
 _MOST_SAMPLES = 120
 _PACKAGES = ("torch", "sglang", "transformers", "httpx", "tpcolocate")
 
@@ -44,7 +44,7 @@ def record(
     target_met: bool | None = None,
     load_before: Sequence[float] | None = None,
 ) -> dict[str, Any]:
-    """Everything there is to say about one result.
+    """Return the record of one result.
 
     Args:
         name: Of the result, and of its file.
@@ -87,13 +87,18 @@ def record(
     return result
 
 
-def publish(result: Mapping[str, Any], *, write: bool) -> None:
-    """Print a record, and write it under `RESULTS` if told so."""
-    text = json.dumps(result, indent=1, allow_nan=False)
-    print(text, flush=True)
+def publish(result: Mapping[str, Any], *, write: bool, folder: Path | None = None) -> None:
+    """Print a record, and `save` it if asked to."""
+    print(json.dumps(result, indent=1, allow_nan=False), flush=True)
     if write:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"{result['name']}.json").write_text(text + "\n")
+        save(result, folder)
+
+
+def save(result: Mapping[str, Any], folder: Path | None = None) -> None:
+    """Write a record to a folder; default: `RESULTS`."""
+    folder = RESULTS if folder is None else folder
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{result['name']}.json").write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
 
 
 def summary(samples: Sequence[float]) -> dict[str, Any]:
@@ -149,12 +154,15 @@ def command(argv: Sequence[str], environment: Mapping[str, str]) -> str:
 
 
 def commit() -> str | None:
-    """Commit of the code, ``-dirty`` if it was changed since; new results are no change.  None outside of git."""
+    """Commit of the code, ``-dirty`` if it was changed since; new results are no change.
+
+    Outside of git it is the variable ``BENCHMARK_COMMIT``, else None.
+    """
     try:
         head = _git("rev-parse", "HEAD")
         changed = _git("status", "--porcelain", "--", ".", ":!benchmarks/results")
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get("BENCHMARK_COMMIT")
     return f"{head}-dirty" if changed else head
 
 

@@ -1,4 +1,4 @@
-"""What the benchmarks of a running server share: arguments, a model to serve, the ranks."""
+"""Common parts of the benchmarks of a running server: arguments, a model to serve, the ranks."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def join_ranks() -> int:
     return dist.get_rank()
 
 
-def everyone(value: Any) -> list[Any]:
+def gather_all(value: Any) -> list[Any]:
     """The value of every rank."""
     if not dist.is_initialized():
         return [value]
@@ -52,7 +52,7 @@ def everyone(value: Any) -> list[Any]:
 
 @contextmanager
 def checkpoint(given: str | None, *, kv_heads: int = 2) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The model to serve, the same on all ranks of this host, and what a record says of it."""
+    """Yield the model to serve, the same on all ranks of this host, and its description for a record."""
     if given is not None:
         yield given, {"model": Path(given).name}
         return
@@ -62,7 +62,7 @@ def checkpoint(given: str | None, *, kv_heads: int = 2) -> Iterator[tuple[str, d
             from tiny_models import make_tiny_model
 
             make_tiny_model(folder, kv_heads=kv_heads)
-        path = everyone(folder)[0]
+        path = gather_all(folder)[0]
         try:
             yield (
                 path,

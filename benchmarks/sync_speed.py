@@ -3,11 +3,11 @@
     torchrun --standalone --nproc-per-node 2 benchmarks/sync_speed.py --tp-size 2 --shared-device --out result.json
     torchrun --standalone --nproc-per-node 1 benchmarks/sync_speed.py --tp-size 1 --out result.json
 
-In one run, on one server, in turns: ours (proof included, pause and version included) and the common way
+In one run, on one server, in turns: ours (verification, pause and version included) and the common way
 (``full_tensor()`` per parameter where sharded, flattened buckets of 512 MB, SGLang's own serialiser; flush included, pause
 and version not).  For a plain module and for FSDP2.  Before every pair the weights change; after it the engine's own
 checksums of every parameter on every rank must be those of the stock push.  Beside them: one device-to-device copy of
-the same bytes, and the first sync of an engine, which learns.
+the same bytes, and the first sync of an engine, which traces its loader.
 """
 
 from __future__ import annotations
@@ -23,7 +23,22 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from gpu_common import DUMMY, SERVER, SHAPES, Stock, checksums, make_model, shard, summary, used_mib, write_config
+from gpu_common import (
+    DUMMY,
+    SERVER,
+    SHAPES,
+    Stock,
+    change,
+    checksums,
+    is_verified,
+    make_model,
+    num_mapped,
+    num_verified,
+    shard,
+    summary,
+    used_mib,
+    write_config,
+)
 
 import tpcolocate
 from tpcolocate.agreement import RankGroup
@@ -46,7 +61,7 @@ def parse_args() -> argparse.Namespace:
         nargs="+",
         default=["plain", "fsdp2"],
         choices=["plain", "fsdp2"],
-        help="fsdp2 alone: no rank ever holds the whole model",
+        help="fsdp2 alone: no rank ever holds the full model",
     )
     parser.add_argument("--in-a-row", type=int, default=100, help="syncs during which the device's memory is watched")
     parser.add_argument(
@@ -59,26 +74,16 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def change(model: torch.nn.Module, seed: int, device: torch.device) -> None:
-    """A step in place, the same on every rank that holds the same."""
-    generator = torch.Generator(device).manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
-            local.mul_(1.0 + 0.01 * torch.rand((), generator=generator, device=device))
-    torch.cuda.synchronize()
-
-
 def copy_floor(num_bytes: int, device: torch.device) -> dict[str, float]:
-    """Seconds of one device-to-device copy of as many bytes, on this rank alone; in pieces, for the sake of the memory."""
-    pieces = -(-num_bytes // _COPIED_BYTES)
-    source = torch.empty(num_bytes // pieces, dtype=torch.uint8, device=device).random_()
+    """Seconds of one device-to-device copy of as many bytes, on this rank alone; in chunks, to save memory."""
+    chunks = -(-num_bytes // _COPIED_BYTES)
+    source = torch.empty(num_bytes // chunks, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
     seconds = []
     for _ in range(7):
         torch.cuda.synchronize()
         started = time.perf_counter()
-        for _ in range(pieces):
+        for _ in range(chunks):
             target.copy_(source)
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
@@ -129,9 +134,9 @@ def described(reports: list[tpcolocate.SyncReport], inside: list[dict[str, float
         "direct_mib": [round(x.direct_bytes / 2**20, 1) for x in last.ranks],
         "staged_mib": [round(x.staged_bytes / 2**20, 1) for x in last.ranks],
         "peak_extra_mib": [round(x.peak_extra_bytes / 2**20, 1) for x in last.ranks],
-        "by_plan": last.num_replayed, "tensors": last.num_tensors, "proven": last.num_proven, "commands": last.num_buckets,
+        "by_plan": last.num_replayed, "tensors": last.num_tensors, "verified": num_verified(last), "commands": last.num_buckets,
         "all_handles_back": all(x.num_exported == x.num_returned for r in reports for x in r.ranks),
-        "lent": [x.num_lent for x in last.ranks], "warnings": list(last.warnings),
+        "mapped": num_mapped(last), "warnings": list(last.warnings),
     }  # fmt: skip
 
 
@@ -193,7 +198,7 @@ class Bench:
         rise = sum((i - mean) * u for i, u in enumerate(used)) / max(sum((i - mean) ** 2 for i in range(times)), 1)
         return {
             "syncs": times, "device_used_mib_min_max": [min(used), max(used)], "slope_mib_per_sync": round(rise, 4),
-            "all_proven": report.num_proven == report.num_tensors,
+            "all_verified": is_verified(report),
         }  # fmt: skip
 
     def alone(self, model: torch.nn.Module, rounds: int, staging_bytes: int) -> dict[str, Any]:

@@ -1,7 +1,6 @@
-"""The task of the demo: addition, one character a token, and a tiny Qwen3-shaped model that half knows it.
+"""The task of the demo: addition, one character a token, and a tiny Qwen3-shaped model that has half learned it.
 
-``12+34=`` is answered by ``46`` and a newline, and the answer is right or it is not: a reward that nobody
-has to guess.  The model is made and warm-started on the spot in well under a minute.  It is left unsure
+``12+34=`` is answered by ``46`` and a newline, and the answer is right or wrong: an exact reward.  The model is made and warm-started on the spot in well under a minute.  It is left unsure
 on purpose: label smoothing gives part of every character's probability to the wrong ones, so the right
 answer is the likeliest one long before it is a likely one, and sampled answers are right about one time
 in four.  What remains is for reinforcement learning.
@@ -97,7 +96,7 @@ def warm_start(folder: Path, *, seed: int, target: float, max_steps: int = 600) 
     answers = ids[:, 6:].clone()
     padding = (answers == tokenizer.eos_token_id).cumsum(1) > 1
     answers[padding] = -100
-    held = torch.randperm(len(ids), generator=generator)[:512]
+    held_out = torch.randperm(len(ids), generator=generator)[:512]
 
     def logits(rows: torch.Tensor) -> torch.Tensor:
         return model(input_ids=ids[rows, :-1], logits_to_keep=4).logits
@@ -118,7 +117,7 @@ def warm_start(folder: Path, *, seed: int, target: float, max_steps: int = 600) 
             progress.update()
             if step % 20 == 19:
                 with torch.no_grad():
-                    surprise = F.cross_entropy(logits(held).transpose(1, 2), answers[held], reduction="none")
+                    surprise = F.cross_entropy(logits(held_out).transpose(1, 2), answers[held_out], reduction="none")
                 reached = surprise.sum(1).neg().exp().mean().item()
                 progress.set_postfix(reward=f"{reached:.2f}")
                 if reached >= target:

@@ -5,7 +5,7 @@
     torchrun --standalone --nproc-per-node 2 examples/grpo.py --model PATH --device cuda --digits 6
 
 Every step each rank has its own prompts answered, trains on the samples, and hands the new weights to the
-engine.  Two figures tell whether that works: the reward, and the *gap*, the largest difference between
+engine.  Two figures show whether that works: the reward, and the *gap*, the largest difference between
 the engine's log-probability of a sampled token and the trainer's.  With a working sync the gap is
 numerical noise; ``--no-sync`` leaves the engine where it began and the gap grows.
 """
@@ -103,7 +103,7 @@ def parse_args() -> argparse.Namespace:
     args.lr = (1e-6 if given else 3e-4) if args.lr is None else args.lr
     args.digits = (5 if given else 2) if args.digits is None else args.digits
     if not given and args.digits != 2:
-        parser.error("the tiny model knows numbers of 2 digits only; --digits needs --model")
+        parser.error("the tiny model is trained on numbers of 2 digits only; --digits needs --model")
     # Weights do not survive a sleep: without a sync the engine would wake up to noise.
     args.sleep = args.sleep and args.sync
     return args
@@ -200,7 +200,7 @@ def train(
 
 
 def run(args: argparse.Namespace, *, device: torch.device) -> list[Row]:
-    """The whole run, from the model to the last step."""
+    """Run from the model to the last step."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     if args.prompts % world_size:
         raise ValueError(f"--prompts {args.prompts} cannot be shared evenly by {world_size} ranks")
@@ -283,7 +283,7 @@ def plot(rows: list[Row], path: Path, *, title: str) -> None:
 
 
 def finish(rows: list[Row], args: argparse.Namespace, *, seconds: float) -> None:
-    """Writes the plot and the JSON, and says in a few lines what came out."""
+    """Write the plot and the JSON, and print a summary."""
     name = "grpo" if args.sync else "grpo-no-sync"
     edge = min(5, len(rows))
     summary = {
@@ -303,7 +303,7 @@ def finish(rows: list[Row], args: argparse.Namespace, *, seconds: float) -> None
     )
     print(f"reward   {summary['first_reward']:.3f} -> {summary['last_reward']:.3f}  (means of {edge} steps)")
     print(f"max gap  {summary['max_gap']:.1e}")
-    print(f"seconds  {seconds:.0f}, all told")
+    print(f"seconds  {seconds:.0f}, in total")
     print(f"written  {args.out / name}.json, {args.out / name}.png")
 
 

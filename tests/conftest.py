@@ -45,6 +45,7 @@ def _has_cuda():
 @pytest.fixture(scope="session", autouse=True)
 def _session_ground():
     """Scrubs the environment before any other fixture of the session, and looks around at its end."""
+    harness.keep_gpu_environment(os.environ)
     with pytest.MonkeyPatch.context() as patch:
         for name in list(os.environ):
             if harness.is_scrubbed(name) and name != "OMP_NUM_THREADS":

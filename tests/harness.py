@@ -53,11 +53,27 @@ _SCRUBBED_NAMES = frozenset({
     "PYTORCH_HIP_ALLOC_CONF", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY",
 })  # fmt: skip
 _SCRUBBED_PREFIXES = ("LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "TORCH_NCCL_", "SGLANG_", "TPCOLOCATE_")
+_GPU_NAMES = (
+    "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "ASCEND_RT_VISIBLE_DEVICES",
+    "TPCOLOCATE_TEST_ARGS",
+)  # fmt: skip
+_gpu_environment: dict[str, str] = {}
 
 
 def is_scrubbed(name: str) -> bool:
     """Whether a variable would let the machine, or a surrounding torchrun, decide what a test sees."""
     return name.upper() in _SCRUBBED_NAMES or name.startswith(_SCRUBBED_PREFIXES)
+
+
+def keep_gpu_environment(environment: Mapping[str, str]) -> None:
+    """Remember which GPUs the session may use, and how, before the environment is scrubbed."""
+    _gpu_environment.clear()
+    _gpu_environment.update({name: environment[name] for name in _GPU_NAMES if name in environment})
+
+
+def gpu_environment() -> dict[str, str]:
+    """Return the variables that GPU tests must pass on: without them they would use other people's GPUs."""
+    return dict(_gpu_environment)
 
 
 class RankDied(RuntimeError):

@@ -1,4 +1,4 @@
-"""Records are complete and say nothing of the machine they were made on; every recorded result names a script that is there."""
+"""Records are complete and name nothing of the machine they were made on; every recorded result names a script that exists."""
 
 import ast
 import json
@@ -15,6 +15,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "benchmarks"))  # behind everything: its scripts are no modules of the tests
 
+import ab_trees
+import gpu_trainers
 import record
 
 pytestmark = pytest.mark.quick
@@ -124,7 +126,7 @@ def test_no_samples_are_refused():
         made(samples=[])
 
 
-def test_many_samples_are_summed_up():
+def test_many_samples_are_summarised():
     assert made(samples=[float(i) for i in range(1, 1002)])["samples"] is None
 
 
@@ -177,5 +179,48 @@ def test_the_page_lists_every_recorded_result():
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
-def test_every_script_says_what_it_does(path):
+def test_every_script_has_a_docstring(path):
     assert ast.get_docstring(ast.parse(path.read_text()))
+
+
+def test_outside_of_git_the_commit_may_be_given(monkeypatch):
+    def no_git(*arguments):
+        raise OSError("no git here")
+
+    monkeypatch.setattr(record, "_git", no_git)
+    monkeypatch.delenv("BENCHMARK_COMMIT", raising=False)
+    assert record.commit() is None
+    monkeypatch.setenv("BENCHMARK_COMMIT", "abc")
+    assert record.commit() == "abc"
+
+
+def test_two_trees_sync_in_pairs_whose_order_alternates():
+    made = ab_trees.steps("ab", ["plain", "fsdp2"], 3)
+    assert [letter for letter, what, module in made if (what, module) == ("sync", "plain")] == list("abbaab")
+    for letter in "ab":
+        own = [what for one, what, _ in made if one == letter]
+        assert own == ["launch", *2 * ["prepare", "sync", "sync", "sync", "check"]]
+
+
+ROW = {
+    "model": "dense", "trainer": "plain", "error": None, "stale": [9.0, 3.0], "gap": [0.1, 0.2], "mean_gap": [0.02, 0.03],
+    "outstanding": [0, 0], "left_mib": 0.1, "unverified": [], "tensors": 25,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change, verdict", [
+    ({}, "ok"),
+    ({"gap": [0.1, 0.7]}, "WRONG"),
+    ({"gap": [0.1, float("nan")]}, "WRONG"),
+    ({"mean_gap": [0.02, 0.8]}, "WRONG"),
+    ({"outstanding": [0, 1]}, "LEAKS"),
+    ({"left_mib": 150.0}, "LEAKS"),
+    ({"unverified": ["a"]}, "unverified"),
+    ({"error": "SyncError: no"}, "FAILED"),
+    ({"error": "WeightsMismatchError: no"}, "FAILED"),
+    ({"model": "experts", "trainer": "state_dict", "error": "WeightsMismatchError: no"}, "refused"),
+])  # fmt: skip
+def test_a_trainer_is_judged_by_its_gaps_and_by_what_it_leaves(change, verdict):
+    row = {**ROW, **change}
+    assert gpu_trainers.judge(row, "cuda") == verdict
+    assert gpu_trainers.line_of({**row, "verdict": verdict})

@@ -29,6 +29,20 @@ def test_is_restored():
     assert "STRAY" not in os.environ
 """
 
+GPU_ENVIRONMENT_TESTS = """
+import os
+from harness import gpu_environment, run_ranks
+NAMES = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "TPCOLOCATE_TEST_ARGS", "RANK")
+def sees(rank):
+    return [os.environ.get(name) for name in NAMES]
+def test_ranks_of_gpu_tests_get_the_devices_of_the_session():
+    given = ["3,1", "PCI_BUS_ID", '{"a": 1}']
+    assert run_ranks(sees, 2, init_group=False, env=gpu_environment()) == [[*given, "0"], [*given, "1"]]
+def test_others_get_none():
+    assert run_ranks(sees, 1, init_group=False) == [[None, None, None, "0"]]
+    assert not any(name in os.environ for name in NAMES)
+"""
+
 
 def run_pytest(folder, source, *options, env=None):
     (folder / "test_some.py").write_text(source)
@@ -59,3 +73,14 @@ def test_a_run_that_leaves_a_process_fails_at_its_end_and_the_process_is_ended(t
 def test_every_test_gets_a_scrubbed_environment_and_the_next_one_too(tmp_path):
     done = run_pytest(tmp_path, ENVIRONMENT_TESTS, env={"RANK": "1", "TORCHELASTIC_RUN_ID": "x", "KEPT": "yes"})
     assert done.returncode == 0, done.stdout
+
+
+def test_gpu_tests_keep_to_the_devices_that_the_session_was_given(tmp_path):
+    given = {
+        "CUDA_VISIBLE_DEVICES": "3,1",
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+        "TPCOLOCATE_TEST_ARGS": '{"a": 1}',
+        "RANK": "7",
+    }
+    done = run_pytest(tmp_path, GPU_ENVIRONMENT_TESTS, env=given)
+    assert done.returncode == 0 and "2 passed" in done.stdout, done.stdout

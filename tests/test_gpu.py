@@ -1,7 +1,7 @@
-"""What only a GPU can show: CUDA handles, the memory saver, UUIDs.  Two ranks, one SGLang server at tp=2.
+"""Behaviour that only a GPU can show: CUDA handles, the memory saver, UUIDs.  Two ranks, one SGLang server at tp=2.
 
-On two GPUs each rank takes its own; on a single one both share it (`TPCOLOCATE_TEST_ARGS` may then hold more server
-arguments as JSON; NCCL has to permit several ranks on a GPU).
+Only GPUs in CUDA_VISIBLE_DEVICES are used.  On two GPUs each rank takes its own; on a single one both share it
+(`TPCOLOCATE_TEST_ARGS` may then hold more server arguments as JSON; NCCL has to permit several ranks on a GPU).
 """
 
 import json
@@ -10,12 +10,11 @@ import time
 
 import pytest
 import torch
-from harness import run_ranks
+from harness import gpu_environment, run_ranks
 
 import tpcolocate
 from tpcolocate import errors, ipc_payload
-from tpcolocate.weights.transport import bucket_sender as delivery
-from tpcolocate.weights.transport import staging as mover
+from tpcolocate.weights.transport import bucket_sender, staging
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]
 
@@ -81,7 +80,7 @@ def drive(rank, folder, world):
                 for parameter in model.parameters():
                     parameter.add_(torch.randn_like(parameter) * 0.05)
             parts = []
-            for _ in range(3):  # staged, then lent
+            for _ in range(3):  # staged, then mapped
                 parts.append(engine.sync_weights(model, bucket_bytes=64 * 2**20, parts=True))
             found["parts"], found["gap_parts"] = parts, gap(engine, model, device)
             used = []
@@ -100,7 +99,7 @@ def drive(rank, folder, world):
                 if ready.item():
                     break
             found["gap_one_pass"] = gap(engine, model, device)
-            found["one_piece"] = engine._sync.moves[1].in_place.is_one_piece
+            found["one_launch"] = engine._sync.moves[1].in_place.is_one_piece
             with torch.no_grad():  # in place, which the graphs must read anew; and elsewhere, which they must not
                 model.model.layers[0].mlp.up_proj.weight.mul_(1.5)
                 model.model.layers[1].mlp.up_proj.weight = torch.nn.Parameter(
@@ -108,22 +107,22 @@ def drive(rank, folder, world):
                 )
             engine.sync_weights(model, bucket_bytes=64 * 2**20)
             found["gap_replaced"] = gap(engine, model, device)
-            for _ in range(3):  # all of it is lent again
+            for _ in range(3):  # all of it is mapped again
                 engine.sync_weights(model, bucket_bytes=64 * 2**20)
-            lent = [loan.handle for loan in engine._sync.mover.loans._loans.values()]
-            counts = [handle.count() for handle in lent]
-            model.to("cpu")  # a trainer that makes room
+            mapped = [mapping.handle for mapping in engine._sync.mover.loans._loans.values()]
+            counts = [handle.count() for handle in mapped]
+            model.to("cpu")  # a trainer that frees its memory
             torch.cuda.empty_cache()
             dist.barrier()
             before = used_mib()
             engine.wake()
             dist.barrier()
-            found["lent"] = (set(counts), {handle.count() for handle in lent}, before - used_mib())
+            found["mapped"] = (set(counts), {handle.count() for handle in mapped}, before - used_mib())
             model.to(device)
-            begin_sums = mover.Transfer.begin_sums
+            begin_sums = staging.Transfer.begin_sums
 
-            def spoiled(self, moves, tensors):
-                sums = begin_sums(self, moves, tensors)
+            def spoiled(self, plan, tensors):
+                sums = begin_sums(self, plan, tensors)
                 torch.cuda.synchronize()
                 if rank == 1:
                     model.model.layers[1].mlp.down_proj.weight.data[-1, -1] += 1  # which TP rank 1 reads
@@ -132,16 +131,16 @@ def drive(rank, folder, world):
 
             for _ in range(2):
                 engine.sync_weights(model, parts=True)
-            mover.Transfer.begin_sums = spoiled
+            staging.Transfer.begin_sums = spoiled
             try:
                 engine.sync_weights(model, parts=True)
             except errors.SyncError as error:
                 found["spoiled"] = str(error)
-            mover.Transfer.begin_sums = begin_sums
+            staging.Transfer.begin_sums = begin_sums
             if rank == 1:
                 model.model.layers[1].mlp.down_proj.weight.data[-1, -1] -= 1
 
-            original = delivery.BucketSender.commands
+            original = bucket_sender.BucketSender.commands
 
             def corrupted(self, flat, action, **options):
                 made = original(self, flat, action, **options)
@@ -150,12 +149,12 @@ def drive(rank, folder, world):
                     torch.cuda.synchronize()
                 return made
 
-            delivery.BucketSender.commands = corrupted
+            bucket_sender.BucketSender.commands = corrupted
             try:
                 engine.sync_weights(model, parts=False)
             except errors.SyncError as error:
                 found["flipped"] = str(error)
-            delivery.BucketSender.commands = original
+            bucket_sender.BucketSender.commands = original
 
             describe = ipc_payload.CudaHandle.describe
             engine._sync.proven_ways.clear()
@@ -193,15 +192,15 @@ def drive(rank, folder, world):
             dist.barrier()
 
             # The last: SGLang's own deserialisation may not survive it where the payload lies on another worker's GPU.
-            load = delivery.BucketSender.load
-            delivery.BucketSender.load = lambda self, server, payloads, *rest: load(
+            load = bucket_sender.BucketSender.load
+            bucket_sender.BucketSender.load = lambda self, server, payloads, *rest: load(
                 self, server, [payloads[0]] * len(payloads), *rest
             )
             try:
                 engine.sync_weights(model, transport="stock", bucket_bytes=64 * 2**20)
             except errors.TpColocateError as error:
                 found["duplicated"] = (shared, type(error), str(error))
-            delivery.BucketSender.load = load
+            bucket_sender.BucketSender.load = load
     dist.destroy_process_group()
     return found
 
@@ -225,7 +224,7 @@ def found(tmp_path_factory):
         timeout_s=800,
         init_group=False,
         start_method="spawn",
-        env={"GLOO_SOCKET_IFNAME": None, "OMP_NUM_THREADS": "4"},
+        env={"GLOO_SOCKET_IFNAME": None, "OMP_NUM_THREADS": "4", **gpu_environment()},
     )
 
 
@@ -244,38 +243,38 @@ def test_twenty_syncs_take_no_device_memory(found):
     assert all(value["replayed"] for value in found)
 
 
-def test_a_first_sync_rehearses_and_reads_the_trainers_memory_where_it_lies(found):
+def test_a_first_sync_plans_by_a_dry_run_and_reads_the_trainers_memory_in_place(found):
     for value in found:
         report = value["report"]
         assert report.num_replayed == report.num_tensors and report.warnings == ()
         assert all(r.direct_bytes > 0 and r.num_lent == 0 and r.num_exported == r.num_returned for r in report.ranks)
 
 
-def test_parts_move_out_of_lent_memory_and_take_none(found):
+def test_parts_are_copied_from_mapped_memory_and_take_none(found):
     for value in found:
         assert value["gap_parts"] < 1.0 and value["gap_fsdp2_parts"] < 1.0
         for report in (value["parts"][-1], value["fsdp2_parts"][-1]):
             assert report.num_proven == report.num_tensors == report.num_replayed and report.warnings == ()
             assert all(r.num_lent > 0 and r.direct_bytes > 0 for r in report.ranks)
-        assert all(r.staged_bytes == 0 for r in value["parts"][-1].ranks), "a plain module is read where it lies"
+        assert all(r.staged_bytes == 0 for r in value["parts"][-1].ranks), "a plain module is read in place"
         assert max(value["used_parts"]) == min(value["used_parts"])
 
 
-def test_repeated_syncs_are_queued_as_one_piece_that_reads_what_is_there_now(found):
-    assert all(value["one_piece"] and value["gap_replaced"] < 1.0 for value in found)
+def test_repeated_syncs_are_queued_as_one_launch_that_reads_current_values(found):
+    assert all(value["one_launch"] and value["gap_replaced"] < 1.0 for value in found)
 
 
-def test_one_kernel_copies_and_reads_back_once_it_is_there(found):
+def test_one_kernel_copies_and_reads_back_once_it_is_compiled(found):
     assert all("one_pass" in value["worker_seconds"] and value["gap_one_pass"] < 1.0 for value in found)
 
 
 def test_memory_that_the_trainer_moved_away_goes_back_to_the_driver(found):
     for value in found:
-        before, after, freed = value["lent"]
+        before, after, freed = value["mapped"]
         assert before == {1} and after == {0} and freed > 100
 
 
-def test_lent_memory_that_changes_while_it_is_read_is_told(found):
+def test_mapped_memory_that_changes_while_it_is_read_is_reported(found):
     words = "TP rank 1 holds other values than were sent: model.layers.1.mlp.down_proj.weight"
     assert all(words in value["spoiled"] for value in found)
 
@@ -301,7 +300,7 @@ def test_sleep_frees_memory_and_garbage_is_not_generated_from(found):
         assert "while asleep" in asleep and "hold garbage" in lost
 
 
-def test_fan_out_is_proven_too(found):
+def test_fan_out_is_verified_too(found):
     assert all(value["fan_out"] == value["report"].num_tensors for value in found)
 
 
@@ -317,12 +316,15 @@ def offloaded(rank, world):
     model = torch.nn.Sequential(torch.nn.Linear(5, 3), torch.nn.Linear(3, 7))
     expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     fully_shard(model, mesh=init_device_mesh("cuda", (world,)), offload_policy=CPUOffloadPolicy())
-    held = {parameter.to_local().device.type for parameter in model.parameters()}
+    shards = {parameter.to_local().device.type for parameter in model.parameters()}
     full = {name: full_tensor(item) for name, item in NamedWeights.of(model)}
     equal = all(torch.equal(full[name].cpu(), tensor) for name, tensor in expected.items())
-    return held, {tensor.device.type for tensor in full.values()}, equal
+    return shards, {tensor.device.type for tensor in full.values()}, equal
 
 
-def test_offloaded_shards_are_gathered_by_the_gpus():
+def test_offloaded_shards_are_gathered_by_the_gpus(monkeypatch):
+    for name, value in gpu_environment().items():
+        monkeypatch.setenv(name, value)
     world = min(2, torch.cuda.device_count())
-    assert run_ranks(offloaded, world, world, backend="nccl", timeout_s=120) == [({"cpu"}, {"cuda"}, True)] * world
+    found = run_ranks(offloaded, world, world, backend="nccl", timeout_s=120, env=gpu_environment())
+    assert found == [({"cpu"}, {"cuda"}, True)] * world
