@@ -7,6 +7,8 @@ import pytest
 from hypothesis import settings
 
 _GPU_COMMAND = "make test PYTEST_ARGS='-m gpu', on a machine with CUDA devices and a CUDA build of SGLang"
+# Tests with these run last: the fixtures are processes that import for seconds, started by the first test of their module.
+STARTED_EARLY = {"reader", "fresh_interpreter"}
 _gpu_tests_skipped = pytest.StashKey[int]()
 
 
@@ -21,6 +23,7 @@ def pytest_configure():
 
 @pytest.hookimpl(trylast=True)  # after -m and -k have deselected theirs
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: bool(STARTED_EARLY & set(item.fixturenames)))
     gpu_items = [item for item in items if item.get_closest_marker("gpu") is not None]
     if gpu_items and not _has_cuda():
         config.stash[_gpu_tests_skipped] = len(gpu_items)

@@ -377,12 +377,23 @@ def test_the_package_is_marked_as_typed():
     assert (PACKAGE / "py.typed").is_file()
 
 
-def test_importing_it_brings_neither_sglang_nor_transformers_nor_a_cuda_context():
-    script = (
-        "import sys, threading, tpcolocate\n"
-        "assert not {'sglang', 'transformers'} & set(sys.modules), 'heavy'\n"
-        "assert 'torch' not in sys.modules or not sys.modules['torch'].cuda.is_initialized(), 'cuda'\n"
-        "assert threading.active_count() == 1, threading.enumerate()\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
+IMPORTING = (
+    "import sys, threading, tpcolocate\n"
+    "assert not {'sglang', 'transformers'} & set(sys.modules), 'heavy'\n"
+    "assert 'torch' not in sys.modules or not sys.modules['torch'].cuda.is_initialized(), 'cuda'\n"
+    "assert threading.active_count() == 1, threading.enumerate()\n"
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def importing():
+    """A process that imports the package while other tests run."""
+    process = subprocess.Popen([sys.executable, "-c", IMPORTING], stderr=subprocess.PIPE, text=True)
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_importing_it_brings_neither_sglang_nor_transformers_nor_a_cuda_context(importing):
+    _, errors = importing.communicate(timeout=120)
+    assert importing.returncode == 0, errors

@@ -142,9 +142,9 @@ FRESH = (
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="session")
 def fresh_interpreter():
-    """Importing torch there takes seconds, in which the tests before the one that asks for it go on."""
+    """A process that imports torch while other tests run."""
     process = subprocess.Popen([sys.executable, "-c", FRESH], stderr=subprocess.PIPE, text=True)
     yield process
     process.kill()
@@ -197,12 +197,12 @@ class Reader:
         theirs.close()
 
     def wait_ready(self):
-        assert self.pipe.poll(60) and self.pipe.recv() == "ready"
+        assert self.pipe.poll(110) and self.pipe.recv() == "ready"
         return self
 
     def ask(self, verb, payload=None):
         self.pipe.send((verb, payload))
-        assert self.pipe.poll(30), "the reader hangs"
+        assert self.pipe.poll(60), "the reader hangs"
         answer = self.pipe.recv()
         if isinstance(answer, Exception):
             raise answer
@@ -214,16 +214,21 @@ class Reader:
         return found
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="session")
 def starting_reader():
-    """One for all tests: importing sglang takes seconds, and the tests that need none go on meanwhile."""
+    """One for all tests; it imports sglang while other tests run."""
     reader = Reader()
     yield reader
     reader.process.kill()
     reader.process.join()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(autouse=True)
+def _started_early(starting_reader, fresh_interpreter):
+    pass
+
+
+@pytest.fixture(scope="session")
 def reader(starting_reader):
     return starting_reader.wait_ready()
 

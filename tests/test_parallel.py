@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from tpcolocate import parallel
 from tpcolocate.parallel import begun_in_background, beside, in_background, quick_switching
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(60)]
@@ -34,7 +35,8 @@ def test_the_error_of_either_is_raised():
         beside([over(lambda: fail(KeyError()))], lambda: fail(ValueError()))
 
 
-def test_an_error_does_not_wait_for_a_call_that_hangs():
+def test_an_error_does_not_wait_for_a_call_that_hangs(monkeypatch):
+    monkeypatch.setattr(parallel, "_AFTER_AN_ERROR_S", 0.1)
     release = threading.Event()
     started = time.monotonic()
     with pytest.raises(ValueError):
