@@ -8,11 +8,12 @@ BIN := .venv/bin
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
 
-.PHONY: help venv demo test quick contracts lint clean
+.PHONY: help venv demo test test-loaded quick contracts lint clean
 
 help:
 	@echo 'make demo    GRPO on a real SGLang server, two training ranks, on the CPU; writes a plot to out/'
 	@echo 'make test    every test that this machine can run (without CUDA: all but those marked gpu)'
+	@echo 'make test-loaded  the same beside busy processes, two for each core'
 	@echo 'make quick   the tests that need no server, in under 90 seconds'
 	@echo 'make contracts  what we rely on in SGLang, asked of the code of its releases; fetches them, the newest too'
 	@echo 'make lint    ruff and mypy'
@@ -33,6 +34,9 @@ demo: venv
 
 test: venv
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-loaded: venv
+	$(BIN)/python scripts/under_load.py $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 quick: venv
 	$(BIN)/python -m pytest -m 'quick and not engine and not gpu' $(PYTEST_ARGS)

@@ -1,12 +1,11 @@
 """The SGLang that would be started, read from its source."""
 
 import os
-import subprocess
 import sys
 from importlib import metadata
-from pathlib import Path
 
 import pytest
+from harness import run_ranks
 
 from tpcolocate.errors import ConfigError
 from tpcolocate.server.arguments import check_installed, server_arguments
@@ -145,18 +144,14 @@ def test_a_release_that_names_itself_is_believed_before_its_distribution(tmp_pat
     assert find_installed({"PYTHONPATH": str(tmp_path)}).version == version
 
 
+def find_here(rank):
+    found = find_installed(os.environ)
+    return found.version, found.folder.name, len(found.arguments()), "sglang" in sys.modules
+
+
 def test_what_is_installed_here_is_found_and_not_imported():
-    script = (
-        "import os, sys\n"
-        "from tpcolocate.server.installed import find_installed\n"
-        "found = find_installed(os.environ)\n"
-        "assert len(found.arguments()) > 300 and 'sglang' not in sys.modules\n"
-        "print(found.version, found.folder)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    version, folder = done.stdout.split()
-    assert version == metadata.version("sglang") and Path(folder).name == "sglang"
+    [(version, folder, num_arguments, is_imported)] = run_ranks(find_here, 1, init_group=False)
+    assert (version, folder, is_imported) == (metadata.version("sglang"), "sglang", False) and num_arguments > 300
 
 
 REQUEST = "class UpdateWeightsFromTensorReqInput(BaseReq):\n    load_format: str\n"

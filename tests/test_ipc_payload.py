@@ -142,9 +142,9 @@ FRESH = (
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="session")
 def fresh_interpreter():
-    """Importing torch there takes seconds, in which the tests before the one that asks for it go on."""
+    """A process that imports torch while other tests run."""
     process = subprocess.Popen([sys.executable, "-c", FRESH], stderr=subprocess.PIPE, text=True)
     yield process
     process.kill()
@@ -197,12 +197,12 @@ class Reader:
         theirs.close()
 
     def wait_ready(self):
-        assert self.pipe.poll(60) and self.pipe.recv() == "ready"
+        assert self.pipe.poll(110) and self.pipe.recv() == "ready"
         return self
 
     def ask(self, verb, payload=None):
         self.pipe.send((verb, payload))
-        assert self.pipe.poll(30), "the reader hangs"
+        assert self.pipe.poll(60), "the reader hangs"
         answer = self.pipe.recv()
         if isinstance(answer, Exception):
             raise answer
@@ -214,16 +214,21 @@ class Reader:
         return found
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="session")
 def starting_reader():
-    """One for all tests: importing sglang takes seconds, and the tests that need none go on meanwhile."""
+    """One for all tests; it imports sglang while other tests run."""
     reader = Reader()
     yield reader
     reader.process.kill()
     reader.process.join()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(autouse=True)
+def _started_early(starting_reader, fresh_interpreter):
+    pass
+
+
+@pytest.fixture(scope="session")
 def reader(starting_reader):
     return starting_reader.wait_ready()
 
@@ -290,7 +295,7 @@ def test_sglang_opens_what_was_put_in_bit_by_bit(reader, ledger, case):
     assert handle.count() == 1, "it still holds it"
     reader.ask("release")
     assert handle.count() == 0
-    ledger.settle(deadline=time.monotonic() + 5)
+    ledger.settle(deadline=time.monotonic() + 60)
     assert ledger.num_returned == ledger.num_exported == 1
 
 
@@ -345,7 +350,7 @@ def test_a_payload_that_is_opened_twice_is_an_error_that_names_it(reader, ledger
     with pytest.raises(
         SyncError, match=r"bucket 4 \(512 bytes\) of rank 5 for TP rank 1: released more often .* \(count -1\)"
     ) as caught:
-        ledger.settle(deadline=time.monotonic() + 5)
+        ledger.settle(deadline=time.monotonic() + 60)
     assert caught.value.rank == 5 and "payload of its own" in caught.value.hint
     assert ledger.outstanding() == [] and ledger.num_returned == 0, "told once, and not counted as returned"
 
@@ -376,7 +381,7 @@ def test_a_handle_that_is_out_is_named_with_what_is_known_of_it(said, alive, fat
     with pytest.raises(DeadlineError if waits else SyncError, match=re.escape(str(item))) as caught:
         ledger.settle(deadline=began + (0.1 if waits else 60))
     assert caught.value.rank == 5 and caught.value.hint
-    assert waits == (0.1 <= time.monotonic() - began) and time.monotonic() - began < 2
+    assert waits == (0.1 <= time.monotonic() - began) and time.monotonic() - began < 30
     if waits:
         assert ledger.outstanding() == [item], "it stays in the ledger"
         assert ledger.reclaim() == [item]
@@ -407,10 +412,10 @@ def test_the_longest_absence_is_kept(ledger, monkeypatch):
         ipc_payload.time, "sleep", lambda _: handle.reclaim() if time.monotonic() >= began + 0.03 else None
     )
     began = time.monotonic()
-    ledger.settle(deadline=began + 5)
+    ledger.settle(deadline=began + 60)
     longest = ledger.latest_return_s
-    assert 0.02 < longest < 1
-    ledger.settle(deadline=time.monotonic() + 5)
+    assert 0.02 < longest < 60
+    ledger.settle(deadline=time.monotonic() + 60)
     assert ledger.latest_return_s == longest
 
 
@@ -418,7 +423,7 @@ def test_settling_waits_for_the_reader(reader, ledger):
     flat, entries = filled(some())
     reader.ask("open", ipc_payload.payload(ledger.export(flat, tp_rank=0, bucket=0), entries))
     reader.pipe.send(("release", None))
-    ledger.settle(deadline=time.monotonic() + 10)
+    ledger.settle(deadline=time.monotonic() + 60)
     assert reader.pipe.poll(10) and reader.pipe.recv() == "released"
 
 
@@ -440,7 +445,7 @@ def test_memory_outlives_its_name_here_until_the_reader_has_let_go(reader, ledge
     gc.collect()
     assert file.exists()
     assert reader.open_and_release(payload) == as_bytes(some())
-    ledger.settle(deadline=time.monotonic() + 5)
+    ledger.settle(deadline=time.monotonic() + 60)
     assert not file.exists()
 
 
@@ -494,7 +499,7 @@ def test_many_cycles_leave_nothing(reader):
             ledger.reclaim()
         else:
             reader.open_and_release(ipc_payload.payload(handle, entries))
-            ledger.settle(deadline=time.monotonic() + 5)
+            ledger.settle(deadline=time.monotonic() + 60)
 
     gc.collect()  # what a failed test before this one still holds
     cycle(0)  # starts torch's manager of shared files, which keeps its connection

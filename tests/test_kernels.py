@@ -324,7 +324,7 @@ def test_the_kernel_is_compiled_once_and_waited_for_until_the_timeout(monkeypatc
         kernels.prepare(device)
     started = time.monotonic()
     kernels.wait_until_prepared(device, timeout_s=0.1)
-    assert 0.1 <= time.monotonic() - started < 10 and kernels._threads[device].is_alive()
+    assert 0.1 <= time.monotonic() - started < 25 and kernels._threads[device].is_alive()
     release.set()
     kernels.wait_until_prepared(device, timeout_s=30)
     assert not kernels._threads[device].is_alive() and made == [device]

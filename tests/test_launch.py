@@ -5,6 +5,7 @@ import json
 import os
 import socket
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from tpcolocate.processes import this_process
 from tpcolocate.server import process as launch
 from tpcolocate.server.process import ServerProcess, ServerSpec, hold_port
 
-pytestmark = [pytest.mark.quick, pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.quick, pytest.mark.timeout(120)]
 
 # --- ports ----------------------------------------------------------------------------------------------------------
 
@@ -41,7 +42,7 @@ def test_a_held_port_is_the_servers_alone_and_given_to_nobody_who_asks_for_any()
             server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             server.bind(("127.0.0.1", port))
             server.listen()
-            with socket.create_connection(("127.0.0.1", port), timeout=5):
+            with socket.create_connection(("127.0.0.1", port), timeout=30):
                 pass
             with pytest.raises(ConfigError, match=f"port {port} is taken"):
                 hold_port(port)
@@ -69,7 +70,7 @@ def stand_in(monkeypatch, tmp_path, no_leftovers):
     """Replaces SGLang's command by one script per try; returns a starter, and the commands that SGLang would have got."""
     commands = []
 
-    def start(*scripts, health_timeout_s=20.0, **arguments):
+    def start(*scripts, health_timeout_s=60.0, **arguments):
         tries = iter(scripts)
         spawn = ServerProcess._spawn
 
@@ -180,8 +181,16 @@ def test_an_early_exit_tells_why_without_the_key(stand_in):
     assert "args: api_key=***\n" in error.details
 
 
-def test_a_server_that_never_answers_is_ended_at_the_deadline(stand_in):
+def test_a_server_that_never_answers_is_ended_at_the_deadline(stand_in, monkeypatch):
     start, _ = stand_in
+    wait_healthy = ServerProcess._wait_healthy
+
+    def once_it_runs(self, *args):
+        while not self.log_tail().endswith("loading"):
+            time.sleep(0.01)
+        wait_healthy(self, *args)
+
+    monkeypatch.setattr(ServerProcess, "_wait_healthy", once_it_runs)
     with pytest.raises(DeadlineError, match="not healthy within 0.8 s") as caught:
         start("print('loading', flush=True); import time; time.sleep(600)", health_timeout_s=0.8)
     assert caught.value.details.endswith("\nloading")

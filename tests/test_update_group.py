@@ -10,7 +10,7 @@ from tpcolocate.errors import ConfigError, WeightsMismatchError
 from tpcolocate.server.process import hold_port
 from tpcolocate.weights.update_group import UpdateGroup, announced, requests
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(300)
 quick = pytest.mark.quick
 
 PLACE = {"master_address": "127.0.0.1", "master_port": 29500, "rank_offset": 1, "world_size": 3}
@@ -68,7 +68,7 @@ def test_requests_are_in_order_and_of_bounded_size(limit, cut):
     assert [weight for request in found for weight in request] == weights
 
 
-def join(port, name="group", *, world_size=2, timeout_s=30):
+def join(port, name="group", *, world_size=2, timeout_s=80):
     return tpcolocate.join_update_group(
         master_address="127.0.0.1",
         master_port=port,
@@ -120,7 +120,7 @@ def both_ends(rank, port, names):
 def test_the_group_is_joined_by_the_one_that_sglang_makes(init_group, names):
     with hold_port() as held:
         port = held.getsockname()[1]
-        sender, receiver = run_ranks(both_ends, 2, port, names, init_group=init_group, timeout_s=100)
+        sender, receiver = run_ranks(both_ends, 2, port, names, init_group=init_group, timeout_s=200)
     assert receiver == [[0, 1, 2, 3], [1, 2, 3, 4], [2, 3, 4, 5]][: len(names)]
     in_use = "cannot listen on 127.0.0.1"  # while there is a reference to the destroyed group
     assert sender == [text for name in names for text in (f"this process already has a group named '{name}'", in_use)]
