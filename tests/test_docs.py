@@ -40,7 +40,9 @@ NOT_YET = {
     "pipeline.py",
 }
 USERS_OWN = {"colocated.py"}
-DEADLINE_S = 240.0
+# A minute on two idle cores; a busy machine takes several times as long.
+DEADLINE_S = 600.0
+TERM_S = 60.0
 
 
 def read(page):
@@ -203,7 +205,7 @@ def test_anchors_are_those_of_the_hosting_site():
 
 
 @pytest.mark.engine
-@pytest.mark.timeout(DEADLINE_S + 30)
+@pytest.mark.timeout(DEADLINE_S + TERM_S + 30)
 def test_the_quick_start_runs_as_pasted(tmp_path):
     (_, script), *_ = snippets("README.md")
     (tmp_path / "colocated.py").write_text(script)
@@ -220,8 +222,12 @@ def test_the_quick_start_runs_as_pasted(tmp_path):
             code = process.wait(DEADLINE_S)
         finally:
             if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait(10)
+                process.terminate()  # torchrun then ends its ranks, which have sessions of their own
+                try:
+                    process.wait(TERM_S)
+                except subprocess.TimeoutExpired:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait(10)
     output = log.read_text(errors="replace")
     assert code == 0, output[-4000:]
     assert re.findall(r"^synced 25 tensors.* version (\d+)$", output, re.MULTILINE) == ["1", "2", "3"]
