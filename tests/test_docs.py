@@ -35,9 +35,14 @@ OWNERS = {
 }
 # Named in the pages and not written yet.  An entry that exists by now fails, too.
 NOT_YET = {
-    "tpcolocate/weights/sync/mesh_schedule.py",
+    "finish.py",
     "mesh_schedule.py",
+    "opening.py",
     "pipeline.py",
+    "prepare.py",
+    "records.py",
+    "route.py",
+    "trace.py",
 }
 USERS_OWN = {"colocated.py"}
 # A minute on two idle cores; a busy machine takes several times as long.
