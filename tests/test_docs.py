@@ -35,7 +35,10 @@ OWNERS = {
 }
 # Named in the pages and not written yet.  An entry that exists by now fails, too.
 NOT_YET = {
+    "ab_trees.py",
     "finish.py",
+    "gpu_trainers.py",
+    "mechanisms.py",
     "mesh_schedule.py",
     "opening.py",
     "pipeline.py",
