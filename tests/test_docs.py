@@ -184,6 +184,15 @@ def test_snippets_compile_and_make_calls_that_exist(page, line, source):
 
 
 @pytest.mark.quick
+def test_diagrams_have_nothing_that_ends_a_statement_early():
+    diagrams = [found[2] for page in PAGES for found in BLOCK.finditer(read(page)) if found[1] == "mermaid"]
+    assert len(diagrams) >= 3
+    for diagram in diagrams:
+        assert diagram.split()[0] in ("flowchart", "sequenceDiagram")
+        assert ";" not in diagram and "#" not in diagram
+
+
+@pytest.mark.quick
 def test_signatures_quoted_in_the_guide_are_those_of_the_code():
     quoted = re.findall(r"`(\w+)\(([^`]*\*, [^`]*)\)`", prose("docs/guide.md"))
     assert len(quoted) > 15
