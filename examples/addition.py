@@ -1,9 +1,9 @@
-"""The task of the demo: addition, one character a token, and a tiny Qwen3-shaped model that has half learned it.
+"""The task of the demo: addition with one token per character, and a tiny Qwen3 model that is partly trained for it.
 
-``12+34=`` is answered by ``46`` and a newline, and the answer is right or wrong: an exact reward.  The model is made and warm-started on the spot in well under a minute.  It is left unsure
-on purpose: label smoothing gives part of every character's probability to the wrong ones, so the right
-answer is the likeliest one long before it is a likely one, and sampled answers are right about one time
-in four.  What remains is for reinforcement learning.
+The right continuation of ``12+34=`` is ``46`` and a newline; the reward is 1 for it and 0 for anything else.
+The model is created and warm-started in well under a minute.  Label smoothing gives part of every character's
+probability to wrong ones, so that sampled answers are right about one time in four, and reinforcement
+learning has something to improve.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ Problem = tuple[int, int]
 
 
 def sample_problems(count: int, *, digits: int, generator: torch.Generator) -> list[Problem]:
-    """Draws pairs of numbers of ``digits`` digits each, uniformly."""
+    """Draw pairs of numbers of ``digits`` digits each, uniformly."""
     drawn = torch.randint(10 ** (digits - 1), 10**digits, (count, 2), generator=generator)
     return [(a, b) for a, b in drawn.tolist()]
 
 
 def prompt_text(problem: Problem, *, shots: list[Problem]) -> str:
-    """The text to continue: solved problems, one a line, and then the open one."""
+    """Return the prompt: solved problems, one per line, then the open one."""
     solved = "".join(f"{a}+{b}={a + b}{END}" for a, b in shots)
     return f"{solved}{problem[0]}+{problem[1]}="
 
 
 def reward(problem: Problem, output_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> float:
-    """1.0 for the exact sum, properly ended; 0.0 for anything else."""
+    """Return 1.0 for the exact sum and an end, else 0.0."""
     ended = bool(output_ids) and output_ids[-1] == tokenizer.eos_token_id
     text = tokenizer.decode(output_ids, skip_special_tokens=True)
     ended = ended or END in text
@@ -44,7 +44,7 @@ def reward(problem: Problem, output_ids: list[int], tokenizer: PreTrainedTokeniz
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer with one id per character of ``ALPHABET``; the newline ends a text."""
+    """Build a tokenizer with one id per character of ``ALPHABET``; the newline ends a text."""
     core = Tokenizer(models.WordLevel({char: i for i, char in enumerate(ALPHABET)}, unk_token="?"))
     core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
     core.decoder = decoders.Fuse()
@@ -53,7 +53,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_model(*, eos_token_id: int) -> Qwen3ForCausalLM:
-    """A Qwen3 of 0.4 million parameters whose heads can be cut for tp = 1 and 2, with random weights."""
+    """Build a random Qwen3 of 0.4 million parameters, whose heads can be split for tp = 1 and 2."""
     config = Qwen3Config(
         vocab_size=len(ALPHABET),
         hidden_size=128,
@@ -63,7 +63,7 @@ def build_model(*, eos_token_id: int) -> Qwen3ForCausalLM:
         num_key_value_heads=2,
         head_dim=32,
         max_position_embeddings=256,
-        # Three times the usual width: at 0.02 the loss rests on a plateau for hundreds of steps.
+        # Three times the usual width: at 0.02 the loss stays on a plateau for hundreds of steps.
         initializer_range=0.06,
         tie_word_embeddings=False,
         use_cache=False,
@@ -75,14 +75,14 @@ def build_model(*, eos_token_id: int) -> Qwen3ForCausalLM:
 
 
 def warm_start(folder: Path, *, seed: int, target: float, max_steps: int = 600) -> float:
-    """Makes the model and its tokenizer, teaches it until it is right part of the time, and saves both.
+    """Create the model and its tokenizer, train it until it is right part of the time, and save both.
 
     Args:
         folder: Where the Hugging Face checkpoint goes.
-        target: The expected reward at temperature 1 to stop at; label smoothing bounds it at about 0.3.
+        target: Expected reward at temperature 1 at which to stop; label smoothing bounds it at about 0.3.
 
     Returns:
-        The expected reward it reached, exact and without sampling: the mean probability of the right answer.
+        The expected reward that was reached, computed as the mean probability of the right answer.
 
     Raises:
         RuntimeError: ``max_steps`` did not bring the model half way to ``target``.

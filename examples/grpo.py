@@ -1,13 +1,13 @@
-"""GRPO on a real engine: FSDP2 ranks learn addition from samples of the SGLang server they share.
+"""GRPO on a real engine: FSDP2 ranks learn addition from samples of an SGLang server on the same devices.
 
     torchrun --standalone --nproc-per-node 2 examples/grpo.py
     torchrun --standalone --nproc-per-node 2 examples/grpo.py --no-sync
     torchrun --standalone --nproc-per-node 2 examples/grpo.py --model PATH --device cuda --digits 6
 
-Every step each rank has its own prompts answered, trains on the samples, and hands the new weights to the
-engine.  Two figures show whether that works: the reward, and the *gap*, the largest difference between
-the engine's log-probability of a sampled token and the trainer's.  With a working sync the gap is
-numerical noise; ``--no-sync`` leaves the engine where it began and the gap grows.
+In every step each rank generates answers to its own prompts, trains on them, and syncs the new weights to the
+engine.  Two figures show whether that works: the reward, and the *gap*, the largest difference between the
+engine's log-probability of a sampled token and the trainer's.  With a working sync the gap is numerical noise;
+with ``--no-sync`` the engine keeps its first weights and the gap grows.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ CUDA_SERVER = {"dtype": "bfloat16", "mem_fraction_static": 0.4, "enable_memory_s
 
 @dataclass(frozen=True)
 class Row:
-    """What one step is judged by; everything is over all ranks."""
+    """Results of one step, over all ranks."""
 
     step: int
     reward: float
@@ -58,7 +58,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Samples:
-    """One rank's share of a step, padded on the right; ``n`` sequences of at most ``length`` tokens.
+    """One rank's samples of a step, padded on the right; ``n`` sequences of at most ``length`` tokens.
 
     Attributes:
         ids: (n, length) int64, prompt and answer.
@@ -91,7 +91,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--out", type=Path, default=Path("out"), help="folder for the tiny model, the plot and the JSON"
     )
-    parser.add_argument("--sync", action=argparse.BooleanOptionalAction, default=True, help="hand over the weights")
+    parser.add_argument("--sync", action=argparse.BooleanOptionalAction, default=True, help="sync the weights")
     parser.add_argument(
         "--sleep",
         action=argparse.BooleanOptionalAction,
@@ -104,13 +104,13 @@ def parse_args() -> argparse.Namespace:
     args.digits = (5 if given else 2) if args.digits is None else args.digits
     if not given and args.digits != 2:
         parser.error("the tiny model is trained on numbers of 2 digits only; --digits needs --model")
-    # Weights do not survive a sleep: without a sync the engine would wake up to noise.
+    # Weights do not survive a sleep: without a sync the engine would generate from garbage.
     args.sleep = args.sleep and args.sync
     return args
 
 
 def load_trainer(folder: Path, *, device: torch.device) -> torch.nn.Module:
-    """Loads the checkpoint in float32 and shards it over all ranks; on a GPU it computes in bfloat16."""
+    """Load the checkpoint in float32 and shard it over all ranks; compute in bfloat16 on a GPU."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_cache=False).to(device)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16) if device.type == "cuda" else MixedPrecisionPolicy()
@@ -122,7 +122,7 @@ def load_trainer(folder: Path, *, device: torch.device) -> torch.nn.Module:
 def sample(
     engine: Any, tokenizer: Any, *, args: argparse.Namespace, generator: torch.Generator, device: torch.device
 ) -> Samples:
-    """Has this rank's share of the prompts answered, and judges the answers."""
+    """Generate answers to this rank's share of the prompts, and compute their rewards."""
     shots = [] if args.model is None else sample_problems(3, digits=args.digits, generator=generator)
     problems = sample_problems(args.prompts // dist.get_world_size(), digits=args.digits, generator=generator)
     prompts = [tokenizer.encode(prompt_text(problem, shots=shots), add_special_tokens=False) for problem in problems]
@@ -153,7 +153,7 @@ def sample(
 
 
 def trainer_log_probs(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    """Log-probability of every token after the first, (n, length - 1).
+    """Return the log-probability of every token after the first, (n, length - 1).
 
     No attention mask: the padding is on the right, where causal attention cannot see it.
     """
@@ -164,10 +164,9 @@ def trainer_log_probs(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor
 def train(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, samples: Samples, *, group_size: int, updates: int
 ) -> tuple[float, float]:
-    """GRPO: the clipped loss with advantages relative to the group, averaged over the tokens of all ranks.
+    """Train by GRPO: the clipped loss with advantages relative to the group, averaged over the tokens of all ranks.
 
-    The behaviour policy is the engine's own log-probabilities: they are what the tokens were drawn from,
-    so that the ratio stays right whatever stands between the engine and the trainer.
+    The engine's own log-probabilities are the behaviour policy, since the tokens were sampled from them.
 
     Returns:
         The gap, before any update and over all ranks, and the last gradient norm.
@@ -200,7 +199,7 @@ def train(
 
 
 def run(args: argparse.Namespace, *, device: torch.device) -> list[Row]:
-    """Run from the model to the last step."""
+    """Run the demo, from the model to the last step."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     if args.prompts % world_size:
         raise ValueError(f"--prompts {args.prompts} cannot be shared evenly by {world_size} ranks")
@@ -264,7 +263,7 @@ def run(args: argparse.Namespace, *, device: torch.device) -> list[Row]:
 
 
 def plot(rows: list[Row], path: Path, *, title: str) -> None:
-    """Reward and gap against the step; the gap on a logarithmic axis."""
+    """Plot reward and gap against the step; the gap on a logarithmic axis."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
