@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from torch.multiprocessing import reductions
 
 from tpcolocate import ipc_payload
+from tpcolocate.deadline import Deadline
 from tpcolocate.errors import ConfigError, DeadlineError, SyncError
 from tpcolocate.ipc_payload import Fate
 
@@ -290,7 +291,7 @@ def test_sglang_opens_what_was_put_in_bit_by_bit(reader, ledger, case):
     assert handle.count() == 1, "it still holds it"
     reader.ask("release")
     assert handle.count() == 0
-    ledger.settle(deadline=time.monotonic() + 5)
+    ledger.wait_for_release(Deadline.after(5))
     assert ledger.num_returned == ledger.num_exported == 1
 
 
@@ -343,9 +344,9 @@ def test_a_payload_that_is_opened_twice_is_an_error_that_names_it(reader, ledger
     reader.open_and_release(payload)
     assert handle.count() < 0
     with pytest.raises(
-        SyncError, match=r"bucket 4 \(512 bytes\) of rank 5 for TP rank 1: released more often .* \(count -1\)"
+        SyncError, match=r"bucket 4 \(512 bytes\) of rank 5 for TP rank 1: released more than once: .* \(count -1\)"
     ) as caught:
-        ledger.settle(deadline=time.monotonic() + 5)
+        ledger.wait_for_release(Deadline.after(5))
     assert caught.value.rank == 5 and "payload of its own" in caught.value.hint
     assert ledger.outstanding() == [] and ledger.num_returned == 0, "told once, and not counted as returned"
 
@@ -374,7 +375,7 @@ def test_a_handle_that_is_out_is_named_with_what_is_known_of_it(said, alive, fat
     began = time.monotonic()
     waits = fate in (Fate.HELD, Fate.UNKNOWN)
     with pytest.raises(DeadlineError if waits else SyncError, match=re.escape(str(item))) as caught:
-        ledger.settle(deadline=began + (0.1 if waits else 60))
+        ledger.wait_for_release(Deadline.after(0.1 if waits else 60))
     assert caught.value.rank == 5 and caught.value.hint
     assert waits == (0.1 <= time.monotonic() - began) and time.monotonic() - began < 2
     if waits:
@@ -396,7 +397,7 @@ def test_a_handle_that_came_back_is_nobodys_fault(ledger):
     handle = ledger.export(filled(some())[0], tp_rank=0, bucket=0)
     ledger.note_opened(0, {0: False})
     handle.reclaim()
-    ledger.settle(deadline=time.monotonic())
+    ledger.wait_for_release(Deadline.after(0))
     assert (ledger.num_exported, ledger.num_returned) == (1, 1)
 
 
@@ -407,10 +408,10 @@ def test_the_longest_absence_is_kept(ledger, monkeypatch):
         ipc_payload.time, "sleep", lambda _: handle.reclaim() if time.monotonic() >= began + 0.03 else None
     )
     began = time.monotonic()
-    ledger.settle(deadline=began + 5)
+    ledger.wait_for_release(Deadline.after(5))
     longest = ledger.latest_return_s
     assert 0.02 < longest < 1
-    ledger.settle(deadline=time.monotonic() + 5)
+    ledger.wait_for_release(Deadline.after(5))
     assert ledger.latest_return_s == longest
 
 
@@ -418,7 +419,7 @@ def test_settling_waits_for_the_reader(reader, ledger):
     flat, entries = filled(some())
     reader.ask("open", ipc_payload.payload(ledger.export(flat, tp_rank=0, bucket=0), entries))
     reader.pipe.send(("release", None))
-    ledger.settle(deadline=time.monotonic() + 10)
+    ledger.wait_for_release(Deadline.after(10))
     assert reader.pipe.poll(10) and reader.pipe.recv() == "released"
 
 
@@ -440,7 +441,7 @@ def test_memory_outlives_its_name_here_until_the_reader_has_let_go(reader, ledge
     gc.collect()
     assert file.exists()
     assert reader.open_and_release(payload) == as_bytes(some())
-    ledger.settle(deadline=time.monotonic() + 5)
+    ledger.wait_for_release(Deadline.after(5))
     assert not file.exists()
 
 
@@ -466,10 +467,10 @@ def test_a_reader_that_is_killed_still_has_it_until_it_is_reclaimed(ledger):
     os.kill(holder.pid, signal.SIGKILL)
     holder.join()
     with pytest.raises(DeadlineError, match=Fate.UNKNOWN.value):
-        ledger.settle(deadline=time.monotonic() + 0.1)
+        ledger.wait_for_release(Deadline.after(0.1))
     ledger._reader_is_alive = lambda: False
     with pytest.raises(SyncError, match=Fate.READER_KILLED.value):
-        ledger.settle(deadline=time.monotonic() + 60)
+        ledger.wait_for_release(Deadline.after(60))
     assert handle.count() == 0 and ledger.reclaim() == []
     del flat, handle
     assert not file.exists()
@@ -494,7 +495,7 @@ def test_many_cycles_leave_nothing(reader):
             ledger.reclaim()
         else:
             reader.open_and_release(ipc_payload.payload(handle, entries))
-            ledger.settle(deadline=time.monotonic() + 5)
+            ledger.wait_for_release(Deadline.after(5))
 
     gc.collect()  # what a failed test before this one still holds
     cycle(0)  # starts torch's manager of shared files, which keeps its connection

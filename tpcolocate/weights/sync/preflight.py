@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from tpcolocate import ipc_payload
+from tpcolocate.deadline import Deadline
 from tpcolocate.errors import DeadlineError, SyncError, TpColocateError
 from tpcolocate.weights.sync.phases import SyncPhases
 from tpcolocate.weights.transport.bucket_sender import Replies
@@ -93,7 +94,7 @@ class Preflight(SyncPhases):
                     rank=self.group.rank,
                 )
         try:
-            self.ledger.settle(deadline=min(self.deadline, time.monotonic() + _PREFLIGHT_S))
+            self.ledger.wait_for_release(Deadline.after(min(self.deadline - time.monotonic(), _PREFLIGHT_S)))
         except SyncError as error:
             problem = problem if problem is not None else error.message
         except DeadlineError as error:
