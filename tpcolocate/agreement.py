@@ -134,7 +134,7 @@ class RankGroup:
             f"rank {rank}: {names[i].decode(errors='replace')}" for rank, i in zip(self.ranks, self._positions)
         )
         raise RankLostError(
-            f"the ranks are in different calls: {calls}",
+            f"the ranks make different calls: {calls}",
             hint="every rank must make the same collective calls in the same order; a rank may have left one with an error",
             slice_ranks=self.ranks,
         )
