@@ -1,4 +1,4 @@
-"""The stand-in for the CUDA kernels: every name is there, none can be called, and pinned memory is let be."""
+"""The stub of the CUDA kernels: every name can be imported, none can be called, and pinned memory is not requested."""
 
 import sys
 from pathlib import Path
@@ -16,11 +16,11 @@ STUB = Path(tpcolocate.server.__file__).parent / "cpu_stub"
 
 def beside_stub(rank, script):
     sys.path.insert(0, str(STUB))
-    exec(script, {})  # noqa: S102  ours, from below
+    exec(script, {})  # noqa: S102  a script of this file
 
 
 def run_beside_stub(script):
-    """What it raised, if anything; in a process of its own, for the stub changes torch."""
+    """Return the error of a script; in a process of its own, because the stub changes torch."""
     [outcome] = run_ranks(beside_stub, 1, script, init_group=False, expect_errors=True)
     return outcome.error
 

@@ -5,13 +5,16 @@ import json
 import os
 import socket
 import sys
+import types
 from pathlib import Path
 
 import pytest
+import torch
 
-from tpcolocate.errors import ConfigError, DeadlineError, LaunchError
+from tpcolocate import launch as launch
+from tpcolocate.errors import ConfigError, DeadlineError, LaunchError, RankLostError
 from tpcolocate.processes import this_process
-from tpcolocate.server import process as launch
+from tpcolocate.server import process
 from tpcolocate.server.process import ServerProcess, ServerSpec, hold_port
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(60)]
@@ -192,7 +195,7 @@ def test_the_tail_of_a_log_never_contains_the_key(tmp_path):
     server = ServerProcess(ServerSpec("model", {}, {}, tmp_path / "log", pid, started))
     assert server.log_tail() == "(no log was written)"
     for cut in range(len(server.api_key) + 1):
-        rest = "x" * (launch._LOG_TAIL_BYTES - cut - 1)
+        rest = "x" * (process._LOG_TAIL_BYTES - cut - 1)
         server.spec.log_path.write_text(f"key {server.api_key}\n{rest}")
         assert not any(server.api_key[i:] in server.log_tail() for i in range(len(server.api_key) - 3))
     server.spec.log_path.write_text("".join(f"{i}\n" for i in range(100)))
@@ -211,4 +214,45 @@ def test_the_tail_of_a_log_never_contains_the_key(tmp_path):
     ("", ""),
 ])  # fmt: skip
 def test_the_reason_is_the_last_line_that_names_an_error(tail, reason):
-    assert launch._reason(tail) == reason
+    assert process._reason(tail) == reason
+
+
+# --- the owner ------------------------------------------------------------------------------------------------------
+
+
+class FailedGroup:
+    """A group of live ranks whose collectives fail."""
+
+    ranks, rank = (0, 1), 0
+    members = ()
+
+    def __len__(self):
+        return len(self.ranks)
+
+    def all_gather(self, value, *, what, timeout_s=None):
+        raise RankLostError("the connection was reset")
+
+
+@pytest.mark.parametrize("failing", ["start", "announce"])
+def test_after_an_error_no_server_is_left_even_if_the_group_has_failed_too(monkeypatch, failing):
+    class Server:
+        url, api_key, client, stopped = "http://127.0.0.1:1", "key", object(), False
+
+        def stop(self):
+            self.stopped = True
+
+    def fail(*args, **kwargs):
+        raise OSError("disk full")
+
+    server = Server()
+    info = {"version": "0.5.20"}
+    monkeypatch.setattr(ServerProcess, "start", fail if failing == "start" else lambda *args, **kwargs: server)
+    monkeypatch.setattr(launch, "ServerApi", lambda client: types.SimpleNamespace(info=info))
+    monkeypatch.setattr(launch, "read_spec", lambda path: None)
+    monkeypatch.setattr(launch.rendezvous, "announce", fail)
+    tp_slice = launch.TpSlice(FailedGroup(), 0, torch.device("cpu"), (), False, f"test{os.getpid()}", 0)
+    launched = launch.Launch(tp_slice, launch.LaunchRequest("model", {}, {}, "nonce"))
+    with pytest.raises(OSError, match="disk full"):
+        launched.start_server(health_timeout_s=1.0, log_path=None)
+    assert server.stopped == (failing == "announce")
+    assert not launched.sync_folder.exists()

@@ -23,7 +23,7 @@ from torch.distributed.distributed_c10d import AllgatherOptions
 
 from tpcolocate.deadline import Deadline
 from tpcolocate.errors import ConfigError, RankFailedError, RankLostError, TpColocateError
-from tpcolocate.groups import Member
+from tpcolocate.groups import Member, list_ranks
 
 T = TypeVar("T")
 
@@ -45,8 +45,9 @@ _SHOWN = 200
 class RankGroup:
     """A group of ranks that exchange values and agree on errors.
 
-    Collective: every method, over all members.  Results are in the order of `ranks`, which is not the order of torch's
-    group ranks.
+    Collective: every method, over all members.  `what` names the call in errors: an imperative such as ``"sync weights"``,
+    the same on all ranks.  `timeout_s` is the longest wait for the others in seconds, by default the group's.  Results are
+    in the order of `ranks`, which is not the order of torch's group ranks.
 
     Args:
         members: The ranks, in the order of results (tp order for a slice).
@@ -80,8 +81,6 @@ class RankGroup:
 
         Args:
             value: This rank's.
-            what: Name of the call, an imperative such as ``"sync weights"``; the same on all ranks.
-            timeout_s: Longest wait for the others, in seconds; default: the group's.
 
         Returns:
             Every rank's value.
@@ -159,13 +158,13 @@ class RankGroup:
             while not self._wait(work, min(_CHECK_INTERVAL_S, deadline.left(at_least=0.001))):
                 exited = self._exited()
                 if exited:
-                    raise RuntimeError(f"ranks {_listed(exited)} have exited")
+                    raise RuntimeError(f"ranks {list_ranks(exited)} have exited")
                 if deadline.has_passed:
                     raise RuntimeError("some rank did not join")
         except RuntimeError as error:
             elapsed = time.monotonic() - started
             exited = self._exited_soon()
-            why = f"rank {_listed(exited)} has exited" if exited else str(error).strip().splitlines()[0]
+            why = f"rank {list_ranks(exited)} has exited" if exited else str(error).strip().splitlines()[0]
             self._broken = f"{what!r} failed ({why})"
             raise RankLostError(
                 f"{what}: lost contact with other ranks after {elapsed:.1f} s: {why}",
@@ -199,22 +198,6 @@ class RankGroup:
             work.wait(timedelta(seconds=seconds))
         return True
 
-    def broadcast(self, value: T | None, *, src: int, what: str, timeout_s: float | None = None) -> T:
-        """Return the value of rank `src`, on all members.
-
-        Args:
-            value: Of rank `src`; ignored elsewhere.
-            src: Global rank.
-            what: As for `all_gather`.
-            timeout_s: Longest wait for the others, in seconds.
-
-        Raises:
-            RankLostError, ConfigError: As `all_gather`.
-        """
-        return self.all_gather(value if self.rank == src else None, what=what, timeout_s=timeout_s)[
-            self.ranks.index(src)
-        ]  # type: ignore[return-value]
-
     def agree(
         self, error: BaseException | None, value: T | None = None, *, what: str, timeout_s: float | None = None
     ) -> list[T]:
@@ -223,8 +206,6 @@ class RankGroup:
         Args:
             error: This rank's error, or None.
             value: What to exchange along with "ok".
-            what: As for `all_gather`.
-            timeout_s: Longest wait for the others, in seconds.
 
         Returns:
             Every rank's value, in the order of `ranks`.
@@ -267,10 +248,6 @@ class RankGroup:
     def together(self, what: str, *, timeout_s: float | None = None) -> Iterator[dict[str, object]]:
         """Run the body on every rank, then `agree` on its error and compare its arguments.
 
-        Args:
-            what: As for `all_gather`.
-            timeout_s: Longest wait for the others, in seconds.
-
         Yields:
             A dictionary to which the body adds values, by name, whose ``repr`` must match on all ranks.
 
@@ -303,8 +280,6 @@ class RankGroup:
         Args:
             rank: Global rank that runs it.
             action: Called there only; its result must be picklable.
-            what: As for `all_gather`.
-            timeout_s: Longest wait for that rank, in seconds.
 
         Raises:
             TpColocateError: As `agree`.
@@ -349,10 +324,6 @@ class _Report:
 
 def _padded(data: bytes, num_bytes: int) -> torch.Tensor:
     return torch.frombuffer(bytearray(data.ljust(num_bytes, b"\0")), dtype=torch.uint8)
-
-
-def _listed(ranks: Sequence[int]) -> str:
-    return ", ".join(map(str, ranks))
 
 
 __all__ = ["RankGroup"]

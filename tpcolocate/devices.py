@@ -207,9 +207,10 @@ def resolve(
         )
     reading = _read(environ, row, inventory)
     if reading is None:
-        if index >= 0 and (inventory is None or index < len(inventory.uuids)):
-            return _integer_device(index, inventory, _numbering_is_pci(environ, row, inventory))
-        found = "" if inventory is None else f"; this host has {_count(len(inventory.uuids))}"
+        device, reason = _integer(index, inventory, _numbering_is_pci(environ, row, inventory))
+        if device is not None:
+            return device
+        found = "" if reason is None else f"; {reason}"
         raise DeviceError(
             f"device index {index} is out of range: {', '.join(row.variables)} unset{found}",
             device=f"{kind}:{index}",
@@ -454,14 +455,10 @@ def _same_device(a: PhysicalDevice, b: PhysicalDevice) -> bool:
 def _integer(
     index: int, inventory: Inventory | None, numbering_is_pci: bool
 ) -> tuple[PhysicalDevice | None, str | None]:
-    if inventory is not None and index >= len(inventory.uuids):
-        return None, f"this host has {_count(len(inventory.uuids))}"
-    return _integer_device(index, inventory, numbering_is_pci), None
-
-
-def _integer_device(index: int, inventory: Inventory | None, numbering_is_pci: bool) -> PhysicalDevice:
+    if index < 0 or (inventory is not None and index >= len(inventory.uuids)):
+        return None, None if inventory is None else f"this host has {_count(len(inventory.uuids))}"
     uuid = inventory.uuids[index] if inventory is not None and numbering_is_pci else None
-    return PhysicalDevice(token=str(index), index=index, uuid=uuid)
+    return PhysicalDevice(token=str(index), index=index, uuid=uuid), None
 
 
 def _uuid(token: str, inventory: Inventory | None) -> tuple[PhysicalDevice | None, str | None]:

@@ -122,7 +122,7 @@ def exchange(store: dist.Store, member: Member, *, timeout_s: float) -> list[Mem
     except (RuntimeError, dist.DistStoreError) as error:
         missing = [int(key) for key in keys if not store.check([key])]
         raise RankLostError(
-            f"ranks {_list(missing)} did not call tpcolocate.init() within {timeout_s:g} s",
+            f"ranks {list_ranks(missing)} did not call tpcolocate.init() within {timeout_s:g} s",
             hint="every rank of the default process group must call init(); look for an earlier error on those ranks",
             rank=member.rank,
         ) from error
@@ -151,14 +151,14 @@ def plan_slices(members: Sequence[Member]) -> list[tuple[int, ...]]:
     for member in members:
         sizes.setdefault(member.tp_size, []).append(member.rank)
     if len(sizes) > 1:
-        views = "; ".join(f"tp_size={size} on ranks {_list(ranks)}" for size, ranks in sorted(sizes.items()))
+        views = "; ".join(f"tp_size={size} on ranks {list_ranks(ranks)}" for size, ranks in sorted(sizes.items()))
         raise LayoutError(f"the ranks disagree on tp_size: {views}", hint="pass the same tp_size on every rank")
     tp_size, world_size = members[0].tp_size, len(members)
     if world_size % tp_size:
         usable = [size for size in range(1, world_size + 1) if world_size % size == 0]
         raise LayoutError(
             f"{world_size} ranks cannot be divided into tp slices of {tp_size}",
-            hint=f"tp_size must divide the number of ranks: {_list(usable)}",
+            hint=f"tp_size must divide the number of ranks: {list_ranks(usable)}",
         )
     slices = [tuple(range(start, start + tp_size)) for start in range(0, world_size, tp_size)]
     for ranks in slices:
@@ -185,7 +185,8 @@ def _check_one_host(members: Sequence[Member]) -> None:
     )
 
 
-def _list(ranks: Sequence[int]) -> str:
+def list_ranks(ranks: Sequence[int]) -> str:
+    """List ranks in a message."""
     return ", ".join(map(str, ranks)) if ranks else "(none)"
 
 
@@ -206,4 +207,4 @@ def make_group(ranks: Sequence[int], *, timeout_s: float, description: str) -> d
     return group if dist.get_rank() in ranks else None
 
 
-__all__ = ["Host", "Member", "exchange", "make_group", "plan_slices"]
+__all__ = ["Host", "Member", "exchange", "list_ranks", "make_group", "plan_slices"]

@@ -228,13 +228,13 @@ class Launch:
             beat.finish()
             if beat.broken is None:
                 group.agree(error, running, what="launch the server")
+            elif error is not None:
+                raise error
         except BaseException:
             if server is not None:
                 server.stop()
             self.clean_up()
             raise
-        if error is not None:
-            raise error
         assert running is not None and server is not None and api is not None
         if beat.broken is not None:
             logger.warning(
@@ -259,20 +259,18 @@ class Launch:
         )
         for warning in warnings:
             logger.warning("%s", warning)
+        name = f"{tp_slice.job}-{tp_slice.slice_index}-{request.nonce}.log"
+        default_log_path = Path(tempfile.gettempdir()) / f"tpcolocate-{os.getuid()}" / name
         pid, started = this_process()
         return ServerSpec(
             model_path=request.model_path,
             arguments=request.arguments,
             environment=environment,
-            log_path=Path(log_path) if log_path is not None else self._default_log_path(),
+            log_path=default_log_path if log_path is None else Path(log_path),
             owner_pid=pid,
             owner_started=started,
             unlink=(str(self._announcement_path), str(self.sync_folder)),
         )
-
-    def _default_log_path(self) -> Path:
-        name = f"{self.tp_slice.job}-{self.tp_slice.slice_index}-{self.request.nonce}.log"
-        return Path(tempfile.gettempdir()) / f"tpcolocate-{os.getuid()}" / name
 
     def _announcement(self, running: RunningServer) -> rendezvous.Announcement:
         pid, started = this_process()

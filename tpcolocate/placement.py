@@ -44,11 +44,8 @@ def inspect_device(device: torch.device | str | None) -> tuple[torch.device, dic
     except ConfigError as error:
         return found, facts, error
     except (RuntimeError, ValueError, AssertionError) as error:  # raised by torch for an invalid device
-        return (
-            found,
-            facts,
-            DeviceError(f"device {device!r}: {error}", hint='for example torch.device("cuda", local_rank)'),
-        )
+        hint = 'pass for example torch.device("cuda", local_rank)'
+        return found, facts, DeviceError(f"device {device!r}: {error}", hint=hint)
     return found, facts, None
 
 

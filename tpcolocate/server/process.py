@@ -70,12 +70,9 @@ class ServerSpec:
     """Everything that a server is started from; the same for all tries except for the ports.
 
     Attributes:
-        model_path: Folder or hub id.
         arguments: SGLang's, by name.
-        environment: Of the server.
         log_path: File that the output is appended to.
-        owner_pid: Process whose exit ends the server.
-        owner_started: Its start, see `start_of`.
+        owner_pid: Process whose exit ends the server; with `owner_started`, see `start_of`.
         unlink: Files and folders that the supervisor removes at the end.
         grace_s: Between SIGTERM and SIGKILL, in seconds.
     """
@@ -141,11 +138,7 @@ class ServerProcess:
                 retry = isinstance(error, LaunchError) and server.met_port_clash() and "port" not in spec.arguments
                 if not retry or attempt == _LAUNCH_TRIES:
                     raise
-                logger.warning(
-                    "a port was taken while the server loaded; restarting it (try %d of %d)",
-                    attempt + 1,
-                    _LAUNCH_TRIES,
-                )
+                logger.warning("a port was taken while the server loaded: try %d of %d", attempt + 1, _LAUNCH_TRIES)
         raise AssertionError("unreachable")
 
     def _start_once(self, deadline: Deadline, heartbeat: Callable[[str, float], None] | None) -> None:
@@ -154,32 +147,15 @@ class ServerProcess:
             http = stack.enter_context(hold_port(int(spec.arguments.get("port", 0))))
             internal = stack.enter_context(hold_port(int(spec.arguments.get("nccl_port", 0))))
             # Not on the command line, which every user of the machine can read.
-            private = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tpcolocate-")))
-            config = private / "server.yaml"
+            config = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tpcolocate-"))) / "server.yaml"
             config.touch(mode=0o600)
             config.write_text(json.dumps({"api-key": self.api_key, "admin-api-key": self.api_key}))  # JSON is YAML
-            port = http.getsockname()[1]
-            arguments = {
-                **spec.arguments,
-                "host": spec.arguments.get("host", LOOPBACK),
-                "port": port,
-                "nccl_port": internal.getsockname()[1],
-            }
-            host = arguments["host"]
+            host, port = spec.arguments.get("host", LOOPBACK), http.getsockname()[1]
+            arguments = {**spec.arguments, "host": host, "port": port, "nccl_port": internal.getsockname()[1]}
             self.url = f"http://{LOOPBACK if host in _LOCAL_HOSTS else host}:{port}"
             self.client = ServerClient(self.url, api_key=self.api_key)
-            self._spawn(
-                [
-                    sys.executable,
-                    "-m",
-                    "sglang.launch_server",
-                    "--model-path",
-                    spec.model_path,
-                    "--config",
-                    str(config),
-                    *to_argv(arguments),
-                ]  # fmt: skip
-            )
+            command = [sys.executable, "-m", "sglang.launch_server", "--model-path", spec.model_path]
+            self._spawn([*command, "--config", str(config), *to_argv(arguments)])
             self._wait_healthy(deadline, heartbeat)
 
     def _spawn(self, command: list[str]) -> None:
@@ -280,11 +256,9 @@ class ServerProcess:
 
     def log_tail(self) -> str:
         """Return the last lines of the server's output, for messages."""
-        try:
-            lines = self._log_lines()
-        except FileNotFoundError:
+        if not self.spec.log_path.exists():
             return "(no log was written)"
-        return "\n".join(["--- last lines of the server's log ---", *lines[-_LOG_TAIL_LINES:]])
+        return "\n".join(["--- last lines of the server's log ---", *self._log_lines()[-_LOG_TAIL_LINES:]])
 
     def _log_lines(self) -> list[str]:
         with open(self.spec.log_path, "rb") as log:
@@ -297,10 +271,9 @@ class ServerProcess:
 
     def met_port_clash(self) -> bool:
         """Return whether this server's output reports an address in use."""
-        try:
-            text = "\n".join(self._log_lines()).lower()
-        except FileNotFoundError:
+        if not self.spec.log_path.exists():
             return False
+        text = "\n".join(self._log_lines()).lower()
         return "address already in use" in text or "eaddrinuse" in text
 
     def last_line(self) -> str:
@@ -357,9 +330,8 @@ def _reason(tail: str) -> str:
     """Return the line of a Python traceback that names the error, or an empty string."""
     for line in reversed(tail.splitlines()):
         head = line.strip().split(":", 1)[0]
-        if (head.endswith(("Error", "Exception")) or ": error: " in line) and " " not in head.rsplit(".", 1)[
-            -1
-        ].strip():
+        is_error = head.endswith(("Error", "Exception")) or ": error: " in line
+        if is_error and " " not in head.rsplit(".", 1)[-1].strip():
             return f": {line.strip()}"
     return ""
 
