@@ -354,7 +354,7 @@ def test_a_payload_that_is_opened_twice_is_an_error_that_names_it(reader, ledger
 # Reports of the readers, and whether they are alive -> fate of an outstanding handle.
 FATES = [
     (None, True, Fate.UNKNOWN),
-    ({1: True}, True, Fate.HELD),
+    ({1: True}, True, Fate.STILL_OPEN),
     ({1: False}, True, Fate.NEVER_OPENED),
     ({0: False}, True, Fate.UNKNOWN),  # reported by another TP rank
     (None, False, Fate.READER_KILLED),
@@ -373,7 +373,7 @@ def test_an_outstanding_handle_is_reported_with_its_fate(reported, alive, fate):
     assert item == ipc_payload.Outstanding(5, 1, 3, 512, 1, fate)
     assert str(item) == f"bucket 3 (512 bytes) of rank 5 for TP rank 1: {fate.value} (count 1)"
     began = time.monotonic()
-    waits = fate in (Fate.HELD, Fate.UNKNOWN)
+    waits = fate in (Fate.STILL_OPEN, Fate.UNKNOWN)
     with pytest.raises(DeadlineError if waits else SyncError, match=re.escape(str(item))) as caught:
         ledger.wait_for_release(Deadline.after(0.1 if waits else 60))
     assert caught.value.rank == 5 and caught.value.hint
@@ -385,7 +385,7 @@ def test_an_outstanding_handle_is_reported_with_its_fate(reported, alive, fate):
 
 
 def test_a_message_lists_some_handles_and_counts_all():
-    many = [ipc_payload.Outstanding(0, 0, bucket, 2**20, 1, Fate.HELD) for bucket in range(400)]
+    many = [ipc_payload.Outstanding(0, 0, bucket, 2**20, 1, Fate.STILL_OPEN) for bucket in range(400)]
     few = "; ".join(map(str, many[:5]))
     assert ipc_payload.listed(many[:5]) == f"{few} (5.0 MiB in all)"
     assert ipc_payload.listed(many) == f"{few} and 395 more (400.0 MiB in all)"

@@ -353,7 +353,7 @@ class Fate(Enum):
 
     OVER_RELEASED = "released more than once: two readers had one payload"
     NEVER_OPENED = "never opened"
-    HELD = "opened and not released"
+    STILL_OPEN = "opened and not released"
     READER_KILLED = "lost with its reader, which is dead"
     UNKNOWN = "not released, or never opened"
 
@@ -477,7 +477,7 @@ class Ledger:
 
     def _take_lost(self) -> list[Outstanding]:
         """Reclaim and forget the handles that certainly no reader has open any more."""
-        lost = [item for item in self.outstanding() if item.fate not in (Fate.HELD, Fate.UNKNOWN)]
+        lost = [item for item in self.outstanding() if item.fate not in (Fate.STILL_OPEN, Fate.UNKNOWN)]
         where = {(item.tp_rank, item.bucket) for item in lost}
         for line in self._lines:
             if (line.tp_rank, line.bucket) in where:
@@ -511,7 +511,7 @@ def _fate(line: _Line, count: int, alive: bool) -> Fate:
         return Fate.READER_KILLED
     if line.opened is None:
         return Fate.UNKNOWN
-    return Fate.HELD if line.opened else Fate.NEVER_OPENED
+    return Fate.STILL_OPEN if line.opened else Fate.NEVER_OPENED
 
 
 _HINTS = {
