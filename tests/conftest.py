@@ -1,4 +1,4 @@
-"""What holds for every test: a clean environment, nothing left behind, GPU tests only where there is a GPU."""
+"""Applies to every test: a clean environment, nothing left behind, GPU tests only where there is a GPU."""
 
 import os
 
@@ -11,15 +11,15 @@ _gpu_tests_skipped = pytest.StashKey[int]()
 
 
 def pytest_configure():
-    # Before any test module imports torch.  Ranks, servers and references share two cores: threads that spin for
-    # each other there cost several times what they save.
+    # Before any test module imports torch.  Ranks, servers and references share the cores of a small machine: threads
+    # that spin while they wait for each other cost several times what they save.
     os.environ["OMP_NUM_THREADS"] = "1"
-    # How long one example takes says more about the other processes of this machine; pytest-timeout bounds the test.
+    # The time that one example takes depends on the other processes of the machine; pytest-timeout bounds the test.
     settings.register_profile("tpcolocate", deadline=None)
     settings.load_profile("tpcolocate")
 
 
-@pytest.hookimpl(trylast=True)  # after -m and -k have taken out theirs
+@pytest.hookimpl(trylast=True)  # after -m and -k have deselected theirs
 def pytest_collection_modifyitems(config, items):
     gpu_items = [item for item in items if item.get_closest_marker("gpu") is not None]
     if gpu_items and not _has_cuda():
@@ -44,7 +44,7 @@ def _has_cuda():
 
 @pytest.fixture(scope="session", autouse=True)
 def _session_ground():
-    """Scrubs the environment before any other fixture of the session, and looks around at its end."""
+    """Scrub the environment before any other fixture of the session; look for leftovers at its end."""
     with pytest.MonkeyPatch.context() as patch:
         for name in list(os.environ):
             if harness.is_scrubbed(name) and name != "OMP_NUM_THREADS":
@@ -61,7 +61,7 @@ def _session_ground():
 
 @pytest.fixture(autouse=True)
 def _clean_environment(_session_ground):
-    """Gives every test the session's environment, whatever the one before it, or a library's import, has set."""
+    """Give every test the session's environment, whatever the test before it or the import of a library has set."""
     before = dict(os.environ)
     yield
     os.environ.clear()
@@ -70,7 +70,7 @@ def _clean_environment(_session_ground):
 
 @pytest.fixture
 def no_leftovers():
-    """Fails a test that leaves a process or an entry in /dev/shm."""
+    """Fail a test that leaves a process or an entry in /dev/shm."""
     before = harness.Footprint.now()
     yield
     found = harness.leftovers(before)
@@ -81,7 +81,7 @@ def no_leftovers():
 
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory):
-    """A function with ``make_tiny_model``'s keywords; equal calls share one folder, which is not to be written to."""
+    """Return a function with the keywords of ``make_tiny_model``; equal calls share a folder, which is read-only."""
     from tiny_models import make_tiny_model
 
     made = {}

@@ -1,8 +1,8 @@
-"""Runs a function on several ranks, each a process of its own, such that no outcome can hang or hide.
+"""Run a function on several ranks, each a process of its own; no failure hangs or goes unreported.
 
 Deadlines are nested: process group < rank deadline here < pytest-timeout < CI.  Every rank has a pipe and a
-sentinel of its own, so a rank that is killed is seen at once and not by its peers' timeouts.  Every process below a
-test session carries a tag in its environment, by which orphans are found wherever they were re-parented to.
+sentinel of its own, so that a killed rank is noticed at once and not through its peers' timeouts.  Every process of
+a test session has a tag in its environment, by which orphans are found wherever they were re-parented to.
 
 This module must not import torch: a rank's environment is set before torch is first imported there.
 """
@@ -32,15 +32,15 @@ from typing import Any
 
 import psutil
 
-# All that is nothing but imports; tpcolocate takes a rank another second of a core.
+# What only needs to be imported; tpcolocate alone takes a second of CPU time.
 PRELOADED = ("torch", "torch.distributed", "pytest", "psutil", "tpcolocate")
-START_TIMEOUT_S = 120.0  # interpreter and torch import, on a machine that is busy with something else
-GRACE_S = 10.0  # what the others get to finish by themselves after a first failure
-DUMP_TIMEOUT_S = 5.0  # from SIGABRT to a written dump
-SURVIVORS_TIMEOUT_S = 10.0  # what a rank started may outlive it by this much
-# A death is noticed here, an exception is dated by its rank: the peers' "connection closed" can be a little older
-# than the notice of the death that caused it.
-DEATH_NOTICE_S = 1.0
+START_TIMEOUT_S = 120.0  # to start an interpreter and import torch, on a busy machine
+GRACE_S = 20.0  # for the other ranks to finish by themselves after a first failure
+DUMP_TIMEOUT_S = 20.0  # from SIGABRT to a written dump
+SURVIVORS_TIMEOUT_S = 30.0  # for processes that a rank started to end after it
+# This process notices a death, but a rank records the time of its exception: the peers' "connection closed" can be a
+# little older than the notice of the death that caused it.
+DEATH_NOTICE_S = 5.0
 
 SESSION_TAG = "TPC_TEST_SESSION"
 RANKS_TAG = "TPC_TEST_RANKS"
@@ -56,31 +56,31 @@ _SCRUBBED_PREFIXES = ("LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "
 
 
 def is_scrubbed(name: str) -> bool:
-    """Whether a variable would let the machine, or a surrounding torchrun, decide what a test sees."""
+    """Return whether a variable would make a test depend on the machine or on a surrounding torchrun."""
     return name.upper() in _SCRUBBED_NAMES or name.startswith(_SCRUBBED_PREFIXES)
 
 
 class RankDied(RuntimeError):
-    """The rank's process ended without a result: killed by a signal, or exited by itself."""
+    """The rank's process ended without a result: it was killed by a signal, or exited."""
 
 
 class RankOverran(TimeoutError):
-    """The rank was still running at a deadline of the harness and was killed; the dump of its threads is attached."""
+    """The rank was still running at a deadline and was killed; the dump of its threads is attached."""
 
 
 class RankRaised(RuntimeError):
-    """Stands for an exception that could not be pickled; the message is the rank's own traceback."""
+    """An exception that could not be pickled; the message is the rank's traceback."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one rank.
+    """The result of one rank.
 
     Args:
         rank: The rank.
-        value: What the function returned; None if it did not.
+        value: What the function returned; None if it did not return.
         error: What it raised, or RankDied, RankOverran, RankRaised; None if it returned.
-        exitcode: Of the process; negative for a signal.
+        exitcode: Exit code of the process; negative for a signal.
         seconds: From the common start to the return, the exception or the end of the process.
         details: The rank's traceback, or the dump of its threads.
     """
@@ -94,11 +94,11 @@ class Outcome:
 
 
 class RanksFailed(Exception):
-    """At least one rank failed, or left processes behind; the first cause comes first.
+    """At least one rank failed or left processes behind; the first cause is listed first.
 
     Args:
-        outcomes: Of every rank.
-        survivors: Descriptions of processes that outlived the ranks (and were killed).
+        outcomes: One for each rank.
+        survivors: Descriptions of processes that outlived the ranks and were killed.
     """
 
     def __init__(self, outcomes: list[Outcome], survivors: tuple[str, ...] = ()) -> None:
@@ -138,30 +138,30 @@ def run_ranks(
     expect_errors: bool = False,
     start_method: str = "forkserver",
 ) -> list[Any]:
-    """Calls ``fn(rank, *args)`` on every rank, each in a process of its own.
+    """Call ``fn(rank, *args)`` on every rank, each in a process of its own.
 
-    The ranks see a scrubbed environment with RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE set, one torch
+    The ranks have a scrubbed environment with RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE set, one torch
     thread, and a default process group whose timeout is three quarters of ``timeout_s``.  They start together,
-    once all of them have imported torch; ``timeout_s`` counts from there.
+    once all of them have imported torch; ``timeout_s`` is measured from there.
 
     Args:
         fn: A function at the top level of its module.
-        world_size: How many ranks.
+        world_size: Number of ranks.
         *args: More arguments; pickled.
-        env: Variables, or a function from the rank to them; None as a value removes one.
+        env: Variables, or a function from the rank to them; None as a value removes a variable.
         timeout_s: Deadline of the ranks in seconds.
-        backend: Of the default process group.
-        init_group: False leaves the process group to ``fn``.
+        backend: Backend of the default process group.
+        init_group: Whether to make the default process group before ``fn`` is called.
         expect_errors: Return an ``Outcome`` per rank instead of raising for failed ranks.
         start_method: "forkserver" forks ranks from a process that has only imported torch and pytest, which saves
-            each of them seconds; "spawn" starts an interpreter per rank, with a hash seed of its own and torch
-            imported under the rank's environment.
+            seconds per rank; "spawn" starts an interpreter per rank, with its own hash seed and torch imported
+            under the rank's environment.
 
     Returns:
         The ranks' return values by rank, or their outcomes.
 
     Raises:
-        RanksFailed: A rank failed (and no errors were expected), or what the ranks started outlived them.
+        RanksFailed: A rank failed and no errors were expected, or a process that a rank started outlived it.
     """
     folder = Path(tempfile.mkdtemp(prefix="tpc-ranks-"))
     tag = uuid.uuid4().hex
@@ -177,7 +177,7 @@ def run_ranks(
                 })
             )  # fmt: skip
         _watch(ranks, timeout_s, grace_s=None if expect_errors else GRACE_S)
-        # Ranks that had to be killed could not clean up: what they leave is not held against them.
+        # Ranks that had to be killed could not clean up: what they leave is no failure of its own.
         overran = any(isinstance(rank.error, RankOverran) for rank in ranks)
         survivors = _end_survivors(tag, timeout_s=0.0 if overran else SURVIVORS_TIMEOUT_S)
         outcomes = [rank.outcome() for rank in ranks]
@@ -209,7 +209,7 @@ def _rank_env(rank: int, world_size: int, env: Any, tag: str) -> dict[str, str]:
 
 
 class _Rank:
-    """The parent's end of one rank."""
+    """One rank as its parent sees it."""
 
     def __init__(self, rank: int, start_method: str, task: dict[str, Any]) -> None:
         context: Any = multiprocessing.get_context(start_method)
@@ -229,7 +229,7 @@ class _Rank:
         self.process.start()
         theirs.close()
         # Under spawn, process.sentinel is a pipe which any process that the rank forks would keep open.  Under
-        # forkserver it reports what waitpid said, and a pidfd could come too late.
+        # forkserver it reports the result of waitpid, and a pidfd could come too late.
         self._pidfd = os.pidfd_open(self.process.pid) if start_method == "spawn" else None
         self.sentinel = self.process.sentinel if self._pidfd is None else self._pidfd
 
@@ -238,11 +238,11 @@ class _Rank:
 
     def go(self) -> None:
         self._zero = time.monotonic()
-        with contextlib.suppress(OSError):  # it died since: its sentinel will say so
+        with contextlib.suppress(OSError):  # it has died: the sentinel reports that
             self.pipe.send_bytes(b"go")
 
     def read(self) -> None:
-        """Takes what the rank has said, if anything; never blocks for long."""
+        """Receive what the rank has sent, if anything; never blocks for long."""
         while not self._silent and self.pipe.poll():
             try:
                 message = pickle.loads(self.pipe.recv_bytes())
@@ -268,7 +268,7 @@ class _Rank:
         return RankRaised(message["traceback"])
 
     def notice_end(self) -> None:
-        """To be called when the sentinel says that the process has ended."""
+        """Record the end of the process; call this when the sentinel is ready."""
         self.read()
         self.process.join()
         self.over = True
@@ -280,9 +280,9 @@ class _Rank:
             self._details = self._read_dump()
 
     def overrun(self, why: str) -> None:
-        """Has the process dump its threads and end; SIGABRT, because then the end is also the end of the dump."""
-        # By descent, besides the tag that _end_survivors looks for: a process that was forked and never exec'ed
-        # shows the environment of whoever it was forked from.
+        """Make the process dump its threads and end; with SIGABRT, because it ends only when the dump is written."""
+        # Found by descent: a process that was forked and never exec'ed has its parent's environment in /proc, maybe
+        # without the tag that _end_survivors looks for.
         offspring: list[psutil.Process] = []
         with contextlib.suppress(ProcessLookupError, psutil.Error):
             offspring = psutil.Process(self.process.pid).children(recursive=True)
@@ -303,7 +303,7 @@ class _Rank:
     def _read_dump(self) -> str:
         with contextlib.suppress(OSError):
             return self._dump.read_text(errors="replace")
-        return "(no dump: it had not got as far as torch)"
+        return "(no dump: it ended before torch was imported)"
 
     def outcome(self) -> Outcome:
         seconds = 0.0 if self._ended_at is None else max(0.0, self._ended_at - self._zero)
@@ -321,7 +321,7 @@ class _Rank:
 
 
 def _watch(ranks: list[_Rank], timeout_s: float, grace_s: float | None) -> None:
-    """Returns once every rank has ended; after a first failure the others get ``grace_s`` (None: all of timeout_s)."""
+    """Wait until every rank has ended; after a first failure for ``grace_s`` at most, unless that is None."""
     going = False
     deadline, why = time.monotonic() + START_TIMEOUT_S, f"importing torch after {START_TIMEOUT_S:g} s"
     while running := [rank for rank in ranks if not rank.over]:
@@ -358,11 +358,11 @@ def _dump_path(folder: str, rank: int) -> Path:
 
 
 def _rank_main(pipe: Connection, task: dict[str, Any]) -> None:
-    """What runs in a rank's process."""
+    """Run in a rank's process."""
     _die_with_parent()
     os.environ.clear()
     os.environ.update(task["env"])
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a SIGABRT at the deadline is no crash worth a file
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # no core file for a SIGABRT at the deadline
     rank = task["rank"]
     with open(_dump_path(task["folder"], rank), "w") as dump:
         faulthandler.enable(file=dump, all_threads=True)
@@ -383,7 +383,7 @@ def _rank_main(pipe: Connection, task: dict[str, Any]) -> None:
         except SystemExit:
             raise
         except BaseException as error:
-            # Told before anything is torn down: with a failed rank the teardown itself may hang.
+            # Sent before anything is torn down: with a failed rank the teardown itself may hang.
             message = {
                 "kind": "raised",
                 "at": time.monotonic(),
@@ -408,7 +408,7 @@ def _init_group(task: dict[str, Any]) -> None:
 
 
 def _pickled(error: BaseException) -> bytes | None:
-    """The exception, if it survives the way there and back; many pickle and then fail to load."""
+    """Return the pickled exception if it can be loaded again; many pickle and then fail to load."""
     try:
         data = pickle.dumps(error)
         return data if type(pickle.loads(data)) is type(error) else None
@@ -422,7 +422,7 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
-# --- What is left of a test -------------------------------------------------------------------------------------
+# --- What a test leaves behind ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -431,7 +431,7 @@ class Footprint:
 
     Args:
         shm: Names in /dev/shm with one of ``SHM_PREFIXES``.
-        processes: Of this test session.
+        processes: The processes of this test session.
     """
 
     shm: frozenset[str]
@@ -439,25 +439,27 @@ class Footprint:
 
     @classmethod
     def now(cls) -> Footprint:
-        """Takes the footprint."""
+        """Return the current footprint."""
+        _note_foreign_pids()
         return cls(frozenset(_shm_names()), frozenset(_session_processes()))
 
 
 def tag_session() -> None:
-    """Marks every process that this one will start, directly or not; see ``leftovers``."""
+    """Tag every process that this one will start, directly or not; see ``leftovers``."""
     os.environ[SESSION_TAG] = uuid.uuid4().hex
 
 
 def leftovers(since: Footprint, *, timeout_s: float = SURVIVORS_TIMEOUT_S) -> list[str]:
-    """What has appeared since and does not go away by itself within the time given.
+    """Return what has appeared since and does not go away by itself within the time given.
 
     Args:
         since: The footprint before.
-        timeout_s: How long to wait for an end, in seconds.
+        timeout_s: How long to wait for it to go away, in seconds.
 
     Returns:
         A line per process and per entry of /dev/shm; empty if nothing is left.
     """
+    _note_foreign_pids()
     deadline = time.monotonic() + timeout_s
     while True:
         processes = [process for process in _session_processes() if process not in since.processes]
@@ -466,18 +468,18 @@ def leftovers(since: Footprint, *, timeout_s: float = SURVIVORS_TIMEOUT_S) -> li
             return []
         if time.monotonic() >= deadline:
             return [_describe(process) for process in processes] + [f"/dev/shm/{name}" for name in _ours(shm)]
-        # Sleeps if there is only shared memory to wait for, which nothing announces the end of.
+        # Sleeps if there is only shared memory to wait for: nothing announces its end.
         psutil.wait_procs(processes, timeout=0.05) if processes else time.sleep(0.05)
 
 
 def end_leftovers(since: Footprint) -> None:
-    """Kills the processes that ``leftovers`` would name."""
+    """Kill the processes that ``leftovers`` would name."""
     _kill(process for process in _session_processes() if process not in since.processes)
 
 
 def _session_processes() -> Iterator[psutil.Process]:
     own = psutil.Process()
-    # multiprocessing keeps these two for the life of the process, and so does torch its manager of shared files.
+    # multiprocessing keeps these two until the process ends, as torch does with its manager of shared files.
     helpers = (
         getattr(resource_tracker._resource_tracker, "_pid", None),
         getattr(forkserver._forkserver, "_forkserver_pid", None),
@@ -507,23 +509,44 @@ def _shm_names() -> list[str]:
     return []
 
 
+# Processes of others that were seen at some moment: what they leave when they are killed is not ours.
+_foreign_pids: set[int] = set()
+
+
+def _note_foreign_pids() -> None:
+    own = psutil.Process()
+    family = {process.pid for process in [own, *own.children(recursive=True)]}
+    tag = f"{SESSION_TAG}={os.environ.get(SESSION_TAG)}".encode()
+    for pid in set(psutil.pids()) - family:
+        with contextlib.suppress(OSError):
+            environment = Path(f"/proc/{pid}/environ").read_bytes()
+            if environment and tag not in environment.split(b"\0"):  # a zombie has none, and may be ours
+                _foreign_pids.add(pid)
+
+
 def _ours(names: Iterable[str]) -> list[str]:
-    """Leaves out what belongs to a living process of somebody else, such as a server beside the tests."""
+    """Leave out what belongs to other processes, such as a server beside the tests or another test session."""
     names = list(names)
     if not names:
         return []
     family = {process.pid for process in _session_processes()} | {os.getpid()}
     foreign: set[str] = set()
-    for pid in set(psutil.pids()) - family:
-        foreign |= {name for name in names if str(pid) in name.replace("-", "_").split("_")}
+    for pid in (set(psutil.pids()) | _foreign_pids) - family:
+        foreign |= {name for name in names if str(pid) in _numbers(name)}
         with contextlib.suppress(OSError):
             maps = Path(f"/proc/{pid}/maps").read_text(errors="replace")
             foreign |= {name for name in names if f"/dev/shm/{name}" in maps}
     return [name for name in names if name not in foreign]
 
 
+def _numbers(name: str) -> list[str]:
+    """Return the parts of a name in /dev/shm that may be the pid of its creator."""
+    parts = name.replace("-", "_").split("_")
+    return parts[1:2] if parts[0] == "torch" else parts  # torch adds a random number and a counter
+
+
 def _end_survivors(tag: str, *, timeout_s: float) -> list[str]:
-    """Waits for what the ranks started, kills the rest, and describes what it had to kill."""
+    """Wait for the processes that ranks started, kill those that stay, and return their descriptions."""
     _, alive = psutil.wait_procs(list(_tagged(RANKS_TAG, tag)), timeout=timeout_s)
     described = [_describe(process) for process in alive]
     _kill(alive)

@@ -1,4 +1,4 @@
-"""Models that each have one habit of an engine's loader, and what is to be seen of it."""
+"""Models whose loaders each do one thing that loaders of engines do, and what a trace of it contains."""
 
 import json
 
@@ -12,7 +12,7 @@ from tpcolocate.in_server.tpcolocate_receiver.session import _apply
 
 
 class Model(nn.Module):
-    """`weights` are its parameters; `load` says what its loader does with each tensor."""
+    """A model with the parameters `weights`, whose loader calls `load` for each tensor."""
 
     def __init__(self, load, **weights):
         super().__init__()
@@ -35,7 +35,7 @@ def fused(model, name, tensor):
 
 
 def fused_shard(model, name, tensor):
-    """One TP rank of two: its rows of every tensor."""
+    """Load the rows of one TP rank of two from every tensor."""
     start, size = {"q": (0, 2), "k": (2, 1), "v": (3, 1)}[name]
     model.qkv.data.narrow(0, start, size).copy_(tensor.narrow(0, size, size))
 
@@ -45,7 +45,7 @@ def column_shard(model, name, tensor):
 
 
 def replicated(model, name, tensor):
-    """Grouped-query attention with more TP ranks than heads: the same head for several."""
+    """Load the same head twice: grouped-query attention with more TP ranks than heads."""
     model.kv.data[:2].copy_(tensor[:2])
     model.kv.data[2:].copy_(tensor[:2])
 
@@ -152,7 +152,7 @@ def derives_in_place(model, name, tensor):
 
 
 def derives_beside(model, name, tensor):
-    """Into memory that is no parameter: absorbed weights are kept so."""
+    """Write to memory that is no parameter, as is done for absorbed weights."""
     model.w.data.copy_(tensor)
     if not hasattr(model, "beside"):
         model.beside = torch.empty(tensor.shape)
@@ -219,7 +219,7 @@ def model_of(load, shapes, dtype=torch.float32):
 
 
 def bucket_of(tensors):
-    """(staging memory, entries as they come in a command)."""
+    """Return (staging memory, entries as in a command)."""
     entries, num_bytes = ipc_payload.layout([(name, tensor.shape, tensor.dtype) for name, tensor in tensors.items()])
     flat = torch.zeros(num_bytes, dtype=torch.uint8)
     for entry in entries:
@@ -255,7 +255,7 @@ def bits(model):
 
 
 def applied(model, tensors):
-    """(whether the loader was not needed, what could not be proven, what differs, elements read)."""
+    """Return (whether the loader was not needed, what was not verified, what differs, elements read)."""
     flat, entries = bucket_of(tensors)
     if not hasattr(model, "plans") or not model.plans.fit():
         model.plans = CopyPlan()

@@ -1,9 +1,10 @@
-"""Imports go down only, and a light import stays light."""
+"""Imports go down through layers, no class is too wide, and a light import stays light."""
 
 import ast
 import subprocess
 import sys
 import types
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -13,110 +14,352 @@ import tpcolocate
 pytestmark = pytest.mark.quick
 
 PACKAGE = Path(tpcolocate.__file__).parent
-TOP = "__init__"
-# Top to bottom.  A room may import those on the floors below it; rooms on one floor do not know each other.
-# A sub-package is one room, whose modules may import their siblings.
-FLOORS = (
-    {TOP},
-    {"session", "doctor"},
-    {"engine", "launch"},
-    {"server", "weights", "rendezvous"},
-    {"agreement", "placement"},
-    {"groups", "roles", "ipc_payload"},
-    {"devices", "report", "in_server", "parallel", "processes", "deadline"},
-    {"errors", "_version"},
-)
-FLOOR_OF = {room: number for number, floor in enumerate(FLOORS) for room in floor}
-# Not modules of the package: put on the PYTHONPATH of another process.
-NOT_MODULES = {("server", "cpu_stub")}
-SOURCES = sorted(path for path in PACKAGE.rglob("*.py") if path.relative_to(PACKAGE).parts[:2] not in NOT_MODULES)
+# The layers of every package, top to bottom.  A module may import modules of the layers below it; modules in the same
+# layer must not import each other.  A sub-package counts as one module; its own layers are listed separately.
+# An `__init__` is above all layers of its package.
+LAYERS = {
+    "": (
+        {"session"},
+        {"engine", "launch"},
+        {"server", "weights", "rendezvous"},
+        {"agreement", "placement"},
+        {"groups", "roles", "ipc_payload"},
+        {"devices", "report", "parallel", "processes", "deadline"},
+        {"errors", "in_server", "_version"},
+    ),
+    "server": (
+        {"api", "process"},
+        {"arguments", "channel"},
+        {"http", "releases", "installed", "environment", "lifecycle", "supervisor"},
+    ),
+    "engine": (
+        {"engine"},
+        {"adapters", "generation", "update_groups"},
+        {"base"},
+        {"client"},
+    ),
+    "weights": (
+        {"sync", "lora", "update_group"},
+        {"transport"},
+        {"plan"},
+        {"sources"},
+    ),
+    "weights.sources": (
+        {"checkpoint", "fingerprint"},
+        {"named_weights", "model_spec"},
+        {"peft_merge", "hf_names"},
+        {"lazy_tensor", "wrapper_names"},
+    ),
+    "weights.plan": (
+        {"loader_map", "sharding", "transfer_plan"},
+        {"slices"},
+    ),
+    "weights.transport": (
+        {"staging", "connection", "transient_mappings"},
+        {"checksums", "bucket_sender", "mapped_memory", "memory"},
+    ),
+    "weights.sync": (
+        {"syncer"},
+        {"run"},
+        {"start", "tracing", "preflight"},
+        {"transfer"},
+        {"mapping", "buckets"},
+        {"phases"},
+        {"options"},
+    ),
+    "in_server": ({"tpcolocate_receiver"},),
+    "in_server.tpcolocate_receiver": (
+        {"session"},
+        {"dry_run"},
+        {"copy_plan"},
+        {"kernels", "loader_trace"},
+        {"triton_kernel", "checksums", "regions", "replay", "module_walk", "handles"},
+    ),
+}
+# Put on the PYTHONPATH of another process as it is; not a package.
+NOT_A_PACKAGE = "server/cpu_stub"
+MAX_METHODS, MAX_ATTRIBUTES = 25, 12
+WIDE_ON_PURPOSE = {"Engine", "Colocation"}  # public
+
+# What does not follow the rules yet.  These lists only get shorter: an entry that is no longer needed fails, too.
+UPWARD_IMPORTS = {
+    ("in_server.tpcolocate_receiver.triton_kernel", "in_server.tpcolocate_receiver.kernels"),
+    ("weights.plan.transfer_plan", "weights.transport.checksums"),
+    ("weights.sources.checkpoint", "weights.sync.run"),
+    ("weights.sync.phases", "weights.sync.syncer"),
+}
+CYCLES = {
+    frozenset({"in_server.tpcolocate_receiver.kernels", "in_server.tpcolocate_receiver.triton_kernel"}),
+    frozenset({"weights.plan.transfer_plan", "weights.transport.checksums"}),
+    frozenset(
+        f"weights.sync.{name}"
+        for name in "buckets mapping phases preflight run start syncer tracing transfer".split()
+    ),
+}  # fmt: skip
+TOO_MANY_METHODS = {"SyncRun", "StartPhases", "LearningPhases", "MovePhases", "ServerApi"}
+TOO_MANY_ATTRIBUTES = {
+    "SyncRun", "SyncPhases", "StartPhases", "Preflight", "MovePhases", "LendingPhases", "LearningPhases", "BucketPhases",
+    "WeightSync", "CopyProgram", "SliceClient", "AdapterCalls", "UpdateGroupCalls", "GenerationCalls",
+}  # fmt: skip
 
 
-def room_of(path):
-    """The room of a file of the package: its sub-package, or its own name."""
-    parts = path.relative_to(PACKAGE).parts
-    return parts[0].removesuffix(".py")
+def check_exceptions(found, listed):
+    """Fail for what is not listed, and for what is listed and no longer found."""
+    assert sorted(found - listed, key=str) == [], "breaks the rule"
+    assert sorted(listed - found, key=str) == [], "follows the rule now: remove it from the list"
 
 
-def imported_rooms(source, path):
-    """Yields (line, room) for every import of this package, wherever in the file it stands."""
-    package = ("tpcolocate",) + path.relative_to(PACKAGE).parts[:-1]
-    for node in ast.walk(ast.parse(source)):
-        names = []
-        if isinstance(node, ast.Import):
-            names = [tuple(alias.name.split(".")) for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else ()
-            base += tuple(node.module.split(".")) if node.module else ()
-            # "from tpcolocate import x" is the room x if there is one, and otherwise a name of the top.
-            names = [base + (alias.name,) for alias in node.names] if base == ("tpcolocate",) else [base]
-        for name in names:
-            if name[0] == "tpcolocate":
-                yield node.lineno, name[1] if len(name) > 1 and _exists(name[1]) else TOP
+# --- imports --------------------------------------------------------------------------------------------------------
 
 
-def _exists(room):
-    return room in FLOOR_OF or (PACKAGE / room).is_dir() or (PACKAGE / f"{room}.py").is_file()
-
-
-def faults(source, path):
-    """Describes the imports of a file that do not go down."""
-    room = room_of(path)
-    found = []
-    for line, target in imported_rooms(source, path):
-        if target == room and path.parent != PACKAGE:
-            continue
-        if target not in FLOOR_OF or FLOOR_OF[target] <= FLOOR_OF[room]:
-            found.append(f"{path.relative_to(PACKAGE)}:{line}: {room} imports {target}, which is not on a floor below")
+def modules_below(package):
+    """Return dotted name -> path for every module of a package; a package stands for its `__init__`."""
+    found = {}
+    for path in sorted(package.rglob("*.py")):
+        if not path.relative_to(package).as_posix().startswith(NOT_A_PACKAGE):
+            parts = path.relative_to(package).with_suffix("").parts
+            found[".".join(part for part in parts if part != "__init__")] = path
     return found
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_every_room_has_its_floor_and_imports_go_down_only(path):
-    assert room_of(path) in FLOOR_OF, (
-        f"{path.relative_to(PACKAGE)} is new: place it on a floor in {Path(__file__).name}, FLOORS"
-    )
-    assert faults(path.read_text(), path) == []
+def imports_of(source, module, modules, *, is_package=False):
+    """Yield (line, module) for every import from this package, wherever in the file it is, TYPE_CHECKING included."""
+    parts = module.split(".") if module else []
+    package = ["tpcolocate", *(parts if is_package else parts[:-1])]
+    for node in ast.walk(ast.parse(source)):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name.split(".") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            base = base + (node.module.split(".") if node.module else [])
+            names = [[*base, alias.name] for alias in node.names]
+        for name in names:
+            if name[0] == "tpcolocate":
+                # "from tpcolocate import x" is the module x if there is one, and otherwise a name in __init__.
+                target = ".".join(name[1:])
+                if isinstance(node, ast.ImportFrom) and target not in modules:
+                    target = ".".join(name[1:-1])
+                yield node.lineno, target
 
 
-@pytest.mark.parametrize("file, source, rooms", [
-    ("roles.py", "import torch, os.path", []),
-    ("roles.py", "from tpcolocate.errors import DeviceError", ["errors"]),
-    ("roles.py", "from .errors import DeviceError", ["errors"]),
-    ("roles.py", "from . import errors, devices", ["errors", "devices"]),
-    ("roles.py", "import tpcolocate.devices as d", ["devices"]),
-    ("roles.py", "import tpcolocate", [TOP]),
-    ("roles.py", "from tpcolocate import init", [TOP]),
-    ("roles.py", "def f():\n  from tpcolocate import groups", ["groups"]),
-    ("roles.py", "if TYPE_CHECKING:\n  from .groups import Slice", ["groups"]),
-    ("server/process.py", "from .http import Client", ["server"]),
-    ("server/process.py", "from . import http", ["server"]),
-    ("server/process.py", "from .. import errors", ["errors"]),
-    ("server/process.py", "from ..weights.sync.syncer import plan", ["weights"]),
-    ("server/process.py", "from tpcolocate.server import http", ["server"]),
-    ("server/process.py", "from ..session import init", ["session"]),
+def goes_down(module, target, layers):
+    """Whether an import leads from a layer to one below it, in the innermost package that has both modules."""
+    here, there = module.split("."), target.split(".")
+    shared = 0
+    while shared < min(len(here), len(there)) and here[shared] == there[shared]:
+        shared += 1
+    if module in ("", ".".join(there[:shared])):
+        return True  # an __init__, and something in its package
+    if target in ("", ".".join(here[:shared])):
+        return False  # the __init__ of a package that the module is in
+    of_package = layers[".".join(here[:shared])]
+    number = {name: n for n, layer in enumerate(of_package) for name in layer}
+    return number.get(there[shared], -1) > number.get(here[shared], -1)
+
+
+def cycles_of(edges):
+    """Return the sets of modules that import each other, directly or not."""
+    reached = {}
+    for start in edges:
+        found, new = set(), [start]
+        while new:
+            for target in edges.get(new.pop(), ()):
+                if target not in found:
+                    found.add(target)
+                    new.append(target)
+        reached[start] = found
+    return {
+        frozenset(other for other in reached[module] if module in reached.get(other, ()))
+        for module in edges
+        if module in reached[module]
+    }
+
+
+MODULES = modules_below(PACKAGE)
+IMPORTS = {
+    module: list(imports_of(path.read_text(), module, MODULES, is_package=path.name == "__init__.py"))
+    for module, path in MODULES.items()
+}
+
+
+def test_every_module_has_its_layer_and_every_layer_its_modules():
+    inside = defaultdict(set)
+    for module in MODULES:
+        if module:
+            package, _, name = module.rpartition(".")
+            inside[package].add(name)
+    placed = {package: set().union(*layers) for package, layers in LAYERS.items()}
+    assert placed == dict(inside), f"place new modules in LAYERS of {Path(__file__).name}, and remove old ones"
+    assert all(sum(map(len, layers)) == len(placed[package]) for package, layers in LAYERS.items()), "named twice"
+
+
+def test_imports_go_down_only():
+    upward = {
+        (module, target): f"{MODULES[module].relative_to(PACKAGE)}:{line}: {module} imports {target or 'tpcolocate'}"
+        for module, imports in IMPORTS.items()
+        for line, target in imports
+        if not goes_down(module, target, LAYERS)
+    }
+    assert [text for edge, text in upward.items() if edge not in UPWARD_IMPORTS] == [], "not in a layer below"
+    check_exceptions(set(upward), UPWARD_IMPORTS)
+
+
+def test_no_modules_import_each_other():
+    check_exceptions(cycles_of({name: {target for _, target in imports} for name, imports in IMPORTS.items()}), CYCLES)
+
+
+def test_what_runs_in_the_server_imports_nothing_else_of_the_package():
+    outside = {
+        target
+        for module, imports in IMPORTS.items()
+        for _, target in imports
+        if module.startswith("in_server") and not target.startswith("in_server.")
+    }
+    assert outside == set()
+
+
+@pytest.mark.parametrize("module, source, found", [
+    ("roles", "import torch, os.path", []),
+    ("roles", "from tpcolocate.errors import DeviceError", ["errors"]),
+    ("roles", "from .errors import DeviceError", ["errors"]),
+    ("roles", "from . import errors, devices", ["errors", "devices"]),
+    ("roles", "import tpcolocate.devices as d", ["devices"]),
+    ("roles", "import tpcolocate", [""]),
+    ("roles", "from tpcolocate import init", [""]),
+    ("roles", "def f():\n  from tpcolocate import groups", ["groups"]),
+    ("roles", "if TYPE_CHECKING:\n  from .groups import Slice", ["groups"]),
+    ("a.x", "from .y import Y", ["a.y"]),
+    ("a.x", "from . import y, name", ["a.y", "a"]),
+    ("a.x", "from .. import errors", ["errors"]),
+    ("a.x", "from ..b.c.z import name", ["b.c.z"]),
+    ("b.c.z", "from ...a import x", ["a.x"]),
+    ("b.c", "from .z import name", ["b.c.z"]),
 ])  # fmt: skip
-def test_imports_are_found_however_they_are_written(file, source, rooms):
-    assert [room for _, room in imported_rooms(source, PACKAGE / file)] == rooms
+def test_imports_are_found_however_they_are_written(module, source, found):
+    modules = {"", "errors", "devices", "groups", "roles", "a", "a.x", "a.y", "b", "b.c", "b.c.z"}
+    assert [target for _, target in imports_of(source, module, modules, is_package=module == "b.c")] == found
 
 
-@pytest.mark.parametrize("file, source, good", [
-    ("server/process.py", "from .client import Client", True),
-    ("server/process.py", "from ..roles import Role", True),
-    ("server/process.py", "from ..weights import sync", False),
-    ("weights/sync/syncer.py", "from ...server import http", False),
-    ("rendezvous.py", "from .server import http", False),
-    ("groups.py", "from . import roles", False),
-    ("groups.py", "from . import devices", True),
-    ("devices.py", "from . import report", False),
-    ("devices.py", "from .errors import DeviceError", True),
-    ("errors.py", "import tpcolocate", False),
-    ("session.py", "from . import server, weights, rendezvous, groups, errors", True),
-    ("session.py", "from .doctor import main", False),
-    ("__init__.py", "from .session import init", True),
+@pytest.mark.parametrize("module, target, good", [
+    ("top", "low", True),
+    ("low", "top", False),
+    ("low", "beside", False),
+    ("top", "a", True),
+    ("a.high", "low", True),
+    ("a.high", "a.deep", True),
+    ("a.deep", "a.high", False),
+    ("a.deep", "a.same", False),
+    ("a.deep", "b.any", False),
+    ("b.any", "a.deep", True),
+    ("a.deep", "a", False),
+    ("a", "a.deep", True),
+    ("b.any", "a", True),
+    ("low", "", False),
+    ("", "top", True),
+    ("new", "low", True),
+    ("top", "new", False),
 ])  # fmt: skip
-def test_only_imports_that_go_down_pass(file, source, good):
-    assert (faults(source, PACKAGE / file) == []) is good
+def test_only_imports_that_go_down_pass(module, target, good):
+    layers = {"": ({"top"}, {"b"}, {"a"}, {"low", "beside"}), "a": ({"high"}, {"deep", "same"})}
+    assert goes_down(module, target, layers) is good
+
+
+def test_cycles_are_found():
+    edges = {"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": {"e"}, "e": {"f"}, "f": {"d"}, "g": {"a"}}
+    assert cycles_of(edges) == {frozenset("bc"), frozenset("def")}
+
+
+# --- classes --------------------------------------------------------------------------------------------------------
+
+
+def name_of(base):
+    """Return the last part of a class's base as it is written."""
+    if isinstance(base, ast.Subscript):
+        return name_of(base.value)
+    return base.attr if isinstance(base, ast.Attribute) else getattr(base, "id", "?")
+
+
+class Class:
+    """What a class body defines: its methods, and the attributes that it declares or sets on `self`."""
+
+    def __init__(self, node):
+        self.bases = [name_of(base) for base in node.bases]
+        self.methods = {each.name for each in node.body if isinstance(each, (ast.FunctionDef, ast.AsyncFunctionDef))}
+        self.attributes = {
+            each.target.id for each in node.body if isinstance(each, ast.AnnAssign) and isinstance(each.target, ast.Name)
+        } | {
+            each.attr for each in ast.walk(node)
+            if isinstance(each, ast.Attribute) and isinstance(each.ctx, ast.Store) and name_of(each.value) == "self"
+        }  # fmt: skip
+        self.is_record = any("frozen=True" in ast.unparse(each) for each in node.decorator_list) or bool(
+            {"NamedTuple", "Protocol"} & set(self.bases)
+        )
+
+
+def classes_in(sources):
+    """Return name -> `Class`."""
+    nodes = (node for source in sources for node in ast.walk(ast.parse(source)))
+    return {node.name: Class(node) for node in nodes if isinstance(node, ast.ClassDef)}
+
+
+def family(name, classes):
+    """Return the names of a class and of all its bases."""
+    bases = classes[name].bases if name in classes else []
+    return {name}.union(*(family(base, classes) for base in bases if base != name))
+
+
+def too_wide(classes):
+    """Return the names of classes with too many methods, and with too many attributes, inherited ones counted."""
+    methods, attributes = set(), set()
+    for name in set(classes) - WIDE_ON_PURPOSE:
+        names = family(name, classes)
+        if any(each.endswith(("Error", "Exception")) for each in names):
+            continue
+        known = [classes[each] for each in names if each in classes]
+        if len(set().union(*(each.methods for each in known))) > MAX_METHODS:
+            methods.add(name)
+        if not classes[name].is_record and len(set().union(*(each.attributes for each in known))) > MAX_ATTRIBUTES:
+            attributes.add(name)
+    return methods, attributes
+
+
+def test_no_class_is_too_wide():
+    methods, attributes = too_wide(classes_in(path.read_text() for path in MODULES.values()))
+    check_exceptions(methods, TOO_MANY_METHODS)
+    check_exceptions(attributes, TOO_MANY_ATTRIBUTES)
+
+
+@pytest.mark.parametrize("base, own, head, found", [
+    (20, 5, "class B(A):", False),
+    (20, 6, "class B(A):", True),
+    (20, 6, "class B(module.A[int]):", True),
+    (20, 6, "class B(Exception):", False),
+    (20, 6, "class Engine(A):", False),
+])  # fmt: skip
+def test_methods_are_counted_with_inherited_ones(base, own, head, found):
+    def bodies(prefix, count):
+        return "".join(f"  def {prefix}{n}(self): ...\n" for n in range(count))
+
+    methods, _ = too_wide(classes_in([f"class A:\n{bodies('a', base)}", f"{head}\n{bodies('a', 1)}{bodies('b', own)}"]))
+    assert bool(methods) is found
+
+
+@pytest.mark.parametrize("head, found", [
+    ("class B(A):", True),
+    ("class B:", False),
+    ("@dataclass(frozen=True)\nclass B(A):", False),
+])  # fmt: skip
+def test_attributes_are_counted_with_inherited_ones(head, found):
+    ten = "; ".join(f"self.a{n} = self.a{n}.b = 0" for n in range(10))
+    sources = [
+        f"class A:\n  def f(self): {ten}",
+        f"{head}\n  x: int\n  y: int = 0\n  def g(self): self.z, other.w = 1, 2",
+    ]
+    assert too_wide(classes_in(sources)) == (set(), {"B"} if found else set())
+
+
+# --- the package from outside ---------------------------------------------------------------------------------------
 
 
 def test_all_is_exactly_the_public_names():
@@ -130,7 +373,7 @@ def test_all_is_exactly_the_public_names():
     assert all(hasattr(tpcolocate, name) for name in exported)
 
 
-def test_the_package_says_that_it_is_typed():
+def test_the_package_is_marked_as_typed():
     assert (PACKAGE / "py.typed").is_file()
 
 

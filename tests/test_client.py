@@ -195,7 +195,7 @@ def test_no_answer_in_time_is_a_deadline_and_is_not_tried_again(server, client, 
     began = time.monotonic()
     with pytest.raises(DeadlineError, match="/slow: no answer within 0.2 s"):
         send(client, "/slow", timeout_s=0.2)
-    assert 0.2 <= time.monotonic() - began < 5
+    assert 0.2 <= time.monotonic() - began < 25, "the answer comes after 30 s"
     assert len(server.requests) == 1
 
 

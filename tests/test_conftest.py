@@ -1,4 +1,4 @@
-"""What conftest promises to a whole run, each tried on a small run of its own."""
+"""What conftest does for a whole run, tried on small runs."""
 
 import os
 import subprocess
@@ -40,7 +40,7 @@ def run_pytest(folder, source, *options, env=None):
 
 
 @pytest.mark.parametrize("options, num_lines", [((), 1), (("-k", "not needs_a_gpu"), 0)])
-def test_the_summary_says_that_gpu_tests_did_not_run(tmp_path, options, num_lines):
+def test_the_summary_counts_gpu_tests_that_did_not_run(tmp_path, options, num_lines):
     done = run_pytest(tmp_path, GPU_TESTS, *options)
     found = [line for line in done.stdout.splitlines() if line.startswith("GPU tests: ")]
     assert len(found) == num_lines
@@ -48,7 +48,7 @@ def test_the_summary_says_that_gpu_tests_did_not_run(tmp_path, options, num_line
     assert done.returncode == 0 and "1 passed" in done.stdout
 
 
-def test_a_run_that_leaves_a_process_fails_at_its_end_and_the_process_is_ended(tmp_path):
+def test_a_run_that_leaves_a_process_fails_and_the_process_is_killed(tmp_path):
     done = run_pytest(tmp_path, LEAVING_TESTS, "-s")
     pid = int(done.stderr.split("PID ")[1].split()[0])
     assert done.returncode == 1
@@ -56,6 +56,6 @@ def test_a_run_that_leaves_a_process_fails_at_its_end_and_the_process_is_ended(t
     assert not Path(f"/proc/{pid}").exists()
 
 
-def test_every_test_gets_a_scrubbed_environment_and_the_next_one_too(tmp_path):
+def test_every_test_gets_the_scrubbed_environment(tmp_path):
     done = run_pytest(tmp_path, ENVIRONMENT_TESTS, env={"RANK": "1", "TORCHELASTIC_RUN_ID": "x", "KEPT": "yes"})
     assert done.returncode == 0, done.stdout

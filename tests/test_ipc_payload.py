@@ -291,7 +291,7 @@ def test_sglang_reads_the_same_bytes(reader, ledger, case):
     assert handle.count() == 1, "still open"
     reader.call("release")
     assert handle.count() == 0
-    ledger.wait_for_release(Deadline.after(5))
+    ledger.wait_for_release(Deadline.after(60))
     assert ledger.num_returned == ledger.num_exported == 1
 
 
@@ -346,7 +346,7 @@ def test_a_payload_that_is_opened_twice_is_an_error_that_names_it(reader, ledger
     with pytest.raises(
         SyncError, match=r"bucket 4 \(512 bytes\) of rank 5 for TP rank 1: released more than once: .* \(count -1\)"
     ) as caught:
-        ledger.wait_for_release(Deadline.after(5))
+        ledger.wait_for_release(Deadline.after(60))
     assert caught.value.rank == 5 and "payload of its own" in caught.value.hint
     assert ledger.outstanding() == [] and ledger.num_returned == 0, "raised once, and not counted as returned"
 
@@ -377,7 +377,7 @@ def test_an_outstanding_handle_is_reported_with_its_fate(reported, alive, fate):
     with pytest.raises(DeadlineError if waits else SyncError, match=re.escape(str(item))) as caught:
         ledger.wait_for_release(Deadline.after(0.1 if waits else 60))
     assert caught.value.rank == 5 and caught.value.hint
-    assert waits == (0.1 <= time.monotonic() - began) and time.monotonic() - began < 2
+    assert waits == (0.1 <= time.monotonic() - began) and time.monotonic() - began < 30
     if waits:
         assert ledger.outstanding() == [item], "it stays in the ledger"
         assert ledger.reclaim() == [item]
@@ -408,10 +408,10 @@ def test_the_longest_time_to_release_is_recorded(ledger, monkeypatch):
         ipc_payload.time, "sleep", lambda _: handle.reclaim() if time.monotonic() >= began + 0.03 else None
     )
     began = time.monotonic()
-    ledger.wait_for_release(Deadline.after(5))
+    ledger.wait_for_release(Deadline.after(60))
     longest = ledger.latest_return_s
-    assert 0.02 < longest < 1
-    ledger.wait_for_release(Deadline.after(5))
+    assert 0.02 < longest < 60
+    ledger.wait_for_release(Deadline.after(60))
     assert ledger.latest_return_s == longest
 
 
@@ -419,7 +419,7 @@ def test_wait_for_release_waits_for_the_reader(reader, ledger):
     flat, entries = filled(some())
     reader.call("open", ipc_payload.payload(ledger.export(flat, tp_rank=0, bucket=0), entries))
     reader.pipe.send(("release", None))
-    ledger.wait_for_release(Deadline.after(10))
+    ledger.wait_for_release(Deadline.after(60))
     assert reader.pipe.poll(10) and reader.pipe.recv() == "released"
 
 
@@ -441,7 +441,7 @@ def test_memory_is_kept_until_the_reader_has_released_it(reader, ledger):
     gc.collect()
     assert file.exists()
     assert reader.open_and_release(payload) == as_bytes(some())
-    ledger.wait_for_release(Deadline.after(5))
+    ledger.wait_for_release(Deadline.after(60))
     assert not file.exists()
 
 
@@ -495,7 +495,7 @@ def test_many_cycles_leak_nothing(reader):
             ledger.reclaim()
         else:
             reader.open_and_release(ipc_payload.payload(handle, entries))
-            ledger.wait_for_release(Deadline.after(5))
+            ledger.wait_for_release(Deadline.after(60))
 
     gc.collect()  # objects of failed tests
     cycle(0)  # starts torch's manager of shared files, whose connection stays open

@@ -5,19 +5,20 @@ import json
 import os
 import socket
 import sys
+import time
 import types
 from pathlib import Path
 
 import pytest
 import torch
 
-from tpcolocate import launch as launch
+from tpcolocate import launch
 from tpcolocate.errors import ConfigError, DeadlineError, LaunchError, RankLostError
 from tpcolocate.processes import this_process
 from tpcolocate.server import process
 from tpcolocate.server.process import ServerProcess, ServerSpec, hold_port
 
-pytestmark = [pytest.mark.quick, pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.quick, pytest.mark.timeout(120)]
 
 # --- ports ----------------------------------------------------------------------------------------------------------
 
@@ -44,7 +45,7 @@ def test_a_reserved_port_is_available_to_the_server_alone():
             server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             server.bind(("127.0.0.1", port))
             server.listen()
-            with socket.create_connection(("127.0.0.1", port), timeout=5):
+            with socket.create_connection(("127.0.0.1", port), timeout=30):
                 pass
             with pytest.raises(ConfigError, match=f"port {port} is taken"):
                 hold_port(port)
@@ -72,7 +73,7 @@ def stand_in(monkeypatch, tmp_path, no_leftovers):
     """Replace SGLang's command by one script per try; return a function that starts them, and SGLang's commands."""
     commands = []
 
-    def start(*scripts, health_timeout_s=20.0, **arguments):
+    def start(*scripts, health_timeout_s=60.0, **arguments):
         tries = iter(scripts)
         spawn = ServerProcess._spawn
 
@@ -183,8 +184,16 @@ def test_an_early_exit_is_an_error_with_the_reason_and_without_the_key(stand_in)
     assert "args: api_key=***\n" in error.details
 
 
-def test_a_server_that_never_answers_is_stopped_at_the_deadline(stand_in):
+def test_a_server_that_never_answers_is_stopped_at_the_deadline(stand_in, monkeypatch):
     start, _ = stand_in
+    wait_healthy = ServerProcess._wait_healthy
+
+    def once_it_runs(self, *args):
+        while not self.log_tail().endswith("loading"):
+            time.sleep(0.01)
+        wait_healthy(self, *args)
+
+    monkeypatch.setattr(ServerProcess, "_wait_healthy", once_it_runs)
     with pytest.raises(DeadlineError, match="not healthy within 0.8 s") as caught:
         start("print('loading', flush=True); import time; time.sleep(600)", health_timeout_s=0.8)
     assert caught.value.details.endswith("\nloading")

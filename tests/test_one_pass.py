@@ -324,7 +324,7 @@ def test_the_kernel_is_made_once_and_waited_for_as_long_as_was_said(monkeypatch)
         one_pass.prepare(device)
     started = time.monotonic()
     one_pass.settle(device, timeout_s=0.1)
-    assert 0.1 <= time.monotonic() - started < 10 and one_pass._begun[device].is_alive()
+    assert 0.1 <= time.monotonic() - started < 25 and one_pass._begun[device].is_alive()
     release.set()
     one_pass.settle(device, timeout_s=30)
     assert not one_pass._begun[device].is_alive() and made == [device]

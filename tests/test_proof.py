@@ -22,7 +22,7 @@ from tpcolocate.weights.transport import connection as opening
 from tpcolocate.weights.transport import mapped_memory as loans
 from tpcolocate.weights.transport import staging as mover
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
 
 NUM_SYNCS = 200
 BUCKET = 400_000
@@ -228,7 +228,9 @@ def one_payload_for_two_readers(world):
     result = {"told": told, **heal(world)}
     # what the fault left is taken back by the sync that healed it, but for what the traceback of the error still holds
     gc.collect()
-    result["left"] = sorted(name for name in set(os.listdir("/dev/shm")) - before if name.startswith("torch_"))
+    result["left"] = sorted(
+        name for name in set(os.listdir("/dev/shm")) - before if name.startswith(f"torch_{os.getpid()}_")
+    )
     return result
 
 
@@ -582,7 +584,7 @@ CHECKS = [
 @pytest.fixture(scope="module")
 def found(tiny_model_dir):
     before = Footprint.now()
-    found = run_ranks(drive, 2, str(tiny_model_dir(family="qwen3", tie=False)), 2, CHECKS, timeout_s=500)
+    found = run_ranks(drive, 2, str(tiny_model_dir(family="qwen3", tie=False)), 2, CHECKS, timeout_s=1500)
     return found, leftovers(before)
 
 

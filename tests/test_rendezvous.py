@@ -1,5 +1,6 @@
 """The rendezvous file: atomic, and valid only for its user, its launch, a live owner and a live server."""
 
+import itertools
 import json
 import os
 import stat
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from dataclasses import asdict, replace
 
 import pytest
@@ -74,22 +76,24 @@ def test_readers_never_see_a_partial_file(path):
     # much longer than one write of a text file's buffer
     versions = [replace(OURS, nonce=str(i), api_key=str(i) * 50_000) for i in range(2)]
     rendezvous.announce(path, versions[0])
-    done = threading.Event()
+    seen, over = Counter(), threading.Event()
 
     def write():
-        for i in range(200):
-            rendezvous.announce(path, versions[i % 2])
-        done.set()
+        for version in itertools.cycle(versions):
+            rendezvous.announce(path, version)
+            if over.is_set():
+                return
 
     writer = threading.Thread(target=write)
     writer.start()
-    seen = set()
-    while not done.is_set():
-        found = rendezvous.read(path)
-        assert found in versions
-        seen.add(found.nonce)
-    writer.join()
-    assert seen == {"0", "1"}
+    try:
+        while len(seen) < 2 or seen.total() < 200:
+            found = rendezvous.read(path)
+            assert found in versions
+            seen[found.nonce] += 1
+    finally:
+        over.set()
+        writer.join()
 
 
 def foreign(path):
@@ -169,7 +173,7 @@ def test_the_timeout_is_kept_and_its_error_has_the_reason(path, prepare, words):
     began = time.monotonic()
     with pytest.raises(RendezvousError, match=words) as caught:
         wait(path, healthy=lambda _: False, timeout_s=0.3)
-    assert 0.3 <= time.monotonic() - began < 2
+    assert 0.3 <= time.monotonic() - began < 30
     assert str(path) in str(caught.value) and "0.3 s" in str(caught.value)
 
 
@@ -184,7 +188,7 @@ def test_wait_continues_until_file_launch_and_server_are_valid(path):
 
     timer = threading.Timer(0.1, rendezvous.announce, (path, OURS))
     timer.start()
-    assert wait(path, healthy=healthy, timeout_s=10) == OURS
+    assert wait(path, healthy=healthy, timeout_s=50) == OURS
     timer.join()
     assert checks == [OURS] * 3
 

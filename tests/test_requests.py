@@ -118,11 +118,12 @@ class FlushLater(Captured):
     def __init__(self, version, other):
         super().__init__(version)
         self.other, self.other_came = other, threading.Event()
+        self.patience_s = 30.0
 
     def _answer(self, path):
         if path == self.other:
             self.other_came.set()
-        if path == "/flush_cache" and not self.other_came.wait(1):
+        if path == "/flush_cache" and not self.other_came.wait(self.patience_s):
             raise refused()
         return super()._answer(path)
 
@@ -143,6 +144,7 @@ def test_generation_is_held_before_the_cache_is_dropped_and_a_sync_is_begun_afte
     verbs.begin_sync(timeout_s=1)
     assert client.paths[-1] == FLUSH
     client.other_came.clear()
+    client.patience_s = 0.1
     with pytest.raises(EngineStateError):
         verbs.begin_sync(timeout_s=1)  # it has waited for the answer
 
@@ -260,7 +262,7 @@ def test_nothing_waits_for_the_version_to_be_set_but_it_leaves_first():
                 going_on.set()
             found = super().post(path, body, timeout_s=timeout_s, params=params, sent=sent)
             if path == "/update_weight_version":
-                assert going_on.wait(5), "the end of the pause was not asked for meanwhile"
+                assert going_on.wait(30), "the end of the pause was not asked for meanwhile"
             return found
 
     going_on = threading.Event()
@@ -293,7 +295,7 @@ RELEASE, RESUME = "release_memory_occupation", "resume_memory_occupation"
 
 def test_before_memory_is_released_the_server_is_waited_for_and_holds_what_comes():
     client = Captured(answers={"/flush_cache": [refused(), refused(), "flushed"]})
-    ServerApi(client).fall_asleep(["weights"], timeout_s=5)
+    ServerApi(client).fall_asleep(["weights"], timeout_s=40)
     assert client.paths == [FLUSH] * 3 + [PAUSE, RELEASE]
     assert client.asked[-2:] == [
         ("/pause_generation", {"mode": "abort"}),

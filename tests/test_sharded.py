@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from tpcolocate.weights.sources.lazy_tensor import LazyTensor, full_bytes, full_tensor
 from tpcolocate.weights.sources.named_weights import Weights
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(300)
 
 
 def experts(folder):
@@ -67,7 +67,7 @@ def both(rank, folder):
 
 @pytest.fixture(scope="module")
 def found(tiny_model_dir):
-    return run_ranks(both, 2, tiny_model_dir(family="qwen3_moe"), timeout_s=120)
+    return run_ranks(both, 2, tiny_model_dir(family="qwen3_moe"), timeout_s=240)
 
 
 def test_fused_experts_are_gathered_once_a_tensor_and_not_once_an_expert(found):

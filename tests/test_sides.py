@@ -19,7 +19,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 
 from tpcolocate import errors
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(1500)]
 
 IDS = torch.arange(1, 33).view(2, 16)
 
@@ -235,7 +235,7 @@ def found(tiny_model_dir):
             before = Footprint.now()
             try:
                 model_dir = str(tiny_model_dir(family=family, **how))
-                ranks = run_ranks(drive, tp_size, model_dir, tp_size, checks, timeout_s=400)
+                ranks = run_ranks(drive, tp_size, model_dir, tp_size, checks, timeout_s=1200)
                 known[family] = tp_size, ranks, leftovers(before)
             except RanksFailed as error:  # once is enough
                 known[family] = error

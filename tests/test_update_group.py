@@ -10,7 +10,7 @@ from tpcolocate.errors import ConfigError, WeightsMismatchError
 from tpcolocate.server.process import hold_port
 from tpcolocate.weights.update_group import UpdateGroup, announced, requests
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(300)
 
 PLACE = {"master_address": "127.0.0.1", "master_port": 29500, "rank_offset": 1, "world_size": 3}
 
@@ -63,7 +63,7 @@ def test_requests_keep_the_order_and_hold_no_more_than_they_may(limit, cut):
     assert [weight for request in found for weight in request] == weights
 
 
-def join(port, name="group", timeout_s=30):
+def join(port, name="group", timeout_s=80):
     return tpcolocate.join_update_group(
         master_address="127.0.0.1", master_port=port, world_size=2, group_name=name, backend="gloo", timeout_s=timeout_s
     )
@@ -110,7 +110,7 @@ def both_ends(rank, port, names):
 def test_it_meets_the_group_that_sglang_makes(init_group, names):
     with hold_port() as held:
         port = held.getsockname()[1]
-        sender, receiver = run_ranks(both_ends, 2, port, names, init_group=init_group, timeout_s=100)
+        sender, receiver = run_ranks(both_ends, 2, port, names, init_group=init_group, timeout_s=200)
     assert receiver == [[0, 1, 2, 3], [1, 2, 3, 4], [2, 3, 4, 5]][: len(names)]
     held_by_the_last = "cannot listen on 127.0.0.1"  # while somebody keeps the group that was destroyed
     assert sender == [said for name in names for said in (f"this process has a group named '{name}'", held_by_the_last)]

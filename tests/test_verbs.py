@@ -32,7 +32,7 @@ import tpcolocate
 from tpcolocate.server.lifecycle import PAUSES
 from tpcolocate.server.process import hold_port
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(1500)]
 
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ARGS = {
@@ -393,7 +393,7 @@ def setup(request, tiny_model_dir, tmp_path_factory):
     writer.finish()
     (folder / "out").mkdir()
     before = Footprint.now()
-    found = run_ranks(drive, tp_size, str(folder / "model"), str(folder / "out"), tp_size, CHECKS, timeout_s=400)
+    found = run_ranks(drive, tp_size, str(folder / "model"), str(folder / "out"), tp_size, CHECKS, timeout_s=1200)
     return tp_size, found, leftovers(before)
 
 
@@ -532,8 +532,7 @@ def test_rollouts_go_on_beside_syncs_and_pauses_whenever_ranks_come_to_them(setu
 def test_sleeping_beside_rollouts_neither_lets_a_request_through_nor_ends_the_server(setup):
     words = "cannot generate while asleep (cuda_graph, kv_cache, weights released)"
     for found in results(setup, sleep_beside_rollouts):
-        assert set(found.pop("told")) <= {words}
-        assert found == {"often": 10, "stream": ("EngineStateError", words), "equal": True}
+        assert found == {"often": 10, "told": [words], "stream": ("EngineStateError", words), "equal": True}
 
 
 def test_requests_from_elsewhere_wait_while_the_engine_sleeps(setup):

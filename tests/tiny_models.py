@@ -1,4 +1,4 @@
-"""Random models small enough to serve on a CPU in a test, each with a tokenizer of its own, made without a network."""
+"""Random models small enough to be served on a CPU, with tokenizers, made without a network."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _SHAPE: dict[str, Any] = {
     "num_key_value_heads": 2,
     "head_dim": 32,
     "max_position_embeddings": MAX_POSITIONS,
-    # Ten times the usual.  At 0.02 the layers hardly touch the residual stream: whatever the prompt and the weights,
-    # greedy decoding repeats the last token, and a test that compares tokens would not see a sync that did nothing.
-    # It may still run into a cycle here and there, and surely does behind a prompt that is one token repeated.
+    # Ten times the usual.  At 0.02 the layers hardly change the residual stream: whatever the prompt and the weights,
+    # greedy decoding repeats the last token, and a test that compares tokens would not detect a sync that did nothing.
+    # Decoding can still run into a cycle, and does after a prompt that is one token repeated.
     "initializer_range": 0.2,
     "dtype": "float32",
 }
-# Of the families with experts.  Neither 5 experts nor their router can be cut into equal shards.
+# For the families with experts.  Neither 5 experts nor their router can be cut into equal shards.
 _NUM_EXPERTS = 5
 _MOE: dict[str, dict[str, Any]] = {
     "qwen3_moe": {
@@ -46,17 +46,17 @@ def make_tiny_model(
     kv_heads: int = _SHAPE["num_key_value_heads"],
     vocab_size: int = VOCAB_SIZE,
 ) -> Path:
-    """Writes a random float32 model (safetensors) and a byte-level BPE tokenizer to a folder.
+    """Write a random float32 model (safetensors) and a byte-level BPE tokenizer to a folder.
 
-    The same arguments give the same weights; torch's global generator is left as it was.
+    The same arguments give the same weights; torch's global generator is not changed.
 
     Args:
-        path: The folder; made if it is not there.
+        path: The folder; created if it does not exist.
         family: Architecture.
         tie: Whether the output layer shares the embedding.
-        seed: Of the weights.
-        kv_heads: Key-value heads; the server's tp_size must divide them.
-        vocab_size: Of model and tokenizer.
+        seed: Seed of the weights.
+        kv_heads: Number of key-value heads; the server's tp_size must divide it.
+        vocab_size: Vocabulary size of model and tokenizer.
 
     Returns:
         The folder.
@@ -77,7 +77,7 @@ def make_tiny_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = getattr(transformers, f"{prefix}ForCausalLM")(config)
-        # Norms start as ones, all alike: a sync that skips one, or takes one for another, would not show.
+        # Norms are initialised to ones: a sync that skips one, or takes one for another, would not be detected.
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 torch.nn.init.normal_(parameter, mean=1.0, std=0.2)
@@ -99,7 +99,7 @@ def _make_tokenizer(vocab_size: int) -> Any:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    # Enough different numbers for more merges than there is room for: every id of the model is a token.
+    # Enough different numbers for more merges than the vocabulary can hold: every id of the model is a token.
     sentences = (f"what is {n} plus {n * 7 % 1000}? it is {n + n * 7 % 1000}." for n in range(1000))
     tokenizer.train_from_iterator(sentences, trainer)
     return PreTrainedTokenizerFast(
