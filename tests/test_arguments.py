@@ -1,4 +1,4 @@
-"""What a server is started with: ours and the user's, what is refused, the command line."""
+"""Server arguments: defaults, the user's, what is rejected, and the command line."""
 
 import pytest
 
@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.quick, pytest.mark.timeout(60)]
     ({"tp_size": 2, "pp_size": 1, "dp_size": 1}, 2, "cuda", False,
      {"disable_custom_all_reduce": True, "tp_size": 2, "pp_size": 1, "dp_size": 1}),
 ])  # fmt: skip
-def test_a_gpu_server_gets_what_the_slice_asks_for_our_loader_and_nothing_more(user, tp_size, device, shared, expected):
+def test_a_gpu_server_gets_the_arguments_of_the_slice_and_our_loader_only(user, tp_size, device, shared, expected):
     before = dict(user)
     arguments = server_arguments(user, tp_size=tp_size, device_type=device, shared_device=shared)
     assert arguments == {"custom_weight_loader": [RECEIVER]} | expected
@@ -33,13 +33,13 @@ def test_a_gpu_server_gets_what_the_slice_asks_for_our_loader_and_nothing_more(u
     ("their.loader", ["their.loader", RECEIVER]),
     ([RECEIVER], [RECEIVER]),
 ])  # fmt: skip
-def test_our_loader_is_permitted_beside_theirs(theirs, expected):
+def test_our_loader_is_permitted_beside_the_users(theirs, expected):
     user = {"custom_weight_loader": theirs}
     assert server_arguments(user, tp_size=1, device_type="cuda")["custom_weight_loader"] == expected
     assert user == {"custom_weight_loader": theirs}
 
 
-def test_a_cpu_server_gets_what_a_cpu_needs_and_the_user_wins():
+def test_a_cpu_server_gets_defaults_that_the_user_overrides():
     ours = server_arguments({}, tp_size=1, device_type="cpu")
     assert ours["device"] == "cpu" and ours["attention_backend"] == "torch_native" and ours["sleep_on_idle"] is True
     theirs = server_arguments({"dtype": "bfloat16", "sleep_on_idle": False}, tp_size=1, device_type="cpu")
@@ -55,12 +55,12 @@ def test_a_cpu_server_gets_what_a_cpu_needs_and_the_user_wins():
     *(({"load_format": kind}, f"load_format='{kind}' is not supported") for kind in rules._QUANTISED_FORMATS),
     ({"tp_size": 4}, r"tp_size=4\) contradicts init\(tp_size=2"),
 ])  # fmt: skip
-def test_what_cannot_work_is_refused_by_name_and_with_what_to_do(user, words):
+def test_unsupported_arguments_are_rejected_by_name_with_the_reason(user, words):
     with pytest.raises(ConfigError, match=words):
         server_arguments(user, tp_size=2, device_type="cuda")
 
 
-def test_what_is_switched_off_is_not_refused():
+def test_arguments_that_are_switched_off_are_accepted():
     user = {**dict.fromkeys(rules._MUST_BE_ONE, 1), **dict.fromkeys(rules._UNSUPPORTED), "load_format": "dummy"}
     user["enable_dp_attention"] = False
     assert server_arguments(user, tp_size=2, device_type="cuda").items() >= user.items()
@@ -69,7 +69,7 @@ def test_what_is_switched_off_is_not_refused():
 @pytest.mark.parametrize("arguments, argv", [
     ({}, []),
     ({"mem_fraction_static": 0.4}, ["--mem-fraction-static", "0.4"]),
-    ({"tp_size": 1, "seed": 0}, ["--tp-size", "1", "--seed", "0"]),  # neither is taken for True or False
+    ({"tp_size": 1, "seed": 0}, ["--tp-size", "1", "--seed", "0"]),  # not treated as True and False
     ({"enable_lora": True, "disable_custom_all_reduce": False, "chat_template": None}, ["--enable-lora"]),
     ({"lora_target_modules": ["q_proj", "k_proj"]}, ["--lora-target-modules", "q_proj", "k_proj"]),
     ({"cuda_graph_bs": (1, 2)}, ["--cuda-graph-bs", "1", "2"]),

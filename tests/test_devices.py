@@ -1,4 +1,4 @@
-"""Visibility variables -> physical devices: CUDA's rules from tables, torch's parser as the judge."""
+"""Visibility variables -> physical devices: CUDA's rules from tables, checked against torch's parser."""
 
 import json
 import sys
@@ -153,16 +153,16 @@ def test_resolve_on_cuda(environ, inventory, index, device):
         pytest.param({ROCR: f"{AMD_1}", HIP: AMD_0}, (), id="hip-uuid-that-rocr-hid"),
         pytest.param({ROCR: "0,1,0,2"}, ("0", "1"), id="rocr-repeat-cuts"),
         pytest.param({HIP: "0,1,0,2"}, (), id="hip-repeat-voids"),
-        pytest.param({HIP: "1gpu"}, (), id="hip-wants-whole-integers"),
+        pytest.param({HIP: "1gpu"}, (), id="hip-needs-plain-integers"),
     ],
 )
 def test_visible_tokens_of_hip(environ, tokens):
     assert visible_tokens(environ, kind="hip") == tokens
 
 
-def test_resolve_on_hip_composes_and_knows_uuids():
+def test_resolve_on_hip_composes_lists_and_uuids():
     assert resolve(0, {ROCR: f"0,{AMD_1}", HIP: "1"}, kind="hip") == PhysicalDevice(AMD_1, None, AMD_1)
-    # HIP numbers its devices by driver topology, so several GPUs leave the UUID of an integer open.
+    # HIP numbers devices by driver topology: with several GPUs the UUID of an integer is unknown.
     two = Inventory(uuids=(AMD_0, AMD_1), names=("MI300X", "MI300X"))
     assert resolve(1, {}, kind="hip", inventory=two) == PhysicalDevice("1", 1, None)
 
@@ -215,7 +215,7 @@ def test_visible_tokens_of_npu(environ, tokens):
         pytest.param(None, {}, "cuda", None, ("None", "torch.device"), id="torch-device-without-index"),
     ],
 )
-def test_what_cannot_be_resolved_says_why(index, environ, kind, inventory, words):
+def test_errors_of_resolve_give_the_reason(index, environ, kind, inventory, words):
     with pytest.raises(DeviceError) as caught:
         resolve(index, environ, kind=kind, inventory=inventory)
     for word in words:
@@ -257,7 +257,7 @@ def test_server_environment(tokens, kind, environ):
         pytest.param(("0",), "tpu", "unknown", id="unknown-kind"),
     ],
 )
-def test_server_environment_refuses_what_would_hide_devices(tokens, kind, word):
+def test_server_environment_rejects_lists_that_would_hide_devices(tokens, kind, word):
     with pytest.raises(DeviceError, match=word):
         server_environment(tokens, kind=kind)
 
@@ -274,7 +274,7 @@ def test_device_order(environ, order):
     assert devices.device_order(environ) == order
 
 
-def test_values_are_frozen_and_hashable_and_devices_travel_as_json():
+def test_values_are_frozen_and_hashable_and_devices_survive_json():
     device = resolve(1, {CVD: f"{B},{A}"}, inventory=ALIKE)
     assert PhysicalDevice(**json.loads(json.dumps(asdict(device)))) == device
     assert len({device, PhysicalDevice(A, 0, A)}) == 1
@@ -286,12 +286,12 @@ def test_values_are_frozen_and_hashable_and_devices_travel_as_json():
 
 
 @pytest.mark.parametrize("fields", [{"names": ("H100",)}, {"mig_uuids": ((MIG_1,),)}], ids=["names", "migs"])
-def test_an_inventory_that_does_not_add_up_is_refused(fields):
+def test_an_inventory_of_unequal_lengths_is_rejected(fields):
     with pytest.raises(DeviceError, match="2 GPUs"):
         Inventory(uuids=(A, B), **fields)
 
 
-# --- NVML: a stand-in, because this must be tested where there is no driver ---
+# --- NVML: a fake, to test on machines without a driver ---
 
 
 class FakeNvml(types.ModuleType):
@@ -359,7 +359,7 @@ def test_read_inventory_sorts_by_pci_bus_and_shuts_down(monkeypatch):
         pytest.param(FakeNvml(GPUS, lost=1), id="a-gpu-is-lost"),
     ],
 )
-def test_read_inventory_is_none_where_nvml_does_not_tell(monkeypatch, nvml):
+def test_read_inventory_is_none_if_nvml_fails(monkeypatch, nvml):
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
     assert devices.read_inventory() is None
     assert nvml is None or nvml.open == 0
@@ -409,7 +409,7 @@ def test_hip_positions_compose(indices, data):
 
 
 @given(INDICES, st.sampled_from(["cuda", "hip", "npu"]))
-def test_a_child_sees_exactly_what_it_was_given(indices, kind):
+def test_a_child_sees_exactly_the_devices_in_its_environment(indices, kind):
     tokens = tuple(map(str, indices))
     parent = {name: "9" for name in devices.VISIBILITY[kind].variables}
     child = {**parent, **server_environment(tokens, kind=kind)}
@@ -426,18 +426,18 @@ def _torch_reading(monkeypatch_context, text):
 
 @settings(deadline=None, max_examples=400)
 @given(st.lists(st.text("0123456789+- gx", max_size=4), max_size=6).map(",".join))
-def test_integer_lists_are_read_as_torch_reads_them(text):
+def test_integer_lists_are_parsed_as_by_torch(text):
     with pytest.MonkeyPatch.context() as patch:
         try:
             read = _torch_reading(patch, text)
         except ValueError:
-            assume(False)  # a bare sign: torch trips over it
+            assume(False)  # a bare sign: torch fails on it
     assert visible_tokens({CVD: text}) == tuple(map(str, read))
 
 
 @settings(deadline=None)
 @given(st.lists(st.sampled_from([A, B, "GPU-8f2a", "GPU-8f", "1", "", MIG_1, OLD_MIG, "x"]), min_size=1, max_size=5))
-def test_uuid_lists_are_read_as_torch_reads_them(entries):
+def test_uuid_lists_are_parsed_as_by_torch(entries):
     with pytest.MonkeyPatch.context() as patch:
         read = _torch_reading(patch, ",".join(entries))
     assert visible_tokens({CVD: ",".join(entries)}) == tuple(map(str, read))

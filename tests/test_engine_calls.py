@@ -513,7 +513,7 @@ def test_ranks_that_make_different_calls_get_the_same_error_and_nothing_happens(
     words = {
         "call": (
             "RankLostError",
-            "the ranks make different calls: rank 0 would pause generation; rank 1 would sync weights",
+            "the ranks make different calls: rank 0: pause generation; rank 1: sync weights",
         ),
         "mode": ("ConfigError", differ.format("pause generation", "mode: 'retract' and 'abort'")),
         "tags": ("ConfigError", differ.format("sleep", "tags: ['kv_cache', 'weights'] and ['kv_cache']")),

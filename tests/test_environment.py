@@ -1,4 +1,4 @@
-"""The environment that a server gets: what is left out of the trainer's, what is added, and what wins."""
+"""The server's environment: what is removed from the trainer's, what is added, and what overrides what."""
 
 import importlib.machinery
 import os
@@ -59,7 +59,7 @@ def test_the_servers_environment(parent, more, expected):
     environment, warnings = child_environment(parent, **{"visibility": {}, **more})
     assert environment == ALWAYS | expected
     assert warnings == []
-    assert parent == before, "the trainer's own is never written"
+    assert parent == before, "the trainer's own is not modified"
 
 
 @pytest.mark.parametrize("name", ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"])
@@ -70,14 +70,14 @@ def test_the_servers_environment(parent, more, expected):
     ("roundup_power2_divisions:[256:1,>:4], expandable_segments:True,garbage_collection_threshold:0.8",
      "roundup_power2_divisions:[256:1,>:4],garbage_collection_threshold:0.8"),
 ])  # fmt: skip
-def test_expandable_segments_are_left_out_with_a_warning_and_nothing_else_is(name, value, left):
+def test_only_expandable_segments_are_removed_with_a_warning(name, value, left):
     environment, warnings = child_environment({name: value}, visibility={})
     assert environment.get(name) == left
     assert len(warnings) == 1 and name in warnings[0] and value in warnings[0]
 
 
-def test_the_permitted_loader_is_found_on_the_path_that_the_server_gets(tmp_path):
-    """In a folder of its own: the server's environment need not have this package."""
+def test_the_permitted_loader_is_found_on_the_servers_path(tmp_path):
+    """In a folder of its own: this package need not be installed in the server's environment."""
     environment, _ = child_environment({"PATH": os.environ["PATH"], "PYTHONPATH": str(tmp_path)}, visibility={})
     module, _, function = RECEIVER.rpartition(".")
     (tmp_path / f"{module}.py").write_text("raise SystemExit('another module of this name came first')")
@@ -89,7 +89,7 @@ def test_the_permitted_loader_is_found_on_the_path_that_the_server_gets(tmp_path
 
 
 @given(cores=st.lists(st.integers(0, 500), min_size=1, max_size=40, unique=True), tp_size=st.integers(1, 8))
-def test_cores_are_dealt_evenly_and_to_one_rank_each_if_there_are_enough(cores, tp_size):
+def test_cores_are_divided_evenly_and_not_shared_if_there_are_enough(cores, tp_size):
     groups = [[int(core) for core in group.split(",")] for group in module._bind(cores, tp_size).split("|")]
     assert len(groups) == tp_size
     assert len({len(group) for group in groups}) == 1

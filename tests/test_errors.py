@@ -1,4 +1,4 @@
-"""The error tree: documented, picklable, and a subclass of what users already catch."""
+"""The error tree: documented, picklable, and derived from the standard errors."""
 
 import copy
 import inspect
@@ -14,7 +14,7 @@ ALL = [cls for _, cls in inspect.getmembers(errors, inspect.isclass) if cls.__mo
 
 
 @pytest.mark.parametrize("cls", ALL, ids=lambda c: c.__name__)
-def test_every_error_pickles_with_all_it_carries(cls):
+def test_every_error_pickles_with_all_attributes(cls):
     error = cls(
         "boom 7",
         hint="turn it off",
@@ -32,7 +32,7 @@ def test_every_error_pickles_with_all_it_carries(cls):
         assert copied.__notes__ == ["first seen in bucket 4"]
 
 
-def test_the_text_carries_value_context_and_hint():
+def test_the_text_contains_value_context_and_hint():
     text = str(errors.DeviceError("index 4 is out of range", hint="use 0..3", rank=1, slice_ranks=(0, 1)))
     assert text == "index 4 is out of range [rank 1, slice ranks 0,1]\n  -> use 0..3"
 
@@ -52,7 +52,7 @@ def test_request_error_keeps_its_status():
         (errors.WeightsMismatchError, ValueError),
     ],
 )
-def test_errors_are_what_users_already_catch(cls, standard):
+def test_errors_derive_from_standard_ones(cls, standard):
     assert issubclass(cls, standard) and issubclass(cls, errors.TpColocateError)
 
 

@@ -1,4 +1,4 @@
-"""Wrong layouts never make a group."""
+"""Layouts of tp slices, and the errors of those that cannot work."""
 
 from dataclasses import replace
 
@@ -31,16 +31,16 @@ def test_a_slice_that_cannot_share_a_server_is_refused(other, words):
     assert caught.value.slice_ranks == (0, 1)
 
 
-def test_slices_may_lie_on_different_hosts():
+def test_slices_may_be_on_different_hosts():
     other = replace(HERE, boot_id="other")
     assert plan_slices([member(0), member(1), member(2, host=other), member(3, host=other)]) == [(0, 1), (2, 3)]
 
 
-def test_equal_host_names_do_not_make_one_host():
+def test_hosts_are_not_identified_by_name():
     with pytest.raises(errors.LayoutError):
         plan_slices([member(0), member(1, host=replace(HERE, boot_id="other")), member(2), member(3)])
 
 
-def test_members_survive_the_store():
+def test_members_survive_serialisation():
     one = Member(3, 4, 2, HERE, 123, 4.5, {"physical": {"token": "0"}}, None)
     assert Member.from_json(one.to_json()) == one

@@ -1,4 +1,4 @@
-"""`init` on real ranks: who ends up in which slice, who owns, and the same error everywhere when it cannot be."""
+"""`init` on real ranks: slices, owners, and the same error on every rank."""
 
 import time
 
@@ -16,7 +16,7 @@ UUIDS = [f"GPU-{i:08x}-1111-2222-3333-444444444444" for i in range(8)]
 
 
 def place(rank, tp_size, device, timeout_s=TIMEOUT_S):
-    """init() as a training script calls it, and everything that can be seen of the result."""
+    """Call init() as a training script does, and return all that is visible of the result."""
     import torch.distributed as dist
 
     tp = tp_size[rank] if isinstance(tp_size, list) else tp_size
@@ -40,12 +40,12 @@ def place(rank, tp_size, device, timeout_s=TIMEOUT_S):
 
 
 def shared_list(value):
-    """All ranks see one list, and each takes the entry of its own number, as under plain torchrun."""
+    """All ranks see one list, and each takes the entry at its rank, as under plain torchrun."""
     return {"CUDA_VISIBLE_DEVICES": value}, lambda world: [f"cuda:{rank}" for rank in range(world)]
 
 
 def one_each(*values):
-    """Each rank sees one device only, which is cuda:0 to it, as some launchers arrange it."""
+    """Each rank sees only its own device, as cuda:0; some launchers do this."""
     return lambda rank: {"CUDA_VISIBLE_DEVICES": values[rank]}, lambda world: ["cuda:0"] * world
 
 
@@ -81,38 +81,38 @@ def test_slices_owners_and_device_lists(world, tp_size, setting, slices, visible
                 "owner": ranks[0],
                 "is_owner": rank == ranks[0],
                 "visible": tokens,
-                # the group really consists of these ranks and of no others
+                # the group consists of exactly these ranks
                 "group_sum": sum(10.0**r for r in ranks),
                 "job": places[0]["job"],
                 "sizes": (world, tp_size),
             }
 
 
-def test_tp_1_makes_no_group_and_every_rank_owns():
+def test_tp_1_creates_no_group_and_every_rank_is_an_owner():
     places = run_ranks(place, 2, 1, ["cuda:0", "cuda:1"], env={"CUDA_VISIBLE_DEVICES": "3,1"})
     assert [p["visible"] for p in places] == [("3",), ("1",)]
     assert all(p["is_owner"] and p["group_sum"] is None and p["slice"] == (rank,) for rank, p in enumerate(places))
 
 
-def test_without_torch_distributed_one_process_is_a_job():
+def test_one_process_needs_no_torch_distributed():
     [alone] = run_ranks(place, 1, 1, "cpu", init_group=False)
     assert alone["is_owner"] and alone["sizes"] == (1, 1)
 
 
-def test_tp_2_without_torch_distributed_says_what_to_do():
+def test_tp_2_without_torch_distributed_is_an_error_with_a_hint():
     [outcome] = run_ranks(place, 1, 2, "cpu", init_group=False, expect_errors=True)
     assert isinstance(outcome.error, errors.ConfigError) and "torchrun" in str(outcome.error)
 
 
 ERRORS = [
-    ("world-not-divisible", 3, 2, "cpu", {}, errors.LayoutError, "3 ranks cannot be cut into tp slices of 2"),
+    ("world-not-divisible", 3, 2, "cpu", {}, errors.LayoutError, "3 ranks cannot be divided into tp slices of 2"),
     ("disagreement", 2, [1, 2], "cpu", {}, errors.LayoutError, "tp_size=1 on ranks 0; tp_size=2 on ranks 1"),
-    ("tp-zero", 2, 0, "cpu", {}, errors.ConfigError, "tp_size=0 is no positive integer"),
-    ("tp-true", 2, True, "cpu", {}, errors.ConfigError, "tp_size=True is no positive integer"),
+    ("tp-zero", 2, 0, "cpu", {}, errors.ConfigError, "tp_size must be a positive integer, got 0"),
+    ("tp-true", 2, True, "cpu", {}, errors.ConfigError, "tp_size must be a positive integer, got True"),
     ("index-out-of-range", 2, 2, ["cuda:0", "cuda:5"], {"CUDA_VISIBLE_DEVICES": "3,1"}, errors.DeviceError, "2 devices visible"),
     ("no-device-visible", 2, 2, ["cuda:0", "cuda:1"], {"CUDA_VISIBLE_DEVICES": ""}, errors.DeviceError, "CUDA_VISIBLE_DEVICES"),
-    ("one-device-twice", 2, 2, "cuda:0", {"CUDA_VISIBLE_DEVICES": "3,1"}, errors.DeviceError, "held by rank 0 and by rank 1"),
-    ("across-slices-too", 4, 2, ["cuda:0", "cuda:1", "cuda:1", "cuda:2"], {"CUDA_VISIBLE_DEVICES": "0,1,2,3"}, errors.DeviceError, "held by rank 1 and by rank 2"),
+    ("one-device-twice", 2, 2, "cuda:0", {"CUDA_VISIBLE_DEVICES": "3,1"}, errors.DeviceError, "used by rank 0 and by rank 1"),
+    ("across-slices-too", 4, 2, ["cuda:0", "cuda:1", "cuda:1", "cuda:2"], {"CUDA_VISIBLE_DEVICES": "0,1,2,3"}, errors.DeviceError, "used by rank 1 and by rank 2"),
     ("repeated-entry", 2, 2, ["cuda:0", "cuda:1"], {"CUDA_VISIBLE_DEVICES": "3,3"}, errors.DeviceError, "3,3"),
     ("cpu-and-gpu", 2, 2, ["cpu", "cuda:0"], {"CUDA_VISIBLE_DEVICES": "3,1"}, errors.LayoutError, "kinds of device"),
     ("device-order", 2, 2, ["cuda:0", "cuda:1"], lambda rank: {"CUDA_VISIBLE_DEVICES": "3,1", "CUDA_DEVICE_ORDER": ["PCI_BUS_ID", "FASTEST_FIRST"][rank]},
@@ -131,7 +131,7 @@ def test_every_rank_gets_the_same_clear_error(world, tp_size, device, env, kind,
     for outcome in outcomes:
         assert isinstance(outcome.error, kind), outcome
         assert words in str(outcome.error)
-        assert outcome.seconds < TIMEOUT_S / 2, "told, not timed out"
+        assert outcome.seconds < TIMEOUT_S / 2, "reported, not timed out"
 
 
 def silent(rank, tp_size, timeout_s):
@@ -139,7 +139,7 @@ def silent(rank, tp_size, timeout_s):
     import torch.distributed as dist
 
     if rank == 1:
-        # stays alive until the others have given up; a key of the default store ends it, not a sleep
+        # stays alive until the others have timed out; they end it through a key of the default store
         from datetime import timedelta
 
         dist.distributed_c10d._get_default_store().wait(["the others are done"], timedelta(seconds=120))
@@ -166,7 +166,7 @@ def test_a_rank_that_never_calls_init_is_named():
 
 
 def twice(rank):
-    """Two jobs one after the other in the same processes, with different slices."""
+    """Two jobs in sequence in the same processes, with different slices."""
     first = place(rank, 2, "cpu")
     second = place(rank, 4, "cpu")
     return first["slice"], second["slice"], first["job"] != second["job"]

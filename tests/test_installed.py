@@ -1,4 +1,4 @@
-"""The SGLang that would be started, read from its source."""
+"""The installed SGLang, read from its source."""
 
 import os
 import sys
@@ -13,7 +13,7 @@ from tpcolocate.server.installed import Installed, find_installed
 
 pytestmark = pytest.mark.quick
 
-# As releases up to 0.5.13 write it, with the landmarks by which a source is known to be understood.
+# As in releases up to 0.5.13, with the arguments that every release must have.
 CALLS = """
 class ServerArgs:
     host: str = "127.0.0.1"
@@ -42,7 +42,7 @@ class Other:
 def add_cli_args(parser):
     parser.add_argument("--outside")
 """
-# As 0.5.14 and newer do, in several files from 0.5.20 on.
+# As in 0.5.14 and newer, in several files from 0.5.20 on.
 FIELDS = """
 class Ns(msgspec.Struct):
     _NS_PATH = "serving"
@@ -55,7 +55,7 @@ class Ns(msgspec.Struct):
     shown: A[bool, Arg(no_cli=False)] = False
     bare: int = 3
     optional: Optional[int] = None
-    derived = LazyTensor(fn="x")
+    derived = Derived(fn="x")
 
 class NotOne(msgspec.Struct):
     elsewhere: A[int, "help"] = 1
@@ -68,7 +68,7 @@ class ServerArgs:
 
 
 def made(folder, *, server_args=CALLS, fields=None, io_struct="", version="0.5.20"):
-    """An SGLang on disk, as far as it is read."""
+    """Create the files of an SGLang that are read."""
     srt = folder / "sglang" / "srt"
     (srt / "managers").mkdir(parents=True)
     (srt / "arg_groups" / "fields").mkdir(parents=True)
@@ -85,9 +85,9 @@ def made(folder, *, server_args=CALLS, fields=None, io_struct="", version="0.5.2
     return found
 
 
-def test_arguments_that_are_added_one_by_one(tmp_path):
+def test_arguments_from_add_argument_calls(tmp_path):
     arguments = made(tmp_path).arguments()
-    ignored = {name: why for name, why in arguments.items() if why is not None}
+    ignored = {name: reason for name, reason in arguments.items() if reason is not None}
     assert ignored == {"gone": "Use --shared instead.", "stopped": "no longer there", "vague": "it is deprecated"}
     assert set(arguments) == {
         "model-path", "model", "host", "port", "config", "tp-size", "tensor-parallel-size", "speculative-algorithm",
@@ -95,7 +95,7 @@ def test_arguments_that_are_added_one_by_one(tmp_path):
     }  # fmt: skip
 
 
-def test_arguments_that_are_fields(tmp_path):
+def test_arguments_from_fields(tmp_path):
     arguments = made(tmp_path, server_args="class ServerArgs: pass", fields=FIELDS).arguments()
     assert set(arguments) == {
         "model-path", "model", "host", "port", "tp-size", "tensor-parallel-size", "both", "no-both", "shown", "config"
@@ -103,13 +103,13 @@ def test_arguments_that_are_fields(tmp_path):
 
 
 @pytest.mark.parametrize("source", ["class ServerArgs: pass", "class ServerArgs(: broken", "\0"])
-def test_a_source_that_is_not_understood_says_nothing(tmp_path, source):
+def test_a_source_that_cannot_be_parsed_is_not_checked(tmp_path, source):
     installed = made(tmp_path, server_args=source)
     assert installed.arguments() is None
     check_installed({"whatever": 1}, installed)  # the server decides
 
 
-def test_a_source_that_is_not_there_says_nothing(tmp_path):
+def test_a_missing_source_is_not_checked(tmp_path):
     nowhere = Installed(tmp_path, None)
     assert nowhere.arguments() is None and nowhere.request_fields("X") is None
     check_installed({"whatever": 1}, None)
@@ -123,13 +123,13 @@ def test_request_fields(tmp_path):
     assert installed.request_fields("A") == {"x", "y"} and installed.request_fields("B") is None
 
 
-def test_the_servers_path_decides_as_python_does(tmp_path, monkeypatch):
+def test_the_servers_path_is_searched_as_by_python(tmp_path, monkeypatch):
     first, second = made(tmp_path / "a", version="0.5.12"), made(tmp_path / "b", version=None)
     both = os.pathsep.join([str(tmp_path / "b"), str(tmp_path / "a")])
     assert find_installed({"PYTHONPATH": both}).folder == second.folder
     assert find_installed({"PYTHONPATH": str(tmp_path / "empty") + os.pathsep + str(tmp_path / "a")}) == first
     monkeypatch.chdir(tmp_path / "b")
-    assert find_installed({"PYTHONPATH": str(tmp_path / "a")}).folder == second.folder, "-m looks there first"
+    assert find_installed({"PYTHONPATH": str(tmp_path / "a")}).folder == second.folder, "-m searches it first"
     assert find_installed({"PYTHONPATH": str(tmp_path / "a"), "PYTHONSAFEPATH": "1"}) == first
 
 
@@ -138,7 +138,7 @@ def test_the_servers_path_decides_as_python_does(tmp_path, monkeypatch):
     ("__version__ = version = compute()\n", "0.5.20"),
     ("(", "0.5.20"),
 ])  # fmt: skip
-def test_a_release_that_names_itself_is_believed_before_its_distribution(tmp_path, text, version):
+def test_the_version_of_the_package_precedes_that_of_its_distribution(tmp_path, text, version):
     made(tmp_path)
     (tmp_path / "sglang" / "_version.py").write_text(text)
     assert find_installed({"PYTHONPATH": str(tmp_path)}).version == version
@@ -161,11 +161,11 @@ REQUEST = "class UpdateWeightsFromTensorReqInput(BaseReq):\n    load_format: str
     ({"mem_fraction": 0.4}, "SGLang 0.5.20 has no argument mem_fraction (launch got mem_fraction=0.4)", "has mem_fraction_static"),
     ({"incremental_streaming_output": True}, "has no argument incremental_streaming_output", "has stream_output"),
     ({"qqqqqqqq": None}, "has no argument qqqqqqqq", "--help"),
-    ({"gone": True}, "takes gone and does nothing with it; it says: Use --shared instead.", "leave it out"),
+    ({"gone": True}, "accepts gone and ignores it: Use --shared instead.", "leave it out"),
     ({"shared": False}, "shared=False would leave SGLang 0.5.20 at its default", "no_shared=True"),
     ({"speculative_algorithm": "EAGLE"}, "speculative_algorithm='EAGLE' cannot be used with SGLang 0.5.20", "0.5.10 or newer"),
 ])  # fmt: skip
-def test_what_the_installed_release_lacks_is_refused(tmp_path, arguments, words, hint):
+def test_arguments_that_the_installed_release_lacks_are_rejected(tmp_path, arguments, words, hint):
     with pytest.raises(ConfigError) as caught:
         check_installed(arguments, made(tmp_path, io_struct=REQUEST))
     assert words in caught.value.message and hint in caught.value.hint
@@ -176,19 +176,19 @@ def test_what_the_installed_release_lacks_is_refused(tmp_path, arguments, words,
     {"stream_output": False, "host": None},
     {"speculative_algorithm": None},
 ])  # fmt: skip
-def test_what_it_has_passes(tmp_path, arguments):
+def test_supported_arguments_pass(tmp_path, arguments):
     check_installed(arguments, made(tmp_path, io_struct=REQUEST))
 
 
 @pytest.mark.parametrize("io_struct, version, refused", [
     (REQUEST + "    disable_draft_model: bool\n", None, False),
-    (REQUEST + "    selector: str\n", "0.5.9", False),  # the source outweighs the number
+    (REQUEST + "    selector: str\n", "0.5.9", False),  # the source precedes the version
     (REQUEST, None, True),
     ("", "0.5.9", True),
     ("", "0.5.10", False),
-    ("", None, False),  # nothing is known: the server's own version is looked at once it runs
+    ("", None, False),  # unknown: the version is checked once the server runs
 ])  # fmt: skip
-def test_speculative_decoding_needs_a_way_to_spare_the_draft_model(tmp_path, io_struct, version, refused):
+def test_speculative_decoding_needs_updates_without_the_draft_model(tmp_path, io_struct, version, refused):
     installed = made(tmp_path, io_struct=io_struct, version=version)
     if refused:
         with pytest.raises(ConfigError, match="draft model"):
@@ -197,13 +197,15 @@ def test_speculative_decoding_needs_a_way_to_spare_the_draft_model(tmp_path, io_
         check_installed({"speculative_algorithm": "NEXTN"}, installed)
 
 
-def test_a_release_that_is_too_old_is_refused_before_it_starts(tmp_path):
+def test_a_release_that_is_too_old_is_rejected_before_it_starts(tmp_path):
     with pytest.raises(ConfigError, match=r"SGLang 0\.5\.8 is not supported"):
         check_installed({}, made(tmp_path, version="0.5.8"))
 
 
 @pytest.mark.parametrize("device_type, tp_size", [("cpu", 1), ("cpu", 2), ("cuda", 1), ("cuda", 2)])
-def test_what_is_added_on_our_own_is_known_to_the_installed_release(device_type, tp_size):
-    check_installed(
-        server_arguments({}, tp_size=tp_size, device_type=device_type, shared_device=True), find_installed(os.environ)
+def test_our_default_arguments_are_supported_by_the_installed_release(device_type, tp_size):
+    installed = find_installed(os.environ)
+    assert installed is not None and installed.arguments() is not None, (
+        "SGLang must be installed: see scripts/make_venv.py"
     )
+    check_installed(server_arguments({}, tp_size=tp_size, device_type=device_type, shared_device=True), installed)

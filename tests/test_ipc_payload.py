@@ -1,4 +1,4 @@
-"""Payloads as SGLang's own code opens them in another process, and the ledger that counts them back."""
+"""Payloads, opened by SGLang's own code in another process, and the ledger that tracks their release."""
 
 import base64
 import gc
@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from torch.multiprocessing import reductions
 
 from tpcolocate import ipc_payload
+from tpcolocate.deadline import Deadline
 from tpcolocate.errors import ConfigError, DeadlineError, SyncError
 from tpcolocate.ipc_payload import Fate
 
@@ -39,7 +40,7 @@ tensors_to_lay_out = st.lists(
 
 
 @given(tensors_to_lay_out)
-def test_places_are_aligned_in_order_and_do_not_overlap(shapes):
+def test_entries_are_aligned_in_order_and_do_not_overlap(shapes):
     entries, num_bytes = ipc_payload.layout([(str(i), shape, dtype) for i, (shape, dtype) in enumerate(shapes)])
     end = 0
     for i, (entry, (shape, dtype)) in enumerate(zip(entries, shapes, strict=True)):
@@ -51,7 +52,7 @@ def test_places_are_aligned_in_order_and_do_not_overlap(shapes):
     assert end <= num_bytes < end + ipc_payload.ALIGNMENT
 
 
-# --- CUDA, as far as it goes without a device -----------------------------------------------------------------------
+# --- CUDA, without a device ------------------ -----------------------------------------------------------------------
 
 CUDA_NAMES = (
     "tensor_cls", "tensor_size", "tensor_stride", "tensor_offset", "storage_cls", "dtype", "storage_device", "storage_handle",
@@ -61,7 +62,7 @@ CUDA_NAMES = (
 
 
 def cuda_handle(num_bytes=256):
-    """As exported from a GPU, but for the export."""
+    """A handle as exported from a GPU."""
     handle = object.__new__(ipc_payload.CudaHandle)
     vars(handle).update(
         handle=b"H", num_bytes=num_bytes, offset=512, counter_file=b"/counter", counter_offset=3, event=b"E", event_sync=True,
@@ -70,21 +71,21 @@ def cuda_handle(num_bytes=256):
     return handle
 
 
-def test_the_installed_torch_takes_the_arguments_that_we_know():
+def test_the_installed_torch_has_the_expected_arguments():
     parameters = list(inspect.signature(reductions.rebuild_cuda_tensor).parameters)
     assert ipc_payload._cuda_rebuild_order(tuple(reversed(CUDA_NAMES))) == parameters
 
 
-def test_arguments_go_where_torch_wants_them(monkeypatch):
+def test_arguments_are_passed_by_name(monkeypatch):
     names = list(reversed(CUDA_NAMES))
-    moved = lambda: None
-    moved.__signature__ = inspect.Signature(
+    reordered = lambda: None
+    reordered.__signature__ = inspect.Signature(
         [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in names]
     )
-    monkeypatch.setattr(reductions, "rebuild_cuda_tensor", moved)
+    monkeypatch.setattr(reductions, "rebuild_cuda_tensor", reordered)
     function, arguments = cuda_handle().reduced().__reduce__()
     by_name = dict(zip(names, arguments, strict=True))
-    assert function is moved
+    assert function is reordered
     assert (by_name["storage_device"], by_name["ref_counter_handle"], by_name["ref_counter_offset"]) == (
         "GPU-1",
         b"/counter",
@@ -99,7 +100,7 @@ def test_arguments_go_where_torch_wants_them(monkeypatch):
 
 
 @pytest.mark.parametrize("names", [CUDA_NAMES[:-1], (*CUDA_NAMES, "one_more")])
-def test_a_torch_with_other_arguments_is_refused(monkeypatch, names):
+def test_a_torch_with_other_arguments_is_rejected(monkeypatch, names):
     other = lambda: None
     other.__signature__ = inspect.Signature(
         [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in names]
@@ -110,7 +111,7 @@ def test_a_torch_with_other_arguments_is_refused(monkeypatch, names):
 
 
 @pytest.mark.parametrize("stored, count", [(1, 1), (0, 0), (2**64 - 1, -1)])
-def test_the_counter_is_read_where_torch_keeps_it(monkeypatch, tmp_path, stored, count):
+def test_the_counter_is_read_from_torchs_file(monkeypatch, tmp_path, stored, count):
     monkeypatch.setattr(ipc_payload, "_SHM", tmp_path)
     slots = [9] * 8 + [7, 7, 7, stored, 7]  # a header of 64 bytes, then one counter per slot
     (tmp_path / "counter").write_bytes(b"".join(slot.to_bytes(8, "little") for slot in slots))
@@ -121,7 +122,7 @@ def test_the_counter_is_read_where_torch_keeps_it(monkeypatch, tmp_path, stored,
         assert (tmp_path / "counter").read_bytes()[64 : 64 + 24] == (7).to_bytes(8, "little") * 3
 
 
-def test_a_counter_file_that_is_gone_means_that_all_came_back(monkeypatch, tmp_path):
+def test_a_removed_counter_file_means_that_all_are_released(monkeypatch, tmp_path):
     monkeypatch.setattr(ipc_payload, "_SHM", tmp_path)
     assert cuda_handle().count() == 0
 
@@ -144,7 +145,7 @@ FRESH = (
 
 @pytest.fixture(scope="session")
 def fresh_interpreter():
-    """A process that imports torch while other tests run."""
+    """Started early: importing torch takes seconds, in which other tests run."""
     process = subprocess.Popen([sys.executable, "-c", FRESH], stderr=subprocess.PIPE, text=True)
     yield process
     process.kill()
@@ -155,21 +156,21 @@ def fresh_interpreter():
 
 
 def reader_main(pipe):
-    """Opens payloads as a TP worker of SGLang does.  Commands: (verb, payload); answers what it found."""
+    """Open payloads as a TP worker of SGLang does.  Receives (action, payload) and sends the result."""
     os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
     from sglang.srt.utils import MultiprocessingSerializer
     from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket
 
     pipe.send("ready")
-    held = []
+    opened = []
     while True:
-        verb, payload = pipe.recv()
+        action, payload = pipe.recv()
         try:
-            if verb == "open":
+            if action == "open":
                 bucket = MultiprocessingSerializer.deserialize(payload)
                 bucket = FlattenedTensorBucket(**bucket)
-                held.append(bucket)
-                # By value, and as bytes: not every dtype has a pickle or a comparison.
+                opened.append(bucket)
+                # As bytes: not every dtype can be pickled or compared.
                 answer = [
                     (
                         name,
@@ -180,8 +181,8 @@ def reader_main(pipe):
                     for name, tensor in bucket.reconstruct_tensors()
                 ]
                 del bucket
-            elif verb == "release":
-                held.clear()
+            elif action == "release":
+                opened.clear()
                 answer = "released"
             pipe.send(answer)
         except Exception as error:
@@ -191,17 +192,17 @@ def reader_main(pipe):
 class Reader:
     def __init__(self):
         context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=reader_main, args=(theirs,), daemon=True)
+        self.pipe, remote = context.Pipe()
+        self.process = context.Process(target=reader_main, args=(remote,), daemon=True)
         self.process.start()
-        theirs.close()
+        remote.close()
 
     def wait_ready(self):
         assert self.pipe.poll(110) and self.pipe.recv() == "ready"
         return self
 
-    def ask(self, verb, payload=None):
-        self.pipe.send((verb, payload))
+    def call(self, action, payload=None):
+        self.pipe.send((action, payload))
         assert self.pipe.poll(60), "the reader hangs"
         answer = self.pipe.recv()
         if isinstance(answer, Exception):
@@ -209,14 +210,14 @@ class Reader:
         return answer
 
     def open_and_release(self, payload):
-        found = self.ask("open", payload)
-        self.ask("release")
+        found = self.call("open", payload)
+        self.call("release")
         return found
 
 
 @pytest.fixture(scope="session")
 def starting_reader():
-    """One for all tests; it imports sglang while other tests run."""
+    """One for all tests, started early: importing sglang takes seconds, in which other tests run."""
     reader = Reader()
     yield reader
     reader.process.kill()
@@ -285,28 +286,28 @@ BATCHES = {
 
 
 @pytest.mark.parametrize("case", BATCHES)
-def test_sglang_opens_what_was_put_in_bit_by_bit(reader, ledger, case):
+def test_sglang_reads_the_same_bytes(reader, ledger, case):
     torch.manual_seed(0)
     tensors = BATCHES[case]
     flat, entries = filled(tensors)
     handle = ledger.export(flat, tp_rank=0, bucket=0)
     assert handle.count() == 1
-    assert reader.ask("open", ipc_payload.payload(handle, entries)) == as_bytes(tensors)
-    assert handle.count() == 1, "it still holds it"
-    reader.ask("release")
+    assert reader.call("open", ipc_payload.payload(handle, entries)) == as_bytes(tensors)
+    assert handle.count() == 1, "still open"
+    reader.call("release")
     assert handle.count() == 0
-    ledger.settle(deadline=time.monotonic() + 60)
+    ledger.wait_for_release(Deadline.after(60))
     assert ledger.num_returned == ledger.num_exported == 1
 
 
-def test_a_command_has_nothing_that_would_have_to_wait_for_a_gpu():
+def test_a_command_has_no_tensor_data():
     job = {"session": "s", "text": 'ä "\n'}
     [(name, tensor)] = pickle.loads(base64.b64decode(ipc_payload.command(job)))
     assert json.loads(name) == job and tensor.numel() == 0
 
 
-def test_nothing_but_allowed_globals_is_pickled():
-    """The unpickler of 0.5.21 takes exact names only; earlier ones take these too."""
+def test_only_allowed_globals_are_pickled():
+    """The unpickler of 0.5.21 allows exact names only; older ones allow these too."""
     found = set()
 
     class Anything:
@@ -348,86 +349,86 @@ def test_a_payload_that_is_opened_twice_is_an_error_that_names_it(reader, ledger
     reader.open_and_release(payload)
     assert handle.count() < 0
     with pytest.raises(
-        SyncError, match=r"bucket 4 \(512 bytes\) of rank 5 for TP rank 1: released more often .* \(count -1\)"
+        SyncError, match=r"bucket 4 \(512 bytes\) of rank 5 for TP rank 1: released more than once: .* \(count -1\)"
     ) as caught:
-        ledger.settle(deadline=time.monotonic() + 60)
+        ledger.wait_for_release(Deadline.after(60))
     assert caught.value.rank == 5 and "payload of its own" in caught.value.hint
-    assert ledger.outstanding() == [] and ledger.num_returned == 0, "told once, and not counted as returned"
+    assert ledger.outstanding() == [] and ledger.num_returned == 0, "raised once, and not counted as returned"
 
 
-# What the readers said, and whether they live -> how the ledger calls a handle that is still out.
+# Reports of the readers, and whether they are alive -> fate of an outstanding handle.
 FATES = [
     (None, True, Fate.UNKNOWN),
-    ({1: True}, True, Fate.HELD),
+    ({1: True}, True, Fate.STILL_OPEN),
     ({1: False}, True, Fate.NEVER_OPENED),
-    ({0: False}, True, Fate.UNKNOWN),  # another TP rank's word
+    ({0: False}, True, Fate.UNKNOWN),  # reported by another TP rank
     (None, False, Fate.READER_KILLED),
     ({1: True}, False, Fate.READER_KILLED),
 ]
 
 
-@pytest.mark.parametrize("said, alive, fate", FATES)
-def test_a_handle_that_is_out_is_named_with_what_is_known_of_it(said, alive, fate):
+@pytest.mark.parametrize("reported, alive, fate", FATES)
+def test_an_outstanding_handle_is_reported_with_its_fate(reported, alive, fate):
     ledger = ipc_payload.Ledger(rank=5, reader_is_alive=lambda: alive)
     handle = ledger.export(filled(some())[0], tp_rank=1, bucket=3)
-    if said is not None:
-        ledger.note_opened(2, {1: said is not FATES[1][0]})  # of another bucket
-        ledger.note_opened(3, said)
+    if reported is not None:
+        ledger.note_opened(2, {1: reported is not FATES[1][0]})  # of another bucket
+        ledger.note_opened(3, reported)
     [item] = ledger.outstanding()
     assert item == ipc_payload.Outstanding(5, 1, 3, 512, 1, fate)
     assert str(item) == f"bucket 3 (512 bytes) of rank 5 for TP rank 1: {fate.value} (count 1)"
     began = time.monotonic()
-    waits = fate in (Fate.HELD, Fate.UNKNOWN)
+    waits = fate in (Fate.STILL_OPEN, Fate.UNKNOWN)
     with pytest.raises(DeadlineError if waits else SyncError, match=re.escape(str(item))) as caught:
-        ledger.settle(deadline=began + (0.1 if waits else 60))
+        ledger.wait_for_release(Deadline.after(0.1 if waits else 60))
     assert caught.value.rank == 5 and caught.value.hint
     assert waits == (0.1 <= time.monotonic() - began) and time.monotonic() - began < 30
     if waits:
         assert ledger.outstanding() == [item], "it stays in the ledger"
         assert ledger.reclaim() == [item]
-    assert handle.count() == 0 and ledger.outstanding() == [], "given back"
+    assert handle.count() == 0 and ledger.outstanding() == [], "reclaimed"
 
 
-def test_of_many_handles_some_are_named_and_all_are_counted():
-    many = [ipc_payload.Outstanding(0, 0, bucket, 2**20, 1, Fate.HELD) for bucket in range(400)]
+def test_a_message_lists_some_handles_and_counts_all():
+    many = [ipc_payload.Outstanding(0, 0, bucket, 2**20, 1, Fate.STILL_OPEN) for bucket in range(400)]
     few = "; ".join(map(str, many[:5]))
     assert ipc_payload.listed(many[:5]) == f"{few} (5.0 MiB in all)"
     assert ipc_payload.listed(many) == f"{few} and 395 more (400.0 MiB in all)"
 
 
-def test_a_handle_that_came_back_is_nobodys_fault(ledger):
-    """Whatever was said of it, and even if the reader died afterwards."""
-    ledger._reader_is_alive = lambda: pytest.fail("nobody needs to be asked")
+def test_a_released_handle_is_no_error(ledger):
+    """Whatever its reader reported, and even if it died afterwards."""
+    ledger._reader_is_alive = lambda: pytest.fail("must not be called")
     handle = ledger.export(filled(some())[0], tp_rank=0, bucket=0)
     ledger.note_opened(0, {0: False})
     handle.reclaim()
-    ledger.settle(deadline=time.monotonic())
+    ledger.wait_for_release(Deadline.after(0))
     assert (ledger.num_exported, ledger.num_returned) == (1, 1)
 
 
-def test_the_longest_absence_is_kept(ledger, monkeypatch):
+def test_the_longest_time_to_release_is_recorded(ledger, monkeypatch):
     assert ledger.latest_return_s == 0.0
     handle = ledger.export(filled(some())[0], tp_rank=0, bucket=0)
     monkeypatch.setattr(
         ipc_payload.time, "sleep", lambda _: handle.reclaim() if time.monotonic() >= began + 0.03 else None
     )
     began = time.monotonic()
-    ledger.settle(deadline=began + 60)
+    ledger.wait_for_release(Deadline.after(60))
     longest = ledger.latest_return_s
     assert 0.02 < longest < 60
-    ledger.settle(deadline=time.monotonic() + 60)
+    ledger.wait_for_release(Deadline.after(60))
     assert ledger.latest_return_s == longest
 
 
-def test_settling_waits_for_the_reader(reader, ledger):
+def test_wait_for_release_waits_for_the_reader(reader, ledger):
     flat, entries = filled(some())
-    reader.ask("open", ipc_payload.payload(ledger.export(flat, tp_rank=0, bucket=0), entries))
+    reader.call("open", ipc_payload.payload(ledger.export(flat, tp_rank=0, bucket=0), entries))
     reader.pipe.send(("release", None))
-    ledger.settle(deadline=time.monotonic() + 60)
+    ledger.wait_for_release(Deadline.after(60))
     assert reader.pipe.poll(10) and reader.pipe.recv() == "released"
 
 
-def test_what_was_never_opened_is_freed_by_reclaiming(ledger):
+def test_memory_that_was_never_opened_is_freed_by_reclaim(ledger):
     flat, _ = filled(some())
     handle = ledger.export(flat, tp_rank=0, bucket=0)
     file = shm_file(handle)
@@ -437,7 +438,7 @@ def test_what_was_never_opened_is_freed_by_reclaiming(ledger):
     assert not file.exists()
 
 
-def test_memory_outlives_its_name_here_until_the_reader_has_let_go(reader, ledger):
+def test_memory_is_kept_until_the_reader_has_released_it(reader, ledger):
     flat, entries = filled(some())
     handle = ledger.export(flat, tp_rank=0, bucket=0)
     payload, file = ipc_payload.payload(handle, entries), shm_file(handle)
@@ -445,48 +446,48 @@ def test_memory_outlives_its_name_here_until_the_reader_has_let_go(reader, ledge
     gc.collect()
     assert file.exists()
     assert reader.open_and_release(payload) == as_bytes(some())
-    ledger.settle(deadline=time.monotonic() + 60)
+    ledger.wait_for_release(Deadline.after(60))
     assert not file.exists()
 
 
 def holder_main(pipe):
-    """Opens a payload as any unpickler does, and keeps it."""
+    """Open a payload with a plain unpickler, and keep it open."""
     bucket = pickle.loads(base64.b64decode(pipe.recv()))
     pipe.send(bucket["flattened_tensor"].numel())
     pipe.recv()
 
 
-def test_a_reader_that_is_killed_still_has_it_until_it_is_reclaimed(ledger):
+def test_a_killed_readers_handle_is_outstanding_until_reclaimed(ledger):
     flat, entries = filled(some())
     handle = ledger.export(flat, tp_rank=0, bucket=0)
     file = shm_file(handle)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))
-    pipe, theirs = context.Pipe()
-    holder = context.Process(target=holder_main, args=(theirs,), daemon=True)
+    pipe, remote = context.Pipe()
+    holder = context.Process(target=holder_main, args=(remote,), daemon=True)
     holder.start()
-    theirs.close()
+    remote.close()
     pipe.send(ipc_payload.payload(handle, entries))
     assert pipe.poll(30) and pipe.recv() == 512
     os.kill(holder.pid, signal.SIGKILL)
     holder.join()
     with pytest.raises(DeadlineError, match=Fate.UNKNOWN.value):
-        ledger.settle(deadline=time.monotonic() + 0.1)
+        ledger.wait_for_release(Deadline.after(0.1))
     ledger._reader_is_alive = lambda: False
     with pytest.raises(SyncError, match=Fate.READER_KILLED.value):
-        ledger.settle(deadline=time.monotonic() + 60)
+        ledger.wait_for_release(Deadline.after(60))
     assert handle.count() == 0 and ledger.reclaim() == []
     del flat, handle
     assert not file.exists()
 
 
-def test_the_trainers_process_is_left_as_it_was(fresh_interpreter):
-    _, said = fresh_interpreter.communicate(timeout=60)
-    assert fresh_interpreter.returncode == 0, said
+def test_global_state_of_the_trainers_process_is_unchanged(fresh_interpreter):
+    _, errors = fresh_interpreter.communicate(timeout=60)
+    assert fresh_interpreter.returncode == 0, errors
 
 
-def test_many_cycles_leave_nothing(reader):
-    def ours():
+def test_many_cycles_leak_nothing(reader):
+    def resources():
         return {name for name in os.listdir("/dev/shm") if name.startswith(f"torch_{os.getpid()}_")}, len(
             os.listdir("/proc/self/fd")
         )
@@ -499,12 +500,12 @@ def test_many_cycles_leave_nothing(reader):
             ledger.reclaim()
         else:
             reader.open_and_release(ipc_payload.payload(handle, entries))
-            ledger.settle(deadline=time.monotonic() + 60)
+            ledger.wait_for_release(Deadline.after(60))
 
-    gc.collect()  # what a failed test before this one still holds
-    cycle(0)  # starts torch's manager of shared files, which keeps its connection
-    before = ours()
+    gc.collect()  # objects of failed tests
+    cycle(0)  # starts torch's manager of shared files, whose connection stays open
+    before = resources()
     for i in range(200):
         cycle(i)
     gc.collect()
-    assert ours() == before
+    assert resources() == before

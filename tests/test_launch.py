@@ -1,4 +1,4 @@
-"""Ports and the life of the server process; the server is a stand-in here."""
+"""Ports and the server process; the server itself is replaced by a script."""
 
 import errno
 import json
@@ -6,13 +6,16 @@ import os
 import socket
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
+import torch
 
-from tpcolocate.errors import ConfigError, DeadlineError, LaunchError
+from tpcolocate import launch
+from tpcolocate.errors import ConfigError, DeadlineError, LaunchError, RankLostError
 from tpcolocate.processes import this_process
-from tpcolocate.server import process as launch
+from tpcolocate.server import process
 from tpcolocate.server.process import ServerProcess, ServerSpec, hold_port
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(120)]
@@ -20,9 +23,9 @@ pytestmark = [pytest.mark.quick, pytest.mark.timeout(120)]
 # --- ports ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_held_port_is_the_servers_alone_and_given_to_nobody_who_asks_for_any():
-    with hold_port() as held:
-        port = held.getsockname()[1]
+def test_a_reserved_port_is_available_to_the_server_alone():
+    with hold_port() as reserved:
+        port = reserved.getsockname()[1]
         given = []
         for host in ("127.0.0.1", "0.0.0.0"):
             for _ in range(100):
@@ -37,7 +40,7 @@ def test_a_held_port_is_the_servers_alone_and_given_to_nobody_who_asks_for_any()
         with socket.socket() as plain, pytest.raises(OSError) as caught:
             plain.bind(("127.0.0.1", port))
         assert caught.value.errno == errno.EADDRINUSE
-        # As uvicorn and torch's stores bind.
+        # uvicorn and torch's stores bind like this.
         with socket.socket() as server:
             server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             server.bind(("127.0.0.1", port))
@@ -67,7 +70,7 @@ CLASH = "print('ERROR: [Errno 98] error while attempting to bind: address alread
 
 @pytest.fixture
 def stand_in(monkeypatch, tmp_path, no_leftovers):
-    """Replaces SGLang's command by one script per try; returns a starter, and the commands that SGLang would have got."""
+    """Replace SGLang's command by one script per try; return a function that starts them, and SGLang's commands."""
     commands = []
 
     def start(*scripts, health_timeout_s=60.0, **arguments):
@@ -93,7 +96,7 @@ def ports_of(command):
     return [command[command.index(flag) + 1] for flag in ("--port", "--nccl-port")]
 
 
-def test_it_starts_answers_and_stops(stand_in):
+def test_the_server_starts_answers_and_stops(stand_in):
     start, commands = stand_in
     server = start(SERVE)
     assert server.url == f"http://127.0.0.1:{ports_of(commands[0])[0]}"
@@ -109,30 +112,30 @@ def test_it_starts_answers_and_stops(stand_in):
 def test_the_key_is_in_a_private_file_and_not_on_the_command_line(stand_in, monkeypatch):
     start, commands = stand_in
     seen = []
-    spawn_seen = ServerProcess._wait_healthy
+    wait_healthy = ServerProcess._wait_healthy
 
-    def look(self, *args):
+    def inspect(self, *args):
         config = Path(commands[0][commands[0].index("--config") + 1])
         seen.append((config, config.stat().st_mode & 0o777, json.loads(config.read_text()), self.api_key))
-        return spawn_seen(self, *args)
+        return wait_healthy(self, *args)
 
-    monkeypatch.setattr(ServerProcess, "_wait_healthy", look)
+    monkeypatch.setattr(ServerProcess, "_wait_healthy", inspect)
     start(SERVE).stop()
     [(config, mode, content, key)] = seen
     assert mode == 0o600 and content == {"api-key": key, "admin-api-key": key} and len(key) > 30
     assert not any(key in word for word in commands[0])
-    assert not config.exists(), "once it was read"
+    assert not config.exists(), "removed once it was read"
 
 
 def test_no_key_looks_like_an_option():
-    """SGLang makes command-line arguments of its config file; one key in 64 of a wider alphabet begins with a dash."""
+    """SGLang turns its config file into command-line arguments; one base64 key in 64 begins with a dash."""
     spec = ServerSpec("model", {}, {}, Path("unused"), *this_process())
     keys = {ServerProcess(spec).api_key for _ in range(500)}
     assert len(keys) == 500
     assert all(key.isalnum() and len(key) == 64 for key in keys)
 
 
-def test_a_taken_port_is_tried_again_with_others(stand_in, caplog):
+def test_after_a_port_clash_the_server_is_restarted_on_other_ports(stand_in, caplog):
     start, commands = stand_in
     server = start(CLASH, SERVE)
     server.stop()
@@ -141,14 +144,14 @@ def test_a_taken_port_is_tried_again_with_others(stand_in, caplog):
     assert "try 2 of 3" in caplog.text
 
 
-def test_tries_end(stand_in):
+def test_the_number_of_tries_is_limited(stand_in):
     start, commands = stand_in
     with pytest.raises(LaunchError, match="exited with code 3"):
         start(CLASH, CLASH, CLASH, SERVE)
     assert len(commands) == 3
 
 
-def test_a_port_that_the_user_chose_is_not_tried_again(stand_in):
+def test_a_port_that_the_user_chose_is_tried_once(stand_in):
     start, commands = stand_in
     with hold_port() as free:
         port = free.getsockname()[1]
@@ -157,8 +160,8 @@ def test_a_port_that_the_user_chose_is_not_tried_again(stand_in):
     assert [ports_of(command)[0] for command in commands] == [str(port)]
 
 
-def test_another_failure_after_a_clash_is_not_taken_for_one(stand_in):
-    """All tries write to one log."""
+def test_another_failure_after_a_clash_is_not_a_clash(stand_in):
+    """All tries append to one log."""
     start, commands = stand_in
     with pytest.raises(LaunchError, match="exited with code 1 .*: ValueError: no such model") as caught:
         start(CLASH, "raise ValueError('no such model')", SERVE)
@@ -166,13 +169,13 @@ def test_another_failure_after_a_clash_is_not_taken_for_one(stand_in):
     assert "address already in use" not in caught.value.details
 
 
-def test_a_clash_far_above_the_end_of_the_log_is_still_one(stand_in):
+def test_a_clash_far_above_the_end_of_the_log_is_found(stand_in):
     start, commands = stand_in
     start("print('EADDRINUSE'); print('shutting down\\n' * 100); raise SystemExit(1)", SERVE).stop()
     assert len(commands) == 2
 
 
-def test_an_early_exit_tells_why_without_the_key(stand_in):
+def test_an_early_exit_is_an_error_with_the_reason_and_without_the_key(stand_in):
     start, _ = stand_in
     with pytest.raises(LaunchError) as caught:
         start("import sys; print('args: api_key=' + sys.argv[3]); raise RuntimeError('no GPU')")
@@ -181,7 +184,7 @@ def test_an_early_exit_tells_why_without_the_key(stand_in):
     assert "args: api_key=***\n" in error.details
 
 
-def test_a_server_that_never_answers_is_ended_at_the_deadline(stand_in, monkeypatch):
+def test_a_server_that_never_answers_is_stopped_at_the_deadline(stand_in, monkeypatch):
     start, _ = stand_in
     wait_healthy = ServerProcess._wait_healthy
 
@@ -196,12 +199,12 @@ def test_a_server_that_never_answers_is_ended_at_the_deadline(stand_in, monkeypa
     assert caught.value.details.endswith("\nloading")
 
 
-def test_the_end_of_a_log_hides_the_key_wherever_it_is_cut(tmp_path):
+def test_the_tail_of_a_log_never_contains_the_key(tmp_path):
     pid, started = this_process()
     server = ServerProcess(ServerSpec("model", {}, {}, tmp_path / "log", pid, started))
     assert server.log_tail() == "(no log was written)"
     for cut in range(len(server.api_key) + 1):
-        rest = "x" * (launch._LOG_TAIL_BYTES - cut - 1)
+        rest = "x" * (process._LOG_TAIL_BYTES - cut - 1)
         server.spec.log_path.write_text(f"key {server.api_key}\n{rest}")
         assert not any(server.api_key[i:] in server.log_tail() for i in range(len(server.api_key) - 3))
     server.spec.log_path.write_text("".join(f"{i}\n" for i in range(100)))
@@ -220,4 +223,45 @@ def test_the_end_of_a_log_hides_the_key_wherever_it_is_cut(tmp_path):
     ("", ""),
 ])  # fmt: skip
 def test_the_reason_is_the_last_line_that_names_an_error(tail, reason):
-    assert launch._reason(tail) == reason
+    assert process._reason(tail) == reason
+
+
+# --- the owner ------------------------------------------------------------------------------------------------------
+
+
+class FailedGroup:
+    """A group of live ranks whose collectives fail."""
+
+    ranks, rank = (0, 1), 0
+    members = ()
+
+    def __len__(self):
+        return len(self.ranks)
+
+    def all_gather(self, value, *, what, timeout_s=None):
+        raise RankLostError("the connection was reset")
+
+
+@pytest.mark.parametrize("failing", ["start", "announce"])
+def test_after_an_error_no_server_is_left_even_if_the_group_has_failed_too(monkeypatch, failing):
+    class Server:
+        url, api_key, client, stopped = "http://127.0.0.1:1", "key", object(), False
+
+        def stop(self):
+            self.stopped = True
+
+    def fail(*args, **kwargs):
+        raise OSError("disk full")
+
+    server = Server()
+    info = {"version": "0.5.20"}
+    monkeypatch.setattr(ServerProcess, "start", fail if failing == "start" else lambda *args, **kwargs: server)
+    monkeypatch.setattr(launch, "ServerApi", lambda client: types.SimpleNamespace(info=info))
+    monkeypatch.setattr(launch, "read_spec", lambda path: None)
+    monkeypatch.setattr(launch.rendezvous, "announce", fail)
+    tp_slice = launch.TpSlice(FailedGroup(), 0, torch.device("cpu"), (), False, f"test{os.getpid()}", 0)
+    launched = launch.Launch(tp_slice, launch.LaunchRequest("model", {}, {}, "nonce"))
+    with pytest.raises(OSError, match="disk full"):
+        launched.start_server(health_timeout_s=1.0, log_path=None)
+    assert server.stopped == (failing == "announce")
+    assert not launched.sync_folder.exists()

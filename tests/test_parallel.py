@@ -1,4 +1,4 @@
-"""Blocking calls side by side: both are made, either's error is told."""
+"""Background calls: all are made and waited for, and the error of any is raised."""
 
 import sys
 import threading
@@ -20,7 +20,7 @@ def over(action):
     return in_background(action, name="test")
 
 
-def test_a_call_beside_another_is_made_at_once_and_both_are_waited_for():
+def test_parallel_calls_start_at_once_and_are_waited_for():
     meeting, done = threading.Barrier(2, timeout=40), threading.Event()
     beside([in_background(lambda: (meeting.wait(), time.sleep(0.1), done.set()), name="test")], meeting.wait)
     assert done.is_set()
@@ -45,7 +45,7 @@ def test_an_error_does_not_wait_for_a_call_that_hangs(monkeypatch):
     release.set()
 
 
-def test_a_call_in_the_background_tells_whether_it_is_over_and_what_came_of_it():
+def test_a_background_call_reports_its_end_result_and_error():
     release = threading.Event()
     future = in_background(lambda: release.wait(40) and "done", name="test")
     with pytest.raises(TimeoutError):
@@ -57,17 +57,17 @@ def test_a_call_in_the_background_tells_whether_it_is_over_and_what_came_of_it()
         in_background(lambda: fail(KeyError()), name="test").result()
 
 
-def test_a_call_that_must_not_be_overtaken_has_begun_or_failed():
-    said, release = [], threading.Event()
+def test_begun_in_background_returns_once_the_call_has_begun_or_failed():
+    events, release = [], threading.Event()
 
     def action(begun):
         time.sleep(0.1)
-        said.append("begun")
+        events.append("begun")
         begun()
         return release.wait(40)
 
     future = begun_in_background(action, name="test")
-    assert said == ["begun"] and not future.done()
+    assert events == ["begun"] and not future.done()
     release.set()
     assert future.result()
     with pytest.raises(KeyError):
@@ -84,11 +84,11 @@ def slow_switching():
 
 
 def seconds_late():
-    """From the moment at which a blocked thread can go on, while this one computes, to its next step."""
+    """Return how late a blocked thread goes on while this thread computes."""
 
     def blocked():
         due = time.perf_counter() + 0.02
-        time.sleep(0.02)  # as a socket, it gives the interpreter away
+        time.sleep(0.02)  # like a socket, it releases the interpreter lock
         return time.perf_counter() - due
 
     future = in_background(blocked, name="test")
@@ -97,14 +97,14 @@ def seconds_late():
     return future.result()
 
 
-def test_a_thread_that_has_its_answer_need_not_wait_for_one_that_computes(slow_switching):
+def test_a_ready_thread_does_not_wait_for_a_busy_one(slow_switching):
     # Other processes can only add to it: the least of several is what the interpreter takes.
     assert min(seconds_late() for _ in range(2)) > 0.1
     with quick_switching():
         assert any(seconds_late() < 0.1 for _ in range(50))
 
 
-def test_the_interval_is_what_it_was_afterwards_also_after_an_error(slow_switching):
+def test_the_interval_is_restored_also_after_an_error(slow_switching):
     with quick_switching():
         with quick_switching():
             assert sys.getswitchinterval() < 0.001
@@ -132,7 +132,7 @@ def test_the_interval_is_restored_by_the_last_of_several_threads(slow_switching)
     assert sys.getswitchinterval() == slow_switching
 
 
-def test_an_interval_that_is_shorter_already_is_left_alone(slow_switching):
+def test_a_shorter_interval_is_kept(slow_switching):
     sys.setswitchinterval(2e-5)
     shorter = sys.getswitchinterval()
     with quick_switching():

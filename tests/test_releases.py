@@ -1,6 +1,6 @@
-"""What differs between SGLang releases, and what is done about it before anything is sent.
+"""The table of SGLang releases, and the checks before a request is sent.
 
-That the table is true is shown by ``tests/contracts``, from the releases' own source.
+The table itself is checked by ``tests/contracts`` against the source of the releases.
 """
 
 import ast
@@ -49,7 +49,7 @@ def test_features_by_version(version, session, per_rank, target_only):
 
 
 @pytest.mark.parametrize("version", ["0.5.8", "0.4.10", "unknown", "", "None"])
-def test_others_are_refused_with_what_to_use(version):
+def test_unsupported_versions_are_rejected_with_a_hint(version):
     with pytest.raises(ConfigError, match=str(OLDEST)) as caught:
         release(version)
     assert version in str(caught.value)
@@ -60,38 +60,38 @@ def test_others_are_refused_with_what_to_use(version):
     (Span("0.5.21"), ["0.5.21", "0.6"], ["0.5.20.post1"]),
     (Span("0.5.10", "0.5.21"), ["0.5.10", "0.5.20.post1"], ["0.5.9", "0.5.21"]),
 ])  # fmt: skip
-def test_a_span_begins_with_its_first_release_and_ends_before_its_last(span, inside, outside):
+def test_a_span_includes_since_and_excludes_until(span, inside, outside):
     assert all(Version(version) in span for version in inside)
     assert not any(Version(version) in span for version in outside)
 
 
 @pytest.mark.parametrize("version, path, names, words, hint", [
-    ("0.5.20", "/begin_weight_update", {}, "SGLang 0.5.20 has no /begin_weight_update", "0.5.21 and newer"),
-    ("0.5.20", "/update_weights_from_tensor", TARGET, "of SGLang 0.5.20 has no field 'selector'", "0.5.21 and newer"),
+    ("0.5.20", "/begin_weight_update", {}, "SGLang 0.5.20 has no /begin_weight_update", "0.5.21 or newer"),
+    ("0.5.20", "/update_weights_from_tensor", TARGET, "of SGLang 0.5.20 has no field 'selector'", "0.5.21 or newer"),
     ("0.5.21", "/update_weights_from_tensor", NO_DRAFT, "of SGLang 0.5.21 has no field 'disable_draft_model'",
-     "0.5.10 up to before 0.5.21"),
-    ("0.5.9", "/flush_cache", {"timeout": 3}, "has no field 'timeout'", "0.5.10 and newer"),
-    ("0.5.23", "/destroy_weights_update_group", {"group": "a"}, "has no field 'group' and would ignore it", "it takes group_name"),
-    ("0.5.23", "/end_weight_update", {"x": 1}, "has no field 'x'", "it takes nothing"),
-    ("0.5.17", "/load_lora_adapter_from_tensors", {"serialized_tensors": ""}, "has no field 'serialized_tensors'", "before 0.5.17"),
+     "0.5.10 or newer, older than 0.5.21"),
+    ("0.5.9", "/flush_cache", {"timeout": 3}, "has no field 'timeout'", "0.5.10 or newer"),
+    ("0.5.23", "/destroy_weights_update_group", {"group": "a"}, "has no field 'group' and would ignore it", "its fields: group_name"),
+    ("0.5.23", "/end_weight_update", {"x": 1}, "has no field 'x'", "its fields: none"),
+    ("0.5.17", "/load_lora_adapter_from_tensors", {"serialized_tensors": ""}, "has no field 'serialized_tensors'", "older than 0.5.17"),
 ])  # fmt: skip
-def test_what_a_release_lacks_is_an_error_that_names_it(version, path, names, words, hint):
+def test_a_missing_endpoint_or_field_is_an_error_that_names_the_release(version, path, names, words, hint):
     with pytest.raises(ConfigError, match=words) as caught:
         release(version).check(path, names)
     assert hint in caught.value.hint
 
 
-def test_what_a_release_has_passes():
+def test_supported_requests_pass():
     for path, endpoint in ENDPOINTS.items():
         for version in ("0.5.9", "0.5.20", "0.5.23"):
             row = release(version)
             if row.has(path):
                 row.check(path, {name: None for name in endpoint.fields if row.has(path, name)})
-    release("0.5.9").check("/generate", {"whatever": 1})  # the server describes that one itself
+    release("0.5.9").check("/generate", {"whatever": 1})  # not in the table
 
 
 class Recorded(ServerClient):
-    """Answers as a server of one release, and keeps what was sent."""
+    """A client of a fake server of one release, which records what is sent."""
 
     def __init__(self, version, **info):
         super().__init__("http://127.0.0.1:1")
@@ -104,7 +104,7 @@ class Recorded(ServerClient):
 
 
 @pytest.mark.parametrize("version, expected", [("0.5.9", {}), ("0.5.20", NO_DRAFT), ("0.5.21", TARGET)])
-def test_a_push_carries_what_the_release_takes_and_nothing_else(version, expected):
+def test_a_push_has_exactly_the_fields_of_the_release(version, expected):
     client = Recorded(version)
     ServerApi(client).push(["a", "b"], load_format="flattened_bucket", timeout_s=1)
     [body] = [body for path, body in client.sent if path == "/update_weights_from_tensor"]
@@ -114,15 +114,15 @@ def test_a_push_carries_what_the_release_takes_and_nothing_else(version, expecte
 
 def test_a_field_that_the_release_lacks_is_not_sent():
     client = Recorded("0.5.20")
-    verbs = ServerApi(client)
+    api = ServerApi(client)
     with pytest.raises(ConfigError, match="SGLang 0.5.20 has no field 'group'"):
-        verbs.destroy_weights_update_group(group="mine", timeout_s=1)
+        api.destroy_weights_update_group(group="mine", timeout_s=1)
     with pytest.raises(ConfigError, match="no field 'nothing'"):
         client.post("/flush_cache", timeout_s=1, params={"nothing": 1})
     assert [path for path, _ in client.sent] == ["/server_info"]
 
 
-def test_a_draft_model_that_updates_would_reach_is_refused():
+def test_a_draft_model_that_weight_updates_would_reach_is_rejected():
     with pytest.raises(ConfigError, match="speculative_algorithm='EAGLE' cannot be used with SGLang 0.5.9") as caught:
         ServerApi(Recorded("0.5.9", speculative_algorithm="EAGLE"))
     assert "0.5.10 or newer" in caught.value.hint
@@ -146,12 +146,12 @@ def test_the_other_spelling_of_an_argument(name, known, spelled):
     assert other_spelling(name, dict.fromkeys(known)) == spelled
 
 
-def test_no_pair_stands_twice():
+def test_no_pair_is_duplicated():
     assert len(set(RENAMED)) == len(RENAMED)
 
 
-def test_every_endpoint_that_is_posted_to_is_in_the_table():
-    """Found in the source: a path that is not in the table would be sent unchecked."""
+def test_every_endpoint_that_the_package_posts_to_is_in_the_table():
+    """Requests to a path that is not in the table would not be checked."""
     posted = set()
     for path in Path(tpcolocate.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):

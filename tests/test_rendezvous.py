@@ -1,4 +1,4 @@
-"""The rendezvous file: complete or absent, believed only if it is ours, of this launch, of a live owner and server."""
+"""The rendezvous file: atomic, and valid only for its user, its launch, a live owner and a live server."""
 
 import itertools
 import json
@@ -40,7 +40,7 @@ def wait(path, *, healthy=lambda _: True, timeout_s=0.1, nonce="nonce1"):
 
 
 def dead_pid():
-    """Of a process that has ended and was not reaped, so that nobody else can have the pid."""
+    """Start a process that exits and is not reaped, so that its pid is not reused."""
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     started = start_of(child.pid)
     child.stdin.close()
@@ -48,22 +48,22 @@ def dead_pid():
     return child, started
 
 
-def test_what_is_announced_is_read_and_by_its_user_alone(path):
+def test_an_announcement_is_readable_by_its_user_alone(path):
     assert rendezvous.read(path) is None
     rendezvous.announce(path, OURS)
     assert rendezvous.read(path) == OURS
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    assert os.listdir(path.parent) == [path.name], "no temporary file stays"
+    assert os.listdir(path.parent) == [path.name], "no temporary file is left"
 
 
-def test_a_later_launch_replaces_an_earlier_one_whatever_its_mode(path):
+def test_a_later_launch_replaces_the_file_of_an_earlier_one(path):
     path.write_text("old")
     path.chmod(0o644)
     rendezvous.announce(path, OURS)
     assert rendezvous.read(path) == OURS
 
 
-def test_a_failed_announcement_leaves_what_was_there(path, monkeypatch):
+def test_a_failed_announcement_leaves_the_old_file(path, monkeypatch):
     rendezvous.announce(path, OURS)
     monkeypatch.setattr(rendezvous.json, "dump", lambda *a, **k: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
@@ -72,7 +72,7 @@ def test_a_failed_announcement_leaves_what_was_there(path, monkeypatch):
     assert os.listdir(path.parent) == [path.name]
 
 
-def test_readers_never_see_a_part(path):
+def test_readers_never_see_a_partial_file(path):
     # much longer than one write of a text file's buffer
     versions = [replace(OURS, nonce=str(i), api_key=str(i) * 50_000) for i in range(2)]
     rendezvous.announce(path, versions[0])
@@ -116,15 +116,15 @@ def symlink(path):
     pytest.param(foreign, "belongs to user id 12345", marks=as_root),
     (group_readable, "mode 640"),
     (symlink, "cannot be read"),
-    (os.mkfifo, "no regular file"),
-    (os.mkdir, "no regular file"),
-    (lambda path: path.touch(0o600), "no announcement"),
-    (lambda path: (path.touch(0o600), path.write_bytes(b"\xff\xfe{")), "no announcement"),
-    (lambda path: (path.touch(0o600), path.write_text("[1]")), "no announcement"),
-    (lambda path: (path.touch(0o600), path.write_text(json.dumps({"url": "x"}))), "no announcement"),
-    (lambda path: (path.touch(0o600), path.write_text(json.dumps(asdict(OURS) | {"more": 1}))), "no announcement"),
+    (os.mkfifo, "not a regular file"),
+    (os.mkdir, "not a regular file"),
+    (lambda path: path.touch(0o600), "not an announcement"),
+    (lambda path: (path.touch(0o600), path.write_bytes(b"\xff\xfe{")), "not an announcement"),
+    (lambda path: (path.touch(0o600), path.write_text("[1]")), "not an announcement"),
+    (lambda path: (path.touch(0o600), path.write_text(json.dumps({"url": "x"}))), "not an announcement"),
+    (lambda path: (path.touch(0o600), path.write_text(json.dumps(asdict(OURS) | {"more": 1}))), "not an announcement"),
 ], ids=["foreign", "mode", "symlink", "fifo", "folder", "empty", "binary", "list", "incomplete", "newer"])  # fmt: skip
-def test_what_is_not_ours_is_refused_by_all_and_left_alone(path, folder, make, words):
+def test_an_invalid_file_is_rejected_and_not_removed(path, folder, make, words):
     path = rendezvous.path_for("job7", 1)
     make(path)
     with pytest.raises(RendezvousError, match=words) as caught:
@@ -137,38 +137,38 @@ def test_what_is_not_ours_is_refused_by_all_and_left_alone(path, folder, make, w
     assert os.path.lexists(path)
 
 
-def announced_by_the_dead(path):
+def announce_by_dead_process(path):
     child, started = dead_pid()
     rendezvous.announce(path, replace(OURS, pid=child.pid, started=started))
     return child
 
 
-def test_a_dead_writer_is_not_believed_even_before_it_is_reaped(path):
-    child = announced_by_the_dead(path)
-    with pytest.raises(RendezvousError, match=f"its writer .pid {child.pid}. is gone"):
+def test_the_file_of_a_dead_writer_is_rejected_even_before_it_is_reaped(path):
+    child = announce_by_dead_process(path)
+    with pytest.raises(RendezvousError, match=f"its writer .pid {child.pid}. has exited"):
         wait(path)
     child.wait()
-    with pytest.raises(RendezvousError, match="is gone"):
+    with pytest.raises(RendezvousError, match="has exited"):
         wait(path)
 
 
 @pytest.mark.parametrize("changed, words", [
-    ({"started": STARTED - 1}, "is gone"),  # the pid was given to another process
+    ({"started": STARTED - 1}, "has exited"),  # the pid was reused
     ({"nonce": "nonce0"}, "of another launch"),
 ])  # fmt: skip
-def test_what_only_looks_like_it_is_ignored(path, changed, words):
+def test_announcements_of_other_launches_are_ignored(path, changed, words):
     rendezvous.announce(path, replace(OURS, **changed))
-    asked = []
+    checked = []
     with pytest.raises(RendezvousError, match=words):
-        wait(path, healthy=lambda a: asked.append(a) or True)
-    assert asked == [], "a server is asked only when all else fits"
+        wait(path, healthy=lambda a: checked.append(a) or True)
+    assert checked == [], "a server is checked only if all else is valid"
 
 
 @pytest.mark.parametrize("prepare, words", [
     (lambda path: None, "there is no file"),
     (lambda path: rendezvous.announce(path, OURS), "the server at http://127.0.0.1:1 does not answer"),
 ])  # fmt: skip
-def test_the_deadline_holds_and_the_message_says_what_was_seen(path, prepare, words):
+def test_the_timeout_is_kept_and_its_error_has_the_reason(path, prepare, words):
     prepare(path)
     began = time.monotonic()
     with pytest.raises(RendezvousError, match=words) as caught:
@@ -177,23 +177,23 @@ def test_the_deadline_holds_and_the_message_says_what_was_seen(path, prepare, wo
     assert str(path) in str(caught.value) and "0.3 s" in str(caught.value)
 
 
-def test_it_is_waited_for_until_file_launch_and_server_are_there(path):
-    """Each look finds the next thing missing; the last one is accepted."""
+def test_wait_continues_until_file_launch_and_server_are_valid(path):
+    """Every check finds something else missing; the last one succeeds."""
     rendezvous.announce(path, replace(OURS, nonce="stale"))
-    looks = []
+    checks = []
 
     def healthy(announcement):
-        looks.append(announcement)
-        return len(looks) == 3
+        checks.append(announcement)
+        return len(checks) == 3
 
     timer = threading.Timer(0.1, rendezvous.announce, (path, OURS))
     timer.start()
     assert wait(path, healthy=healthy, timeout_s=50) == OURS
     timer.join()
-    assert looks == [OURS] * 3
+    assert checks == [OURS] * 3
 
 
-def test_withdrawing_removes_only_ones_own(path):
+def test_withdraw_removes_only_the_file_of_its_launch(path):
     rendezvous.announce(path, OURS)
     rendezvous.withdraw(path, "nonce0")
     assert rendezvous.read(path) == OURS
@@ -202,17 +202,17 @@ def test_withdrawing_removes_only_ones_own(path):
     rendezvous.withdraw(path, "nonce1")
 
 
-def test_discovery_lists_the_living_of_a_job(folder):
+def test_discover_lists_live_announcements_of_a_job(folder):
     one, two = replace(OURS, job="a"), replace(OURS, job="b")
     rendezvous.announce(rendezvous.path_for("a", 0), one)
     rendezvous.announce(rendezvous.path_for("b", 0), two)
-    announced_by_the_dead(rendezvous.path_for("c", 0)).wait()
+    announce_by_dead_process(rendezvous.path_for("c", 0)).wait()
     (folder / "unrelated.json").write_text("{}")
     assert rendezvous.discover() == [(rendezvous.path_for("a", 0), one), (rendezvous.path_for("b", 0), two)]
     assert rendezvous.discover("b") == [(rendezvous.path_for("b", 0), two)]
     assert rendezvous.discover("c") == rendezvous.discover("d") == []
 
 
-def test_the_path_is_of_one_user_one_job_and_one_slice():
+def test_the_path_contains_user_job_and_slice():
     path = rendezvous.path_for("job7", 3)
     assert str(path) == f"/dev/shm/tpcolocate-{os.getuid()}-job7-3.json"

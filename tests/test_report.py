@@ -1,10 +1,10 @@
-"""What a sync tells of its time."""
+"""Reports of a sync: phase times and former names."""
 
 import time
 
 import pytest
 
-from tpcolocate.report import Stopwatch
+from tpcolocate.report import RankReport, Stopwatch, SyncReport
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(60)]
 
@@ -23,3 +23,17 @@ def test_phases_add_up_and_never_count_a_moment_twice():
     assert set(watch.seconds) == {"outer", "failing", "after"}
     assert watch.seconds["outer"] >= 0.08 and watch.seconds["after"] >= 0.01
     assert sum(watch.seconds.values()) <= watch.total()
+
+
+def test_former_names_are_read_only_aliases():
+    part = RankReport(0, {}, 3, 3, 2, 0.0, 0, 0, 0, 0)
+    report = SyncReport(0, "1", 8, 2, 1, 0.1, "ipc", "config", 0, {}, 1, ("b",), 256, (), (part,))
+    assert (
+        (part.num_lent, report.num_proven, report.unproven)
+        == (part.num_mapped, report.num_verified, ("b",))
+        == (2, 1, ("b",))
+    )
+    for name in ("num_proven", "unproven"):
+        with pytest.raises((AttributeError, TypeError)):  # TypeError: CPython 3.11, frozen and with slots
+            setattr(report, name, 0)
+    assert "1 verified" in str(report)

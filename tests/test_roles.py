@@ -1,4 +1,4 @@
-"""Who owns the server of a slice, from tables; that TP ranks land on their own devices, as a property."""
+"""Tp order and owner of a slice, from tables; that TP ranks run on the devices of their training ranks, as a property."""
 
 import json
 import pickle
@@ -33,9 +33,9 @@ def uuid(token, index=None, full=None):
     return PhysicalDevice(token, index, full)
 
 
-def members(held, host="h"):
+def members(used, host="h"):
     """{rank: device or None} on one host."""
-    return [RankDevice(rank, host, device) for rank, device in held.items()]
+    return [RankDevice(rank, host, device) for rank, device in used.items()]
 
 
 def listed(text, ranks, inventory=None):
@@ -43,8 +43,8 @@ def listed(text, ranks, inventory=None):
     return {rank: resolve(local, {CVD: text}, inventory=inventory) for local, rank in enumerate(ranks)}
 
 
-def some(held, *ranks):
-    return {rank: held[rank] for rank in ranks}
+def some(used, *ranks):
+    return {rank: used[rank] for rank in ranks}
 
 
 def own(texts, inventory=None):
@@ -53,7 +53,7 @@ def own(texts, inventory=None):
 
 
 @pytest.mark.parametrize(
-    "held, ranks, tokens",
+    "used, ranks, tokens",
     [
         pytest.param(listed("0", [0]), (0,), ("0",), id="tp1"),
         pytest.param(listed("0,1", [0, 1]), (0, 1), ("0", "1"), id="in-order"),
@@ -89,12 +89,12 @@ def own(texts, inventory=None):
         pytest.param({3: None, 2: None}, (2, 3), (), id="cpu"),
     ],
 )
-def test_assign(held, ranks, tokens):
-    assert assign(members(held)) == Roles(ranks=ranks, owner_rank=ranks[0], visible_devices=tokens, shared=False)
+def test_assign(used, ranks, tokens):
+    assert assign(members(used)) == Roles(ranks=ranks, owner_rank=ranks[0], visible_devices=tokens, shared=False)
 
 
 @pytest.mark.parametrize(
-    "held, token",
+    "used, token",
     [
         pytest.param({1: integer(0), 0: integer(0)}, "0", id="integers"),
         pytest.param({0: uuid("GPU-8f2a", 0, A), 1: uuid(A, 0, A)}, A, id="abbreviation"),
@@ -102,36 +102,36 @@ def test_assign(held, ranks, tokens):
         pytest.param({0: integer(2, C), 1: uuid(C, 2, C), 5: uuid(C, 2, C)}, "2", id="mixed-forms"),
     ],
 )
-def test_assign_on_one_shared_device(held, token):
-    ranks = tuple(sorted(held))
-    roles = assign(members(held), allow_shared_devices=True)
+def test_assign_on_one_shared_device(used, token):
+    ranks = tuple(sorted(used))
+    roles = assign(members(used), allow_shared_devices=True)
     assert roles == Roles(ranks=ranks, owner_rank=ranks[0], visible_devices=(token,), shared=True)
 
 
 @pytest.mark.parametrize(
-    "held, shared",
+    "used, shared",
     [
         pytest.param(listed("3,1", [0, 1]), False, id="distinct-devices"),
         pytest.param({0: None, 1: None}, False, id="cpu"),
         pytest.param({0: integer(0)}, False, id="tp1"),
     ],
 )
-def test_allowing_shared_devices_changes_nothing_where_none_is_shared(held, shared):
-    assert assign(members(held), allow_shared_devices=True) == assign(members(held))
-    assert assign(members(held), allow_shared_devices=True).shared is shared
+def test_allowing_shared_devices_changes_nothing_if_none_is_shared(used, shared):
+    assert assign(members(used), allow_shared_devices=True) == assign(members(used))
+    assert assign(members(used), allow_shared_devices=True).shared is shared
 
 
 @pytest.mark.parametrize(
-    "held, allow, words",
+    "used, allow, words",
     [
         pytest.param(
             {0: integer(1), 1: None}, False, ("mixes CPU and GPU", "on the CPU 1", "GPUs 0"), id="cpu-and-gpu"
         ),
-        pytest.param({4: integer(1), 7: integer(1)}, False, ("'1'", "rank 4", "rank 7", "'h'"), id="held-twice"),
+        pytest.param({4: integer(1), 7: integer(1)}, False, ("'1'", "rank 4", "rank 7", "'h'"), id="used-twice"),
         pytest.param(
             {0: uuid("GPU-8f2a"), 1: uuid(A, None, A)}, False, ("GPU-8f2a", "rank 0", "rank 1"), id="abbreviated"
         ),
-        pytest.param({0: integer(0, A), 1: uuid(A, 0, A)}, False, ("rank 0", "rank 1"), id="held-twice-mixed-forms"),
+        pytest.param({0: integer(0, A), 1: uuid(A, 0, A)}, False, ("rank 0", "rank 1"), id="used-twice-mixed-forms"),
         pytest.param(
             {0: integer(0), 1: integer(0), 2: integer(1), 3: integer(1)},
             True,
@@ -143,16 +143,18 @@ def test_allowing_shared_devices_changes_nothing_where_none_is_shared(held, shar
             own({0: "0", 1: A}), False, ("cannot be ordered", "rank 0 on 0", f"rank 1 on {A}"), id="unplaced-mix"
         ),
         pytest.param({0: uuid(A, 0, A), 1: uuid(B, None, B)}, False, ("cannot be ordered",), id="partly-placed"),
-        pytest.param(own({0: "0", 1: D}, UNLIKE), False, ("cannot hold", "PCI_BUS_ID"), id="mix-on-unlike-gpus"),
-        pytest.param({0: uuid(A, 0, A), 1: uuid(MIG_1, 1, MIG_1)}, False, ("cannot hold",), id="gpu-and-mig"),
+        pytest.param(
+            own({0: "0", 1: D}, UNLIKE), False, ("cannot be in one list", "PCI_BUS_ID"), id="mix-on-unlike-gpus"
+        ),
+        pytest.param({0: uuid(A, 0, A), 1: uuid(MIG_1, 1, MIG_1)}, False, ("cannot be in one list",), id="gpu-and-mig"),
     ],
 )
-def test_devices_that_cannot_serve_one_slice(held, allow, words):
+def test_devices_that_cannot_form_a_slice(used, allow, words):
     with pytest.raises(DeviceError) as caught:
-        assign(members(held), allow_shared_devices=allow)
+        assign(members(used), allow_shared_devices=allow)
     for word in words:
         assert word in str(caught.value)
-    assert caught.value.slice_ranks == tuple(sorted(held))
+    assert caught.value.slice_ranks == tuple(sorted(used))
 
 
 @pytest.mark.parametrize(
@@ -163,7 +165,7 @@ def test_devices_that_cannot_serve_one_slice(held, allow, words):
         pytest.param([RankDevice(0, "h", integer(0)), RankDevice(1, "g", integer(1))], "rank 1 on g", id="two-hosts"),
     ],
 )
-def test_members_that_are_no_slice(slice_, word):
+def test_members_that_cannot_form_a_slice(slice_, word):
     with pytest.raises(LayoutError, match=word):
         assign(slice_)
 
@@ -223,7 +225,7 @@ def test_check_exclusive_names_ranks_device_and_host(job, words):
         assert word in str(caught.value)
 
 
-def test_values_are_frozen_hashable_and_travel():
+def test_values_are_frozen_hashable_and_serialisable():
     member = RankDevice(1, "h", integer(3))
     roles = assign([member])
     assert len({member, RankDevice(1, "h", integer(3))}) == 1
@@ -240,7 +242,7 @@ def test_values_are_frozen_hashable_and_travel():
 
 @st.composite
 def slices(draw):
-    """Members of a slice whose ranks hold distinct devices, in one of the forms that users write."""
+    """Members of a slice whose ranks use distinct devices, in one of the forms that users write."""
     indices = draw(st.lists(st.integers(0, 7), min_size=1, max_size=8, unique=True))
     first = draw(st.integers(0, 64))
     uuids = tuple(f"GPU-{draw(st.integers(0, 15)):x}{index}000000-0000-0000-0000-000000000000" for index in range(8))
@@ -251,10 +253,10 @@ def slices(draw):
         spell[draw(st.sampled_from(["integers", "uuids"])) if form == "mixed" else form](index) for index in indices
     ]
     if form != "mixed" and draw(st.booleans()):
-        held = [resolve(local, {CVD: ",".join(entries)}, inventory=inventory) for local in range(len(entries))]
+        used = [resolve(local, {CVD: ",".join(entries)}, inventory=inventory) for local in range(len(entries))]
     else:
-        held = [resolve(0, {CVD: entry}, inventory=inventory) for entry in entries]
-    return members({first + local: device for local, device in enumerate(held)}), inventory
+        used = [resolve(0, {CVD: entry}, inventory=inventory) for entry in entries]
+    return members({first + local: device for local, device in enumerate(used)}), inventory
 
 
 @given(slices())
@@ -262,19 +264,19 @@ def test_tp_rank_k_runs_on_the_device_of_its_training_rank(drawn):
     slice_, inventory = drawn
     roles = assign(slice_)
     check_exclusive(slice_)
-    held = {member.rank: member.device for member in slice_}
-    assert sorted(roles.ranks) == sorted(held)
+    used = {member.rank: member.device for member in slice_}
+    assert sorted(roles.ranks) == sorted(used)
     assert roles.owner_rank == roles.ranks[0]
     child = server_environment(roles.visible_devices)
     for tp_rank, rank in enumerate(roles.ranks):
         seen = resolve(tp_rank, child, inventory=inventory)
-        assert same_device(seen, held[rank])
-        assert [other for other in held if same_device(seen, held[other])] == [rank]
+        assert same_device(seen, used[rank])
+        assert [other for other in used if same_device(seen, used[other])] == [rank]
     with pytest.raises(DeviceError):
         resolve(len(roles.ranks), child, inventory=inventory)
-    if all(device.index is not None for device in held.values()):
-        assert held[roles.owner_rank].index == min(device.index for device in held.values())
-        assert [held[rank].index for rank in roles.ranks] == sorted(device.index for device in held.values())
+    if all(device.index is not None for device in used.values()):
+        assert used[roles.owner_rank].index == min(device.index for device in used.values())
+        assert [used[rank].index for rank in roles.ranks] == sorted(device.index for device in used.values())
 
 
 @given(slices(), st.data(), st.booleans())
@@ -292,5 +294,5 @@ def test_exclusive_means_distinct(indices):
         assign(job)
     else:
         for call in (check_exclusive, assign):
-            with pytest.raises(DeviceError, match="held by rank"):
+            with pytest.raises(DeviceError, match="used by rank"):
                 call(job)

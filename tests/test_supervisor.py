@@ -1,7 +1,7 @@
-"""The server's guardian: whatever happens to whom, nothing of the server is left.
+"""The supervisor: however server, owner or supervisor end, no process and no file of the server is left.
 
-The server here is a small script that leaves behind what SGLang leaves: a worker, a worker in a session of its own
-whose parent is gone, a message queue named by pid, a shared-memory file and a semaphore that are only mapped.
+The server is replaced by a script that leaves what SGLang leaves: a worker, an orphaned worker in a session of its own,
+a message queue named by pid, and a shared-memory file and a semaphore that can only be found by their mappings.
 """
 
 import json
@@ -23,7 +23,7 @@ from tpcolocate.server import process as launch
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(240), pytest.mark.usefixtures("no_leftovers")]
 
 SUPERVISOR = Path(launch.__file__).with_name("supervisor.py")
-SOON_S = 60.0  # bounds a wait for what should take a moment
+SOON_S = 60.0  # for what should take a moment
 
 SERVER = """
 import _multiprocessing, mmap, os, signal, sys, time
@@ -65,16 +65,16 @@ if mode == "exits":
 rest()
 """
 
-# Stands between the test and the supervisor, so that it can be killed: argv is the supervisor's job without the owner.
+# An owner that can be killed, between the test and the supervisor; argv[1] is the job without the owner.
 OWNER = """
 import json, os, subprocess, sys, time
 job = json.loads(sys.argv[1])
 fields = open("/proc/self/stat").read().rpartition(")")[2].split()
 job |= {"owner_pid": os.getpid(), "owner_started": int(fields[19])}
-guardian = subprocess.Popen([sys.executable, "-P", sys.argv[2]], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
-guardian.stdin.write(json.dumps(job).encode() + b"\\n")
-guardian.stdin.flush()
-print(guardian.pid, flush=True)
+supervisor = subprocess.Popen([sys.executable, "-P", sys.argv[2]], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+supervisor.stdin.write(json.dumps(job).encode() + b"\\n")
+supervisor.stdin.flush()
+print(supervisor.pid, flush=True)
 if sys.argv[3] == "forks" and os.fork() == 0:
     print(os.getpid(), flush=True)
 time.sleep(600)
@@ -82,7 +82,7 @@ time.sleep(600)
 
 
 class Server:
-    """A stand-in server under a supervisor, and what is known of it."""
+    """The script under a supervisor, its processes and its files."""
 
     def __init__(self, folder, mode="honest", grace_s=60.0):
         self.folder = folder
@@ -98,24 +98,24 @@ class Server:
         }
         self.processes = {}
         self.shm = []
-        self.guardian = None
+        self.supervisor = None
 
     def start(self, **job):
         pid, started = this_process()
-        self.guardian = subprocess.Popen(
+        self.supervisor = subprocess.Popen(
             [sys.executable, "-P", str(SUPERVISOR)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,
         )
-        self.guardian.stdin.write(
+        self.supervisor.stdin.write(
             json.dumps(self.job | {"owner_pid": pid, "owner_started": started} | job).encode() + b"\n"
         )
-        self.guardian.stdin.flush()
+        self.supervisor.stdin.flush()
         return self.wait_up()
 
     def wait_up(self):
-        until(lambda: (self.folder / "server").exists(), "the stand-in server is up")
+        until(lambda: (self.folder / "server").exists(), "the server is up")
         self.processes = {
             name: psutil.Process(int((self.folder / name).read_text())) for name in ("server", "worker", "orphan")
         }
@@ -135,9 +135,9 @@ class Server:
         until(lambda: not self.unlinked.exists(), "the rendezvous file is gone", within_s)
 
     def last_event(self):
-        """What the supervisor said at the end; waits for the end."""
-        until(lambda: self.guardian.poll() is not None, "the supervisor has ended")  # communicate() would end it
-        events = [json.loads(line) for line in self.guardian.stdout]
+        """Wait for the supervisor to exit and return its last event."""
+        until(lambda: self.supervisor.poll() is not None, "the supervisor has ended")  # communicate() would stop it
+        events = [json.loads(line) for line in self.supervisor.stdout]
         assert events[0] == {"event": "started", "pid": self.processes["server"].pid}
         assert len(events) == 2
         return events[1]
@@ -167,9 +167,9 @@ def make(tmp_path):
 
     yield make
     for server in made:
-        if server.guardian is not None:
-            server.guardian.kill()
-            server.guardian.communicate()
+        if server.supervisor is not None:
+            server.supervisor.kill()
+            server.supervisor.communicate()
         for process in server.processes.values():
             if alive(process):
                 process.kill()
@@ -177,80 +177,80 @@ def make(tmp_path):
             path.unlink(missing_ok=True)
 
 
-def test_stop_ends_the_whole_tree_and_what_it_left(make):
+def test_stop_ends_all_processes_and_removes_all_files(make):
     server = make().start()
     began = time.monotonic()
-    server.guardian.stdin.write(b"stop\n")
-    server.guardian.stdin.flush()
+    server.supervisor.stdin.write(b"stop\n")
+    server.supervisor.stdin.flush()
     assert server.last_event() == {"event": "exited", "code": -signal.SIGTERM, "forced": False}
-    assert time.monotonic() - began < 50, "nothing ignored SIGTERM: no grace was to be waited for"
+    assert time.monotonic() - began < 50, "nothing ignored SIGTERM, so the grace period is not used"
     server.assert_gone(0)  # before the event, not after
 
 
-def test_a_server_that_ignores_sigterm_is_killed_after_the_grace_and_the_event_says_so(make):
+def test_a_server_that_ignores_sigterm_is_killed_after_the_grace_and_reported_as_forced(make):
     server = make("stubborn", grace_s=0.7).start()
     began = time.monotonic()
-    server.guardian.stdin.write(b"stop\n")
-    server.guardian.stdin.flush()
+    server.supervisor.stdin.write(b"stop\n")
+    server.supervisor.stdin.flush()
     assert server.last_event() == {"event": "exited", "code": -signal.SIGKILL, "forced": True}
     assert 0.7 <= time.monotonic() - began
     server.assert_gone(0)
 
 
-def test_a_closed_pipe_ends_it(make):
+def test_a_closed_pipe_ends_the_server(make):
     server = make().start()
-    server.guardian.stdin.close()
-    server.guardian.stdin = None
+    server.supervisor.stdin.close()
+    server.supervisor.stdin = None
     assert server.last_event()["code"] == -signal.SIGTERM
     server.assert_gone(0)
 
 
-def test_a_server_that_exits_by_itself_takes_everything_along_and_its_code_is_told(make, tmp_path):
+def test_after_the_server_exits_all_is_removed_and_its_code_is_reported(make, tmp_path):
     server = make("exits").start()
     (tmp_path / "exit").touch()
     assert server.last_event() == {"event": "exited", "code": 7, "forced": False}
     server.assert_gone(0)
 
 
-def test_sigterm_to_the_supervisor_is_an_orderly_end(make):
+def test_sigterm_to_the_supervisor_stops_the_server(make):
     server = make().start()
-    server.guardian.terminate()
+    server.supervisor.terminate()
     assert server.last_event()["code"] == -signal.SIGTERM
-    assert server.guardian.returncode == 0
+    assert server.supervisor.returncode == 0
     server.assert_gone(0)
 
 
-def test_a_second_sigterm_does_not_cut_the_end_short(make):
+def test_a_second_sigterm_does_not_shorten_the_grace(make):
     server = make("stubborn", grace_s=1.0).start()
-    server.guardian.terminate()
-    server.guardian.stdin.write(b"stop\n")
-    server.guardian.stdin.flush()
-    while server.guardian.poll() is None:  # through all of it
-        server.guardian.terminate()
+    server.supervisor.terminate()
+    server.supervisor.stdin.write(b"stop\n")
+    server.supervisor.stdin.flush()
+    while server.supervisor.poll() is None:  # until it exits
+        server.supervisor.terminate()
         time.sleep(0.02)
     assert server.last_event()["forced"] is True
     server.assert_gone(0)
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGHUP])
-def test_what_a_terminal_sends_to_everyone_is_ignored(make, sent):
+def test_signals_of_a_terminal_are_ignored(make, sent):
     server = make().start()
-    os.kill(server.guardian.pid, sent)
-    # A signal comes before whatever is read next: had it ended the supervisor, there would be no last event.
-    server.guardian.stdin.write(b"stop\n")
-    server.guardian.stdin.flush()
+    os.kill(server.supervisor.pid, sent)
+    # The signal is handled before the next read: if it had ended the supervisor, there would be no last event.
+    server.supervisor.stdin.write(b"stop\n")
+    server.supervisor.stdin.flush()
     assert server.last_event()["code"] == -signal.SIGTERM
     server.assert_gone(0)
 
 
-def test_a_killed_supervisor_takes_the_server_along(make):
+def test_the_kernel_kills_the_server_of_a_killed_supervisor(make):
     server = make().start()
-    server.guardian.kill()
+    server.supervisor.kill()
     until(lambda: not alive(server.processes["server"]), "the kernel has killed the server")
 
 
 @pytest.mark.parametrize("kind", ["plain", "forks"])
-def test_a_killed_owner_ends_the_server_even_if_a_fork_of_it_holds_the_pipe_or_nobody_reaps_it(make, kind):
+def test_a_killed_owner_ends_the_server_even_if_unreaped_or_if_a_fork_keeps_the_pipe_open(make, kind):
     server = make()
     owner = subprocess.Popen(
         [sys.executable, "-c", OWNER, json.dumps(server.job), str(SUPERVISOR), kind], stdout=subprocess.PIPE, text=True
@@ -262,7 +262,7 @@ def test_a_killed_owner_ends_the_server_even_if_a_fork_of_it_holds_the_pipe_or_n
         server.assert_gone()
         until(lambda: not alive(others[0]), "the supervisor has ended")
         assert psutil.Process(owner.pid).status() == psutil.STATUS_ZOMBIE
-        assert kind == "plain" or alive(others[1]), "the fork still holds the pipe"
+        assert kind == "plain" or alive(others[1]), "the fork still has the pipe open"
     finally:
         for process in others:
             if alive(process):
@@ -271,19 +271,21 @@ def test_a_killed_owner_ends_the_server_even_if_a_fork_of_it_holds_the_pipe_or_n
         owner.communicate()
 
 
-def test_an_owner_of_another_start_time_is_not_the_owner(make):
-    """Its pid was given to somebody else before the supervisor looked."""
+def test_a_process_with_the_owners_pid_and_another_start_is_not_the_owner(make):
+    """The owner's pid was reused before the supervisor checked it."""
     pid, started = this_process()
     server = make()
-    guardian = subprocess.Popen([sys.executable, "-P", str(SUPERVISOR)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    server.guardian = guardian
-    guardian.stdin.write(json.dumps(server.job | {"owner_pid": pid, "owner_started": started - 1}).encode() + b"\n")
-    guardian.stdin.flush()
-    first, last = (json.loads(line) for line in guardian.stdout)
+    supervisor = subprocess.Popen(
+        [sys.executable, "-P", str(SUPERVISOR)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    server.supervisor = supervisor
+    supervisor.stdin.write(json.dumps(server.job | {"owner_pid": pid, "owner_started": started - 1}).encode() + b"\n")
+    supervisor.stdin.flush()
+    first, last = (json.loads(line) for line in supervisor.stdout)
     assert last["event"] == "exited" and not psutil.pid_exists(first["pid"])
 
 
-def test_a_command_that_does_not_exist_is_told(make):
+def test_a_command_that_does_not_exist_is_reported(make):
     server = make()
     pid, started = this_process()
     done = subprocess.run(
@@ -295,24 +297,24 @@ def test_a_command_that_does_not_exist_is_told(make):
     assert event["event"] == "exited" and event["code"] is None and "/no/such/program" in event["error"]
 
 
-def test_the_log_is_for_its_user_alone(make):
+def test_the_log_is_readable_by_its_user_alone(make):
     server = make().start()
     assert stat.S_IMODE(server.log.stat().st_mode) == 0o600
     assert server.log.read_text() == "a line in the log\n"
 
 
-def test_it_leaves_the_files_of_others_alone(make):
+def test_files_of_other_processes_are_kept(make):
     server = make().start()
-    mine = Path(f"/dev/shm/sgl_shm_mq_{os.getpid()}_abcd1234")
-    mine.touch()
+    own = Path(f"/dev/shm/sgl_shm_mq_{os.getpid()}_abcd1234")
+    own.touch()
     semaphore = multiprocessing.get_context("spawn").Semaphore()
     name = Path(f"/dev/shm/sem.{semaphore._semlock.name.lstrip('/')}")
     assert name.exists()
     try:
-        server.guardian.stdin.close()
-        server.guardian.stdin = None
-        server.guardian.wait(SOON_S)
+        server.supervisor.stdin.close()
+        server.supervisor.stdin = None
+        server.supervisor.wait(SOON_S)
         server.assert_gone(0)
-        assert mine.exists() and name.exists()
+        assert own.exists() and name.exists()
     finally:
-        mine.unlink()
+        own.unlink()

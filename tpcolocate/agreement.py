@@ -1,7 +1,7 @@
-"""Agreement between the ranks of a group: what they exchange, and how it went for all of them.
+"""Collectives between the ranks of a group that exchange values and errors.
 
-`RankGroup` is what the rest of the library speaks through.  Its calls carry a deadline, notice a dead member or one that
-is in another call, and turn one rank's exception into the same exception on all of them.
+Every collective of this library goes through `RankGroup`.  Its calls have a deadline, detect a dead member or one that
+is in another call, and raise one rank's exception on all ranks.
 """
 
 from __future__ import annotations
@@ -21,37 +21,39 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import AllgatherOptions
 
+from tpcolocate.deadline import Deadline
 from tpcolocate.errors import ConfigError, RankFailedError, RankLostError, TpColocateError
-from tpcolocate.groups import Member
+from tpcolocate.groups import Member, list_ranks
 
 T = TypeVar("T")
 
-# One gloo round carries this many bytes a rank; an ok-or-error nearly always fits, and so does what is told of a
-# bucket, so that agreement costs one round, which takes as long for 2 KiB as for 16, and not a size exchange before it.
+# One gloo round carries this many bytes per rank.  An ok-or-error or the description of a bucket nearly always fits, so
+# that agreement costs one round (as fast for 16 KiB as for 2) without an exchange of sizes before it.
 _FRAME_BYTES = 8192
-# Before the content: its size, and what the rank is doing, so that ranks which meet from different calls see it.
+# Before the content: its size and the name of the call, so that ranks in different calls notice it.
 _SIZE_BYTES = 8
 _HEAD_BYTES = 128
-# How long one wait lasts before the members are looked at.  gloo notices a closed connection by
-# itself; this is for the peer that died before its connection was made.
-_LOOK_INTERVAL_S = 1.0
+# How long one wait lasts before the members' processes are checked.  gloo itself notices a closed connection; this is
+# for the peer that died before its connection was made.
+_CHECK_INTERVAL_S = 1.0
 _EXIT_S = 0.5
 _BACKEND_MARGIN_S = 30.0
-# Characters of a value in an error.
+# Characters of a value that an error shows.
 _SHOWN = 200
 
 
 class RankGroup:
-    """The ranks that do something together, and agree on how it went.
+    """A group of ranks that exchange values and agree on errors.
 
-    Every method is a collective over the members.  Lists and positions are in the order of `ranks`,
-    which is not the order of torch's group ranks.
+    Collective: every method, over all members.  `what` names the call in errors: an imperative such as ``"sync weights"``,
+    the same on all ranks.  `timeout_s` is the longest wait for the others in seconds, by default the group's.  Results are
+    in the order of `ranks`, which is not the order of torch's group ranks.
 
     Args:
-        members: The ranks, in the order that results shall have (tp order for a slice).
+        members: The ranks, in the order of results (tp order for a slice).
         rank: Global rank of this process.
         group: A gloo group of exactly these ranks; None for a group of one.
-        timeout_s: Longest wait for the others in one call, unless the call says otherwise.
+        timeout_s: Default timeout of a call, in seconds.
     """
 
     def __init__(
@@ -65,10 +67,10 @@ class RankGroup:
         self.group = group
         self.timeout_s = timeout_s
         self._broken: str | None = None
-        self._turn = threading.Lock()
-        self._doing = ""
-        self._here = self.members[self.ranks.index(rank)].host
-        # torch sorts the ranks of a group; results come in that order
+        self._call_lock = threading.Lock()
+        self._current_call = ""
+        self._host = self.members[self.ranks.index(rank)].host
+        # torch sorts the ranks of a group and returns results in that order
         self._positions = [sorted(self.ranks).index(r) for r in self.ranks]
 
     def __len__(self) -> int:
@@ -79,35 +81,35 @@ class RankGroup:
 
         Args:
             value: This rank's.
-            what: What the ranks are doing, for the error when one does not come.
-            timeout_s: Longest wait for the others.
+
+        Returns:
+            Every rank's value.
 
         Raises:
-            RankLostError: A member died or did not come in time; the group is unusable afterwards.  Or the members meet
-                from different calls.
-            ConfigError: Another thread of this rank is in such a call.
+            RankLostError: A member died or did not join in time; the group is unusable afterwards.  Or the members are
+                in different calls.
+            ConfigError: Another thread of this rank is in a collective call.
         """
         if self.group is None:
             return [value]
-        # Only members of this group can have sent these bytes.
+        # Unpickling is safe: only members of this group can have sent these bytes.
         return [pickle.loads(blob) for blob in self._all_gather_bytes(pickle.dumps(value), what, timeout_s)]
 
     def _all_gather_bytes(self, data: bytes, what: str, timeout_s: float | None) -> list[bytes]:
-        if not self._turn.acquire(blocking=False):
-            # Two threads would meet the other ranks in an order of their own on each.
+        if not self._call_lock.acquire(blocking=False):
+            # The order of calls from two threads may differ from rank to rank.
             raise ConfigError(
-                f"cannot {what} while another thread of this rank has to {self._doing}",
+                f"cannot {what}: another thread of this rank is in the collective call {self._current_call!r}",
                 hint="make collective calls from one thread; generate() may be called from any",
                 rank=self.rank,
             )
         try:
-            self._doing = what
-            return self._rounds(data, what, timeout_s)
+            self._current_call = what
+            return self._rounds(data, what, Deadline.after(self.timeout_s if timeout_s is None else timeout_s))
         finally:
-            self._turn.release()
+            self._call_lock.release()
 
-    def _rounds(self, data: bytes, what: str, timeout_s: float | None) -> list[bytes]:
-        deadline = time.monotonic() + (self.timeout_s if timeout_s is None else timeout_s)
+    def _rounds(self, data: bytes, what: str, deadline: Deadline) -> list[bytes]:
         head = len(data).to_bytes(_SIZE_BYTES, "little") + what.encode()[: _HEAD_BYTES - _SIZE_BYTES]
         inline = _padded(head.ljust(_HEAD_BYTES, b"\0") + data[: _FRAME_BYTES - _HEAD_BYTES], _FRAME_BYTES)
         frames = [frame.numpy().tobytes() for frame in self._round(inline, what, deadline)]
@@ -120,27 +122,27 @@ class RankGroup:
         return [blobs[position] for position in self._positions]
 
     def _check_same_call(self, names: list[bytes]) -> None:
-        """Refuse ranks that met in one round, but from different calls.  Pure: every rank comes to the same error.
+        """Check that all ranks are in the same call.  Pure: every rank raises the same error.
 
         Args:
-            names: What each rank is doing, in torch's order.
+            names: Each rank's call, in torch's order.
         """
         if len(set(names)) == 1:
             return
-        said = "; ".join(
-            f"rank {rank} would {names[i].decode(errors='replace')}" for rank, i in zip(self.ranks, self._positions)
+        calls = "; ".join(
+            f"rank {rank}: {names[i].decode(errors='replace')}" for rank, i in zip(self.ranks, self._positions)
         )
         raise RankLostError(
-            f"the ranks make different calls: {said}",
+            f"the ranks make different calls: {calls}",
             hint="every rank must make the same collective calls in the same order; a rank may have left one with an error",
             slice_ranks=self.ranks,
         )
 
-    def _round(self, tensor: torch.Tensor, what: str, deadline: float) -> list[torch.Tensor]:
+    def _round(self, tensor: torch.Tensor, what: str, deadline: Deadline) -> list[torch.Tensor]:
         if self._broken is not None:
             raise RankLostError(
                 f"cannot {what}: the group is unusable since {self._broken}",
-                hint="restart the job; the first error of every rank tells why",
+                hint="restart the job; see the first error of every rank",
                 rank=self.rank,
                 slice_ranks=self.ranks,
             )
@@ -148,42 +150,42 @@ class RankGroup:
         started = time.monotonic()
         outputs = [torch.empty_like(tensor) for _ in self.ranks]
         try:
-            # Through the group itself, because only there an operation takes a timeout of its own; the group's is for
-            # calls that have none.  Later than ours, so that ours decides.
+            # Through the group itself: only there an operation takes a timeout of its own.  It is longer than ours, so
+            # that ours decides.
             options = AllgatherOptions()
-            options.timeout = timedelta(seconds=max(deadline - started, 0.0) + _BACKEND_MARGIN_S)
+            options.timeout = timedelta(seconds=deadline.left() + _BACKEND_MARGIN_S)
             work = self.group.allgather([outputs], [tensor], options)
-            while not self._wait(work, min(_LOOK_INTERVAL_S, max(deadline - time.monotonic(), 0.001))):
-                gone = self._ended()
-                if gone:
-                    raise RuntimeError(f"ranks {_listed(gone)} have exited")
-                if time.monotonic() >= deadline:
-                    raise RuntimeError("some rank did not come")
+            while not self._wait(work, min(_CHECK_INTERVAL_S, deadline.left(at_least=0.001))):
+                exited = self._exited()
+                if exited:
+                    raise RuntimeError(f"ranks {list_ranks(exited)} have exited")
+                if deadline.has_passed:
+                    raise RuntimeError("some rank did not join")
         except RuntimeError as error:
             elapsed = time.monotonic() - started
-            gone = self._gone()
-            why = f"rank {_listed(gone)} has exited" if gone else str(error).strip().splitlines()[0]
+            exited = self._exited_soon()
+            why = f"rank {list_ranks(exited)} has exited" if exited else str(error).strip().splitlines()[0]
             self._broken = f"{what!r} failed ({why})"
             raise RankLostError(
-                f"lost the other ranks while they should {what}: {why} (after {elapsed:.1f} s)",
+                f"{what}: lost contact with other ranks after {elapsed:.1f} s: {why}",
                 hint="the cause is the first error printed by another rank"
-                if gone
+                if exited
                 else "a rank may be in another call, or slower than timeout_s; every rank of the slice must make the same calls",
                 rank=self.rank,
                 slice_ranks=self.ranks,
             ) from error
         return outputs
 
-    def _gone(self) -> list[int]:
-        """Members whose process has ended; a moment's patience, since a socket closes before its process is gone."""
-        deadline = time.monotonic() + _EXIT_S
-        while not (gone := self._ended()) and time.monotonic() < deadline:
+    def _exited_soon(self) -> list[int]:
+        """Return `_exited`, waiting a moment for it: a socket closes before its process has exited."""
+        deadline = Deadline.after(_EXIT_S)
+        while not (exited := self._exited()) and not deadline.has_passed:
             time.sleep(0.01)
-        return gone
+        return exited
 
-    def _ended(self) -> list[int]:
-        """Members that this rank can see and that have ended; those of other hosts are the sockets' business."""
-        return [m.rank for m in self.members if m.host.sees(self._here) and not m.is_running()]
+    def _exited(self) -> list[int]:
+        """Return members of this PID namespace that have exited; elsewhere only the closed socket shows it."""
+        return [m.rank for m in self.members if m.host.sees(self._host) and not m.is_running()]
 
     @staticmethod
     def _wait(work: dist.Work, seconds: float) -> bool:
@@ -191,20 +193,10 @@ class RankGroup:
             work.wait(timedelta(seconds=seconds))
         except RuntimeError:
             if not work.is_completed():
-                return False  # not there yet
-            # Failed; or it came between the end of the wait and the question.  Waiting again tells.
+                return False  # not complete yet
+            # It failed, or completed after the wait had timed out: waiting again tells which.
             work.wait(timedelta(seconds=seconds))
         return True
-
-    def broadcast(self, value: T | None, *, src: int, what: str, timeout_s: float | None = None) -> T:
-        """The value of rank `src`, on all members.
-
-        Raises:
-            RankLostError: As `all_gather`.
-        """
-        return self.all_gather(value if self.rank == src else None, what=what, timeout_s=timeout_s)[
-            self.ranks.index(src)
-        ]  # type: ignore[return-value]
 
     def agree(
         self, error: BaseException | None, value: T | None = None, *, what: str, timeout_s: float | None = None
@@ -212,23 +204,21 @@ class RankGroup:
         """Exchange ok-or-error; raise the first error on every rank.
 
         Args:
-            error: What went wrong on this rank, or None.
+            error: This rank's error, or None.
             value: What to exchange along with "ok".
-            what: What the ranks were doing.
-            timeout_s: Longest wait for the others.
 
         Returns:
             Every rank's value, in the order of `ranks`.
 
         Raises:
-            TpColocateError: The earliest error of any member that is not a mere consequence of another's.
-                Exceptions that are not this library's arrive as `RankFailedError`.
-            RankLostError: A member died or did not come.
+            TpColocateError: The earliest error of any member, causes before lost ranks.  Exceptions of other libraries
+                are raised as `RankFailedError`.
+            RankLostError, ConfigError: As `all_gather`.
         """
         report = None if error is None else _Report.of(error, self.rank)
         try:
             data = pickle.dumps((report, value))
-        except Exception as unpicklable:  # told to the others, who already wait
+        except Exception as unpicklable:  # reported to the others, which already wait
             error = unpicklable if error is None else error
             report = _Report.of(unpicklable, self.rank)
             data = pickle.dumps((report, None))
@@ -240,14 +230,14 @@ class RankGroup:
         except RankLostError as lost:
             if error is None:
                 raise
-            # This rank knows a cause; that the others are gone too is the lesser news.
-            error.add_note(f"(the other ranks could not be told: {lost.message})")
+            # This rank has the cause: raise that one.
+            error.add_note(f"(not reported to the other ranks: {lost.message})")
             raise error from None
         first = min((r for r, _ in outcomes if r is not None), key=lambda r: r.order, default=None)
         if first is None:
             return [outcome for _, outcome in outcomes]  # type: ignore[misc]
         if error is not None and not isinstance(error, Exception):
-            raise error  # KeyboardInterrupt and SystemExit stay what they are on the rank that got them
+            raise error  # KeyboardInterrupt and SystemExit keep their class on the rank that got them
         if error is not None and first.rank == self.rank:
             if first.error is error:
                 raise error
@@ -256,24 +246,24 @@ class RankGroup:
 
     @contextmanager
     def together(self, what: str, *, timeout_s: float | None = None) -> Iterator[dict[str, object]]:
-        """Run the body on every rank, then `agree` on how it went, and on what it was to be.
+        """Run the body on every rank, then `agree` on its error and compare its arguments.
 
         Yields:
-            For the body to put in by name what must have the same ``repr`` on all ranks.
+            A dictionary to which the body adds values, by name, whose ``repr`` must match on all ranks.
 
         Raises:
             TpColocateError: As `agree`.
-            ConfigError: The ranks mean different things; the message names the first.
+            ConfigError: A value differs between ranks; the message names the first.
         """
-        meant: dict[str, object] = {}
+        must_match: dict[str, object] = {}
         try:
-            yield meant
+            yield must_match
         except BaseException as error:
             self.agree(error, {}, what=what, timeout_s=timeout_s)
             raise  # not reached unless the group is of one and agree returned
-        texts = {name: repr(value) for name, value in meant.items()}
-        mine = {name: (hashlib.sha256(text.encode()).digest(), text[:_SHOWN]) for name, text in texts.items()}
-        views = self.agree(None, mine, what=what, timeout_s=timeout_s)
+        texts = {name: repr(value) for name, value in must_match.items()}
+        digests = {name: (hashlib.sha256(text.encode()).digest(), text[:_SHOWN]) for name, text in texts.items()}
+        views = self.agree(None, digests, what=what, timeout_s=timeout_s)
         for rank, view in zip(self.ranks, views):
             for name in views[0]:
                 if view[name] != views[0][name]:
@@ -285,13 +275,14 @@ class RankGroup:
                     )
 
     def run_on(self, rank: int, action: Callable[[], T], *, what: str, timeout_s: float | None = None) -> T:
-        """Run `action` on one rank; every rank gets its result or its error.
+        """Run `action` on one rank; return its result or raise its error on every rank.
 
         Args:
-            rank: Global rank that acts.
+            rank: Global rank that runs it.
             action: Called there only; its result must be picklable.
-            what: What is being done, for errors.
-            timeout_s: Longest wait for the acting rank.
+
+        Raises:
+            TpColocateError: As `agree`.
         """
         value: T | None = None
         error: BaseException | None = None
@@ -305,7 +296,7 @@ class RankGroup:
 
 @dataclass(frozen=True, slots=True)
 class _Report:
-    """An error on its way to the other ranks."""
+    """An error as it is sent to the other ranks."""
 
     rank: int
     time: float
@@ -313,7 +304,7 @@ class _Report:
 
     @property
     def order(self) -> tuple[bool, float, int]:
-        # A rank that lost its peers fails later or earlier than the peer that died, but never is the cause.
+        # A rank that lost its peers is never the cause, whether it failed before or after them.
         return isinstance(self.error, RankLostError), self.time, self.rank
 
     @classmethod
@@ -333,10 +324,6 @@ class _Report:
 
 def _padded(data: bytes, num_bytes: int) -> torch.Tensor:
     return torch.frombuffer(bytearray(data.ljust(num_bytes, b"\0")), dtype=torch.uint8)
-
-
-def _listed(ranks: Sequence[int]) -> str:
-    return ", ".join(map(str, ranks))
 
 
 __all__ = ["RankGroup"]

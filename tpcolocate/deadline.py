@@ -1,4 +1,4 @@
-"""Deadlines: one absolute point in time, handed down to every call that may block."""
+"""Deadlines: one absolute point in time, passed to every call that may block."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Deadline:
 
     Attributes:
         at: In seconds; infinity for none.
-        timeout_s: What it was made from, for messages.
+        timeout_s: Timeout that it was made from, for messages.
     """
 
     at: float
@@ -21,7 +21,7 @@ class Deadline:
 
     @classmethod
     def after(cls, timeout_s: float) -> Deadline:
-        """From now."""
+        """Return the deadline in `timeout_s` seconds."""
         return cls(time.monotonic() + timeout_s, timeout_s)
 
     @classmethod
@@ -33,19 +33,15 @@ class Deadline:
         return time.monotonic() >= self.at
 
     def left(self, *, at_least: float = 0.0) -> float:
-        """Seconds until then.
-
-        Args:
-            at_least: What to return where less is left.
-        """
+        """Return the seconds left, but not less than `at_least`."""
         return max(self.at - time.monotonic(), at_least)
 
     def within(self, seconds: float) -> Deadline:
-        """The earlier of this one and one so many seconds from now."""
+        """Return the earlier of this deadline and one in `seconds` seconds."""
         return Deadline(min(self.at, time.monotonic() + seconds), min(self.timeout_s, seconds))
 
     def plus(self, seconds: float) -> Deadline:
-        """A later one: a grace period for others to hear of this one first."""
+        """Return a later deadline: a grace period in which others receive the error of this one."""
         return Deadline(self.at + seconds, self.timeout_s)
 
 

@@ -1,20 +1,18 @@
 """CUDA_VISIBLE_DEVICES and its relatives -> physical devices.
 
-``torch.device("cuda", i)`` is a position in the list of devices that this process may see, never a
-physical id.  This module does that lookup, and its inverse for the server's own environment.
-All of it is pure (environments are arguments, nothing here reads ``os.environ``), except
-:func:`read_inventory`.
+``torch.device("cuda", i)`` is a position in the list of devices visible to this process, not a physical id.  This
+module resolves it, and does the inverse for the server's environment.  All functions are pure (environments are
+arguments, ``os.environ`` is not read), except :func:`read_inventory`.
 
-Rules, and where they come from:
+Rules and their sources:
 
-* CUDA: the programming guide's section on environment variables (an invalid entry ends the list,
-  abbreviated UUIDs), and ``torch.cuda._parse_visible_devices`` for what the guide leaves open: a
-  repeated entry voids the list, an integer ends at the first character that is no digit, and the
-  first entry decides whether a list holds integers or UUIDs.
-* HIP: ROCR-Runtime's ``amd_filter_device.cpp`` (forms may be mixed, a repeated entry ends the
-  list), then HIP's own list, whose integers index what ROCR left.  Where HIP and torch differ on
-  HIP's list (empty, repeated entries), torch's reading counts: it sees no device then.
-* NPU: ASCEND_RT_VISIBLE_DEVICES holds integers only.
+* CUDA: the programming guide's section on environment variables (an invalid entry ends the list, abbreviated UUIDs),
+  and ``torch.cuda._parse_visible_devices`` where the guide is silent: a repeated entry voids the list, an integer ends
+  at the first non-digit, and the first entry decides whether the list consists of integers or of UUIDs.
+* HIP: ROCR-Runtime's ``amd_filter_device.cpp`` (forms may be mixed, a repeated entry ends the list), then HIP's own
+  list, whose integers index the devices that ROCR left.  Where HIP and torch differ on HIP's list (empty, repeated
+  entries), torch's reading counts: no device is visible.
+* NPU: ASCEND_RT_VISIBLE_DEVICES contains integers only.
 """
 
 from __future__ import annotations
@@ -45,12 +43,10 @@ class PhysicalDevice:
     """One device of a host.
 
     Attributes:
-        token: The entry that, put into the visibility variable, selects this device on its host.
-        index: Physical index: for an integer token, the integer; for a UUID, its place in the
-            inventory (a MIG instance has the place of its GPU).  None when the token is a UUID and
-            there is no inventory to place it.
-        uuid: Full UUID, ``"GPU-..."`` or ``"MIG-..."``, when the token itself or the inventory
-            tells it with certainty.
+        token: Entry of the visibility variable that selects this device on its host.
+        index: Physical index: for an integer token, the integer; for a UUID, its index in the inventory (for a MIG
+            instance, its GPU's).  None for a UUID without an inventory.
+        uuid: Full UUID, ``"GPU-..."`` or ``"MIG-..."``; None if neither token nor inventory determines it.
     """
 
     token: str
@@ -64,13 +60,13 @@ class Inventory:
 
     Attributes:
         uuids: Full UUID per GPU.
-        mig_uuids: Full UUIDs of the MIG instances, per GPU; empty when none was looked for.
-        names: Product name per GPU; empty when unknown.  CUDA numbers devices fastest first unless
-            told otherwise, which equals PCI order only among GPUs of one kind, so without names an
-            integer on a host with several GPUs cannot be tied to a UUID.
+        mig_uuids: Full UUIDs of the MIG instances, per GPU; empty when not queried.
+        names: Product name per GPU; empty when unknown.  By default CUDA numbers devices fastest first, which equals
+            PCI order only among GPUs of one kind, so without names an integer on a host with several GPUs cannot be
+            mapped to a UUID.
 
     Raises:
-        DeviceError: ``mig_uuids`` or ``names`` is given for another number of GPUs.
+        DeviceError: ``mig_uuids`` or ``names`` has another length than ``uuids``.
     """
 
     uuids: tuple[str, ...]
@@ -84,14 +80,14 @@ class Inventory:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
-    """One list that a runtime applies to what the step before it left.
+class VisibilityList:
+    """One list of devices that a runtime applies to those that the list before it left.
 
     Attributes:
-        variables: Where the list may stand; the first one that is set counts.
-        mixes_forms: Integers and UUIDs may stand in one list.
-        repeat_voids: A repeated entry leaves no device at all; else it ends the list.
-        trailing_text: An integer may be followed by text, which is ignored (C's strtol).
+        variables: Variables that may contain the list; the first one that is set counts.
+        mixes_forms: Integers and UUIDs may be mixed.
+        repeat_voids: A repeated entry makes no device visible; otherwise it ends the list.
+        trailing_text: Text after an integer is ignored (C's strtol).
     """
 
     variables: tuple[str, ...]
@@ -106,15 +102,15 @@ class Visibility:
 
     Attributes:
         name: ``"cuda"``, ``"hip"`` or ``"npu"``.
-        steps: Lists in the order in which the runtime applies them.
-        uuid_prefixes: What UUID tokens begin with; empty where only integers are allowed.
-        child_integers: Variables that a child process is given for integer tokens.
+        lists: In the order in which the runtime applies them.
+        uuid_prefixes: Prefixes of UUID tokens; empty where only integers are allowed.
+        child_integers: Variables to set for a child process with integer tokens.
         child_uuids: The same for UUID tokens.
-        order_variable: Variable that fixes the numbering of devices, if the runtime has one.
+        order_variable: Variable that selects the numbering of devices, if the runtime has one.
     """
 
     name: str
-    steps: tuple[Step, ...]
+    lists: tuple[VisibilityList, ...]
     uuid_prefixes: tuple[str, ...]
     child_integers: tuple[str, ...]
     child_uuids: tuple[str, ...] = ()
@@ -122,8 +118,8 @@ class Visibility:
 
     @property
     def variables(self) -> tuple[str, ...]:
-        """Every variable of the row, in the order in which the runtime looks at them."""
-        return tuple(variable for step in self.steps for variable in step.variables)
+        """All variables, in the order in which the runtime reads them."""
+        return tuple(variable for visibility_list in self.lists for variable in visibility_list.variables)
 
 
 VISIBILITY: dict[str, Visibility] = {
@@ -131,7 +127,7 @@ VISIBILITY: dict[str, Visibility] = {
     for row in (
         Visibility(
             name="cuda",
-            steps=(Step(("CUDA_VISIBLE_DEVICES",), trailing_text=True),),
+            lists=(VisibilityList(("CUDA_VISIBLE_DEVICES",), trailing_text=True),),
             uuid_prefixes=("GPU-", "MIG-"),
             child_integers=("CUDA_VISIBLE_DEVICES",),
             child_uuids=("CUDA_VISIBLE_DEVICES",),
@@ -139,19 +135,19 @@ VISIBILITY: dict[str, Visibility] = {
         ),
         Visibility(
             name="hip",
-            steps=(
-                Step(("ROCR_VISIBLE_DEVICES",), mixes_forms=True, repeat_voids=False),
-                Step(("HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES"), mixes_forms=True),
+            lists=(
+                VisibilityList(("ROCR_VISIBLE_DEVICES",), mixes_forms=True, repeat_voids=False),
+                VisibilityList(("HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES"), mixes_forms=True),
             ),
             uuid_prefixes=("GPU-",),
-            # SGLang maps indices through CUDA_VISIBLE_DEVICES on AMD too, with int() per entry, so
-            # it gets integers there and must not find UUIDs.  Those ROCR takes in every release.
+            # SGLang reads CUDA_VISIBLE_DEVICES on AMD too, with int() per entry, so it must contain integers.  ROCR
+            # accepts UUIDs in every release.
             child_integers=("HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES"),
             child_uuids=("ROCR_VISIBLE_DEVICES",),
         ),
         Visibility(
             name="npu",
-            steps=(Step(("ASCEND_RT_VISIBLE_DEVICES",)),),
+            lists=(VisibilityList(("ASCEND_RT_VISIBLE_DEVICES",)),),
             uuid_prefixes=(),
             child_integers=("ASCEND_RT_VISIBLE_DEVICES",),
         ),
@@ -162,23 +158,22 @@ VISIBILITY: dict[str, Visibility] = {
 @dataclass(frozen=True, slots=True)
 class _Reading:
     devices: tuple[PhysicalDevice, ...]
-    settings: str  # "NAME='value'" of every variable that took part
-    reasons: tuple[str, ...]  # why lists are shorter than their text
+    settings: str  # "NAME='value'" of every variable read
+    reasons: tuple[str, ...]  # why lists end before their last entry
 
 
 def visible_tokens(
     environ: Mapping[str, str], *, kind: str = "cuda", inventory: Inventory | None = None
 ) -> tuple[str, ...] | None:
-    """Tokens of the devices that a process with this environment may see, in its numbering.
+    """Return the tokens of the devices visible to a process with this environment, in its numbering.
 
     Args:
         environ: Environment of the process.
         kind: Row of :data:`VISIBILITY`.
-        inventory: Physical devices of the host; entries it does not hold are invalid.
+        inventory: Physical devices of the host; other entries are invalid.
 
     Returns:
-        One token per visible device (empty: none is visible), or None when no variable is set,
-        which means all.
+        One token per visible device, or None when no variable is set, which makes all visible.
 
     Raises:
         DeviceError: Unknown ``kind``, or a range where only single integers are supported.
@@ -190,32 +185,32 @@ def visible_tokens(
 def resolve(
     index: int, environ: Mapping[str, str], *, kind: str = "cuda", inventory: Inventory | None = None
 ) -> PhysicalDevice:
-    """Physical device behind an index of this process.
+    """Return the physical device behind a device index of a process.
 
     Args:
         index: ``torch.device.index``.
         environ: Environment of the process.
         kind: Row of :data:`VISIBILITY`.
-        inventory: Physical devices of the host.  With it ranges are checked, UUIDs are placed, and
-            integers get their UUID where CUDA's numbering is certainly PCI order: CUDA_DEVICE_ORDER
-            says so, or there is one GPU, or all GPUs have one product name, and MIG is off.
+        inventory: Physical devices of the host.  With it ranges are checked, UUIDs get their index, and integers get
+            their UUID where CUDA's numbering is certainly PCI order: by CUDA_DEVICE_ORDER, or with a single GPU, or
+            with GPUs of one product name; and MIG is off.
 
     Raises:
-        DeviceError: ``index`` is not visible; the text tells the variables, how many devices they
-            make visible and, where a list was cut, by which entry and why.  Also for an unknown
-            ``kind`` and for a range where only single integers are supported.
+        DeviceError: ``index`` is not visible; the message has the variables, the number of visible devices and the
+            entry that ended a list.  Also for an unknown ``kind``, and for a range on an NPU.
     """
     row = _row(kind)
     if not isinstance(index, int) or isinstance(index, bool):
         raise DeviceError(
             f"{index!r} is not a device index",
-            hint="Name the device in full, for example torch.device('cuda', local_rank).",
+            hint="Pass a device with an index, for example torch.device('cuda', local_rank).",
         )
     reading = _read(environ, row, inventory)
     if reading is None:
-        if index >= 0 and (inventory is None or index < len(inventory.uuids)):
-            return _integer_device(index, inventory, _numbering_is_pci(environ, row, inventory))
-        found = "" if inventory is None else f"; this host has {_count(len(inventory.uuids))}"
+        device, reason = _integer(index, inventory, _numbering_is_pci(environ, row, inventory))
+        if device is not None:
+            return device
+        found = "" if reason is None else f"; {reason}"
         raise DeviceError(
             f"device index {index} is out of range: {', '.join(row.variables)} unset{found}",
             device=f"{kind}:{index}",
@@ -231,38 +226,38 @@ def resolve(
 
 
 def server_environment(tokens: Sequence[str], *, kind: str = "cuda") -> dict[str, str | None]:
-    """Variables that make a child process see exactly these devices, in this order.
+    """Return the variables that make exactly these devices visible to a child process, in this order.
 
     Args:
         tokens: Tokens of one form, in order; empty for no device.
         kind: Row of :data:`VISIBILITY`.
 
     Returns:
-        For every variable of the row, the value to set, or None to remove it.
+        For every variable of the ``kind``, the value to set, or None to remove it.
 
     Raises:
-        DeviceError: A token is not one of this kind, is repeated, or the forms are mixed, which
-            would hide devices from the child in silence.
+        DeviceError: A token is not of this kind, is repeated, or the forms are mixed, which would silently hide
+            devices from the child.
     """
     row = _row(kind)
     forms = [token_form(token, kind=kind) for token in tokens]
     for position, token in enumerate(tokens):
         if forms[position] != forms[0]:
             raise DeviceError(
-                f"one list cannot hold both {tokens[0]!r} and {token!r}",
+                f"one list cannot contain both {tokens[0]!r} and {token!r}",
                 device=token,
                 hint="Use integers for all devices of the slice, or full UUIDs for all.",
             )
         if token.casefold() in (earlier.casefold() for earlier in tokens[:position]):
             raise DeviceError(f"device token {token!r} is repeated in {','.join(tokens)!r}", device=token)
     chosen = row.child_uuids if forms and forms[0] != "" else row.child_integers
-    # "-1" and not "": HIP takes an empty variable for an unset one.
+    # "-1" and not "": HIP reads an empty variable as an unset one.
     value = ",".join(tokens) if tokens else "-1"
     return {variable: value if variable in chosen else None for variable in row.variables}
 
 
 def token_form(token: str, *, kind: str = "cuda") -> str:
-    """Form of a token: ``""`` for an integer, else its UUID prefix, ``"GPU-"`` or ``"MIG-"``.
+    """Return ``""`` for an integer token, otherwise its UUID prefix, ``"GPU-"`` or ``"MIG-"``.
 
     Raises:
         DeviceError: It is neither, or not of this ``kind``.
@@ -278,20 +273,20 @@ def token_form(token: str, *, kind: str = "cuda") -> str:
 
 
 def device_order(environ: Mapping[str, str]) -> str:
-    """How CUDA numbers the devices: CUDA_DEVICE_ORDER, ``"FASTEST_FIRST"`` by default.
+    """Return how CUDA numbers the devices: CUDA_DEVICE_ORDER, ``"FASTEST_FIRST"`` by default.
 
-    Integer tokens mean the same devices to two processes only when both have the same order.
+    Integer tokens refer to the same devices in two processes only if both have the same order.
     """
     order = environ.get("CUDA_DEVICE_ORDER", "")
     return FASTEST_FIRST if order == "" else order
 
 
 def read_inventory() -> Inventory | None:
-    """Ask NVML for the GPUs of this host; CUDA_VISIBLE_DEVICES does not matter to it.
+    """List the GPUs of this host by NVML, which ignores CUDA_VISIBLE_DEVICES.
 
     Returns:
-        The inventory in PCI bus order, or None without NVML, without a driver, or when a GPU does
-        not answer (a list with a gap would shift every index behind it).
+        The inventory in PCI bus order, or None without NVML, without a driver, or when a GPU does not answer (a gap
+        would shift all later indices).
     """
     try:
         import pynvml  # type: ignore[import-untyped]
@@ -307,9 +302,9 @@ def read_inventory() -> Inventory | None:
         for index in range(pynvml.nvmlDeviceGetCount()):
             handle = pynvml.nvmlDeviceGetHandleByIndex(index)
             pci = pynvml.nvmlDeviceGetPciInfo(handle)
-            place = (pci.domain, pci.bus, pci.device)
+            address = (pci.domain, pci.bus, pci.device)
             uuid, name = pynvml.nvmlDeviceGetUUID(handle), pynvml.nvmlDeviceGetName(handle)
-            gpus.append((place, _text(uuid), _mig_uuids(pynvml, handle), _text(name)))
+            gpus.append((address, _text(uuid), _mig_uuids(pynvml, handle), _text(name)))
     except pynvml.NVMLError as error:
         logger.warning("no device inventory: NVML could not list the GPUs: %s", error)
         return None
@@ -336,7 +331,7 @@ def _mig_uuids(nvml: Any, handle: Any) -> tuple[str, ...]:
                 continue  # slots may be empty anywhere in the range
             found.append(_text(nvml.nvmlDeviceGetUUID(mig)))
     except nvml.NVMLError:
-        return ()  # GPUs and drivers without MIG refuse the question
+        return ()  # raised by GPUs and drivers without MIG
     return tuple(found)
 
 
@@ -349,7 +344,7 @@ def _row(kind: str) -> Visibility:
     try:
         return VISIBILITY[kind]
     except KeyError:
-        raise DeviceError(f"device kind {kind!r} is unknown; known are {', '.join(VISIBILITY)}") from None
+        raise DeviceError(f"unknown device kind {kind!r}; supported: {', '.join(VISIBILITY)}") from None
 
 
 def _count(number: int) -> str:
@@ -361,25 +356,27 @@ def _read(environ: Mapping[str, str], row: Visibility, inventory: Inventory | No
     settings: list[str] = []
     reasons: list[str] = []
     numbering_is_pci = _numbering_is_pci(environ, row, inventory)
-    for step in row.steps:
-        variable = next((name for name in step.variables if name in environ), None)
+    for visibility_list in row.lists:
+        variable = next((name for name in visibility_list.variables if name in environ), None)
         if variable is None:
             continue
         text = environ[variable]
         setting = f"{variable}={text!r}"
         entries = [entry.strip() for entry in text.split(",")]
-        keys, reason = _parse(entries, step, row, setting)
-        base, unplaced = _place(keys, entries, step, base, inventory, numbering_is_pci)
-        if unplaced is not None:  # the earlier cut of the two
-            reason = unplaced
+        keys, reason = _parse(entries, visibility_list, row, setting)
+        base, not_found = _find_devices(keys, entries, visibility_list, base, inventory, numbering_is_pci)
+        if not_found is not None:  # an earlier entry than that of _parse
+            reason = not_found
         settings.append(setting)
         if reason is not None:
-            reasons.append(reason if len(row.steps) == 1 else f"in {variable} {reason}")
+            reasons.append(reason if len(row.lists) == 1 else f"in {variable} {reason}")
     return None if base is None else _Reading(base, " with ".join(settings), tuple(reasons))
 
 
-def _parse(entries: list[str], step: Step, row: Visibility, setting: str) -> tuple[list[int | str], str | None]:
-    """Text only: integers and UUID tokens up to the first invalid entry, and why there is no more."""
+def _parse(
+    entries: list[str], visibility_list: VisibilityList, row: Visibility, setting: str
+) -> tuple[list[int | str], str | None]:
+    """Parse integers and UUID tokens up to the first invalid entry; also return why the list ends there."""
     if not row.uuid_prefixes:
         for entry in entries:
             if _RANGE.fullmatch(entry) is not None:
@@ -392,26 +389,26 @@ def _parse(entries: list[str], step: Step, row: Visibility, setting: str) -> tup
         form = next((prefix for prefix in row.uuid_prefixes if entry.startswith(prefix)), "")
         if first_form is None:
             first_form = form
-        key, reason = _entry_key(entry, form, step)
-        if reason is None and form != first_form and not step.mixes_forms:
+        key, reason = _entry_key(entry, form, visibility_list)
+        if reason is None and form != first_form and not visibility_list.mixes_forms:
             reason = f"the first entry {entries[0]!r} has another form, and forms do not mix"
         if key is None or reason is not None:
             return keys, _ends(position, entries, reason)
         if any(_same_key(key, earlier) for earlier in keys):
-            if step.repeat_voids:
+            if visibility_list.repeat_voids:
                 return [], _voids(position, entries)
             return keys, _ends(position, entries, "it is repeated")
         keys.append(key)
     return keys, None
 
 
-def _entry_key(entry: str, form: str, step: Step) -> tuple[int | str | None, str | None]:
+def _entry_key(entry: str, form: str, visibility_list: VisibilityList) -> tuple[int | str | None, str | None]:
     if form != "":
         return entry, None
     if entry == "":
         return None, "it is empty"
     match = _INTEGER_PREFIX.match(entry)
-    if match is None or (not step.trailing_text and match.end() != len(entry)):
+    if match is None or (not visibility_list.trailing_text and match.end() != len(entry)):
         return None, "it is neither an integer nor a device UUID"
     if int(match[0]) < 0:
         return None, "it is negative"
@@ -422,34 +419,34 @@ def _same_key(a: int | str, b: int | str) -> bool:
     return a.casefold() == b.casefold() if isinstance(a, str) and isinstance(b, str) else a == b
 
 
-def _place(
+def _find_devices(
     keys: list[int | str],
     entries: list[str],
-    step: Step,
+    visibility_list: VisibilityList,
     base: tuple[PhysicalDevice, ...] | None,
     inventory: Inventory | None,
     numbering_is_pci: bool,
 ) -> tuple[tuple[PhysicalDevice, ...], str | None]:
-    """The devices that exist: of the host (``base`` None), or of what the step before left."""
+    """Return the devices that exist: on the host (``base`` is None), or among those that the list before it left."""
     devices: list[PhysicalDevice] = []
     for position, key in enumerate(keys):
         if base is not None:
-            device, reason = _among(key, base)
+            device, reason = _find_in(key, base)
         elif isinstance(key, int):
             device, reason = _integer(key, inventory, numbering_is_pci)
         else:
             device, reason = _uuid(key, inventory)
         if device is None:
             return tuple(devices), _ends(position, entries, reason)
-        if any(_one_device(device, earlier) for earlier in devices):
-            if step.repeat_voids:
+        if any(_same_device(device, earlier) for earlier in devices):
+            if visibility_list.repeat_voids:
                 return (), _voids(position, entries)
             return tuple(devices), _ends(position, entries, "it is repeated")
         devices.append(device)
     return tuple(devices), None
 
 
-def _one_device(a: PhysicalDevice, b: PhysicalDevice) -> bool:
+def _same_device(a: PhysicalDevice, b: PhysicalDevice) -> bool:
     if a.uuid is not None and b.uuid is not None:
         return a.uuid.casefold() == b.uuid.casefold()
     return a == b
@@ -458,53 +455,49 @@ def _one_device(a: PhysicalDevice, b: PhysicalDevice) -> bool:
 def _integer(
     index: int, inventory: Inventory | None, numbering_is_pci: bool
 ) -> tuple[PhysicalDevice | None, str | None]:
-    if inventory is not None and index >= len(inventory.uuids):
-        return None, f"this host has {_count(len(inventory.uuids))}"
-    return _integer_device(index, inventory, numbering_is_pci), None
-
-
-def _integer_device(index: int, inventory: Inventory | None, numbering_is_pci: bool) -> PhysicalDevice:
+    if index < 0 or (inventory is not None and index >= len(inventory.uuids)):
+        return None, None if inventory is None else f"this host has {_count(len(inventory.uuids))}"
     uuid = inventory.uuids[index] if inventory is not None and numbering_is_pci else None
-    return PhysicalDevice(token=str(index), index=index, uuid=uuid)
+    return PhysicalDevice(token=str(index), index=index, uuid=uuid), None
 
 
 def _uuid(token: str, inventory: Inventory | None) -> tuple[PhysicalDevice | None, str | None]:
     if inventory is None:
         return PhysicalDevice(token=token, index=None, uuid=_full_uuid(token)), None
     if not token.startswith("MIG-"):
-        places = _matches(token, inventory.uuids)
-        if len(places) != 1:
-            return None, _mismatch(len(places), "GPU")
-        return PhysicalDevice(token=token, index=places[0], uuid=inventory.uuids[places[0]]), None
+        matches = _matches(token, inventory.uuids)
+        if len(matches) != 1:
+            return None, _mismatch(len(matches), "GPU")
+        return PhysicalDevice(token=token, index=matches[0], uuid=inventory.uuids[matches[0]]), None
     migs = [(gpu, uuid) for gpu, uuids in enumerate(inventory.mig_uuids) for uuid in uuids]
-    places = _matches(token, [uuid for _, uuid in migs])
-    if len(places) > 1:
-        return None, _mismatch(len(places), "MIG instance")
-    if places:
-        gpu, uuid = migs[places[0]]
+    matches = _matches(token, [uuid for _, uuid in migs])
+    if len(matches) > 1:
+        return None, _mismatch(len(matches), "MIG instance")
+    if matches:
+        gpu, uuid = migs[matches[0]]
         return PhysicalDevice(token=token, index=gpu, uuid=uuid), None
-    # The older spelling names the GPU and two instance ids, which NVML's UUIDs do not show.
+    # The older form has the GPU's UUID and two instance ids, which NVML's UUIDs do not contain.
     old = _OLD_MIG.fullmatch(token)
     parents = [] if old is None else _matches(old[1], inventory.uuids)
     index = parents[0] if len(parents) == 1 else None
     return PhysicalDevice(token=token, index=index, uuid=_full_uuid(token)), None
 
 
-def _among(key: int | str, base: tuple[PhysicalDevice, ...]) -> tuple[PhysicalDevice | None, str | None]:
+def _find_in(key: int | str, base: tuple[PhysicalDevice, ...]) -> tuple[PhysicalDevice | None, str | None]:
     if isinstance(key, int):
         if key >= len(base):
             return None, f"the list before it leaves {_count(len(base))}"
         return base[key], None
-    places = _matches(key, [device.token if device.uuid is None else device.uuid for device in base])
-    if len(places) != 1:
-        return None, _mismatch(len(places), "device that the list before it leaves")
-    return base[places[0]], None
+    matches = _matches(key, [device.token if device.uuid is None else device.uuid for device in base])
+    if len(matches) != 1:
+        return None, _mismatch(len(matches), "device that the list before it leaves")
+    return base[matches[0]], None
 
 
 def _matches(token: str, uuids: Sequence[str]) -> list[int]:
     folded = [uuid.casefold() for uuid in uuids]
-    equal = [place for place, uuid in enumerate(folded) if uuid == token.casefold()]
-    return equal if equal else [place for place, uuid in enumerate(folded) if uuid.startswith(token.casefold())]
+    equal = [i for i, uuid in enumerate(folded) if uuid == token.casefold()]
+    return equal if equal else [i for i, uuid in enumerate(folded) if uuid.startswith(token.casefold())]
 
 
 def _mismatch(number: int, what: str) -> str:
@@ -527,9 +520,9 @@ def _voids(position: int, entries: list[str]) -> str:
 
 
 def _numbering_is_pci(environ: Mapping[str, str], row: Visibility, inventory: Inventory | None) -> bool:
-    """Whether integer i is certainly the i-th GPU of the inventory."""
+    """Return whether integer i is certainly the i-th GPU of the inventory."""
     if inventory is None or any(inventory.mig_uuids):
-        return False  # with MIG on, CUDA counts instances and not GPUs
+        return False  # with MIG on, CUDA numbers instances, not GPUs
     if len(inventory.uuids) <= 1:
         return True
     if row.order_variable is None:

@@ -1,25 +1,25 @@
-"""Every error this library raises on purpose.
+"""All errors that this library raises.
 
 ::
 
     TpColocateError
     ├── ConfigError (ValueError)          an argument or the environment cannot work
-    │   ├── LayoutError                   the ranks cannot be cut into tp slices
-    │   ├── DeviceError                   a device token is invalid, out of range or held twice
-    │   └── WeightsMismatchError          names or shapes are not those of the served model
-    ├── DeadlineError (TimeoutError)      a deadline of ours passed
-    ├── RankLostError (ConnectionError)   another rank of the group stopped answering, or does something else
-    ├── RankFailedError (RuntimeError)    another library's exception on some rank, told to all
+    │   ├── LayoutError                   the ranks cannot be divided into tp slices
+    │   ├── DeviceError                   a device token is invalid, out of range or used twice
+    │   └── WeightsMismatchError          names or shapes differ from those of the served model
+    ├── DeadlineError (TimeoutError)      a deadline of this library passed
+    ├── RankLostError (ConnectionError)   another rank of the group is unreachable, or in another call
+    ├── RankFailedError (RuntimeError)    another library's exception on some rank, raised on all
     ├── RendezvousError (RuntimeError)    the owner's URL could not be found or trusted
     └── EngineError
-        ├── LaunchError (RuntimeError)    the server did not come up
-        ├── RequestError (RuntimeError)   the server refused a request, in its own words
+        ├── LaunchError (RuntimeError)    the server did not start
+        ├── RequestError (RuntimeError)   the server rejected a request
         ├── EngineStateError (RuntimeError)   the call does not fit the engine's state (asleep, ...)
-        ├── EngineDeadError (ConnectionError)   the server process is gone or does not answer
+        ├── EngineDeadError (ConnectionError)   the server process has exited or does not answer
         └── SyncError (RuntimeError)      weights were not, or not certainly, updated
 
-An error found by one rank of a collective call is raised on every rank that takes part, as the
-same class with the same text; ``rank`` says where it was found.  All of them pickle.
+An error of one rank in a collective call is raised on every rank that takes part, as the same class with the same text;
+``rank`` names the rank.  All errors pickle.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _SHOWN = 5
 
 
 def some(items: Sequence[object], *, between: str = "; ") -> str:
-    """For a message: the first few, and how many more there are."""
+    """List the first few items in a message, and how many more there are."""
     more = f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
     return between.join(map(str, items[:_SHOWN])) + more
 
@@ -46,7 +46,7 @@ class TpColocateError(Exception):
         slice_ranks: Global ranks of its tp slice, in tp order.
         device: Device token, index or UUID concerned.
         url: Server URL concerned.
-        details: Anything longer, such as the tail of a log; printed last.
+        details: Longer text, such as the tail of a log; printed last.
     """
 
     _context = ("rank", "slice_ranks", "device", "url")
@@ -87,7 +87,7 @@ class TpColocateError(Exception):
         return text
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # BaseException's own reduction calls cls(*args) and would lose every keyword.
+        # BaseException.__reduce__ calls cls(*args), without the keywords.
         return _rebuild, (type(self), self.message, dict(self.__dict__))
 
 
@@ -96,7 +96,7 @@ def _plain(value: Any) -> str:
 
 
 def _rebuild(cls: type[TpColocateError], message: str, state: dict[str, Any]) -> TpColocateError:
-    error = cls.__new__(cls)  # not cls(message): a subclass may ask for more
+    error = cls.__new__(cls)  # not cls(message): a subclass may have more arguments
     Exception.__init__(error, message)
     error.__dict__.update(state)
     return error
@@ -107,49 +107,49 @@ class ConfigError(TpColocateError, ValueError):
 
 
 class LayoutError(ConfigError):
-    """The ranks cannot be cut into tp slices as asked."""
+    """The ranks cannot be divided into tp slices as requested."""
 
 
 class DeviceError(ConfigError):
-    """A device token is invalid, out of range, ambiguous, or held by two ranks."""
+    """A device token is invalid, out of range, ambiguous, or used by two ranks."""
 
 
 class WeightsMismatchError(ConfigError):
-    """Names or shapes are not those of the served model; nothing of the offending bucket was sent."""
+    """Names or shapes differ from those of the served model; nothing of the offending bucket was sent."""
 
 
 class DeadlineError(TpColocateError, TimeoutError):
-    """A deadline of this library passed; the message names what was awaited and for how long."""
+    """A deadline of this library passed; the message has what was awaited and for how long."""
 
 
 class RankLostError(TpColocateError, ConnectionError):
-    """Another rank stopped answering in a collective (it exited, was killed, or is stuck), or came to it from another call."""
+    """Another rank is unreachable in a collective (it exited, was killed, or is stuck), or is in another call."""
 
 
 class RankFailedError(TpColocateError, RuntimeError):
-    """An exception of another library, raised on one rank and told to all ranks of the group.
+    """An exception of another library on one rank, raised on all ranks of the group.
 
-    On the rank that found it, ``__cause__`` is the original; elsewhere its traceback is in ``details``.
+    On that rank, ``__cause__`` is the original; elsewhere its traceback is in ``details``.
     """
 
 
 class RendezvousError(TpColocateError, RuntimeError):
-    """The owner's URL could not be found, or what was found could not be trusted."""
+    """The owner's URL could not be found, or its file could not be trusted."""
 
 
 class EngineError(TpColocateError):
-    """Anything that concerns the SGLang server."""
+    """Base of all errors that concern the SGLang server."""
 
 
 class LaunchError(EngineError, RuntimeError):
-    """The server did not come up; ``details`` is the tail of its log."""
+    """The server did not start; ``details`` is the tail of its log."""
 
 
 class RequestError(EngineError, RuntimeError):
-    """The server refused a request; the message is the server's own.
+    """The server rejected a request; the message is the server's.
 
     Args:
-        status: HTTP status code of the answer.
+        status: HTTP status code.
     """
 
     def __init__(self, message: str, *, status: int | None = None, **context: Any) -> None:
@@ -158,11 +158,11 @@ class RequestError(EngineError, RuntimeError):
 
 
 class EngineStateError(EngineError, RuntimeError):
-    """The call does not fit the state the engine is in, for example generating while asleep."""
+    """The call does not fit the engine's state, for example generating while asleep."""
 
 
 class EngineDeadError(EngineError, ConnectionError):
-    """The server process is gone, or its socket no longer answers."""
+    """The server process has exited, or its socket does not answer."""
 
 
 class SyncError(EngineError, RuntimeError):

@@ -2,13 +2,11 @@
 
 Three steps, each with its own failure:
 
-* `exchange`: every rank publishes what it knows of itself through the store of the default process
-  group and reads what the others published.  No collective is involved, so a rank that never
-  arrives is named instead of timed out on.
+* `exchange`: every rank publishes a description of itself in the store of the default process group and reads the
+  others'.  No collective is involved, so the error of a timeout can name the missing ranks.
 * `plan_slices`: pure.  Every rank computes the same slices, or the same error, from the same list.
-* `make_group`: `torch.distributed.new_group`, called by all ranks for all slices in one order.
-  Groups made in different orders pair up wrongly and return wrong data without an error, which is
-  why nothing here makes a group before the layouts were compared.
+* `make_group`: `torch.distributed.new_group`, called by all ranks for all slices in one order.  Groups created in
+  different orders pair up wrongly and return wrong data without an error, so layouts are compared before any is created.
 """
 
 from __future__ import annotations
@@ -30,14 +28,14 @@ from tpcolocate.processes import start_of
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """Where a rank runs, measured: two ranks can share a server only if all of this agrees.
+    """Where a rank runs; two ranks can share a server only if `identity` is equal.
 
     Attributes:
         boot_id: Identity of the running kernel.
         network: Network namespace; the server listens on its loopback.
         shm: Device number of /dev/shm; torch's CUDA-IPC counters and CPU handles live there.
-        pids: PID namespace; not compared for a server, but process ids mean nothing across it.
-        name: Host name, for people; not compared.
+        pids: PID namespace; not part of `identity`, but process ids are valid inside it only.
+        name: Host name, for messages.
     """
 
     boot_id: str
@@ -48,7 +46,7 @@ class Host:
 
     @classmethod
     def here(cls) -> Host:
-        """Measure the calling process."""
+        """Describe the host of the calling process."""
         return cls(
             boot_id=Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
             network=os.readlink("/proc/self/ns/net"),
@@ -59,22 +57,22 @@ class Host:
 
     @property
     def identity(self) -> str:
-        """One string that is equal exactly on ranks that can share a server."""
+        """A string that is equal exactly on ranks that can share a server."""
         return "/".join((self.boot_id, self.network, self.shm))
 
     def sees(self, other: Host) -> bool:
-        """Whether process ids of the one mean the same to the other."""
+        """Return whether both are in one PID namespace, so that process ids are valid in both."""
         return (self.boot_id, self.pids) == (other.boot_id, other.pids)
 
     @property
     def label(self) -> str:
-        """The machine, for people; two machines of one name differ in it all the same."""
+        """Name of the machine for messages; unique even if two machines have one host name."""
         return f"{self.name}-{self.boot_id[:8]}"
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One rank, as the others know it."""
+    """One rank's description of itself."""
 
     rank: int
     world_size: int
@@ -84,10 +82,9 @@ class Member:
     started: int
     """Start of the process in clock ticks since boot (`start_of`); with `pid` it identifies the process."""
     facts: dict[str, Any] = field(default_factory=dict)
-    """Whatever else the caller exchanges; JSON types."""
+    """Anything else that the caller exchanges; JSON types."""
     error: dict[str, str | None] | None = None
-    """Set when the rank found its own situation impossible (class, message and hint of a `ConfigError`): told to all
-    instead of leaving them waiting."""
+    """Class, message and hint of a `ConfigError` of this rank, reported to all so that they do not wait for it."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -98,17 +95,17 @@ class Member:
         return cls(**{**fields, "host": Host(**fields["host"])})
 
     def is_running(self) -> bool:
-        """Whether the process still exists; meaningful on its own host and pid namespace only."""
+        """Return whether the process still exists.  Valid in its own PID namespace only (`Host.sees`)."""
         return start_of(self.pid) == self.started
 
 
 def exchange(store: dist.Store, member: Member, *, timeout_s: float) -> list[Member]:
-    """Publish this rank's description and read everybody's.
+    """Publish this rank's description and read those of all ranks.
 
     Collective: over all ranks that share `store`.
 
     Args:
-        store: A store that no earlier exchange used with the same prefix.
+        store: One whose prefix no earlier exchange has used.
         member: This rank.
         timeout_s: How long to wait for the slowest rank, in seconds.
 
@@ -116,7 +113,7 @@ def exchange(store: dist.Store, member: Member, *, timeout_s: float) -> list[Mem
         One `Member` per rank, in rank order.
 
     Raises:
-        RankLostError: Some ranks never published; the message names them.
+        RankLostError: Some ranks did not publish in time; the message names them.
     """
     store.set(str(member.rank), member.to_json())
     keys = [str(rank) for rank in range(member.world_size)]
@@ -125,7 +122,7 @@ def exchange(store: dist.Store, member: Member, *, timeout_s: float) -> list[Mem
     except (RuntimeError, dist.DistStoreError) as error:
         missing = [int(key) for key in keys if not store.check([key])]
         raise RankLostError(
-            f"ranks {_list(missing)} did not call tpcolocate.init() within {timeout_s:g} s",
+            f"ranks {list_ranks(missing)} did not call tpcolocate.init() within {timeout_s:g} s",
             hint="every rank of the default process group must call init(); look for an earlier error on those ranks",
             rank=member.rank,
         ) from error
@@ -133,7 +130,7 @@ def exchange(store: dist.Store, member: Member, *, timeout_s: float) -> list[Mem
 
 
 def plan_slices(members: Sequence[Member]) -> list[tuple[int, ...]]:
-    """Cut the ranks into tp slices of consecutive ranks.  Pure: the same answer or error everywhere.
+    """Divide the ranks into tp slices of consecutive ranks.  Pure: the same result or error on every rank.
 
     Args:
         members: All ranks of the job, in rank order.
@@ -142,9 +139,9 @@ def plan_slices(members: Sequence[Member]) -> list[tuple[int, ...]]:
         Global ranks of each slice, ascending.
 
     Raises:
-        LayoutError: The ranks disagree on ``tp_size``, their number is no multiple of it, or a slice would span hosts
-            or containers.
-        ConfigError: A rank reported an error of its own, of the class that it names.
+        LayoutError: The ranks disagree on ``tp_size``, it does not divide their number, or a slice would span hosts or
+            containers.
+        ConfigError: A rank reported an error; of the class that it reported.
     """
     for member in members:
         if member.error is not None:
@@ -154,14 +151,14 @@ def plan_slices(members: Sequence[Member]) -> list[tuple[int, ...]]:
     for member in members:
         sizes.setdefault(member.tp_size, []).append(member.rank)
     if len(sizes) > 1:
-        views = "; ".join(f"tp_size={size} on ranks {_list(ranks)}" for size, ranks in sorted(sizes.items()))
+        views = "; ".join(f"tp_size={size} on ranks {list_ranks(ranks)}" for size, ranks in sorted(sizes.items()))
         raise LayoutError(f"the ranks disagree on tp_size: {views}", hint="pass the same tp_size on every rank")
     tp_size, world_size = members[0].tp_size, len(members)
     if world_size % tp_size:
         usable = [size for size in range(1, world_size + 1) if world_size % size == 0]
         raise LayoutError(
-            f"{world_size} ranks cannot be cut into tp slices of {tp_size}",
-            hint=f"tp_size must divide the number of ranks: {_list(usable)}",
+            f"{world_size} ranks cannot be divided into tp slices of {tp_size}",
+            hint=f"tp_size must divide the number of ranks: {list_ranks(usable)}",
         )
     slices = [tuple(range(start, start + tp_size)) for start in range(0, world_size, tp_size)]
     for ranks in slices:
@@ -188,26 +185,26 @@ def _check_one_host(members: Sequence[Member]) -> None:
     )
 
 
-def _list(ranks: Sequence[int]) -> str:
+def list_ranks(ranks: Sequence[int]) -> str:
+    """List ranks in a message."""
     return ", ".join(map(str, ranks)) if ranks else "(none)"
 
 
 def make_group(ranks: Sequence[int], *, timeout_s: float, description: str) -> dist.ProcessGroup | None:
-    """`new_group` on the CPU backend, whatever the training backend is.
+    """Create a gloo group, whatever the training backend is.
 
-    Collective: over the default process group, members and others alike, in the same order everywhere.
+    Collective: over the default process group, members and others alike, in the same order on all ranks.
 
     Args:
         ranks: Global ranks of the group.
-        timeout_s: Timeout of every operation of the group, in seconds.  `new_group` does not inherit
-            the default group's.
-        description: Shown by torch in its own errors.
+        timeout_s: Timeout of every operation of the group, in seconds.
+        description: Shown in torch's errors.
 
     Returns:
-        The group, or None on ranks that are no members.
+        The group, or None on ranks that are not members.
     """
     group = dist.new_group(sorted(ranks), timeout=timedelta(seconds=timeout_s), backend="gloo", group_desc=description)
     return group if dist.get_rank() in ranks else None
 
 
-__all__ = ["Host", "Member", "exchange", "make_group", "plan_slices"]
+__all__ = ["Host", "Member", "exchange", "list_ranks", "make_group", "plan_slices"]

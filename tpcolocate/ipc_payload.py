@@ -1,20 +1,20 @@
-"""Independent handles for every TP rank, and the ledger that proves they came back.
+"""One export handle per TP rank, and the ledger that tracks its release.
 
-One serialised payload must never be given to two readers.  Each reader that closes its mapping subtracts one from a
-counter that each *export* set to one: with two readers of one export it drops below zero, and torch then keeps the
-memory for good (the whole model, at every sync).  So every TP rank gets an export of its own here, every export is
-entered in a `Ledger`, and the ledger reads the counters themselves until all readers have let go.
+One serialised payload must never be given to two readers.  Every export sets a counter to one, and every reader that
+closes its mapping subtracts one: with two readers of one export it drops below zero, and torch then never frees the
+memory (the whole model, at every sync).  So every TP rank gets an export of its own, every export is entered in a
+`Ledger`, and the ledger polls the counters until all readers have released their handles.
 
 Two transports behind one interface:
 
-* CUDA IPC: ``storage._share_cuda_()`` hands out a memory handle and a counter slot in a shared-memory file
+* CUDA IPC: ``storage._share_cuda_()`` returns a memory handle and a counter slot in a shared-memory file
   (torch/csrc/CudaIPCTypes.cpp); each export has a slot of its own.
-* CPU shared memory: torch's file-system sharing strategy, used without switching it on globally; the counter stands
+* CPU shared memory: torch's file-system sharing strategy, used without switching it on globally; the counter is
   in the first bytes of the mapped file (``RefcountedMapAllocator`` in aten/src/ATen/MapAllocator.cpp) and also counts
   the producer's own mapping.
 
-A payload is one of two things: a *command* for our receiver in the TP worker, which is told of handles later and opens
-them there (`command`); or SGLang's own ``flattened_bucket``, which its unpickler opens (`payload`).
+A payload is one of two things: a *command* for our receiver in the TP worker, which gets its handles later and opens
+them itself (`command`); or SGLang's own ``flattened_bucket``, which its unpickler opens (`payload`).
 Both are pickled without importing sglang, from classes that the unpicklers of SGLang 0.5.9 to 0.5.23 accept.
 """
 
@@ -38,15 +38,16 @@ import torch
 from safetensors.torch import save_file
 from torch.multiprocessing import reductions
 
+from tpcolocate.deadline import Deadline
 from tpcolocate.errors import ConfigError, DeadlineError, SyncError, some
 
 ALIGNMENT = 256
-"""Bytes; every tensor of a bucket starts at a multiple, which any dtype's view and any copy kernel is happy with."""
+"""In bytes; every tensor of a bucket starts at a multiple, which suits any dtype's view and any copy kernel."""
 
 _SHM = Path("/dev/shm")
 _CUDA_COUNTER_HEADER_BYTES = 64
 _POLL_INTERVAL_S = 0.0005
-_NOTHING = torch.empty(0, dtype=torch.uint8)
+_EMPTY = torch.empty(0, dtype=torch.uint8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,7 @@ class Entry:
     """One tensor of a bucket.
 
     Attributes:
-        name: Parameter name as the engine's loader knows it.
+        name: Parameter name that the engine's loader takes.
         shape: Full (unsharded) shape.
         dtype: Element type.
         start: First byte in the bucket, a multiple of `ALIGNMENT`.
@@ -69,7 +70,10 @@ class Entry:
 
 
 def layout(tensors: Sequence[tuple[str, torch.Size, torch.dtype]]) -> tuple[list[Entry], int]:
-    """Places in a bucket for tensors of the given names, shapes and dtypes.  Pure.
+    """Lay tensors out in a bucket.  Pure.
+
+    Args:
+        tensors: Name, shape and dtype of each.
 
     Returns:
         The entries, and the bucket's size in bytes.
@@ -83,7 +87,7 @@ def layout(tensors: Sequence[tuple[str, torch.Size, torch.dtype]]) -> tuple[list
 
 
 def allocate(num_bytes: int, device: torch.device) -> torch.Tensor:
-    """A flat uint8 tensor of `num_bytes` that can be exported.
+    """Return a flat uint8 tensor of `num_bytes` that can be exported.
 
     On a GPU it comes from the caching allocator and must not lie inside a torch_memory_saver region.  On the CPU it
     is a shared-memory file of its own.
@@ -92,13 +96,13 @@ def allocate(num_bytes: int, device: torch.device) -> torch.Tensor:
         storage = torch.UntypedStorage._new_using_filename_cpu(max(num_bytes, 1))
         return torch.empty(0, dtype=torch.uint8).set_(storage)[:num_bytes]
     if num_bytes == 0:
-        # A reader maps the one byte, too, and its checksum has to be that of nothing.
+        # A reader maps the one byte, too, and its checksum has to be that of an empty bucket.
         return torch.zeros(1, dtype=torch.uint8, device=device)[:0]
     return torch.empty(num_bytes, dtype=torch.uint8, device=device)
 
 
 def view(flat: torch.Tensor, entry: Entry) -> torch.Tensor:
-    """The place of one tensor in a bucket, with its dtype and shape."""
+    """Return one tensor of a bucket as a view, with its dtype and shape."""
     return flat[entry.start : entry.start + entry.num_bytes].view(entry.dtype).view(entry.shape)
 
 
@@ -108,32 +112,32 @@ class Handle(ABC):
     num_bytes: int
 
     def __init__(self, storage: torch.UntypedStorage) -> None:
-        # The exporter keeps the memory alive until the reader has let go.
+        # The exporter keeps the memory alive until the reader has released it.
         self.storage: torch.UntypedStorage | None = storage
 
     def drop_storage(self) -> None:
-        """Keep no reference to the memory: whoever lends it for long does not decide how long it lives."""
+        """Drop the reference to the memory: a persistent mapping must not keep the trainer's memory alive."""
         self.storage = None
 
     @abstractmethod
     def reduced(self) -> _Reduced:
-        """What a pickle of the flat uint8 tensor contains."""
+        """Return what a pickle of the flat uint8 tensor contains."""
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """The same in JSON types, for `tpcolocate_receiver.open_handle`."""
+        """Return the handle in JSON types, for `tpcolocate_receiver.open_handle`."""
 
     @abstractmethod
     def count(self) -> int:
-        """Uses outstanding: 1 before the reader let go, 0 after, below 0 if it let go more often than it should."""
+        """Return the uses outstanding: 1 before the reader's release, 0 after, negative if released too often."""
 
     @abstractmethod
     def reclaim(self) -> None:
-        """Set the counter right, once the reader is known to be dead or finished.  Otherwise it would free too early."""
+        """Reset the counter.  Only once the reader is known to be dead or finished, or memory is freed too early."""
 
 
 class _Reduced:
-    """Pickles as a call of `function`; lets a plain pickler write what torch's own reducers would."""
+    """Pickles as a call of `function`, so that a plain pickler writes what torch's own reducers would."""
 
     def __init__(self, function: Any, *arguments: Any) -> None:
         self.function, self.arguments = function, arguments
@@ -149,11 +153,11 @@ class CpuHandle(Handle):
         super().__init__(storage)
         self.manager, self.name, self.num_bytes = storage._share_filename_cpu_()
         self._file = _SHM / self.name.decode().lstrip("/")
-        # The reader's rebuild takes this one over; what is left is the producer's own mapping.
+        # The reader's rebuild takes over one count; the other is the producer's own mapping.
         storage._shared_incref()
 
     def drop_storage(self) -> None:
-        """The file is gone with its last mapping, and `reclaim` needs this one."""
+        """Do nothing: the file is removed with its last mapping, and `reclaim` needs this one."""
 
     def reduced(self) -> _Reduced:
         untyped = _Reduced(
@@ -171,7 +175,7 @@ class CpuHandle(Handle):
             with open(self._file, "rb") as file:
                 return int.from_bytes(file.read(4), "little", signed=True) - 1
         except FileNotFoundError:
-            return -1  # the last count was given away: the file is unlinked while the producer still maps it
+            return -1  # one release too many: the file is unlinked while the producer still maps it
 
     def reclaim(self) -> None:
         count = self.count()
@@ -183,7 +187,7 @@ class CpuHandle(Handle):
 class CudaHandle(Handle):
     """CUDA IPC; the receiving side finds the device by UUID, so indices need not agree.
 
-    torch keeps exported memory by itself (CudaIPCSentData) until the counter says that nobody reads it.
+    torch itself keeps exported memory (CudaIPCSentData) until the counter is zero.
     """
 
     def __init__(self, storage: torch.UntypedStorage) -> None:
@@ -241,7 +245,7 @@ class CudaHandle(Handle):
                 file.seek(_CUDA_COUNTER_HEADER_BYTES + 8 * self.counter_offset)
                 return int.from_bytes(file.read(8), "little", signed=True)
         except FileNotFoundError:
-            return 0  # torch removes a counter file once all of its slots were returned
+            return 0  # torch removes a counter file once all of its slots are released
 
     def reclaim(self) -> None:
         count = self.count()
@@ -249,7 +253,7 @@ class CudaHandle(Handle):
             for _ in range(count):
                 torch.UntypedStorage._release_ipc_counter_cuda(self.counter_file, self.counter_offset)
         elif count < 0:
-            # Read as unsigned by torch, a negative count would keep the memory for ever.
+            # torch reads the count as unsigned: a negative one would never free the memory.
             with open(_SHM / self.counter_file.decode().lstrip("/"), "r+b") as file:
                 file.seek(_CUDA_COUNTER_HEADER_BYTES + 8 * self.counter_offset)
                 file.write((0).to_bytes(8, "little"))
@@ -259,7 +263,7 @@ def _cuda_rebuild_order(names: tuple[str, ...]) -> list[str]:
     """Positions of ``rebuild_cuda_tensor``'s arguments, looked up by name.
 
     Raises:
-        ConfigError: This torch takes other arguments than we know.
+        ConfigError: This torch release takes other arguments.
     """
     # SGLang's patch, if it was applied in this process, hides the signature behind *args.
     function = getattr(reductions, "_rebuild_cuda_tensor_original", reductions.rebuild_cuda_tensor)
@@ -267,24 +271,27 @@ def _cuda_rebuild_order(names: tuple[str, ...]) -> list[str]:
     if set(order) != set(names):
         raise ConfigError(
             f"torch {torch.__version__} changed rebuild_cuda_tensor: {sorted(set(order) ^ set(names))}",
-            hint="use a torch release this version of tpcolocate knows, or transport='ipc'",
+            hint="use a torch release that this version of tpcolocate supports, or transport='ipc'",
         )
     return order
 
 
 def write_file(flat: torch.Tensor, path: Path) -> dict[str, Any]:
-    """Write a bucket as safetensors, for engines that cannot map our memory; the description of it as a handle.
+    """Write a bucket as safetensors, for engines that cannot map our memory.
 
     Args:
         flat: The bucket, on any device.
         path: Of the file; any number of readers may read it, and the writer removes it.
+
+    Returns:
+        Its description as a handle.
     """
     save_file({"bucket": flat.cpu()}, path)
     return {"kind": "file", "path": str(path)}
 
 
 def export(flat: torch.Tensor) -> Handle:
-    """Export a bucket to one reader.  Every call makes an independent handle.
+    """Export a bucket to one reader.  Every call returns an independent handle.
 
     Args:
         flat: From `allocate`; one-dimensional uint8 starting at the beginning of its storage.
@@ -293,12 +300,12 @@ def export(flat: torch.Tensor) -> Handle:
 
 
 def export_storage(storage: torch.UntypedStorage) -> Handle:
-    """Export any storage to one reader; on a CPU it moves into shared memory if it is not there yet."""
+    """Export any storage to one reader; a CPU storage is moved into shared memory if it is not there yet."""
     return CpuHandle(storage) if storage.device.type == "cpu" else CudaHandle(storage)
 
 
 def payload(handle: Handle, entries: Sequence[Entry]) -> str:
-    """What one TP rank receives: SGLang's ``flattened_bucket``, pickled and in base64.
+    """Return what one TP rank receives: SGLang's ``flattened_bucket``, pickled and in base64.
 
     Args:
         handle: From `export`, used for this payload and no other.
@@ -320,40 +327,40 @@ def payload(handle: Handle, entries: Sequence[Entry]) -> str:
 
 
 def command(job: Mapping[str, Any]) -> str:
-    """What one TP rank receives for our receiver: a JSON command as the name of an empty tensor; no handle is in it.
+    """Return what one TP rank's receiver gets: a JSON command as the name of an empty tensor, without handles.
 
-    As its contents, the command would be copied to the GPU and back before anybody could read it, behind whatever the
-    trainer has queued there.
+    As the tensor's contents, the command would be copied to the GPU and back before it could be read, behind all that
+    the trainer has queued there.
 
     Args:
         job: See `tpcolocate_receiver`.
     """
-    return base64.b64encode(pickle.dumps([(json.dumps(job), _NOTHING)], protocol=4)).decode()
+    return base64.b64encode(pickle.dumps([(json.dumps(job), _EMPTY)], protocol=4)).decode()
 
 
 def new_session() -> str:
-    """A name for a sync that no other has."""
+    """Return a unique name for a sync."""
     return secrets.token_hex(8)
 
 
 def described(entries: Sequence[Entry]) -> list[list[Any]]:
-    """A bucket's contents in JSON types, for a command."""
+    """Return a bucket's contents in JSON types, for a command."""
     return [[e.name, str(e.dtype).removeprefix("torch."), list(e.shape), e.start, e.num_bytes] for e in entries]
 
 
 class Fate(Enum):
-    """What became of a handle that did not come back as it should."""
+    """What became of a handle that was not released as it should be."""
 
-    OVER_RELEASED = "released more often than it was opened for: two readers had one payload"
+    OVER_RELEASED = "released more than once: two readers had one payload"
     NEVER_OPENED = "never opened"
-    HELD = "opened and not released"
+    STILL_OPEN = "opened and not released"
     READER_KILLED = "lost with its reader, which is dead"
     UNKNOWN = "not released, or never opened"
 
 
 @dataclass(frozen=True, slots=True)
 class Outstanding:
-    """One handle that did not come back as it should.
+    """One handle that was not released as it should be.
 
     Attributes:
         rank: Global rank that exported it.
@@ -361,7 +368,7 @@ class Outstanding:
         bucket: Number of the bucket in its sync; -2: the trainer's own memory, mapped for one sync.
         num_bytes: Of the bucket.
         count: The counter: 1 outstanding, below 0 over-released.
-        fate: What is known.
+        fate: What became of it, as far as is known.
     """
 
     rank: int
@@ -379,7 +386,7 @@ class Outstanding:
 
 
 def listed(handles: Sequence[Outstanding]) -> str:
-    """For people; a sync of a model that is mapped has hundreds."""
+    """Describe handles in a message; a sync of a mapped model has hundreds."""
     return f"{some(handles)} ({sum(handle.num_bytes for handle in handles) / 2**20:,.1f} MiB in all)"
 
 
@@ -394,11 +401,11 @@ class _Line:
 
 
 class Ledger:
-    """Every handle that left this process and has not been seen to come back.
+    """Every handle that this process exported and has not seen released.
 
     Args:
         rank: Global rank of this process, for errors.
-        reader_is_alive: Asked when a handle does not come back.
+        reader_is_alive: Called when a handle is not released.
     """
 
     def __init__(self, *, rank: int, reader_is_alive: Callable[[], bool] = lambda: True) -> None:
@@ -406,29 +413,29 @@ class Ledger:
         self.num_exported = 0
         self.num_returned = 0
         self.latest_return_s = 0.0
-        """Longest that a handle stayed out after the engine had answered, in seconds."""
+        """Longest time from the engine's answer to the release of a handle, in seconds."""
         self._reader_is_alive = reader_is_alive
         self._lines: list[_Line] = []
 
     def export(self, flat: torch.Tensor, *, tp_rank: int, bucket: int) -> Handle:
-        """`export` for one reader, entered before anybody can open it."""
+        """Export a bucket to one reader, entered before the reader can open it."""
         return self.export_storage(flat.untyped_storage(), tp_rank=tp_rank, bucket=bucket)
 
     def export_storage(self, storage: torch.UntypedStorage, *, tp_rank: int, bucket: int) -> Handle:
-        """The same of any storage; it is kept until the handle has come back."""
+        """Export any storage to one reader; it is kept until the handle is released."""
         handle = export_storage(storage)
         self._lines.append(_Line(handle, tp_rank, bucket))
         self.num_exported += 1
         return handle
 
     def note_opened(self, bucket: int, opened: Mapping[int, bool]) -> None:
-        """Enter what the readers said: TP rank -> whether it opened its handle of this bucket."""
+        """Enter the readers' reports: TP rank -> whether it opened its handle of this bucket."""
         for line in self._lines:
             if line.bucket == bucket and line.tp_rank in opened:
                 line.opened = opened[line.tp_rank]
 
     def outstanding(self) -> list[Outstanding]:
-        """Handles whose counter is not zero right now."""
+        """Return the handles whose counter is not zero right now."""
         counts = [(line, line.handle.count()) for line in self._lines]
         if all(count == 0 for _, count in counts):
             return []
@@ -439,27 +446,27 @@ class Ledger:
             if count != 0
         ]
 
-    def settle(self, *, deadline: float) -> None:
-        """Wait until every handle has come back; then forget them, so that their memory may be freed or reused.
+    def wait_for_release(self, deadline: Deadline) -> None:
+        """Wait until every handle is released; then forget them, so that their memory may be freed or reused.
 
-        The engine's answer is no proof: from SGLang 0.5.21 it precedes the release on all TP ranks but the first.
+        The engine's answer alone does not show it: from SGLang 0.5.21 it precedes the release on all TP ranks but one.
 
         Args:
-            deadline: `time.monotonic` time.
+            deadline: For all handles together.
 
         Raises:
-            SyncError: A handle was let go more often than it was exported, was never opened, or its reader is dead.
-                Its memory is reclaimed; handles that are still held stay in the ledger.
-            DeadlineError: A handle is still out.  It stays in the ledger.
+            SyncError: A handle was released too often or never opened, or its reader is dead.  Its memory is
+                reclaimed; handles that are still open stay in the ledger.
+            DeadlineError: A handle is still open.  It stays in the ledger.
         """
         started = time.monotonic()
         while any(line.handle.count() != 0 for line in self._lines):
             lost = self._take_lost()
             if lost:
-                raise SyncError(f"handles did not come back: {listed(lost)}", hint=_HINTS[lost[0].fate], rank=self.rank)
-            if time.monotonic() >= deadline:
+                raise SyncError(f"handles were lost: {listed(lost)}", hint=_HINTS[lost[0].fate], rank=self.rank)
+            if deadline.has_passed:
                 raise DeadlineError(
-                    f"the engine did not let go of {listed(self.outstanding())}",
+                    f"the engine did not release {listed(self.outstanding())}",
                     hint="restart the engine; shutdown() then reclaims the memory",
                     rank=self.rank,
                 )
@@ -469,8 +476,8 @@ class Ledger:
         self._lines.clear()
 
     def _take_lost(self) -> list[Outstanding]:
-        """Reclaim and forget the handles that certainly nobody holds any more."""
-        lost = [item for item in self.outstanding() if item.fate not in (Fate.HELD, Fate.UNKNOWN)]
+        """Reclaim and forget the handles that certainly no reader has open any more."""
+        lost = [item for item in self.outstanding() if item.fate not in (Fate.STILL_OPEN, Fate.UNKNOWN)]
         where = {(item.tp_rank, item.bucket) for item in lost}
         for line in self._lines:
             if (line.tp_rank, line.bucket) in where:
@@ -479,16 +486,16 @@ class Ledger:
         return lost
 
     def set_aside(self) -> Ledger:
-        """Move what is still out into a ledger of its own, so that this one can go on without waiting for it."""
+        """Move outstanding handles into a new ledger, so that this one can go on without waiting for them."""
         aside = Ledger(rank=self.rank, reader_is_alive=self._reader_is_alive)
         aside._lines, self._lines = self._lines, []
         return aside
 
     def reclaim(self) -> list[Outstanding]:
-        """Set all counters right and forget the handles.  Only once the readers are dead or have certainly finished.
+        """Reset all counters and forget the handles.  Only once the readers are dead or have certainly finished.
 
         Returns:
-            What had not come back by itself.
+            The handles that had not been released.
         """
         lost = self.outstanding()
         for line in self._lines:
@@ -504,12 +511,12 @@ def _fate(line: _Line, count: int, alive: bool) -> Fate:
         return Fate.READER_KILLED
     if line.opened is None:
         return Fate.UNKNOWN
-    return Fate.HELD if line.opened else Fate.NEVER_OPENED
+    return Fate.STILL_OPEN if line.opened else Fate.NEVER_OPENED
 
 
 _HINTS = {
-    Fate.OVER_RELEASED: "every TP rank needs a payload of its own; the counter was set right, or torch would keep the memory for ever",
-    Fate.NEVER_OPENED: "the engine answered without taking the bucket; see its log",
+    Fate.OVER_RELEASED: "every TP rank needs a payload of its own; the counter was reset, or torch would never free the memory",
+    Fate.NEVER_OPENED: "the engine answered without opening the bucket; see its log",
     Fate.READER_KILLED: "the engine died; launch() again",
 }
 

@@ -1,4 +1,4 @@
-"""The launch of a slice's server: agreed on by its ranks, carried out by the owner, followed by the others."""
+"""Launch of a slice's server: its ranks agree, the owner starts it, the clients wait for it."""
 
 from __future__ import annotations
 
@@ -32,23 +32,23 @@ from tpcolocate.weights.sources.model_spec import ModelSpec, check_not_quantised
 
 logger = logging.getLogger(__name__)
 
-# The owner tells the others twice a second that the server is still loading; a health request in between can take
-# half a minute.
+# While the server loads, the owner sends the clients a heartbeat twice a second; a health request in between can take half
+# a minute.
 _HEARTBEAT_TIMEOUT_S = 90.0
 # How much longer than the owner a client waits for the rendezvous file.
 _RENDEZVOUS_MARGIN_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
-class Site:
-    """Where a server is launched: a slice, seen by one of its ranks.
+class TpSlice:
+    """A tp slice, as one of its ranks sees it.
 
     Attributes:
         group: The ranks of the slice, in tp order.
-        owner_rank: Global rank that launches.
-        device: What this rank trains on.
+        owner_rank: Global rank that launches the server.
+        device: Training device of this rank.
         visible_devices: Device tokens of the slice, in tp order.
-        shared: All TP ranks sit on one device.
+        shared: All TP ranks share one device.
         job: Identity of the job.
         slice_index: Number of the slice.
     """
@@ -71,61 +71,63 @@ class Site:
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
-    """What one rank wants launched.
+class LaunchRequest:
+    """What one rank passes to `Colocation.launch`.
 
     Attributes:
-        model: Folder or hub id.
-        arguments: SGLang's, complete.
-        env: Variables for the server alone.
-        nonce: Of this launch; only the owner's counts.
+        model_path: Folder or hub id.
+        arguments: All of SGLang's arguments.
+        env: Environment variables for the server alone.
+        nonce: Identity of this launch; only the owner's counts.
     """
 
-    model: str
+    model_path: str
     arguments: dict[str, Any]
     env: dict[str, str]
     nonce: str
 
-    def difference(self, other: Order) -> str | None:
-        if self.model != other.model:
-            return f"model_path {self.model!r} and {other.model!r}"
+    def difference(self, other: LaunchRequest) -> str | None:
+        """Describe the first difference that matters; None if there is none."""
+        if self.model_path != other.model_path:
+            return f"model_path {self.model_path!r} and {other.model_path!r}"
         for name in sorted(set(self.arguments) | set(other.arguments)):
-            mine, theirs = self.arguments.get(name), other.arguments.get(name)
-            if mine != theirs:
-                return f"{name}={mine!r} and {name}={theirs!r}"
+            value, other_value = self.arguments.get(name), other.arguments.get(name)
+            if value != other_value:
+                return f"{name}={value!r} and {name}={other_value!r}"
         if self.env != other.env:
             return f"env {_digest(self.env)} and {_digest(other.env)}"
         return None
 
 
 def _digest(env: Mapping[str, str]) -> str:
-    """Names only: values may be secrets."""
+    """Return the names and a digest: values may be secrets."""
     return f"({', '.join(sorted(env))}; {hashlib.sha256(json.dumps(env, sort_keys=True).encode()).hexdigest()[:8]})"
 
 
 def agree_on_launch(
-    site: Site,
-    model: str,
+    tp_slice: TpSlice,
+    model_path: str,
     *,
     env: dict[str, str],
     server_args: Mapping[str, Any],
     health_timeout_s: float,
     closed: bool,
 ) -> Launch:
-    """Check what is to be launched, and that every rank of the slice means the same.
+    """Check the arguments of a launch, and that all ranks of the slice pass the same.
 
     Collective: over the slice.
 
     Args:
-        site: The slice.
-        model: Folder or hub id.
-        env: Variables for the server alone.
-        server_args: The user's.
-        health_timeout_s: As the user gave it.
-        closed: Whether this rank has given its groups back already.
+        tp_slice: The slice.
+        model_path: Folder or hub id.
+        env: Environment variables for the server alone.
+        server_args: The user's arguments for SGLang.
+        health_timeout_s: As passed by the user, in seconds.
+        closed: Whether this rank's `Colocation` is closed.
 
     Raises:
-        ConfigError: The same on every rank.
+        ConfigError: An argument is invalid or differs between ranks; the same on every rank.
+        RankLostError: A rank of the slice died or is in another call.
     """
     arguments: dict[str, Any] = {}
     error: BaseException | None = None
@@ -133,33 +135,33 @@ def agree_on_launch(
         if closed:
             raise ConfigError("launch() after close()", hint="call init() again")
         if not health_timeout_s > 0:
-            raise ConfigError(f"health_timeout_s={health_timeout_s!r} is no positive number of seconds")
+            raise ConfigError(f"health_timeout_s must be a positive number of seconds, got {health_timeout_s!r}")
         arguments = server_arguments(
-            server_args, tp_size=site.tp_size, device_type=site.device.type, shared_device=site.shared
+            server_args, tp_size=tp_slice.tp_size, device_type=tp_slice.device.type, shared_device=tp_slice.shared
         )
-        check_not_quantised(model)
-        version = saved_version(model)
+        check_not_quantised(model_path)
+        version = saved_version(model_path)
         if version is not None:
             arguments.setdefault("weight_version", version)
-        if site.is_owner:  # the environment that counts is the owner's
+        if tp_slice.is_owner:  # its environment is the server's
             check_installed(arguments, find_installed({**os.environ, **env}))
     except BaseException as caught:
         error = caught
-    order = Order(model, arguments, env, secrets.token_hex(8))
-    orders = site.group.agree(error, order, what="agree on the launch")
-    for rank, other in zip(site.group.ranks, orders):
-        if (difference := orders[0].difference(other)) is not None:
+    request = LaunchRequest(model_path, arguments, env, secrets.token_hex(8))
+    requests = tp_slice.group.agree(error, request, what="agree on the launch")
+    for rank, other in zip(tp_slice.group.ranks, requests):
+        if (difference := requests[0].difference(other)) is not None:
             raise ConfigError(
-                f"ranks {site.owner_rank} and {rank} launch different servers: {difference}",
+                f"ranks {tp_slice.owner_rank} and {rank} launch different servers: {difference}",
                 hint="every rank of a slice must pass the same arguments to launch()",
-                slice_ranks=site.group.ranks,
+                slice_ranks=tp_slice.group.ranks,
             )
-    return Launch(site, orders[0])  # the owner's, for the nonce
+    return Launch(tp_slice, requests[0])  # the owner's, because of the nonce
 
 
 @dataclass(frozen=True, slots=True)
-class Launched:
-    """A server as the owner tells the others of it."""
+class RunningServer:
+    """What all ranks need to know about a running server."""
 
     url: str
     api_key: str
@@ -170,127 +172,136 @@ class Launched:
 
 
 class Launch:
-    """One launch on one rank, and what it leaves on this machine until `clean_up`.
+    """One launch on one rank, and the files of it that remain until `clean_up`.
 
     Args:
-        site: The slice.
-        order: On which all ranks agree.
+        tp_slice: The slice.
+        request: Agreed on by all ranks.
     """
 
-    def __init__(self, site: Site, order: Order) -> None:
-        self.site = site
-        self.order = order
-        self._announced = rendezvous.path_for(site.job, site.slice_index)
-        self.sync_folder = Path("/dev/shm") / f"tpcolocate-{os.getuid()}-{site.job}-{order.nonce}"
-        """Where syncs have their sockets and files; private to this user."""
+    def __init__(self, tp_slice: TpSlice, request: LaunchRequest) -> None:
+        self.tp_slice = tp_slice
+        self.request = request
+        self._announcement_path = rendezvous.path_for(tp_slice.job, tp_slice.slice_index)
+        self.sync_folder = Path("/dev/shm") / f"tpcolocate-{os.getuid()}-{tp_slice.job}-{request.nonce}"
+        """Sockets and files of weight syncs; readable by this user alone."""
 
     def clean_up(self) -> None:
-        """On the owner, once the server is gone."""
-        rendezvous.withdraw(self._announced, self.order.nonce)
+        """Remove the files of the launch.  On the owner, once the server has exited."""
+        rendezvous.withdraw(self._announcement_path, self.request.nonce)
         shutil.rmtree(self.sync_folder, ignore_errors=True)
 
     # --- the owner -----------------------------------------------------------------------------------------------
 
-    def carry_out(
+    def start_server(
         self, *, health_timeout_s: float, log_path: str | os.PathLike[str] | None
-    ) -> tuple[Launched, ServerProcess, ServerApi]:
-        """On the owner: start the server, announce it, tell the others; if anything fails, nothing is left running.
+    ) -> tuple[RunningServer, ServerProcess, ServerApi]:
+        """Start the server on the owner and report it to the clients; after an error nothing is left running.
 
-        Collective: over the slice, whose other ranks `follow`.
+        Collective: over the slice, whose other ranks call `wait_for_server`.
+
+        Args:
+            health_timeout_s: From the start of the process to its first generated token, in seconds.
+            log_path: As for `Colocation.launch`.
+
+        Raises:
+            ConfigError, LaunchError, DeadlineError, RankLostError: As `Colocation.launch`.
         """
-        group = self.site.group
+        group = self.tp_slice.group
         beat = _Heartbeat(group)
         server: ServerProcess | None = None
-        verbs: ServerApi | None = None
-        launched: Launched | None = None
+        api: ServerApi | None = None
+        running: RunningServer | None = None
         error: BaseException | None = None
         try:
             spec = self._server_spec(log_path)
             self.sync_folder.mkdir(mode=0o700)
             server = ServerProcess.start(spec, health_timeout_s=health_timeout_s, heartbeat=beat)
             assert server.client is not None
-            verbs = ServerApi(server.client)
-            launched = self._launched(server.url, server.api_key, verbs.info)
-            check_not_quantised(
-                self.order.model
-            )  # again: what the server fetched from the hub could not be seen before
-            rendezvous.announce(self._announced, self._announcement(launched))
+            api = ServerApi(server.client)
+            running = self._running_server(server.url, server.api_key, api.info)
+            check_not_quantised(self.request.model_path)  # again: now the server has fetched it from the hub
+            rendezvous.announce(self._announcement_path, self._announcement(running))
         except BaseException as caught:
             error = caught
         try:
             beat.finish()
             if beat.broken is None:
-                group.agree(error, launched, what="launch the server")
+                group.agree(error, running, what="launch the server")
+            elif error is not None:
+                raise error
         except BaseException:
             if server is not None:
                 server.stop()
             self.clean_up()
             raise
-        if error is not None:
-            raise error
-        assert launched is not None and server is not None and verbs is not None
+        assert running is not None and server is not None and api is not None
         if beat.broken is not None:
             logger.warning(
-                "the slice's group failed while the server loaded; clients find it in %s: %s",
-                self._announced,
+                "the slice's process group failed while the server loaded; clients read its URL from %s: %s",
+                self._announcement_path,
                 beat.broken,
             )
-        return launched, server, verbs
+        return running, server, api
 
     def _server_spec(self, log_path: str | os.PathLike[str] | None) -> ServerSpec:
-        site, order = self.site, self.order
-        kind = "hip" if torch.version.hip else "npu" if site.device.type == "npu" else "cuda"
-        visibility = devices.server_environment(site.visible_devices, kind=kind) if site.visible_devices else {}
+        tp_slice, request = self.tp_slice, self.request
+        kind = "hip" if torch.version.hip else "npu" if tp_slice.device.type == "npu" else "cuda"
+        visibility = devices.server_environment(tp_slice.visible_devices, kind=kind) if tp_slice.visible_devices else {}
         environment, warnings = child_environment(
             os.environ,
             visibility=visibility,
-            user=order.env,
-            device_type=site.device.type,
-            tp_size=site.tp_size,
+            user=request.env,
+            device_type=tp_slice.device.type,
+            tp_size=tp_slice.tp_size,
             cores=sorted(os.sched_getaffinity(0)),
-            stub=sglang_stub_needed() if site.device.type == "cpu" else None,
+            stub=sglang_stub_needed() if tp_slice.device.type == "cpu" else None,
         )
         for warning in warnings:
             logger.warning("%s", warning)
+        name = f"{tp_slice.job}-{tp_slice.slice_index}-{request.nonce}.log"
+        default_log_path = Path(tempfile.gettempdir()) / f"tpcolocate-{os.getuid()}" / name
         pid, started = this_process()
         return ServerSpec(
-            model_path=order.model,
-            arguments=order.arguments,
+            model_path=request.model_path,
+            arguments=request.arguments,
             environment=environment,
-            log_path=Path(log_path) if log_path is not None else self._default_log_path(),
+            log_path=default_log_path if log_path is None else Path(log_path),
             owner_pid=pid,
             owner_started=started,
-            unlink=(str(self._announced), str(self.sync_folder)),
+            unlink=(str(self._announcement_path), str(self.sync_folder)),
         )
 
-    def _default_log_path(self) -> Path:
-        name = f"{self.site.job}-{self.site.slice_index}-{self.order.nonce}.log"
-        return Path(tempfile.gettempdir()) / f"tpcolocate-{os.getuid()}" / name
-
-    def _announcement(self, launched: Launched) -> rendezvous.Announcement:
+    def _announcement(self, running: RunningServer) -> rendezvous.Announcement:
         pid, started = this_process()
         return rendezvous.Announcement(
-            url=launched.url,
-            api_key=launched.api_key,
-            job=self.site.job,
-            slice_ranks=self.site.group.ranks,
+            url=running.url,
+            api_key=running.api_key,
+            job=self.tp_slice.job,
+            slice_ranks=self.tp_slice.group.ranks,
             pid=pid,
             started=started,
-            nonce=self.order.nonce,
+            nonce=self.request.nonce,
         )
 
-    # --- the others ----------------------------------------------------------------------------------------------
+    # --- clients -------------------------------------------------------------------------------------------------
 
-    def follow(self, *, health_timeout_s: float) -> Launched:
-        """On a client: hear from the owner, or read of the server in its file where the slice's group has failed.
+    def wait_for_server(self, *, health_timeout_s: float) -> RunningServer:
+        """Wait on a client for the owner's report, or for the rendezvous file if the slice's group has failed.
 
-        Collective: over the slice, whose owner has to `carry_out`.
+        Collective: over the slice, whose owner calls `start_server`.
+
+        Args:
+            health_timeout_s: As on the owner, in seconds.
+
+        Raises:
+            ConfigError, LaunchError, DeadlineError, RankLostError: As `Colocation.launch`.
         """
-        group = self.site.group
+        group = self.tp_slice.group
         try:
             while group.all_gather("follow", what="wait for the server", timeout_s=_HEARTBEAT_TIMEOUT_S)[0] != "done":
                 pass
-            outcome: list[Launched | None] = group.agree(None, None, what="launch the server")
+            outcome: list[RunningServer | None] = group.agree(None, None, what="launch the server")
             assert outcome[0] is not None
             return outcome[0]
         except RankLostError as lost:
@@ -298,35 +309,37 @@ class Launch:
                 raise
             try:
                 found = rendezvous.wait(
-                    self._announced,
-                    nonce=self.order.nonce,
-                    is_healthy=answers,
+                    self._announcement_path,
+                    nonce=self.request.nonce,
+                    is_healthy=is_listening,
                     timeout_s=health_timeout_s + _RENDEZVOUS_MARGIN_S,
                 )
             except RendezvousError as error:
-                lost.add_note(f"the rendezvous file did not help: {error}")
+                lost.add_note(f"the rendezvous file cannot be used: {error}")
                 raise lost from error
-            logger.warning("found the server by the file %s after the slice's group failed: %s", self._announced, lost)
+            logger.warning(
+                "found the server in %s after the slice's process group failed: %s", self._announcement_path, lost
+            )
             client = ServerClient(found.url, api_key=found.api_key)
             try:
                 info = client.get("/server_info", timeout_s=_RENDEZVOUS_MARGIN_S)
             finally:
                 client.close()
-            return self._launched(found.url, found.api_key, info)
+            return self._running_server(found.url, found.api_key, info)
 
-    def _launched(self, url: str, api_key: str, info: Mapping[str, Any]) -> Launched:
-        return Launched(
+    def _running_server(self, url: str, api_key: str, info: Mapping[str, Any]) -> RunningServer:
+        return RunningServer(
             url=url,
             api_key=api_key,
             sglang_version=str(info["version"]),
-            state=_initial_state(info, self.site.device.type),
-            spec=read_spec(self.order.model),
+            state=_initial_state(info, self.tp_slice.device.type),
+            spec=read_spec(self.request.model_path),
             weight_version=str(info.get("weight_version", "default")),
         )
 
 
 class _Heartbeat:
-    """Tells the clients that the server still loads, and notices when one of them is gone."""
+    """Reports to the clients that the server still loads, and detects when one of them has exited."""
 
     def __init__(self, group: RankGroup) -> None:
         self.group = group
@@ -338,13 +351,13 @@ class _Heartbeat:
     def finish(self) -> None:
         self._send("done")
 
-    def _send(self, word: str) -> None:
+    def _send(self, status: str) -> None:
         if self.broken is not None:
             return
         try:
-            self.group.all_gather(word, what="wait for the server", timeout_s=_HEARTBEAT_TIMEOUT_S)
+            self.group.all_gather(status, what="wait for the server", timeout_s=_HEARTBEAT_TIMEOUT_S)
         except RankLostError as error:
-            # A dead client ends the launch.  If all live, only the group failed, and the file takes its place.
+            # A dead client ends the launch.  If all are alive, only the group failed, and clients use the file.
             if not all(member.is_running() for member in self.group.members):
                 raise
             self.broken = error
@@ -352,7 +365,7 @@ class _Heartbeat:
 
 def _initial_state(info: Mapping[str, Any], device_type: str) -> State:
     saver = bool(info.get("enable_memory_saver"))
-    # SGLang has no memory saver on the CPU: release and resume answer 200 there and change nothing.
+    # SGLang has no memory saver on the CPU: release and resume return 200 there and do nothing.
     on_cpu = device_type == "cpu"
     return State(
         frees_memory=saver or on_cpu,
@@ -360,8 +373,8 @@ def _initial_state(info: Mapping[str, Any], device_type: str) -> State:
     )
 
 
-def answers(announcement: rendezvous.Announcement) -> bool:
-    """Whether somebody listens where an announcement says."""
+def is_listening(announcement: rendezvous.Announcement) -> bool:
+    """Return whether the announced server accepts connections."""
     client = ServerClient(announcement.url, api_key=announcement.api_key)
     try:
         return client.is_listening(timeout_s=5.0)
@@ -369,4 +382,4 @@ def answers(announcement: rendezvous.Announcement) -> bool:
         client.close()
 
 
-__all__ = ["Launch", "Site", "agree_on_launch", "answers"]
+__all__ = ["Launch", "TpSlice", "agree_on_launch", "is_listening"]

@@ -1,4 +1,4 @@
-"""Blocking calls side by side."""
+"""Run blocking calls in background threads."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-# The other requests are as good as lost then; their own deadlines end them.
-_AFTER_AN_ERROR_S = 1.0
-_QUICK_S = 1e-4
+# After an error the other calls are likely to fail as well; their own deadlines end them.
+_AFTER_ERROR_S = 1.0
+_SHORT_INTERVAL_S = 1e-4
 
 
 def in_background(action: Callable[[], T], *, name: str) -> Future[T]:
-    """A blocking call in a thread of its own, from now on.
+    """Start a blocking call in a daemon thread.
 
-    Not an executor's: the interpreter waits for those when it ends, however long a server takes to answer.
+    Not in an executor: at exit the interpreter waits for its threads, however long a server takes to answer.
 
     Args:
-        action: Has a deadline of its own; nobody can end it from outside.
+        action: Must have a deadline of its own: it cannot be cancelled.
         name: Of the thread.
     """
     future: Future[T] = Future()
@@ -38,10 +38,10 @@ def in_background(action: Callable[[], T], *, name: str) -> Future[T]:
 
 
 def begun_in_background(action: Callable[[Callable[[], None]], T], *, name: str) -> Future[T]:
-    """`in_background` for a call that what follows must not overtake: returns once it has begun, or is over.
+    """Start a call as `in_background`, and return once it has begun or ended, so that later calls stay behind it.
 
     Args:
-        action: Is given a function, to be called when it has begun.
+        action: Gets a function that it calls when it has begun.
         name: Of the thread.
     """
     begun = threading.Event()
@@ -51,19 +51,19 @@ def begun_in_background(action: Callable[[Callable[[], None]], T], *, name: str)
     return future
 
 
-def beside(under_way: Sequence[Future[Any]], action: Callable[[], object]) -> None:
-    """Carry out one more, and wait for all; raise its error if it fails, else the first of theirs."""
+def beside(running: Sequence[Future[Any]], action: Callable[[], object]) -> None:
+    """Run one more call and wait for all; raise its error if it fails, otherwise the first of the others."""
     try:
         action()
     except BaseException:
-        wait(under_way, _AFTER_AN_ERROR_S)
+        wait(running, _AFTER_ERROR_S)
         raise
-    for future in under_way:
+    for future in running:
         future.result()
 
 
 class _Interval:
-    """The interpreter's switch interval, one for all threads: the first that wants it short sets it, the last restores it."""
+    """The interpreter's switch interval, shared by all threads: the first user shortens it, the last restores it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -74,15 +74,15 @@ class _Interval:
         with self._lock:
             if self._num_users == 0:
                 self._before = sys.getswitchinterval()
-                if self._before > _QUICK_S:
-                    sys.setswitchinterval(_QUICK_S)
+                if self._before > _SHORT_INTERVAL_S:
+                    sys.setswitchinterval(_SHORT_INTERVAL_S)
             self._num_users += 1
 
     def restore(self) -> None:
         with self._lock:
             self._num_users -= 1
-            if self._num_users == 0 and self._before > _QUICK_S:
-                # Kept in whole microseconds, cut off: some values would shrink by one each time they are put back.
+            if self._num_users == 0 and self._before > _SHORT_INTERVAL_S:
+                # Stored in whole microseconds, rounded down: without this, some values would shrink at every restore.
                 sys.setswitchinterval(self._before + 5e-7)
 
 
@@ -91,9 +91,9 @@ _interval = _Interval()
 
 @contextlib.contextmanager
 def quick_switching() -> Iterator[None]:
-    """Lets background calls run beside a thread that computes: a thread that has its answer waits 0.1 ms for its turn.
+    """Shorten the interpreter's switch interval to 0.1 ms, so that background calls go on beside a busy thread.
 
-    The interpreter's default is 5 ms, several times what a request takes.
+    The default is 5 ms, several times as long as a request.
     """
     _interval.shorten()
     try:

@@ -1,4 +1,4 @@
-"""Which process is which: a pid is given to another one in time, a pid with its start is not."""
+"""Identity of a process: its pid, which may be reused, and its start time."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 
 
 def this_process() -> tuple[int, int]:
-    """Pid and start time, which together identify this process."""
+    """Return pid and start time (`start_of`), which together identify this process."""
     pid = os.getpid()
     started = start_of(pid)
     assert started is not None
@@ -14,14 +14,13 @@ def this_process() -> tuple[int, int]:
 
 
 def start_of(pid: int) -> int | None:
-    """When a process started, in clock ticks since boot; None if it has ended, whether or not its parent has noticed.
+    """Return the start of a process in clock ticks since boot; None if it has exited, reaped or not.
 
-    Not in seconds since the epoch: those are computed from the clock, and a clock that is set makes every process
-    look like another one.  Field 22 of /proc/PID/stat; see proc(5).
+    Not in seconds since the epoch: those change whenever the clock is set.  Field 22 of /proc/PID/stat; see proc(5).
     """
     try:
         with open(f"/proc/{pid}/stat", "rb") as stat:
-            fields = stat.read().rpartition(b")")[2].split()  # the name before it may hold spaces and brackets
+            fields = stat.read().rpartition(b")")[2].split()  # the name before it may contain spaces and brackets
     except OSError:
         return None
     return None if fields[0] in (b"Z", b"X") else int(fields[19])

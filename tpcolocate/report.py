@@ -1,4 +1,4 @@
-"""What a weight sync tells about itself."""
+"""Reports of weight syncs, and the stopwatch that times their phases."""
 
 from __future__ import annotations
 
@@ -10,60 +10,66 @@ from time import perf_counter
 
 @dataclass(frozen=True, slots=True)
 class RankReport:
-    """One rank's part in a sync.
+    """One rank's part in a weight sync.
 
     Attributes:
         rank: Global rank.
-        seconds: Seconds per phase: ``prepare`` (checks and agreement), ``open`` (until the TP workers listen),
-            ``preflight`` (where one was made), ``lend`` and ``plan`` (where parts are moved), ``gather`` (weights into
-            staging memory), ``export`` (checksums and handles), ``push`` (the workers, waited for by every rank),
-            ``settle`` (until they let go of the handles), ``prove`` (comparison of what they hold), ``finish`` (the
-            workers' end, version).  A sync that repeats the last one has neither ``lend`` nor ``plan``.
-        num_exported: Handles this rank exported for this sync.
-        num_returned: Handles of those that it saw come back; equal to `num_exported` after a good sync.
-        num_lent: Handles of this rank's own parameters that the engine keeps open from sync to sync.
-        latest_return_s: Longest that a handle stayed out after the engine had answered, in seconds.
-        direct_bytes: What this rank's TP worker copied straight out of this rank's parameters.
-        staged_bytes: What went through this rank's staging memory.
-        peak_extra_bytes: Most memory that the sync held at once on this rank's device on top of what was there
-            before (staging and gathered tensors), as the allocator counts it; staging alone on a CPU.
-        allocated_bytes: What this rank holds after the sync (the allocator's count; shared memory on a CPU).
+        seconds: Seconds per phase, phases that did not run left out: ``prepare`` (arguments and agreement), ``open``
+            (connect to the TP workers), ``preflight``, ``trace`` (dry run of the engine's loader), ``map`` (map parameters
+            into the workers), ``plan`` (transfer plan), ``gather`` (weights into staging memory), ``export`` (checksums and
+            handles), ``push`` (copy in the workers), ``release`` (wait until handles are released), ``verify`` (compare
+            the engine's parameters), ``finish`` (close the session, set the weight version).  A sync that repeats the
+            last one has no ``trace``, ``map`` and ``plan``.
+        num_exported: Handles that this rank exported for this sync.
+        num_returned: Those that were released; equal to `num_exported` after a good sync.
+        num_mapped: Handles of this rank's own parameters that the engine keeps open from sync to sync.
+        latest_return_s: Longest time from the engine's answer to the release of a handle, in seconds.
+        direct_bytes: Bytes that this rank's TP worker copied straight from this rank's parameters.
+        staged_bytes: Bytes that went through this rank's staging memory.
+        peak_extra_bytes: Peak memory of the sync on this rank's device beyond what was allocated before (staging and
+            gathered tensors), as the allocator counts it; staging memory alone on a CPU.
+        allocated_bytes: Memory allocated on this rank after the sync (the allocator's count; shared memory on a CPU).
     """
 
     rank: int
     seconds: dict[str, float]
     num_exported: int
     num_returned: int
-    num_lent: int
+    num_mapped: int
     latest_return_s: float
     direct_bytes: int
     staged_bytes: int
     peak_extra_bytes: int
     allocated_bytes: int
 
+    @property
+    def num_lent(self) -> int:
+        """Former name of `num_mapped`."""
+        return self.num_mapped
+
 
 @dataclass(frozen=True, slots=True)
 class SyncReport:
-    """What `Engine.sync_weights` did; the same on every rank of the slice but for `rank` and `seconds`.
+    """Result of `Engine.sync_weights`; the same on every rank of the slice but for `rank` and `seconds`.
 
     Attributes:
-        rank: Global rank that holds this report.
-        weight_version: What the engine now reports with every generated sequence.
+        rank: Global rank that returned this report.
+        weight_version: Version that the engine now reports with every generated sequence.
         num_bytes: Bytes of weights, counted once however many TP ranks read them.
         num_tensors: Tensors sent.
-        num_buckets: Commands they were sent in.
+        num_buckets: Commands that they were sent in.
         seconds: From the call to its return on this rank.
         transport: ``"ipc"``, ``"file"`` or ``"stock"``.
-        checked_against: Where the names and shapes came from that the weights were checked against.
-        num_replayed: Tensors that the workers copied by a plan learned at an earlier sync, without the engine's loader.
-        worker_seconds: Seconds inside the TP workers, the slowest one's: ``open`` (map the handles), ``check``
-            (checksum), ``bring`` (a bucket from another GPU), ``load``, ``compare`` (read the parameters back); of parts,
-            ``load`` and in it ``one_pass`` (one kernel copies and reads back) or ``copy`` (torch's copies and sums); empty
-            with ``transport="stock"``.
-        num_proven: Tensors whose values were read back from the parameters of every TP rank and equal what was sent.
-        unproven: Names for which that cannot be told (the engine transforms them while loading), or all that were
-            sent where nothing was read back (``transport="stock"``).
-        bucket_bytes: Size of the buckets, as planned from the least free memory of the slice.
+        checked_against: Source of the names and shapes that the weights were checked against.
+        num_replayed: Tensors copied by the plan of an earlier sync, without the engine's loader.
+        worker_seconds: Seconds per step in the slowest TP worker: ``map`` and ``open`` (map the handles), ``define``
+            (build the copy plan), ``check`` (checksums), ``bring`` (fetch a bucket from another GPU), ``load``,
+            ``compare`` (read the parameters back); with a transfer plan, ``load`` and in it ``one_pass`` (fused copy and
+            checksum) or ``copy`` (torch's copies and sums).  Empty with ``transport="stock"``.
+        num_verified: Tensors whose values were read back from every TP rank's parameters and equal what was sent.
+        unverified: Names for which that cannot be checked (the engine transforms them while loading), or all that
+            were sent where nothing is read back (``transport="stock"``).
+        bucket_bytes: Size of the buckets, planned from the least free memory of the slice.
         warnings: What the user should look at, such as memory that rises from sync to sync.
         ranks: Every rank's part, in tp order.
     """
@@ -78,25 +84,35 @@ class SyncReport:
     checked_against: str
     num_replayed: int
     worker_seconds: dict[str, float]
-    num_proven: int
-    unproven: tuple[str, ...]
+    num_verified: int
+    unverified: tuple[str, ...]
     bucket_bytes: int
     warnings: tuple[str, ...]
     ranks: tuple[RankReport, ...]
+
+    @property
+    def num_proven(self) -> int:
+        """Former name of `num_verified`."""
+        return self.num_verified
+
+    @property
+    def unproven(self) -> tuple[str, ...]:
+        """Former name of `unverified`."""
+        return self.unverified
 
     def __str__(self) -> str:
         phases = next(r for r in self.ranks if r.rank == self.rank).seconds
         parts = ", ".join(f"{name} {value * 1e3:.1f}" for name, value in phases.items())
         return (
             f"synced {self.num_tensors} tensors, {self.num_bytes / 2**20:.1f} MiB in {self.num_buckets} buckets, "
-            f"{self.seconds * 1e3:.1f} ms ({parts}), {self.transport}, {self.num_proven} proven, "
+            f"{self.seconds * 1e3:.1f} ms ({parts}), {self.transport}, {self.num_verified} verified, "
             f"version {self.weight_version}"
         )
 
 
 @dataclass(slots=True)
 class Stopwatch:
-    """Seconds per phase; a phase that is entered again adds up, one inside another is part of that."""
+    """Seconds per phase.  Repeated phases add up; a nested phase counts as part of the outer one."""
 
     seconds: dict[str, float] = field(default_factory=dict)
     started: float = field(default_factory=perf_counter)

@@ -1,8 +1,8 @@
-"""Physical devices -> who owns the server of a tp slice.
+"""Physical devices -> tp order and owner of a tp slice.
 
-Pure: what every rank holds has been exchanged before, and every rank decides alike.  The server's
-TP order is the order of the slice's devices, so that TP rank k runs on the device of the training
-rank ``ranks[k]``, and the rank on the lowest device owns the server.
+Pure: every rank computes the same roles from devices that were exchanged before.  The server's TP order is the order of
+the slice's devices, so that TP rank k runs on the device of the training rank ``ranks[k]``; the rank on the lowest
+device owns the server.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from tpcolocate.errors import DeviceError, LayoutError
 
 @dataclass(frozen=True, slots=True)
 class RankDevice:
-    """What one training rank runs on.
+    """Device of one training rank.
 
     Attributes:
         rank: Global rank.
-        host: Identity of its host, compared and never interpreted.
+        host: Identity of its host; only compared.
         device: Its device; None for a rank on the CPU.
     """
 
@@ -32,13 +32,13 @@ class RankDevice:
 
 @dataclass(frozen=True, slots=True)
 class Roles:
-    """Who does what in one tp slice.
+    """Tp order, owner and devices of one tp slice.
 
     Attributes:
         ranks: Global ranks in tp order: the rank on TP rank k's device is ``ranks[k]``.
         owner_rank: Global rank that launches the server, ``ranks[0]``.
-        visible_devices: Tokens in tp order, for the server's environment only; empty on the CPU.
-        shared: All ranks of the slice sit on one device (test rigs only).
+        visible_devices: Device tokens in tp order, for the server's environment only; empty on the CPU.
+        shared: All ranks of the slice share one device (test rigs only).
     """
 
     ranks: tuple[int, ...]
@@ -48,19 +48,19 @@ class Roles:
 
 
 def assign(members: Sequence[RankDevice], *, allow_shared_devices: bool = False) -> Roles:
-    """Order the ranks of one slice and name its owner.
+    """Order the ranks of one slice and elect its owner.
 
-    Devices order by physical index; UUIDs that no inventory placed, by their token; CPU ranks, by
-    rank.  The order of ``members`` does not matter.
+    Devices are ordered by physical index; UUIDs without an index, by token; CPU ranks, by rank.  The order of
+    ``members`` does not matter.
 
     Args:
         members: The ranks of one slice.
-        allow_shared_devices: All ranks may sit on one device, as on a rig with a single GPU.
+        allow_shared_devices: All ranks may share one device, as on a rig with a single GPU.
 
     Raises:
         LayoutError: No rank, a rank twice, or ranks of several hosts.
-        DeviceError: CPU and GPU ranks in one slice; a device held twice; tokens that cannot be
-            ordered or cannot stand in one list.
+        DeviceError: CPU and GPU ranks in one slice; a device used twice; tokens that cannot be ordered or cannot be
+            in one list.
     """
     members = sorted(members, key=lambda member: member.rank)
     ranks = tuple(member.rank for member in members)
@@ -72,36 +72,36 @@ def assign(members: Sequence[RankDevice], *, allow_shared_devices: bool = False)
     if len(hosts) > 1:
         places = ", ".join(f"rank {member.rank} on {member.host}" for member in members)
         raise LayoutError(
-            f"a tp slice lies on {len(hosts)} hosts: {places}",
+            f"a tp slice spans {len(hosts)} hosts: {places}",
             slice_ranks=ranks,
             hint="One server spans the GPUs of one host: choose a tp_size that divides the ranks of each host.",
         )
-    held = [(member.rank, member.device) for member in members if member.device is not None]
-    if not held:
+    used = [(member.rank, member.device) for member in members if member.device is not None]
+    if not used:
         return Roles(ranks=ranks, owner_rank=ranks[0], visible_devices=(), shared=False)
-    if len(held) != len(members):
+    if len(used) != len(members):
         on_cpu = ", ".join(str(member.rank) for member in members if member.device is None)
         raise DeviceError(
-            f"a tp slice mixes CPU and GPU ranks: on the CPU {on_cpu}; on GPUs {', '.join(str(r) for r, _ in held)}",
+            f"a tp slice mixes CPU and GPU ranks: on the CPU {on_cpu}; on GPUs {', '.join(str(r) for r, _ in used)}",
             slice_ranks=ranks,
             hint="Pass the same kind of device on every rank of the slice.",
         )
-    same = [(a, b) for a, b in combinations(held, 2) if same_device(a[1], b[1])]
+    same = [(a, b) for a, b in combinations(used, 2) if same_device(a[1], b[1])]
     shared = allow_shared_devices and len(same) > 0
-    if shared and len(same) != len(held) * (len(held) - 1) // 2:
+    if shared and len(same) != len(used) * (len(used) - 1) // 2:
         raise DeviceError(
-            f"a tp slice shares devices in part: {_list(held)}",
+            f"a tp slice shares devices in part: {_list(used)}",
             slice_ranks=ranks,
             hint="Give every rank its own device, or put all ranks of the slice on one.",
         )
     if same and not shared:
         (rank, device), (other, _) = same[0]
-        raise _held_twice(rank, other, device, members[0].host, slice_ranks=ranks)
+        raise _used_twice(rank, other, device, members[0].host, slice_ranks=ranks)
     if shared:
-        token = _tokens(held[:1], ranks)[ranks[0]]
+        token = _tokens(used[:1], ranks)[ranks[0]]
         return Roles(ranks=ranks, owner_rank=ranks[0], visible_devices=(token,), shared=True)
-    ordered = tuple(rank for rank, _ in _in_device_order(held, ranks))
-    tokens = _tokens(held, ranks)
+    ordered = tuple(rank for rank, _ in _in_device_order(used, ranks))
+    tokens = _tokens(used, ranks)
     return Roles(
         ranks=ordered,
         owner_rank=ordered[0],
@@ -111,26 +111,29 @@ def assign(members: Sequence[RankDevice], *, allow_shared_devices: bool = False)
 
 
 def check_exclusive(ranks: Sequence[RankDevice]) -> None:
-    """Check, over all ranks of the job, that no two ranks of one host hold one device.
+    """Check that no two ranks of one host use the same device.
+
+    Args:
+        ranks: All ranks of the job.
 
     Raises:
-        DeviceError: A device is held twice; names both ranks, the device and the host.
+        DeviceError: A device is used twice; names both ranks, the device and the host.
     """
-    held: dict[str, list[tuple[int, PhysicalDevice]]] = {}
+    used: dict[str, list[tuple[int, PhysicalDevice]]] = {}
     for member in sorted(ranks, key=lambda member: member.rank):
         if member.device is None:
             continue
-        neighbours = held.setdefault(member.host, [])
+        neighbours = used.setdefault(member.host, [])
         for rank, device in neighbours:
             if same_device(device, member.device):
-                raise _held_twice(rank, member.rank, device, member.host, slice_ranks=None)
+                raise _used_twice(rank, member.rank, device, member.host, slice_ranks=None)
         neighbours.append((member.rank, member.device))
 
 
 def same_device(a: PhysicalDevice, b: PhysicalDevice) -> bool:
-    """Whether two devices of one host are one: by UUID, else by index, else by token.
+    """Return whether two devices of one host are the same: by UUID, else by index, else by token.
 
-    An abbreviated UUID counts as the device whose UUID it begins.
+    An abbreviated UUID matches the UUIDs that it begins.
     """
     if a.uuid is not None and b.uuid is not None:
         return a.uuid.casefold() == b.uuid.casefold()
@@ -145,28 +148,28 @@ def _is_integer(token: str) -> bool:
 
 
 def _in_device_order(
-    held: list[tuple[int, PhysicalDevice]], ranks: tuple[int, ...]
+    used: list[tuple[int, PhysicalDevice]], ranks: tuple[int, ...]
 ) -> list[tuple[int, PhysicalDevice]]:
-    placed = [device.index is not None for _, device in held]
-    if any(placed) and not all(placed):
+    indexed = [device.index is not None for _, device in used]
+    if any(indexed) and not all(indexed):
         raise DeviceError(
-            f"the devices of a tp slice cannot be ordered, some have an index and some only a UUID: {_list(held)}",
+            f"the devices of a tp slice cannot be ordered, some have an index and some only a UUID: {_list(used)}",
             slice_ranks=ranks,
             hint="Name all devices by integers or all by UUIDs, or install a driver with NVML on this host.",
         )
-    # The token after the index: MIG instances of one GPU share its index.
-    return sorted(held, key=lambda item: (-1 if item[1].index is None else item[1].index, item[1].token.casefold()))
+    # By token after the index: MIG instances of one GPU share its index.
+    return sorted(used, key=lambda item: (-1 if item[1].index is None else item[1].index, item[1].token.casefold()))
 
 
-def _tokens(held: list[tuple[int, PhysicalDevice]], ranks: tuple[int, ...]) -> dict[int, str]:
-    """Token to emit per rank, all of one form: no runtime reads mixed lists as they are meant."""
-    if all(_is_integer(device.token) for _, device in held):
-        return {rank: device.token for rank, device in held}
-    tokens: dict[int, str] = {rank: device.token if device.uuid is None else device.uuid for rank, device in held}
+def _tokens(used: list[tuple[int, PhysicalDevice]], ranks: tuple[int, ...]) -> dict[int, str]:
+    """Return a token per rank, all of one form: runtimes do not read mixed lists correctly."""
+    if all(_is_integer(device.token) for _, device in used):
+        return {rank: device.token for rank, device in used}
+    tokens: dict[int, str] = {rank: device.token if device.uuid is None else device.uuid for rank, device in used}
     forms = {"" if _is_integer(token) else token.partition("-")[0].upper() for token in tokens.values()}
     if len(forms) > 1:
         raise DeviceError(
-            f"one list of visible devices cannot hold the tokens of this tp slice: {_list(held)}",
+            f"the device tokens of this tp slice cannot be in one list: {_list(used)}",
             slice_ranks=ranks,
             hint="Name all devices by integers or all by UUIDs; "
             "CUDA_DEVICE_ORDER=PCI_BUS_ID lets integers be translated to UUIDs.",
@@ -174,15 +177,15 @@ def _tokens(held: list[tuple[int, PhysicalDevice]], ranks: tuple[int, ...]) -> d
     return tokens
 
 
-def _list(held: list[tuple[int, PhysicalDevice]]) -> str:
-    return ", ".join(f"rank {rank} on {device.token}" for rank, device in held)
+def _list(used: list[tuple[int, PhysicalDevice]]) -> str:
+    return ", ".join(f"rank {rank} on {device.token}" for rank, device in used)
 
 
-def _held_twice(
+def _used_twice(
     rank: int, other: int, device: PhysicalDevice, host: str, *, slice_ranks: tuple[int, ...] | None
 ) -> DeviceError:
     return DeviceError(
-        f"device {device.token!r} of host {host!r} is held by rank {rank} and by rank {other}",
+        f"device {device.token!r} of host {host!r} is used by rank {rank} and by rank {other}",
         slice_ranks=slice_ranks,
         device=device.token if device.uuid is None else device.uuid,
         hint="Give each rank its own device: torch.device('cuda', local_rank), or one visible device per rank.",

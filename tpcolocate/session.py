@@ -1,7 +1,7 @@
-"""`init` and what it returns: a rank's place in its tp slice, and the launch of the slice's server.
+"""Public entry points: `init`, `Colocation` and `connect`.
 
-Everything that can be decided is decided by pure functions from facts that all ranks have exchanged, so that every
-rank comes to the same answer or the same error; the rest is carried out by the owner and told to the others.
+Decisions are made by pure functions of facts that all ranks have exchanged, so that every rank gets the same result or
+the same error; the owner carries them out and reports to the others.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from tpcolocate.engine.engine import Engine
 from tpcolocate.errors import ConfigError, RendezvousError
 from tpcolocate.groups import Host, Member, exchange, make_group
 from tpcolocate.in_server.tpcolocate_receiver import kernels
-from tpcolocate.launch import Site, agree_on_launch, answers
-from tpcolocate.placement import look_around, plan, told
+from tpcolocate.launch import TpSlice, agree_on_launch, is_listening
+from tpcolocate.placement import error_fields, inspect_device, plan_roles
 from tpcolocate.processes import this_process
 from tpcolocate.server.api import ServerApi
 from tpcolocate.server.arguments import RECEIVER
@@ -37,7 +37,7 @@ from tpcolocate.server.process import ServerProcess
 from tpcolocate.weights.sync.syncer import WeightSync
 
 _WARM_UP_S = 30.0
-# It takes two seconds the first time on a machine, beside a server that takes a minute.
+# Compiling takes two seconds the first time on a machine, while the server takes a minute to start.
 _KERNEL_S = 10.0
 _inits = itertools.count()
 
@@ -49,29 +49,29 @@ def init(
     timeout_s: float = 600.0,
     allow_shared_devices: bool = False,
 ) -> Colocation:
-    """Cut the ranks of the job into tp slices, and say what this rank is in its own.
+    """Divide the ranks of the job into tp slices and return this rank's role.
 
     Collective: over the default process group; every rank calls it, with the same `tp_size`.  Without
     torch.distributed a single process may call it with ``tp_size=1``.
 
     Args:
-        tp_size: GPUs per SGLang server.  1 gives every rank a server of its own and makes no process group.
-        device: What this rank trains on; an index counts within this process's CUDA_VISIBLE_DEVICES.  Default: the
-            current CUDA device, or the CPU where there is none.
+        tp_size: GPUs per SGLang server.  1 gives every rank a server of its own and creates no process group.
+        device: Training device of this rank; an index counts within this process's CUDA_VISIBLE_DEVICES.  Default:
+            the current CUDA device, or the CPU where there is none.
         timeout_s: How long a rank waits for the others of its slice in one call, in seconds.
-        allow_shared_devices: Permit that all ranks of a slice sit on one GPU.  For test rigs.
+        allow_shared_devices: Allow all ranks of a slice to share one GPU.  For test rigs.
 
     Returns:
-        This rank's place; close it (or use it as a context manager) when done.
+        This rank's role; close it (or use it as a context manager) when done.
 
     Raises:
-        ConfigError: `tp_size` is no positive integer, or there is no process group for it.
-        LayoutError: The ranks cannot be cut into slices: they disagree on `tp_size`, it does not divide their number,
-            or a slice would span hosts or containers.
-        DeviceError: A device is invalid, not visible, or held by two ranks.
+        ConfigError: `tp_size` or `timeout_s` is not positive, or `tp_size` > 1 without torch.distributed.
+        LayoutError: The ranks cannot be divided into slices: they disagree on `tp_size`, it does not divide their
+            number, or a slice would span hosts or containers.
+        DeviceError: A device is invalid, not visible, or used by two ranks.
         RankLostError: Not all ranks called `init` within `timeout_s`.
 
-        All of them on every rank, before anything was started.
+        All are raised on every rank, before anything is started.
     """
     distributed = dist.is_available() and dist.is_initialized()
     error = _check_arguments(tp_size, timeout_s)
@@ -84,7 +84,7 @@ def init(
                 hint="start the script with torchrun and call torch.distributed.init_process_group() before init()",
             )
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
-    place, here, trouble = look_around(device)
+    torch_device, facts, device_error = inspect_device(device)
     pid, started = this_process()
     member = Member(
         rank=rank,
@@ -93,16 +93,16 @@ def init(
         host=Host.here(),
         pid=pid,
         started=started,
-        facts={**here, "job": f"{pid}-{secrets.token_hex(4)}", "version": __version__, "shared": allow_shared_devices},
-        error=told(error if error is not None else trouble),
+        facts={**facts, "job": f"{pid}-{secrets.token_hex(4)}", "version": __version__, "shared": allow_shared_devices},
+        error=error_fields(error if error is not None else device_error),
     )
     if world_size == 1:
         members = [member]
     else:
-        # A fresh prefix per call: what an earlier init() left in the store must not be read as this one's.
+        # A fresh prefix per call: the entries of an earlier init() must not be read as this one's.
         store = dist.PrefixStore(f"tpcolocate/init/{next(_inits)}", dist.distributed_c10d._get_default_store())
         members = exchange(store, member, timeout_s=timeout_s)
-    slices = plan(members)
+    slices = plan_roles(members)
     index = next(i for i, r in enumerate(slices) if rank in r.ranks)
     group = world = None
     if tp_size > 1:
@@ -110,14 +110,14 @@ def init(
             made = make_group(slice_roles.ranks, timeout_s=timeout_s, description=f"tpcolocate slice {i}")
             group = made if i == index else group
         world = make_group(range(world_size), timeout_s=timeout_s, description="tpcolocate all slices")
-    mine = slices[index]
+    own = slices[index]
     return Colocation(
-        roles=mine,
+        roles=own,
         slice_index=index,
-        device=place,
+        device=torch_device,
         job=members[0].facts["job"],
-        tp_ranks={r: tp_rank for of_slice in slices for tp_rank, r in enumerate(of_slice.ranks)},
-        group=RankGroup([members[r] for r in mine.ranks], rank=rank, group=group, timeout_s=timeout_s),
+        tp_ranks={r: tp_rank for slice_roles in slices for tp_rank, r in enumerate(slice_roles.ranks)},
+        group=RankGroup([members[r] for r in own.ranks], rank=rank, group=group, timeout_s=timeout_s),
         world=None if world is None else RankGroup(members, rank=rank, group=world, timeout_s=timeout_s),
         world_size=world_size,
     )
@@ -125,14 +125,14 @@ def init(
 
 def _check_arguments(tp_size: object, timeout_s: object) -> ConfigError | None:
     if not isinstance(tp_size, int) or isinstance(tp_size, bool) or tp_size < 1:
-        return ConfigError(f"tp_size={tp_size!r} is no positive integer", hint="GPUs per server: 1, 2, 4, ...")
+        return ConfigError(f"tp_size must be a positive integer, got {tp_size!r}", hint="GPUs per server: 1, 2, 4, ...")
     if not isinstance(timeout_s, (int, float)) or not timeout_s > 0:
-        return ConfigError(f"timeout_s={timeout_s!r} is no positive number of seconds")
+        return ConfigError(f"timeout_s must be a positive number of seconds, got {timeout_s!r}")
     return None
 
 
 class Colocation:
-    """A rank's place in its tp slice; made by `init`.
+    """A rank's role in its tp slice; returned by `init`.
 
     Attributes:
         rank: Global rank.
@@ -140,13 +140,13 @@ class Colocation:
         tp_size: Ranks per slice, and TP ranks of its server.
         tp_rank: Position in the slice; TP rank k of the server runs on the device of the training rank with tp_rank k.
         slice_ranks: Global ranks of the slice, in tp order.
-        owner_rank: The one on the lowest physical device; it launches the server.
-        is_owner: Whether that is this rank.
+        owner_rank: The rank on the lowest physical device; it launches the server.
+        is_owner: Whether this rank is the owner.
         slice_index: Number of the slice, from 0.
-        device: What this rank trains on.
-        visible_devices: Device tokens of the slice in tp order: what the server, and it alone, will see.
+        device: Training device of this rank.
+        visible_devices: Device tokens of the slice in tp order, set in the environment of the server alone.
         group: The slice's process group (gloo); None with tp_size 1.
-        job: Identity of the job, the same on all ranks: the pid of rank 0 and something random.
+        job: Identity of the job, the same on all ranks: the pid of rank 0 and a random suffix.
     """
 
     def __init__(
@@ -174,7 +174,7 @@ class Colocation:
         self.job = job
         self._tp_ranks = tp_ranks
         self._slice = group
-        self._site = Site(
+        self._tp_slice = TpSlice(
             group=group,
             owner_rank=roles.owner_rank,
             device=device,
@@ -211,24 +211,24 @@ class Colocation:
 
         Args:
             model_path: Checkpoint folder or hub id, as for SGLang.
-            health_timeout_s: From the start of the process until it has generated a token, in seconds.
-            log_path: The server's output; default: a file in the temporary folder, removed after a clean shutdown.
-            env: Variables for the server alone, on top of this rank's environment.
-            server_args: SGLang's own arguments by their own names (``mem_fraction_static=0.4``); they win over what
-                this library sets (``disable_custom_all_reduce=True`` for tp_size > 1, and what a CPU needs).
+            health_timeout_s: From the start of the process to its first generated token, in seconds.
+            log_path: File for the server's output; default: one in the temporary folder, removed after a clean shutdown.
+            env: Environment variables for the server alone, added to this rank's environment.
+            server_args: SGLang's server arguments (``mem_fraction_static=0.4``); they override the defaults of this
+                library (``disable_custom_all_reduce=True`` for tp_size > 1, and what a CPU needs).
 
         Returns:
             The engine, on every rank; a context manager that shuts it down.
 
         Raises:
             ConfigError: Arguments that cannot work, that the installed SGLang lacks, or that differ between the ranks.
-            LaunchError, DeadlineError: The server did not come up; the log's tail is in the error.
+            LaunchError, DeadlineError: The server did not start; the tail of its log is in the error.
             RankLostError: A rank of the slice died.
 
-            The same on every rank of the slice, at once; nothing is left running.
+            The same error is raised on every rank of the slice; nothing is left running.
         """
         launch = agree_on_launch(
-            self._site,
+            self._tp_slice,
             os.fspath(model_path),
             env=dict(env or {}),
             server_args=server_args,
@@ -240,9 +240,9 @@ class Colocation:
         kernels.prepare(self.device)  # while the server starts
         try:
             if self.is_owner:
-                result, server, api = launch.carry_out(health_timeout_s=health_timeout_s, log_path=log_path)
+                result, server, api = launch.start_server(health_timeout_s=health_timeout_s, log_path=log_path)
             else:
-                result = launch.follow(health_timeout_s=health_timeout_s)
+                result = launch.wait_for_server(health_timeout_s=health_timeout_s)
         finally:
             kernels.wait_until_prepared(self.device, timeout_s=_KERNEL_S)
         lifecycle = Lifecycle(result.state, weight_version=result.weight_version)
@@ -280,14 +280,14 @@ class Colocation:
         engine = Engine(
             context,
             sglang_version=result.sglang_version,
-            model_path=launch.order.model,
+            model_path=launch.request.model_path,
             on_shutdown=on_shutdown,
         )
         self._engines.add(engine)
         return engine
 
     def close(self) -> None:
-        """Shut down what is still running, at once, and give the process groups back.  Idempotent."""
+        """Shut down engines that still run, at once, and destroy the process groups.  Idempotent."""
         if self._closed:
             return
         self._closed = True
@@ -307,14 +307,14 @@ class Colocation:
 
 
 def connect(job: str | None = None, *, slice_index: int | None = None) -> Client:
-    """Find a running server of this user from any process of the machine, in or out of the training job.
+    """Connect to a running server of this user, from any process of the machine.
 
     Args:
-        job: `Colocation.job`; may be left out while only one server is running.
+        job: `Colocation.job`; optional while only one server is running.
         slice_index: `Colocation.slice_index`; likewise.
 
     Returns:
-        A client that can generate.
+        A client of the server.
 
     Raises:
         RendezvousError: No such server, several of them, or it does not answer.
@@ -323,17 +323,19 @@ def connect(job: str | None = None, *, slice_index: int | None = None) -> Client
     if slice_index is not None:
         found = [(path, a) for path, a in found if path == rendezvous.path_for(a.job, slice_index)]
     if len(found) != 1:
-        what = "no running server" if not found else f"{len(found)} running servers"
+        number = "no running server" if not found else f"{len(found)} running servers"
         listed = "\n".join(f"  job {a.job}, ranks {','.join(map(str, a.slice_ranks))}: {a.url}" for _, a in found)
         raise RendezvousError(
-            f"found {what} of this user" + (f" in job {job}" if job is not None else ""),
+            f"found {number} of this user" + (f" in job {job}" if job is not None else ""),
             hint="pass job= and slice_index=" if found else "servers announce themselves once launch() has returned",
             details=listed if found else None,
         )
     announcement = found[0][1]
-    if not answers(announcement):
+    if not is_listening(announcement):
         raise RendezvousError(
-            f"the server at {announcement.url} does not answer", hint="see its owner's output", url=announcement.url
+            f"the server at {announcement.url} does not answer",
+            hint="see the output of its owner rank",
+            url=announcement.url,
         )
     return Client(announcement.url, api_key=announcement.api_key)
 

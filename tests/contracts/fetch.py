@@ -1,7 +1,7 @@
-"""Fetches the wheels of the releases that are contract-tested, without their dependencies, and unpacks them.
+"""Download and unpack the wheels of the releases that are contract-tested, without their dependencies.
 
-Run by ``make contracts``.  Needs an index the first time, and afterwards only to hear of a newer release; without one
-the newest that is already there counts.  Standard library and pip only.
+Run by ``make contracts``.  Needs an index the first time, and later only to find newer releases; without one the newest
+that was fetched is used.  Standard library and pip only.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ WHEELS = CACHE / "wheels"
 NEWEST = CACHE / "newest"
 PINNED = ("0.5.9", "0.5.12", "0.5.14", "0.5.17")
 INSTALLED = ("0.5.20", "0.5.21")
-"""In the environment already, because they run for real; see scripts/make_venv.py."""
+"""Installed in the environment, because other tests run them; see scripts/make_venv.py."""
 _TIMEOUT_S = 600
 
 
 def folder_of(version: str) -> Path:
-    """Where a fetched release lies unpacked."""
+    """Return the folder of a fetched release."""
     return CACHE / f"sglang-{version}"
 
 
 def newest() -> str | None:
-    """Version of the newest release that was fetched; None before the first fetch."""
+    """Return the version of the newest release that was fetched; None before the first fetch."""
     return NEWEST.read_text().strip() if NEWEST.exists() else None
 
 
@@ -40,7 +40,7 @@ def main() -> None:
     except subprocess.SubprocessError as error:
         if newest() is None:
             raise
-        print(f"The index cannot be asked for a newer release ({error}): {newest()} counts as the newest")
+        print(f"The index cannot be reached ({error}): using {newest()} as the newest release")
         return
     version = wheel.name.split("-")[1]
     if version not in INSTALLED:
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def _download(requirement: str) -> Path:
-    """One wheel by pip, or what an earlier call has left of it."""
+    """Download one wheel by pip, if it is not there yet."""
     command = [sys.executable, "-m", "pip", "--no-input", "--disable-pip-version-check", "download", "--no-deps"]
     command += ["--only-binary", ":all:", "--progress-bar", "off", "--dest", str(WHEELS), requirement]
     done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
@@ -72,7 +72,7 @@ def _unpack(wheel: Path) -> None:
     part = folder.with_name(folder.name + ".part")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(part)
-    part.rename(folder)  # complete or not there at all
+    part.rename(folder)  # atomic
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
-"""Runs in a process of its own with one release of SGLang on its path, and asks the release's own code.
+"""Check contracts against the code of one release of SGLang; run in a process of its own with the release on its path.
 
-The release's modules are imported as they are.  What stands in for something: ``sgl_kernel`` (the CUDA kernels; names
-only, none is called), a tokenizer manager behind SGLang's HTTP application (keeps what arrives instead of passing it to
-a scheduler), a model, and the configuration that newer releases publish when a server starts.
+The release's modules are imported unchanged.  Replaced are ``sgl_kernel`` (the CUDA kernels; names only, none is called),
+the tokenizer manager behind SGLang's HTTP application (records requests instead of passing them to a scheduler), the
+model, and the configuration that newer releases publish when a server starts.
 
-Every function in `CONTRACTS` returns what the tests look at, in JSON types, or raises; one that raises does not keep the
-others from running.
+Every function in `CONTRACTS` returns what the tests check, in JSON types, or raises, which does not stop the others.
 """
 
 from __future__ import annotations
@@ -43,17 +42,17 @@ from tpcolocate.server.lifecycle import Lifecycle, State
 from tpcolocate.server.process import hold_port
 from tpcolocate.server.releases import ENDPOINTS, SERVER_INFO, release
 
-MODEL = "dummy"  # SGLang's own word for: there is no model, resolve nothing
+MODEL = "dummy"  # SGLang's name for no model: nothing is resolved
 LOADED = []
-"""What `recording_loader` was called with."""
+"""Arguments of the calls of `recording_loader`."""
 
 
-# Modules of the kernel package that a release imports without asking whether they are there.
+# Modules of the kernel package that a release imports unconditionally.
 KERNELS = ("sgl_kernel.kvcacheio",)
 
 
 class _Kernels:
-    """Finds the `KERNELS`, as modules in which every name exists."""
+    """Import hook that provides the `KERNELS` as modules in which every name exists."""
 
     def find_spec(self, fullname, path=None, target=None):
         return ModuleSpec(fullname, self) if fullname in KERNELS else None
@@ -72,13 +71,13 @@ def _absent(name):
         raise AttributeError(name)
 
     def kernel(*args, **kwargs):
-        raise NotImplementedError(f"{name} is not there")
+        raise NotImplementedError(f"{name} is not available")
 
     return kernel
 
 
 def recording_loader(model, named_tensors):
-    """A weight loader with the signature that `tpcolocate_receiver.receive` has."""
+    """A weight loader with the signature of `tpcolocate_receiver.receive`."""
     LOADED.append((model, named_tensors))
 
 
@@ -117,9 +116,9 @@ def bucket_passes_the_unpickler():
     before = handle.count()
     bucket = FlattenedTensorBucket(**MultiprocessingSerializer.deserialize(ipc_payload.payload(handle, entries)))
     _check_equal(bucket.reconstruct_tensors(), tensors)
-    held = handle.count()
+    opened = handle.count()
     del bucket
-    return {"before": before, "held": held, "after": handle.count()}
+    return {"before": before, "opened": opened, "after": handle.count()}
 
 
 def command_passes_the_unpickler():
@@ -132,7 +131,7 @@ def command_passes_the_unpickler():
 
 
 def cuda_handle_passes_the_unpickler():
-    """As far as it goes without a device: what it names is let through, and SGLang finds the UUID where we put it."""
+    """Without a device: all names are allowed, and SGLang finds the UUID in its argument."""
     from sglang.srt.utils import common, patch_torch
     from torch.multiprocessing import reductions
 
@@ -145,7 +144,7 @@ def cuda_handle_passes_the_unpickler():
 
     class Unpickler(common.SafeUnpickler):
         def find_class(self, module, name):
-            found = super().find_class(module, name)  # raises what the release does not allow
+            found = super().find_class(module, name)  # raises for names that the release does not allow
             return (lambda *args: rebuilt.append(args)) if name == "rebuild_cuda_tensor" else found
 
     entries, _ = ipc_payload.layout([("w", torch.Size([64]), torch.float32)])
@@ -165,7 +164,7 @@ def cuda_handle_passes_the_unpickler():
 
 
 class _patched:
-    """Replaces attributes of a module, and puts them back; absent ones are left absent."""
+    """Replace attributes of a module and restore them; absent ones are not added."""
 
     def __init__(self, module, **attributes):
         self.module, self.attributes, self.saved = module, attributes, {}
@@ -182,7 +181,7 @@ class _patched:
 
 
 def unpickler_rules():
-    """Whether it refuses a function of an allowed module that no payload needs, and what it refuses for certain."""
+    """Return whether an unneeded function of an allowed module passes, and one that must never pass."""
     from sglang.srt.utils import common
 
     def allows(module, name):
@@ -208,23 +207,23 @@ class Model(torch.nn.Module):
 
 
 class Drafts:
-    """Stands for the draft model's worker; whoever asks it for anything has not left it alone."""
+    """Replaces the draft model's worker and records all access to it."""
 
     def __init__(self):
-        self.asked = []
+        self.accessed = []
 
     def __getattr__(self, name):
         if name.startswith("__"):
             raise AttributeError(name)
-        self.asked.append(name)
+        self.accessed.append(name)
         return lambda *args, **kwargs: (True, "done")
 
 
 def _engine(model, *, tp_rank, loaders, draft=None):
-    """The release's scheduler code for weight updates, its TP worker and its model runner, around a model of ours.
+    """Build the release's scheduler code for weight updates, TP worker and model runner around a model.
 
     Returns:
-        A function that runs a request through all of them; what arrived at the loading of adapters.
+        A function that runs a request through all of them; the arguments of the calls that load adapters.
     """
     from sglang.srt.managers import tp_worker
     from sglang.srt.model_executor import model_runner
@@ -319,7 +318,7 @@ def _engine(model, *, tp_rank, loaders, draft=None):
 
 
 def _update(payloads, **fields):
-    """As `ServerApi.push` sends it, in the release's own structure."""
+    """Return a request as `ServerApi.push` sends it, in the release's class."""
     target_only = release(find_installed(os.environ).version).target_only()
     received = _received(payloads)
     return _request(
@@ -334,7 +333,7 @@ def _request(name, **fields):
 
 
 def _received(payloads):
-    """As the payloads arrive at a TP worker: bytes from 0.5.15 on, the text itself before."""
+    """Return payloads as they arrive at a TP worker: bytes from 0.5.15 on, text before."""
     from sglang.srt.managers import io_struct
 
     hint = str(typing.get_type_hints(io_struct.UpdateWeightsFromTensorReqInput)["serialized_named_tensors"])
@@ -342,8 +341,8 @@ def _received(payloads):
 
 
 def the_loader_is_called_with_model_and_named_tensors():
-    """And on each TP rank with that rank's payload."""
-    import probe  # as the release imports it by its dotted name
+    """On each TP rank, with that rank's payload."""
+    import probe  # by its dotted name, as the release imports it
 
     found = []
     for tp_rank in range(2):
@@ -361,7 +360,7 @@ def the_loader_is_called_with_model_and_named_tensors():
 
 
 def our_receiver_is_found_by_its_name():
-    """By the release's own import of dotted names, and it raises nothing, whatever it is given."""
+    """By the release's import of dotted names; and it never raises, even for an unknown command."""
     from sglang.srt.utils import dynamic_import
 
     found = dynamic_import(RECEIVER)
@@ -394,9 +393,9 @@ def a_stock_bucket_reaches_the_models_own_loader():
     _check_equal(model.loaded, tensors)
 
 
-def a_draft_model_is_left_alone():
-    """With what the table says for the release; and that it is not, without."""
-    asked = {}
+def a_draft_model_is_not_updated():
+    """With the fields of the table, and as a control without them."""
+    accessed = {}
     for name, fields in {"with": None, "without": {}}.items():
         drafts = Drafts()
         run, _ = _engine(Model(), tp_rank=0, loaders=["probe.recording_loader"], draft=drafts)
@@ -407,16 +406,16 @@ def a_draft_model_is_left_alone():
         try:
             run(request)
         except TypeError:
-            pass  # a stand-in cannot be iterated over: it was asked
-        asked[name] = drafts.asked
-    return asked
+            pass  # the fake is not iterable, but its access is recorded
+        accessed[name] = drafts.accessed
+    return accessed
 
 
 # --- requests, over HTTP ---------------------------------------------------------------------------------------------
 
 
 class Manager:
-    """Keeps what SGLang's application hands to its tokenizer manager, and answers as if it had been done."""
+    """A tokenizer manager that records the requests of SGLang's application and reports success."""
 
     def __init__(self, server_args):
         from sglang.srt.managers import io_struct
@@ -453,17 +452,17 @@ class Manager:
         if name.startswith("_"):
             raise AttributeError(name)
 
-        async def verb(*args, **kwargs):
+        async def method(*args, **kwargs):
             self.received.append((name, args[0] if args else kwargs))
             if name == "update_weight_version":
                 self.weight_version = args[0].new_version
             return self.answers.get(name, lambda: (True, "done"))()
 
-        return verb
+        return method
 
 
 class Sent(ServerClient):
-    """Keeps what was posted."""
+    """A client that records what is posted."""
 
     def __init__(self, url):
         super().__init__(url)
@@ -498,12 +497,12 @@ def _serve():
     http_server.set_global_state(
         http_server._GlobalState(tokenizer_manager=manager, template_manager=None, scheduler_info={})
     )
-    held = hold_port()
+    reserved = hold_port()
     config = uvicorn.Config(http_server.app, lifespan="off", log_level="error")
     server = uvicorn.Server(config)
-    held.listen()
-    threading.Thread(target=server.run, kwargs={"sockets": [held]}, daemon=True).start()
-    url = f"http://127.0.0.1:{held.getsockname()[1]}"
+    reserved.listen()
+    threading.Thread(target=server.run, kwargs={"sockets": [reserved]}, daemon=True).start()
+    url = f"http://127.0.0.1:{reserved.getsockname()[1]}"
     client = Sent(url)
     deadline = time.monotonic() + 30
     while not server.started:
@@ -514,7 +513,7 @@ def _serve():
 
 
 def _plain(value):
-    """As JSON would show it: bytes are the base64 that was posted."""
+    """Return a value as in JSON: bytes as the base64 that was posted."""
     if isinstance(value, bytes):
         return base64.b64encode(value).decode()
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
@@ -537,7 +536,7 @@ def _arrives(*calls):
         received.setdefault(name, []).append(request)
     for path, body in client.posted:
         if path in ("/update_weight_version", "/flush_cache"):
-            continue  # the application carries these out itself; their own contract looks at the effect
+            continue  # handled by the application itself; other contracts check their effect
         request = received[path.strip("/")].pop(0)
         for field, value in body.items():
             there = getattr(request, field)  # AttributeError: dropped
@@ -582,7 +581,7 @@ def update_groups_arrive():
 
 
 def an_adapter_arrives_and_passes_the_unpickler():
-    """Over HTTP, and on through a TP worker up to where the release loads it."""
+    """Over HTTP and through a TP worker, up to where the release loads it."""
     tensors = {"base_model.model.q_proj.lora_A.weight": torch.arange(6.0).reshape(2, 3)}
     _, manager = _serve()
 
@@ -603,7 +602,7 @@ def an_adapter_arrives_and_passes_the_unpickler():
 
 
 def endpoints():
-    """What the application has: path -> methods, request structures -> fields, query parameters of those without."""
+    """Return the application's paths with methods, and the fields or query parameters of their requests."""
     from sglang.srt.entrypoints import http_server
     from sglang.srt.managers import io_struct
 
@@ -644,7 +643,7 @@ def generate_describes_its_fields():
     return {"missing": sorted(KNOWN_FIELDS - described), "num": len(described)}
 
 
-def server_info_says_what_is_asked_of_it():
+def server_info_has_the_expected_keys():
     client, _ = _serve()
     info = client.get("/server_info", timeout_s=30)
     return {"version": info.get("version"), "missing": [key for key in SERVER_INFO if key not in info]}
@@ -652,7 +651,7 @@ def server_info_says_what_is_asked_of_it():
 
 # --- arguments ------------------------------------------------------------------------------------------------------
 
-# What the guide shows and errors advise, beside what is always set.
+# Arguments that the guide and errors recommend, beside our defaults.
 USER_ARGUMENTS = {
     "plain": {},
     "memory": {"mem_fraction_static": 0.4, "enable_memory_saver": True, "enable_weights_cpu_backup": True},
@@ -672,21 +671,21 @@ def _parser():
     return parser
 
 
-def arguments_are_read_from_the_source_as_the_parser_has_them():
+def arguments_read_from_the_source_match_the_parser():
     installed = find_installed(os.environ)
     options = {o.removeprefix("--") for action in _parser()._actions for o in action.option_strings}
     read = set(installed.arguments()) | {"help", "-h"}
     return {
         "version": installed.version,
         "num": len(options),
-        "not_read": sorted(options - read),
-        "not_there": sorted(read - options),
+        "missed": sorted(options - read),
+        "invented": sorted(read - options),
         "update_fields": sorted(installed.request_fields("UpdateWeightsFromTensorReqInput")),
     }
 
 
 def every_argument_parses():
-    """By the release's own parser and its own reader of config files, as ``prepare_server_args`` joins them."""
+    """By the release's parser and reader of config files, combined as in ``prepare_server_args``."""
     try:
         from sglang.srt.server_args_config_parser import ConfigArgumentMerger
     except ImportError:
@@ -713,11 +712,11 @@ def every_argument_parses():
     return found
 
 
-# --- words -----------------------------------------------------------------------------------------------------------
+# --- messages --------------------------------------------------------------------------------------------------------
 
 
-def refusals_are_worded_as_we_read_them():
-    """Two refusals are told from others by the server's own words."""
+def rejections_have_the_expected_messages():
+    """Two rejections are recognised by the text of the server's message."""
     import sglang.srt
 
     srt = Path(sglang.srt.__path__[0])
@@ -729,13 +728,13 @@ def refusals_are_worded_as_we_read_them():
 
 
 def health_while_released():
-    """Whether a health request is kept from running while memory is released; see `HEALTH_RUNS_RELEASED`."""
+    """Return whether a health request runs while memory is released; see `HEALTH_RUNS_RELEASED`."""
     from sglang.srt.managers.scheduler import Scheduler
 
     for name in ("process_input_requests", "process_input_requests_"):
         if hasattr(Scheduler, name):
             source = inspect.getsource(getattr(Scheduler, name))
-            return {"asks": "is_health_check_generate_req" in source, "guarded": "offload_tags" in source}
+            return {"handled": "is_health_check_generate_req" in source, "guarded": "offload_tags" in source}
     raise AssertionError("the scheduler has no process_input_requests")
 
 
@@ -750,12 +749,12 @@ def version():
 CONTRACTS = (
     version, bucket_passes_the_unpickler, command_passes_the_unpickler, cuda_handle_passes_the_unpickler, unpickler_rules,
     the_loader_is_called_with_model_and_named_tensors, our_receiver_is_found_by_its_name,
-    a_loader_that_was_not_permitted_is_not_called, a_stock_bucket_reaches_the_models_own_loader, a_draft_model_is_left_alone,
+    a_loader_that_was_not_permitted_is_not_called, a_stock_bucket_reaches_the_models_own_loader, a_draft_model_is_not_updated,
     a_push_arrives,
     begin_and_end_of_a_sync_arrive, sleep_and_wake_arrive, update_groups_arrive,
     an_adapter_arrives_and_passes_the_unpickler, endpoints, generate_describes_its_fields,
-    server_info_says_what_is_asked_of_it, arguments_are_read_from_the_source_as_the_parser_has_them, every_argument_parses,
-    refusals_are_worded_as_we_read_them, health_while_released,
+    server_info_has_the_expected_keys, arguments_read_from_the_source_match_the_parser, every_argument_parses,
+    rejections_have_the_expected_messages, health_while_released,
 )  # fmt: skip
 
 
@@ -764,7 +763,7 @@ def main(out):
     import sgl_kernel
 
     if not hasattr(sgl_kernel, "__path__"):
-        sgl_kernel.__path__ = []  # the stand-in is one module; some releases import submodules of the package
+        sgl_kernel.__path__ = []  # the stub is a single module; some releases import submodules of the package
     found = {}
     for contract in CONTRACTS:
         started = time.monotonic()
@@ -776,10 +775,10 @@ def main(out):
                 "traceback": traceback.format_exc(),
             }
         found[contract.__name__]["seconds"] = round(time.monotonic() - started, 2)
-        # After every one: a release that takes the process down must not take the answers along.
+        # After every contract: a release that crashes the process must not lose the others' results.
         Path(out).write_bytes(pickle.dumps(found))
 
 
 if __name__ == "__main__":
     main(sys.argv[1])
-    os._exit(0)  # the application's thread has nothing to say any more
+    os._exit(0)  # without waiting for the application's thread

@@ -1,10 +1,10 @@
-"""What we rely on in SGLang, asked of the code of its releases: what they take, what they pass on, what they refuse.
+"""Contracts with SGLang, checked against the code of its releases.
 
 One process per release runs ``probe.py`` with that release on its path, and every contract is a test of its own that
-reads what the probe has found: a new release that breaks one is one failing test that names both.
+checks the probe's result: if a new release breaks one, the failing test names both.
 
-The releases that also run for real (see tests/test_engine.py) are checked by ``make test``; all of them, the newest on
-the index among them, by ``make contracts``, which fetches them first.
+The releases that other tests run (see tests/test_engine.py) are checked by ``make test``; all of them, including the
+newest on the index, by ``make contracts``, which fetches them first.
 """
 
 import ast
@@ -35,7 +35,7 @@ NEWEST = fetch.newest()
 
 
 def folder_of(version):
-    """Where a release lies: installed into the environment, beside it in a folder of its own, or fetched."""
+    """Return the folder of a release: the environment's, one beside it, or a fetched one."""
     if version == metadata.version("sglang"):
         return Path(metadata.distribution("sglang").locate_file(""))
     if version in fetch.INSTALLED:
@@ -44,11 +44,11 @@ def folder_of(version):
 
 
 def releases():
-    """Every release as a test parameter; those that are not in the environment are for ``make contracts``."""
-    known = [*fetch.PINNED, *fetch.INSTALLED]
-    known += ["newest"] if NEWEST is None else [] if NEWEST in known else [NEWEST]
+    """Return all releases as test parameters; those that must be fetched are marked ``contracts``."""
+    versions = [*fetch.PINNED, *fetch.INSTALLED]
+    versions += ["newest"] if NEWEST is None else [] if NEWEST in versions else [NEWEST]
     fetched = pytest.mark.contracts
-    return [pytest.param(version, marks=() if version in fetch.INSTALLED else fetched) for version in known]
+    return [pytest.param(version, marks=() if version in fetch.INSTALLED else fetched) for version in versions]
 
 
 every_release = pytest.mark.parametrize("version", releases(), scope="module")
@@ -56,13 +56,13 @@ _probed = {}
 
 
 def probe(version):
-    """All that one release has to say; asked once."""
+    """Run the probe of one release, once."""
     if version not in _probed:
-        _probed[version] = _ask(version)
+        _probed[version] = _run_probe(version)
     return _probed[version]
 
 
-def _ask(version):
+def _run_probe(version):
     folder = folder_of(version)
     if not (folder / "sglang").is_dir():
         pytest.fail(f"SGLang {version} is not in {folder}: make contracts fetches it", pytrace=False)
@@ -91,11 +91,11 @@ def _ask(version):
 
 
 def answer(version, contract):
-    """What a release said to one contract."""
-    asked = probe(version)
-    if contract not in asked["answers"]:
-        pytest.fail(f"SGLang {version} was not asked {contract}: {asked['end']}", pytrace=False)
-    found = asked["answers"][contract]
+    """Return the probe's result for one contract."""
+    probed = probe(version)
+    if contract not in probed["answers"]:
+        pytest.fail(f"SGLang {version} was not probed for {contract}: {probed['end']}", pytrace=False)
+    found = probed["answers"][contract]
     if "error" in found:
         pytest.fail(f"SGLang {version}, {contract}: {found['error']}\n{found['traceback']}", pytrace=False)
     return found["value"]
@@ -105,14 +105,14 @@ def answer(version, contract):
 
 
 @every_release
-def test_the_release_is_the_one_that_is_meant(version):
+def test_the_probe_runs_the_release(version):
     assert answer(version, "version")["version"] == version
 
 
 @every_release
 def test_our_bucket_passes_the_unpickler(version):
-    """And its bucket class gives back every tensor bit by bit; the handle returns when it lets go."""
-    assert answer(version, "bucket_passes_the_unpickler") == {"before": 1, "held": 1, "after": 0}
+    """And the bucket class returns the same bytes; the handle is released with the bucket."""
+    assert answer(version, "bucket_passes_the_unpickler") == {"before": 1, "opened": 1, "after": 0}
 
 
 @every_release
@@ -126,7 +126,7 @@ def test_our_cuda_handle_passes_the_unpickler_and_its_uuid_is_found(version):
 
 
 @every_release
-def test_the_unpickler_is_as_exact_as_the_table_says(version):
+def test_the_unpickler_is_as_strict_as_in_the_table(version):
     found = answer(version, "unpickler_rules")
     assert found == {"exact": Version(version) in EXACT_UNPICKLER, "os_system": False}
 
@@ -156,23 +156,23 @@ def test_a_stock_bucket_reaches_the_models_own_loader(version):
 
 
 @every_release
-def test_a_draft_model_is_left_alone_where_the_table_says_so(version):
-    found = answer(version, "a_draft_model_is_left_alone")
-    assert found["without"], "otherwise there is nothing to be kept from it"
+def test_a_draft_model_is_not_updated_where_the_table_has_a_field_for_it(version):
+    found = answer(version, "a_draft_model_is_not_updated")
+    assert found["without"], "without the field it must be updated"
     assert (found["with"] == []) == bool(release(version).target_only())
 
 
 @every_release
-def test_health_runs_while_memory_is_released_as_the_table_says(version):
+def test_health_runs_while_memory_is_released_as_in_the_table(version):
     found = answer(version, "health_while_released")
-    assert found == {"asks": True, "guarded": Version(version) not in HEALTH_RUNS_RELEASED}
+    assert found == {"handled": True, "guarded": Version(version) not in HEALTH_RUNS_RELEASED}
 
 
 # --- requests ---------------------------------------------------------------------------------------------------------
 
 
 @every_release
-def test_every_endpoint_is_there_as_the_table_says(version):
+def test_endpoints_match_the_table(version):
     routes = answer(version, "endpoints")["routes"]
     row = release(version)
     for path, endpoint in ENDPOINTS.items():
@@ -186,14 +186,14 @@ def test_every_endpoint_is_there_as_the_table_says(version):
 
 @pytest.mark.parametrize("path", ENDPOINTS)
 @every_release
-def test_its_fields_are_those_of_the_table(version, path):
-    """Both ways: what the table has, the release has; what the release has and we could send, the table has."""
+def test_fields_match_the_table(version, path):
+    """In both directions, for all fields that we could send."""
     found, row, endpoint = answer(version, "endpoints"), release(version), ENDPOINTS[path]
     if not row.has(path):
         assert endpoint.request is None or endpoint.request not in found["fields"]
         return
     taken = set(found["routes"][path]["query"] if endpoint.request is None else found["fields"][endpoint.request])
-    taken -= {"rid", "http_worker_ipc"} - set(endpoint.fields)  # of every request, and for SGLang itself
+    taken -= {"rid", "http_worker_ipc"} - set(endpoint.fields)  # of every request, for SGLang's own use
     assert taken == {name for name in endpoint.fields if row.has(path, name)}
 
 
@@ -232,19 +232,19 @@ def test_an_adapter_arrives_and_passes_the_unpickler(version):
 
 
 @every_release
-def test_generate_describes_its_fields_and_has_those_we_know(version):
+def test_generate_describes_its_fields_and_has_the_expected_ones(version):
     found = answer(version, "generate_describes_its_fields")
     assert found["missing"] == [] and found["num"] > 40
 
 
 @every_release
-def test_server_info_says_what_is_asked_of_it(version):
-    assert answer(version, "server_info_says_what_is_asked_of_it") == {"version": version, "missing": []}
+def test_server_info_has_the_expected_keys(version):
+    assert answer(version, "server_info_has_the_expected_keys") == {"version": version, "missing": []}
 
 
 @every_release
-def test_refusals_are_worded_as_we_read_them(version):
-    found = answer(version, "refusals_are_worded_as_we_read_them")
+def test_rejections_have_the_expected_messages(version):
+    found = answer(version, "rejections_have_the_expected_messages")
     assert found == {"session": release(version).weight_session, "adapter": True}
 
 
@@ -257,17 +257,17 @@ def test_every_argument_parses(version):
 
 
 @every_release
-def test_arguments_are_read_from_the_source_as_the_parser_has_them(version):
-    found = answer(version, "arguments_are_read_from_the_source_as_the_parser_has_them")
+def test_arguments_read_from_the_source_match_the_parser(version):
+    found = answer(version, "arguments_read_from_the_source_match_the_parser")
     assert found["version"] == version and found["num"] > 300
-    assert found["not_read"] == found["not_there"] == []
+    assert found["missed"] == found["invented"] == []
     path = "/update_weights_from_tensor"
     assert set(found["update_fields"]) == {name for name in ENDPOINTS[path].fields if release(version).has(path, name)}
 
 
 @every_release
-def test_no_argument_has_left_without_the_successor_that_the_table_names(version):
-    """For every renamed argument that this release or an older one had, one of the two names is there."""
+def test_every_removed_argument_has_the_successor_of_the_table(version):
+    """For every renamed argument of this release or an older one, this release has one of the two names."""
     known = Installed(folder_of(version) / "sglang", version).arguments()
     older = [param.values[0] for param in releases() if param.values[0] != "newest"]
     older = [v for v in older if Version(v) < Version(version) and (folder_of(v) / "sglang").is_dir()]
@@ -281,7 +281,7 @@ def test_no_argument_has_left_without_the_successor_that_the_table_names(version
 
 
 def imports_of(folder):
-    """Top-level names of all that the files of a package import from outside of it."""
+    """Return the top-level packages that the files of a package import, without the standard library."""
     found = set()
     for path in Path(folder).glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -294,7 +294,7 @@ def imports_of(folder):
 
 @every_release
 def test_the_receiver_imports_only_what_comes_with_sglang(version):
-    # Triton comes with torch's builds for GPUs; without it and numpy copies are made otherwise (`one_pass`).
+    # Triton comes with torch's builds for GPUs; without it and numpy, `kernels` falls back to torch's copies.
     assert imports_of(Path(tpcolocate_receiver.__file__).parent) == {"torch", "zmq", "safetensors", "triton", "numpy"}
     [distribution] = metadata.distributions(name="sglang", path=[str(folder_of(version))])
     brought = {Requirement(line).name for line in distribution.requires if not Requirement(line).marker}
@@ -303,7 +303,7 @@ def test_the_receiver_imports_only_what_comes_with_sglang(version):
 
 
 def test_the_receiver_imports_with_torch_and_pyzmq_alone():
-    """By its own name from its own folder, as a TP worker does it, and with everything else out of reach."""
+    """By its name from its folder, as in a TP worker, with all other packages blocked."""
     script = (
         "import sys, torch\n"
         "try:\n    import zmq\nexcept ImportError:\n    pass\n"
@@ -311,7 +311,7 @@ def test_the_receiver_imports_with_torch_and_pyzmq_alone():
         "    def find_spec(self, name, path=None, target=None):\n"
         "        top = name.partition('.')[0]\n"
         "        if top not in sys.stdlib_module_names | {'torch', 'zmq', 'tpcolocate_receiver'}:\n"
-        "            raise ImportError(f'{name} is not for the receiver')\n"
+        "            raise ImportError(f'{name} must not be imported by the receiver')\n"
         "sys.meta_path.insert(0, Nothing())\n"
         "import tpcolocate_receiver\n"
         "assert callable(tpcolocate_receiver.receive) and 'tpcolocate' not in sys.modules\n"
@@ -323,18 +323,18 @@ def test_the_receiver_imports_with_torch_and_pyzmq_alone():
     assert done.returncode == 0, done.stderr
 
 
-# --- that all this can fail -------------------------------------------------------------------------------------------
+# --- these tests can fail ---------------------------------------------------------------------------------------------
 
 
-def test_a_release_that_is_not_there_fails_and_is_not_skipped():
+def test_a_missing_release_fails_and_is_not_skipped():
     with pytest.raises(pytest.fail.Exception, match="SGLang 0.0.0 is not in .*make contracts fetches it"):
         answer("0.0.0", "version")
 
 
-def test_a_contract_that_was_broken_or_not_asked_fails(monkeypatch):
+def test_a_contract_that_is_broken_or_was_not_probed_fails(monkeypatch):
     broken = {"answers": {"x": {"error": "KeyError: 'y'", "traceback": "..."}}, "end": "the probe ended with -9"}
     monkeypatch.setitem(_probed, "0.0.0", broken)
     with pytest.raises(pytest.fail.Exception, match="SGLang 0.0.0, x: KeyError: 'y'"):
         answer("0.0.0", "x")
-    with pytest.raises(pytest.fail.Exception, match="not asked z: the probe ended with -9"):
+    with pytest.raises(pytest.fail.Exception, match="not probed for z: the probe ended with -9"):
         answer("0.0.0", "z")

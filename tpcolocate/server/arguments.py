@@ -1,4 +1,4 @@
-"""SGLang's arguments for one slice: ours and the user's, what is refused, and what the installed release takes.  Pure."""
+"""SGLang's server arguments for one slice: defaults, what is rejected, and what the installed release supports.  Pure."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from tpcolocate.server.installed import Installed
 from tpcolocate.server.releases import check_draft_model, other_spelling, release
 
 RECEIVER = "tpcolocate_receiver.receive"
-"""Dotted name of our weight loader, as the server's workers import it."""
+"""Dotted name by which the server's workers import our weight loader."""
 
-# What a CPU without SGLang's own kernels needs; every entry gives way to what the user passes.
+# Needed on a CPU without SGLang's own kernels; the user's arguments override them.
 _CPU_ARGUMENTS: dict[str, Any] = {
     "device": "cpu",
     "dtype": "float32",
@@ -26,15 +26,15 @@ _CPU_ARGUMENTS: dict[str, Any] = {
     "mem_fraction_static": 0.3,
     "sleep_on_idle": True,
 }
-# Ours to decide, or impossible on this path; the reason is the error's text.
+# Set by this library, or impossible with it; the value is the reason in the error.
 _REFUSED = {
     "tp": "pass tp_size to tpcolocate.init()",
     "tensor_parallel_size": "pass tp_size to tpcolocate.init()",
-    "nnodes": "a slice lies on one host",
-    "node_rank": "a slice lies on one host",
-    "dist_init_addr": "a slice lies on one host",
-    "api_key": "a random key is made for every launch; read it from engine.api_key",
-    "admin_api_key": "a random key is made for every launch; read it from engine.api_key",
+    "nnodes": "a slice is on one host",
+    "node_rank": "a slice is on one host",
+    "dist_init_addr": "a slice is on one host",
+    "api_key": "every launch has a random key; read it from engine.api_key",
+    "admin_api_key": "every launch has a random key; read it from engine.api_key",
     "config": "pass SGLang's arguments as keywords",
     "model": "it is the first argument of launch()",
     "model_path": "it is the first argument of launch()",
@@ -55,8 +55,8 @@ _MUST_BE_ONE = (
     "attention_data_parallel_size",
 )
 _QUANTISED = "a sync would write the trainer's values into quantised parameters"
-_NO_DRAFT = "the draft's weights are not synced, and no speculative algorithm has been tried under a sync"
-# Not tried, or known not to work, with weights that change; None and False leave them off.
+_NO_DRAFT = "the draft model's weights are not synced, and no speculative algorithm was tested with a sync"
+# Not tested, or known not to work, with changing weights; None and False leave them off.
 _UNSUPPORTED = {
     "enable_dp_attention": "weights are addressed by tensor-parallel rank",
     "quantization": _QUANTISED,
@@ -73,18 +73,18 @@ _QUANTISED_FORMATS = ("bitsandbytes", "gguf", "flash_rl")
 def server_arguments(
     user: Mapping[str, Any], *, tp_size: int, device_type: str, shared_device: bool = False
 ) -> dict[str, Any]:
-    """SGLang's arguments for one slice: ours, then the user's on top.  Pure.
+    """Return SGLang's arguments for one slice: defaults, overridden by the user's.  Pure.
 
-    At tp=1 on a GPU nothing is added but what follows from the slice itself and the permission for our weight loader.
+    At tp=1 on a GPU only the size of the slice and the permission for our weight loader are added.
 
     Args:
-        user: SGLang's own names (``mem_fraction_static=0.4``).
+        user: By SGLang's names (``mem_fraction_static=0.4``).
         tp_size: Size of the slice.
         device_type: ``"cuda"``, ``"cpu"``, ...
-        shared_device: All TP ranks sit on one device (a test rig).
+        shared_device: All TP ranks share one device (a test rig).
 
     Raises:
-        ConfigError: An argument is ours to decide, or cannot work on this path.
+        ConfigError: An argument is set by this library, or cannot work with it.
     """
     for name, value in user.items():
         if name in _REFUSED:
@@ -109,29 +109,29 @@ def server_arguments(
     if device_type == "cpu":
         arguments.update(_CPU_ARGUMENTS)
     if tp_size > 1:
-        # Custom all-reduce fails rank by rank without peer access or in separate IPC namespaces, and clashes
-        # with the memory saver; whoever knows that it works can switch it on.
+        # Custom all-reduce fails on single ranks without peer access or in separate IPC namespaces, and conflicts with
+        # the memory saver; users can enable it where it works.
         arguments["disable_custom_all_reduce"] = True
     if shared_device:
         arguments["gpu_id_step"] = 0
     arguments.update(user)
     arguments["tp_size"] = tp_size
-    # Permits our loader; SGLang's own ways of loading stay as they are.
-    theirs = user.get("custom_weight_loader")
-    theirs = [] if theirs is None else [theirs] if isinstance(theirs, str) else theirs
-    arguments["custom_weight_loader"] = list(dict.fromkeys([*theirs, RECEIVER]))
+    # Permits our loader; SGLang's other loaders are not affected.
+    loaders = user.get("custom_weight_loader")
+    loaders = [] if loaders is None else [loaders] if isinstance(loaders, str) else loaders
+    arguments["custom_weight_loader"] = list(dict.fromkeys([*loaders, RECEIVER]))
     return arguments
 
 
 def check_installed(arguments: Mapping[str, Any], installed: Installed | None) -> None:
-    """Refuses what the SGLang that would be started does not take, before anything is started.
+    """Check that the installed SGLang supports the arguments, before anything is started.
 
     Args:
         arguments: From `server_arguments`.
-        installed: From `find_installed`.  What it cannot tell is left to the server.
+        installed: From `find_installed`.  What cannot be read from it is left to the server.
 
     Raises:
-        ConfigError: The release is too old, lacks an argument, or takes it and does nothing with it.
+        ConfigError: The release is too old, lacks an argument, or accepts and ignores it.
     """
     if installed is None:
         return
@@ -142,15 +142,15 @@ def check_installed(arguments: Mapping[str, Any], installed: Installed | None) -
             fields = frozenset(row.target_only())
         if fields is not None:
             check_draft_model(installed.name, algorithm, fields)
-    known = installed.arguments()
-    if known is None:
+    supported = installed.arguments()
+    if supported is None:
         return
     for name, value in arguments.items():
         plain = name.replace("_", "-")
-        if plain not in known:
-            spelling = other_spelling(name, known)
+        if plain not in supported:
+            spelling = other_spelling(name, supported)
             if spelling is None:
-                close = difflib.get_close_matches(plain, known, n=3)
+                close = difflib.get_close_matches(plain, supported, n=3)
                 spelling = " or ".join(word.replace("-", "_") for word in close) if close else None
             raise ConfigError(
                 f"{installed.name} has no argument {name} (launch got {name}={value!r})",
@@ -158,13 +158,13 @@ def check_installed(arguments: Mapping[str, Any], installed: Installed | None) -
                 if spelling is None
                 else f"this release has {spelling}",
             )
-        if (unused := known[plain]) is not None:
-            spelling = other_spelling(name, known)
+        if (unused := supported[plain]) is not None:
+            spelling = other_spelling(name, supported)
             raise ConfigError(
-                f"{installed.name} takes {name} and does nothing with it; it says: {unused}",
+                f"{installed.name} accepts {name} and ignores it: {unused}",
                 hint="leave it out" if spelling is None else f"use {spelling}",
             )
-        if value is False and f"no-{plain}" in known:
+        if value is False and f"no-{plain}" in supported:
             raise ConfigError(
                 f"{name}=False would leave {installed.name} at its default",
                 hint=f"pass no_{name}=True to switch it off",
@@ -172,9 +172,9 @@ def check_installed(arguments: Mapping[str, Any], installed: Installed | None) -
 
 
 def to_argv(arguments: Mapping[str, Any]) -> list[str]:
-    """``{"mem_fraction_static": 0.4, "enable_lora": True}`` -> ``["--mem-fraction-static", "0.4", "--enable-lora"]``.
+    """Return ``["--mem-fraction-static", "0.4", "--enable-lora"]`` for ``mem_fraction_static=0.4, enable_lora=True``.
 
-    True becomes a bare flag, False and None leave the argument out, lists become several values, dicts JSON.
+    True becomes a bare flag, False and None omit the argument, lists become several values, dicts JSON.
     """
     argv: list[str] = []
     for name, value in arguments.items():

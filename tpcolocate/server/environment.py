@@ -1,5 +1,4 @@
-"""The server's environment: the trainer's, without what would mislead a server, with what its workers need.  Pure but for
-`sglang_stub_needed`."""
+"""The server's environment: the trainer's, cleaned and extended.  Pure except for `sglang_stub_needed`."""
 
 from __future__ import annotations
 
@@ -12,8 +11,8 @@ _CPU_STUB = Path(__file__).with_name("cpu_stub")
 _IN_SERVER = Path(__file__).parent.parent / "in_server"
 LOOPBACK = "127.0.0.1"
 
-# torchrun's own variables make a child believe that it is a training rank.  TORCHELASTIC_USE_AGENT_STORE alone
-# makes the server's internal rendezvous wait for ever.
+# With torchrun's variables a child takes itself for a training rank; TORCHELASTIC_USE_AGENT_STORE alone makes the
+# server's internal rendezvous hang.
 _SCRUBBED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS",
              "NCCL_ASYNC_ERROR_HANDLING", "TORCH_NCCL_ASYNC_ERROR_HANDLING")  # fmt: skip
 _SCRUBBED_PREFIXES = ("TORCHELASTIC_", "GROUP_", "ROLE_", "PET_")
@@ -30,19 +29,19 @@ def child_environment(
     cores: Sequence[int] = (),
     stub: str | None = None,
 ) -> tuple[dict[str, str], list[str]]:
-    """The server's environment, from a copy of the trainer's.  Pure; the parent's is never written.
+    """Return the server's environment, derived from the trainer's.  Pure.
 
     Args:
         parent: The trainer's environment.
         visibility: Variables that select the slice's devices; None removes one.
-        user: Added last, and wins; but for the stub, which comes before its PYTHONPATH.
+        user: Overrides all others; its PYTHONPATH comes after the receiver's and the stub's folders.
         device_type: ``"cpu"`` adds what SGLang's CPU engine reads.
         tp_size: Number of CPU core groups to bind.
         cores: Usable CPU cores, for the CPU engine.
-        stub: Folder that stands in for the CUDA kernel package on a CPU, put on PYTHONPATH behind our receiver's.
+        stub: Folder that replaces the CUDA kernel package on a CPU, on PYTHONPATH after our receiver's.
 
     Returns:
-        The environment, and warnings for the user about what was left out of it.
+        The environment, and warnings for the user about variables that were removed.
     """
     warnings = []
     environment = {
@@ -58,7 +57,7 @@ def child_environment(
                 if not part.strip().lower().startswith("expandable_segments")
             ]
             warnings.append(
-                f"{name}={environment[name]!r}: expandable_segments breaks SGLang's memory saver; left out for the server"
+                f"{name}={environment[name]!r}: expandable_segments breaks SGLang's memory saver; removed for the server"
             )
             environment.pop(name)
             if kept:
@@ -68,7 +67,7 @@ def child_environment(
         if value is not None:
             environment[name] = value
     for name in ("NO_PROXY", "no_proxy"):
-        # The server calls itself over loopback while it warms up; a proxy would answer in its place.
+        # The server sends requests to itself over loopback while it warms up; they must not go to a proxy.
         entries = [entry for entry in environment.get(name, "").split(",") if entry]
         environment[name] = ",".join(dict.fromkeys([*entries, "localhost", LOOPBACK, "::1"]))
     if device_type == "cpu":
@@ -76,8 +75,7 @@ def child_environment(
         if cores:
             environment.setdefault("SGLANG_CPU_OMP_THREADS_BIND", _bind(cores, tp_size))
     environment.update({} if user is None else user)
-    # After the user's: without the receiver there is no weight sync, and their PYTHONPATH does not bring the kernels
-    # that are missing on a CPU.
+    # Before the user's: without the receiver there is no weight sync, and without the stub no CPU server.
     folders = [
         str(_IN_SERVER),
         *([stub] if device_type == "cpu" and stub is not None else []),
@@ -88,7 +86,7 @@ def child_environment(
 
 
 def _bind(cores: Sequence[int], tp_size: int) -> str:
-    """Core groups, one per TP rank: ``0,1|2,3``.  With fewer cores than ranks, ranks share."""
+    """Return one group of cores per TP rank: ``0,1|2,3``.  With fewer cores than ranks, ranks share cores."""
     if len(cores) < tp_size:
         return "|".join(str(cores[i % len(cores)]) for i in range(tp_size))
     size = len(cores) // tp_size
@@ -96,7 +94,7 @@ def _bind(cores: Sequence[int], tp_size: int) -> str:
 
 
 def sglang_stub_needed() -> str | None:
-    """The stand-in for SGLang's CUDA kernels, if this machine has none installed."""
+    """Return the folder of the stub for SGLang's CUDA kernels; None if the kernels are installed."""
     return str(_CPU_STUB) if find_spec("sgl_kernel") is None else None
 
 

@@ -1,6 +1,6 @@
-"""The SGLang that a launch would start, read from its source: nothing of it is imported.
+"""The installed SGLang, read from its source without importing it.
 
-Importing sglang takes seconds, patches torch and may initialise a device; a training rank must have none of that.
+Importing sglang takes seconds, patches torch and may initialise a device, which must not happen in a training rank.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from importlib import metadata, util
 from importlib.machinery import PathFinder
 from pathlib import Path
 
-# Without these the source was not understood: every release has them.
+# All releases have these: without them the source was not parsed correctly.
 _LANDMARKS = frozenset({"model-path", "host", "port", "config", "tp-size"})
 
 
 @dataclass(frozen=True, slots=True)
 class Installed:
-    """One SGLang on disk.
+    """One installation of SGLang.
 
     Attributes:
         folder: Of the package ``sglang``.
-        version: As it would report it; None for a checkout that was never built.
+        version: As it reports it; None for a checkout that was never built.
     """
 
     folder: Path
@@ -32,14 +32,14 @@ class Installed:
 
     @property
     def name(self) -> str:
-        """For people: ``SGLang 0.5.20``."""
+        """Name for messages: ``SGLang 0.5.20``."""
         return f"SGLang in {self.folder}" if self.version is None else f"SGLang {self.version}"
 
     def arguments(self) -> Mapping[str, str | None] | None:
-        """The server's command-line arguments, without dashes in front.
+        """Read the server's command-line arguments, without leading dashes.
 
         Returns:
-            Name -> None, or why the release takes it and does nothing with it; None if the source is not understood.
+            Name -> None, or why the release ignores it; None if the source cannot be parsed.
         """
         srt = self.folder / "srt"
         found: dict[str, str | None] = {}
@@ -51,7 +51,7 @@ class Installed:
         return found if found.keys() >= _LANDMARKS else None
 
     def request_fields(self, request: str) -> frozenset[str] | None:
-        """Fields of one request structure of ``managers/io_struct.py``, base classes left out; None if not understood."""
+        """Read the fields of a class of ``managers/io_struct.py``, without its bases; None if they cannot be found."""
         try:
             tree = ast.parse((self.folder / "srt" / "managers" / "io_struct.py").read_bytes())
         except (OSError, SyntaxError, ValueError):
@@ -67,21 +67,21 @@ class Installed:
 
 
 def find_installed(environment: Mapping[str, str]) -> Installed | None:
-    """What ``python -m sglang.launch_server`` would start in this environment, with this interpreter.
+    """Find the SGLang that ``python -m sglang.launch_server`` starts in this environment, with this interpreter.
 
     Args:
-        environment: The server's; its PYTHONPATH may put another SGLang before the trainer's.
+        environment: The server's; its PYTHONPATH may have another SGLang than the trainer's.
 
     Returns:
-        None if there is none, or none that can be found without running it.
+        None if there is none, or if it cannot be found without importing it.
     """
-    entries = [] if environment.get("PYTHONSAFEPATH") else [""]  # -m looks in the current folder first
+    entries = [] if environment.get("PYTHONSAFEPATH") else [""]  # -m searches the current folder first
     entries += [entry for entry in environment.get("PYTHONPATH", "").split(os.pathsep) if entry]
     entries += sys.path
     spec = PathFinder.find_spec("sglang", entries)
     if spec is None or spec.origin is None:
         try:
-            spec = util.find_spec("sglang")  # an editable install has a finder of its own
+            spec = util.find_spec("sglang")  # an editable install may have its own finder
         except ValueError:
             return None
     if spec is None or spec.origin is None:
@@ -91,7 +91,7 @@ def find_installed(environment: Mapping[str, str]) -> Installed | None:
 
 
 def _version(folder: Path) -> str | None:
-    """As ``sglang/version.py`` finds it, but for the distributions elsewhere on the path, which may be others."""
+    """Read the version as ``sglang/version.py`` does, but only from distributions beside the package."""
     try:
         for node in ast.parse((folder / "_version.py").read_bytes()).body:
             if _assigns(node, "__version__") and isinstance(node, ast.Assign):
@@ -104,7 +104,7 @@ def _version(folder: Path) -> str | None:
 
 
 def _arguments_in(tree: ast.Module) -> Iterator[tuple[str, str | None]]:
-    """Registrations of both kinds: ``A[type, ...]`` fields (from 0.5.14), and ``add_argument`` calls."""
+    """Yield the arguments of ``A[type, ...]`` fields (from 0.5.14) and of ``add_argument`` calls."""
     for node in tree.body:
         if not isinstance(node, ast.ClassDef):
             continue
@@ -124,7 +124,7 @@ def _assigns(node: ast.stmt, name: str) -> bool:
 
 
 def _annotated(field: str, annotation: ast.expr) -> Iterator[str]:
-    """Arguments of ``field: A[type, "help"]`` and of ``field: A[type, Arg(...)]``; see ``arg_groups/arg_utils.py``."""
+    """Yield the arguments of ``A[type, "help"]`` and ``A[type, Arg(...)]``; see SGLang's ``arg_groups/arg_utils.py``."""
     if not (
         isinstance(annotation, ast.Subscript)
         and isinstance(annotation.value, ast.Name)
@@ -148,13 +148,13 @@ def _annotated(field: str, annotation: ast.expr) -> Iterator[str]:
 
 
 def _added(call: ast.Call) -> Iterator[tuple[str, str | None]]:
-    """Arguments of ``parser.add_argument("--name", "--alias", action=...)``."""
+    """Yield the arguments of ``parser.add_argument("--name", "--alias", action=...)``."""
     options = {keyword.arg: keyword.value for keyword in call.keywords}
     names = [a.value for a in call.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
     action = options.get("action")
     unused = None
     if isinstance(action, ast.Name) and action.id == "DeprecatedAction":
-        # Warns and goes on, or stops the launch: either way nothing comes of the argument.
+        # SGLang warns or exits: either way the argument has no effect.
         text = options.get("error_message", options.get("help"))
         try:
             unused = str(ast.literal_eval(text)) if text is not None else "it is deprecated"

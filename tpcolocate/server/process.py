@@ -1,7 +1,7 @@
-"""One SGLang server as a process of its own: ports, start, life and death.
+"""One SGLang server in a process of its own: ports, start, log and stop.
 
-Runs on the owner only.  `launch_server()` and `Engine` of SGLang are never called in this process: a failing child of
-theirs sends SIGQUIT to whoever called them.
+Runs on the owner only.  SGLang's `launch_server()` and `Engine` are never called in this process: a failing child of
+theirs sends SIGQUIT to the caller.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from tpcolocate.deadline import Deadline
 from tpcolocate.errors import ConfigError, DeadlineError, EngineError, LaunchError
 from tpcolocate.server.arguments import to_argv
 from tpcolocate.server.environment import LOOPBACK
@@ -35,37 +36,46 @@ _LOCAL_HOSTS = (LOOPBACK, "localhost", "0.0.0.0", "::")
 _LAUNCH_TRIES = 3
 _LOG_TAIL_BYTES = 16_384
 _LOG_TAIL_LINES = 40
-# Connecting to a closed port costs nothing; a health request takes the server's time while it warms up.
+# Connecting to a closed port is cheap; a health request takes the server's time while it warms up.
 _LISTENING_INTERVAL_S = 0.05
 _HEALTH_INTERVAL_S = 0.25
 _PROGRESS_INTERVAL_S = 10.0
 
 
 def hold_port(port: int = 0) -> socket.socket:
-    """Reserve a loopback TCP port: bound, never listening.
+    """Reserve a loopback TCP port by a socket that is bound and never listens.
 
-    Linux lets another socket bind the same port while both carry SO_REUSEADDR and none listens, as uvicorn's and
-    torch's do; the kernel gives a held port to nobody that asks for any.  So the port stays ours through the
-    minutes in which the server loads.
+    On Linux another socket can bind the same port while both have SO_REUSEADDR and none listens, as uvicorn's and
+    torch's do; but the kernel does not assign a bound port to sockets that ask for any.  So the port stays reserved for
+    the minutes in which the server loads.
+
+    Args:
+        port: 0 for any free port.
 
     Raises:
         ConfigError: The port is taken.
     """
-    held = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    reserved = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        held.bind((LOOPBACK, port))
+        reserved.bind((LOOPBACK, port))
     except OSError as error:
-        held.close()
-        raise ConfigError(
-            f"port {port} is taken: {error}", hint="leave out the port, and a free one is held for you"
-        ) from error
-    return held
+        reserved.close()
+        raise ConfigError(f"port {port} is taken: {error}", hint="leave out the port to get a free one") from error
+    return reserved
 
 
 @dataclass(frozen=True, slots=True)
 class ServerSpec:
-    """Everything a server is started from; equal on all tries but for the ports."""
+    """Everything that a server is started from; the same for all tries except for the ports.
+
+    Attributes:
+        arguments: SGLang's, by name.
+        log_path: File that the output is appended to.
+        owner_pid: Process whose exit ends the server; with `owner_started`, see `start_of`.
+        unlink: Files and folders that the supervisor removes at the end.
+        grace_s: Between SIGTERM and SIGKILL, in seconds.
+    """
 
     model_path: str
     arguments: Mapping[str, Any]
@@ -80,12 +90,12 @@ class ServerSpec:
 class ServerProcess:
     """A running server and the supervisor that ends it.
 
-    Use `start`; the instance owns the process, the log file's folder and the held ports until `stop`.
+    Created by `start`; owns the process until `stop`.
     """
 
     def __init__(self, spec: ServerSpec) -> None:
         self.spec = spec
-        # Hexadecimal: SGLang turns its config file into arguments, and a key that began with a dash would be an option.
+        # Hexadecimal: SGLang turns its config file into arguments, where a leading dash would make the key an option.
         self.api_key = secrets.token_hex(32)
         self.url = ""
         self.pid: int | None = None
@@ -93,9 +103,9 @@ class ServerProcess:
         self._supervisor: subprocess.Popen[bytes] | None = None
         self._events = b""
         self._exit: dict[str, Any] | None = None
-        self._ended_by_us = False
-        self._pid_of_creator = os.getpid()
-        self._log_start = 0  # an earlier try, or an earlier server, may have written to the same file
+        self._stopped = False
+        self._creator_pid = os.getpid()
+        self._log_start = 0  # earlier tries or servers may have written to the same file
 
     @classmethod
     def start(
@@ -109,64 +119,44 @@ class ServerProcess:
 
         Args:
             spec: What to start.
-            health_timeout_s: Budget from the start of the process to the first healthy answer, in seconds, over all tries.
-            heartbeat: Called every few seconds with the log's last line and the elapsed seconds.
+            health_timeout_s: From the start of the process to the first healthy answer, over all tries, in seconds.
+            heartbeat: Called twice a second with the log's last line and the elapsed seconds.
 
         Raises:
+            ConfigError: A port that the user chose is taken.
             LaunchError: The server exited; with the tail of its log.
             DeadlineError: It was not healthy in time; with the tail of its log.
         """
-        deadline = time.monotonic() + health_timeout_s
+        deadline = Deadline.after(health_timeout_s)
         for attempt in range(1, _LAUNCH_TRIES + 1):
             server = cls(spec)
             try:
-                server._start_once(deadline, health_timeout_s, heartbeat)
+                server._start_once(deadline, heartbeat)
                 return server
             except BaseException as error:
                 server.stop()
                 retry = isinstance(error, LaunchError) and server.met_port_clash() and "port" not in spec.arguments
                 if not retry or attempt == _LAUNCH_TRIES:
                     raise
-                logger.warning(
-                    "a port was taken while the server loaded; starting again (try %d of %d)",
-                    attempt + 1,
-                    _LAUNCH_TRIES,
-                )
+                logger.warning("a port was taken while the server loaded: try %d of %d", attempt + 1, _LAUNCH_TRIES)
         raise AssertionError("unreachable")
 
-    def _start_once(self, deadline: float, budget_s: float, heartbeat: Callable[[str, float], None] | None) -> None:
+    def _start_once(self, deadline: Deadline, heartbeat: Callable[[str, float], None] | None) -> None:
         spec = self.spec
-        with ExitStack() as held:
-            http = held.enter_context(hold_port(int(spec.arguments.get("port", 0))))
-            internal = held.enter_context(hold_port(int(spec.arguments.get("nccl_port", 0))))
-            # The key is kept out of the command line, which every user of the machine can read.
-            private = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="tpcolocate-")))
-            config = private / "server.yaml"
+        with ExitStack() as stack:
+            http = stack.enter_context(hold_port(int(spec.arguments.get("port", 0))))
+            internal = stack.enter_context(hold_port(int(spec.arguments.get("nccl_port", 0))))
+            # Not on the command line, which every user of the machine can read.
+            config = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tpcolocate-"))) / "server.yaml"
             config.touch(mode=0o600)
             config.write_text(json.dumps({"api-key": self.api_key, "admin-api-key": self.api_key}))  # JSON is YAML
-            port = http.getsockname()[1]
-            arguments = {
-                **spec.arguments,
-                "host": spec.arguments.get("host", LOOPBACK),
-                "port": port,
-                "nccl_port": internal.getsockname()[1],
-            }
-            host = arguments["host"]
+            host, port = spec.arguments.get("host", LOOPBACK), http.getsockname()[1]
+            arguments = {**spec.arguments, "host": host, "port": port, "nccl_port": internal.getsockname()[1]}
             self.url = f"http://{LOOPBACK if host in _LOCAL_HOSTS else host}:{port}"
             self.client = ServerClient(self.url, api_key=self.api_key)
-            self._spawn(
-                [
-                    sys.executable,
-                    "-m",
-                    "sglang.launch_server",
-                    "--model-path",
-                    spec.model_path,
-                    "--config",
-                    str(config),
-                    *to_argv(arguments),
-                ]  # fmt: skip
-            )
-            self._wait_healthy(deadline, budget_s, heartbeat)
+            command = [sys.executable, "-m", "sglang.launch_server", "--model-path", spec.model_path]
+            self._spawn([*command, "--config", str(config), *to_argv(arguments)])
+            self._wait_healthy(deadline, heartbeat)
 
     def _spawn(self, command: list[str]) -> None:
         spec = self.spec
@@ -195,55 +185,59 @@ class ServerProcess:
         self._supervisor.stdin.write(json.dumps(job).encode() + b"\n")
         self._supervisor.stdin.flush()
 
-    def _wait_healthy(self, deadline: float, budget_s: float, heartbeat: Callable[[str, float], None] | None) -> None:
+    def _wait_healthy(self, deadline: Deadline, heartbeat: Callable[[str, float], None] | None) -> None:
         assert self.client is not None
-        started = beat = logged = time.monotonic()
+        started = last_beat = last_logged = time.monotonic()
         listening = False
         with tqdm(
-            desc="SGLang starts", bar_format="{desc} [{elapsed}] {postfix}", disable=None, leave=False, file=sys.stderr
+            desc="Starting SGLang",
+            bar_format="{desc} [{elapsed}] {postfix}",
+            disable=None,
+            leave=False,
+            file=sys.stderr,
         ) as progress:
             while True:
                 if self.exited():
                     raise LaunchError(
                         f"the SGLang server exited with code {self.exit_code} while it started"
                         f"{_reason(self.log_tail())}",
-                        hint=f"the whole log is {self.spec.log_path}",
+                        hint=f"the full log is {self.spec.log_path}",
                         details=self.log_tail(),
                     )
                 listening = listening or self.client.is_listening(timeout_s=1.0)
                 if listening and self.client.is_healthy(timeout_s=30.0):
                     logger.info("SGLang is ready at %s after %.1f s", self.url, time.monotonic() - started)
                     return
-                now = time.monotonic()
-                if now >= deadline:
+                if deadline.has_passed:
                     raise DeadlineError(
-                        f"the SGLang server was not healthy within {budget_s:g} s",
+                        f"the SGLang server was not healthy within {deadline.timeout_s:g} s",
                         hint=f"raise health_timeout_s, or see the log {self.spec.log_path}",
                         url=self.url,
                         details=self.log_tail(),
                     )
-                if now - beat >= 0.5:
-                    beat = now
+                now = time.monotonic()
+                if now - last_beat >= 0.5:
+                    last_beat = now
                     line = self.last_line()
                     progress.set_postfix_str(line[-80:])
                     if heartbeat is not None:
                         heartbeat(line, now - started)
-                    if progress.disable and now - logged >= _PROGRESS_INTERVAL_S:
-                        logged = now
-                        logger.info("SGLang starts, %.0f s: %s", now - started, line)
+                    if progress.disable and now - last_logged >= _PROGRESS_INTERVAL_S:
+                        last_logged = now
+                        logger.info("starting SGLang, %.0f s: %s", now - started, line)
                 time.sleep(_HEALTH_INTERVAL_S if listening else _LISTENING_INTERVAL_S)
 
     def exited(self) -> bool:
-        """Whether the server is gone; never blocks."""
+        """Return whether the server has exited; never blocks."""
         if self._supervisor is None:
             return True
-        gone = self._supervisor.poll() is not None  # before its last words are read, not after
+        exited = self._supervisor.poll() is not None  # before its last events are read, not after
         self._read_events()
-        return gone or self._exit is not None
+        return exited or self._exit is not None
 
     @property
     def exit_code(self) -> int | None:
-        """The server's exit code (negative: a signal), None while it runs or when unknown."""
+        """The server's exit code (negative: a signal); None while it runs or if unknown."""
         return None if self._exit is None else self._exit["code"]
 
     def _read_events(self) -> None:
@@ -261,12 +255,10 @@ class ServerProcess:
                 self._exit = event
 
     def log_tail(self) -> str:
-        """The last lines of the server's output, for people."""
-        try:
-            lines = self._log_lines()
-        except FileNotFoundError:
+        """Return the last lines of the server's output, for messages."""
+        if not self.spec.log_path.exists():
             return "(no log was written)"
-        return "\n".join(["--- last lines of the server's log ---", *lines[-_LOG_TAIL_LINES:]])
+        return "\n".join(["--- last lines of the server's log ---", *self._log_lines()[-_LOG_TAIL_LINES:]])
 
     def _log_lines(self) -> list[str]:
         with open(self.spec.log_path, "rb") as log:
@@ -274,40 +266,39 @@ class ServerProcess:
             start = log.seek(max(end - _LOG_TAIL_BYTES, self._log_start))
             text = log.read().decode(errors="replace")
         if start > self._log_start:
-            text = text.partition("\n")[2]  # a line without its beginning, which may be half of the key
+            text = text.partition("\n")[2]  # an incomplete line, which may begin with half of the key
         return text.replace(self.api_key, "***").splitlines()
 
     def met_port_clash(self) -> bool:
-        """Whether this server's own output says that an address was taken."""
-        try:
-            text = "\n".join(self._log_lines()).lower()
-        except FileNotFoundError:
+        """Return whether this server's output reports an address in use."""
+        if not self.spec.log_path.exists():
             return False
+        text = "\n".join(self._log_lines()).lower()
         return "address already in use" in text or "eaddrinuse" in text
 
     def last_line(self) -> str:
-        """The log's last line, shown while the server loads."""
+        """Return the log's last line, shown while the server loads."""
         return self.log_tail().splitlines()[-1].strip()
 
     def remove_log(self) -> None:
-        """Remove the log of a server that ended as it should; the one of a crash or a forced end is kept to be read."""
-        if self._ended_by_us and self._exit is not None and not self._exit["forced"]:
+        """Remove the log after a clean stop; that of a crash or a forced end is kept."""
+        if self._stopped and self._exit is not None and not self._exit["forced"]:
             self.spec.log_path.unlink(missing_ok=True)
             try:
                 self.spec.log_path.parent.rmdir()
             except OSError:
-                pass  # logs of other servers are in it
+                pass  # it contains logs of other servers
 
     def stop(self) -> None:
-        """SIGTERM, bounded wait, SIGKILL; the whole tree and its files in /dev/shm are gone afterwards.  Idempotent.
+        """Stop the server: SIGTERM, bounded wait, SIGKILL; removes its process tree and files in /dev/shm.  Idempotent.
 
         Raises:
-            EngineError: The supervisor did not confirm the end of the server in time; the message names the pid.
+            EngineError: The supervisor did not confirm the exit of the server in time; the message has its pid.
         """
-        # A fork of the trainer inherits this object, not the server.
-        if self._supervisor is None or os.getpid() != self._pid_of_creator:
+        # A fork of the trainer inherits this object; the server is not its own.
+        if self._supervisor is None or os.getpid() != self._creator_pid:
             return
-        self._ended_by_us = not self.exited()
+        self._stopped = not self.exited()
         supervisor, self._supervisor = self._supervisor, None
         if self.client is not None:
             self.client.close()
@@ -318,15 +309,15 @@ class ServerProcess:
                 supervisor.stdin.close()
             except BrokenPipeError:
                 pass
-            # grace for SIGTERM, then the supervisor's own bounded end of the tree
+            # The grace after SIGTERM, then the supervisor's own limit for the rest of the tree.
             try:
                 supervisor.wait(self.spec.grace_s + 15.0)
             except subprocess.TimeoutExpired:
-                supervisor.kill()  # takes the server along: PR_SET_PDEATHSIG
+                supervisor.kill()  # also kills the server: PR_SET_PDEATHSIG
                 supervisor.wait(5.0)
                 raise EngineError(
-                    f"the server (pid {self.pid}) had to be abandoned to the kernel",
-                    hint="check with ps that it is gone",
+                    f"the supervisor did not confirm the exit of the server (pid {self.pid}) and was killed",
+                    hint="check with ps that the server has exited",
                 ) from None
             self._supervisor = supervisor
             self._read_events()
@@ -336,12 +327,11 @@ class ServerProcess:
 
 
 def _reason(tail: str) -> str:
-    """The line of a Python traceback that names the error, if there is one."""
+    """Return the line of a Python traceback that names the error, or an empty string."""
     for line in reversed(tail.splitlines()):
         head = line.strip().split(":", 1)[0]
-        if (head.endswith(("Error", "Exception")) or ": error: " in line) and " " not in head.rsplit(".", 1)[
-            -1
-        ].strip():
+        is_error = head.endswith(("Error", "Exception")) or ": error: " in line
+        if is_error and " " not in head.rsplit(".", 1)[-1].strip():
             return f": {line.strip()}"
     return ""
 

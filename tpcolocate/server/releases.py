@@ -1,11 +1,10 @@
-"""What differs between SGLang releases, as one table.
+"""Differences between SGLang releases, as one table.
 
-Keyed by the version that the running server reports, never by what is installed beside the trainer.  Every entry is
-checked against the source of the releases themselves by ``tests/contracts``, in both directions: what the table says
-is there must be there, and what it says is not must not.
+Keyed by the version that the running server reports, not by the one installed beside the trainer.  ``tests/contracts``
+compares every entry with the source of the releases, in both directions: a field is there exactly if the table has it.
 
-SGLang drops a field that it does not know without a word.  So nothing is sent before `Release.check` has let it
-through, and what a release lacks is an error that names the release.
+SGLang silently drops unknown fields.  So every request passes `Release.check` before it is sent, and a field that the
+release lacks is an error that names the release.
 """
 
 from __future__ import annotations
@@ -23,11 +22,11 @@ OLDEST = Version("0.5.9")
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Releases that have something.
+    """A range of releases that support a feature.
 
     Attributes:
         since: The first one.
-        until: The first one without it again; None: still there.
+        until: The first one without it; None: still supported.
     """
 
     since: str = str(OLDEST)
@@ -37,7 +36,7 @@ class Span:
         return version >= Version(self.since) and (self.until is None or version < Version(self.until))
 
     def __str__(self) -> str:
-        return f"{self.since} and newer" if self.until is None else f"{self.since} up to before {self.until}"
+        return f"{self.since} or newer" if self.until is None else f"{self.since} or newer, older than {self.until}"
 
 
 _EVER = Span()
@@ -45,11 +44,11 @@ _EVER = Span()
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """One endpoint that takes JSON.
+    """One endpoint of the server.
 
     Attributes:
-        request: Its structure in SGLang's ``managers/io_struct.py``; None: it takes query parameters only.
-        fields: Of the body, or of the query.
+        request: Class in SGLang's ``managers/io_struct.py``; None: it has query parameters only.
+        fields: Of the body or the query.
         span: Releases that have it.
     """
 
@@ -123,25 +122,25 @@ ENDPOINTS: Mapping[str, Endpoint] = {
     ),
     "/flush_cache": Endpoint(None, _fields(timeout=Span("0.5.10"))),
 }  # fmt: skip
-"""What is posted, with all that the releases take.  ``/generate`` is not here: its fields are many, and a running
-server describes them itself."""
+"""Endpoints that are posted to, with all fields of all releases, without ``/generate``: a running server describes its
+many fields itself."""
 
 TARGET_ONLY: Mapping[str, Any] = {"selector": "target", "disable_draft_model": True}
 """Fields that keep a weight update from a draft model; no release has both."""
 
 EXACT_UNPICKLER = Span("0.5.21")
-"""Payloads may name only listed (module, name) pairs.  Before, whole modules were allowed, and their names with them.
-What we send passes both."""
+"""Releases whose unpickler allows only listed (module, name) pairs; older ones allow whole modules.  Our payloads pass
+both."""
 
 HEALTH_RUNS_RELEASED = Span("0.5.10")
-"""``/health`` runs a forward even while memory is released, and dies of it.  0.5.9 answered without one.  So no
-release is asked for its health while it sleeps."""
+"""Releases whose ``/health`` runs a forward even while memory is released, which crashes the server.  So the health of a
+sleeping server is never requested."""
 
 SERVER_INFO = (
     "version", "weight_version", "enable_memory_saver", "enable_weights_cpu_backup", "speculative_algorithm", "enable_lora",
     "max_lora_rank", "lora_target_modules", "max_loaded_loras", "lora_paths",
 )  # fmt: skip
-"""Keys of ``/server_info`` that may decide what is asked of a server."""
+"""Keys of ``/server_info`` that this library reads."""
 
 RENAMED = (
     ("stream_output", "incremental_streaming_output"),
@@ -173,12 +172,12 @@ RENAMED = (
     ("enable_dp_attention", "attn_dp_size"),
     ("monokernel_backend", "enable_amd_monokernel"),
 )  # fmt: skip
-"""Server arguments that changed their name: (old, new), as SGLang's own deprecation warnings pair them."""
+"""Renamed server arguments: (old, new), by SGLang's deprecation warnings."""
 
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """One row of the table: what the server that reports `version` takes.
+    """What a server that reports `version` supports.
 
     Attributes:
         version: As the server reports it.
@@ -188,41 +187,40 @@ class Release:
 
     @property
     def _base(self) -> Version:
-        # a development build of a release already behaves as that release
+        # a development build behaves as the release that it precedes
         return Version(Version(self.version).base_version)
 
     def has(self, path: str, name: str | None = None) -> bool:
-        """Whether the release has an endpoint of `ENDPOINTS`, and if `name` is given, that field of it."""
+        """Return whether the release has an endpoint of `ENDPOINTS`, and if `name` is given, that field of it."""
         endpoint = ENDPOINTS[path]
-        here = self._base in endpoint.span
-        return here if name is None else here and name in endpoint.fields and self._base in endpoint.fields[name]
+        return self._base in endpoint.span and (name is None or name in self._fields_of(endpoint))
 
     @property
     def weight_session(self) -> bool:
-        """Weights must be sent between ``/begin_weight_update`` and ``/end_weight_update``."""
+        """Whether weights are sent between ``/begin_weight_update`` and ``/end_weight_update``."""
         return self.has("/begin_weight_update")
 
     @property
     def lora_payload_per_rank(self) -> bool:
-        """``/load_lora_adapter_from_tensors`` takes one payload per TP rank; otherwise one that all ranks read."""
+        """Whether ``/load_lora_adapter_from_tensors`` takes one payload per TP rank, not one that all ranks read."""
         return self.has("/load_lora_adapter_from_tensors", "serialized_named_tensors")
 
     def target_only(self, path: str = "/update_weights_from_tensor") -> Mapping[str, Any]:
-        """Fields that keep a weight update from a draft model, whose runner would open each payload a second time.
+        """Return the fields that keep a weight update from a draft model, which would open each payload again.
 
-        Empty where the release knows no way to do that.
+        Empty if the release has none.
         """
         return {name: value for name, value in TARGET_ONLY.items() if self.has(path, name)}
 
     def check(self, path: str, names: Mapping[str, Any]) -> None:
-        """Lets a request through that this release carries out in full.  Paths outside the table pass.
+        """Check that this release supports all of a request.  Paths that are not in the table pass.
 
         Args:
             path: As posted.
             names: Fields of the body and of the query.
 
         Raises:
-            ConfigError: The release lacks the endpoint or a field, and would drop it without a word.
+            ConfigError: The release lacks the endpoint or a field, which it would silently drop.
         """
         endpoint = ENDPOINTS.get(path)
         if endpoint is None:
@@ -234,7 +232,7 @@ class Release:
             if span is None or self._base not in span:
                 raise ConfigError(
                     f"{path} of SGLang {self.version} has no field {name!r} and would ignore it",
-                    hint=f"it takes {', '.join(sorted(self._fields_of(endpoint))) or 'nothing'}"
+                    hint=f"its fields: {', '.join(sorted(self._fields_of(endpoint))) or 'none'}"
                     if span is None
                     else f"SGLang {span} has it",
                 )
@@ -244,35 +242,35 @@ class Release:
 
 
 def check_draft_model(name: str, algorithm: Any, fields: Container[str]) -> None:
-    """Refuses speculative decoding where a weight update cannot be kept from the draft model.
+    """Reject speculative decoding if weight updates cannot be kept from the draft model.
 
     Args:
-        name: Of the release, for people.
+        name: Of the release, for messages.
         algorithm: The server's ``speculative_algorithm``; None without one.
-        fields: What its ``/update_weights_from_tensor`` takes.
+        fields: Of its ``/update_weights_from_tensor``.
 
     Raises:
-        ConfigError: The draft model would open each payload a second time, and the trainer's memory would leak.
+        ConfigError: The draft model would open each payload again, and the trainer's memory would leak.
     """
     if algorithm is not None and not any(field in fields for field in TARGET_ONLY):
         raise ConfigError(
             f"speculative_algorithm={algorithm!r} cannot be used with {name}: the draft model would open every weight "
-            "payload a second time",
+            "payload again, which leaks memory",
             hint=f"use SGLang {ENDPOINTS['/update_weights_from_tensor'].fields['disable_draft_model'].since} or newer",
         )
 
 
 def release(version: str) -> Release:
-    """The row of the release that reports `version`.
+    """Return the release that reports `version`.
 
     Raises:
-        ConfigError: Older than the oldest supported one, or no version at all.
+        ConfigError: It is older than the oldest supported one, or not a version.
     """
     try:
         parsed = Version(version)
     except InvalidVersion as error:
         raise ConfigError(
-            f"the server reports version {version!r}, which is no version", hint=f"use SGLang {OLDEST} or newer"
+            f"the server reports an invalid version: {version!r}", hint=f"use SGLang {OLDEST} or newer"
         ) from error
     if parsed < OLDEST:
         raise ConfigError(f"SGLang {version} is not supported", hint=f"use {OLDEST} or newer")
@@ -280,10 +278,14 @@ def release(version: str) -> Release:
 
 
 def other_spelling(name: str, known: Mapping[str, Any]) -> str | None:
-    """How a server argument is spelled where `known` (with dashes) are the ones that exist.
+    """Return the name of a renamed server argument in another release.
+
+    Args:
+        name: With underscores.
+        known: Arguments of that release, with dashes.
 
     Returns:
-        For people: one spelling or several, None if there is none in `RENAMED`.
+        One name or several, for messages; None if `RENAMED` has none.
     """
     found: list[str] = []
     for old, new in RENAMED:

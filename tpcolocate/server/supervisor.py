@@ -1,19 +1,19 @@
-"""The server's guardian: a small process between the trainer and SGLang that outlives both.
+"""Supervisor of the server: a small process between the trainer and SGLang that outlives both.
 
-Run as a script, by path, so that it imports nothing of this package and nothing heavy.  It starts the
-server, and ends it (the whole tree, and what the tree left in /dev/shm) when
+Run as a script, by path, so that it imports nothing of this package and nothing heavy.  It starts the server, and ends
+it (the whole process tree, and the files that it leaves in /dev/shm) when
 
-* the trainer says so, through the pipe on standard input,
-* the trainer is gone: the pipe reads end-of-file, or the trainer's process has exited.  The second
-  check is for forks of the trainer (data loader workers) that hold the pipe open,
-* the server's main process has exited by itself.
+* the trainer sends ``stop`` through the pipe on standard input,
+* the trainer has exited: the pipe reads end-of-file, or its process is gone.  The second check is for forks of the
+  trainer (data loader workers) that keep the pipe open,
+* the server's main process has exited.
 
-If this process is killed, the kernel kills the server (PR_SET_PDEATHSIG), and SGLang's own
-parent-death signals end its workers.
+If this process is killed, the kernel kills the server (PR_SET_PDEATHSIG), and SGLang's own parent-death signals end its
+workers.
 
-Protocol: one JSON object on standard input (see `main`), then a line ``stop``; JSON lines on standard
-output: ``{"event": "started", "pid": ...}``, then ``{"event": "exited", "code": ..., "forced": ...}``
-once nothing of the server is left.
+Protocol: one JSON object on standard input (see `main`), then a line ``stop``; JSON lines on standard output:
+``{"event": "started", "pid": ...}``, then ``{"event": "exited", "code": ..., "forced": ...}`` once all processes and
+files of the server are gone.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 _libc = ctypes.CDLL(None, use_errno=True)
 
-# What SGLang leaves behind: scheduler message queues (24 MiB each) and load snapshots stay in /dev/shm
-# even after a graceful stop; the names are sgl_shm_<kind>_<pid>_<random> and sglang_loads_<socket>_<digest>.
-# After a forced one, so do the semaphores of its multiprocessing.
+# Files that SGLang leaves in /dev/shm: scheduler message queues (24 MiB each) and load snapshots even after a graceful
+# stop, as sgl_shm_<kind>_<pid>_<random> and sglang_loads_<socket>_<digest>; after a forced one, also semaphores of
+# multiprocessing.
 _LEFTOVER_PREFIXES = ("sgl_shm_", "sglang_", "sem.mp-")
 _SHM = "/dev/shm/"
-# Between looks at the tree; ends of the server and of the trainer are events and are not waited for.
-_LOOK_INTERVAL_MS = 2000
+# Between scans of the process tree; exits of the server and of the trainer are noticed at once.
+_SCAN_INTERVAL_MS = 2000
 
 
-def say(**event: object) -> None:
-    """Report to the trainer; it may be gone."""
+def report(**event: object) -> None:
+    """Report an event to the trainer, if it is still there."""
     try:
         print(json.dumps(event), flush=True)
     except (BrokenPipeError, ValueError):
@@ -54,13 +54,13 @@ def say(**event: object) -> None:
 
 
 def shm_files(pids: Iterable[int]) -> set[str]:
-    """SGLang's files in /dev/shm that these processes map or that carry their pid in the name."""
+    """Return SGLang's files in /dev/shm that these processes map or that have their pid in the name."""
     pids = set(pids)
     mapped = set()
     for pid in pids:
         try:
             with open(f"/proc/{pid}/maps") as maps:
-                # By inode: a semaphore is mapped under a name that is gone when it gets its own.
+                # By inode: a semaphore is mapped under a temporary name, before it gets its own.
                 mapped |= {int(line.split(maxsplit=5)[4]) for line in maps if _SHM in line}
         except OSError:
             continue  # exited meanwhile
@@ -75,10 +75,7 @@ def shm_files(pids: Iterable[int]) -> set[str]:
 
 
 def owner_is_running(pid: int, started: int) -> bool:
-    """By the start in clock ticks since boot: times since the epoch shift whenever the clock is set.
-
-    A zombie has ended, however long its parent takes to notice.
-    """
+    """Return whether the process exists and is not a zombie; see `tpcolocate.processes.start_of`."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as stat:
             fields = stat.read().rpartition(b")")[2].split()
@@ -88,24 +85,24 @@ def owner_is_running(pid: int, started: int) -> bool:
 
 
 class Tree:
-    """The server and everything it started, including what was orphaned on the way."""
+    """The server and all processes that it started, orphans included."""
 
     def __init__(self, server: subprocess.Popen[bytes]) -> None:
         self.server = server
         self.pids: set[int] = {server.pid}
         self.files: set[str] = set()
 
-    def look(self) -> list[psutil.Process]:
-        """Who is there now.  As the subreaper, this process inherits orphans, so none is missed."""
+    def scan(self) -> list[psutil.Process]:
+        """Return the live processes.  As the subreaper, this process inherits orphans, so none is missed."""
         alive = psutil.Process().children(recursive=True)
         self.pids.update(process.pid for process in alive)
         self.files |= shm_files(process.pid for process in alive)
         return alive
 
     def end(self, grace_s: float) -> bool:
-        """SIGTERM, a bounded wait, SIGKILL for what remains; then the leftovers.  True if force was needed."""
+        """Send SIGTERM, wait, SIGKILL the rest, remove files.  Return whether the server had to be killed."""
         forced = False
-        self.look()
+        self.scan()
         if self.server.poll() is None:
             self.server.terminate()
             try:
@@ -117,7 +114,7 @@ class Tree:
         deadline = time.monotonic() + 10.0
         while (alive := self._kill_rest()) and time.monotonic() < deadline:
             psutil.wait_procs(alive, timeout=0.2)
-        # Everything of ours has ended: a pid that exists now was given to a process of somebody else.
+        # The whole tree has exited: a pid that exists now belongs to another process.
         gone = {pid for pid in self.pids if not psutil.pid_exists(pid)}
         for name in self.files | shm_files(gone):
             try:
@@ -128,7 +125,7 @@ class Tree:
 
     def _kill_rest(self) -> list[psutil.Process]:
         alive = []
-        for process in self.look():
+        for process in self.scan():
             try:
                 process.kill()
                 alive.append(process)
@@ -138,9 +135,9 @@ class Tree:
 
 
 def _woken_by_sigterm() -> int:
-    """A descriptor that becomes readable on SIGTERM: somebody cleans up by name or by job, and the server shall go too.
+    """Return a descriptor that becomes readable on SIGTERM, so that a clean-up by name or job ends the server too.
 
-    Not an exception, which could hit the very code that ends the server.
+    Not an exception, which could interrupt the code that ends the server.
     """
     read_end, write_end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
@@ -151,12 +148,12 @@ def _woken_by_sigterm() -> int:
 def _die_with(parent: int) -> None:
     # After fork, before exec.
     _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the request was made
+    if os.getppid() != parent:  # it exited before prctl
         os._exit(1)
 
 
 def main() -> int:
-    # The trainer's terminal sends Ctrl-C to everyone; only the trainer decides.
+    # The terminal sends these to all processes of the job; only the trainer decides.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     terminated = _woken_by_sigterm()
@@ -175,10 +172,10 @@ def main() -> int:
             process_group=0,
         )
     except OSError as error:
-        say(event="exited", code=None, forced=False, error=str(error))
+        report(event="exited", code=None, forced=False, error=str(error))
         return 1
     tree = Tree(server)
-    say(event="started", pid=server.pid)
+    report(event="started", pid=server.pid)
 
     commands = sys.stdin.fileno()
     poller = select.poll()
@@ -190,18 +187,18 @@ def main() -> int:
     except OSError:
         pass  # exited already; the check below sees it
     while server.poll() is None and owner_is_running(owner_pid, owner_started):
-        ready = {fd for fd, _ in poller.poll(_LOOK_INTERVAL_MS)}
+        ready = {fd for fd, _ in poller.poll(_SCAN_INTERVAL_MS)}
         if commands in ready or terminated in ready:
             break  # "stop", or end-of-file: the trainer closed its end or died
-        tree.look()
+        tree.scan()
     forced = tree.end(job["grace_s"])
-    for path in job["unlink"]:  # what the trainer would have removed, had it lived
+    for path in job["unlink"]:  # in case the trainer could not
         shutil.rmtree(path, ignore_errors=True)
         try:
             os.unlink(path)
         except OSError:
             pass
-    say(event="exited", code=server.returncode, forced=forced)
+    report(event="exited", code=server.returncode, forced=forced)
     return 0
 
 

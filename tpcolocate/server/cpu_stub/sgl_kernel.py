@@ -1,14 +1,12 @@
-"""Stands in for SGLang's CUDA kernel package in a server that runs on a machine without an accelerator.
+"""Stub of SGLang's CUDA kernel package, for a server on a machine without an accelerator.
 
-This folder goes on the PYTHONPATH of the *server* alone, and only where no real ``sgl_kernel`` is installed.
+This folder is put on the PYTHONPATH of the *server* alone, and only if no real ``sgl_kernel`` is installed.
 
-SGLang imports kernels by name all over its CPU path (sampler, activations, grammar) and, decoding with the
-``torch_native`` attention and ``pytorch`` sampling back ends, calls none of them.  So every name exists here, and
-calling one is an error that says which.
+SGLang's CPU path imports kernels by name in many places (sampler, activations, grammar), but calls none of them with the
+``torch_native`` attention and ``pytorch`` sampling back ends.  So every name exists here, and calling one is an error.
 
-Every process of the server imports this module, which makes it the place for one more repair: SGLang's LoRA code
-asks for page-locked memory without looking for a device to lock it for (``pin_memory=True`` and
-``Tensor.pin_memory()`` in ``srt/lora``), and torch refuses that where there is no accelerator.
+Every process of the server imports this module, so it also patches torch: SGLang's LoRA code requests page-locked
+memory (``pin_memory=True`` and ``Tensor.pin_memory()`` in ``srt/lora``), which torch refuses without an accelerator.
 """
 
 import functools
@@ -32,14 +30,14 @@ def _pin_memory_of_pageable(self, device=None):
 
 def _absent(name):
     def kernel(*args, **kwargs):
-        raise NotImplementedError(f"sgl_kernel.{name} was called, and this CPU server has no kernels")
+        raise NotImplementedError(f"sgl_kernel.{name} is not available in a CPU server")
 
     kernel.__name__ = kernel.__qualname__ = name
     return kernel
 
 
 def __getattr__(name):
-    # Dunder names are questions of the import system (__path__: "are you a package?"): the answer is no.
+    # The import system looks up dunder names (__path__: is it a package?); none exists.
     if name.startswith("__"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     kernel = globals()[name] = _absent(name)

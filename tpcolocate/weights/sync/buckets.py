@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from tpcolocate import ipc_payload
+from tpcolocate.deadline import Deadline
 from tpcolocate.errors import SyncError, TpColocateError
 from tpcolocate.weights.sources.lazy_tensor import Item, Items, full_bytes, full_tensor, is_collective
 from tpcolocate.weights.sync.phases import RETURN_S, SyncPhases
@@ -114,7 +115,7 @@ class BucketPhases(SyncPhases):
             self.names.update(name for name, _ in bucket)
         with self.watch.phase("settle"):
             try:
-                self.ledger.settle(deadline=min(self.deadline, time.monotonic() + RETURN_S))
+                self.ledger.wait_for_release(Deadline.after(min(self.deadline - time.monotonic(), RETURN_S)))
             except TpColocateError as caught:
                 return caught
         return None

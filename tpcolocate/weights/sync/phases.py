@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from tpcolocate import ipc_payload
+from tpcolocate.deadline import Deadline
 from tpcolocate.errors import DeadlineError, WeightsMismatchError
 from tpcolocate.in_server.tpcolocate_receiver.protocol import Command, addressed_to_all
 from tpcolocate.report import Stopwatch
@@ -179,9 +180,9 @@ class SyncPhases:
 
     def settle_together(self) -> None:
         def settle() -> None:
-            deadline = min(self.deadline, time.monotonic() + RETURN_S)
+            deadline = Deadline.after(min(self.deadline - time.monotonic(), RETURN_S))
             for ledger in (self.ledger, self.borrowed.ledger):
-                ledger.settle(deadline=deadline)
+                ledger.wait_for_release(deadline)
 
         self.together("take the staging memory back", settle)
 

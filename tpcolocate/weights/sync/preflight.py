@@ -8,6 +8,7 @@ import time
 import torch
 
 from tpcolocate import ipc_payload
+from tpcolocate.deadline import Deadline
 from tpcolocate.errors import DeadlineError, SyncError, TpColocateError
 from tpcolocate.in_server.tpcolocate_receiver.protocol import Addressed, Probe
 from tpcolocate.weights.sync.phases import SyncPhases
@@ -93,7 +94,7 @@ class Preflight(SyncPhases):
                     rank=self.group.rank,
                 )
         try:
-            self.ledger.settle(deadline=min(self.deadline, time.monotonic() + _PREFLIGHT_S))
+            self.ledger.wait_for_release(Deadline.after(min(self.deadline - time.monotonic(), _PREFLIGHT_S)))
         except SyncError as error:
             problem = problem if problem is not None else error.message
         except DeadlineError as error:
