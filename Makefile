@@ -8,13 +8,14 @@ BIN := .venv/bin
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
 
-.PHONY: help venv demo test test-loaded quick contracts lint clean
+.PHONY: help venv demo test test-loaded quick coverage contracts lint clean
 
 help:
 	@echo 'make demo    GRPO on a real SGLang server, two training ranks, on the CPU; writes a plot to out/'
 	@echo 'make test    every test that this machine can run (without CUDA: all but those marked gpu)'
 	@echo 'make test-loaded  the same beside busy processes, two for each core'
 	@echo 'make quick   the tests that need no server, in under 90 seconds'
+	@echo 'make coverage   which lines of weights/ and of the receiver the quick tests run, in all of their processes'
 	@echo 'make contracts  what we rely on in SGLang, asked of the code of its releases; fetches them, the newest too'
 	@echo 'make lint    ruff and mypy'
 	@echo 'make venv    only the set-up that the others do by themselves'
@@ -40,6 +41,14 @@ test-loaded: venv
 
 quick: venv
 	$(BIN)/python -m pytest -m 'quick and not engine and not gpu' $(PYTEST_ARGS)
+
+# Into out/coverage; the sources and what counts are in setup.cfg.
+coverage: venv
+	@mkdir -p out/coverage
+	$(BIN)/python -m coverage erase
+	$(BIN)/python -m coverage run -m pytest -m 'quick and not engine and not gpu' $(PYTEST_ARGS)
+	$(BIN)/python -m coverage combine --quiet
+	$(BIN)/python -m coverage report
 
 contracts: venv
 	$(BIN)/python tests/contracts/fetch.py

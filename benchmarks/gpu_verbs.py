@@ -486,7 +486,7 @@ def main() -> None:
         "tp_size": args.tp_size, "ranks": dist.get_world_size(), "shared_device": args.shared_device,
     })  # fmt: skip
     steps = gpu_common.InStep(note)
-    folder = steps.gather("folder", tempfile.mkdtemp(prefix="tpcolocate-verbs-") if rank == 0 else None)[0]
+    folder = steps.gather("folder", tempfile.mkdtemp(prefix="tpcolocate-calls-") if rank == 0 else None)[0]
     if rank == 0:
         gpu_common.write_checkpoint(folder)
     steps.gather("checkpoint")

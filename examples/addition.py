@@ -2,8 +2,8 @@
 
 The right continuation of ``12+34=`` is ``46`` and a newline; the reward is 1 for it and 0 for anything else.
 The model is created and warm-started in well under a minute.  Label smoothing gives part of every character's
-probability to wrong ones, so that sampled answers are right about one time in four, and reinforcement
-learning has something to improve.
+probability to wrong ones, so that sampled answers are right about one time in four and leave something to
+improve.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""GRPO on a real engine: FSDP2 ranks learn addition from samples of an SGLang server on the same devices.
+"""GRPO on a real engine: FSDP2 ranks train on addition with samples of an SGLang server on the same devices.
 
     torchrun --standalone --nproc-per-node 2 examples/grpo.py
     torchrun --standalone --nproc-per-node 2 examples/grpo.py --no-sync

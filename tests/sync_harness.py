@@ -9,7 +9,6 @@ memory of a GPU that another process can map.
 from __future__ import annotations
 
 import base64
-import collections
 import contextlib
 import functools
 import io
@@ -20,7 +19,7 @@ import threading
 import time
 import traceback
 import weakref
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from multiprocessing.connection import Client, Listener
 from pathlib import Path
@@ -33,18 +32,20 @@ from torch.distributed.tensor import DTensor
 
 from tpcolocate import ipc_payload
 from tpcolocate.agreement import RankGroup
-from tpcolocate.errors import TpColocateError
+from tpcolocate.errors import SyncError, TpColocateError
 from tpcolocate.groups import Host, Member, make_group
 from tpcolocate.in_server.tpcolocate_receiver import receive
 from tpcolocate.in_server.tpcolocate_receiver import session as receiver
 from tpcolocate.processes import start_of
 from tpcolocate.server import channel
 from tpcolocate.server.api import ServerApi
+from tpcolocate.server.generation import GenerationHold
+from tpcolocate.server.lifecycle import Lifecycle, State
+from tpcolocate.server.weight_updates import WeightUpdates
 from tpcolocate.weights.plan.loader_map import LoaderMap
 from tpcolocate.weights.sources.model_spec import ModelSpec
-from tpcolocate.weights.sync import phases, run, syncer
+from tpcolocate.weights.sync import mesh_schedule, route, session, syncer
 from tpcolocate.weights.sync.options import SyncOptions
-from tpcolocate.weights.transport import staging
 
 if "peft" not in harness.PRELOADED:
     # Seconds for each rank, or once for all of them; transformers comes with it.
@@ -57,7 +58,7 @@ LOADER = "tpcolocate_receiver.receive"
 
 
 def make_syncer(group, *, owner_rank, tp_ranks, server, spec, folder, reader_is_alive):
-    return syncer.WeightSync(
+    return syncer.WeightSyncer(
         group, device=torch.device("cpu"), owner_rank=owner_rank, tp_ranks=tp_ranks, server=server, spec=spec, loader=LOADER,
         folder=folder, reader_is_alive=reader_is_alive,
     )  # fmt: skip
@@ -65,63 +66,91 @@ def make_syncer(group, *, owner_rank, tp_ranks, server, spec, folder, reader_is_
 
 def left_behind(sync):
     """What a good sync must not leave to later ones."""
-    return list(sync.abandoned)
+    return list(sync.state.abandoned)
 
 
 def forget_all_in_the_receiver():
     """In a worker's process: the next model is a new engine's."""
-    receiver._regions.clear()
-    receiver._held.clear()
+    receiver._RECEIVER.states.clear()
 
 
 def shorten_grace(seconds):
     """How much longer than its own deadline a rank waits for the others."""
-    phases.GRACE_S = seconds
+    session.GRACE_S = seconds
 
 
-def described(command):
-    """A command to a worker in a few words, without what differs from run to run; a dict, or a typed command."""
-    given = {f.name: getattr(command, f.name) for f in fields(command)} if is_dataclass(command) else dict(command)
-    words = {"do": given.pop("do", type(command).__name__)}
-    for name, value in given.items():
-        if isinstance(value, (list, tuple, dict)) and name in ("map", "release", "define", "entries", "shapes"):
-            if len(value) or name == "entries":
+def described(addressed):
+    """A command to a worker in a few words, without what differs from run to run."""
+    command = addressed.command
+    words = {"do": type(command).__name__}
+    for name in (one.name for one in fields(command)):
+        value = getattr(command, name)
+        if name in ("map", "release", "define", "entries", "shapes"):
+            if value or name == "entries":
                 words[name] = len(value)
         elif name == "program" and value is not None:
             words[name] = value.rpartition("/")[2]  # what is before it counts the plans
-        elif name in ("keep", "last", "tell", "watch") and value:
+        elif name in ("is_last", "report_trace", "watch") and value:
             words[name] = "yes"
     return words
 
 
 def count_commands_in_the_receiver():
     """In a worker's process: `reach` at every command that is carried out."""
-    act = receiver._act
 
-    def acting(model, plans, job, answer):
-        reach("worker")
-        return act(model, plans, job, answer)
+    def counted(handler):
+        def handle(*args):
+            reach("worker")
+            return handler(*args)
 
-    receiver._act = acting
+        return handle
+
+    receiver._HANDLERS.update({kind: counted(handler) for kind, handler in receiver._HANDLERS.items()})
 
 
-COMMAND_COUNTER = (phases.SyncPhases, "number")
+def make_server(client):
+    api, lifecycle = ServerApi(client), Lifecycle(State())
+    return WeightUpdates(api, GenerationHold(api, lifecycle), lifecycle)
+
+
+def warm_up(sync):
+    """What an engine does before its first sync."""
+    sync.warm_up(timeout_s=20.0)
+
+
+COMMAND_COUNTER = (session.SyncSession, "next_command")
 """Draws the next command's number; every rank calls it."""
 A_BRANCH = (LoaderMap, "is_verified", True)
 """A decision that all ranks must take alike, and what it is to be on one of them alone."""
-FINISH_MESH_COLLECTIVES = (run.SyncRun, "keep_company")
+FINISH_MESH_COLLECTIVES = (mesh_schedule.MeshSchedule, "finish")
 """Makes the mesh collectives that a rank owes after a failure."""
 SEAMS = {
     "allocate": (ipc_payload, "allocate"),
     "export": (ipc_payload, "export_storage"),
     "copy into a bucket": (ipc_payload, "view"),
-    "wait for release": (ipc_payload.Ledger, "settle"),
+    "wait for release": (ipc_payload.Ledger, "wait_for_release"),
     "post": (channel.Channel, "post"),
     "collect": (channel.Channel, "collect"),
 }
-"""Where errors are planted, before the call; `record_everything` adds collectives over meshes, after the call."""
-PLAN = (staging.Transfer, "plan")
-"""Likewise, after the call, which is a collective."""
+"""Where errors are planted, before the call."""
+PLAN = (route, "plan_transfer")
+"""Likewise, but after the call; gathers and exchanges over meshes, which are collectives, as well."""
+FOREIGN = ("allocate", "export", "copy into a bucket", "plan", "gather", "all_to_all_single", "all_to_all", "worker")
+"""Where the error is one of torch's; elsewhere it is this library's own."""
+
+
+def is_known_defect(fault, *, is_mapped, is_sharded, is_lazy, num_slices):
+    """Whether the library does not get over an error there today.  Each line is a defect, and goes with it.
+
+    Args:
+        fault: See `Fault`.
+        is_mapped: Whether the trainer's memory can be mapped.
+        is_sharded: Whether the weights are on a mesh.
+        is_lazy: Whether some of them are computed from what is gathered.
+        num_slices: Of all training ranks.
+    """
+    # A tensor computed from several gathers, or cut from one: the rest is not gathered, or one is gathered again.
+    return is_lazy and fault.seam == "gather"
 
 
 # --- The record ----------------------------------------------------------------------------------------------------------
@@ -129,6 +158,7 @@ PLAN = (staging.Transfer, "plan")
 MESH_COLLECTIVES = (
     "all_reduce", "all_to_all_single", "all_to_all", "all_gather", "all_gather_into_tensor", "broadcast", "reduce_scatter_tensor",
 )  # fmt: skip
+EXCHANGES = ("all_to_all_single", "all_to_all")
 
 
 @dataclass
@@ -138,17 +168,21 @@ class Record:
     Attributes:
         events: ("agree", what), ("mesh", kind, size) and, on the owner, ("command", words).
         requests: On the owner: what was asked of the server.
+        calls: (seam, number of events before) for every call at which an error can be planted.
+        num_planted: Errors that were raised as planned.
     """
 
     events: list[tuple[str, ...]] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
+    calls: list[tuple[str, int]] = field(default_factory=list)
+    num_planted: int = 0
 
     def note(self, *event):
         self.events.append(event)
 
     def take(self):
-        taken = Record(self.events, self.requests)
-        self.events, self.requests = [], []
+        taken = Record(self.events, self.requests, self.calls, self.num_planted)
+        self.events, self.requests, self.calls, self.num_planted = [], [], [], 0
         return taken
 
     def of(self, *kinds):
@@ -157,8 +191,6 @@ class Record:
 
 RECORD = Record()
 """Of this process."""
-CALLS: collections.Counter[str] = collections.Counter()
-"""Seam -> how often this process has come there in the sync in progress."""
 FAULT: list[tuple[str, int]] = []
 """(seam, call) at which this process is to raise; empty or one."""
 _ledgers: list[weakref.ref] = []
@@ -166,10 +198,13 @@ _ledgers: list[weakref.ref] = []
 
 def reach(seam):
     """Raise if that is planned for this call."""
-    number = CALLS[seam]
-    CALLS[seam] += 1
+    number = sum(called == seam for called, _ in RECORD.calls)
+    RECORD.calls.append((seam, len(RECORD.events)))
     if (seam, number) in FAULT:
-        raise RuntimeError(f"planted at {seam} {number}")
+        RECORD.num_planted += 1
+        # Of the kind that comes from there: torch's own, or this library's.
+        kind = RuntimeError if seam in FOREIGN else SyncError
+        raise kind(f"planted at {seam} {number}")
 
 
 def record_everything():
@@ -178,9 +213,9 @@ def record_everything():
         wrap(place, name, before=lambda *_, seam=seam, **__: reach(seam))
     wrap(*PLAN, after=lambda *_, **__: reach("plan"))
     for name in MESH_COLLECTIVES:
-        wrap(
-            dist, name, before=functools.partial(_note_collective, name), after=lambda *_, name=name, **__: reach(name)
-        )
+        # An error is planted after an exchange of weights; where one fails itself it does so on all ranks.
+        after = (lambda *_, name=name, **__: reach(name)) if name in EXCHANGES else None
+        wrap(dist, name, before=functools.partial(_note_collective, name), after=after)
     wrap(
         DTensor,
         "full_tensor",
@@ -205,15 +240,13 @@ def wrap(place, name, *, before=None, after=None):
         return value
 
     setattr(place, name, wrapped)
-    return function
 
 
 @contextlib.contextmanager
-def replaced(place, name, make, *, here=True):
-    """An attribute made anew from what it was, for the length of a block, on one rank."""
+def replaced(place, name, make):
+    """An attribute made anew from what it was, for the length of a block."""
     original = getattr(place, name)
-    if here:
-        setattr(place, name, make(original))
+    setattr(place, name, make(original))
     try:
         yield
     finally:
@@ -235,12 +268,20 @@ def outstanding():
 def _words(number, commands):
     of_ranks = [described(commands[k]) for k in sorted(commands)]
     names = dict.fromkeys(name for words in of_ranks for name in words)
-    told = []
+    shown = []
     for name in names:
         values = [str(words.get(name, 0)) for words in of_ranks]
         value = values[0] if len(set(values)) == 1 else "|".join(values)
-        told.append(value if name == "do" else f"{name}={value}")
-    return f"{number} {' '.join(told)}"
+        shown.append(value if name == "do" else f"{name}={value}")
+    return f"{number} {' '.join(shown)}"
+
+
+def _plant_at(planned, number, what, error):
+    """See `RecordingGroup`."""
+    if number != planned:
+        return what, error
+    RECORD.num_planted += 1
+    return what, SyncError(f"planted at {what}")
 
 
 class RecordingGroup(RankGroup):
@@ -343,7 +384,7 @@ class StandIn:
 
 
 def serve_worker(folder, rank):
-    """The process of one TP worker, until somebody comes with "stop"."""
+    """Run the process of one TP worker until a connection begins with "stop"."""
     held: dict[str, Served] = {}
     count_commands_in_the_receiver()
 
@@ -373,7 +414,7 @@ def _act(held, what, content):
         held["model"] = Served(*arguments, **keywords)
     elif what == "fail":
         FAULT[:] = content
-        CALLS.clear()
+        return RECORD.take().num_planted
     elif what == "update":
         payload, load_format = content
         named = pickle.loads(base64.b64decode(payload))
@@ -437,9 +478,9 @@ class World:
 
     def __init__(self, rank, size, folder):
         self.rank, self.size, self.folder = rank, size, Path(folder)
-        store = dist.FileStore(str(self.folder / f"store{size}"), size)
-        store.set(f"here{rank}", "")  # some are still in the world before
-        store.wait([f"here{r}" for r in range(size)], timedelta(seconds=PATIENCE_S))
+        self._store = store = dist.FileStore(str(self.folder / f"store{size}"), size)
+        self._num_gathered = 0
+        self.gather(None)  # some are still in the world before
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=MESH_S))
         self.worker = connect(folder, rank)
 
@@ -448,8 +489,7 @@ class World:
         self.tp_size = tp_size
         pid = os.getpid()
         mine = Member(self.rank, self.size, tp_size, Host.here(), pid, start_of(pid))
-        members: list = [None] * self.size
-        dist.all_gather_object(members, mine)
+        members = self.gather(mine)
         starts = range(0, self.size, tp_size)
         groups = [
             make_group(range(start, start + tp_size), timeout_s=GROUP_S, description="slice") if tp_size > 1 else None
@@ -467,13 +507,15 @@ class World:
         self.workers = [connect(self.folder, r) for r in self.ranks] if self.is_owner else []
 
     def gather(self, value):
-        """Of every rank."""
-        values: list = [None] * self.size
-        dist.all_gather_object(values, value)
-        return values
+        """Of every rank.  Not by a collective: process groups may be broken, on purpose or not."""
+        number, self._num_gathered = self._num_gathered, self._num_gathered + 1
+        self._store.set(f"{number} {self.rank}", pickle.dumps(value))
+        keys = [f"{number} {r}" for r in range(self.size)]
+        self._store.wait(keys, timedelta(seconds=PATIENCE_S))
+        return [pickle.loads(self._store.get(key)) for key in keys]
 
     def close(self):
-        dist.barrier()  # a rank that is done stops its worker, which an owner may still be using
+        self.gather(None)  # a rank that is done stops its worker, which an owner may still be using
         dist.destroy_process_group()
 
 
@@ -483,7 +525,7 @@ def shapes_of(moe):
 
 
 class Spec(ModelSpec):
-    """What the served model expects, told by one more place where errors can be planted."""
+    """What the served model expects; two more places where errors can be planted."""
 
     __slots__ = ()
 
@@ -509,52 +551,60 @@ class Engine:
     def __init__(self, world, *, moe=False, habit=None, version=None):
         self.world = world
         self.is_running = True
+        _ledgers.clear()  # those of other engines
         self.num_syncs = 0
         server = None
         if version is None:
             version = "0.5.21" if world.size > world.tp_size else "0.5.20"
         if world.is_owner:
             self._new_workers({"moe": moe, "habit": habit})
-            server = ServerApi(StandIn(version, world.workers))
+            server = make_server(StandIn(version, world.workers))
         self.sync = make_syncer(
             world.group, owner_rank=world.owner_rank, tp_ranks={r: r % world.tp_size for r in range(world.size)},
             server=server, spec=Spec(shapes_of(moe), "the test"), folder=world.folder,
             reader_is_alive=lambda: self.is_running,
         )  # fmt: skip
+        world.gather(None)  # faults are planted in new workers
 
     def run(self, source, *, fault=None, meddle=None, timeout_s=20.0, **options):
         """One sync.
 
         Args:
             source: See `Source`.
-            fault: (seam, call) at which this rank is to raise.
+            fault: (seam, call) at which this rank, or its worker, is to raise.
             meddle: See `RecordingGroup`.
             timeout_s: Of the sync, in seconds.
             options: See `SyncOptions`.
         """
         self.num_syncs += 1
         self.world.group.num_agreed = 0
+        seam, number = fault or (None, None)
+        if seam == "agreement":
+            meddle = functools.partial(_plant_at, number)
         self.world.group.meddle = meddle
+        if seam == "worker":
+            ask(self.world.worker, "fail", fault)
         RECORD.take()
-        CALLS.clear()
         FAULT[:] = [] if fault is None else [fault]
         error = report = wrong = None
         try:
             report = self.sync.run(
                 source.given(), version=str(self.num_syncs), options=SyncOptions(**options), timeout_s=timeout_s,
-                touched=lambda: reach("touched"),
+                on_engine_modified=lambda: None,
             )  # fmt: skip
-        except TpColocateError as caught:
-            error = type(caught).__name__, caught.message
+        except Exception as caught:
+            error = type(caught).__name__, caught.message if isinstance(caught, TpColocateError) else str(caught)
             caught.__traceback__ = None  # nothing of the trainer's is to be kept by it
-        calls, record = dict(CALLS), RECORD.take()
+        record = RECORD.take()
         FAULT.clear()
+        if seam == "worker":
+            record.num_planted = ask(self.world.worker, "fail")
         self.world.group.meddle = None
         if error is None:
             buffer = io.BytesIO()
             torch.save(source.expected(), buffer)
             wrong = ask(self.world.worker, "differing", buffer.getvalue())
-        return Synced(record, error, wrong, None if report is None else _facts(report), calls)
+        return Synced(record, error, wrong, None if report is None else _facts(report))
 
     def _new_workers(self, keywords):
         for k, worker in enumerate(self.world.workers):
@@ -566,7 +616,7 @@ class Engine:
 
     def close(self):
         """The server ends; what it had mapped comes back."""
-        dist.barrier()  # the other ranks may still be looking at their workers
+        self.world.gather(None)  # the other ranks may still be looking at their workers
         if self.world.is_owner:
             self._new_workers({})
         self.is_running = False
@@ -582,20 +632,18 @@ class Synced:
         error: Class and message, or None.
         differing: Parameters of the rank's worker that are not what they should be; None after an error.
         facts: Of the report.
-        calls: Seam -> how often the rank came there.
     """
 
     record: Record
     error: tuple[str, str] | None
     differing: list[str] | None
     facts: dict | None
-    calls: dict[str, int]
 
 
 def _facts(report):
     return {
         "transport": report.transport,
-        "mapped": [rank.num_lent for rank in report.ranks],
+        "mapped": [rank.num_mapped for rank in report.ranks],
         "buckets": report.num_buckets,
         "direct": [rank.direct_bytes for rank in report.ranks],
         "warnings": list(report.warnings),
@@ -637,3 +685,83 @@ def difference(one, other):
         if here != there:
             return f"at {i}, {'nothing' if here is None else ' '.join(here)} | {'nothing' if there is None else ' '.join(there)}"
     return "in nothing"
+
+
+# --- Faults --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Fault:
+    """An error that is planted in one sync on one rank.
+
+    Attributes:
+        seam: "agreement": brought to an agreement; "worker": of a command in the rank's worker; else what raises.
+        number: Which call of it, from 0.
+        rank: Where.
+        phase: The agreement that is next.
+        is_before_mesh: Whether the rank has not yet come to any collective over a mesh.
+    """
+
+    seam: str
+    number: int
+    rank: int
+    phase: str
+    is_before_mesh: bool
+
+    def __str__(self):
+        return f"{self.seam} {self.number} on rank {self.rank}, before {self.phase!r}"
+
+
+def faults(records, owners, *, on_every_rank):
+    """At every agreement, and at the first call of everything else in each phase.
+
+    Args:
+        records: Of a good sync on every rank.
+        owners: Rank -> the owner of its slice.
+        on_every_rank: Each on every rank; otherwise on one rank after the other.
+    """
+    of_ranks = []
+    for rank, record in enumerate(records):
+
+        def fault(seam, number, place, record=record, rank=rank):
+            phase = next((event[1] for event in record.events[place:] if event[0] == "agree"), "the end")
+            return Fault(seam, number, rank, phase, not any(event[0] == "mesh" for event in record.events[:place]))
+
+        agreed = [i for i, event in enumerate(record.events) if event[0] == "agree"]
+        found = [fault("agreement", number, place) for number, place in enumerate(agreed)]
+        seams = {}
+        for seam, place in record.calls:
+            seams.setdefault(seam, []).append(place)
+        commands = [i for i, event in enumerate(records[owners[rank]].events) if event[0] == "command"]
+        found += [fault("worker", number, place, records[owners[rank]]) for number, place in enumerate(commands)]
+        for seam, places in sorted(seams.items()):
+            of_phases = {}
+            for number, place in enumerate(places):
+                one = fault(seam, number, place)
+                of_phases.setdefault(one.phase, one)
+            found += of_phases.values()
+        of_ranks.append([one for i, one in enumerate(found) if on_every_rank or i % len(records) == rank])
+    return [one for found in of_ranks for one in found]
+
+
+def wrong_after(rank, failed, healed, left, tp_size):
+    """What is wrong with a sync in which an error was planted, and with the one after it, in words.
+
+    Args:
+        rank: Where the error was planted.
+        failed, healed: `Synced` of every rank.
+        left: Of every rank, what it still had to get back in the end.
+        tp_size: Ranks of a slice.
+    """
+    found = divergences(failed, tp_size)
+    error = failed[rank].error
+    if failed[rank].record.num_planted != 1:
+        found.append(f"rank {rank} did not come to where the error was planted")
+    if error is not None and "planted" not in error[1]:
+        found.append(f"rank {rank} ends with another error than the planted one: {error}")
+    for r, synced in enumerate(failed):
+        if r // tp_size != rank // tp_size and synced.error is not None:
+            found.append(f"rank {r} of another slice ends with {synced.error}")
+    found += [f"the sync after it: {words}" for words in divergences(healed, tp_size)]
+    found += [f"the sync after it: rank {r} ends with {s.error}" for r, s in enumerate(healed) if s.error is not None]
+    return found + [f"rank {r} has left {items}" for r, items in enumerate(left) if items]

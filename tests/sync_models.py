@@ -157,7 +157,7 @@ def local_part(full, tensor):
 
 
 class Source:
-    """One form in which a trainer holds its model, and a plain twin that tells what its full weights are.
+    """One form in which a trainer holds its model, and a plain twin that has its full weights.
 
     Args:
         kind: One of `SOURCES`.

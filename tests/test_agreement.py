@@ -172,7 +172,7 @@ def two_threads(rank):
         import torch.distributed as dist
 
         dist.distributed_c10d._get_default_store().set("refused", "1")
-        waiting.join(20)
+        waiting.join(40)
     else:
         import torch.distributed as dist
 

@@ -24,10 +24,12 @@ LAYERS = {
         {"server", "weights", "rendezvous"},
         {"agreement", "placement"},
         {"groups", "roles", "ipc_payload"},
-        {"devices", "report", "parallel", "processes", "deadline"},
+        {"devices", "report", "parallel", "processes", "deadline", "worker_errors"},
         {"errors", "in_server", "_version"},
     ),
     "server": (
+        {"weight_updates"},
+        {"generation"},
         {"api", "process"},
         {"arguments", "channel"},
         {"http", "releases", "installed", "environment", "lifecycle", "supervisor"},
@@ -35,14 +37,15 @@ LAYERS = {
     "engine": (
         {"engine"},
         {"adapters", "generation", "update_groups"},
-        {"base"},
+        {"context"},
         {"client"},
     ),
     "weights": (
-        {"sync", "lora", "update_group"},
+        {"sync"},
         {"transport"},
-        {"plan"},
+        {"plan", "lora", "update_group"},
         {"sources"},
+        {"buckets"},
     ),
     "weights.sources": (
         {"checkpoint", "fingerprint"},
@@ -51,63 +54,38 @@ LAYERS = {
         {"lazy_tensor", "wrapper_names"},
     ),
     "weights.plan": (
-        {"loader_map", "sharding", "transfer_plan"},
+        {"transfer_plan"},
+        {"loader_map", "sharding"},
         {"slices"},
     ),
     "weights.transport": (
-        {"staging", "connection", "transient_mappings"},
-        {"checksums", "bucket_sender", "mapped_memory", "memory"},
+        {"staging", "bucket_sender"},
+        {"connection", "checksums", "mapped_memory"},
+        {"mesh", "memory"},
     ),
     "weights.sync": (
         {"syncer"},
-        {"run"},
-        {"start", "tracing", "preflight"},
-        {"transfer"},
-        {"mapping", "buckets"},
-        {"phases"},
+        {"pipeline"},
+        {"opening", "trace", "transfer", "finish", "preflight"},
+        {"mapping", "prepare"},
+        {"buckets", "route"},
+        {"session"},
+        {"records", "mesh_schedule"},
         {"options"},
     ),
     "in_server": ({"tpcolocate_receiver"},),
     "in_server.tpcolocate_receiver": (
         {"session"},
-        {"dry_run"},
-        {"copy_plan"},
-        {"kernels", "loader_trace"},
-        {"triton_kernel", "checksums", "regions", "replay", "module_walk", "handles"},
+        {"dry_run", "copy_program", "load_bucket"},
+        {"copy_plan", "kernels"},
+        {"triton_kernel", "loader_trace"},
+        {"kernel_tables", "checksums", "regions", "replay", "module_walk", "handles", "protocol"},
     ),
 }
 # Put on the PYTHONPATH of another process as it is; not a package.
 NOT_A_PACKAGE = "server/cpu_stub"
 MAX_METHODS, MAX_ATTRIBUTES = 25, 12
 WIDE_ON_PURPOSE = {"Engine", "Colocation"}  # public
-
-# What does not follow the rules yet.  These lists only get shorter: an entry that is no longer needed fails, too.
-UPWARD_IMPORTS = {
-    ("in_server.tpcolocate_receiver.triton_kernel", "in_server.tpcolocate_receiver.kernels"),
-    ("weights.plan.transfer_plan", "weights.transport.checksums"),
-    ("weights.sources.checkpoint", "weights.sync.run"),
-    ("weights.sync.phases", "weights.sync.syncer"),
-}
-CYCLES = {
-    frozenset({"in_server.tpcolocate_receiver.kernels", "in_server.tpcolocate_receiver.triton_kernel"}),
-    frozenset({"weights.plan.transfer_plan", "weights.transport.checksums"}),
-    frozenset(
-        f"weights.sync.{name}"
-        for name in "buckets mapping phases preflight run start syncer tracing transfer".split()
-    ),
-}  # fmt: skip
-TOO_MANY_METHODS = {"SyncRun", "StartPhases", "LearningPhases", "MovePhases", "ServerApi"}
-TOO_MANY_ATTRIBUTES = {
-    "SyncRun", "SyncPhases", "StartPhases", "Preflight", "MovePhases", "LendingPhases", "LearningPhases", "BucketPhases",
-    "WeightSync", "CopyProgram", "SliceClient", "AdapterCalls", "UpdateGroupCalls", "GenerationCalls",
-}  # fmt: skip
-
-
-def check_exceptions(found, listed):
-    """Fail for what is not listed, and for what is listed and no longer found."""
-    assert sorted(found - listed, key=str) == [], "breaks the rule"
-    assert sorted(listed - found, key=str) == [], "follows the rule now: remove it from the list"
-
 
 # --- imports --------------------------------------------------------------------------------------------------------
 
@@ -201,12 +179,11 @@ def test_imports_go_down_only():
         for line, target in imports
         if not goes_down(module, target, LAYERS)
     }
-    assert [text for edge, text in upward.items() if edge not in UPWARD_IMPORTS] == [], "not in a layer below"
-    check_exceptions(set(upward), UPWARD_IMPORTS)
+    assert list(upward.values()) == [], "not in a layer below"
 
 
 def test_no_modules_import_each_other():
-    check_exceptions(cycles_of({name: {target for _, target in imports} for name, imports in IMPORTS.items()}), CYCLES)
+    assert not cycles_of({name: {target for _, target in imports} for name, imports in IMPORTS.items()})
 
 
 def test_what_runs_in_the_server_imports_nothing_else_of_the_package():
@@ -326,8 +303,8 @@ def too_wide(classes):
 
 def test_no_class_is_too_wide():
     methods, attributes = too_wide(classes_in(path.read_text() for path in MODULES.values()))
-    check_exceptions(methods, TOO_MANY_METHODS)
-    check_exceptions(attributes, TOO_MANY_ATTRIBUTES)
+    assert not methods
+    assert not attributes
 
 
 @pytest.mark.parametrize("base, own, head, found", [

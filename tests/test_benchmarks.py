@@ -154,7 +154,7 @@ def test_the_ratio_has_an_interval_around_it():
         record.ratio_of_medians([1.0], [1.0, 2.0])
 
 
-def test_published_where_it_is_named_and_only_if_told(tmp_path, monkeypatch, capsys):
+def test_published_where_it_is_named_and_only_on_request(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(record, "RESULTS", tmp_path / "results")
     record.publish(made(), write=False)
     assert not (tmp_path / "results").exists()

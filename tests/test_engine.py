@@ -20,7 +20,7 @@ from harness import Footprint, leftovers, run_ranks
 
 import tpcolocate
 from tpcolocate import errors
-from tpcolocate.weights.sync import start as sync_start
+from tpcolocate.weights.sync import opening, prepare
 from tpcolocate.weights.transport import memory
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1500)]
@@ -105,7 +105,7 @@ def drive(rank, model_dir, tp_size, checks):
 
 
 def warm_up(world):
-    """What was said of it at launch, on the owner."""
+    """What was logged of it at launch, on the owner."""
     return world.colo.is_owner, [line for line in (r.getMessage() for r in world.log.buffer) if "warmed up" in line]
 
 
@@ -157,17 +157,17 @@ def dropped_weights(world):
         gc.enable()
 
 
-def memory_when_free_memory_is_told(world):
+def memory_when_free_memory_is_reported(world):
     """Of this rank's staging memory, at syncs that repeat: whether they do, and bytes."""
-    held = []
+    allocated = []
 
-    def told(device):
-        held.append(memory.allocated_bytes(device))
+    def reported(device):
+        allocated.append(memory.allocated_bytes(device))
         return memory.free_bytes(device)
 
-    with mock.patch.object(sync_start, "free_bytes", told):
+    with mock.patch.object(opening, "free_bytes", reported), mock.patch.object(prepare, "free_bytes", reported):
         reports = [world.engine.sync_weights(world.model) for _ in range(3)]
-    return "plan" not in reports[-1].ranks[0].seconds, reports[-1].ranks[0].staged_bytes > 0, held
+    return "plan" not in reports[-1].ranks[0].seconds, reports[-1].ranks[0].staged_bytes > 0, allocated
 
 
 def tokens_after_ddp_sync(world):
@@ -240,14 +240,14 @@ def tokens_by_parts(world):
         new = world.expected()
         found.append({
             "equal": world.generated() == new, "changed": new != old, "by_plan": report.num_replayed == report.num_tensors,
-            "proven": report.num_proven == report.num_tensors, "warnings": report.warnings, "bytes": report.num_bytes,
+            "verified": report.num_verified == report.num_tensors, "warnings": report.warnings, "bytes": report.num_bytes,
             "staged": [r.staged_bytes for r in report.ranks], "commands": report.num_buckets,
         })  # fmt: skip
     return found
 
 
 def masters_in_other_dtypes(world):
-    """The engine's copy rounds; parts are rounded before they travel, and proven after."""
+    """The engine's copy rounds; parts are rounded before they are sent, and verified afterwards."""
     import copy
 
     kept = world.model
@@ -259,7 +259,7 @@ def masters_in_other_dtypes(world):
             report = world.engine.sync_weights(world.model)
         world.model = world.model.float()
         found.append(
-            (world.generated() == world.expected(), report.num_proven == report.num_tensors, report.num_replayed)
+            (world.generated() == world.expected(), report.num_verified == report.num_tensors, report.num_replayed)
         )
     world.model = kept
     world.engine.sync_weights(world.model)
@@ -267,48 +267,50 @@ def masters_in_other_dtypes(world):
 
 
 def a_slice_whose_engine_forgot(world):
-    """They share collectives: if one has to see whether samples bear out what its workers tell, both send these."""
+    """They share collectives: if one has to see whether samples confirm what its workers traced, both send these."""
     model = world.sharded()
     world.engine.sync_weights(model)
     if world.colo.slice_index == 0:
-        world.engine._sync.knowledge.confirm(("another engine",))
+        world.engine._sync.state.loader_map.is_current(("another engine",))
     step_of_sharded(world, model, 50)
     first = world.engine.sync_weights(model)
     step_of_sharded(world, model, 51)
     second = world.engine.sync_weights(model)
-    verified = [[("verify" in r.seconds) for r in report.ranks] for report in (first, second)]
+    # Samples are staged as full tensors, beside the slices.
+    sampled = [one.staged_bytes > other.staged_bytes for one, other in zip(first.ranks, second.ranks)]
     by_parts = [report.num_replayed == report.num_tensors for report in (first, second)]
-    return {"equal": world.generated() == world.expected(), "verified": verified, "by_parts": by_parts}
+    return {"equal": world.generated() == world.expected(), "sampled": sampled, "by_parts": by_parts}
 
 
 def a_slice_that_fails_on_the_way(world):
-    """In the middle of the moves of one slice; the other one must not wait for it, and both can go on."""
+    """In the middle of the transfer of one slice; the other one must not wait for it, and both can go on."""
     from tpcolocate.weights.transport.staging import Transfer
 
     model = world.sharded()
     world.engine.sync_weights(model)
-    stage, calls = Transfer.stage, []
+    fill_stage, calls = Transfer.fill_stage, []
 
-    def failing(self, *args):
-        stage(self, *args)
+    def failing(self, number):
+        half = fill_stage(self, number)
         calls.append(1)
         if len(calls) == 2:
             raise MemoryError("planted")
+        return half
 
     if world.rank == 1:
-        Transfer.stage = failing
-    told = None
+        Transfer.fill_stage = failing
+    message = None
     begun = time.monotonic()
     try:
         world.engine.sync_weights(model, bucket_bytes=60_000)
     except errors.TpColocateError as error:
-        told = f"{type(error).__name__}: {error}"
+        message = f"{type(error).__name__}: {error}"
     finally:
-        Transfer.stage = stage
+        Transfer.fill_stage = fill_stage
     seconds = time.monotonic() - begun
     step_of_sharded(world, model, 52)
     world.engine.sync_weights(model)
-    return {"told": told, "seconds": seconds, "healed": world.generated() == world.expected()}
+    return {"message": message, "seconds": seconds, "healed": world.generated() == world.expected()}
 
 
 def generate_forms(world):
@@ -351,7 +353,7 @@ def trainer_logprobs(world):
 
 
 def refused_requests(world):
-    said = {}
+    messages = {}
     for name, call in {
         "unknown_field": lambda e: e.generate("a", GREEDY, max_tokens=3),
         "nothing": lambda e: e.generate(),
@@ -359,18 +361,18 @@ def refused_requests(world):
         "bad_sampling": lambda e: e.generate("a", {"temperature": -1}),
     }.items():
         try:
-            said[name] = repr(call(world.engine))
+            messages[name] = repr(call(world.engine))
         except errors.TpColocateError as error:
-            said[name] = (type(error).__name__, str(error))
-    return said
+            messages[name] = (type(error).__name__, str(error))
+    return messages
 
 
 def refused_weights(world):
-    """Everything SGLang would swallow; afterwards the server must still speak as before."""
+    """Everything SGLang would swallow; afterwards the server must still use the weights of before."""
     engine, before = world.engine, world.generated()
     weights = dict(world.model.state_dict())
     name = "model.layers.0.self_attn.q_proj.weight"
-    said = {}
+    messages = {}
     for case, source, options in [
         ("unknown_name", {**weights, "model.layers.9.mlp.up_proj.weight": torch.zeros(4, 4)}, {}),
         ("too_few_rows", {**weights, name: weights[name][:-1]}, {}),
@@ -391,10 +393,10 @@ def refused_weights(world):
     ]:
         try:
             engine.sync_weights(source, **options)
-            said[case] = "accepted"
+            messages[case] = "accepted"
         except errors.TpColocateError as error:
-            said[case] = (type(error).__name__, str(error))
-    return {"said": said, "unchanged": before == world.generated()}
+            messages[case] = (type(error).__name__, str(error))
+    return {"messages": messages, "unchanged": before == world.generated()}
 
 
 def _raises_on(world, weights):
@@ -429,10 +431,10 @@ def partial_sync(world):
 
 def sleep_and_wake(world):
     engine = world.engine
-    said = [engine.health().value]
+    messages = [engine.health().value]
     engine.sleep(["kv_cache"])
     engine.sleep()  # what is released already stays so
-    said.append(engine.health().value)
+    messages.append(engine.health().value)
     for call in (
         lambda: engine.generate("a", GREEDY),
         lambda: engine.sync_weights(world.model),
@@ -440,15 +442,15 @@ def sleep_and_wake(world):
     ):
         try:
             call()
-            said.append("accepted")
+            messages.append("accepted")
         except errors.TpColocateError as error:
-            said.append((type(error).__name__, error.hint))
+            messages.append((type(error).__name__, error.hint))
     engine.wake(["weights"])
     engine.wake(["weights"])  # SGLang would die of it
     engine.sync_weights(world.model)
     engine.wake()
-    said.append(engine.health().value)
-    return {"said": said, "equal": world.generated() == world.expected()}
+    messages.append(engine.health().value)
+    return {"messages": messages, "equal": world.generated() == world.expected()}
 
 
 def twenty_syncs(world):
@@ -509,7 +511,7 @@ def connect_from_outside(world):
 ALL = [
     warm_up, tokens_before, generate_forms, refused_requests, tokens_after_fsdp2_sync, trainer_logprobs, tokens_after_plain_sync,
     tokens_after_ddp_sync, tokens_after_fan_out_sync, tokens_after_generator_sync, partial_sync, refused_weights, lora_is_refused, sleep_and_wake,
-    twenty_syncs, dropped_weights, memory_when_free_memory_is_told, tokens_by_parts, masters_in_other_dtypes, key_is_hidden, connect_from_outside,
+    twenty_syncs, dropped_weights, memory_when_free_memory_is_reported, tokens_by_parts, masters_in_other_dtypes, key_is_hidden, connect_from_outside,
 ]  # fmt: skip
 TOKENS = [tokens_before, tokens_after_fsdp2_sync, trainer_logprobs, tokens_after_plain_sync, tokens_by_parts]
 SLICES = [
@@ -562,7 +564,7 @@ def test_tokens_equal_transformers_after_syncs_of_parts(setup):
     tp_size = setup[0]
     for found in results(setup, tokens_by_parts):
         for one in found:
-            assert one["equal"] and one["changed"] and one["proven"] and one["warnings"] == ()
+            assert one["equal"] and one["changed"] and one["verified"] and one["warnings"] == ()
         last = found[-1]
         assert last["by_plan"] and last["commands"] > 3, "in several steps"
         if tp_size == 2:
@@ -578,14 +580,14 @@ def test_masters_of_another_dtype_arrive_rounded(setup):
 @setups_with(a_slice_whose_engine_forgot)
 def test_slices_that_know_different_things_send_samples_together(setup):
     for found in results(setup, a_slice_whose_engine_forgot):
-        assert found == {"equal": True, "verified": [[True, True], [False, False]], "by_parts": [True, True]}
+        assert found == {"equal": True, "sampled": [True, True], "by_parts": [True, True]}
 
 
 @setups_with(a_slice_that_fails_on_the_way)
 def test_one_slice_that_fails_on_the_way_does_not_hold_up_the_other(setup):
     found = results(setup, a_slice_that_fails_on_the_way)
     for one in found:
-        assert "MemoryError: planted" in one["told"] and one["seconds"] < 60 and one["healed"]
+        assert "MemoryError: planted" in one["message"] and one["seconds"] < 60 and one["healed"]
 
 
 @setups_with(warm_up)
@@ -620,7 +622,7 @@ def test_the_report_adds_up(setup):
         assert "safetensors" in report.checked_against
         mine = next(r for r in report.ranks if r.rank == rank)
         assert set(mine.seconds) == {
-            "prepare", "open", "preflight", "learn", "verify", "lend", "plan", "gather", "push", "prove", "finish",
+            "prepare", "open", "preflight", "trace", "verify", "map", "plan", "gather", "push", "finish",
         }  # fmt: skip
         assert sum(mine.seconds.values()) <= report.seconds
         # Of the preflight, the samples, and both halves of the staging memory.
@@ -644,10 +646,10 @@ def test_weights_that_the_trainer_drops_after_a_sync_are_freed_at_once(setup):
         assert dropped == gone > 0
 
 
-@setups_with(memory_when_free_memory_is_told)
-def test_free_memory_is_told_before_a_sync_takes_any(setup):
-    for repeats, stages, held in results(setup, memory_when_free_memory_is_told):
-        assert repeats and stages and held == [0, 0, 0]
+@setups_with(memory_when_free_memory_is_reported)
+def test_free_memory_is_reported_before_a_sync_takes_any(setup):
+    for repeats, stages, allocated in results(setup, memory_when_free_memory_is_reported):
+        assert repeats and stages and allocated == [0, 0, 0]
 
 
 @setups_with(tokens_after_ddp_sync)
@@ -685,11 +687,14 @@ def test_generate_takes_and_returns_what_sglang_does(setup):
 
 @setups_with(refused_requests)
 def test_bad_requests_are_refused_with_the_servers_own_words(setup):
-    for said in results(setup, refused_requests):
-        assert said["unknown_field"][0] == "ConfigError" and "max_tokens" in said["unknown_field"][1]
-        assert said["nothing"][0] == "ConfigError"
-        assert said["too_long"][0] == "RequestError" and "longer than the model's context length" in said["too_long"][1]
-        assert said["bad_sampling"][0] == "RequestError" and "temperature" in said["bad_sampling"][1]
+    for messages in results(setup, refused_requests):
+        assert messages["unknown_field"][0] == "ConfigError" and "max_tokens" in messages["unknown_field"][1]
+        assert messages["nothing"][0] == "ConfigError"
+        assert (
+            messages["too_long"][0] == "RequestError"
+            and "longer than the model's context length" in messages["too_long"][1]
+        )
+        assert messages["bad_sampling"][0] == "RequestError" and "temperature" in messages["bad_sampling"][1]
 
 
 @setups_with(refused_weights)
@@ -697,8 +702,8 @@ def test_weights_that_sglang_would_swallow_are_refused_on_every_rank(setup):
     tp_size, _, _ = setup
     found = results(setup, refused_weights)
     for rank_found in found:
-        said = rank_found["said"]
-        assert {case: kind for case, (kind, _) in said.items()} == {
+        messages = rank_found["messages"]
+        assert {case: kind for case, (kind, _) in messages.items()} == {
             "unknown_name": "WeightsMismatchError",
             "too_few_rows": "WeightsMismatchError",
             "too_many_rows": "WeightsMismatchError",
@@ -712,10 +717,10 @@ def test_weights_that_sglang_would_swallow_are_refused_on_every_rank(setup):
             "bucket_of_one_rank": "ConfigError",
             "no_number_on_one_rank": "RankFailedError",
         }
-        assert "127, 128" in said["too_few_rows"][1] and "128, 128" in said["too_few_rows"][1]
+        assert "127, 128" in messages["too_few_rows"][1] and "128, 128" in messages["too_few_rows"][1]
         assert rank_found["unchanged"], "nothing of a refused sync may reach the engine"
     if tp_size > 1:
-        assert found[0]["said"] == found[1]["said"], "the same error on every rank"
+        assert found[0]["messages"] == found[1]["messages"], "the same error on every rank"
 
 
 @setups_with(lora_is_refused)
@@ -733,7 +738,7 @@ def test_a_partial_sync_leaves_the_rest_as_it_is(setup):
 @setups_with(sleep_and_wake)
 def test_sleep_and_wake_are_a_state_machine_on_every_rank(setup):
     for found in results(setup, sleep_and_wake):
-        assert found["said"] == [
+        assert found["messages"] == [
             "ready",
             "asleep",
             ("EngineStateError", "call wake() on every rank first"),
@@ -777,16 +782,16 @@ def test_nothing_is_left_behind(setup):
 
 
 def launch_and_fail(rank, tp_size, kwargs):
-    """What every rank is told, and when, relative to the end of the server's process."""
+    """What every rank is reported, and when, relative to the end of the server's process."""
     log = Path(kwargs["log_path"])
     with tpcolocate.init(tp_size, device="cpu", timeout_s=60.0) as colo:
         try:
             with colo.launch(**{**ARGS, "health_timeout_s": HEALTH_S, **kwargs}):
                 return "it came up"
         except errors.TpColocateError as error:
-            told = time.time()
+            raised_at = time.time()
             died = log.stat().st_mtime if log.exists() else None
-            return type(error).__name__, str(error), None if died is None else told - died
+            return type(error).__name__, str(error), None if died is None else raised_at - died
 
 
 def test_a_bad_model_path_is_the_same_error_on_every_rank_within_seconds(tmp_path, no_leftovers):
@@ -840,7 +845,7 @@ def launch_differently(rank):
             return str(error)
 
 
-def test_ranks_that_want_different_servers_are_told_the_difference():
+def test_ranks_that_want_different_servers_are_reported_the_difference():
     found = run_ranks(launch_differently, 2)
     assert found[0] == found[1] and "mem_fraction_static=0.1 and mem_fraction_static=0.2" in found[0]
 
@@ -853,46 +858,46 @@ def die(rank, model_dir):
         engine = colo.launch(model_dir, health_timeout_s=HEALTH_S, **ARGS)
         world = World(rank, model_dir, colo)
         engine.sync_weights(world.model)
-        told = {"before": engine.health().value}
+        message = {"before": engine.health().value}
         if colo.is_owner:
             workers = [p for p in psutil.Process().children(recursive=True) if "scheduler" in " ".join(p.cmdline())]
-            told["workers"] = len(workers)
+            message["workers"] = len(workers)
             workers[-1].kill()
             # torch keeps its manager of shared files for the life of the process
             mine = [p for p in psutil.Process().children(recursive=True) if p.name() != "torch_shm_manager"]
             psutil.wait_procs(mine, timeout=60)
         colo._slice.all_gather(None, what="wait for the end of the server", timeout_s=90)
-        told["after"] = engine.health().value
+        message["after"] = engine.health().value
         try:
             engine.generate(PROMPTS, GREEDY, timeout_s=20)
         except errors.TpColocateError as error:
-            told["generate"] = type(error).__name__
+            message["generate"] = type(error).__name__
         started = time.monotonic()
         try:
             engine.sync_weights(world.model, timeout_s=120)
         except errors.TpColocateError as error:
-            told["sync"] = (type(error).__name__, str(error))
-        told["seconds"] = time.monotonic() - started
+            message["sync"] = (type(error).__name__, str(error))
+        message["seconds"] = time.monotonic() - started
         colo._slice.all_gather(None, what="meet once more")
         if colo.is_owner:
-            Path(model_dir, "told").write_text(repr(told))
+            Path(model_dir, "message").write_text(repr(message))
             os.kill(os.getpid(), signal.SIGKILL)
         try:
             colo._slice.all_gather(None, what="hear of the owner's death")
         except errors.RankLostError as error:
-            told["lost"] = str(error)
-        return told
+            message["lost"] = str(error)
+        return message
 
 
-def test_a_dead_worker_and_a_dead_owner_are_told_and_leave_nothing(tmp_path, no_leftovers):
+def test_a_dead_worker_and_a_dead_owner_are_reported_and_leave_nothing(tmp_path, no_leftovers):
     from tiny_models import make_tiny_model
 
     model_dir = make_tiny_model(tmp_path / "model", family="qwen3", tie=True)
     owner, client = run_ranks(die, 2, str(model_dir), timeout_s=300, expect_errors=True)
     assert owner.exitcode == -9 and client.error is None, client
-    told = client.value
-    assert told["before"] == "ready" and told["after"] == "dead"
-    assert told["generate"] == "EngineDeadError"
-    assert told["sync"][0] == "EngineDeadError" and told["seconds"] < 60
-    assert "0 has exited" in told["lost"]
-    assert f"'sync': {told['sync']!r}" in (model_dir / "told").read_text(), "the same error on both ranks"
+    message = client.value
+    assert message["before"] == "ready" and message["after"] == "dead"
+    assert message["generate"] == "EngineDeadError"
+    assert message["sync"][0] == "EngineDeadError" and message["seconds"] < 60
+    assert "0 has exited" in message["lost"]
+    assert f"'sync': {message['sync']!r}" in (model_dir / "message").read_text(), "the same error on both ranks"

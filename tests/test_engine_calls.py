@@ -221,9 +221,7 @@ class Sender(threading.Thread):
 def meet(world, name="weight_update_group"):
     """The engine and a sender in one group."""
     held = hold_port() if world.colo.is_owner else None
-    port = world.colo._slice.broadcast(
-        None if held is None else held.getsockname()[1], src=world.colo.owner_rank, what="exchange the port"
-    )
+    [port, *_] = world.colo._slice.all_gather(None if held is None else held.getsockname()[1], what="exchange the port")
     size = 1 + world.colo.tp_size
     sender = Sender(world, master_address="127.0.0.1", master_port=port, world_size=size, group_name=name)
     sender.start()

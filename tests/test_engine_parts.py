@@ -70,10 +70,11 @@ class Sync:
         self.owned = owned
         self.error, self.modifies = None, True
 
-    def run(self, source, *, version, options, timeout_s, touched):
+    def run(self, source, *, version, timeout_s, **more):
+        [modified] = [value for value in more.values() if callable(value)]
         self.owned.updates.begin_sync(timeout_s=timeout_s)
         if self.modifies:
-            touched()
+            modified()
         if self.error is not None:
             if not self.modifies:
                 self.owned.updates.cancel_sync(timeout_s=timeout_s)

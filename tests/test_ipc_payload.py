@@ -144,7 +144,7 @@ FRESH = (
 
 
 @pytest.fixture(scope="session")
-def fresh_interpreter():
+def starting_interpreter():
     """Started early: importing torch takes seconds, in which other tests run."""
     process = subprocess.Popen([sys.executable, "-c", FRESH], stderr=subprocess.PIPE, text=True)
     yield process
@@ -225,8 +225,13 @@ def starting_reader():
 
 
 @pytest.fixture(autouse=True)
-def _started_early(starting_reader, fresh_interpreter):
+def _started_early(starting_reader, starting_interpreter):
     pass
+
+
+@pytest.fixture(scope="session")
+def fresh_interpreter(starting_interpreter):
+    return starting_interpreter
 
 
 @pytest.fixture(scope="session")
@@ -425,7 +430,7 @@ def test_wait_for_release_waits_for_the_reader(reader, ledger):
     reader.call("open", ipc_payload.payload(ledger.export(flat, tp_rank=0, bucket=0), entries))
     reader.pipe.send(("release", None))
     ledger.wait_for_release(Deadline.after(60))
-    assert reader.pipe.poll(10) and reader.pipe.recv() == "released"
+    assert reader.pipe.poll(60) and reader.pipe.recv() == "released"
 
 
 def test_memory_that_was_never_opened_is_freed_by_reclaim(ledger):
@@ -468,7 +473,7 @@ def test_a_killed_readers_handle_is_outstanding_until_reclaimed(ledger):
     holder.start()
     remote.close()
     pipe.send(ipc_payload.payload(handle, entries))
-    assert pipe.poll(30) and pipe.recv() == 512
+    assert pipe.poll(60) and pipe.recv() == 512
     os.kill(holder.pid, signal.SIGKILL)
     holder.join()
     with pytest.raises(DeadlineError, match=Fate.UNKNOWN.value):

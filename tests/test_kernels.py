@@ -20,9 +20,10 @@ from loaders import model_of, plain, sent, update
 from tpcolocate.in_server.tpcolocate_receiver import copy_program, kernel_tables, kernels
 from tpcolocate.in_server.tpcolocate_receiver.checksums import word_sum
 from tpcolocate.in_server.tpcolocate_receiver.copy_program import CopyProgram
+from tpcolocate.in_server.tpcolocate_receiver.regions import whole
 from tpcolocate.weights.plan.sharding import LocalShard
-from tpcolocate.weights.plan.slices import Read, TensorSlice, whole
-from tpcolocate.weights.transport.checksums import SumsInPlace
+from tpcolocate.weights.plan.slices import Read, TensorSlice
+from tpcolocate.weights.transport.checksums import DirectChecksums
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(120)]
 
@@ -284,17 +285,17 @@ def test_the_trainers_sums_are_the_same_with_and_without_the_kernel(made, left):
     views["odd"] = views["odd"][0, :3]
     tensors = {name: LocalShard(tuple(one.shape), one, (whole(tuple(one.shape)),)) for name, one in views.items()}
     slices = [
-        TensorSlice(name, Read(0, one.slab, tuple(range(len(one.shape))), torch.float64 if name == "cast" else torch.float32), one.slab, 0)
+        TensorSlice(name, Read(0, one.region, tuple(range(len(one.shape))), torch.float64 if name == "cast" else torch.float32), one.region, 0)
         for name, one in tensors.items()
     ]  # fmt: skip
-    sums = SumsInPlace(slices, tensors, CPU)
+    sums = DirectChecksums(slices, tensors, CPU)
     for is_there in (False, True, True):
         made(is_there)
         for one in base.values():
             one.mul_(1.5)  # in place
         expected = [int(word_sum(views[one.name].to(one.read.dtype))) for one in slices]
         assert sums.begin(tensors).tolist() == expected
-        assert sums.is_one_piece == (is_there and not left)
+        assert sums.is_one_launch == (is_there and not left)
 
 
 @pytest.mark.parametrize("missing", [KERNEL, "triton"])

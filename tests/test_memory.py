@@ -1,4 +1,4 @@
-"""How large a bucket may be, and when rising memory is told."""
+"""How large a bucket may be, and when rising memory is reported."""
 
 import os
 
@@ -40,7 +40,7 @@ def test_a_bucket_is_what_was_asked_for_or_what_fits(limit, free, largest, copie
     ([GIB, 0], 1, 1, "0 MiB that are free on the rank at position 1"),
     ([GIB, 0], 0, 1, "0 MiB that are free on the rank at position 1"),  # sizes are not known, but nothing fits into nothing
 ])  # fmt: skip
-def test_a_tensor_that_fits_nowhere_is_told_before_anything_is_sent(free, largest, copies, words):
+def test_a_tensor_that_fits_nowhere_is_reported_before_anything_is_sent(free, largest, copies, words):
     with pytest.raises(ConfigError) as caught:
         plan_bucket(512 * MIB, free, largest=largest, copies=copies)
     assert words in caught.value.message and "sleep" in caught.value.hint
@@ -68,11 +68,11 @@ def warnings(*allocated):
     return [alarm.note(value) for value in allocated]
 
 
-def test_memory_that_rises_every_time_is_told_with_the_average():
+def test_memory_that_rises_every_time_is_reported_with_the_average():
     first = [10 * MIB, 12 * MIB, 14 * MIB, 15 * MIB]
-    *quiet, told = warnings(*first, 18 * MIB)
+    *quiet, message = warnings(*first, 18 * MIB)
     assert quiet == [None] * 4, "four rises need five values"
-    assert "rose at each of the last 4 syncs, by 2.0 MiB on average" in told
+    assert "rose at each of the last 4 syncs, by 2.0 MiB on average" in message
     *_, again = warnings(*first, 18 * MIB, 28 * MIB)
     assert "by 4.0 MiB on average" in again, "of the last five only"
 
@@ -82,10 +82,10 @@ def test_memory_that_rises_every_time_is_told_with_the_average():
     [i * (MIB - 1) for i in range(12)],  # allocators breathe
     [i * 10 * MIB for i in range(12, 0, -1)],
     [0, 900 * MIB, *[900 * MIB] * 8],  # once, and never again
-    [0, *[i * 50 * MIB for i in range(3)]],  # not often enough to tell
+    [0, *[i * 50 * MIB for i in range(3)]],  # not often enough to report
     [],
 ])  # fmt: skip
-def test_memory_that_is_flat_falls_or_rises_once_is_not_told(values):
+def test_memory_that_is_flat_falls_or_rises_once_gives_no_warning(values):
     assert warnings(*values) == [None] * len(values)
 
 
@@ -99,10 +99,10 @@ def test_one_sync_that_does_not_rise_starts_anew(at, step):
     for _ in range(at):
         values.append(values[-1] + 10 * MIB)
     *before, last = warnings(*values)
-    assert before == [None] * (len(values) - 1) and last is not None, "told again as soon as it is out of sight"
+    assert before == [None] * (len(values) - 1) and last is not None, "message again as soon as it is out of sight"
 
 
-def test_a_rise_of_just_the_threshold_is_told():
+def test_a_rise_of_just_the_threshold_gives_a_warning():
     assert warnings(*[i * MIB for i in range(5)])[-1] is not None
 
 

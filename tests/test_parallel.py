@@ -1,13 +1,12 @@
 """Background calls: all are made and waited for, and the error of any is raised."""
 
-import sys
 import threading
 import time
 
 import pytest
 
 from tpcolocate import parallel
-from tpcolocate.parallel import begun_in_background, beside, in_background, quick_switching
+from tpcolocate.parallel import begun_in_background, beside, in_background
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(60)]
 
@@ -36,7 +35,7 @@ def test_the_error_of_either_is_raised():
 
 
 def test_an_error_does_not_wait_for_a_call_that_hangs(monkeypatch):
-    monkeypatch.setattr(parallel, "_AFTER_AN_ERROR_S", 0.1)
+    monkeypatch.setattr(parallel, "_AFTER_ERROR_S", 0.1)
     release = threading.Event()
     started = time.monotonic()
     with pytest.raises(ValueError):
@@ -72,69 +71,3 @@ def test_begun_in_background_returns_once_the_call_has_begun_or_failed():
     assert future.result()
     with pytest.raises(KeyError):
         begun_in_background(lambda begun: fail(KeyError()), name="test").result()
-
-
-@pytest.fixture
-def slow_switching():
-    """An interval that no scheduling noise comes near, for the length of a test."""
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(0.2)
-    yield sys.getswitchinterval()
-    sys.setswitchinterval(before)
-
-
-def seconds_late():
-    """Return how late a blocked thread goes on while this thread computes."""
-
-    def blocked():
-        due = time.perf_counter() + 0.02
-        time.sleep(0.02)  # like a socket, it releases the interpreter lock
-        return time.perf_counter() - due
-
-    future = in_background(blocked, name="test")
-    while not future.done():
-        pass
-    return future.result()
-
-
-def test_a_ready_thread_does_not_wait_for_a_busy_one(slow_switching):
-    # Other processes can only add to it: the least of several is what the interpreter takes.
-    assert min(seconds_late() for _ in range(2)) > 0.1
-    with quick_switching():
-        assert any(seconds_late() < 0.1 for _ in range(50))
-
-
-def test_the_interval_is_restored_also_after_an_error(slow_switching):
-    with quick_switching():
-        with quick_switching():
-            assert sys.getswitchinterval() < 0.001
-        assert sys.getswitchinterval() < 0.001
-    assert sys.getswitchinterval() == slow_switching
-    with pytest.raises(KeyError), quick_switching(), quick_switching():
-        fail(KeyError())
-    assert sys.getswitchinterval() == slow_switching
-
-
-def test_the_interval_is_restored_by_the_last_of_several_threads(slow_switching):
-    begun, over = threading.Event(), threading.Event()
-
-    def other():
-        with quick_switching():
-            begun.set()
-            assert over.wait(40)
-
-    future = in_background(other, name="test")
-    assert begun.wait(40)
-    with quick_switching():
-        over.set()
-        future.result()
-        assert sys.getswitchinterval() < 0.001
-    assert sys.getswitchinterval() == slow_switching
-
-
-def test_a_shorter_interval_is_kept(slow_switching):
-    sys.setswitchinterval(2e-5)
-    shorter = sys.getswitchinterval()
-    with quick_switching():
-        assert sys.getswitchinterval() == shorter
-    assert sys.getswitchinterval() == shorter

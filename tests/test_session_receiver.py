@@ -483,7 +483,7 @@ def worker():
 
     yield ask
     pipe.send(None)
-    process.join(5)
+    process.join(30)
     process.kill()
     process.join()
 

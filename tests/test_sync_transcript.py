@@ -8,17 +8,37 @@ meant to change it:
 and review the difference as code.  `TRANSCRIPTS=<part of a case's name>` runs those cases alone.
 """
 
+import contextlib
 import difflib
+import gc
 import itertools
 import os
-import shutil
 import tempfile
 from pathlib import Path
 
 import pytest
-from harness import run_ranks
-from sync_harness import Engine, World, divergences, record_everything, serve_worker, stop_worker
+from harness import RanksFailed, run_ranks
+from sync_harness import (
+    A_BRANCH,
+    COMMAND_COUNTER,
+    FINISH_MESH_COLLECTIVES,
+    RECORD,
+    Engine,
+    World,
+    divergences,
+    faults,
+    is_known_defect,
+    record_everything,
+    replaced,
+    serve_worker,
+    shorten_grace,
+    stop_worker,
+    warm_up,
+    wrong_after,
+)
 from sync_models import MEMORIES, SOURCES, Source
+
+from tpcolocate.errors import SyncError
 
 pytestmark = pytest.mark.timeout(300)
 quick = pytest.mark.quick
@@ -35,10 +55,10 @@ VARIANTS = {
     "a loader that needs values": {"habit": "needs values"},
     "a loader that does otherwise": {"habit": "does otherwise"},
     "files": {"transport": "file"},
-    "SGLang's own loader": {"transport": "stock"},
     "fan out": {"payloads": "fan_out"},
     "full tensors": {"parts": False},
     "little memory": {"bucket_bytes": 512},
+    "a warm engine": {"is_warm": True},
 }
 
 
@@ -88,25 +108,86 @@ def on_a_rank(rank, folder, cases, sweeps, with_plants):
         serve_worker(folder, rank - MOST)
         return None
     try:
-        return on_a_training_rank(rank, folder, cases, sweeps)
+        return on_a_training_rank(rank, folder, cases, sweeps, with_plants)
     finally:
         stop_worker(folder, rank)
 
 
-def on_a_training_rank(rank, folder, cases, sweeps):
+def on_a_training_rank(rank, folder, cases, sweeps, with_plants):
     record_everything()
-    found = {}
+    found = {"sweeps": {}, "plants": {}}
     for size in (1, 2, 4):
         if rank >= size:
             continue
         world = World(rank, size, folder)
         for layout, (its_size, tp_size) in LAYOUTS.items():
             of_layout = [one for one in cases if one[0] == layout]
-            if its_size == size and of_layout:
+            sweeps_of_layout = [one for one in sweeps if one[0] == layout]
+            if its_size == size and (of_layout or sweeps_of_layout):
                 world.cut(tp_size)
                 for one in of_layout:
                     found[name_of(*one)] = synced(world, *one)
+                for one in sweeps_of_layout:
+                    world.cut(tp_size)
+                    found["sweeps"][one] = swept(world, *one)
+        if with_plants:
+            shorten_grace(0.5)
+            for plant, its_size in PLANTS.items():
+                if its_size == size:
+                    world.cut(2)  # anew: the plant before has broken it
+                    found["plants"][plant.__name__] = plant(world)
         world.close()
+    gc.collect()  # shared memory that is still held when a process exits stays behind
+    return found
+
+
+def swept(world, layout, kind, memory, num_before, on_every_rank, stride):
+    """Errors planted in one sync after the other.
+
+    Args:
+        world: Where.
+        layout, kind, memory: See `case`.
+        num_before: Good syncs before the one with an error; 0 takes a new engine for each error.
+        on_every_rank: See `faults`.
+        stride: Of the faults, take one in so many.
+
+    Returns:
+        (fault, how its sync ended, what was wrong) of each.
+    """
+    source = Source(kind, memory, world.tp_size)
+
+    def run(**more):
+        source.train()
+        return engine.run(source, **more)
+
+    engine = Engine(world, moe="experts" in kind)
+    good = [run() for _ in range(num_before + 1)][-1]
+    records = world.gather(good.record)
+    found = []
+    planned = faults(records, world.gather(world.owner_rank), on_every_rank=on_every_rank)
+    known = {
+        "is_mapped": memory != "staged",
+        "is_sharded": "FSDP2" in kind,
+        "is_lazy": kind in ("FSDP2 experts", "peft FSDP2"),
+        "num_slices": world.size // world.tp_size,
+    }
+    for fault in [one for one in planned if not is_known_defect(one, **known)][::stride]:
+        (world.folder / f"doing{world.rank}").write_text(f"{layout}, {kind}, {memory}: {fault}")
+        if num_before:
+            run()
+        else:
+            engine.close()
+            engine = Engine(world, moe="experts" in kind)
+            if memory != "staged":
+                # On a CPU all handles of one storage share a counter: what a failed sync has left is not texts from others.
+                source = Source(kind, memory, world.tp_size)
+        failed = run(fault=(fault.seam, fault.number) if fault.rank == world.rank else None, timeout_s=8.0)
+        healed = run()
+        of_ranks = world.gather((failed, healed, engine.left()))
+        found.append((fault, failed.error, wrong_after(fault.rank, *zip(*of_ranks), world.tp_size)))
+        if found[-1][-1]:
+            return found  # ranks may be out of step for good
+    engine.close()
     return found
 
 
@@ -114,6 +195,8 @@ def synced(world, layout, kind, memory, variant, num_syncs):
     """Several syncs of one source with a new engine, and what they leave behind."""
     options = dict(VARIANTS[variant])
     engine = Engine(world, moe="experts" in kind, habit=options.pop("habit", None))
+    if options.pop("is_warm", False):
+        warm_up(engine.sync)
     source = Source(kind, memory, world.tp_size)
     found = []
     for _ in range(num_syncs):
@@ -124,11 +207,98 @@ def synced(world, layout, kind, memory, variant, num_syncs):
     return found, left
 
 
-@pytest.fixture(scope="module")
+# --- Divergences planted on one rank, to see that they are found ---------------------------------------------------------
+
+
+def planted(world, kind, memory, *, num_before=0, meddle=None, here=None, timeout_s=3.0):
+    """A sync after good ones; with `here` an attribute of the library is another on this rank, see `replaced`."""
+    engine, source = Engine(world), Source(kind, memory, world.tp_size)
+    for _ in range(num_before):
+        source.train()
+        engine.run(source)
+    source.train()
+    with replaced(*here) if here is not None else contextlib.nullcontext():
+        return engine.run(source, meddle=meddle, timeout_s=timeout_s)
+
+
+def a_counter_advanced_on_one_rank(world):
+    """The owner draws a number for a command that the others do not draw, as when it was drawn in what it alone runs."""
+    place, name = COMMAND_COUNTER
+
+    def make(draw):
+        def twice(self):
+            if draw(self) == 0:
+                return 0
+            return draw(self)
+
+        return twice
+
+    return planted(world, "peft", "kept mapped", num_before=1, here=(place, name, make) if world.is_owner else None)
+
+
+def a_branch_taken_on_one_rank(world):
+    place, name, value = A_BRANCH
+    here = (place, name, lambda _: lambda *args, **kwargs: value)
+    return planted(world, "plain", "staged", here=here if world.rank == 1 else None)
+
+
+def an_agreement_left_out_on_one_rank(world):
+    meddle = lambda number, what, error: None if number == 4 else (what, error)
+    return planted(world, "plain", "staged", meddle=meddle if world.rank == 1 else None)
+
+
+def two_agreements_swapped_on_one_rank(world):
+    names = {}
+
+    def note(number, what, error):
+        names[number] = what
+        return what, error
+
+    planted(world, "plain", "staged", meddle=note)
+    assert names[3] != names[4]
+    meddle = lambda number, what, error: (names.get({3: 4, 4: 3}.get(number), what), error)
+    return planted(world, "plain", "staged", meddle=meddle if world.rank == 1 else None)
+
+
+def a_mesh_collective_not_made_after_a_failure(world):
+    """One slice fails after the meshes' ranks have agreed on the way, and leaves the other alone in what follows."""
+
+    def meddle(number, what, error):
+        is_after_mesh = bool(RECORD.of("mesh"))
+        return what, SyncError("planted") if is_after_mesh and world.rank == 0 else error
+
+    place, name = FINISH_MESH_COLLECTIVES
+    here = (place, name, lambda _: lambda *args, **kwargs: None)
+    return planted(world, "FSDP2", "staged", meddle=meddle, here=here if world.rank < 2 else None)
+
+
+PLANTS = {
+    a_counter_advanced_on_one_rank: 2,
+    a_branch_taken_on_one_rank: 2,
+    an_agreement_left_out_on_one_rank: 2,
+    two_agreements_swapped_on_one_rank: 2,
+    a_mesh_collective_not_made_after_a_failure: 4,
+}
+"""Plant -> how many ranks it takes, in slices of two.  The last one leaves a mesh that cannot be used any more."""
+
+
+def run_all(folder, *args, timeout_s):
+    try:
+        return run_ranks(on_a_rank, 2 * MOST, folder, *args, init_group=False, timeout_s=timeout_s)
+    except RanksFailed as error:
+        for path in sorted(Path(folder).glob("doing*")):
+            error.add_note(f"rank {path.name[-1]} was at {path.read_text()}")
+        raise
+
+
+@pytest.fixture
 def folder():
-    path = tempfile.mkdtemp(prefix="tpcs-")  # a socket's path must be short
-    yield path
-    shutil.rmtree(path)
+    with a_folder() as path:
+        yield path
+
+
+def a_folder():
+    return tempfile.TemporaryDirectory(prefix="tpcs-")  # a socket's path must be short
 
 
 # --- Transcripts ---------------------------------------------------------------------------------------------------------
@@ -153,13 +323,13 @@ def transcript(synced):
 
 def transcripts(found):
     """Name of a sync -> its transcript, of the first slice's owner."""
-    told = {}
-    for name in found[0]:
+    texts = {}
+    for name in names_of(found):
         of_ranks = [of_rank[name][0] for of_rank in found if of_rank is not None and name in of_rank]
         owner = next(syncs for syncs in of_ranks if syncs[0].record.requests)
         for which, synced in zip(SYNCS, owner):
-            told[f"{name}: {which}"] = transcript(synced)
-    return told
+            texts[f"{name}: {which}"] = transcript(synced)
+    return texts
 
 
 HEAD = """\
@@ -169,10 +339,10 @@ HEAD = """\
 """
 
 
-def written(told):
+def written(texts):
     """As a file: what was there before is named only."""
     requests, events, blocks = {}, {}, []
-    for name, text in told.items():
+    for name, text in texts.items():
         lines = text.split("\n")
         asked = tuple(line for line in lines if line.startswith("> "))
         done = tuple(lines[: len(lines) - len(asked)])
@@ -186,20 +356,20 @@ def written(told):
 
 
 def read(text):
-    told, events = {}, {}
+    texts, events = {}, {}
     for block in text.split("\n== ")[1:]:
         head, *lines = block.strip("\n").split("\n")
         head, _, requests = head.partition(" > ")
         name, _, other = head.partition(" = ")
         events[name] = events[other] if other else lines
-        told[name] = "\n".join([*events[name], *(events[requests] if requests else [])])
-    return told
+        texts[name] = "\n".join([*events[name], *(events[requests] if requests else [])])
+    return texts
 
 
-def differences(told, golden):
+def differences(texts, golden):
     """In words; empty if every transcript is as it was."""
     found = []
-    for name, text in told.items():
+    for name, text in texts.items():
         if name not in golden:
             found.append(f"{name}: not in {GOLDEN.name}")
         elif text != golden[name]:
@@ -210,10 +380,14 @@ def differences(told, golden):
     return found
 
 
+def names_of(found):
+    return [name for name in found[0] if name not in ("sweeps", "plants")]
+
+
 def problems(found):
     """What is wrong with syncs that nothing was done to."""
     wrong = []
-    for name in found[0]:
+    for name in names_of(found):
         of_ranks = [of_rank[name] for of_rank in found if of_rank is not None and name in of_rank]
         layout = next(layout for layout in LAYOUTS if name.endswith(layout))
         for which, *syncs in zip(SYNCS, *(syncs for syncs, _ in of_ranks)):
@@ -226,18 +400,19 @@ def problems(found):
 def check(found):
     wrong = problems(found)
     assert not wrong, "\n".join([f"{len(wrong)} problems", *wrong[:10]])
-    told = transcripts(found)
-    wrong = differences(told, read(GOLDEN.read_text()))
+    texts = transcripts(found)
+    wrong = differences(texts, read(GOLDEN.read_text()))
     more = [f"and {len(wrong) - 5} more"] if len(wrong) > 5 else []
     assert not wrong, "\n\n".join(
-        [f"{len(wrong)} of {len(told)} transcripts changed (see the top of this file)", *wrong[:5], *more]
+        [f"{len(wrong)} of {len(texts)} transcripts changed (see the top of this file)", *wrong[:5], *more]
     )
 
 
 @pytest.fixture(scope="module")
-def found(folder):
+def found():
     """Of every rank, all that the quick tests need; ranks are started once."""
-    return run_ranks(on_a_rank, 2 * MOST, folder, chosen(QUICK), [], True, init_group=False, timeout_s=200)
+    with a_folder() as folder:
+        return run_all(folder, chosen(QUICK), SWEEPS, True, timeout_s=200)
 
 
 @quick
@@ -246,7 +421,7 @@ def test_transcripts(found):
 
 
 def test_transcripts_of_everything(folder):
-    found = run_ranks(on_a_rank, 2 * MOST, folder, chosen(EVERYTHING), [], False, init_group=False, timeout_s=280)
+    found = run_all(folder, chosen(EVERYTHING), [], False, timeout_s=280)
     if os.environ.get("TRANSCRIPTS") == "write":
         wrong = problems(found)
         assert not wrong, "\n".join([f"{len(wrong)} problems", *wrong[:10]])
@@ -263,3 +438,46 @@ def test_a_peft_model_in_shared_memory_is_synced_five_times(found):
         assert [(s.error, s.differing) for s in syncs] == [(None, [])] * 5
         assert [bool(s.facts["mapped"][0]) for s in syncs] == [False, True, True, True, True]
         assert all(s.facts["buckets"] > 1 for s in syncs)
+
+
+@quick
+@pytest.mark.parametrize("plant", PLANTS, ids=lambda plant: plant.__name__)
+def test_a_planted_divergence_is_found(found, plant):
+    of_ranks = [of_rank["plants"][plant.__name__] for of_rank in found[: PLANTS[plant]]]
+    words = divergences(of_ranks, 2)
+    expected = "different mesh collectives" if "mesh" in plant.__name__ else "do different things"
+    assert any(expected in one for one in words), words
+
+
+SWEEPS = [
+    ("tp=2", "peft FSDP2", "kept mapped", 0, False, 3),
+    ("tp=2", "plain", "kept mapped", 2, True, 1),
+    ("two slices of 2", "FSDP2", "staged", 0, False, 3),
+]
+ALL_SWEEPS = [
+    ("tp=2", "peft FSDP2", "kept mapped", 0, True, 1),
+    ("tp=2", "plain", "mixed", 0, True, 1),
+    ("tp=2", "FSDP2", "kept mapped", 2, True, 1),
+    ("two slices of 2", "FSDP2 experts", "mixed", 0, False, 1),
+    ("two slices of 2", "FSDP2", "kept mapped", 2, False, 1),
+]
+
+
+def check_sweeps(found, sweeps):
+    wrong = []
+    for one in sweeps:
+        seen = next(of_rank["sweeps"][one] for of_rank in found if one in of_rank["sweeps"])
+        wrong += [f"{', '.join(one[:3])}: {fault}: {words}" for fault, _, of_fault in seen for words in of_fault]
+        assert len(seen) > 5 or wrong
+    assert not wrong, "\n".join(wrong)
+
+
+@quick
+def test_an_error_on_one_rank_ends_a_sync_alike_everywhere_and_the_next_one_succeeds(found):
+    """For errors in every phase: no rank is left in a collective, and no handle stays out."""
+    check_sweeps(found, SWEEPS)
+
+
+@pytest.mark.timeout(900)
+def test_errors_on_every_rank(folder):
+    check_sweeps(run_all(folder, [], ALL_SWEEPS, False, timeout_s=850), ALL_SWEEPS)

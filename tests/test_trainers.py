@@ -66,7 +66,7 @@ def synced(world, model, reference, **options):
     return {
         "equal": found == expected,
         "changed": sum(mine != theirs for mine, theirs in zip(before, found)) >= 2,
-        "unproven": report.unproven,
+        "unverified": report.unverified,
         "tensors": report.num_tensors,
         "replayed": report.num_replayed,
         "warnings": report.warnings,
@@ -260,7 +260,7 @@ def test_a_mixture_of_experts_is_served_on_the_cpu(found, family, check):
 def test_tokens_equal_the_trainers_model_after_a_sync_from(found, family, check):
     for seen in results(found(family), check):
         assert seen["changed"], "the sync must change tokens"
-        assert seen["equal"] and seen["unproven"] == ()
+        assert seen["equal"] and seen["unverified"] == ()
 
 
 @every(plain)

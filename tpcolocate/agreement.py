@@ -194,7 +194,7 @@ class RankGroup:
         except RuntimeError:
             if not work.is_completed():
                 return False  # not complete yet
-            # It failed, or completed after the wait had timed out: waiting again tells which.
+            # It failed, or completed after the wait had timed out: wait again to find out.
             work.wait(timedelta(seconds=seconds))
         return True
 

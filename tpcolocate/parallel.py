@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from typing import Any, TypeVar
 
@@ -13,7 +11,6 @@ T = TypeVar("T")
 
 # After an error the other calls are likely to fail as well; their own deadlines end them.
 _AFTER_ERROR_S = 1.0
-_SHORT_INTERVAL_S = 1e-4
 
 
 def in_background(action: Callable[[], T], *, name: str) -> Future[T]:
@@ -62,44 +59,4 @@ def beside(running: Sequence[Future[Any]], action: Callable[[], object]) -> None
         future.result()
 
 
-class _Interval:
-    """The interpreter's switch interval, shared by all threads: the first user shortens it, the last restores it."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._num_users = 0
-        self._before = 0.0
-
-    def shorten(self) -> None:
-        with self._lock:
-            if self._num_users == 0:
-                self._before = sys.getswitchinterval()
-                if self._before > _SHORT_INTERVAL_S:
-                    sys.setswitchinterval(_SHORT_INTERVAL_S)
-            self._num_users += 1
-
-    def restore(self) -> None:
-        with self._lock:
-            self._num_users -= 1
-            if self._num_users == 0 and self._before > _SHORT_INTERVAL_S:
-                # Stored in whole microseconds, rounded down: without this, some values would shrink at every restore.
-                sys.setswitchinterval(self._before + 5e-7)
-
-
-_interval = _Interval()
-
-
-@contextlib.contextmanager
-def quick_switching() -> Iterator[None]:
-    """Shorten the interpreter's switch interval to 0.1 ms, so that background calls go on beside a busy thread.
-
-    The default is 5 ms, several times as long as a request.
-    """
-    _interval.shorten()
-    try:
-        yield
-    finally:
-        _interval.restore()
-
-
-__all__ = ["begun_in_background", "beside", "in_background", "quick_switching"]
+__all__ = ["begun_in_background", "beside", "in_background"]

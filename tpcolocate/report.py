@@ -59,16 +59,15 @@ class SyncReport:
         num_tensors: Tensors sent.
         num_buckets: Commands that they were sent in.
         seconds: From the call to its return on this rank.
-        transport: ``"ipc"``, ``"file"`` or ``"stock"``.
+        transport: ``"ipc"`` or ``"file"``.
         checked_against: Source of the names and shapes that the weights were checked against.
         num_replayed: Tensors copied by the plan of an earlier sync, without the engine's loader.
         worker_seconds: Seconds per step in the slowest TP worker: ``map`` and ``open`` (map the handles), ``define``
             (build the copy plan), ``check`` (checksums), ``bring`` (fetch a bucket from another GPU), ``load``,
             ``compare`` (read the parameters back); with a transfer plan, ``load`` and in it ``one_pass`` (fused copy and
-            checksum) or ``copy`` (torch's copies and sums).  Empty with ``transport="stock"``.
+            checksum) or ``copy`` (torch's copies and sums).
         num_verified: Tensors whose values were read back from every TP rank's parameters and equal what was sent.
-        unverified: Names for which that cannot be checked (the engine transforms them while loading), or all that
-            were sent where nothing is read back (``transport="stock"``).
+        unverified: Names for which that cannot be checked (the engine transforms them while loading).
         bucket_bytes: Size of the buckets, planned from the least free memory of the slice.
         warnings: What the user should look at, such as memory that rises from sync to sync.
         ranks: Every rank's part, in tp order.

@@ -34,7 +34,7 @@ from tpcolocate.server.arguments import RECEIVER
 from tpcolocate.server.http import ServerClient
 from tpcolocate.server.lifecycle import Lifecycle
 from tpcolocate.server.process import ServerProcess
-from tpcolocate.weights.sync.syncer import WeightSync
+from tpcolocate.weights.sync.syncer import WeightSyncer
 
 _WARM_UP_S = 30.0
 # Compiling takes two seconds the first time on a machine, while the server takes a minute to start.
@@ -248,7 +248,7 @@ class Colocation:
         lifecycle = Lifecycle(result.state, weight_version=result.weight_version)
         owned = None if server is None or api is None else OwnedServer.of(server, api, lifecycle)
         probe = ServerClient(result.url, api_key=result.api_key)
-        sync = WeightSync(
+        sync = WeightSyncer(
             self._slice,
             device=self.device,
             owner_rank=self.owner_rank,

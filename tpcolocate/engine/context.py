@@ -14,7 +14,7 @@ from tpcolocate.server.generation import GenerationHold
 from tpcolocate.server.lifecycle import Lifecycle, State
 from tpcolocate.server.process import ServerProcess
 from tpcolocate.server.weight_updates import WeightUpdates
-from tpcolocate.weights.sync.syncer import WeightSync
+from tpcolocate.weights.sync.syncer import WeightSyncer
 
 T = TypeVar("T")
 
@@ -60,7 +60,7 @@ class SliceContext:
     owner_rank: int
     client: Client
     lifecycle: Lifecycle
-    sync: WeightSync
+    sync: WeightSyncer
     owned: OwnedServer | None
 
     @property

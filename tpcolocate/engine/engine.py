@@ -218,10 +218,9 @@ class Engine:
                 a count of the syncs, which goes on from a version that is a number.
             bucket_bytes: Most staging memory per rank, less where less is free; a larger tensor travels by itself.
             payloads: ``"per_rank"``: every rank exports from its own device.  ``"fan_out"``: the owner exports one
-                copy per TP rank; for when other ranks cannot reach their TP rank's device.  Not with ``"stock"``.
+                copy per TP rank; for when other ranks cannot reach their TP rank's device.
             transport: ``"ipc"``: handles of memory that the engine maps.  ``"file"``: safetensors files.  ``"auto"``: the
-                first sync tries ``"ipc"`` with a small handle, and takes files if it does not work.  ``"stock"``: handles
-                that SGLang opens by itself; nothing is read back, and a failure kills the server.
+                first sync tries ``"ipc"`` with a small handle, and takes files if it does not work.
             folder: Where files go; default: /dev/shm.
             rename: A function or a mapping from the source's names to those of the served checkpoint; None for a
                 weight that is not to be sent, such as a value head's.  The same on every rank.
@@ -267,7 +266,11 @@ class Engine:
             report = self._context.in_all_slices(
                 "finish the weight sync of all slices",
                 lambda: self._sync.run(
-                    model_or_named_tensors, version=version, options=options, timeout_s=timeout_s, touched=modified
+                    model_or_named_tensors,
+                    version=version,
+                    options=options,
+                    timeout_s=timeout_s,
+                    on_engine_modified=modified,
                 ),
                 timeout_s=timeout_s,
             )

@@ -1,10 +1,11 @@
-"""What is known of an engine's loader: which parts of which tensor every TP rank reads."""
+"""The loader map: which parts of which tensor every TP rank reads, as traced from the engine's own loader."""
 
 from __future__ import annotations
 
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -15,7 +16,7 @@ Kind = tuple[str, str]
 """A tensor's name without its numbers, and what is read of it: the loader treats tensors of one kind alike."""
 
 
-class Described(Protocol):
+class Entry(Protocol):
     """A tensor by its description."""
 
     @property
@@ -26,8 +27,22 @@ class Described(Protocol):
     def dtype(self) -> torch.dtype: ...
 
 
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """An `Entry`."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+Description = tuple[str, tuple[int, ...], torch.dtype]
+TracedOfRanks = Mapping[int, Mapping[str, Any]]
+"""TP rank -> tensor -> its copies, as `reads_of` takes them; tensors that a worker could not trace are missing."""
+
+
 class LoaderMap:
-    """Told by the receivers after they watched a load, or the rehearsal of one; the same on every rank of the slice.
+    """What the receivers reported after they traced a load, or a dry run of one; the same on every rank of the slice.
 
     Attributes:
         reads: Tensor -> what each TP rank reads of it.
@@ -38,89 +53,86 @@ class LoaderMap:
         self._types: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         self._kinds: dict[str, Kind] = {}
         self._verified: set[Kind] = set()
-        self._rehearsed: set[tuple[str, tuple[int, ...], torch.dtype]] = set()
-        self._holders: tuple[str, ...] = ()
+        self._traced: set[Description] = set()
+        self._plan_ids: tuple[str, ...] = ()
         self._digest: tuple[tuple[str, ...], int] | None = None
-        # The layers of a model are told of in the same words.
-        self._understood: dict[str, ReadsOfRanks | None] = {}
+        # The layers of a model are reported in the same words.
+        self._parsed: dict[str, ReadsOfRanks | None] = {}
 
-    def confirm(self, holders: Sequence[str]) -> bool:
-        """Forget everything if the workers have: their parameters moved, or they are others.
+    def is_current(self, plan_ids: Sequence[str]) -> bool:
+        """Return whether the workers still have what they traced; discard everything if not.
+
+        Their parameters may have moved, or they are other workers.
 
         Args:
-            holders: What the workers call their own knowledge, in tp order.
-
-        Returns:
-            Whether they still know what they did.
+            plan_ids: Identities of the workers' copy plans, in tp order.
         """
-        if tuple(holders) == self._holders:
+        if tuple(plan_ids) == self._plan_ids:
             return True
-        self.forget()
-        self._holders = tuple(holders)
+        self.clear()
+        self._plan_ids = tuple(plan_ids)
         return False
 
-    def forget(self) -> None:
-        """Know nothing, of nobody."""
+    def clear(self) -> None:
+        """Discard everything traced from the loader."""
         self.reads, self._types, self._kinds = {}, {}, {}
-        self._verified, self._rehearsed = set(), set()
-        self._holders = ()
+        self._verified, self._traced = set(), set()
+        self._plan_ids = ()
         self._digest = None
 
-    def learn(
-        self, told: Mapping[int, Mapping[str, Any]], entries: Sequence[Described], tp_size: int, *, loaded: bool
-    ) -> None:
-        """Take in what the workers tell.
+    def update(self, traced: TracedOfRanks, entries: Sequence[Entry], tp_size: int, *, loaded: bool) -> None:
+        """Enter what the workers traced.
 
         Args:
-            told: TP rank -> tensor -> its copies; tensors that a worker cannot tell of are missing.
+            traced: By every TP rank.
             entries: What the loader was given.
             tp_size: Number of workers.
-            loaded: Whether the loader has moved weights, and what arrived was compared; otherwise it has rehearsed that.
+            loaded: Whether the loader moved weights and what arrived was compared; otherwise it was a dry run.
         """
         self._digest = None
         for entry in entries:
             shape = tuple(entry.shape)
             self.reads.pop(entry.name, None)
-            described = [told.get(tp_rank, {}).get(entry.name) for tp_rank in range(tp_size)]
-            words = repr((described, shape))
-            if words not in self._understood:
-                self._understood[words] = _understand(described, shape)
-            known = self._understood[words]
-            if known is not None:
-                self.reads[entry.name] = known
+            copies = [traced.get(tp_rank, {}).get(entry.name) for tp_rank in range(tp_size)]
+            words = repr((copies, shape))
+            if words not in self._parsed:
+                self._parsed[words] = _parse(copies, shape)
+            reads = self._parsed[words]
+            if reads is not None:
+                self.reads[entry.name] = reads
                 self._types[entry.name] = (shape, entry.dtype)
                 self._kinds[entry.name] = kind = (_NUMBER.sub("#", entry.name), words)
                 if loaded:
                     self._verified.add(kind)
             if not loaded:
-                self._rehearsed.add((entry.name, shape, entry.dtype))
+                self._traced.add((entry.name, shape, entry.dtype))
 
     @property
     def is_empty(self) -> bool:
-        """Whether the workers have told nothing yet, not even that there is nothing to tell."""
-        return not self.reads and not self._rehearsed
+        """Whether the workers have traced nothing yet, not even that there is nothing to trace."""
+        return not self.reads and not self._traced
 
-    def was_rehearsed(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> bool:
-        """Whether a rehearsal has told all that it can of such a tensor."""
-        return (name, tuple(shape), dtype) in self._rehearsed
+    def is_traced(self, entry: Entry) -> bool:
+        """Return whether a trace has shown all that it can of such a tensor."""
+        return self.covers(entry) or (entry.name, tuple(entry.shape), entry.dtype) in self._traced
+
+    def covers(self, entry: Entry) -> bool:
+        """Return whether it is known what is read of such a tensor."""
+        return entry.name in self.reads and self._types[entry.name] == (tuple(entry.shape), entry.dtype)
 
     def samples(self, names: Sequence[str]) -> list[str]:
-        """One of each kind, the first."""
+        """Return one tensor of each kind, the first."""
         of_kind: dict[Kind, str] = {}
         for name in names:
             of_kind.setdefault(self._kinds[name], name)
         return list(of_kind.values())
 
     def is_verified(self, names: Sequence[str]) -> bool:
-        """Whether the engine's loader has been seen at work with all kinds of these tensors."""
+        """Return whether the engine's loader has been seen at work with all kinds of these tensors."""
         return self._verified.issuperset(self._kinds[name] for name in names)
 
-    def covers(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> bool:
-        """Whether it is known what is read of such a tensor."""
-        return name in self.reads and self._types[name] == (tuple(shape), dtype)
-
     def digest(self, names: Sequence[str]) -> int:
-        """A number that is the same where the same is read of the same tensors."""
+        """Return a number that is the same where the same is read of the same tensors."""
         if self._digest is not None and self._digest[0] == tuple(names):
             return self._digest[1]
         content = repr([(name, self.reads[name]) for name in names]).encode()
@@ -131,11 +143,11 @@ class LoaderMap:
 _NUMBER = re.compile(r"\d+")
 
 
-def _understand(described: Sequence[Any], shape: Sequence[int]) -> ReadsOfRanks | None:
-    """What the TP ranks read; None unless all of them can tell, and read the whole tensor together."""
-    found = [None if of_rank is None else reads_of(of_rank, shape) for of_rank in described]
-    known = tuple(of_rank for of_rank in found if of_rank is not None)
-    return known if len(known) == len(described) and is_read_whole(known, shape) else None
+def _parse(copies: Sequence[Any], shape: Sequence[int]) -> ReadsOfRanks | None:
+    """What the TP ranks read; None unless all of them traced it, and read the whole tensor together."""
+    reads = [None if of_rank is None else reads_of(of_rank, shape) for of_rank in copies]
+    complete = tuple(of_rank for of_rank in reads if of_rank is not None)
+    return complete if len(complete) == len(copies) and is_read_whole(complete, shape) else None
 
 
-__all__ = ["LoaderMap"]
+__all__ = ["Entry", "LoaderMap", "TensorEntry", "TracedOfRanks"]

@@ -1,187 +1,244 @@
-"""Buckets: full tensors, loaded by the engine's own loader under a watch, or by what was learned from that."""
+"""Phases gather, export, push and release: full tensors in buckets, for the engine's own loader or planned copies."""
 
 from __future__ import annotations
 
 import hashlib
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from tpcolocate import ipc_payload
-from tpcolocate.deadline import Deadline
-from tpcolocate.errors import SyncError, TpColocateError
-from tpcolocate.weights.sources.lazy_tensor import Item, Items, full_bytes, full_tensor, is_collective
-from tpcolocate.weights.sync.phases import RETURN_S, SyncPhases
+from tpcolocate.errors import SyncError, TpColocateError, WeightsMismatchError
+from tpcolocate.in_server.tpcolocate_receiver.protocol import Addressed, LoadBucket
+from tpcolocate.weights.buckets import split_into_buckets
+from tpcolocate.weights.plan.loader_map import TensorEntry
+from tpcolocate.weights.sources.lazy_tensor import Item, Items, full_bytes, is_collective
+from tpcolocate.weights.sources.named_weights import NamedWeights
+from tpcolocate.weights.sync.mesh_schedule import gathers
+from tpcolocate.weights.sync.records import BucketsSent
+from tpcolocate.weights.sync.session import RELEASE_S, WEIGHTS_UNKNOWN, SyncSession
+from tpcolocate.weights.transport.bucket_sender import BucketSender, Verdict, judge
 
-Named = tuple[str, tuple[int, ...], torch.dtype]
+Description = tuple[str, tuple[int, ...], torch.dtype]
 
 
-class BucketPhases(SyncPhases):
-    """One bucket after the other, gathered in lockstep."""
+def send_buckets(
+    session: SyncSession, sender: BucketSender, items: Items, bucket_bytes: int, *, are_samples: bool = False
+) -> BucketsSent:
+    """Send weights that the ranks have agreed on, one bucket after the other, gathered in lockstep.
 
-    def send_all(self, *, is_known: bool) -> None:
-        """Send the rest of the weights.
+    Collective: over the slice, and over the meshes of the weights.
 
-        Args:
-            is_known: Whether the ranks have agreed on all of them already; if not, they agree on each bucket.
-        """
-        error: BaseException | None = None
-        if is_known:
-            for bucket in self.rest:
-                error = self.send(bucket, error)
-            if self.staged:
-                self.agree(error, None, what="take the staging memory back")
-            return
-        while (bucket_or_end := self.next_bucket(error)) is not None:
-            error = self.send(bucket_or_end, None)
+    Args:
+        items: The same names on every rank; their gathers are due in the schedule.
+        bucket_bytes: Largest bucket.
+        are_samples: Have the engine's loader take them whatever is planned, to see whether it does what was traced; they
+            do not count as sent.
+    """
+    sent = BucketsSent()
+    error: BaseException | None = None
+    for bucket in buckets(items, bucket_bytes):
+        sent, error = _send(session, sender, bucket, error, sent, is_sample=are_samples)
+    if sent.num_buckets:
+        session.agree(error, None, what="take the staging memory back")
+    return sent
 
-    def next_bucket(self, error: BaseException | None) -> Items | None:
-        """The next bucket, or None at the end; all ranks agree on which, and that the last one is behind them.
 
-        Args:
-            error: What went wrong on this rank with the last bucket's handles.
-        """
-        bucket: Items | None = None
-        with self.watch.phase("gather"):
-            if error is None:
-                try:
-                    bucket = next(self.rest, None)  # a generator may gather, and may fail
-                    if bucket is not None:
-                        self.check([(name, tensor.shape) for name, tensor in bucket])
-                except BaseException as caught:
-                    error = caught
-            mine = None if bucket is None else [(n, tuple(t.shape), t.dtype) for n, t in bucket]
-            digest = hashlib.sha256(repr(mine).encode()).digest()
-            self.check_alike(self.agree(error, (digest, headline(mine)), what="choose the next weights"))
-        return bucket
+def send_stream(session: SyncSession, sender: BucketSender, weights: NamedWeights, bucket_bytes: int) -> BucketsSent:
+    """Send weights that are not known in advance; the ranks agree on each bucket.
 
-    def send(self, bucket: Items, error: BaseException | None, *, is_sample: bool = False) -> BaseException | None:
-        """Move one bucket.
+    Collective: over the slice, and over the meshes of the weights.
+    """
+    sent = BucketsSent()
+    error: BaseException | None = None
+    stream = buckets(weights, bucket_bytes)
+    while (bucket := _next_bucket(session, stream, error)) is not None:
+        session.schedule.enter(gathers(bucket))
+        sent, error = _send(session, sender, bucket, None, sent)
+    return sent
 
-        Args:
-            bucket: The same on every rank.
-            error: What went wrong on this rank with the last bucket's handles.
-            is_sample: Have the engine's loader take it whatever is known, to see whether that is true; it does not count as
-                sent.
 
-        Returns:
-            The same of this bucket, for the next agreement.
-        """
-        self.staged = True
-        number = self.number()
-        payloads: list[Any] = []
-        entries, num_bytes = ipc_payload.layout([(n, t.shape, t.dtype) for n, t in bucket])
-        flat: torch.Tensor | None = None
+def _next_bucket(session: SyncSession, stream: Iterator[Items], error: BaseException | None) -> Items | None:
+    """The next bucket, or None at the end; all ranks agree on which, and that the last one is behind them.
+
+    Args:
+        error: What went wrong on this rank with the last bucket's handles.
+    """
+    bucket: Items | None = None
+    with session.stats.watch.phase("gather"):
+        if error is None:
+            try:
+                bucket = next(stream, None)  # a generator may gather, and may fail
+                if bucket is not None and session.context.spec is not None:
+                    session.context.spec.check([(name, tensor.shape) for name, tensor in bucket])
+            except BaseException as caught:
+                error = caught
+        mine = None if bucket is None else [(n, tuple(t.shape), t.dtype) for n, t in bucket]
+        digest = hashlib.sha256(repr(mine).encode()).digest()
+        check_same_weights(session, session.agree(error, (digest, summary(mine)), what="choose the next weights"))
+    return bucket
+
+
+def _send(
+    session: SyncSession,
+    sender: BucketSender,
+    bucket: Items,
+    error: BaseException | None,
+    before: BucketsSent,
+    *,
+    is_sample: bool = False,
+) -> tuple[BucketsSent, BaseException | None]:
+    """Send one bucket.
+
+    Args:
+        bucket: The same on every rank.
+        error: What went wrong on this rank with the last bucket's handles.
+        before: What was sent before.
+
+    Returns:
+        What was sent, and what went wrong on this rank with this bucket's handles, for the next agreement.
+    """
+    stats = session.stats
+    number = session.next_command()
+    commands: list[Addressed] = []
+    entries, num_bytes = ipc_payload.layout([(n, t.shape, t.dtype) for n, t in bucket])
+    try:
+        with stats.watch.phase("gather"):
+            flat = _gather(session, sender, bucket, entries, num_bytes, error)
+        with stats.watch.phase("export"):
+            commands = sender.commands(flat, number, _load_command(session, entries, is_sample=is_sample))
+    except BaseException as caught:
+        error = caught
+    with stats.watch.phase("export"):
+        of_ranks = session.agree(error, commands, what=f"gather bucket {number}")
+    with stats.watch.phase("push"):
+        per_tp_rank = dict(enumerate(command for of_rank in of_ranks for command in of_rank))
+        what = f"load bucket {number}"
+
+        def load() -> Verdict:
+            try:
+                session.connection.post(per_tp_rank, number)
+                return judge(session.connection.collect(number, timeout_s=session.left(what)), entries)
+            finally:
+                session.files.remove(number)
+
+        verdict = session.on_owner(what, load)
+    session.ledger.note_opened(number, verdict.opened)
+    if verdict.problem is not None:
+        raise SyncError(
+            f"bucket {number} did not arrive: {verdict.problem}",
+            hint=WEIGHTS_UNKNOWN,
+            rank=session.context.owner_rank,
+            details=verdict.details,
+        )
+    if verdict.traced:
+        session.state.loader_map.update(verdict.traced, entries, session.context.tp_size, loaded=True)
+    stats.add_worker_seconds(verdict.step_seconds)
+    stats.staged_bytes += num_bytes
+    if not is_sample:
+        stats.unverified.update(verdict.unverified)
+        stats.num_replayed += len(bucket) if verdict.replayed else 0
+        stats.num_buckets += 1
+        stats.num_bytes += sum(entry.num_bytes for entry in entries)
+        stats.names.update(name for name, _ in bucket)
+    sent = replace(
+        before,
+        num_buckets=before.num_buckets + 1,
+        traced=before.traced or bool(verdict.traced),
+        deviating=(*before.deviating, *verdict.deviating),
+    )
+    with stats.watch.phase("release"):
         try:
-            with self.watch.phase("gather"):
-                flat = self.gather(bucket, entries, num_bytes, error)
-            with self.watch.phase("export"):
-                # The workers may know what this side does not: they learned it in a sync that failed.
-                tell = not all(self.sync.knowledge.covers(e.name, e.shape, e.dtype) for e in entries)
-                asked = {"watch": True} if is_sample else {"report_trace": tell}
-                payloads = self.delivery.make(flat, entries, number, **asked)
-        except BaseException as caught:
-            error = caught
-        with self.watch.phase("export"):
-            gathered = self.agree(error, payloads, what=f"gather bucket {number}")
-        with self.watch.phase("push"):
-            per_tp_rank = [payload for of_rank in gathered for payload in of_rank]
-            what = f"load bucket {number}"
-            verdict = self.on_owner(
-                what, lambda server: self.delivery.load(server, per_tp_rank, entries, number, self.left(what))
-            )
-        self.ledger.note_opened(number, verdict.opened)
-        if verdict.problem is not None:
-            raise SyncError(
-                f"bucket {number} did not arrive: {verdict.problem}",
-                hint="the engine's weights are unknown now: sync again in full, or launch() again",
-                rank=self.sync.owner_rank,
-                details=verdict.details,
-            )
-        self.otherwise += verdict.otherwise
-        if verdict.learned:
-            self.learned = True
-            self.sync.knowledge.learn(verdict.learned, entries, len(self.group), loaded=True)
-        self.add_seconds(verdict.worker_seconds)
-        self.num_staged += num_bytes
-        if not is_sample:
-            self.unproven.update(verdict.unproven)
-            self.num_replayed += len(bucket) if verdict.replayed else 0
-            self.num_buckets += 1
-            self.num_tensors += len(bucket)
-            self.num_bytes += sum(entry.num_bytes for entry in entries)
-            self.names.update(name for name, _ in bucket)
-        with self.watch.phase("settle"):
-            try:
-                self.ledger.wait_for_release(Deadline.after(min(self.deadline - time.monotonic(), RETURN_S)))
-            except TpColocateError as caught:
-                return caught
-        return None
+            session.ledger.wait_for_release(session.deadline.within(RELEASE_S))
+        except TpColocateError as caught:
+            return sent, caught
+    return sent, None
 
-    def gather(
-        self, bucket: Items, entries: list[ipc_payload.Entry], num_bytes: int, failure: BaseException | None
-    ) -> torch.Tensor | None:
-        """Full tensors into fresh staging memory.  Ranks that export nothing, or have failed, gather all the same.
 
-        Raises:
-            BaseException: `failure`, or what went wrong here; after the last gather.
-        """
-        flat: torch.Tensor | None = None
-        if self.delivery.exports and failure is None:
-            try:
-                flat = ipc_payload.allocate(num_bytes, self.sync.device)
-            except Exception as error:
-                failure = error
-        largest = max(range(len(entries)), key=lambda i: entries[i].num_bytes)
-        for i, ((_, item), entry) in enumerate(zip(bucket, entries)):
-            if failure is not None and not is_collective(item):
-                continue
-            try:
-                full = full_tensor(item)
-                if flat is not None and entry.num_bytes and failure is None:
-                    ipc_payload.view(flat, entry).copy_(full)
-                    filled = entry.start + entry.num_bytes
-                    end = entries[i + 1].start if i + 1 < len(entries) else num_bytes
-                    if filled < end:
-                        flat[filled:end].zero_()  # the checksum covers the padding
-                if i == largest:
-                    self.note_peak()
-            except Exception as error:  # the other ranks are in the gathers of the rest
-                failure = error if failure is None else failure
-        if failure is not None:
-            raise failure
-        if flat is not None and flat.is_cuda:
-            # The reader's streams know nothing of ours.
-            torch.cuda.current_stream(flat.device).synchronize()
-        return flat
+def _load_command(session: SyncSession, entries: list[ipc_payload.Entry], *, is_sample: bool) -> Any:
+    # The workers may have traced what this side does not know: in a sync that failed.
+    loader_map = session.state.loader_map
+    is_new = not all(loader_map.covers(TensorEntry(e.name, tuple(e.shape), e.dtype)) for e in entries)
+    contents = ipc_payload.described(entries)
+    return lambda handle, total: LoadBucket(
+        handle, total, contents, watch=is_sample, report_trace=is_new and not is_sample
+    )
+
+
+def _gather(
+    session: SyncSession,
+    sender: BucketSender,
+    bucket: Items,
+    entries: list[ipc_payload.Entry],
+    num_bytes: int,
+    failure: BaseException | None,
+) -> torch.Tensor | None:
+    """Gather full tensors into new staging memory.  Ranks that export nothing, or have failed, gather all the same.
+
+    Raises:
+        BaseException: `failure`, or what went wrong here; after the last gather.
+    """
+    flat: torch.Tensor | None = None
+    if sender.exports and failure is None:
+        try:
+            flat = ipc_payload.allocate(num_bytes, session.context.device)
+        except Exception as error:
+            failure = error
+    largest = max(range(len(entries)), key=lambda i: entries[i].num_bytes)
+    for i, ((_, item), entry) in enumerate(zip(bucket, entries)):
+        if failure is not None and not is_collective(item):
+            continue
+        try:
+            full = session.schedule.gather(item)
+            if flat is not None and entry.num_bytes and failure is None:
+                ipc_payload.view(flat, entry).copy_(full)
+                filled = entry.start + entry.num_bytes
+                end = entries[i + 1].start if i + 1 < len(entries) else num_bytes
+                if filled < end:
+                    flat[filled:end].zero_()  # the checksum covers the padding
+            if i == largest:
+                session.stats.peak.note()
+        except Exception as error:  # the other ranks are in the gathers of the rest
+            failure = error if failure is None else failure
+    if failure is not None:
+        raise failure
+    if flat is not None and flat.is_cuda:
+        # The reader's streams know nothing of ours.
+        torch.cuda.current_stream(flat.device).synchronize()
+    return flat
 
 
 def buckets(weights: Iterable[tuple[str, Item]], bucket_bytes: int) -> Iterator[Items]:
-    """Cut the stream into buckets of at most `bucket_bytes`, in order; the sizes are those of the full tensors."""
-    bucket: Items = []
-    used = 0
-    for name, tensor in weights:
-        size = padded_bytes(tensor)
-        if bucket and used + size > bucket_bytes:
-            yield bucket
-            bucket, used = [], 0
-        bucket.append((name, tensor))
-        used += size
-    if bucket:
-        yield bucket
+    """Cut weights into buckets of at most `bucket_bytes`, in order; the sizes are those of the full tensors."""
+    return split_into_buckets(weights, bucket_bytes, num_bytes=lambda named: padded_bytes(named[1]))
 
 
 def padded_bytes(item: Item) -> int:
+    """Return what a full tensor takes in a bucket."""
     return -(-full_bytes(item) // ipc_payload.ALIGNMENT) * ipc_payload.ALIGNMENT
 
 
-def headline(mine: list[Named] | None) -> str:
-    if not mine:
+def check_same_weights(session: SyncSession, of_ranks: Sequence[tuple[bytes, str]]) -> None:
+    """Refuse ranks whose weights differ.  Every rank comes to the same error.
+
+    Args:
+        of_ranks: Digest and summary of each rank's weights.
+    """
+    if len({digest for digest, _ in of_ranks}) > 1:
+        views = "; ".join(f"rank {rank}: {text}" for rank, (_, text) in zip(session.context.group.ranks, of_ranks))
+        raise WeightsMismatchError(
+            f"the ranks have different weights: {views}", hint="every rank must pass the same names in the same order"
+        )
+
+
+def summary(weights: Sequence[Description] | None) -> str:
+    """Describe weights in a few words."""
+    if not weights:
         return "no more weights"
-    name, shape, dtype = mine[0]
-    return f"{len(mine)} tensors from {name} {shape} {dtype}"
+    name, shape, dtype = weights[0]
+    return f"{len(weights)} tensors from {name} {shape} {dtype}"
 
 
-__all__ = ["BucketPhases", "buckets", "headline", "padded_bytes"]
+__all__ = ["buckets", "check_same_weights", "padded_bytes", "send_buckets", "send_stream", "summary"]

@@ -1,133 +1,137 @@
-"""The trainer's own memory, mapped by the workers: what may be, what is, and how it comes back."""
+"""Phase map: have the workers map the trainer's own memory, and release what is no longer used."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+from tpcolocate.deadline import Deadline
+from tpcolocate.errors import DeadlineError
 from tpcolocate.in_server.tpcolocate_receiver.protocol import Addressed, RunProgram
-from tpcolocate.weights.sync.phases import RETURN_S, SyncPhases
+from tpcolocate.weights.plan.sharding import Shards
+from tpcolocate.weights.sync.records import Opened, Route
+from tpcolocate.weights.sync.session import RELEASE_S, SliceContext, SyncSession
 from tpcolocate.weights.transport.bucket_sender import slowest
-from tpcolocate.weights.transport.mapped_memory import PersistentMapping
+from tpcolocate.weights.transport.connection import Replies
+from tpcolocate.weights.transport.mapped_memory import MAPPABLE, STEADY, PersistentMapping, PersistentMappings
 from tpcolocate.worker_errors import raise_worker_errors
 
-STAGED, CAN_BE_MAPPED, STAYS = "0", "1", "2"
-"""What may become of a tensor's memory: it is copied; mapped for one sync; mapped from sync to sync."""
-Lending = Mapping[str, str]
-"""Tensor -> one of these, the least of all ranks."""
+_POLL_S = 0.001
 
 
-class LendingPhases(SyncPhases):
-    """What is read where it lies, so that it need not be staged."""
+def map_memory(session: SyncSession, route: Route, opened: Opened, *, traced: bool) -> frozenset[str]:
+    """Have the workers map what may be mapped and is not yet, and release what is no longer used.
 
-    def lending(self) -> list[str]:
-        """What may become of the memory of each of `tensors`, as far as this rank is concerned."""
-        loans = self.sync.mover.loans
-        storages = [one.local.untyped_storage() for one in self.tensors.values()]
-        steady = loans.note(storages)
-        if self.sync.lending_refused is not None:
-            return [STAGED] * len(storages)
-        return [
-            STAYS if stays else CAN_BE_MAPPED if loans.can_be_mapped(storage) else STAGED
-            for storage, stays in zip(storages, steady)
-        ]
+    Collective: over the slice.
 
-    def borrow_ahead(self, lending: Sequence[str]) -> None:
-        """Export what an engine's first sync will have mapped, while the server is waited for.
+    Args:
+        traced: Whether this sync has traced the loader.  Then what can be mapped was exported meanwhile, and is mapped for
+            this sync alone: once for an engine, since to map all of it anew at every sync would be no faster than to stage.
 
-        As far as this rank knows: if it comes otherwise, what was exported is taken back unopened.
+    Returns:
+        Names that are mapped on all ranks.
+    """
+    state = session.state
+    uses = opened.memory_uses
+    persistent = {name for name in route.shards if uses.get(name) == STEADY}
+    transient = {name for name in route.shards if traced and uses.get(name) == MAPPABLE}
+    new: list[list[Any]] = []
+    old: list[PersistentMapping] = []
+    error: Exception | None = None
+    try:
+        old, new = _changes(session, route.shards, persistent)
+        if session.transient.error is not None:
+            raise session.transient.error
+        new += session.transient.described()
+    except Exception as caught:
+        error = caught  # memory that cannot be exported, for whatever reason, is staged
+    mine = ([one.name for one in old], new, None if error is None else str(error))
+    of_ranks = session.agree(None, mine, what="export memory for the engine")
+    problem = next((text for *_, text in of_ranks if text is not None), None)
+    mapped = frozenset(persistent | transient)
+    if problem is None and not any(release or map_ for release, map_, _ in of_ranks):
+        state.mapped_names = frozenset(persistent)
+        return mapped
+    commands = [
+        Addressed(k, RunProgram(release=release, map=[] if problem is not None else map_))
+        for k, (release, map_, _) in enumerate(of_ranks)
+    ]
+    replies = session.ask("map the trainer's memory", commands)
+    session.transient.note_opened({rank: reply.opened for rank, reply in replies.items()})
+    session.together(
+        "take back memory that is no longer mapped",
+        lambda: wait_unmapped(session.context, state.mappings, old, session.deadline.within(RELEASE_S)),
+    )
+    problem = problem if problem is not None else _first_error(replies)
+    if problem is not None:
+        _stop_mapping(session, problem)
+        return frozenset()
+    session.stats.add_worker_seconds({"map": slowest(replies)["open"]})
+    state.mapped_names = frozenset(persistent)
+    return mapped
 
-        Args:
-            lending: From `lending`.
-        """
-        is_first = self.sync.knowledge.is_empty and self.sync.rehearsal_refused is None
-        if is_first and self.options.payloads not in self.sync.refused_ways:
-            self.borrowed.export(
-                one.local.untyped_storage()
-                for one, may in zip(self.tensors.values(), lending, strict=True)
-                if may == CAN_BE_MAPPED
+
+def _changes(
+    session: SyncSession, shards: Shards, persistent: Iterable[str]
+) -> tuple[list[PersistentMapping], list[list[Any]]]:
+    """Persistent mappings that are no longer used, and [region, handle] of the new ones."""
+    state, tp_rank = session.state, session.context.tp_rank
+    storages = [
+        shards[name].local.untyped_storage()
+        for name in persistent
+        if any(read.region.meet(shards[name].region) for read in state.loader_map.reads[name][tp_rank])
+    ]
+    old = state.mappings.unused(storages)
+    new = []
+    for storage in storages:
+        if state.mappings.find(storage) is None:
+            added = state.mappings.add(storage)
+            new.append([added.name, added.handle.describe()])
+    return old, new
+
+
+def _first_error(replies: Replies) -> str | None:
+    return next((f"TP rank {k}: {reply.error}" for k, reply in replies.items() if reply.error is not None), None)
+
+
+def _stop_mapping(session: SyncSession, why: str) -> None:
+    """Go on with staging memory alone, for this engine's life.  Collective: over the slice."""
+    state = session.state
+    state.mapping_problem = why.splitlines()[0]
+    state.mapped_names = frozenset()
+    session.stats.warnings.append(f"the trainer's memory is not mapped by the engine: {state.mapping_problem}")
+    mine = [*(one.name for one in state.mappings.all()), *session.transient.regions.values()]
+    of_ranks = session.agree(None, mine, what="name all mapped memory")
+    replies = session.ask("release the trainer's memory", release_commands(of_ranks))
+    raise_worker_errors(replies, "the trainer's memory was not released", rank=session.context.owner_rank)
+    # The workers have confirmed that they map nothing of it: what is left was never opened.
+    state.mappings.reclaim()
+    session.transient.reclaim()
+
+
+def release_commands(of_ranks: Sequence[Sequence[str]]) -> list[Addressed]:
+    """Return commands that release regions, by TP rank."""
+    return [Addressed(k, RunProgram(release=names)) for k, names in enumerate(of_ranks)]
+
+
+def wait_unmapped(
+    context: SliceContext, mappings: PersistentMappings, old: list[PersistentMapping], deadline: Deadline
+) -> None:
+    """Wait until the workers have unmapped what they are to release, and forget it.
+
+    Raises:
+        DeadlineError: Something is still mapped.
+    """
+    while old and any(one.handle.count() > 0 for one in old):
+        if deadline.has_passed:
+            raise DeadlineError(
+                f"TP rank {context.tp_rank} did not release memory that it maps",
+                hint="shut the engine down; the memory is then reclaimed",
+                rank=context.group.rank,
             )
-
-    def lend(self, keep: set[str], borrow: set[str]) -> set[str]:
-        """Have the workers map what may be lent and is not yet, and let go of what is no longer used.
-
-        Args:
-            keep: Names whose memory may stay mapped.
-            borrow: Names whose memory may be mapped until the end of this sync; see `TransientMappings`.
-
-        Returns:
-            The names that are mapped on all ranks.
-        """
-        loans = self.sync.mover.loans
-        lent = keep | borrow
-        new: list[list[Any]] = []
-        error: BaseException | None = None
-        old: list[PersistentMapping] = []
-        try:
-            storages = []
-            for name in keep:
-                one = self.tensors[name]
-                reads = self.sync.knowledge.reads[name][self.sync.tp_rank]
-                if any(read.box.meet(one.slab) is not None for read in reads):
-                    storages.append(one.local.untyped_storage())
-            old = loans.unused(storages)
-            for storage in storages:
-                if loans.find(storage) is None:
-                    new.append(loans.describe(loans.lend(storage)))
-            if self.borrowed.error is not None:
-                raise self.borrowed.error
-            new += self.borrowed.described()
-        except Exception as caught:
-            error = caught  # memory that cannot be exported, for whatever reason, is staged
-        mine = ([loan.name for loan in old], new, None if error is None else str(error))
-        told = self.agree(None, mine, what="lend memory to the engine")
-        failed = next((text for *_, text in told if text is not None), None)
-        if failed is None and not any(release or map_ for release, map_, _ in told):
-            return lent
-        number = self.number()  # here, since every rank counts the commands, and the owner alone runs what follows
-        replies = self.on_owner(
-            "map the trainer's memory",
-            lambda _: self.delivery.ask(
-                [
-                    Addressed(k, RunProgram(release, () if failed is not None else map_))
-                    for k, (release, map_, _) in enumerate(told)
-                ],
-                number,
-                self.left("map the trainer's memory"),
-            ),
-        )
-        self.borrowed.note_opened({rank: reply.opened for rank, reply in replies.items()})
-        self.together("take back what was lent", lambda: self.sync.returned(old, timeout_s=RETURN_S))
-        if failed is None:
-            failed = next(
-                (f"TP rank {k}: {reply.error}" for k, reply in replies.items() if reply.error is not None), None
-            )
-        if failed is None:
-            self.add_seconds({"map": slowest(replies)["open"]})
-            return lent
-        return self.lend_nothing(failed)
-
-    def lend_nothing(self, why: str) -> set[str]:
-        """Go on with staging memory alone, for this engine's life."""
-        loans = self.sync.mover.loans
-        self.sync.lending_refused = why.splitlines()[0]
-        self.notes.append(f"the trainer's memory is not mapped by the engine: {self.sync.lending_refused}")
-        mine = [*loans.names(), *self.borrowed.regions.values()]
-        told = self.agree(None, mine, what="take back what was lent")
-        number = self.number()
-        replies = self.on_owner(
-            "let go of the trainer's memory",
-            lambda _: self.delivery.ask(
-                [Addressed(k, RunProgram(release)) for k, release in enumerate(told)],
-                number,
-                self.left("let go of the trainer's memory"),
-            ),
-        )
-        raise_worker_errors(replies, "the trainer's memory was not released")
-        # The workers have confirmed that they map nothing of it: what is left was never opened.
-        loans.reclaim()
-        self.borrowed.reclaim()
-        return set()
+        time.sleep(_POLL_S)
+    mappings.remove({one.name for one in old})
 
 
-__all__ = ["CAN_BE_MAPPED", "STAGED", "STAYS", "Lending", "LendingPhases"]
+__all__ = ["map_memory", "release_commands", "wait_unmapped"]

@@ -1,4 +1,4 @@
-"""How weights travel, as the caller of a sync may choose."""
+"""How weights are moved, as the caller of a sync may choose."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tpcolocate.weights.transport.bucket_sender import PAYLOADS, TRANSPORTS
 
 @dataclass(frozen=True, slots=True)
 class SyncOptions:
-    """How weights travel.
+    """How weights are moved.
 
     Attributes:
         bucket_bytes: Most staging memory of a sync, in bytes; a larger tensor gets a bucket of its own.
@@ -34,17 +34,11 @@ class SyncOptions:
 
     def __post_init__(self) -> None:
         if self.bucket_bytes <= 0:
-            raise ConfigError(f"bucket_bytes={self.bucket_bytes} is not positive")
+            raise ConfigError(f"bucket_bytes must be positive, got {self.bucket_bytes}")
         if self.payloads not in PAYLOADS:
             raise ConfigError(f"payloads={self.payloads!r} is unknown", hint=f"one of {', '.join(PAYLOADS)}")
         if self.transport not in TRANSPORTS:
             raise ConfigError(f"transport={self.transport!r} is unknown", hint=f"one of {', '.join(TRANSPORTS)}")
-        if self.payloads == "fan_out" and self.transport == "stock":
-            # SGLang copies straight out of what it opens, and dies of it where the memory saver holds its parameters: no
-            # other GPU can reach them.
-            raise ConfigError(
-                'payloads="fan_out" cannot go with transport="stock"', hint="leave the transport to the sync"
-            )
 
 
 __all__ = ["SyncOptions"]

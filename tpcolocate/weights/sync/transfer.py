@@ -1,327 +1,283 @@
-"""TransferPlan: just the parts of tensors that each TP worker reads, out of mapped memory or through a little staging memory."""
+"""Phases map, plan, gather, push and verify of a transfer: only the slices that each TP worker reads are moved."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
-from tpcolocate import ipc_payload
 from tpcolocate.errors import SyncError, some
 from tpcolocate.in_server.tpcolocate_receiver.protocol import Addressed, ReleaseStaging, RunProgram, addressed_to_all
 from tpcolocate.weights.plan.transfer_plan import TransferPlan
 from tpcolocate.weights.sources.lazy_tensor import full_bytes
-from tpcolocate.weights.sources.named_weights import NamedWeights
-from tpcolocate.weights.sync.mapping import CAN_BE_MAPPED, STAYS, Lending, LendingPhases
-from tpcolocate.weights.transport.bucket_sender import Replies, slowest
-from tpcolocate.weights.transport.staging import Ready, Transfer
+from tpcolocate.weights.sync.mapping import map_memory
+from tpcolocate.weights.sync.records import CachedPlan, Opened, Prepared, Route
+from tpcolocate.weights.sync.session import WEIGHTS_UNKNOWN, SyncSession
+from tpcolocate.weights.transport.bucket_sender import slowest
+from tpcolocate.weights.transport.connection import Replies
+from tpcolocate.weights.transport.staging import Transfer, program_definitions
 from tpcolocate.worker_errors import raise_worker_errors
 
+Found = dict[str, dict[int, Any]]
+"""On the owner: program -> TP rank -> the checksums that its worker found."""
 
-class MovePhases(LendingPhases):
-    """From the decision whether parts are moved to the proof that they arrived."""
 
-    def agree_on_mode(self) -> bool:
-        """Whether parts are moved in this sync; leaves in `tensors` those that are.
+@dataclass(frozen=True, slots=True)
+class _Posted:
+    """A command that has not been answered yet.
 
-        Collective: over the slice's ranks by what they all know, and over the meshes of the weights by asking: other
-        slices share their collectives, and an engine of theirs may have been started anew.
-        """
-        knowledge = self.sync.knowledge
-        if self.repeats and self.sync.last is not None:
-            groups = self.sync.last.groups
-        else:
-            groups = Transfer.groups(self.tensors)
-            self.tensors = {
-                name: one
-                for name, one in self.tensors.items()
-                if self.delivery.transport == "ipc" and knowledge.covers(name, one.shape, one.local.dtype)
-            }
-        ready = bool(self.tensors)
-        names = list(self.tensors)
-        number = knowledge.digest(names) if ready else 0
-        verified = self.repeats or knowledge.is_verified(names)
-        self.mode_told = True
-        for group in groups:
-            flags = (int(ready), number, -number, int(self.repeats), int(verified))
-            ready_there, low, high, repeats_there, verified_there = self.sync.mover.least(group, flags)
-            ready = ready and bool(ready_there) and low == -high
-            self.repeats = self.repeats and bool(repeats_there)
-            verified = verified and bool(verified_there)
-        self.set_mode(moving=ready)
-        self.is_verified = verified
-        return ready
+    Attributes:
+        number: Of the command.
+        program: That it runs.
+    """
 
-    def set_mode(self, *, moving: bool) -> None:
-        if not moving:
-            self.tensors = {}
-        self.repeats = self.repeats and moving
-        self.moving = moving
+    number: int
+    program: str
 
-    def signature(self, lent: set[str]) -> object:
-        """Equal for syncs that can make the same moves."""
-        names = [name for name in self.tensors if name in self.sync.knowledge.reads]
-        return (
-            self.sync.knowledge.digest(names),
-            self.bucket_bytes,
-            tuple((one.group, one.position) for one in map(self.tensors.__getitem__, names)),
-            tuple(
-                (
-                    name,
-                    self.sync.mover.loans.name_of(one.local),
-                    one.local.data_ptr(),
-                    one.local.stride(),
-                    one.local.dtype,
-                )
-                for name, one in ((name, self.tensors[name]) for name in names if name in lent)
-            ),
-        )
 
-    def move(self, weights: NamedWeights, lending: Lending) -> None:
-        """Move all parts, compare what every worker holds with what its training ranks gave."""
-        define: dict[str, Any] = {}
-        if self.repeats:
-            assert self.sync.moves is not None and self.ready is not None
-            moves, ready = self.sync.moves[1], self.ready
-        else:
-            moves, ready = self.choose(lending, define)
-        self.ready = None
-        self.unmoved = self.collectives(moves, ready)
-        self.staged = self.staged or bool(moves.steps or self.borrowed.regions)
-        waiting: list[tuple[int, str]] = []
-        direct, *staged = moves.programs
-        *_, last = moves.programs
+def transfer(session: SyncSession, prepared: Prepared, opened: Opened, route: Route, *, traced: bool) -> CachedPlan:
+    """Transfer all slices, and compare what every worker has with what its training ranks gave.
 
-        def run(program: str, *, keep: bool) -> RunProgram:
-            # Of a sync that repeats another it is known what it ends with: nobody has to tell the workers to leave.
-            is_last = self.repeats and program == last
-            return RunProgram(program=program, keep_views=keep, is_last=is_last)
+    Collective: over the slice, and over the meshes of the weights.
 
-        command = run(direct, keep=True)
-        error: BaseException | None = None
-        if self.repeats:
-            error = self.post_alike(command, waiting)
-        else:
-            self.post("copy what is mapped", replace(command, **define), waiting, error=None)
-        for i, program in enumerate(staged):
-            command = run(program, keep=False)
-            with self.watch.phase("gather"):
-                try:
-                    self.unmoved.pop(0)()  # before anything else that can fail: the other slices are in it
-                    if i < 2:
-                        handle = self.ledger.export(
-                            ready.halves[i], tp_rank=self.sync.tp_rank, bucket=self.num_commands
-                        )
-                        command = replace(command, map=[[f"stage{i}", handle.describe()]])
-                    self.num_staged += moves.steps[i].num_bytes
-                except BaseException as caught:
-                    error = caught
-            self.post(f"stage step {i}", command, waiting, error=error)
-            error = None
-        self.prove(moves, waiting, error)
-        names = set(self.tensors)
-        self.num_direct = moves.direct_bytes
-        self.num_buckets += 1 + len(moves.steps)
-        self.num_tensors += len(names)
-        self.num_replayed += len(names)
-        if self.repeats and self.sync.last is not None:
-            self.num_bytes += self.sync.last.num_bytes
-        else:
-            self.num_bytes += sum(full_bytes(item) for name, item in weights.items or () if name in names)
-        self.names |= names
+    Args:
+        traced: Whether this sync has traced the loader.
 
-    def choose(self, lending: Lending, define: dict[str, Any]) -> tuple[TransferPlan, Ready]:
-        """Lend, plan, and have all ranks get ready together; puts into `define` what the workers must be told."""
-        keep = {name for name in self.tensors if lending.get(name) == STAYS}
-        # All of it was exported while the workers rehearsed: once for an engine, since to map everything anew at every sync
-        # would be no faster than to stage it.
-        borrow = {name for name in self.tensors if self.rehearsed and lending.get(name) == CAN_BE_MAPPED}
-        with self.watch.phase("lend"):
-            lent = self.lend(keep, borrow)
-            self.sync.lent = frozenset(lent & keep)
-        with self.watch.phase("plan"):
-            moves, repeated = self.planned(lent)
-        if not repeated:
-            self.ready = None  # the memory is needed for other moves
+    Returns:
+        The plan, for the next sync.
+    """
+    if route.repeats:
+        assert opened.ahead is not None and session.state.cached_plan is not None
+        cached, current, define = session.state.cached_plan, opened.ahead, None
+    else:
+        cached, current, define = _plan(session, opened, route, traced=traced)
+    found: Found = {}
+    if route.repeats:
+        posted, error = _post_same(session, _command(current.plan, 0, route))
+    else:
+        command = replace(_command(current.plan, 0, route), define=define)
+        posted, error = _post(session, "copy mapped memory", command, None, None, found)
+    for i in range(len(current.plan.stages)):
+        command = _command(current.plan, i + 1, route)
+        number = session.next_command()
+        with session.stats.watch.phase("gather"):
+            try:
+                half = session.schedule.make("stage")  # before anything else that can fail: other slices are in it
+                if i < 2:
+                    handle = session.ledger.export(half, tp_rank=session.context.tp_rank, bucket=number)
+                    command = replace(command, map=[[f"stage{i}", handle.describe()]])
+                session.stats.staged_bytes += current.plan.stages[i].num_bytes
+            except BaseException as caught:
+                error = caught
+        posted, error = _post(session, f"copy stage {i}", command, posted, error, found, number=number)
+    _verify(session, current.plan, posted, found, error)
+    _count(session, prepared, route, current.plan)
+    return cached
 
-        def get_ready() -> Ready:
-            if self.sync.defined != moves.key:
-                define["define"] = self.sync.mover.definitions(moves, self.tensors, self.borrowed.regions)
-            return self.get_ready(moves) if self.ready is None else self.ready
 
-        with self.watch.phase("gather"):
-            # What can fail for want of memory fails here, on all ranks.
-            made = self.together("get ready to move parts", get_ready)
-        self.sync.defined = moves.key
-        return moves, made
+def _plan(
+    session: SyncSession, opened: Opened, route: Route, *, traced: bool
+) -> tuple[CachedPlan, Transfer, list[list[Any]] | None]:
+    """Map memory, plan, and prepare on all ranks; also returns the programs that the workers do not have yet."""
+    stats, state = session.stats, session.state
+    with stats.watch.phase("map"):
+        mapped = map_memory(session, route, opened, traced=traced)
+    with stats.watch.phase("plan"):
+        signature = _signature(session, opened, route, mapped)
+        last = state.cached_plan if state.cached_plan is not None and state.cached_plan.signature == signature else None
+        planned: tuple[Transfer, bool] | BaseException
+        try:
+            planned = session.schedule.make("plan", mapped, last)
+        except BaseException as caught:
+            planned = caught
 
-    def planned(self, lent: set[str]) -> tuple[TransferPlan, bool]:
-        """The moves, and whether they are those of the sync before.
-
-        Collective: over the meshes of the weights.
-        """
-        mover, signature = self.sync.mover, self.signature(lent)
-        same = self.sync.moves is not None and self.sync.moves[0] == signature
-        for group in Transfer.groups(self.tensors):
-            [same_there] = mover.least(group, (int(same),))
-            same = same and bool(same_there)
+    def prepare() -> list[list[Any]] | None:
+        if isinstance(planned, BaseException):
+            raise planned
+        current, same = planned
+        current.prepare()
+        stats.peak.note()
         if same:
-            assert self.sync.moves is not None
-            return self.sync.moves[1], True
-        moves = mover.plan(self.tensors, self.sync.knowledge.reads, lent, staging_bytes=self.bucket_bytes)
-        self.sync.moves = (signature, moves)
-        return moves, False
-
-    def get_ready(self, moves: TransferPlan) -> Ready:
-        """Take the memory that moving needs, and begin to sum up what is given."""
-        halves: list[torch.Tensor] = []
-        sending = torch.empty(0, dtype=torch.uint8)
-        if moves.steps:
-            halves = [
-                ipc_payload.allocate(moves.stage_bytes, self.sync.device) for _ in range(min(len(moves.steps), 2))
-            ]
-            sending = torch.empty(moves.send_bytes, dtype=torch.uint8, device=self.sync.device)
-            self.note_peak()
-        return Ready(halves, sending, self.sync.mover.begin_sums(moves, self.tensors))
-
-    def collectives(self, moves: TransferPlan, ready: Ready) -> list[Callable[[], Any]]:
-        """What the ranks of the meshes do together, in order: each step, then the exchange of the sums."""
-
-        def stage(i: int) -> Callable[[], Any]:
-            return lambda: self.sync.mover.stage(moves.steps[i], self.tensors, ready.halves[i % 2], ready.sending)
-
-        return [*(stage(i) for i in range(len(moves.steps))), ready.sums.expected]
-
-    def post_alike(self, command: RunProgram, waiting: list[tuple[int, str]]) -> BaseException | None:
-        """Send a command that all ranks know to be the same for every worker; this rank's error, for the next agreement."""
-        number = self.number()
-        waiting.append((number, str(command.program)))
-        if self.delivery.workers is None:
             return None
-        with self.watch.phase("push"):
-            try:
-                self.delivery.workers.post(addressed_to_all(command, len(self.group)), number)
-            except BaseException as caught:
-                return caught
-        return None
+        return program_definitions(current.plan, route.shards, state.mappings, session.transient.regions)
 
-    def post(
-        self, what: str, command: RunProgram, waiting: list[tuple[int, str]], *, error: BaseException | None
-    ) -> None:
-        """Send one command to every worker once all ranks are ready, without waiting for its answer."""
-        number = self.number()
-        before = waiting.pop(0) if waiting else None
-        replies: Replies = {}
-        with self.watch.phase("push"):
-            try:
-                if error is None and before is not None and self.delivery.workers is not None:
-                    # The step before has been copied while this one was staged; its half is the next one's.
-                    replies = self.collect(*before)
-            except BaseException as caught:
-                error = caught
-            told = self.agree(error, (Addressed(self.sync.tp_rank, command), replies), what=what)
-            if before is not None:
-                self.accept(before[0], told[self.group.ranks.index(self.sync.owner_rank)][1])
-            if self.delivery.workers is not None:
-                self.delivery.workers.post({k: of_rank for k, (of_rank, _) in enumerate(told)}, number)
-        waiting.append((number, str(command.program)))
+    with stats.watch.phase("gather"):
+        # What can fail for want of memory fails here, on all ranks.
+        define = session.together("prepare the transfer", prepare)
+    assert not isinstance(planned, BaseException)
+    return CachedPlan(signature, planned[0].planned), planned[0], define
 
-    def collect(self, number: int, program: str) -> Replies:
-        """On the owner: wait for the answers to a command; keeps the sums, which the others need not know."""
-        assert self.delivery.workers is not None
-        replies = self.delivery.workers.collect(number, timeout_s=self.left("copy the weights"))
-        results = {tp_rank: reply.result for tp_rank, reply in replies.items()}
-        self.found[program] = {k: result and result.checksums for k, result in results.items()}
-        return {
-            k: reply if reply.result is None else replace(reply, result=replace(reply.result, checksums=None))
-            for k, reply in replies.items()
-        }
 
-    def accept(self, number: int, replies: Replies) -> None:
-        """On every rank: what the workers said to a command."""
-        self.ledger.note_opened(number, {rank: reply.opened for rank, reply in replies.items()})
-        raise_worker_errors(
-            replies,
-            "weights did not arrive",
-            hint="the engine's weights are unknown now: sync again in full, or launch() again",
-            rank=self.sync.owner_rank,
+def _signature(session: SyncSession, opened: Opened, route: Route, mapped: frozenset[str]) -> object:
+    """Equal for syncs that can use the same plan."""
+    loader_map, mappings = session.state.loader_map, session.state.mappings
+    storages = {name: one.local.untyped_storage() for name, one in route.shards.items() if name in mapped}
+    names = {name: found.name for name, storage in storages.items() if (found := mappings.find(storage)) is not None}
+    return (
+        loader_map.digest(list(route.shards)),
+        opened.bucket_bytes,
+        tuple((one.group, one.position) for one in route.shards.values()),
+        tuple(
+            (name, names.get(name), one.local.data_ptr(), one.local.stride(), one.local.dtype)
+            for name, one in route.shards.items()
+            if name in mapped
+        ),
+    )
+
+
+def _command(plan: TransferPlan, number: int, route: Route) -> RunProgram:
+    programs = list(plan.programs)
+    # Of a sync that repeats another it is known what it ends with: the workers then leave by themselves.
+    is_last = route.repeats and number == len(programs) - 1
+    return RunProgram(program=programs[number], keep_views=number == 0, is_last=is_last)
+
+
+def _post_same(session: SyncSession, command: RunProgram) -> tuple[_Posted, BaseException | None]:
+    """Send a command that all ranks know to be the same for every worker; also returns this rank's error."""
+    number = session.next_command()
+    posted = _Posted(number, str(command.program))
+    with session.stats.watch.phase("push"):
+        try:
+            session.connection.post(addressed_to_all(command, session.context.tp_size), number)
+        except BaseException as caught:
+            return posted, caught
+    return posted, None
+
+
+def _post(
+    session: SyncSession,
+    what: str,
+    command: RunProgram,
+    before: _Posted | None,
+    error: BaseException | None,
+    found: Found,
+    *,
+    number: int | None = None,
+) -> tuple[_Posted, BaseException | None]:
+    """Send one command to every worker once all ranks are ready, without waiting for its replies.
+
+    Returns:
+        The command, and what went wrong on this rank when it was sent, for the next agreement.
+    """
+    number = session.next_command() if number is None else number
+    replies: Replies = {}
+    with session.stats.watch.phase("push"):
+        try:
+            if error is None and before is not None:
+                # The stage before has been copied while this one was filled; its half is the next one's.
+                replies = _collect(session, before, found)
+        except BaseException as caught:
+            error = caught
+        mine = Addressed(session.context.tp_rank, command)
+        of_ranks = session.agree(error, (mine, replies), what=what)
+        if before is not None:
+            _accept(session, before, of_ranks[session.context.owner][1])
+        try:
+            session.connection.post({k: of_rank for k, (of_rank, _) in enumerate(of_ranks)}, number)
+            error = None
+        except BaseException as caught:
+            error = caught
+    return _Posted(number, str(command.program)), error
+
+
+def _collect(session: SyncSession, posted: _Posted, found: Found) -> Replies:
+    """Wait for the replies to a command; keeps the checksums on the owner, since the others need not have them."""
+    replies = session.connection.collect(posted.number, timeout_s=session.left("copy the weights"))
+    found[posted.program] = {}
+    kept = {}
+    for tp_rank, reply in replies.items():
+        if reply.result is not None:
+            found[posted.program][tp_rank] = reply.result.checksums
+            reply = replace(reply, result=replace(reply.result, checksums=None))
+        kept[tp_rank] = reply
+    return kept
+
+
+def _accept(session: SyncSession, posted: _Posted, replies: Replies) -> None:
+    """Enter on every rank what the workers replied to a command."""
+    session.ledger.note_opened(posted.number, {rank: reply.opened for rank, reply in replies.items()})
+    raise_worker_errors(replies, "weights did not arrive", hint=WEIGHTS_UNKNOWN, rank=session.context.owner_rank)
+    session.stats.add_worker_seconds(slowest(replies))
+
+
+def _verify(
+    session: SyncSession, plan: TransferPlan, posted: _Posted, found: Found, error: BaseException | None
+) -> None:
+    """Wait for the last replies, and compare what every worker has with what the ranks of the mesh gave.
+
+    Args:
+        posted: The command that has not been answered.
+        error: Of this rank.
+    """
+    expected: dict[str, list[int]] = {}
+    replies: Replies = {}
+    arrived: dict[int, bytes] = {}
+    with session.stats.watch.phase("verify"):
+        try:
+            expected = session.schedule.make("checksums")  # before anything else that can fail: other slices are in it
+        except BaseException as caught:
+            error = caught
+    with session.stats.watch.phase("push"):
+        try:
+            if error is None:
+                replies = _collect(session, posted, found)
+                arrived = {k: _digest([found[name].get(k) for name in plan.programs]) for k in replies}
+        except BaseException as caught:
+            error = caught
+        given = _digest([expected[name] for name in plan.programs]) if expected else b""
+        of_ranks = session.agree(error, (given, replies, arrived), what="copy the weights")
+        _, replies, arrived = of_ranks[session.context.owner]
+        _accept(session, posted, replies)
+    if any(given != arrived[tp_rank] for tp_rank, (given, *_) in enumerate(of_ranks)):
+        with session.stats.watch.phase("verify"):
+            on_owner = session.on_owner("send the checksums that were found", lambda: found)
+            session.together("compare what arrived", lambda: _compare(session, plan, expected, on_owner))
+
+
+def _compare(session: SyncSession, plan: TransferPlan, expected: Mapping[str, list[int]], found: Found) -> None:
+    """Name what this rank's worker has that the ranks of the mesh did not give it."""
+    tp_rank = session.context.tp_rank
+    wrong = {
+        one.name
+        for program, slices in plan.programs.items()
+        for one, here, there in zip(slices, expected[program], found[program][tp_rank], strict=True)
+        if here != there
+    }
+    if wrong:
+        raise SyncError(
+            f"TP rank {tp_rank} holds other values than were sent: {some(sorted(wrong), between=', ')}",
+            hint=WEIGHTS_UNKNOWN,
+            rank=session.context.group.rank,
         )
-        self.add_seconds(slowest(replies))
-
-    def prove(self, moves: TransferPlan, waiting: list[tuple[int, str]], error: BaseException | None) -> None:
-        """Wait for the last answers, and compare what every worker holds with what the ranks of the mesh gave.
-
-        Args:
-            moves: That were made.
-            waiting: The command that has not been answered.
-            error: Of this rank.
-        """
-        assert self.unmoved is not None
-        expected: dict[str, list[int]] = {}
-        replies: Replies = {}
-        arrived: dict[int, bytes] = {}
-        [(number, program)] = waiting
-        with self.watch.phase("prove"):
-            try:
-                expected = self.unmoved.pop(0)()  # before anything else that can fail: the other slices are in it
-            except BaseException as caught:
-                error = caught
-        with self.watch.phase("push"):
-            try:
-                if error is None and self.delivery.workers is not None:
-                    replies = self.collect(number, program)
-                    for tp_rank in replies:
-                        arrived[tp_rank] = _digest([self.found[name][tp_rank] for name in moves.programs])
-            except BaseException as caught:
-                error = caught
-            sent = _digest([expected[name] for name in moves.programs]) if expected else b""
-            told = self.agree(error, (sent, replies, arrived), what="copy the weights")
-            _, replies, arrived = told[self.group.ranks.index(self.sync.owner_rank)]
-            self.accept(number, replies)
-        if any(sent != arrived[tp_rank] for tp_rank, (sent, *_) in enumerate(told)):
-            with self.watch.phase("prove"):
-                found = self.on_owner("compare what arrived", lambda _: self.found)
-                self.together("compare what arrived", lambda: self.compare(moves, expected, found))
-
-    def compare(
-        self, moves: TransferPlan, expected: Mapping[str, list[int]], found: Mapping[str, Mapping[int, list[int]]]
-    ) -> None:
-        """Name what this rank's worker holds otherwise than the ranks of the mesh gave it."""
-        wrong = {
-            piece.name
-            for program, pieces in moves.programs.items()
-            for piece, here, there in zip(pieces, expected[program], found[program][self.sync.tp_rank], strict=True)
-            if here != there
-        }
-        if wrong:
-            raise SyncError(
-                f"TP rank {self.sync.tp_rank} holds other values than were sent: {some(sorted(wrong), between=', ')}",
-                hint="the engine's weights are unknown now: sync again in full, or launch() again",
-                rank=self.group.rank,
-            )
-
-    def unstage(self) -> None:
-        """Take back what the moves staged or borrowed, before buckets need their memory."""
-        with self.watch.phase("settle"):
-            self.ask("let go of the staging memory", ReleaseStaging())
-            self.borrowed.forget()
-            self.settle_together()
-
-    def left_of_moves(self) -> list[Callable[[], Any]]:
-        if self.unmoved is None:
-            with contextlib.suppress(Exception):  # nothing can be kept up without memory to stage in
-                moves, _ = self.planned(set())
-                return self.collectives(moves, self.get_ready(moves))
-        return [] if self.unmoved is None else self.unmoved
 
 
-def _digest(sums: list[list[int]]) -> bytes:
-    return hashlib.sha256(json.dumps(sums).encode()).digest()
+def _digest(checksums: list[Any]) -> bytes:
+    return hashlib.sha256(json.dumps(checksums).encode()).digest()
 
 
-__all__ = ["MovePhases"]
+def _count(session: SyncSession, prepared: Prepared, route: Route, plan: TransferPlan) -> None:
+    stats, cached = session.stats, session.state.cached_sync
+    stats.direct_bytes = plan.direct_bytes
+    stats.num_buckets += 1 + len(plan.stages)
+    stats.num_replayed += len(route.shards)
+    stats.names.update(route.shards)
+    if route.repeats and cached is not None:
+        stats.num_bytes += cached.num_bytes
+    else:
+        stats.num_bytes += sum(full_bytes(item) for name, item in prepared.weights.items or () if name in route.shards)
+
+
+def release_staging(session: SyncSession) -> None:
+    """Take back what a transfer staged or mapped for this sync, before buckets need the memory.
+
+    Collective: over the slice.
+    """
+    with session.stats.watch.phase("release"):
+        session.ask_all("release the staging memory", ReleaseStaging())
+        session.transient.forget()
+        session.wait_for_release()
+
+
+__all__ = ["release_staging", "transfer"]

@@ -12,14 +12,14 @@ import torch
 from tpcolocate.errors import ConfigError
 
 _SHM = Path("/dev/shm")
-# Fragmentation, the collectives' own buffers and whoever else uses the device need room, too.
+# Fragmentation, the buffers of the collectives and other users of the device take memory too.
 _USABLE = 0.8
 _ALARM_SYNCS = 5
 _ALARM_BYTES = 2**20
 
 
 def free_bytes(device: torch.device) -> int:
-    """What can still be allocated for staging on this rank: device memory, or shared memory on a CPU."""
+    """Return what can still be allocated for staging on this rank: device memory, or shared memory on a CPU."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -29,7 +29,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def allocated_bytes(device: torch.device) -> int:
-    """What this process holds: the allocator's count, limbo included; on a CPU its shared-memory files."""
+    """Return what this process has allocated: the allocator's count, limbo included; on a CPU its shared-memory files."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     total = 0
@@ -43,28 +43,45 @@ def allocated_bytes(device: torch.device) -> int:
 
 
 def plan_bucket(limit: int, free: Sequence[int], *, largest: int, copies: int, gathered: int = 0) -> int:
-    """Bucket size in bytes that fits on every rank.  Pure.
+    """Return the bucket size in bytes that fits on every rank.  Pure.
 
     Args:
         limit: The user's `bucket_bytes`.
         free: Free bytes of every rank of the slice.
         largest: Size of the largest single tensor, which travels alone if need be; 0 if not known in advance.
-        copies: How many times a bucket is held at once on one rank.
+        copies: How many times a bucket is allocated at once on one rank.
         gathered: Size of the largest tensor that is gathered beside the bucket before it is copied in.
 
     Raises:
         ConfigError: Not even the largest tensor fits, or nothing at all.
     """
     least = min(free)
-    room = (int(least * _USABLE) - gathered) // copies
-    if max(largest, 1) > room:
+    limit_here = (int(least * _USABLE) - gathered) // copies
+    if max(largest, 1) > limit_here:
         where = list(free).index(least)
         raise ConfigError(
             f"the largest tensor ({largest / 2**20:.0f} MiB, {copies} times at once) does not fit into the {least / 2**20:.0f} MiB "
             f"that are free on the rank at position {where} of the slice",
             hint="free memory on that rank: engine.sleep(), a smaller batch, or torch.cuda.empty_cache()",
         )
-    return min(limit, room)
+    return min(limit, limit_here)
+
+
+class PeakMemory:
+    """Most memory that a sync held at once, on top of what was there before.
+
+    Args:
+        device: Of this rank.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.extra_bytes = 0
+        self._device = device
+        self._before = allocated_bytes(device)
+
+    def note(self) -> None:
+        """Look at what is allocated now."""
+        self.extra_bytes = max(self.extra_bytes, allocated_bytes(self._device) - self._before)
 
 
 class SlopeAlarm:
@@ -74,7 +91,7 @@ class SlopeAlarm:
         self._seen: list[int] = []
 
     def note(self, allocated: int) -> str | None:
-        """Enter what is allocated after a sync; a warning if it has only ever risen lately.
+        """Enter what is allocated after a sync; return a warning if it has only risen lately.
 
         Args:
             allocated: In bytes.
@@ -89,4 +106,4 @@ class SlopeAlarm:
         )
 
 
-__all__ = ["SlopeAlarm", "allocated_bytes", "free_bytes", "plan_bucket"]
+__all__ = ["PeakMemory", "SlopeAlarm", "allocated_bytes", "free_bytes", "plan_bucket"]

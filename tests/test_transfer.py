@@ -1,7 +1,7 @@
 """Parts of sharded weights reach the workers that read them: four ranks, two slices, no engine.
 
 The worker is the receiver's own code (`CopyPlan`, `CopyProgram`) over a small model that loads as a TP rank does; the server
-around it, its processes and handles are in test_engine.py and test_proof.py.
+around it, its processes and handles are in test_engine.py and test_faults.py.
 """
 
 import pytest
@@ -10,12 +10,18 @@ from harness import run_ranks
 from torch import nn
 
 from tpcolocate import ipc_payload
+from tpcolocate.deadline import Deadline
+from tpcolocate.errors import DeadlineError
 from tpcolocate.in_server.tpcolocate_receiver.copy_plan import CopyPlan, locations_of
 from tpcolocate.in_server.tpcolocate_receiver.copy_program import CopyProgram
 from tpcolocate.in_server.tpcolocate_receiver.loader_trace import BucketTensors, LoaderTrace, storage_of, views
 from tpcolocate.weights.plan.loader_map import LoaderMap
-from tpcolocate.weights.plan.sharding import CachedShards, layouts_of
-from tpcolocate.weights.transport.staging import Transfer
+from tpcolocate.weights.plan.sharding import CachedShards, ShardFinder, layouts_of
+from tpcolocate.weights.plan.slices import reads_of
+from tpcolocate.weights.plan.transfer_plan import Cost, TpLayout, TransferRequest, costs_here, plan_transfer
+from tpcolocate.weights.transport.mapped_memory import PersistentMappings
+from tpcolocate.weights.transport.mesh import Mesh
+from tpcolocate.weights.transport.staging import PlannedTransfer, Transfer, program_definitions
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(120)]
 
@@ -63,20 +69,20 @@ def full_weights(seed):
     return {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
 
 
-def learned(tp_rank, knowledge=None):
-    """A worker that has been loaded once, what it learned, and what it would tell."""
-    model, plans = Worker(tp_rank), CopyPlan()
+def traced(tp_rank):
+    """A worker that has been loaded once, its copy plan, what it was given, and what it would report."""
+    model, plan = Worker(tp_rank), CopyPlan()
     weights = full_weights(0)
     entries, size = ipc_payload.layout([(n, t.shape, t.dtype) for n, t in weights.items()])
     flat = torch.zeros(size, dtype=torch.uint8)
     for entry in entries:
         ipc_payload.view(flat, entry).copy_(weights[entry.name])
-    told = ipc_payload.described(entries)
-    recorder = LoaderTrace(BucketTensors(flat, told), {storage_of(p) for p in model.parameters()})
-    with torch.no_grad(), recorder:
-        model.load_weights(views(flat, told))
-    plans.add(recorder, told, locations_of(model))
-    return model, plans, entries, plans.describe(list(SHAPES))
+    contents = ipc_payload.described(entries)
+    trace = LoaderTrace(BucketTensors(flat, contents), {storage_of(p) for p in model.parameters()})
+    with torch.no_grad(), trace:
+        model.load_weights(views(flat, contents))
+    plan.add(trace, contents, locations_of(model))
+    return model, plan, entries, plan.describe(list(SHAPES))
 
 
 def sharded(how, weights):
@@ -105,38 +111,53 @@ def sharded(how, weights):
     return found
 
 
-def moves_on_a_rank(rank, how, staging_bytes):
-    model, plans, entries, _ = learned(rank % TP)
-    knowledge = LoaderMap()
-    knowledge.learn({k: learned(k)[3] for k in range(TP)}, entries, TP, loaded=True)
-    mover = Transfer(torch.device("cpu"), tp_rank=rank % TP, tp_ranks={r: r % TP for r in range(WORLD)}, tp_size=TP)
+def transfers_on_a_rank(rank, how, staging_bytes):
+    model, copy_plan, entries, _ = traced(rank % TP)
+    loader_map = LoaderMap()
+    loader_map.update({k: traced(k)[3] for k in range(TP)}, entries, TP, loaded=True)
+    finder, device = ShardFinder(), torch.device("cpu")
+    mesh = Mesh(device, Deadline.after(60))
+    layout = TpLayout(rank % TP, TP, {r: r % TP for r in range(WORLD)})
     seen = []
-    moves = None
+    planned = None
     for seed in (1, 2):
         weights = full_weights(seed)
-        tensors = {name: mover.hold(tensor) for name, tensor in sharded(how, weights).items()}
-        assert all(one is not None for one in tensors.values())
-        if moves is None:
-            moves = mover.plan(tensors, knowledge.reads, set(), staging_bytes=staging_bytes)
-            programs = {key: CopyProgram(pieces, plans) for key, pieces in mover.definitions(moves, tensors)}
-        sums = mover.begin_sums(moves, tensors)
-        regions = {f"stage{i}": torch.zeros(moves.stage_bytes, dtype=torch.uint8) for i in (0, 1)}
-        sending = torch.zeros(moves.send_bytes, dtype=torch.uint8)
+        shards = {name: finder.find(tensor) for name, tensor in sharded(how, weights).items()}
+        assert all(one is not None for one in shards.values())
+        if planned is None:
+            request = TransferRequest(shards, loader_map.reads, frozenset(), layout)
+            plan = plan_transfer(request, agreed_costs(mesh, request), staging_bytes=staging_bytes, key="plan")
+            planned = PlannedTransfer.of(plan, shards, device)
+            definitions = program_definitions(plan, shards, PersistentMappings(device), {})
+            programs = {key: CopyProgram(slices, copy_plan) for key, slices in definitions}
+        transfer = Transfer(planned, shards, mesh)
+        regions = {f"stage{i}": torch.zeros(plan.stage_bytes, dtype=torch.uint8) for i in (0, 1)}
         found = {}
-        for i, step in enumerate(moves.steps):
-            mover.stage(step, tensors, regions[f"stage{i % 2}"], sending)
-            found[f"{moves.key}/{i}"], _ = programs[f"{moves.key}/{i}"].run(plans, regions, keep_views=False)
-        expected = sums.expected()
+        for i in range(len(plan.stages)):
+            regions[f"stage{i % 2}"].copy_(transfer.fill_stage(i))
+            found[f"plan/{i}"], _ = programs[f"plan/{i}"].run(copy_plan, regions, keep_views=False)
+        expected = transfer.expected_checksums()
         reference = Worker(rank % TP)
         reference.load_weights(weights.items())
         seen.append({
             "equal": all(torch.equal(getattr(model, name), getattr(reference, name)) for name in SHAPES),
-            "sums": all(found[key] == expected[key] for key in found) and len(found) == len(moves.steps),
-            "steps": len(moves.steps), "stage": moves.stage_bytes, "send": moves.send_bytes,
-            "staged": sum(step.num_bytes for step in moves.steps),
-            "sent": sum(sum(step.num_going) for step in moves.steps),
+            "sums": all(found[key] == expected[key] for key in found) and len(found) == len(plan.stages),
+            "stages": len(plan.stages), "stage": plan.stage_bytes, "send": plan.send_bytes,
+            "staged": sum(stage.num_bytes for stage in plan.stages),
+            "sent": sum(sum(stage.send_bytes) for stage in plan.stages),
         })  # fmt: skip
     return seen
+
+
+def agreed_costs(mesh, request):
+    costs = {}
+    for group in request.groups:
+        here = costs_here(request, group)
+        if group is not None:
+            most = iter(mesh.max(group, [n for cost in here.values() for n in (cost.num_bytes, int(cost.is_sent))]))
+            here = {name: Cost(size, bool(is_sent)) for name, size, is_sent in zip(here, most, most)}
+        costs[group] = here
+    return costs
 
 
 WAYS = ["plain", "fsdp", "hsdp", "tensor_parallel", "mixed", "bf16"]
@@ -144,8 +165,8 @@ LITTLE = 3 * 512
 
 
 def all_on_a_rank(rank):
-    found = {how: moves_on_a_rank(rank, how, 2**20) for how in WAYS}
-    return found | {f"{how}, little room": moves_on_a_rank(rank, how, LITTLE) for how in ("fsdp", "plain")}
+    found = {how: transfers_on_a_rank(rank, how, 2**20) for how in WAYS}
+    return found | {f"{how}, little room": transfers_on_a_rank(rank, how, LITTLE) for how in ("fsdp", "plain")}
 
 
 @pytest.fixture(scope="module")
@@ -165,11 +186,11 @@ def test_every_worker_gets_what_its_loader_would_have_taken(found, how):
 @pytest.mark.parametrize("how", ["fsdp", "plain"])
 def test_little_staging_memory_is_kept_to(found, how):
     of_ranks = [of_rank[f"{how}, little room"] for of_rank in found]
-    assert len({seen[0]["steps"] for seen in of_ranks}) == 1, "all ranks go through the same steps"
+    assert len({seen[0]["stages"] for seen in of_ranks}) == 1, "all ranks go through the same steps"
     for seen in of_ranks:
         assert all(one["equal"] and one["sums"] for one in seen)
         # slices of the largest tensor are rounded up to a row, and parts to their alignment
-        assert 2 * seen[0]["stage"] + seen[0]["send"] <= 1.25 * LITTLE and seen[0]["steps"] > 3
+        assert 2 * seen[0]["stage"] + seen[0]["send"] <= 1.25 * LITTLE and seen[0]["stages"] > 3
 
 
 def test_a_rank_of_two_moves_half_of_the_bytes(found):
@@ -185,21 +206,38 @@ class Slow:
 
 
 def test_a_mesh_that_does_not_answer_is_a_missed_deadline():
-    from tpcolocate.errors import DeadlineError
+    mesh = Mesh(torch.device("cpu"), Deadline.after(-1.0))
+    with pytest.raises(DeadlineError, match="did not exchange weights in time"):
+        mesh._wait(Slow())
+    with pytest.raises(RuntimeError, match="timed out"):
+        Mesh(torch.device("cpu"), Deadline.after(60.0))._wait(Slow())
 
-    mover = Transfer(torch.device("cpu"), tp_rank=0, tp_ranks={0: 0}, tp_size=1)
-    mover.deadline = 0.0
-    with pytest.raises(DeadlineError, match="did not move their parts in time"):
-        mover.finish(Slow())
 
-
-def test_tensors_that_lie_as_before_are_looked_at_when_they_are_needed():
-    mover = Transfer(torch.device("cpu"), tp_rank=0, tp_ranks={0: 0}, tp_size=1)
+def test_shards_that_are_laid_out_as_before_are_looked_up_when_they_are_needed():
+    finder = ShardFinder()
     first = {"a": torch.zeros(2, 3), "b": torch.zeros(4)}
-    layouts = layouts_of({name: mover.hold(tensor) for name, tensor in first.items()})
+    layouts = layouts_of({name: finder.find(tensor) for name, tensor in first.items()})
     now = {"a": torch.ones(2, 3), "b": torch.ones(4)}
     again = CachedShards(now, layouts)
     assert list(again) == ["a", "b"] and len(again) == 2 and "c" not in again
     for name, tensor in now.items():
         assert again[name].local.data_ptr() == tensor.data_ptr()
-        assert again[name].slab == mover.hold(tensor).slab and again[name].shape == tuple(tensor.shape)
+        assert again[name].region == finder.find(tensor).region and again[name].shape == tuple(tensor.shape)
+
+
+def test_memory_that_was_released_is_taken_anew():
+    shards = {"w": ShardFinder().find(torch.ones(4, 4))}
+    reads = {"w": (reads_of([[0, [4, 4], [4, 1], "float32"]], (4, 4)),)}
+    request = TransferRequest(shards, reads, frozenset(), TpLayout(0, 1, {0: 0}))
+    device = torch.device("cpu")
+    plan = plan_transfer(request, {None: costs_here(request, None)}, staging_bytes=2**20, key="plan")
+    transfer = Transfer(PlannedTransfer.of(plan, shards, device), shards, Mesh(device, Deadline.never()))
+    transfer.prepare()
+    first = transfer.halves[0]
+    transfer.prepare()
+    assert transfer.halves[0] is first, "once is enough"
+    transfer.release()
+    assert transfer.halves == []
+    half = transfer.fill_stage(0)
+    assert half.view(torch.float32)[:16].tolist() == [1.0] * 16 and half is not first
+    assert transfer.expected_checksums() == {"plan/direct": [], "plan/0": [int(torch.ones(16).view(torch.int64).sum())]}

@@ -54,20 +54,18 @@ def test_a_generator_is_read_one_tensor_ahead_at_most():
 
 
 @pytest.mark.parametrize("options, words", [
-    ({"bucket_bytes": 0}, "bucket_bytes=0 is not positive"),
-    ({"bucket_bytes": -1}, "bucket_bytes=-1 is not positive"),
+    ({"bucket_bytes": 0}, "bucket_bytes must be positive, got 0"),
+    ({"bucket_bytes": -1}, "bucket_bytes must be positive, got -1"),
     ({"payloads": "each"}, "payloads='each' is unknown"),
     ({"transport": "disk"}, "transport='disk' is unknown"),
-    ({"payloads": "fan_out", "transport": "stock"}, "cannot go with"),
+    ({"transport": "stock"}, "transport='stock' is unknown"),
 ])  # fmt: skip
 def test_options_that_cannot_work_are_refused(options, words):
     with pytest.raises(ConfigError, match=words):
         SyncOptions(**options)
 
 
-@pytest.mark.parametrize("payloads, transport", [
-    pair for pair in itertools.product(PAYLOADS, TRANSPORTS) if pair != ("fan_out", "stock")
-])  # fmt: skip
+@pytest.mark.parametrize("payloads, transport", list(itertools.product(PAYLOADS, TRANSPORTS)))
 def test_options_that_can_work(payloads, transport):
     options = SyncOptions(bucket_bytes=1, payloads=payloads, transport=transport)
     assert (options.payloads, options.transport) == (payloads, transport)

@@ -1,4 +1,4 @@
-"""Which parts go where: boxes, reads, pieces and steps.  Pure."""
+"""Slices: which parts of tensors go where.  Pure."""
 
 import itertools
 
@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tpcolocate.in_server.tpcolocate_receiver.regions import Region, is_covered, region_of, strides_of, whole
-from tpcolocate.weights.plan.slices import cut, is_read_whole, place, reads_of, shards, slices_of
+from tpcolocate.weights.plan.sharding import shard_regions
+from tpcolocate.weights.plan.slices import cut, is_read_whole, place, reads_of, slices_of, within
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(60)]
 
@@ -16,23 +17,23 @@ SHAPES = st.lists(st.integers(1, 6), min_size=0, max_size=4)
 
 
 @st.composite
-def tensor_and_box(draw):
+def tensor_and_region(draw):
     shape = tuple(draw(SHAPES))
     starts = tuple(draw(st.integers(0, n - 1)) for n in shape)
     lengths = tuple(draw(st.integers(1, n - start)) for n, start in zip(shape, starts))
     return torch.arange(torch.Size(shape).numel()).view(shape), Region(starts, lengths)
 
 
-def narrowed(tensor, box):
-    for dim, (start, length) in enumerate(zip(box.starts, box.lengths)):
+def narrowed(tensor, region):
+    for dim, (start, length) in enumerate(zip(region.starts, region.lengths)):
         tensor = tensor.narrow(dim, start, length)
     return tensor
 
 
-@given(tensor_and_box(), st.data())
+@given(tensor_and_region(), st.data())
 def test_every_rectangular_view_is_recognised(case, data):
-    tensor, box = case
-    view = narrowed(tensor, box)
+    tensor, region = case
+    view = narrowed(tensor, region)
     for dim in reversed(range(view.dim())):  # as when a loader picks one expert
         if view.shape[dim] == 1 and data.draw(st.booleans()):
             view = view.select(dim, 0)
@@ -43,11 +44,11 @@ def test_every_rectangular_view_is_recognised(case, data):
         assert size == (1 if dim is None else found[0].lengths[dim])
 
 
-@given(tensor_and_box(), st.data())
+@given(tensor_and_region(), st.data())
 def test_no_other_view_is_taken_for_a_rectangular_one(case, data):
-    """Whatever a loader makes of a tensor: if it is said to be a box, the box holds the same elements in the same order."""
-    tensor, box = case
-    view = narrowed(tensor, box)
+    """Whatever a loader makes of a tensor: if it is taken for a region, the region holds the same elements in the same order."""
+    tensor, region = case
+    view = narrowed(tensor, region)
     for _ in range(data.draw(st.integers(0, 3))):
         kind = data.draw(st.sampled_from(["transpose", "flatten", "step", "unsqueeze", "split"]))
         if kind == "transpose" and view.dim() > 1:
@@ -65,7 +66,7 @@ def test_no_other_view_is_taken_for_a_rectangular_one(case, data):
         assert torch.equal(narrowed(tensor, found[0]).reshape(view.shape), view)
 
 
-NOT_BOXES = [
+NOT_RECTANGULAR = [
     ("transposed", 0, (4, 3), (1, 4), (3, 4)),
     ("flattened", 0, (12,), (1,), (3, 4)),
     ("every other row", 0, (2, 4), (8, 1), (4, 4)),
@@ -74,62 +75,64 @@ NOT_BOXES = [
 ]
 
 
-@pytest.mark.parametrize("offset, shape, strides, full", [c[1:] for c in NOT_BOXES], ids=[c[0] for c in NOT_BOXES])
-def test_what_is_no_box(offset, shape, strides, full):
+@pytest.mark.parametrize(
+    "offset, shape, strides, full", [c[1:] for c in NOT_RECTANGULAR], ids=[c[0] for c in NOT_RECTANGULAR]
+)
+def test_what_is_not_rectangular(offset, shape, strides, full):
     assert region_of(offset, shape, strides, full) is None
 
 
 @given(SHAPES, st.data())
 def test_covering_is_counted_exactly(shape, data):
     full = tuple(shape)
-    boxes, seen = [], torch.zeros(full, dtype=torch.bool)
+    regions, seen = [], torch.zeros(full, dtype=torch.bool)
     for _ in range(data.draw(st.integers(0, 4))):
         starts = tuple(data.draw(st.integers(0, n - 1)) for n in full)
-        boxes.append(Region(starts, tuple(data.draw(st.integers(1, n - s)) for n, s in zip(full, starts))))
-        narrowed(seen, boxes[-1]).fill_(True)
-    assert is_covered(boxes, full) == bool(seen.all())
+        regions.append(Region(starts, tuple(data.draw(st.integers(1, n - s)) for n, s in zip(full, starts))))
+        narrowed(seen, regions[-1]).fill_(True)
+    assert is_covered(regions, full) == bool(seen.all())
 
 
 @given(st.integers(1, 20), st.integers(1, 9), st.integers(0, 1))
 def test_shards_are_those_of_torch(size, num_ranks, dim):
     full = (size, 3) if dim == 0 else (3, size)
     chunks = torch.arange(size).chunk(num_ranks)
-    slabs = shards(full, dim, num_ranks)
-    assert len(slabs) == num_ranks and is_covered([s for s in slabs if s.volume], full)
-    for i, slab in enumerate(slabs):
+    regions = shard_regions(full, dim, num_ranks)
+    assert len(regions) == num_ranks and is_covered([s for s in regions if s.volume], full)
+    for i, region in enumerate(regions):
         length = len(chunks[i]) if i < len(chunks) else 0
-        assert slab.lengths[dim] == length and (not length or slab.starts[dim] == chunks[i][0])
+        assert region.lengths[dim] == length and (not length or region.starts[dim] == chunks[i][0])
 
 
-@given(tensor_and_box(), st.integers(1, 4), st.data())
-def test_pieces_put_together_are_what_is_read(case, num_ranks, data):
-    tensor, box = case
+@given(tensor_and_region(), st.integers(1, 4), st.data())
+def test_ones_put_together_are_what_is_read(case, num_ranks, data):
+    tensor, part_read = case
     full = tuple(tensor.shape)
     dim = data.draw(st.integers(0, len(full) - 1)) if full else 0
-    slabs = shards(full, dim, num_ranks) if full else [whole(full)]
-    view = narrowed(tensor, box)
+    regions = shard_regions(full, dim, num_ranks) if full else [whole(full)]
+    view = narrowed(tensor, part_read)
     described = [[view.storage_offset(), list(view.shape), list(view.stride()), "int64"]]
     reads = reads_of(described, full)
     [read] = reads
     target = torch.full(view.shape, -1)
-    for piece in slices_of("w", reads, slabs):
-        local = narrowed(tensor, slabs[piece.holder])
-        starts, lengths = piece.target()
+    for one in slices_of("w", reads, regions):
+        local = narrowed(tensor, regions[one.holder])
+        starts, lengths = one.target()
         part = target
         if starts is not None:
             for d, (start, length) in enumerate(zip(starts, lengths, strict=True)):
                 part = part.narrow(d, start, length)
-        source = piece.view(local, slabs[piece.holder])
-        assert source.shape == piece.shape == part.shape and piece.num_bytes == 8 * part.numel()
+        source = one.view(local, regions[one.holder])
+        assert source.shape == one.shape == part.shape and one.num_bytes == 8 * part.numel()
         assert (part == -1).all(), "no element comes twice"
         part.copy_(source)
     assert torch.equal(target, view) and read.number == 0
 
 
-def test_a_copy_that_reads_no_box_makes_the_tensor_unknown_and_empty_ones_do_not_count():
+def test_a_copy_that_is_not_rectangular_makes_the_tensor_unplanned_and_empty_ones_do_not_count():
     assert reads_of([[0, [2], [1], "float32"], [0, [3, 4], [1, 3], "float32"]], (4, 3)) is None
     [read] = reads_of([[0, [0, 3], [3, 1], "float32"], [3, [1, 3], [3, 1], "bfloat16"]], (4, 3))
-    assert (read.number, read.box, read.dtype) == (1, Region((1, 0), (1, 3)), torch.bfloat16)
+    assert (read.number, read.region, read.dtype) == (1, Region((1, 0), (1, 3)), torch.bfloat16)
 
 
 def test_whether_the_ranks_read_everything():
@@ -139,22 +142,30 @@ def test_whether_the_ranks_read_everything():
 
 
 @given(st.lists(st.integers(1, 50), max_size=20), st.integers(1, 60))
-def test_steps_keep_order_and_room(costs, room):
+def test_stages_keep_order_and_the_limit(costs, limit):
     names = [f"w{i}" for i in range(len(costs))]
     by_name = dict(zip(names, costs))
-    steps = cut(names, by_name, room)
-    assert list(itertools.chain(*steps)) == names
-    assert all(sum(by_name[n] for n in step) <= room or len(step) == 1 for step in steps)
+    stages = cut(names, by_name, limit)
+    assert list(itertools.chain(*stages)) == names
+    assert all(sum(by_name[n] for n in stage) <= limit or len(stage) == 1 for stage in stages)
 
 
-def test_pieces_lie_behind_one_another_aligned():
+def test_ones_lie_behind_one_another_aligned():
     reads = reads_of([[0, [3], [1], "bfloat16"], [0, [3], [1], "float32"]], (3,))
-    pieces = slices_of("w", reads, [whole((3,))])
-    assert place(pieces) == ([0, 16], 32)
-    assert place(pieces, 64) == ([64, 80], 96)
+    ones = slices_of("w", reads, [whole((3,))])
+    assert place(ones) == ([0, 16], 32)
+    assert place(ones, 64) == ([64, 80], 96)
     assert place([]) == ([], 0)
 
 
 def test_strides_are_those_of_torch():
     for shape in [(), (3,), (2, 3), (1, 4, 5), (4, 1, 2)]:
         assert strides_of(shape) == torch.empty(shape).stride()
+
+
+def test_slices_within_a_region_are_cut_and_others_left_out():
+    reads = reads_of([[0, [4, 3], [3, 1], "float32"]], (4, 3))
+    slices = slices_of("w", reads, shard_regions((4, 3), 0, 2))
+    assert within(slices, None) == slices
+    [one] = within(slices, Region((1, 0), (1, 3)))
+    assert (one.region, one.holder) == (Region((1, 0), (1, 3)), 0)

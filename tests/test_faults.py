@@ -1,4 +1,4 @@
-"""That weights cannot leak, be lost or be garbled without being told: on a real engine, with planted faults.
+"""That weights cannot leak, be lost or be garbled without being error: on a real engine, with planted faults.
 
 One server serves all checks; the faults are planted on the trainer's side, between our code and the engine.
 """
@@ -18,11 +18,8 @@ from test_engine import drive
 from tpcolocate import errors, ipc_payload
 from tpcolocate.in_server.tpcolocate_receiver.protocol import Addressed, BucketResult, DryRun, LoadBucket
 from tpcolocate.server import channel
-from tpcolocate.weights.plan import slices as moves
-from tpcolocate.weights.transport import bucket_sender as delivery
-from tpcolocate.weights.transport import connection as opening
-from tpcolocate.weights.transport import mapped_memory as loans
-from tpcolocate.weights.transport import staging as mover
+from tpcolocate.weights.plan import slices
+from tpcolocate.weights.transport import bucket_sender, connection, mapped_memory, staging
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
 
@@ -69,13 +66,13 @@ class planted:
 # --- checks ----------------------------------------------------------------------------------------------------------
 
 
-def everything_is_proven(world):
+def everything_is_verified(world):
     world.perturb(1)
     report = world.engine.sync_weights(world.sharded(), bucket_bytes=BUCKET)
     return {
         "equal": world.generated() == world.expected(),
         "transport": report.transport,
-        "proven": report.num_proven == report.num_tensors,
+        "verified": report.num_verified == report.num_tensors,
         "warnings": report.warnings,
     }
 
@@ -84,84 +81,85 @@ def a_flipped_bit(world):
     """In the staging memory of the last rank, after the checksum was taken and before the engine reads; full tensors."""
 
     def make(original):
-        def commands(self, flat, kind, **options):
-            made = original(self, flat, kind, **options)
-            if kind is LoadBucket:
+        def commands(self, flat, number, make):
+            made = original(self, flat, number, make)
+            if any(isinstance(one.command, LoadBucket) for one in made):
                 flat[1000] ^= 1
             return made
 
         return commands
 
-    with planted(delivery.BucketSender, "commands", make, here=world.rank == 1):
-        told = failing_sync(world, parts=False)
-    return {"told": told, **heal(world)}
+    with planted(bucket_sender.BucketSender, "commands", make, here=world.rank == 1):
+        error = failing_sync(world, parts=False)
+    return {"error": error, **heal(world)}
 
 
-def a_flipped_bit_of_a_part(world):
+def a_flipped_bit_of_a_slice(world):
     """In the staging memory of the last rank, after a part was staged: the sums at both ends differ."""
 
     def make(original):
-        def stage(self, step, tensors, half, sending):
-            original(self, step, tensors, half, sending)
+        def fill_stage(self, number):
+            half = original(self, number)
             half[8] ^= 1
+            return half
 
-        return stage
+        return fill_stage
 
-    with planted(mover.Transfer, "stage", make, here=world.rank == 1):
-        told = failing_sync(world)
-    return {"told": told, **heal(world)}
+    with planted(staging.Transfer, "fill_stage", make, here=world.rank == 1):
+        error = failing_sync(world)
+    return {"error": error, **heal(world)}
 
 
-def a_part_that_went_astray(world):
+def slices_that_arrive_in_another_order(world):
     """Between the ranks of a sharded model: the last rank receives what it should, but in another order."""
 
     def make(original):
-        def stage(self, step, tensors, half, sending):
-            original(self, step, tensors, half, sending)
-            if end := sum(step.num_coming):
-                half[:end] = half[:end].roll(moves.ALIGNMENT)
+        def fill_stage(self, number):
+            half = original(self, number)
+            if end := sum(self.plan.stages[number].receive_bytes):
+                half[:end] = half[:end].roll(slices.ALIGNMENT)
+            return half
 
-        return stage
+        return fill_stage
 
-    with planted(mover.Transfer, "stage", make, here=world.rank == 1):
-        told = failing_sync(world, world.sharded)
-    return {"told": told, **heal(world)}
+    with planted(staging.Transfer, "fill_stage", make, here=world.rank == 1):
+        error = failing_sync(world, world.sharded)
+    return {"error": error, **heal(world)}
 
 
-def lent_memory_that_changes_while_it_is_read(world):
+def mapped_memory_that_changes_while_it_is_read(world):
     """The trainer goes on training on another stream, say: what was summed up is no longer what is copied."""
     world.model.share_memory()
     for _ in range(3):
         report = world.engine.sync_weights(world.model)
-    lent = [r.num_lent for r in report.ranks]
+    mapped = [r.num_mapped for r in report.ranks]
 
     def make(original):
-        def begin_sums(self, moves, tensors):
-            found = original(self, moves, tensors)
+        def begin_checksums(self):
+            original(self)
             if world.rank == 1:
                 world.model.model.layers[1].mlp.down_proj.weight.data[0, -1] += 1
-            return found
 
-        return begin_sums
+        return begin_checksums
 
-    with planted(mover.Transfer, "begin_sums", make, here=world.rank == 1):
-        told = failing_sync(world)
+    with planted(staging.Transfer, "_begin_checksums", make, here=world.rank == 1):
+        error = failing_sync(world)
     if world.rank == 1:
         world.model.model.layers[1].mlp.down_proj.weight.data[0, -1] -= 1
-    return {"told": told, "lent": lent, **heal(world)}
+    return {"error": error, "mapped": mapped, **heal(world)}
 
 
 def staging_that_fails_on_one_rank(world):
     def make(original):
-        def stage(self, step, tensors, half, sending):
-            original(self, step, tensors, half, sending)
+        def fill_stage(self, number):
+            original(self, number)
             raise MemoryError("no memory to stage in")
 
-        return stage
+        return fill_stage
 
-    with planted(mover.Transfer, "stage", make, here=world.rank == 1):
-        told = failing_sync(world, world.sharded)
-    return {"told": told, **heal(world)}
+    with planted(staging.Transfer, "fill_stage", make, here=world.rank == 1):
+        error = failing_sync(world, world.sharded)
+    return {"error": error, **heal(world)}
 
 
 def swapped_payloads(world):
@@ -174,8 +172,8 @@ def swapped_payloads(world):
         return post
 
     with planted(channel.Channel, "post", make):
-        told = failing_sync(world)
-    return {"told": told, **heal(world)}
+        error = failing_sync(world)
+    return {"error": error, **heal(world)}
 
 
 def a_skipped_tensor(world):
@@ -192,8 +190,8 @@ def a_skipped_tensor(world):
         return described
 
     with planted(ipc_payload, "described", make):
-        told = failing_sync(world, parts=False)
-    return {"told": told, **heal(world)}
+        error = failing_sync(world, parts=False)
+    return {"error": error, **heal(world)}
 
 
 def a_loader_that_fails(world):
@@ -210,26 +208,26 @@ def a_loader_that_fails(world):
         return described
 
     with planted(ipc_payload, "described", make):
-        told = failing_sync(world, parts=False)
-    return {"told": told, **heal(world), "health": world.engine.health().value}
+        error = failing_sync(world, parts=False)
+    return {"error": error, **heal(world), "health": world.engine.health().value}
 
 
 def one_payload_for_two_readers(world):
-    """The defect that this library exists to end, through SGLang's own deserialisation."""
+    """The defect that this library exists to end: the handle of TP rank 0 is opened by both workers."""
 
     def make(original):
-        def load(self, server, payloads, entries, number, timeout_s):
-            # twice the payload of the owner's rank; the other rank's handle is never opened
-            return original(self, server, [payloads[0]] * len(payloads), entries, number, timeout_s)
+        def post(self, commands, number):
+            if isinstance(commands[0].command, LoadBucket):
+                commands = {k: Addressed(k, commands[0].command) for k in commands}
+            return original(self, commands, number)
 
-        return load
+        return post
 
     before = set(os.listdir("/dev/shm"))
-    with planted(delivery.BucketSender, "load", make):
-        told = failing_sync(world, transport="stock")
-    result = {"told": told, **heal(world)}
-    # what the fault left is taken back by the sync that healed it, but for what the traceback of the error still holds
-    gc.collect()
+    with planted(channel.Channel, "post", make):
+        error = failing_sync(world, parts=False)
+    result = {"error": error, **heal(world)}
+    # What the fault left is taken back by the sync that healed it.
     result["left"] = sorted(
         name for name in set(os.listdir("/dev/shm")) - before if name.startswith(f"torch_{os.getpid()}_")
     )
@@ -244,8 +242,8 @@ def an_export_that_fails_on_one_rank(world):
         return export
 
     with planted(ipc_payload.Ledger, "export", make, here=world.rank == 1):
-        told = failing_sync(world)
-    return {"told": told, **heal(world)}
+        error = failing_sync(world)
+    return {"error": error, **heal(world)}
 
 
 def handles_that_do_not_open(world):
@@ -258,7 +256,7 @@ def handles_that_do_not_open(world):
         return describe
 
     sync = world.engine._sync
-    sync.proven_ways.clear()
+    sync.state.handle_problems.clear()
     found = {}
     with planted(ipc_payload.CpuHandle, "describe", make, here=world.rank == 1):
         try:
@@ -268,15 +266,15 @@ def handles_that_do_not_open(world):
         world.perturb(7)
         shared = copy.deepcopy(world.model)
         shared.share_memory()  # which an engine that is new could have mapped
-        sync.knowledge.forget()
+        sync.state.loader_map.clear()
         report = world.engine.sync_weights(shared, bucket_bytes=BUCKET)
     found.update(
         exported=[r.num_exported for r in report.ranks],
-        transport=report.transport, warnings=report.warnings, proven=report.num_proven == report.num_tensors,
+        transport=report.transport, warnings=report.warnings, verified=report.num_verified == report.num_tensors,
         equal=world.generated() == world.expected(),
-        files=[n for n in os.listdir(sync.folder)],
+        files=[n for n in os.listdir(sync.context.folder)],
     )  # fmt: skip
-    sync.refused_ways.clear()
+    sync.state.handle_problems.clear()
     return found
 
 
@@ -288,7 +286,7 @@ def files_in_a_folder(world):
     report = world.engine.sync_weights(world.sharded(), transport="file", folder=folder, bucket_bytes=BUCKET)
     return {
         "equal": world.generated() == world.expected(), "transport": report.transport, "left": os.listdir(folder),
-        "proven": report.num_proven == report.num_tensors, "exported": [r.num_exported for r in report.ranks],
+        "verified": report.num_verified == report.num_tensors, "exported": [r.num_exported for r in report.ranks],
     }  # fmt: skip
 
 
@@ -310,15 +308,15 @@ def repeated(world, times, **options):
     for _ in range(10):
         world.engine.sync_weights(world.model, **options)
     world.generated()
-    gc.collect()  # what the checks before this one have left to the tracebacks of their errors
+    gc.collect()  # what the checks before this one have left
     world.engine.sync_weights(world.model, **options)
     before = footprint()
     good = moved = 0
     for _ in range(times):
         report = world.engine.sync_weights(world.model, **options)
         good += (
-            all(r.num_exported == r.num_returned and r.num_exported + r.num_lent > 0 for r in report.ranks)
-            and report.num_proven == report.num_tensors == report.num_replayed
+            all(r.num_exported == r.num_returned and r.num_exported + r.num_mapped > 0 for r in report.ranks)
+            and report.num_verified == report.num_tensors == report.num_replayed
         )
         moved += report.num_bytes
     world.generated()
@@ -337,7 +335,7 @@ def many_syncs_of_full_tensors(world):
     return repeated(world, 40, parts=False)
 
 
-def many_syncs_of_lent_memory(world):
+def many_syncs_of_mapped_memory(world):
     """The worker reads the trainer's parameters where they lie: nothing is exported, nothing staged."""
     world.model.share_memory()
     return repeated(world, 40)
@@ -354,7 +352,7 @@ def a_sync_that_repeats(world):
         [mine] = [r for r in report.ranks if r.rank == world.rank]
         found[name] = {
             "phases": set(mine.seconds) & {"plan", "export"}, "equal": world.generated() == world.expected(),
-            "proven": report.num_proven == report.num_tensors, "bytes": report.num_bytes,
+            "verified": report.num_verified == report.num_tensors, "bytes": report.num_bytes,
         }  # fmt: skip
 
     for _ in range(2):
@@ -367,80 +365,85 @@ def a_sync_that_repeats(world):
         world.engine.sync_weights(world.model)
     step("repeated again", 23)
     if world.rank == 1:
-        sync.last = None
+        sync.state.cached_sync = None
     step("one rank is not sure", 24)
     step("and is again", 25)
-    sync.knowledge._holders = ("workers", "of yore")
+    sync.state.loader_map._plan_ids = ("other", "workers")
     step("workers that are others", 26)
     return found
 
 
-def memory_that_is_taken_back(world):
+def mapped_memory_that_the_trainer_dropped(world):
     """As when the trainer has moved its weights away: what only the worker still maps is called back by wake()."""
-    lent = world.engine._sync.mover.loans
-    had = list(lent._loans.values())
-    before = [loan.handle.count() for loan in had]
-    with planted(loans.PersistentMappings, "expired", lambda original: lambda self: list(self._loans.values())):
+    had = world.engine._sync.state.mappings.all()
+    before = [mapping.handle.count() for mapping in had]
+    with planted(mapped_memory.PersistentMappings, "expired", lambda original: lambda self: self.all()):
         world.engine.wake()
-    after = [loan.handle.count() for loan in had]
+    after = [mapping.handle.count() for mapping in had]
     world.perturb(9)
     report = world.engine.sync_weights(world.model)
     return {
         "before": set(before), "after": set(after), "num": len(had), "equal": world.generated() == world.expected(),
-        "proven": report.num_proven == report.num_tensors,
+        "verified": report.num_verified == report.num_tensors,
     }  # fmt: skip
 
 
-def lent_memory_of_another_model(world):
-    """A model in other memory: what was lent of the one before comes back at its first sync."""
+def mapped_memory_of_another_model(world):
+    """A model in other memory: the mappings of the one before are released at its first sync."""
     world.engine.sync_weights(world.model)
     world.engine.sync_weights(world.model)
-    lent = list(world.engine._sync.mover.loans._loans.values())
+    mapped = world.engine._sync.state.mappings.all()
     old, world.model = world.model, copy.deepcopy(world.model)
     world.perturb(10)
     report = world.engine.sync_weights(world.model)
     del old
     return {
-        "lent": len(lent), "back": {loan.handle.count() for loan in lent}, "left": [r.num_lent for r in report.ranks],
+        "mapped": len(mapped), "back": {one.handle.count() for one in mapped}, "left": [r.num_mapped for r in report.ranks],
         "equal": world.generated() == world.expected(),
     }  # fmt: skip
 
 
-def handles_of_lent_memory_that_do_not_open(world):
+def handles_of_mapped_memory_that_do_not_open(world):
     """The handles of staging memory do, those of the trainer's own memory do not: the library stages, and says so."""
     world.model.share_memory()
     world.engine.sync_weights(world.model)
 
     def make(original):
-        return lambda self, loan: [loan.name, {**original(self, loan)[1], "name": ipc_payload._text(b"/torch_0_0_0")}]
+        def add(self, storage):
+            added = original(self, storage)
+            describe = added.handle.describe
+            added.handle.describe = lambda: {**describe(), "name": ipc_payload._text(b"/torch_0_0_0")}
+            return added
 
-    with planted(loans.PersistentMappings, "describe", make, here=world.rank == 1):
+        return add
+
+    with planted(mapped_memory.PersistentMappings, "add", make, here=world.rank == 1):
         report = world.engine.sync_weights(world.model)
         later = world.engine.sync_weights(world.model)
-    world.engine._sync.lending_refused = None
+    world.engine._sync.state.mapping_problem = None
     world.model = copy.deepcopy(world.model)
     return {
-        "warnings": report.warnings, "later": later.warnings, "lent": [r.num_lent for r in later.ranks],
-        "equal": world.generated() == world.expected(), "proven": later.num_proven == later.num_tensors,
+        "warnings": report.warnings, "later": later.warnings, "mapped": [r.num_mapped for r in later.ranks],
+        "equal": world.generated() == world.expected(), "verified": later.num_verified == later.num_tensors,
     }  # fmt: skip
 
 
-def learned_anew(world, model=None, times=1):
+def traced_anew(world, model=None, times=1):
     """As with an engine that was just started: what is known of its loader is asked for again."""
-    world.engine._sync.knowledge.forget()
+    world.engine._sync.state.loader_map.clear()
     world.perturb(31)
     reports = [world.engine.sync_weights(world.model if model is None else model) for _ in range(times)]
     return reports, {
         "equal": world.generated() == world.expected(),
-        "proven": all(report.num_proven == report.num_tensors for report in reports),
+        "verified": all(report.num_verified == report.num_tensors for report in reports),
         "by_plan": [report.num_replayed == report.num_tensors for report in reports],
         "warnings": reports[0].warnings,
-        "phases": [{"learn", "verify"} & set(report.ranks[0].seconds) for report in reports],
+        "phases": [{"trace", "verify"} & set(report.ranks[0].seconds) for report in reports],
         "staged": [r.staged_bytes / report.num_bytes for report in reports for r in report.ranks],
     }
 
 
-def memory_that_is_borrowed_for_the_first_sync(world):
+def memory_that_is_mapped_for_the_first_sync_alone(world):
     """Nothing but samples is staged, where an engine could map the trainer's memory, and all of it comes back."""
     world.model = copy.deepcopy(world.model)
     world.model.share_memory()
@@ -458,9 +461,9 @@ def memory_that_is_borrowed_for_the_first_sync(world):
 
     with (
         planted(ipc_payload.Ledger, "export_storage", noting("export")),
-        planted(opening.WorkerConnection, "result", noting("wait for the workers")),
+        planted(connection.OwnerConnection, "wait", noting("wait for the workers")),
     ):
-        reports, found = learned_anew(world, times=2)
+        reports, found = traced_anew(world, times=2)
     model = sum(p.numel() * p.element_size() for p in world.model.parameters())
     return {
         **found,
@@ -468,13 +471,13 @@ def memory_that_is_borrowed_for_the_first_sync(world):
         if world.rank == 0
         else None,
         "direct": [r.direct_bytes / model for report in reports for r in report.ranks],
-        "lent": [r.num_lent > 0 for report in reports for r in report.ranks],
+        "mapped": [r.num_mapped > 0 for report in reports for r in report.ranks],
         "back": all(r.num_exported == r.num_returned for report in reports for r in report.ranks),
     }
 
 
-def a_loader_that_cannot_be_rehearsed(world):
-    """One that asks for a weight's values, say, on one TP rank: it is watched while it loads whole buckets, as told."""
+def a_loader_that_cannot_make_a_dry_run(world):
+    """One that asks for a weight's values, say, on one TP rank: it is traced while it loads whole buckets, with a warning."""
 
     def make(original):
         def post(self, commands, number):
@@ -485,13 +488,13 @@ def a_loader_that_cannot_be_rehearsed(world):
         return post
 
     with planted(channel.Channel, "post", make):
-        _, found = learned_anew(world, times=2)
-    world.engine._sync.rehearsal_refused = None
+        _, found = traced_anew(world, times=2)
+    world.engine._sync.state.dry_run_problem = None
     return found
 
 
-def a_loader_that_does_otherwise_than_it_rehearsed(world):
-    """One TP rank says so of a sample: all that was learned is forgotten, and the weights travel whole."""
+def a_loader_that_deviates_from_its_dry_run(world):
+    """One TP rank says so of a sample: all that was traced is discarded, and full tensors are sent."""
 
     def make(original):
         def collect(self, number, *, timeout_s):
@@ -505,13 +508,13 @@ def a_loader_that_does_otherwise_than_it_rehearsed(world):
         return collect
 
     with planted(channel.Channel, "collect", make):
-        _, found = learned_anew(world, times=2)
-    world.engine._sync.rehearsal_refused = None
+        _, found = traced_anew(world, times=2)
+    world.engine._sync.state.dry_run_problem = None
     return found
 
 
-def an_export_to_borrow_that_fails_on_one_rank(world):
-    """The library stages, as where loans cannot be made."""
+def a_transient_export_that_fails_on_one_rank(world):
+    """The library stages, as where nothing can be mapped."""
     world.model = copy.deepcopy(world.model)
     world.model.share_memory()
 
@@ -524,8 +527,8 @@ def an_export_to_borrow_that_fails_on_one_rank(world):
         return export_storage
 
     with planted(ipc_payload, "export_storage", make, here=world.rank == 1):
-        reports, found = learned_anew(world, times=2)
-    world.engine._sync.lending_refused = None
+        reports, found = traced_anew(world, times=2)
+    world.engine._sync.state.mapping_problem = None
     return {
         **found,
         "direct": [r.direct_bytes for report in reports for r in report.ranks],
@@ -535,22 +538,22 @@ def an_export_to_borrow_that_fails_on_one_rank(world):
 
 def samples_that_do_not_arrive(world):
     def make(original):
-        def commands(self, flat, kind, **options):
-            made = original(self, flat, kind, **options)
-            if options.get("watch"):
+        def commands(self, flat, number, make):
+            made = original(self, flat, number, make)
+            if any(isinstance(one.command, LoadBucket) and one.command.watch for one in made):
                 flat[1000] ^= 1
             return made
 
         return commands
 
-    world.engine._sync.knowledge.forget()
-    with planted(delivery.BucketSender, "commands", make, here=world.rank == 1):
-        told = failing_sync(world)
-    return {"told": told, **heal(world)}
+    world.engine._sync.state.loader_map.clear()
+    with planted(bucket_sender.BucketSender, "commands", make, here=world.rank == 1):
+        error = failing_sync(world)
+    return {"error": error, **heal(world)}
 
 
 def a_peft_model_in_shared_memory(world):
-    """Its base stays where it is and comes to be mapped for good; the merged weights follow in buckets, sync after sync."""
+    """Its base stays where it is and gets persistent mappings; the merged weights follow in buckets, sync after sync."""
     import peft
 
     torch.manual_seed(11)  # the same adapters on every rank
@@ -568,19 +571,19 @@ def a_peft_model_in_shared_memory(world):
         merged = copy.deepcopy(model).merge_and_unload()
         steps.append({
             "equal": world.generated() == world.expected(merged),
-            "proven": report.num_proven == report.num_tensors,
-            "lent": all(r.num_lent for r in report.ranks),
+            "verified": report.num_verified == report.num_tensors,
+            "mapped": all(r.num_mapped for r in report.ranks),
             "by plan and in buckets": report.num_buckets > 1,
         })  # fmt: skip
     return steps
 
 
 CHECKS = [
-    everything_is_proven, a_skipped_tensor, a_loader_that_fails, a_flipped_bit, a_flipped_bit_of_a_part, a_part_that_went_astray,
+    everything_is_verified, a_skipped_tensor, a_loader_that_fails, a_flipped_bit, a_flipped_bit_of_a_slice, slices_that_arrive_in_another_order,
     staging_that_fails_on_one_rank, swapped_payloads, an_export_that_fails_on_one_rank, handles_that_do_not_open, files_in_a_folder,
-    many_syncs, many_syncs_of_full_tensors, handles_of_lent_memory_that_do_not_open, lent_memory_that_changes_while_it_is_read,
-    many_syncs_of_lent_memory, a_sync_that_repeats, memory_that_is_borrowed_for_the_first_sync, a_loader_that_cannot_be_rehearsed,
-    a_loader_that_does_otherwise_than_it_rehearsed, an_export_to_borrow_that_fails_on_one_rank, samples_that_do_not_arrive, memory_that_is_taken_back, lent_memory_of_another_model, a_peft_model_in_shared_memory, one_payload_for_two_readers,
+    many_syncs, many_syncs_of_full_tensors, handles_of_mapped_memory_that_do_not_open, mapped_memory_that_changes_while_it_is_read,
+    many_syncs_of_mapped_memory, a_sync_that_repeats, memory_that_is_mapped_for_the_first_sync_alone, a_loader_that_cannot_make_a_dry_run,
+    a_loader_that_deviates_from_its_dry_run, a_transient_export_that_fails_on_one_rank, samples_that_do_not_arrive, mapped_memory_that_the_trainer_dropped, mapped_memory_of_another_model, a_peft_model_in_shared_memory, one_payload_for_two_readers,
 ]  # fmt: skip
 
 
@@ -601,17 +604,17 @@ def results(found, check):
     return values
 
 
-def test_a_sync_proves_every_tensor(found):
-    for value in results(found, everything_is_proven):
-        assert value == {"equal": True, "transport": "ipc", "proven": True, "warnings": ()}
+def test_a_sync_verifies_every_tensor(found):
+    for value in results(found, everything_is_verified):
+        assert value == {"equal": True, "transport": "ipc", "verified": True, "warnings": ()}
 
 
 FAULTS = [
     (a_flipped_bit, "SyncError", "TP rank 1: RuntimeError: the bucket does not hold what the trainer packed"),
-    (a_flipped_bit_of_a_part, "SyncError", "TP rank 1 holds other values than were sent"),
-    (a_part_that_went_astray, "SyncError", "TP rank 1 holds other values than were sent"),
+    (a_flipped_bit_of_a_slice, "SyncError", "TP rank 1 holds other values than were sent"),
+    (slices_that_arrive_in_another_order, "SyncError", "TP rank 1 holds other values than were sent"),
     (
-        lent_memory_that_changes_while_it_is_read,
+        mapped_memory_that_changes_while_it_is_read,
         "SyncError",
         "TP rank 1 holds other values than were sent: model.layers.1.mlp.down_proj.weight",
     ),
@@ -635,38 +638,40 @@ FAULTS = [
 def test_a_planted_fault_is_caught_on_every_rank_and_can_be_healed(found, check, kind, words):
     values = results(found, check)
     for value in values:
-        assert value["told"] is not None, "the fault went unnoticed"
-        assert value["told"][0] in ((kind,) if isinstance(kind, str) else kind) and words in value["told"][1]
+        assert value["error"] is not None, "the fault went unnoticed"
+        assert value["error"][0] in ((kind,) if isinstance(kind, str) else kind) and words in value["error"][1]
         assert "weights are unknown" in value["refused"], "nothing may be generated from such weights"
         assert value["healed"]
-    assert values[0]["told"] == values[1]["told"]
+    assert values[0]["error"] == values[1]["error"]
 
 
 def test_a_failing_loader_does_not_kill_the_server(found):
     assert {value["health"] for value in results(found, a_loader_that_fails)} == {"ready"}
 
 
-def test_over_release_is_named_on_the_first_sync_and_nothing_stays_behind(found):
+def test_one_payload_for_two_readers_is_named_on_the_first_sync_and_leaves_nothing(found):
     for value in results(found, one_payload_for_two_readers):
-        assert any(words in value["told"][1] for words in ("two readers had one payload", "never opened"))
+        assert any(
+            words in value["error"][1] for words in ("two readers had one payload", "never opened", "did not arrive")
+        )
         assert value["left"] == []
 
 
 def test_handles_that_do_not_open_are_found_by_the_preflight_and_files_take_over(found):
     for value in results(found, handles_that_do_not_open):
         assert "do not open in the engine: TP rank 1" in value["ipc"] and 'transport="auto"' in value["ipc"]
-        assert value["transport"] == "file" and value["proven"] and value["equal"]
+        assert value["transport"] == "file" and value["verified"] and value["equal"]
         assert any("go through files" in warning for warning in value["warnings"])
         assert value["files"] == [] and value["exported"] == [0, 0]
 
 
 def test_files_by_choice(found):
     for value in results(found, files_in_a_folder):
-        assert value == {"equal": True, "transport": "file", "left": [], "proven": True, "exported": [0, 0]}
+        assert value == {"equal": True, "transport": "file", "left": [], "verified": True, "exported": [0, 0]}
 
 
 @pytest.mark.parametrize(
-    "check", [many_syncs, many_syncs_of_full_tensors, many_syncs_of_lent_memory], ids=lambda check: check.__name__
+    "check", [many_syncs, many_syncs_of_full_tensors, many_syncs_of_mapped_memory], ids=lambda check: check.__name__
 )
 def test_many_syncs_grow_nothing(found, check):
     for value in results(found, check):
@@ -677,19 +682,19 @@ def test_many_syncs_grow_nothing(found, check):
         assert after["rss"] - before["rss"] < max(16 * 2**20, value["moved"] / 20)
 
 
-def test_parts_are_less_than_the_whole_and_lent_memory_is_not_staged(found):
+def test_slices_are_less_than_full_tensors_and_mapped_memory_is_not_staged(found):
     [staged, _] = results(found, many_syncs)
     [whole, _] = results(found, many_syncs_of_full_tensors)
-    [lent, _] = results(found, many_syncs_of_lent_memory)
+    [mapped, _] = results(found, many_syncs_of_mapped_memory)
     model = whole["moved"] / whole["times"]
-    for (none, parts), (also_none, full), (direct, nothing) in zip(staged["bytes"], whole["bytes"], lent["bytes"]):
+    for (none, parts), (also_none, full), (direct, nothing) in zip(staged["bytes"], whole["bytes"], mapped["bytes"]):
         assert (none, also_none, nothing) == (0, 0, 0) and full >= model
         assert direct == parts and model / 2 <= parts < 0.55 * model, "half of it, and the norms"
 
 
 def test_a_sync_repeats_the_last_one_only_if_every_rank_finds_all_as_it_was(found):
     for value in results(found, a_sync_that_repeats):
-        assert all(step["equal"] and step["proven"] for step in value.values())
+        assert all(step["equal"] and step["verified"] for step in value.values())
         assert len({step["bytes"] for step in value.values()}) == 1
         assert {name: step["phases"] for name, step in value.items()} == {
             "repeated": set(), "a parameter elsewhere": {"plan"}, "repeated again": set(), "one rank is not sure": {"plan"},
@@ -697,61 +702,61 @@ def test_a_sync_repeats_the_last_one_only_if_every_rank_finds_all_as_it_was(foun
         }  # fmt: skip
 
 
-def test_a_first_sync_rehearses_and_borrows(found):
-    for value in results(found, memory_that_is_borrowed_for_the_first_sync):
-        assert value["equal"] and value["proven"] and value["by_plan"] == [True, True] and value["warnings"] == ()
-        assert value["phases"] == [{"learn", "verify"}, set()]
+def test_a_first_sync_makes_a_dry_run_and_transient_mappings(found):
+    for value in results(found, memory_that_is_mapped_for_the_first_sync_alone):
+        assert value["equal"] and value["verified"] and value["by_plan"] == [True, True] and value["warnings"] == ()
+        assert value["phases"] == [{"trace", "verify"}, {"verify"}]
         # One of each kind, which is one of two layers and the embeddings.
         assert all(0.6 < staged < 0.7 for staged in value["staged"][:2]) and value["staged"][2:] == [0, 0]
         assert value["direct"][:2] == value["direct"][2:] and all(0.5 <= direct < 0.55 for direct in value["direct"])
-        assert value["lent"] == [False, False, True, True] and value["back"]
+        assert value["mapped"] == [False, False, True, True] and value["back"]
         assert value["exported while the server is waited for"] is not False
 
 
 def test_where_memory_cannot_be_exported_the_first_sync_stages(found):
-    for value in results(found, an_export_to_borrow_that_fails_on_one_rank):
-        assert value["equal"] and value["proven"] and value["by_plan"] == [True, True] and value["back"]
+    for value in results(found, a_transient_export_that_fails_on_one_rank):
+        assert value["equal"] and value["verified"] and value["by_plan"] == [True, True] and value["back"]
         [warning] = value["warnings"]
         assert "is not mapped by the engine: no memory for a handle" in warning and value["direct"] == [0] * 4
 
 
 @pytest.mark.parametrize("check, words", [
-    (a_loader_that_cannot_be_rehearsed, "TP rank 1: AttributeError"),
-    (a_loader_that_does_otherwise_than_it_rehearsed, "it treats model.norm.weight otherwise than it rehearsed"),
+    (a_loader_that_cannot_make_a_dry_run, "TP rank 1: AttributeError"),
+    (a_loader_that_deviates_from_its_dry_run, "its loader treats model.norm.weight differently than in the dry run"),
 ])  # fmt: skip
-def test_what_cannot_be_learned_without_weights_is_learned_from_them(found, check, words):
+def test_what_a_dry_run_cannot_show_is_traced_from_weights(found, check, words):
     for value in results(found, check):
-        assert value["equal"] and value["proven"]
+        assert value["equal"] and value["verified"]
         [warning] = value["warnings"]
-        assert "learned from whole buckets" in warning and words in warning
+        assert "traced from whole buckets" in warning and words in warning
         assert all(staged >= 1 for staged in value["staged"][:2]), "whole"
-        assert "verify" not in value["phases"][1]
+        assert all(staged < 1.1 for staged in value["staged"][2:]), "no samples beside it"
 
 
 def test_memory_that_the_trainer_dropped_comes_back(found):
-    for value in results(found, memory_that_is_taken_back):
+    for value in results(found, mapped_memory_that_the_trainer_dropped):
         assert value["num"] > 0 and value["before"] == {1} and value["after"] == {0}
-        assert value["equal"] and value["proven"]
-    for value in results(found, lent_memory_of_another_model):
-        assert value["lent"] > 0 and value["back"] == {0} and value["left"] == [0, 0] and value["equal"]
+        assert value["equal"] and value["verified"]
+    for value in results(found, mapped_memory_of_another_model):
+        assert value["mapped"] > 0 and value["back"] == {0} and value["left"] == [0, 0] and value["equal"]
 
 
 def test_a_peft_model_in_shared_memory_is_synced_five_times(found):
     for steps in results(found, a_peft_model_in_shared_memory):
-        assert [step["lent"] for step in steps] == [False, True, True, True, True]
-        assert all(step["equal"] and step["proven"] and step["by plan and in buckets"] for step in steps), steps
+        assert [step["mapped"] for step in steps] == [False, True, True, True, True]
+        assert all(step["equal"] and step["verified"] and step["by plan and in buckets"] for step in steps), steps
 
 
-def test_what_cannot_be_lent_is_staged_and_said(found):
-    for value in results(found, handles_of_lent_memory_that_do_not_open):
+def test_what_cannot_be_mapped_is_staged_with_a_warning(found):
+    for value in results(found, handles_of_mapped_memory_that_do_not_open):
         [warning] = value["warnings"]
         assert "is not mapped by the engine: TP rank 1" in warning
-        assert value["later"] == () and value["lent"] == [0, 0] and value["equal"] and value["proven"]
+        assert value["later"] == () and value["mapped"] == [0, 0] and value["equal"] and value["verified"]
 
 
-def test_the_fault_was_planted_into_lent_memory(found):
-    for value in results(found, lent_memory_that_changes_while_it_is_read):
-        assert all(value["lent"])
+def test_the_fault_was_planted_into_mapped_memory(found):
+    for value in results(found, mapped_memory_that_changes_while_it_is_read):
+        assert all(value["mapped"])
 
 
 def test_nothing_is_left_behind(found):

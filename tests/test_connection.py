@@ -1,4 +1,4 @@
-"""The way to the workers, beside other work: errors come out, and nobody who comes late is left waiting.
+"""The way to the workers, beside other work: errors come out, and no one who comes late is left waiting.
 
 The requests are the real ones, and so are the sockets and the receiver; what stands in for SGLang takes up one request
 after the other, as its scheduler does, in the order that a test needs.
@@ -15,11 +15,12 @@ import pytest
 import torch
 from test_api import BEGIN, END, FLUSH, GO_ON, PAUSE, Captured, Owner, refused
 
+from tpcolocate.deadline import Deadline
 from tpcolocate.errors import DeadlineError, EngineDeadError, EngineStateError, RequestError, SyncError
 from tpcolocate.in_server.tpcolocate_receiver import receive
 from tpcolocate.in_server.tpcolocate_receiver.protocol import Addressed, Greeting, Reply, RunProgram, WorkerError
 from tpcolocate.weights.transport import connection as module
-from tpcolocate.weights.transport.connection import WorkerConnection
+from tpcolocate.weights.transport.connection import OwnerConnection, WorkerConnection, connect
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(120)]
 
@@ -33,9 +34,13 @@ class Workers:
     def __init__(self, greetings):
         self.greetings = greetings
         self.closed = threading.Event()
+        self.num_finished = 0
 
     def greet(self, *, timeout_s):
         return self.greetings
+
+    def finish(self):
+        self.num_finished += 1
 
     def close(self):
         self.closed.set()
@@ -66,6 +71,12 @@ class Server:
     def await_workers(self, path, *, tp_size):
         self.path = path
         return self.workers
+
+    def cancel_sync(self, *, timeout_s):
+        self.asked.append("cancel_sync")
+
+    def end_sync(self, version, *, workers, timeout_s):
+        self.asked.append(("end_sync", version, workers is self.workers))
 
     def call_workers(self, workers, session, *, loader, tp_size, timeout_s):
         assert workers is self.workers
@@ -116,7 +127,7 @@ class OneByOne(Captured):
             assert self._taken_up.wait(PATIENCE_S)
         with self._turn:
             try:
-                # Nobody is to wait for this answer before the next request.
+                # No caller may wait for this answer before the next request.
                 if not self._asked.wait(PATIENCE_S):
                     raise RequestError("nothing was asked for meanwhile", status=500)
                 time.sleep(self.flush_s)
@@ -139,100 +150,140 @@ class OneByOne(Captured):
 
 
 def opened(server, tp_size=1, *, folder=Path("folder"), timeout_s=30.0):
-    return WorkerConnection(server, folder=folder, loader="a.loader", tp_size=tp_size, timeout_s=timeout_s)
+    connection = OwnerConnection(
+        server, folder=folder, loader="a.loader", tp_size=tp_size, deadline=Deadline.after(timeout_s)
+    )
+    connection.open()
+    return connection
 
 
 @pytest.fixture
 def reach(tmp_path, monkeypatch):
     """A function that begins to reach the receiver of a `OneByOne`."""
-    openings = []
+    connections = []
 
     def begin(client, **options):
         if not client.behind and client.flush_s == 0:
             monkeypatch.setattr(module, "_ANSWER_S", PATIENCE_S)  # the answer comes at once, if threads get to run
-        openings.append(opened(Owner(client).updates, folder=tmp_path, **options))
-        return openings[-1]
+        connections.append(opened(Owner(client).updates, folder=tmp_path, **options))
+        return connections[-1]
 
     yield begin
-    for opening in openings:
-        opening.close(timeout_s=PATIENCE_S)
+    for connection in connections:
+        connection.mark_engine_modified()  # nothing more is asked of the server
+        connection.abandon(timeout_s=PATIENCE_S)
     assert list(tmp_path.iterdir()) == []
 
 
-def answers(opening):
-    """Whether the workers of an opening carry out a command."""
-    opening.workers.post({0: Addressed(0, RunProgram())}, 0)
-    return opening.workers.collect(0, timeout_s=PATIENCE_S)[0].error is None
+def answers(connection):
+    """Whether the workers of an connection carry out a command."""
+    connection.post({0: Addressed(0, RunProgram())}, 0)
+    return connection.collect(0, timeout_s=PATIENCE_S)[0].error is None
 
 
 def test_the_workers_are_reached_while_something_else_is_done():
     server = Server()
-    opening = opened(server)
+    connection = opened(server)
     assert server.asked in ([], ["hold_generation"]), "not called yet"
     server.go_on.set()
     server.dropped.set_result(None)
-    assert opening.result() == {0: GREETING} and opening.workers is server.workers
-    assert server.asked == ["hold_generation", (f"{opening.session}.sock", opening.session, "a.loader", 1)]
-    opening.close(timeout_s=1)
-    assert server.workers.closed.is_set()
+    assert connection.wait() == {0: GREETING}
+    assert server.asked == ["hold_generation", (f"{connection.session}.sock", connection.session, "a.loader", 1)]
+    connection.abandon(timeout_s=1)
+    assert server.workers.closed.is_set() and server.asked[-1] == "cancel_sync"
 
 
-def test_no_worker_is_reached_where_none_is_needed_and_the_cache_is_dropped_all_the_same():
+def test_ranks_that_do_not_own_the_server_have_a_null_object():
+    connection = connect(None, folder=Path("folder"), loader="a.loader", tp_size=2, deadline=Deadline.after(30))
+    assert type(connection) is WorkerConnection
+    connection.open()
+    assert connection.wait() is None and connection.session == ""
+    connection.post({}, 0)
+    assert connection.collect(0, timeout_s=1) == {}
+    connection.mark_engine_modified()
+    connection.leave()
+    connection.end("1", timeout_s=1)
+    connection.abandon(timeout_s=1)
+
+
+def test_a_connection_that_was_never_opened_asks_for_nothing():
+    server = Server()
+    connection = connect(server, folder=Path("folder"), loader="a.loader", tp_size=1, deadline=Deadline.after(30))
+    connection.abandon(timeout_s=1)
+    assert server.asked == []
+
+
+def test_an_engine_that_was_modified_is_not_asked_to_go_on():
     server = Server()
     server.go_on.set()
-    opening = opened(server, tp_size=0)
-    opening.close(timeout_s=0.1)
-    assert not opening._task.done(), "the cache is not dropped yet"
     server.dropped.set_result(None)
-    assert opening.result() is None and opening.workers is None and server.asked == ["hold_generation"]
-    opening.close(timeout_s=1)
+    connection = opened(server)
+    connection.wait()
+    connection.mark_engine_modified()
+    connection.abandon(timeout_s=1)
+    assert server.workers.closed.is_set() and "cancel_sync" not in server.asked
+
+
+def test_the_end_lets_the_workers_go_unless_they_have_left():
+    for leaves in (False, True):
+        server = Server()
+        server.go_on.set()
+        server.dropped.set_result(None)
+        connection = opened(server)
+        connection.wait()
+        if leaves:
+            connection.leave()
+        connection.end("7", timeout_s=1)
+        assert server.asked[-1] == ("end_sync", "7", not leaves) and server.workers.num_finished == leaves
+        connection.leave()
+        assert server.workers.num_finished == leaves, "the server has let them go"
 
 
 def test_what_goes_wrong_on_the_way_is_raised_where_it_is_waited_for():
     server = Server(error=EngineStateError("asleep"))
     server.go_on.set()
     with pytest.raises(EngineStateError, match="asleep"):
-        opened(server).result()
+        opened(server).wait()
     server = Server(greetings={0: GREETING, 1: FAILED})
     server.go_on.set()
     server.dropped.set_result(None)
     with pytest.raises(SyncError, match="TP rank 1: RuntimeError: another rank's command") as caught:
-        opened(server, tp_size=2).result()
+        opened(server, tp_size=2).wait()
     assert caught.value.details == "TP rank 1:\nTraceback ..."
 
 
 def test_workers_are_not_called_after_the_end():
     server = Server()
-    opening = opened(server)
+    connection = opened(server)
     started = time.monotonic()
-    opening.close(timeout_s=0.1)
+    connection.abandon(timeout_s=0.1)
     assert time.monotonic() - started < 30 and server.workers.closed.is_set()
     server.go_on.set()
     with pytest.raises(SyncError, match="given up before the workers were called"):
-        opening.result()
-    assert server.asked == ["hold_generation"]
+        connection.wait()
+    assert server.asked == ["hold_generation", "cancel_sync"]
 
 
-def test_a_place_for_the_workers_that_cannot_be_had_is_told(monkeypatch):
+def test_a_socket_that_cannot_be_bound_is_an_error(monkeypatch):
     server = Server()
     server.go_on.set()
     server.dropped.set_result(None)
     monkeypatch.setattr(
         server, "await_workers", lambda path, tp_size: (_ for _ in ()).throw(SyncError("no such folder"))
     )
-    opening = opened(server)
+    connection = opened(server)
     with pytest.raises(SyncError, match="no such folder"):
-        opening.result()
-    opening.close(timeout_s=1)
+        connection.wait()
+    connection.abandon(timeout_s=1)
 
 
 @pytest.mark.parametrize("flush_s", [0.0, 3 * module._ANSWER_S])
 def test_the_update_is_asked_for_beside_the_flush_however_long_that_takes(reach, flush_s):
     """Were they made one after the other, the flush would be refused here."""
     client = OneByOne(flush_s=flush_s)
-    opening = reach(client)
-    opening.result()
-    assert answers(opening) and len(client.sessions) == 1
+    connection = reach(client)
+    connection.wait()
+    assert answers(connection) and len(client.sessions) == 1
     assert client.happened == [PAUSE, FLUSH, UPDATE]
 
 
@@ -241,18 +292,18 @@ def test_an_answer_that_comes_shortly_after_the_workers_is_waited_for(monkeypatc
     server = Server()
     server.go_on.set()
     threading.Timer(0.05, server.dropped.set_result, [None]).start()
-    opening = opened(server)
-    opening.result()
+    connection = opened(server)
+    connection.wait()
     assert len(server.asked) == 2 and not server.workers.closed.is_set()
 
 
 @pytest.mark.parametrize("version", ["0.5.20", "0.5.21"])
 def test_a_flush_behind_the_update_is_let_through_and_the_workers_are_reached_again(reach, version):
-    """The receiver holds no session twice: were it the same one, nobody would come."""
+    """The receiver holds no session twice: were it the same one, no one would come."""
     client = OneByOne(version, behind=True)
-    opening = reach(client)
-    opening.result()
-    assert answers(opening) and len(client.sessions) == 2
+    connection = reach(client)
+    connection.wait()
+    assert answers(connection) and len(client.sessions) == 2
     begun = [BEGIN] if version == "0.5.21" else []
     assert client.happened == [PAUSE, *begun, UPDATE, LEFT, FLUSH, UPDATE]
 
@@ -267,10 +318,10 @@ def test_a_cache_that_is_not_dropped_ends_the_sync_and_generation_goes_on_once_t
     reach, behind, version, answer, error, words
 ):
     client = OneByOne(version, behind=behind, flushed=answer)
-    opening = reach(client)
+    connection = reach(client)
     with pytest.raises(error, match=words):
-        opening.result()
-    opening.cancel(timeout_s=PATIENCE_S)
+        connection.wait()
+    connection.abandon(timeout_s=PATIENCE_S)
     begun, ended = ([BEGIN], [END]) if version == "0.5.21" else ([], [])
     opened = [*begun, UPDATE, LEFT, FLUSH] if behind else [FLUSH, *begun, UPDATE, LEFT]
     assert client.happened == [PAUSE, *opened, *ended, GO_ON]
@@ -279,10 +330,10 @@ def test_a_cache_that_is_not_dropped_ends_the_sync_and_generation_goes_on_once_t
 @pytest.mark.parametrize("behind", [False, True])
 def test_a_server_that_is_gone_is_not_asked_to_go_on(reach, behind):
     client = OneByOne(behind=behind, flushed=EngineDeadError("gone"))
-    opening = reach(client)
+    connection = reach(client)
     with pytest.raises(EngineDeadError, match="gone"):
-        opening.result()
-    opening.cancel(timeout_s=PATIENCE_S)
+        connection.wait()
+    connection.abandon(timeout_s=PATIENCE_S)
     assert client.happened[-1] == (FLUSH if behind else LEFT)
 
 
@@ -299,7 +350,7 @@ def test_a_flush_that_is_never_answered_meets_the_deadline_and_the_workers_have_
             return super().post(path, body, timeout_s=timeout_s, **options)
 
     client = Silent(behind=True)
-    opening = reach(client, timeout_s=PATIENCE_S)
+    connection = reach(client, timeout_s=PATIENCE_S)
     with pytest.raises(DeadlineError, match="no answer"):
-        opening.result()
+        connection.wait()
     assert client.happened == [PAUSE, UPDATE, LEFT, FLUSH]

@@ -1,0 +1,119 @@
+"""Phase prepare: read the weights of this rank and check them, or find them as they were in the last sync."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import torch
+
+from tpcolocate.errors import ConfigError, WeightsMismatchError
+from tpcolocate.weights.plan.sharding import CachedShards, Shards, mesh_groups
+from tpcolocate.weights.sources.named_weights import NamedWeights, Source
+from tpcolocate.weights.sync.buckets import summary
+from tpcolocate.weights.sync.records import CachedSync, Prepared, RankView
+from tpcolocate.weights.sync.route import route_call
+from tpcolocate.weights.sync.session import SyncSession
+from tpcolocate.weights.transport.mapped_memory import STAGED, STEADY
+from tpcolocate.weights.transport.memory import free_bytes
+
+
+def reusable_sync(session: SyncSession) -> CachedSync | None:
+    """Return what the last sync left, unless it was another kind of sync or other memory is mapped by now."""
+    cached = session.state.cached_sync
+    if cached is None or cached.options != session.options:
+        return None
+    return cached if cached.mappings_version == session.state.mappings.version else None
+
+
+def prepare(session: SyncSession, source: Source) -> Prepared:
+    """Read and check the weights; their mesh collectives are due before the first check can fail.
+
+    Raises:
+        ConfigError: There are none.
+        WeightsMismatchError: Names or shapes are not the served model's, are missing, or are given twice.
+    """
+    spec, options = session.context.spec, session.options
+    weights = NamedWeights.of(source, expected=None if spec is None else spec.shapes, rename=options.rename)
+    shards: Shards = {}
+    if options.parts and options.payloads == "per_rank" and options.transport in ("auto", "ipc"):
+        found = ((name, session.state.shard_finder.find(tensor)) for name, tensor in weights.items or ())
+        shards = {name: one for name, one in found if one is not None}
+    groups = mesh_groups(shards)
+    session.schedule.enter([route_call(session, weights.items or [], groups)])
+    if weights.items is not None:
+        _check(session, weights)
+    uses = _memory_uses(session, shards)
+    if shards:
+        _wait_for_trainer(session)
+    contents = None if weights.items is None else [(n, tuple(t.shape), t.dtype) for n, t in weights.items]
+    digest = hashlib.sha256(repr((contents, list(shards) == [n for n, *_ in contents or ()])).encode())
+    view = RankView(
+        digest.digest(),
+        "a generator" if contents is None else summary(contents),
+        free_bytes(session.context.device),
+        "".join(uses),
+    )
+    return Prepared(weights, shards, groups, view)
+
+
+def _check(session: SyncSession, weights: NamedWeights) -> None:
+    spec, items = session.context.spec, weights.items or []
+    if not items:
+        raise ConfigError("there are no weights to sync", hint="pass a module with parameters")
+    names = [name for name, _ in items]
+    repeated = _first_repeated(names)
+    if repeated is not None:
+        raise WeightsMismatchError(f"{repeated} is given twice", hint="names must be unique")
+    if spec is not None:
+        spec.check([(name, tensor.shape) for name, tensor in items])
+        if not session.options.partial:
+            spec.check_complete([*names, *weights.aliases])
+
+
+def _memory_uses(session: SyncSession, shards: Shards) -> list[str]:
+    """What the memory of each shard permits, as far as this rank is concerned."""
+    uses = session.state.mappings.uses([one.local.untyped_storage() for one in shards.values()])
+    return uses if session.state.mapping_problem is None else [STAGED] * len(uses)
+
+
+def prepare_again(session: SyncSession, source: Source, cached: CachedSync) -> Prepared | None:
+    """Return the same, if this rank finds everything as it was in the last sync."""
+    weights = cached.source.match(source)
+    if weights is None or weights.items is None:
+        return None
+    session.schedule.enter([route_call(session, weights.items, cached.groups)])
+    shards = CachedShards({n: item for n, item in weights.items if isinstance(item, torch.Tensor)}, cached.layouts)
+    _wait_for_trainer(session)
+    return Prepared(weights, shards, cached.groups, replace(cached.view, memory_uses=None, repeats=True))
+
+
+def _wait_for_trainer(session: SyncSession) -> None:
+    """The workers' streams know nothing of those that the weights were computed on."""
+    if session.context.device.type == "cuda":
+        torch.cuda.synchronize(session.context.device)
+
+
+def least_memory_uses(session: SyncSession, prepared: Prepared, of_ranks: Sequence[RankView]) -> dict[str, str]:
+    """Return for every shard the least that its memory permits on any rank."""
+    mapped = session.state.mapped_names
+    columns: list[Iterable[str]] = []
+    for view in of_ranks:
+        if view.memory_uses is None:  # as in the last sync, when it was mapped wherever that was permitted
+            columns.append(STEADY if name in mapped else STAGED for name in prepared.shards)
+        else:
+            columns.append(view.memory_uses)
+    return {name: min(each) for name, *each in zip(prepared.shards, *columns)}
+
+
+def _first_repeated(names: Iterable[str]) -> str | None:
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
+
+
+__all__ = ["least_memory_uses", "prepare", "prepare_again", "reusable_sync"]

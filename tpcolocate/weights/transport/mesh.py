@@ -1,0 +1,83 @@
+"""Collectives over the meshes of the weights, which may span several tp slices.
+
+None of these may be called past the schedule of the sync (`sync.mesh_schedule`): every rank of a mesh makes them in the
+same order, whether its own slice has failed or not.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from tpcolocate.deadline import Deadline
+from tpcolocate.errors import DeadlineError
+
+
+class Mesh:
+    """One rank's collectives over the groups of the weights' meshes.
+
+    Args:
+        device: Of this rank's staging memory.
+        deadline: Of the sync.
+    """
+
+    def __init__(self, device: torch.device, deadline: Deadline) -> None:
+        self.device = device
+        self._deadline = deadline
+
+    def min(self, group: dist.ProcessGroup, values: Sequence[int]) -> list[int]:
+        """Return the smallest of every value among the ranks of a group.  Collective: over the group."""
+        return self._reduced(group, values, dist.ReduceOp.MIN)
+
+    def max(self, group: dist.ProcessGroup, values: Sequence[int]) -> list[int]:
+        """Return the largest of every value among the ranks of a group.  Collective: over the group."""
+        return self._reduced(group, values, dist.ReduceOp.MAX)
+
+    def _reduced(self, group: dist.ProcessGroup, values: Sequence[int], op: dist.ReduceOp.RedOpType) -> list[int]:
+        reduced = torch.tensor(values, dtype=torch.int64, device=self.device_of(group))
+        self._wait(dist.all_reduce(reduced, op=op, group=group, async_op=True))
+        return reduced.tolist()
+
+    def all_to_all(
+        self,
+        group: dist.ProcessGroup,
+        output: torch.Tensor,
+        given: torch.Tensor,
+        output_sizes: list[int],
+        given_sizes: list[int],
+    ) -> None:
+        """Exchange slices of flat tensors.  Collective: over the group."""
+        self._wait(dist.all_to_all_single(output, given, output_sizes, given_sizes, group=group, async_op=True))
+
+    def device_of(self, group: dist.ProcessGroup) -> torch.device:
+        """Return where a group's tensors must lie: shards that were moved to the CPU still belong to a mesh of GPUs."""
+        return torch.device("cpu") if "nccl" not in dist.get_backend(group) else self.device
+
+    def _wait(self, work: dist.Work | None) -> None:
+        """Wait for a collective; on a CPU no longer than the sync may take.
+
+        On a GPU this waits for nothing but orders the streams; a rank that stays away is then for NCCL's watchdog to end.
+
+        Raises:
+            DeadlineError: The other ranks did not come.
+        """
+        assert work is not None
+        if self.device.type != "cpu":
+            work.wait()
+            return
+        try:
+            work.wait(timedelta(seconds=self._deadline.left(at_least=0.001)))
+        except RuntimeError as error:
+            if time.monotonic() < self._deadline.at:
+                raise
+            raise DeadlineError(
+                f"other ranks did not exchange weights in time: {error}",
+                hint="the cause is the first error printed by another rank",
+            ) from error
+
+
+__all__ = ["Mesh"]
