@@ -153,6 +153,13 @@ class SyncSession:
         version: To be published.
         deadline: For all of it.
         on_engine_modified: Called on every rank before the first byte may change in the engine.
+        schedule: The mesh collectives that this rank still owes the ranks of other slices.
+        stats: Seconds, bytes and memory of this rank.
+        mesh: Runs the collectives of a device mesh, with a grace after the deadline.
+        ledger: Handles that this sync exports.
+        transient: Mappings that end with this sync.
+        files: Bucket files that this sync writes.
+        connection: To the workers; on ranks that do not own the server, it sends nothing.
     """
 
     context: SliceContext
