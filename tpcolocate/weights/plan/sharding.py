@@ -1,17 +1,18 @@
-"""How tensors are spread over the training ranks: whole, or sharded once along one axis of a mesh."""
+"""How tensors are spread over the training ranks: whole, or sharded along one axis of a mesh or several."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from tpcolocate.in_server.tpcolocate_receiver.regions import Region, whole
-from tpcolocate.weights.sources.lazy_tensor import Item, LazyTensor, local_of
+from tpcolocate.weights.sources.lazy_tensor import Ingredients, Item, LazyTensor, PartOf, Recipe, local_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,10 +21,12 @@ class LocalShard:
 
     Attributes:
         shape: Of the whole tensor.
-        local: The memory of this rank's shard, detached.
+        local: The memory of this rank's shard, detached; of a computed tensor empty, of its dtype.
         regions: The shard region of each rank of `group`.
         position: This rank's position in `group`.
         group: The ranks among which the tensor is sharded; None if this rank has all of it.
+        compute: Region within this rank's shard -> what the tensor holds there; None: `local` holds it.
+        ingredients: What has to be gathered before anything is computed.
     """
 
     shape: tuple[int, ...]
@@ -31,6 +34,8 @@ class LocalShard:
     regions: tuple[Region, ...]
     position: int = 0
     group: dist.ProcessGroup | None = None
+    compute: Callable[[Region], torch.Tensor] | None = None
+    ingredients: Ingredients | None = None
 
     @property
     def region(self) -> Region:
@@ -77,12 +82,19 @@ class ShardFinder:
     def find(self, tensor: Item) -> LocalShard | None:
         """Return this rank's shard; None for what only `full_tensor` can gather or compute.
 
-        Supported are plain tensors, and DTensors that are sharded once and otherwise replicated (FSDP2, HSDP, DTensor
-        tensor parallelism).
+        Supported are plain tensors; DTensors that are sharded once and otherwise replicated (FSDP2, HSDP, DTensor tensor
+        parallelism), or several times over all ranks of the job (FSDP2 with tensor parallelism); rectangular parts of
+        these; and what is computed from them region by region.
         """
-        shape = tuple(tensor.shape)
         if isinstance(tensor, LazyTensor):
+            if tensor.part is not None:
+                base = self.find(tensor.part.base)
+                return None if base is None else _part(base, tensor.part, tuple(tensor.shape))
+            if tensor.recipe is not None:
+                base = self.find(tensor.recipe.base)
+                return None if base is None else _computed(base, tensor, tensor.recipe)
             return None
+        shape = tuple(tensor.shape)
         if not isinstance(tensor, DTensor):
             return LocalShard(shape, tensor.detach(), (whole(shape),))
         key = (shape, tensor.device_mesh, tensor.placements)
@@ -98,21 +110,100 @@ class ShardFinder:
         return LocalShard(shape, local, regions, position, group)
 
 
+def _part(base: LocalShard, part: PartOf, shape: tuple[int, ...]) -> LocalShard:
+    """Return the shard of a part: what of it lies in the shard of its base."""
+
+    def inside(region: Region) -> Region:
+        met = region.meet(part.region)
+        if met is None:
+            return Region((0,) * len(shape), (0,) * len(shape))
+        starts = (0 if dim is None else met.starts[dim] - part.region.starts[dim] for dim in part.along)
+        return Region(tuple(starts), tuple(1 if dim is None else met.lengths[dim] for dim in part.along))
+
+    def outside(region: Region) -> Region:
+        starts, lengths = list(part.region.starts), [1] * len(part.region.starts)
+        for dim, start, length in zip(part.along, region.starts, region.lengths):
+            if dim is not None:
+                starts[dim] += start
+                lengths[dim] = length
+        return Region(tuple(starts), tuple(lengths))
+
+    regions = tuple(map(inside, base.regions))
+    mine = regions[base.position]
+    compute = base.compute
+    if compute is not None:
+        made = compute
+        return replace(
+            base,
+            shape=shape,
+            regions=regions,
+            compute=lambda region: made(outside(region)).reshape(region.lengths),
+        )
+    offset, strides = base.local.storage_offset(), base.local.stride()
+    if mine.volume:
+        first = outside(mine).starts
+        offset += sum((at - start) * step for at, start, step in zip(first, base.region.starts, strides))
+    local = base.local.as_strided(mine.lengths, [1 if dim is None else strides[dim] for dim in part.along], offset)
+    return replace(base, shape=shape, local=local, regions=regions)
+
+
+def _computed(base: LocalShard, tensor: LazyTensor, recipe: Recipe) -> LocalShard:
+    local, origin = base.local, base.region
+
+    def compute(region: Region) -> torch.Tensor:
+        view = local
+        for dim, (start, length) in enumerate(zip(region.starts, region.lengths)):
+            view = view.narrow(dim, start - origin.starts[dim], length)
+        with torch.no_grad():
+            return recipe.compute(view, region)
+
+    empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return replace(base, local=empty, compute=compute, ingredients=recipe.ingredients)
+
+
 def _layout_of(
     shape: tuple[int, ...], mesh: DeviceMesh, placements: tuple[Placement, ...]
 ) -> tuple[tuple[Region, ...], int, dist.ProcessGroup | None] | None:
-    if any(type(p) not in (Shard, Replicate) for p in placements):
+    if any(type(p) not in (Shard, Replicate, _StridedShard) for p in placements):
         return None
-    sharded = [i for i, p in enumerate(placements) if isinstance(p, Shard)]
+    sharded = [i for i, p in enumerate(placements) if not isinstance(p, Replicate)]
     if not sharded:
         return (whole(shape),), 0, None
-    if len(sharded) > 1:
-        return None
-    axis = sharded[0]
-    placement = placements[axis]
-    assert isinstance(placement, Shard)
-    regions = tuple(shard_regions(shape, placement.dim % len(shape), mesh.size(axis)))
-    return regions, mesh.get_local_rank(axis), mesh.get_group(axis)
+    if len(sharded) == 1 and isinstance(placements[sharded[0]], Shard):
+        axis = sharded[0]
+        regions = _cut(shape, mesh, placements, [axis])
+        return tuple(regions[(i,)] for i in range(mesh.size(axis))), mesh.get_local_rank(axis), mesh.get_group(axis)
+    ranks = mesh.mesh.flatten().tolist()
+    if len(sharded) < mesh.ndim or sorted(ranks) != list(range(dist.get_world_size())):
+        return None  # there is no group of all ranks that hold a part of it once
+    regions = _cut(shape, mesh, placements, sharded)
+    by_rank = {int(mesh.mesh[at]): region for at, region in regions.items()}
+    return tuple(by_rank[rank] for rank in sorted(by_rank)), dist.get_rank(), dist.group.WORLD
+
+
+def _cut(
+    shape: tuple[int, ...], mesh: DeviceMesh, placements: tuple[Placement, ...], axes: list[int]
+) -> dict[tuple[int, ...], Region]:
+    """Return the shard region of each coordinate along some axes of a mesh.
+
+    Axes cut one after the other; strided shards (FSDP2 of a dimension that tensor parallelism has cut) come last.
+    """
+    found: dict[tuple[int, ...], Region] = {(): whole(shape)}
+    order = sorted(axes, key=lambda axis: isinstance(placements[axis], _StridedShard))
+    for axis in order:
+        placement = placements[axis]
+        assert isinstance(placement, (Shard, _StridedShard))
+        dim = placement.dim % len(shape)
+        found = {
+            (*at, i): Region(
+                tuple(start + more for start, more in zip(region.starts, part.starts)),
+                part.lengths,
+            )
+            for at, region in found.items()
+            for i, part in enumerate(shard_regions(region.lengths, dim, mesh.size(axis)))
+        }
+    places = [order.index(axis) for axis in axes]
+    return {tuple(at[place] for place in places): region for at, region in found.items()}
 
 
 def shard_regions(shape: tuple[int, ...], dim: int, num_ranks: int) -> list[Region]:

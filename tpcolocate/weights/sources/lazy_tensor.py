@@ -4,10 +4,52 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TypeGuard
+from typing import Protocol, TypeGuard
 
 import torch
 from torch.distributed.tensor import DTensor
+
+from tpcolocate.in_server.tpcolocate_receiver.regions import Region
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class PartOf:
+    """Which part of another item a lazy tensor is; then it need not be gathered to be moved.
+
+    Attributes:
+        base: The other item: sharded or computed, since a part of a plain tensor is a view.
+        region: Of `base`.
+        along: For each dimension of the part, the dimension of `base` that it runs along; None: of length 1.
+    """
+
+    base: Item
+    region: Region
+    along: tuple[int | None, ...]
+
+
+class Ingredients(Protocol):
+    """What computed tensors need of other ranks: one object for all tensors of a source."""
+
+    def gather(self) -> None:
+        """Fetch it.  Collective: over the meshes of the source, once in a sync, before anything is computed."""
+
+    def forget(self) -> None:
+        """Drop it."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Recipe:
+    """How to compute any region of a lazy tensor from the same region of a tensor in memory.
+
+    Attributes:
+        base: The tensor in memory; the lazy tensor is sharded as it is.
+        compute: (A region of `base`, as a view of this rank's shard; which region) -> that region of the lazy tensor.  Local.
+        ingredients: What has to be gathered before; None: nothing.
+    """
+
+    base: torch.Tensor
+    compute: Callable[[torch.Tensor, Region], torch.Tensor]
+    ingredients: Ingredients | None = None
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -23,6 +65,8 @@ class LazyTensor:
         make: Computes it.  If `is_collective`, every rank calls it for the same tensors in the same order.
         is_collective: Whether `make` gathers.
         extra_bytes: Memory that `make` takes beside its result, in bytes.
+        part: What it is a part of, if it is one.
+        recipe: How to compute it shard by shard, if that is possible.
     """
 
     shape: torch.Size
@@ -31,6 +75,8 @@ class LazyTensor:
     make: Callable[[], torch.Tensor] = field(repr=False)
     is_collective: bool
     extra_bytes: int
+    part: PartOf | None = None
+    recipe: Recipe | None = None
 
     def materialize(self) -> torch.Tensor:
         """Compute the tensor.  It is read-only: others may share its memory.
@@ -149,9 +195,12 @@ class SharedGather:
 
 
 __all__ = [
+    "Ingredients",
     "Item",
     "Items",
     "LazyTensor",
+    "PartOf",
+    "Recipe",
     "SharedGather",
     "full_bytes",
     "full_tensor",
