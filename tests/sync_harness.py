@@ -44,7 +44,7 @@ from tpcolocate.server.lifecycle import Lifecycle, State
 from tpcolocate.server.weight_updates import WeightUpdates
 from tpcolocate.weights.plan.loader_map import LoaderMap
 from tpcolocate.weights.sources.model_spec import ModelSpec
-from tpcolocate.weights.sync import mesh_schedule, route, session, syncer
+from tpcolocate.weights.sync import mesh_calls, mesh_schedule, session, syncer
 from tpcolocate.weights.sync.options import SyncOptions
 
 if "peft" not in harness.PRELOADED:
@@ -133,7 +133,7 @@ SEAMS = {
     "collect": (channel.Channel, "collect"),
 }
 """Where errors are planted, before the call."""
-PLAN = (route, "plan_transfer")
+PLAN = (mesh_calls, "plan_transfer")
 """Likewise, but after the call; gathers and exchanges over meshes, which are collectives, as well."""
 FOREIGN = ("allocate", "export", "copy into a bucket", "plan", "gather", "all_to_all_single", "all_to_all", "worker")
 """Where the error is one of torch's; elsewhere it is this library's own."""
@@ -255,7 +255,11 @@ def replaced(place, name, make):
 
 def _note_collective(kind, tensor, *args, **_):
     # Of the parts that are exchanged every rank has its own sizes.
-    size = [] if kind.startswith("all_to_all") else [f"{tensor.numel() * tensor.element_size()} bytes"]
+    if kind == "all_gather":
+        tensor = args[0]  # behind the list that it is gathered into
+    is_pickled = kind == "all_gather" and tensor.dtype == torch.uint8  # handles have names of any length
+    is_sized = not (kind.startswith("all_to_all") or is_pickled)
+    size = [f"{tensor.numel() * tensor.element_size()} bytes"] if is_sized else []
     RECORD.note("mesh", kind, *size)
 
 

@@ -53,7 +53,7 @@ class Worker(threading.Thread):
 
 
 def greeting(tp_rank):
-    return Reply(tp_rank, None, None, False, 0.1, Greeting(None, f"plan of {tp_rank}"))
+    return Reply(tp_rank, None, None, False, 0.1, Greeting(None, f"plan of {tp_rank}", "worker"))
 
 
 def program_of(command):

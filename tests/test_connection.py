@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.quick, pytest.mark.timeout(120)]
 
 UPDATE, LEFT = "update_weights_from_tensor", "the workers have left"
 PATIENCE_S = 40.0
-GREETING = Reply(0, None, None, False, 0.1, Greeting(None, "a"))
+GREETING = Reply(0, None, None, False, 0.1, Greeting(None, "a", "worker"))
 FAILED = Reply(1, None, WorkerError("RuntimeError", "another rank's command", "Traceback ..."), False, 0.1)
 
 

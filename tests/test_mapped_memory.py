@@ -23,7 +23,7 @@ def shared(size=16):
 
 
 def test_only_what_stayed_in_place_from_one_sync_to_the_next_is_steady():
-    mappings = PersistentMappings(CPU)
+    mappings = PersistentMappings(CPU, 3)
     stays, private, small = shared(), torch.zeros(16).untyped_storage(), torch.zeros(0).untyped_storage()
     assert mappings.uses([stays, private, small]) == [MAPPABLE, STAGED, STAGED], "seen for the first time"
     assert mappings.uses([stays, private, small]) == [STEADY, STAGED, STAGED], "private memory cannot be mapped"
@@ -33,7 +33,7 @@ def test_only_what_stayed_in_place_from_one_sync_to_the_next_is_steady():
 
 
 def test_a_storage_at_the_address_of_a_freed_one_is_another():
-    mappings = PersistentMappings(CPU)
+    mappings = PersistentMappings(CPU, 3)
     for _ in range(20):
         storage = shared()
         assert mappings.uses([storage]) == [MAPPABLE]
@@ -41,61 +41,98 @@ def test_a_storage_at_the_address_of_a_freed_one_is_another():
 
 
 def test_a_mapping_is_found_while_the_storage_is_the_same_at_the_same_address():
-    mappings = PersistentMappings(CPU)
+    mappings = PersistentMappings(CPU, 3)
     one, other = shared(), shared()
-    mapping = mappings.add(one)
+    mapping = mappings.add(one, [3])
     try:
         assert mappings.find(one) is mapping and mappings.find(other) is None
         assert mappings.uses([one]) == [STEADY], "the export itself may have moved it, which is no reason to stop"
         assert (len(mappings), mappings.all(), mapping.num_bytes) == (1, [mapping], one.nbytes())
-        assert mappings.unused([one]) == [] and mappings.unused([other]) == [mapping]
+        wanted = {one._cdata: [3]}
+        assert mappings.unused(wanted) == [] and mappings.unused({other._cdata: [3]}) == [mapping]
+        assert mappings.unused({one._cdata: [3, 4]}) == [mapping], "with another reader it is exported anew"
         view = torch.empty(0).set_(one, 4, (2,))
-        reader = open_handle(mapping.handle.describe(), CPU)
+        reader = open_handle(mapping.handles[3].describe(), CPU)
         view.fill_(3.0)
         assert reader.view(torch.float32)[4:6].tolist() == [3.0, 3.0], "what the trainer writes is what is read"
-        assert mapping.handle.count() == 1
+        assert mapping.handles[3].count() == 1
         del reader
-        assert mapping.handle.count() == 0
+        assert mapping.handles[3].count() == 0
     finally:
-        mappings.remove({mapping.name})
-    assert len(mappings) == 0 and mappings.find(one) is None
+        mappings.retire([mapping])
+    assert len(mappings) == 0 and mappings.find(one) is None and mappings.retired == [mapping]
+    mappings.forget([mapping])
+    assert mappings.retired == []
 
 
 def test_a_dropped_storage_is_expired():
-    mappings = PersistentMappings(CPU)
+    mappings = PersistentMappings(CPU, 3)
     storage = shared()
-    mapping = mappings.add(storage)
+    mapping = mappings.add(storage, [3])
     assert mappings.expired() == []
-    mapping.handle.reclaim()  # on a CPU the handle's own mapping keeps the storage
-    mapping.handle.storage = None
+    mapping.handles[3].reclaim()  # on a CPU the handle's own mapping keeps the storage
+    mapping.handles[3].storage = None
     del storage
     assert mappings.expired() == [mapping]
 
 
 def test_the_version_changes_with_every_mapping_that_is_added_or_removed():
-    mappings = PersistentMappings(CPU)
+    mappings = PersistentMappings(CPU, 3)
     storage = shared()
     versions = [mappings.version]
-    mapping = mappings.add(storage)
+    mapping = mappings.add(storage, [3])
     versions.append(mappings.version)
     mappings.uses([storage])
-    mappings.remove(set())
+    mappings.retire([])
     assert mappings.version == versions[-1], "nothing has changed"
-    mappings.remove({mapping.name})
+    mappings.retire([mapping])
     versions.append(mappings.version)
     mappings.reclaim()
     versions.append(mappings.version)
     assert len(set(versions)) == 4
-    mapping.handle.reclaim()
+    mapping.handles[3].reclaim()
 
 
 def test_what_the_engine_never_released_is_reclaimed_after_its_end():
-    mappings = PersistentMappings(CPU)
+    mappings = PersistentMappings(CPU, 3)
     storage = shared()
-    mapping = mappings.add(storage)
-    assert mapping.handle.count() == 1
+    mapping = mappings.add(storage, [3])
+    assert mapping.handles[3].count() == 1
     mappings.reclaim()
-    assert mapping.handle.count() == 0 and len(mappings) == 0
+    assert mapping.handles[3].count() == 0 and len(mappings) == 0
+
+
+def test_every_reader_has_an_export_of_its_own():
+    mappings = PersistentMappings(CPU, 3)
+    storage = shared()
+    mapping = mappings.add(storage, [3, 5])
+    assert mapping.name.startswith("r3/") and list(mapping.handles) == [3, 5]
+    readers = [open_handle(mapping.handles[rank].describe(), CPU) for rank in (3, 5)]
+    assert not mapping.is_released
+    readers.pop()
+    assert not mapping.is_released, "one still has it open"
+    readers.pop()
+    assert mapping.is_released
+    mappings.reclaim()
+
+
+def test_what_workers_of_other_slices_map_is_not_reclaimed_with_this_engine():
+    taken: list[int] = []
+
+    class Handle:
+        def __init__(self, rank):
+            self.rank = rank
+
+        def reclaim(self):
+            taken.append(self.rank)
+
+    mappings = PersistentMappings(CPU, 3)
+    mapping = mappings.add(shared(), [3])
+    mapping.handles[3].reclaim()
+    mapping.handles.clear()
+    mapping.handles.update({rank: Handle(rank) for rank in (2, 3, 5)})
+    mappings.reclaim([2, 3])
+    assert taken == [2, 3] and len(mappings) == 0
 
 
 # --- for one sync alone ------------------------------------------------------------------------------------------------
@@ -103,38 +140,42 @@ def test_what_the_engine_never_released_is_reclaimed_after_its_end():
 
 @pytest.fixture
 def persistent():
-    mappings = PersistentMappings(CPU)
+    mappings = PersistentMappings(CPU, 3)
     yield mappings
     mappings.reclaim()
 
 
 @pytest.fixture
 def transient(persistent):
-    mappings = TransientMappings(ipc_payload.Ledger(rank=0), persistent, tp_rank=1)
+    mappings = TransientMappings(ipc_payload.Ledger(rank=0), persistent, rank=3)
     yield mappings
     mappings.reclaim()
 
 
 def counts(transient):
-    return [handle.count() for _, handle in transient._handles]
+    return [handle.count() for handle in transient._handles.values()]
 
 
 def test_every_storage_is_exported_once_and_persistent_mappings_are_not(persistent, transient):
     one, two, mapped = shared(), shared(), shared()
-    persistent.add(mapped)
-    transient.export([one, two, one, mapped])
-    assert transient.regions == {one._cdata: "stage/0", two._cdata: "stage/1"}
-    assert [region for region, _ in transient.described()] == ["stage/0", "stage/1"] and counts(transient) == [1, 1]
-    assert transient.ledger.num_exported == 2 and transient.error is None
+    persistent.add(mapped, [3])
+    transient.export([one, two, one, mapped], 3, 1)
+    names = ["r3/stage/0", "r3/stage/1"]
+    assert transient.regions == dict(zip([one._cdata, two._cdata], names))
+    assert [region for region, _ in transient.described(3)] == names and counts(transient) == [1, 1]
+    transient.export([two], 7, 0)
+    assert [region for region, _ in transient.described(7)] == names[1:], "another reader, another export"
+    assert len(transient.described(3)) == 2 and transient.ledger.num_exported == 3
+    assert transient.error is None
     assert persistent.uses([one, two]) == [STEADY, STEADY], "where they are now is where they were at this sync"
 
 
 def test_an_export_that_is_not_needed_is_taken_back(transient):
-    transient.export([shared(), shared()])
-    handles = [handle for _, handle in transient._handles]
+    transient.export([shared(), shared()], 3, 1)
+    handles = [handle for handle in transient._handles.values()]
     transient.reclaim()
     assert [handle.count() <= 0 for handle in handles] == [True, True]
-    assert transient.regions == {} and transient.described() == [] and transient.ledger.outstanding() == []
+    assert transient.regions == {} and transient.described(3) == [] and transient.ledger.outstanding() == []
 
 
 def test_an_export_that_fails_is_kept_for_the_agreement(monkeypatch, transient):
@@ -147,14 +188,14 @@ def test_an_export_that_fails_is_kept_for_the_agreement(monkeypatch, transient):
         return original(storage)
 
     monkeypatch.setattr(ipc_payload, "export_storage", export)
-    transient.export([first, second])
+    transient.export([first, second], 3, 1)
     assert "no memory" in str(transient.error) and list(transient.regions) == [first._cdata]
     transient.reclaim()
     assert transient.error is None and transient.ledger.outstanding() == []
 
 
 def test_a_handle_that_was_not_opened_is_named(transient):
-    transient.export([shared()])
+    transient.export([shared()], 3, 1)
     transient.note_opened({1: False})
     [item] = transient.ledger.outstanding()
     assert item.fate is ipc_payload.Fate.NEVER_OPENED and item.tp_rank == 1

@@ -21,9 +21,11 @@ from tpcolocate.in_server.tpcolocate_receiver.protocol import (
     LoadBucket,
     OpenSession,
     Probe,
+    ProbeRanks,
     ProbeResult,
     ProgramResult,
     ProtocolError,
+    RanksInReach,
     ReleaseStaging,
     Reply,
     RunProgram,
@@ -48,16 +50,20 @@ COPIES = {"w": [[0, [4, 4], [4, 1], "float32"]]}
 COMMANDS = [
     WarmUp([["w", [4, 4]]]),
     Probe(HANDLE, [1, -2]),
+    ProbeRanks([[3, HANDLE, [1, -2]]]),
     DryRun([["w", "float32", [4, 4]]]),
     LoadBucket(HANDLE, [1, -2], [["w", "float32", [4, 4], 0, 64]], watch=True, report_trace=True),
-    RunProgram(["a"], [["b", HANDLE]], [["p", [["w", 0, None, None, "b", 0, "float32", [4, 1]]]]], "p", False, True),
+    RunProgram(
+        ["a"], [["b", HANDLE]], [["p", 1, [["w", 0, None, None, "b", 0, "float32", [4, 1], 0, 1]]]], "p", False, True
+    ),
     ReleaseStaging(),
     FindUnwritten(),
     Leave(),
 ]
 RESULTS = [
     None,
-    Greeting("GPU-1", "a1"),
+    Greeting("GPU-1", "a1", "b2"),
+    RanksInReach([0, 2], {"1": "RuntimeError: no"}),
     ProbeResult(None),
     DryRunResult(COPIES),
     BucketResult(["a"], ["b"], {"c": 3}, True, COPIES, None, {"load": 0.5}),

@@ -4,8 +4,12 @@ The worker is the receiver's own code (`CopyPlan`, `CopyProgram`) over a small m
 around it, its processes and handles are in test_engine.py and test_faults.py.
 """
 
+import itertools
+from dataclasses import replace
+
 import pytest
 import torch
+import torch.distributed as dist
 from harness import run_ranks
 from torch import nn
 
@@ -18,10 +22,15 @@ from tpcolocate.in_server.tpcolocate_receiver.loader_trace import BucketTensors,
 from tpcolocate.weights.plan.loader_map import LoaderMap
 from tpcolocate.weights.plan.sharding import CachedShards, ShardFinder, layouts_of
 from tpcolocate.weights.plan.slices import reads_of
-from tpcolocate.weights.plan.transfer_plan import Cost, TpLayout, TransferRequest, costs_here, plan_transfer
-from tpcolocate.weights.transport.mapped_memory import PersistentMappings
+from tpcolocate.weights.plan.transfer_plan import Cost, Reach, TpLayout, TransferRequest, costs_here, plan_transfer
 from tpcolocate.weights.transport.mesh import Mesh
-from tpcolocate.weights.transport.staging import PlannedTransfer, Transfer, program_definitions
+from tpcolocate.weights.transport.staging import (
+    PlannedTransfer,
+    SourceBlock,
+    Transfer,
+    half_region,
+    program_definitions,
+)
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(120)]
 
@@ -111,62 +120,99 @@ def sharded(how, weights):
     return found
 
 
-def transfers_on_a_rank(rank, how, staging_bytes):
+REACHES = {
+    "nobody": frozenset(),
+    "everybody": frozenset(itertools.product(range(WORLD), repeat=2)),
+    "their slice": frozenset((q, p) for q in range(WORLD) for p in range(WORLD) if q // TP == p // TP),
+    "the next rank": frozenset((q, (q + 1) % WORLD) for q in range(WORLD)),
+}
+"""Whose memory a worker can map: (position of the reader, position of the holder)."""
+
+
+def transfers_on_a_rank(rank, how, staging_bytes, reach="nobody"):
     model, copy_plan, entries, _ = traced(rank % TP)
     loader_map = LoaderMap()
     loader_map.update({k: traced(k)[3] for k in range(TP)}, entries, TP, loaded=True)
     finder, device = ShardFinder(), torch.device("cpu")
     mesh = Mesh(device, Deadline.after(60))
-    layout = TpLayout(rank % TP, TP, {r: r % TP for r in range(WORLD)})
+    first = rank - rank % TP
+    layout = TpLayout(rank, tuple(range(first, first + TP)), {r: r % TP for r in range(WORLD)})
     seen = []
     planned = None
     for seed in (1, 2):
         weights = full_weights(seed)
-        shards = {name: finder.find(tensor) for name, tensor in sharded(how, weights).items()}
+        shards = {name: finder.find(tensor) for name, tensor in sharded(how.split(",")[0], weights).items()}
         assert all(one is not None for one in shards.values())
+        if how.endswith("computed"):
+            shards = {name: computed(one) for name, one in shards.items()}
         if planned is None:
-            request = TransferRequest(shards, loader_map.reads, frozenset(), layout)
+            groups = {one.group: Reach() for one in shards.values() if one.group is not None}
+            for group in groups:
+                ranks = dist.get_process_group_ranks(group)
+                pairs = {(q, p) for q, p in itertools.product(range(len(ranks)), repeat=2)
+                         if (ranks[q], ranks[p]) in REACHES[reach]}  # fmt: skip
+                groups[group] = Reach(frozenset(pairs))
+            request = TransferRequest(shards, loader_map.reads, frozenset(), layout, groups)
             plan = plan_transfer(request, agreed_costs(mesh, request), staging_bytes=staging_bytes, key="plan")
-            planned = PlannedTransfer.of(plan, shards, device)
-            definitions = program_definitions(plan, shards, PersistentMappings(device), {})
-            programs = {key: CopyProgram(slices, copy_plan) for key, slices in definitions}
+            blocks = {source: SourceBlock((), (), 0) for source in plan.sources}
+            planned = PlannedTransfer.of(plan, shards, device, blocks, {})
+            definitions = program_definitions(plan, blocks)
+            programs = {key: CopyProgram(num_sums, slices, copy_plan) for key, num_sums, slices in definitions}
         transfer = Transfer(planned, shards, mesh)
-        regions = {f"stage{i}": torch.zeros(plan.stage_bytes, dtype=torch.uint8) for i in (0, 1)}
-        found = {}
+        found = []
         for i in range(len(plan.stages)):
-            regions[f"stage{i % 2}"].copy_(transfer.fill_stage(i))
-            found[f"plan/{i}"], _ = programs[f"plan/{i}"].run(copy_plan, regions, keep_views=False)
-        expected = transfer.expected_checksums()
+            half = transfer.fill_stage(i)
+            # As mapped memory: every worker sees the halves of the ranks that it reaches, and of no others.
+            halves = mesh.all_gather_objects(dist.group.WORLD, half)
+            regions = {
+                half_region(r, i): one for r, one in enumerate(halves) if r == rank or (rank, r) in REACHES[reach]
+            }
+            found.append(programs[f"plan/{i}"].run(copy_plan, regions, keep_views=False)[0])
+        expected = transfer.expected_staged()
         reference = Worker(rank % TP)
         reference.load_weights(weights.items())
         seen.append({
             "equal": all(torch.equal(getattr(model, name), getattr(reference, name)) for name in SHAPES),
-            "sums": all(found[key] == expected[key] for key in found) and len(found) == len(plan.stages),
+            "sums": found == expected and len(found) == len(plan.stages),
             "stages": len(plan.stages), "stage": plan.stage_bytes, "send": plan.send_bytes,
-            "staged": sum(stage.num_bytes for stage in plan.stages),
+            "staged": plan.staged_bytes,
             "sent": sum(sum(stage.send_bytes) for stage in plan.stages),
         })  # fmt: skip
     return seen
+
+
+def computed(shard):
+    """The same, made when it is asked for, region by region."""
+
+    def compute(region):
+        view = shard.local
+        for dim, (start, length) in enumerate(zip(region.starts, region.lengths)):
+            view = view.narrow(dim, start - shard.region.starts[dim], length)
+        return view.clone()
+
+    return replace(shard, local=torch.empty(0, dtype=shard.local.dtype), compute=compute)
 
 
 def agreed_costs(mesh, request):
     costs = {}
     for group in request.groups:
         here = costs_here(request, group)
-        if group is not None:
+        if group is not None and here:
             most = iter(mesh.max(group, [n for cost in here.values() for n in (cost.num_bytes, int(cost.is_sent))]))
             here = {name: Cost(size, bool(is_sent)) for name, size, is_sent in zip(here, most, most)}
         costs[group] = here
     return costs
 
 
-WAYS = ["plain", "fsdp", "hsdp", "tensor_parallel", "mixed", "bf16"]
+WAYS = ["plain", "fsdp", "hsdp", "tensor_parallel", "mixed", "bf16", "fsdp, computed", "plain, computed"]
 LITTLE = 3 * 512
 
 
 def all_on_a_rank(rank):
-    found = {how: transfers_on_a_rank(rank, how, 2**20) for how in WAYS}
-    return found | {f"{how}, little room": transfers_on_a_rank(rank, how, LITTLE) for how in ("fsdp", "plain")}
+    found = {(how, reach): transfers_on_a_rank(rank, how, 2**20, reach) for how in WAYS for reach in REACHES}
+    little = {(f"{how}, little room", reach): transfers_on_a_rank(rank, how, LITTLE, reach)
+              for how in ("fsdp", "plain") for reach in REACHES}  # fmt: skip
+    return found | little
 
 
 @pytest.fixture(scope="module")
@@ -175,29 +221,36 @@ def found():
     return run_ranks(all_on_a_rank, WORLD, timeout_s=90)
 
 
+@pytest.mark.parametrize("reach", REACHES)
 @pytest.mark.parametrize("how", WAYS)
-def test_every_worker_gets_what_its_loader_would_have_taken(found, how):
+def test_every_worker_gets_what_its_loader_would_have_taken(found, how, reach):
     for rank, of_rank in enumerate(found):
-        seen = of_rank[how]
+        seen = of_rank[how, reach]
         assert all(one["equal"] and one["sums"] for one in seen), (rank, seen)
-        assert (seen[0]["sent"] > 0) == (how != "plain"), "what another rank reads is sent to it, and nothing else"
+        is_sent = not how.startswith("plain") and reach != "everybody"
+        if reach in ("nobody", "everybody"):
+            assert (seen[0]["sent"] > 0) == is_sent, (
+                "what another rank's worker cannot map is sent to it, and nothing else"
+            )
 
 
+@pytest.mark.parametrize("reach", REACHES)
 @pytest.mark.parametrize("how", ["fsdp", "plain"])
-def test_little_staging_memory_is_kept_to(found, how):
-    of_ranks = [of_rank[f"{how}, little room"] for of_rank in found]
+def test_little_staging_memory_is_kept_to(found, how, reach):
+    of_ranks = [of_rank[f"{how}, little room", reach] for of_rank in found]
     assert len({seen[0]["stages"] for seen in of_ranks}) == 1, "all ranks go through the same steps"
     for seen in of_ranks:
         assert all(one["equal"] and one["sums"] for one in seen)
         # slices of the largest tensor are rounded up to a row, and parts to their alignment
-        assert 2 * seen[0]["stage"] + seen[0]["send"] <= 1.25 * LITTLE and seen[0]["stages"] > 3
+        assert 2 * seen[0]["stage"] + seen[0]["send"] <= 1.25 * LITTLE
+        assert seen[0]["stages"] > (3 if reach == "nobody" else 1)
 
 
 def test_a_rank_of_two_moves_half_of_the_bytes(found):
     """Of what is cut in two; norms are read by both."""
     whole = sum(torch.Size(shape).numel() * 2 for shape in SHAPES.values())
     for of_rank in found:
-        assert whole / 2 <= of_rank["fsdp"][0]["staged"] < 0.62 * whole
+        assert whole / 2 <= of_rank["fsdp", "nobody"][0]["staged"] < 0.62 * whole
 
 
 class Slow:
@@ -228,10 +281,11 @@ def test_shards_that_are_laid_out_as_before_are_looked_up_when_they_are_needed()
 def test_memory_that_was_released_is_taken_anew():
     shards = {"w": ShardFinder().find(torch.ones(4, 4))}
     reads = {"w": (reads_of([[0, [4, 4], [4, 1], "float32"]], (4, 4)),)}
-    request = TransferRequest(shards, reads, frozenset(), TpLayout(0, 1, {0: 0}))
+    request = TransferRequest(shards, reads, frozenset(), TpLayout(0, (0,), {0: 0}), {})
     device = torch.device("cpu")
     plan = plan_transfer(request, {None: costs_here(request, None)}, staging_bytes=2**20, key="plan")
-    transfer = Transfer(PlannedTransfer.of(plan, shards, device), shards, Mesh(device, Deadline.never()))
+    blocks = {source: SourceBlock((), (), 0) for source in plan.sources}
+    transfer = Transfer(PlannedTransfer.of(plan, shards, device, blocks, {}), shards, Mesh(device, Deadline.never()))
     transfer.prepare()
     first = transfer.halves[0]
     transfer.prepare()
@@ -240,4 +294,5 @@ def test_memory_that_was_released_is_taken_anew():
     assert transfer.halves == []
     half = transfer.fill_stage(0)
     assert half.view(torch.float32)[:16].tolist() == [1.0] * 16 and half is not first
-    assert transfer.expected_checksums() == {"plan/direct": [], "plan/0": [int(torch.ones(16).view(torch.int64).sum())]}
+    assert transfer.expected_direct() == [[]]
+    assert transfer.expected_staged() == [[int(torch.ones(16).view(torch.int64).sum())]]

@@ -24,7 +24,8 @@ class RankReport:
         num_returned: Those that were released; equal to `num_exported` after a good sync.
         num_mapped: Handles of this rank's own parameters that the engine keeps open from sync to sync.
         latest_return_s: Longest time from the engine's answer to the release of a handle, in seconds.
-        direct_bytes: Bytes that this rank's TP worker copied straight from this rank's parameters.
+        own_bytes: Bytes that this rank's TP worker copied straight from this rank's parameters.
+        peer_bytes: Bytes that it copied straight from the parameters of other ranks, on their GPUs.
         staged_bytes: Bytes that went through this rank's staging memory.
         peak_extra_bytes: Peak memory of the sync on this rank's device beyond what was allocated before (staging and
             gathered tensors), as the allocator counts it; staging memory alone on a CPU.
@@ -37,10 +38,16 @@ class RankReport:
     num_returned: int
     num_mapped: int
     latest_return_s: float
-    direct_bytes: int
+    own_bytes: int
+    peer_bytes: int
     staged_bytes: int
     peak_extra_bytes: int
     allocated_bytes: int
+
+    @property
+    def direct_bytes(self) -> int:
+        """Bytes that were copied straight from parameters, wherever they lie."""
+        return self.own_bytes + self.peer_bytes
 
     @property
     def num_lent(self) -> int:

@@ -59,8 +59,9 @@ class CopyProgram:
         plan: Of the model.
     """
 
-    def __init__(self, slices: Sequence[Sequence[Any]], plan: CopyPlan) -> None:
-        self.regions = {region for _, _, _, _, region, *_ in slices}
+    def __init__(self, num_sums: int, slices: Sequence[Sequence[Any]], plan: CopyPlan) -> None:
+        self._num_sums = num_sums
+        self.regions = {one[4] for one in slices}
         self._names = list(dict.fromkeys(name for name, *_ in slices))
         targets = [
             _narrowed(plan.target(name, number), starts, lengths) for name, number, starts, lengths, *_ in slices
@@ -69,8 +70,12 @@ class CopyProgram:
         self._checksums = torch.empty(len(targets), dtype=torch.int64, device=self._device)
         self._slices = [
             _Slice(dst, word_view(dst), out, region, first, getattr(torch, dtype), strides)
-            for dst, out, (*_, region, first, dtype, strides) in zip(targets, self._checksums.unbind(), slices)
+            for dst, out, (_, _, _, _, region, first, dtype, strides, _, _) in zip(
+                targets, self._checksums.unbind(), slices
+            )
         ]
+        self._slots = torch.tensor([one[-2] for one in slices], dtype=torch.int64, device=self._device)
+        self._weights = torch.tensor([one[-1] for one in slices], dtype=torch.int64, device=self._device)
         self._views: Views | None = None
         self._table: CopyTable | None = None
         self._rest = list(range(len(targets)))
@@ -93,7 +98,7 @@ class CopyProgram:
             kernel does all of it.
         """
         if not self._slices:
-            return [], {}
+            return [0] * self._num_sums, {}
         launch = kernels.ready(self._device)
         views = self._views
         if views is None or (launch is not None and not self._is_divided):
@@ -112,7 +117,8 @@ class CopyProgram:
             if one.words is None:
                 one.checksum.copy_(word_sum(one.dst))
         ended = _mark(self._checksums)
-        found = self._checksums.tolist()
+        sums = torch.zeros(self._num_sums, dtype=torch.int64, device=self._device)
+        found = sums.index_add_(0, self._slots, self._checksums * self._weights).tolist()
         return found, {"copy" if self._rest else "one_pass": _between(started, ended)}
 
     def forget_views(self) -> None:

@@ -66,6 +66,17 @@ class Probe:
 
 
 @dataclass(frozen=True, slots=True)
+class ProbeRanks:
+    """Find out which ranks' memory can be mapped; answered with `RanksInReach`.
+
+    Attributes:
+        probes: Of each rank a little memory: [global rank, handle, checksum].
+    """
+
+    probes: Sequence[Sequence[Any]]
+
+
+@dataclass(frozen=True, slots=True)
 class DryRun:
     """Trace the engine's loader without weights; answered with `DryRunResult`.
 
@@ -101,8 +112,10 @@ class RunProgram:
 
     Attributes:
         release: Names of regions to unmap.
-        map: Regions to map, each [name, handle]; those whose names begin with ``stage`` end with the session.
-        define: Programs in the place of all that there were, each [name, slices]; see `copy_plan.CopyProgram`.
+        map: Regions to map, each [name, handle].  A name begins with the rank whose memory it is (``r3/``); regions named
+            ``stage...`` behind that end with the session.
+        define: Programs in the place of all that there were, each [name, number of sums, slices]; see
+            `copy_program.CopyProgram`.
         program: Name of the program to run.
         keep_views: Whether the regions that it reads stay mapped after this.
         is_last: Leave the session after the reply.
@@ -118,7 +131,13 @@ class RunProgram:
 
 @dataclass(frozen=True, slots=True)
 class ReleaseStaging:
-    """Unmap the regions whose names begin with ``stage``; answered without a result."""
+    """Unmap the regions of staging memory; answered without a result.
+
+    Attributes:
+        mapped: Also those that are mapped from sync to sync.
+    """
+
+    mapped: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +150,7 @@ class Leave:
     """End the session; not answered."""
 
 
-Command = WarmUp | Probe | DryRun | LoadBucket | RunProgram | ReleaseStaging | FindUnwritten | Leave
+Command = WarmUp | Probe | ProbeRanks | DryRun | LoadBucket | RunProgram | ReleaseStaging | FindUnwritten | Leave
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,10 +206,12 @@ class Greeting:
     Attributes:
         device_uuid: UUID of the worker's GPU; None on a CPU.
         plan_id: Another one once the worker has discarded what it traced.
+        worker_id: Another one in a worker that has mapped nothing yet.
     """
 
     device_uuid: str | None
     plan_id: str
+    worker_id: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +219,19 @@ class ProbeResult:
     """See `Greeting`."""
 
     device_uuid: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class RanksInReach:
+    """Which ranks' memory could be mapped.
+
+    Attributes:
+        ranks: Those whose memory was mapped and holds what it should.
+        problems: Rank, as text in JSON -> why its memory was not.
+    """
+
+    ranks: Sequence[int]
+    problems: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,7 +269,7 @@ class ProgramResult:
     """What a program did.
 
     Attributes:
-        checksums: Of every slice's target, in the order of the slices; None if no program was run.
+        checksums: The program's sums; None if no program was run.
         step_seconds: Step -> seconds.
     """
 
@@ -250,7 +284,7 @@ class UnwrittenParameters:
     names: Sequence[str]
 
 
-Result = Greeting | ProbeResult | DryRunResult | BucketResult | ProgramResult | UnwrittenParameters
+Result = Greeting | ProbeResult | RanksInReach | DryRunResult | BucketResult | ProgramResult | UnwrittenParameters
 
 
 @dataclass(frozen=True, slots=True)
@@ -338,8 +372,8 @@ def decode_reply(text: str | bytes) -> Reply:
     return _decoded(parts, (Reply,))
 
 
-_COMMANDS = (WarmUp, Probe, DryRun, LoadBucket, RunProgram, ReleaseStaging, FindUnwritten, Leave)
-_RESULTS = (Greeting, ProbeResult, DryRunResult, BucketResult, ProgramResult, UnwrittenParameters)
+_COMMANDS = (WarmUp, Probe, ProbeRanks, DryRun, LoadBucket, RunProgram, ReleaseStaging, FindUnwritten, Leave)
+_RESULTS = (Greeting, ProbeResult, RanksInReach, DryRunResult, BucketResult, ProgramResult, UnwrittenParameters)
 _MESSAGES: tuple[type[Any], ...] = (OpenSession, Envelope, WorkerError, Reply, *_COMMANDS, *_RESULTS)
 _FIELDS = {cls: tuple(field.name for field in fields(cls)) for cls in _MESSAGES}
 _REQUIRED = {cls: tuple(field.name for field in fields(cls) if field.default is MISSING) for cls in _MESSAGES}

@@ -7,6 +7,7 @@ is dismissed, its trainer is gone, or the session has timed out.
 from __future__ import annotations
 
 import logging
+import secrets
 import threading
 import time
 import traceback
@@ -34,7 +35,7 @@ _POLL_MS = 200
 # For the last reply to leave after the socket was closed.
 _LINGER_MS = 2000
 _STAGE = "stage"
-"""How the names of regions begin that are mapped for the length of one session."""
+"""How the names of regions begin, behind their rank, that are mapped for the length of one session."""
 
 
 class WorkerState:
@@ -44,9 +45,11 @@ class WorkerState:
         plan: Traced from the model's loader.
         programs: Defined by the trainer; they copy as the plan does.
         regions: The trainer's memory that is mapped here, by the name that the trainer gave it.
+        identity: Of this object: of what is mapped.
     """
 
     def __init__(self) -> None:
+        self.identity = secrets.token_hex(8)
         self.plan = CopyPlan()
         self.programs: dict[str, CopyProgram] = {}
         self.regions: dict[str, torch.Tensor] = {}
@@ -71,7 +74,7 @@ class WorkerState:
 
     def release_staging(self) -> None:
         """Unmap the regions that end with the session."""
-        self.release([name for name in self.regions if name.startswith(_STAGE)])
+        self.release([name for name in self.regions if name.partition("/")[2].startswith(_STAGE)])
 
 
 class Receiver:
@@ -204,18 +207,32 @@ class Session:
 
     def _greet(self) -> protocol.Greeting:
         self._check_address(self._opening.tp_rank)
-        return protocol.Greeting(device_uuid(), self._state.plan.identity)
+        return protocol.Greeting(device_uuid(), self._state.plan.identity, self._state.identity)
 
     def _probe(self, command: protocol.Probe) -> protocol.ProbeResult:
-        flat = open_handle(command.handle, self._device)
+        found = list(checksum(open_handle(command.handle, self._device)))
         self._opened = True
-        found = list(checksum(flat))
-        del flat
         if found != command.checksum:
             raise RuntimeError("the handle opened, but on other memory than the trainer's")
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return protocol.ProbeResult(device_uuid())
+
+    def _probe_ranks(self, command: protocol.ProbeRanks) -> protocol.RanksInReach:
+        ranks, problems = [], {}
+        for rank, handle, expected in command.probes:
+            try:
+                flat = open_handle(handle, self._device)
+                if flat.device != self._device:
+                    raise RuntimeError(f"the handle opened on {flat.device}, which {self._device} cannot read")
+                if list(checksum(flat)) != expected:
+                    raise RuntimeError("the handle opened, but on other memory than the trainer's")
+                ranks.append(rank)
+            except Exception as error:  # an answer, not an accident
+                problems[str(rank)] = f"{type(error).__name__}: {error}"
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return protocol.RanksInReach(ranks, problems)
 
     def _load_bucket(self, command: protocol.LoadBucket) -> protocol.BucketResult:
         """Load full tensors by the engine's loader, or by planned copies."""
@@ -292,7 +309,7 @@ class Session:
         self._opened = True
         clock.lap("open")
         if command.define is not None:
-            state.programs = {name: CopyProgram(slices, state.plan) for name, slices in command.define}
+            state.programs = {name: CopyProgram(num, slices, state.plan) for name, num, slices in command.define}
         clock.lap("define")
         checksums: list[int] | None = None
         if command.program is not None:
@@ -308,6 +325,8 @@ class Session:
         return protocol.ProgramResult(checksums, clock.seconds)
 
     def _release_staging(self, command: protocol.ReleaseStaging) -> None:
+        if command.mapped:
+            self._state.release(list(self._state.regions))
         self._state.release_staging()
 
     def _find_unwritten(self, command: protocol.FindUnwritten) -> protocol.UnwrittenParameters:
@@ -317,6 +336,7 @@ class Session:
 _HANDLERS: dict[type[Any], Callable[[Session, Any], Any]] = {
     protocol.WarmUp: Session._warm_up,
     protocol.Probe: Session._probe,
+    protocol.ProbeRanks: Session._probe_ranks,
     protocol.DryRun: Session._dry_run,
     protocol.LoadBucket: Session._load_bucket,
     protocol.RunProgram: Session._run_program,

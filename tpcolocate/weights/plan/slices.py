@@ -107,12 +107,19 @@ def is_read_whole(reads: ReadsOfRanks, shape: Sequence[int]) -> bool:
     return is_covered([read.region for of_rank in reads for read in of_rank], shape)
 
 
-def slices_of(name: str, reads: Sequence[Read], regions: Sequence[Region]) -> list[TensorSlice]:
-    """Cut a TP rank's reads of one tensor along the shard regions of the ranks that have it."""
+def slices_of(name: str, reads: Sequence[Read], regions: Sequence[Region], *, first: int = 0) -> list[TensorSlice]:
+    """Cut a TP rank's reads of one tensor along the shard regions of the ranks that have it.
+
+    Args:
+        name: Of the tensor.
+        reads: Of the TP rank.
+        regions: Of the ranks, in the order of their positions.
+        first: Position of the first of them.
+    """
     return [
         TensorSlice(name, read, part, holder)
         for read in reads
-        for holder, region in enumerate(regions)
+        for holder, region in enumerate(regions, first)
         if (part := read.region.meet(region)) is not None
     ]
 
@@ -126,6 +133,52 @@ def within(slices: Sequence[TensorSlice], region: Region | None) -> list[TensorS
         for one in slices
         if (part := one.region.meet(region)) is not None
     ]
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Slices that one worker reads of one rank's memory, and how their checksums are added up.
+
+    Every slice has a weight of its own in its sum, so that the sum also notices slices that trade places.
+
+    Attributes:
+        slices: In order.
+        sums: Number of the sum that each slice's checksum is added to.
+        weights: What each slice's checksum is multiplied by; odd.
+        labels: Of the sums, for errors.
+        num_bytes: As the worker writes them.
+    """
+
+    slices: Sequence[TensorSlice]
+    sums: Sequence[int]
+    weights: Sequence[int]
+    labels: Sequence[str]
+    num_bytes: int
+
+
+def block_of(slices: Sequence[TensorSlice]) -> Block:
+    """Give the slices of each tensor, and of all experts of a layer, one sum."""
+    numbers: dict[str, int] = {}
+    counts: list[int] = []
+    sums, weights = [], []
+    for one in slices:
+        number = numbers.setdefault(label_of(one.name), len(counts))
+        if number == len(counts):
+            counts.append(0)
+        sums.append(number)
+        weights.append(2 * counts[number] + 1)
+        counts[number] += 1
+    return Block(slices, sums, weights, list(numbers), sum(one.num_bytes for one in slices))
+
+
+def label_of(name: str) -> str:
+    """Return a tensor's name without the number of its expert: the second number, behind that of the layer."""
+    parts = name.split(".")
+    numbers = [i for i, part in enumerate(parts) if part.isdigit()]
+    if len(numbers) < 2:
+        return name
+    parts[numbers[1]] = "*"
+    return ".".join(parts)
 
 
 def place(slices: Sequence[TensorSlice], first: int = 0) -> tuple[list[int], int]:
@@ -152,11 +205,14 @@ def cut(names: Sequence[str], costs: Mapping[str, int], limit: int) -> list[list
 
 __all__ = [
     "ALIGNMENT",
+    "Block",
     "Read",
     "ReadsOfRanks",
     "TensorSlice",
+    "block_of",
     "cut",
     "is_read_whole",
+    "label_of",
     "place",
     "reads_of",
     "slices_of",

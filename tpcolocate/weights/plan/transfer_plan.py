@@ -1,23 +1,79 @@
-"""The transfer plan of a rank: what the TP worker reads in place, and what is staged for it, stage by stage.  Pure.
+"""The transfer plan of a rank: what workers read where it lies, and what is staged for them, stage by stage.  Pure.
 
 The loader map says which part of which tensor each TP rank copies.  From that and from the shards of the training ranks
-the rest follows: a part that lies in memory which the worker maps is read there; a part of this rank that the worker
-does not map is staged; a part of another rank is sent to this rank's staging memory.
+the rest follows.  A part that lies in memory which the reading worker maps, its own rank's or another's, is read there.
+What cannot be mapped (memory on the CPU or that moves, computed tensors) its rank puts into staging memory, which the
+readers map.  Where a worker cannot map a rank's memory at all (another host, no peer access) the part is sent to the
+staging memory of the worker's own rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch.distributed as dist
 
 from tpcolocate.in_server.tpcolocate_receiver.regions import Region, whole
-from tpcolocate.weights.plan.sharding import LocalShard, Shards, mesh_groups, shard_regions
-from tpcolocate.weights.plan.slices import ReadsOfRanks, TensorSlice, cut, place, slices_of, within
+from tpcolocate.weights.plan.sharding import Shards, mesh_groups, shard_regions
+from tpcolocate.weights.plan.slices import Block, ReadsOfRanks, TensorSlice, block_of, cut, place, slices_of, within
 
 Group = dist.ProcessGroup | None
+
+
+@dataclass(frozen=True, slots=True)
+class TpLayout:
+    """Where this rank and those of its meshes stand in their tp slices.
+
+    Attributes:
+        rank: This global rank.
+        slice_ranks: Global ranks of its slice, in tp order.
+        tp_ranks: Global rank -> TP rank, for all ranks of the job that share meshes with this one.
+    """
+
+    rank: int
+    slice_ranks: tuple[int, ...]
+    tp_ranks: Mapping[int, int]
+
+    @property
+    def tp_rank(self) -> int:
+        return self.slice_ranks.index(self.rank)
+
+    @property
+    def tp_size(self) -> int:
+        return len(self.slice_ranks)
+
+    def ranks_of(self, group: Group) -> list[int]:
+        """Return a group's global ranks, in its order; this rank alone without one."""
+        return [self.rank] if group is None else dist.get_process_group_ranks(group)
+
+    def of_group(self, group: Group) -> list[int]:
+        """Return the TP ranks of a group's ranks, in its order; of this rank alone without one."""
+        return [self.tp_rank] if group is None else [self.tp_ranks[r] for r in self.ranks_of(group)]
+
+    def spans_slices(self, group: Group) -> bool:
+        """Return whether a group has ranks of other slices; the same on all of its ranks."""
+        return not set(self.slice_ranks).issuperset(self.ranks_of(group))
+
+
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """Which workers can map which ranks' memory, among the ranks of a group; the same on all of them.
+
+    Attributes:
+        pairs: (position of the worker's rank, position of the rank whose memory it is).
+    """
+
+    pairs: frozenset[tuple[int, int]] = frozenset()
+
+    def can(self, reader: int, holder: int) -> bool:
+        """Return whether it can; a worker reaches its own rank."""
+        return reader == holder or (reader, holder) in self.pairs
+
+    def is_complete(self, size: int) -> bool:
+        """Return whether all of `size` ranks reach each other."""
+        return all(self.can(reader, holder) for reader in range(size) for holder in range(size))
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,33 +81,33 @@ class Stage:
     """What is staged at once.
 
     Attributes:
-        group: Among whose ranks slices are sent; None if all of them lie here.
+        group: Among whose ranks the tensors are sharded; None if all of them lie here.
+        given: TP rank -> slices of this rank that the workers of that TP rank read in this rank's staging memory.
+        send: Position in the group -> slices that go to the staging memory there.
         receive: Position in the group -> slices that come from there.
-        send: Position in the group -> slices that go there.
-        local: This rank's own slices.
+        taken: What this rank's worker copies: position of the rank in whose staging memory it lies, slice, first byte.
         receive_bytes: Staging memory of what is received, by position.
         send_bytes: Bytes that are sent, by position.
-        num_bytes: Staging memory in all.
+        num_bytes: Staging memory of this rank in all.
         is_sent: Whether any rank of the group sends anything; the all-to-all is left out otherwise.
+        position: Of this rank in the group.
     """
 
     group: Group
-    receive: list[list[TensorSlice]]
-    send: list[list[TensorSlice]]
-    local: list[TensorSlice]
-    receive_bytes: list[int]
-    send_bytes: list[int]
+    given: Mapping[int, Sequence[TensorSlice]]
+    send: Sequence[Sequence[TensorSlice]]
+    receive: Sequence[Sequence[TensorSlice]]
+    taken: Sequence[tuple[int, TensorSlice, int]]
+    receive_bytes: Sequence[int]
+    send_bytes: Sequence[int]
     num_bytes: int
     is_sent: bool
+    position: int
 
-    def staged(self) -> list[tuple[TensorSlice, int]]:
-        """Return everything that the worker copies out of the staging memory, and the first byte of each."""
-        found: list[tuple[TensorSlice, int]] = []
-        end = 0
-        for slices, size in zip([*self.receive, self.local], [*self.receive_bytes, 0]):
-            found += zip(slices, place(slices, end)[0])
-            end += size
-        return found
+    @property
+    def given_bytes(self) -> int:
+        """Where what is received begins."""
+        return self.num_bytes - sum(self.receive_bytes)
 
 
 @dataclass(frozen=True)
@@ -60,13 +116,19 @@ class TransferPlan:
 
     Attributes:
         key: Prefix of the names of the worker's programs.
-        direct: Slices that the worker copies out of mapped memory.
+        blocks: (group, TP rank) -> what the workers of that TP rank, which reach this rank, read where it lies here.
+        sources: (group, position) of the ranks whose memory this rank's worker reads, in the order of its program.
         stages: What is staged, one after the other.
+        readers: Global ranks whose workers read this rank's staging memory.
+        layout: Of the ranks.
     """
 
     key: str
-    direct: list[TensorSlice]
-    stages: list[Stage]
+    blocks: Mapping[tuple[Group, int], Block]
+    sources: Sequence[tuple[Group, int]]
+    stages: Sequence[Stage]
+    readers: Sequence[int]
+    layout: TpLayout
 
     @cached_property
     def stage_bytes(self) -> int:
@@ -79,34 +141,29 @@ class TransferPlan:
         return max((sum(stage.send_bytes) for stage in self.stages), default=0)
 
     @cached_property
-    def direct_bytes(self) -> int:
-        """What the worker copies out of mapped memory."""
-        return sum(one.num_bytes for one in self.direct)
+    def staged_bytes(self) -> int:
+        """What the worker copies out of staging memory."""
+        return sum(one.num_bytes for stage in self.stages for _, one, _ in stage.taken)
 
     @cached_property
-    def programs(self) -> dict[str, list[TensorSlice]]:
-        """The worker's programs in order: name -> the slices whose checksums it reports."""
-        staged = {f"{self.key}/{i}": [one for one, _ in stage.staged()] for i, stage in enumerate(self.stages)}
-        return {f"{self.key}/direct": self.direct, **staged}
+    def programs(self) -> list[str]:
+        """Names of the worker's programs, in order."""
+        return [f"{self.key}/direct", *(f"{self.key}/{i}" for i in range(len(self.stages)))]
 
+    @cached_property
+    def groups(self) -> list[dist.ProcessGroup]:
+        """Groups whose ranks exchange checksums, in the order of the sources."""
+        groups = [*(group for group, _ in self.sources), *(stage.group for stage in self.stages)]
+        return [group for group in dict.fromkeys(groups) if group is not None]
 
-@dataclass(frozen=True, slots=True)
-class TpLayout:
-    """Where this rank and those of its meshes stand in their tp slices.
-
-    Attributes:
-        tp_rank: Of this rank.
-        tp_size: Ranks of the slice.
-        tp_ranks: Global rank -> TP rank, for all ranks of the job that share meshes with this one.
-    """
-
-    tp_rank: int
-    tp_size: int
-    tp_ranks: Mapping[int, int]
-
-    def of_group(self, group: Group) -> list[int]:
-        """Return the TP ranks of a group's ranks, in its order; of this rank alone without one."""
-        return [self.tp_rank] if group is None else [self.tp_ranks[r] for r in dist.get_process_group_ranks(group)]
+    @property
+    def source_ranks(self) -> list[int]:
+        """Global ranks in whose staging memory this rank's worker reads, this rank first."""
+        found = {self.layout.rank: None}
+        for stage in self.stages:
+            ranks = self.layout.ranks_of(stage.group)
+            found |= {ranks[position]: None for position, _, _ in stage.taken}
+        return list(found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,14 +186,16 @@ class TransferRequest:
     Attributes:
         shards: What lies here, in the order of the sync.
         reads: Tensor -> what the TP ranks read of it.
-        mapped: Names whose memory here is mapped by the worker.
+        mapped: Names whose memory the workers map, on every rank that they reach.
         layout: Of the ranks.
+        reach: Group -> which workers can map which ranks' memory.
     """
 
     shards: Shards
     reads: Mapping[str, ReadsOfRanks]
     mapped: frozenset[str]
     layout: TpLayout
+    reach: Mapping[Group, Reach]
 
     @property
     def groups(self) -> list[Group]:
@@ -146,29 +205,70 @@ class TransferRequest:
     def of_group(self, group: Group) -> list[str]:
         return [name for name, one in self.shards.items() if one.group is group]
 
+    def position(self, group: Group) -> int:
+        """Return this rank's position in a group."""
+        return self.layout.ranks_of(group).index(self.layout.rank)
+
+    def can(self, group: Group, reader: int, holder: int) -> bool:
+        return self.reach.get(group, Reach()).can(reader, holder)
+
+    def staged(self, group: Group) -> list[str]:
+        """Return the tensors of which something is staged on some rank of the group."""
+        names = self.of_group(group)
+        if self.reach.get(group, Reach()).is_complete(len(self.layout.ranks_of(group))):
+            return [name for name in names if name not in self.mapped]
+        return names
+
+    def readers(self, group: Group, *, of: int) -> dict[int, int]:
+        """Return position -> TP rank of the workers that reach the rank at a position."""
+        return {q: k for q, k in enumerate(self.layout.of_group(group)) if self.can(group, q, of)}
+
+
+def blocks_here(request: TransferRequest) -> dict[tuple[Group, int], Block]:
+    """Return what workers read of this rank where it lies, by group and TP rank."""
+    found = {}
+    for group in request.groups:
+        names = [name for name in request.of_group(group) if name in request.mapped]
+        for k in sorted(set(request.readers(group, of=request.position(group)).values())):
+            found[group, k] = block_of(
+                [
+                    one
+                    for name in names
+                    for shard in [request.shards[name]]
+                    for one in slices_of(name, request.reads[name][k], [shard.region], first=shard.position)
+                ]
+            )
+    return found
+
+
+def readers_of(request: TransferRequest, name: str) -> list[int]:
+    """Return the global ranks whose workers read this rank's part of a tensor where it lies."""
+    shard, reads = request.shards[name], request.reads[name]
+    tp_ranks = {
+        k for k in set(request.layout.of_group(shard.group)) if any(read.region.meet(shard.region) for read in reads[k])
+    }
+    ranks = request.layout.ranks_of(shard.group)
+    return [ranks[q] for q, k in request.readers(shard.group, of=shard.position).items() if k in tp_ranks]
+
 
 def costs_here(request: TransferRequest, group: Group) -> dict[str, Cost]:
-    """Return what each tensor of a group costs on this rank.
+    """Return what each tensor of a group costs on this rank, if it is staged.
 
     The ranks of a group must agree on the largest cost of each tensor, so that they cut tensors into the same stages.
     Without a group, every rank of the slice computes the cost of all of them by itself.
     """
     if group is not None:
-        stages = {name: _stage(request, group, [name], is_sent=True) for name in request.of_group(group)}
+        stages = {name: _stage(request, group, [name], is_sent=True) for name in request.staged(group)}
         return {
             name: Cost(max(one.num_bytes, sum(one.send_bytes)), sum(one.receive_bytes) > 0)
             for name, one in stages.items()
         }
     return {
         name: Cost(
-            0
-            if name in request.mapped
-            else max(
-                place(slices_of(name, of_rank, request.shards[name].regions))[1] for of_rank in request.reads[name]
-            ),
+            max(place(slices_of(name, of_rank, request.shards[name].regions))[1] for of_rank in request.reads[name]),
             is_sent=False,
         )
-        for name in request.of_group(None)
+        for name in request.staged(None)
     }
 
 
@@ -183,18 +283,11 @@ def plan_transfer(
         staging_bytes: For both halves of the staging memory and what is sent from.
         key: Of the plan; new.
     """
-    tp_rank = request.layout.tp_rank
-    direct = [
-        one
-        for name, shard in request.shards.items()
-        if name in request.mapped
-        for one in slices_of(name, request.reads[name][tp_rank], shard.regions)
-        if one.holder == shard.position
-    ]
     stages: list[Stage] = []
+    readers = {request.layout.rank: None}
     for group, of_group in costs.items():
         # Two halves and, where something is sent, memory to send it from.
-        limit = staging_bytes // (2 if group is None else 3)
+        limit = staging_bytes // (3 if any(cost.is_sent for cost in of_group.values()) else 2)
         sizes = {name: cost.num_bytes for name, cost in of_group.items()}
         for names in cut([name for name in of_group if sizes[name]], sizes, limit):
             is_sent = any(of_group[name].is_sent for name in names)
@@ -202,7 +295,21 @@ def plan_transfer(
             if sizes[names[0]] > limit:
                 chunks = [*_chunks(request, group, names[0], limit)]
             stages += [_stage(request, group, names, is_sent=is_sent, chunk=chunk) for chunk in chunks]
-    return TransferPlan(key, direct, stages)
+        ranks = request.layout.ranks_of(group)
+        taken = {k for stage in stages if stage.group is group for k, slices in stage.given.items() if slices}
+        here = request.readers(group, of=request.position(group))
+        readers |= {ranks[q]: None for q, k in here.items() if k in taken}
+    return TransferPlan(key, blocks_here(request), _sources(request), stages, list(readers), request.layout)
+
+
+def _sources(request: TransferRequest) -> list[tuple[Group, int]]:
+    found: list[tuple[Group, int]] = []
+    for group in request.groups:
+        size = len(request.layout.ranks_of(group))
+        me = request.position(group)
+        # Every worker begins with the memory of its own rank and goes round, so that they do not all read one GPU at once.
+        found += [(group, p) for p in ((me + i) % size for i in range(size)) if request.can(group, me, p)]
+    return found
 
 
 def _chunks(request: TransferRequest, group: Group, name: str, limit: int) -> list[Region]:
@@ -210,42 +317,91 @@ def _chunks(request: TransferRequest, group: Group, name: str, limit: int) -> li
     shape = request.shards[name].shape
     size = max((read.dtype.itemsize for of_rank in request.reads[name] for read in of_rank), default=1)
     dim = max(range(len(shape)), key=lambda d: shape[d])
-    # All of a chunk may lie on one rank, which sends it to the workers of every slice of ranks.
-    num_readers = 1 if group is None else max(dist.get_world_size(group) // request.layout.tp_size, 1)
+    # All of a chunk may lie on one rank, which gives it to the workers of every TP rank and of every slice of ranks.
+    num_readers = 1 if group is None else len(request.layout.ranks_of(group))
     num_bytes = whole(shape).volume * size * num_readers
     return [one for one in shard_regions(shape, dim, min(-(-num_bytes // limit), shape[dim])) if one.volume]
 
 
 def _stage(
-    request: TransferRequest, group: Group, names: list[str], *, is_sent: bool, chunk: Region | None = None
+    request: TransferRequest, group: Group, names: Sequence[str], *, is_sent: bool, chunk: Region | None = None
 ) -> Stage:
-    tp_ranks = request.layout.of_group(group)
-    receive: list[list[TensorSlice]] = [[] for _ in tp_ranks]
+    tp_ranks, me = request.layout.of_group(group), request.position(group)
+    size = len(tp_ranks)
+    given = _given(request, group, names, chunk, me)
     send: list[list[TensorSlice]] = [[] for _ in tp_ranks]
-    local: list[TensorSlice] = []
-    for name in names:
-        shard: LocalShard = request.shards[name]
-        reads = request.reads[name]
-        for one in within(slices_of(name, reads[request.layout.tp_rank], shard.regions), chunk):
-            if one.holder != shard.position:
-                receive[one.holder].append(one)
-            elif name not in request.mapped:
-                local.append(one)
-        given = {k: within(slices_of(name, reads[k], [shard.region]), chunk) for k in set(tp_ranks)}
-        for position, tp_rank in enumerate(tp_ranks):
-            if position != shard.position:
-                send[position] += given[tp_rank]
+    for position, k in enumerate(tp_ranks):
+        if not request.can(group, position, me):
+            send[position] = [one for name in names for one in _slices(request, name, k, me, chunk)]
+    taken: list[tuple[int, TensorSlice, int]] = []
+    receive: list[list[TensorSlice]] = [[] for _ in tp_ranks]
+    for position in range(size):
+        if not request.can(group, me, position):
+            receive[position] = [one for name in names for one in _slices(request, name, tp_ranks[me], position, chunk)]
     receive_bytes = [place(slices)[1] for slices in receive]
+    given_bytes = _placed(given)[1]
+    starts = [given_bytes + sum(receive_bytes[:position]) for position in range(size)]
+    for position in ((me + i) % size for i in range(size)):
+        if request.can(group, me, position):
+            there = given if position == me else _given(request, group, names, chunk, position)
+            taken += [(position, one, first) for k, one, first in _placed(there)[0] if k == tp_ranks[me]]
+        else:
+            placed = zip(receive[position], place(receive[position], starts[position])[0])
+            taken += [(me, one, first) for one, first in placed]
     return Stage(
         group,
-        receive,
+        given,
         send,
-        local,
+        receive,
+        taken,
         receive_bytes=receive_bytes,
         send_bytes=[place(slices)[1] for slices in send],
-        num_bytes=place(local, sum(receive_bytes))[1],
+        num_bytes=given_bytes + sum(receive_bytes),
         is_sent=is_sent,
+        position=me,
     )
 
 
-__all__ = ["Cost", "Group", "Stage", "TpLayout", "TransferPlan", "TransferRequest", "costs_here", "plan_transfer"]
+def _given(
+    request: TransferRequest, group: Group, names: Sequence[str], chunk: Region | None, holder: int
+) -> dict[int, list[TensorSlice]]:
+    """Return what the rank at a position puts into its staging memory: TP rank -> slices, in order."""
+    tp_ranks = sorted(set(request.readers(group, of=holder).values()))
+    unmapped = [name for name in names if name not in request.mapped]
+    return {k: [one for name in unmapped for one in _slices(request, name, k, holder, chunk)] for k in tp_ranks}
+
+
+def _slices(request: TransferRequest, name: str, k: int, holder: int, chunk: Region | None) -> list[TensorSlice]:
+    regions = request.shards[name].regions
+    return within(slices_of(name, request.reads[name][k], [regions[holder]], first=holder), chunk)
+
+
+def _placed(given: Mapping[int, Sequence[TensorSlice]]) -> tuple[list[tuple[int, TensorSlice, int]], int]:
+    """Return TP rank, slice and first byte of what a rank gives in its staging memory, and where it ends."""
+    found: list[tuple[int, TensorSlice, int]] = []
+    end = 0
+    for k, slices in given.items():
+        starts, end = place(slices, end)
+        found += ((k, one, start) for one, start in zip(slices, starts))
+    return found, end
+
+
+def placed_given(stage: Stage) -> Iterator[tuple[int, TensorSlice, int]]:
+    """Yield TP rank, slice and first byte of what this rank gives in a stage."""
+    yield from _placed(stage.given)[0]
+
+
+__all__ = [
+    "Cost",
+    "Group",
+    "Reach",
+    "Stage",
+    "TpLayout",
+    "TransferPlan",
+    "TransferRequest",
+    "blocks_here",
+    "costs_here",
+    "placed_given",
+    "plan_transfer",
+    "readers_of",
+]

@@ -1,112 +1,317 @@
-"""Phase map: have the workers map the trainer's own memory, and release what is no longer used."""
+"""Phases map and plan: which memory the workers map, of their own ranks and of others, and what follows for the transfer."""
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
+from tpcolocate import ipc_payload
 from tpcolocate.deadline import Deadline
-from tpcolocate.errors import DeadlineError
-from tpcolocate.in_server.tpcolocate_receiver.protocol import Addressed, RunProgram
-from tpcolocate.weights.plan.sharding import Shards
-from tpcolocate.weights.sync.records import Opened, Route
+from tpcolocate.errors import DeadlineError, TpColocateError, some
+from tpcolocate.in_server.tpcolocate_receiver.checksums import checksum
+from tpcolocate.in_server.tpcolocate_receiver.protocol import Addressed, ProbeRanks, ReleaseStaging, RunProgram
+from tpcolocate.weights.plan.sharding import mesh_groups
+from tpcolocate.weights.plan.transfer_plan import Group, Reach, TransferRequest, blocks_here, readers_of
+from tpcolocate.weights.sync.mesh_calls import SLICE_FAILED, request_of
+from tpcolocate.weights.sync.records import (
+    CachedPlan,
+    GroupPayload,
+    MapDecision,
+    MapView,
+    Opened,
+    Payload,
+    Route,
+)
 from tpcolocate.weights.sync.session import RELEASE_S, SliceContext, SyncSession
 from tpcolocate.weights.transport.bucket_sender import slowest
 from tpcolocate.weights.transport.connection import Replies
-from tpcolocate.weights.transport.mapped_memory import MAPPABLE, STEADY, PersistentMapping, PersistentMappings
+from tpcolocate.weights.transport.mapped_memory import MAPPABLE, STAGED, PersistentMapping
+from tpcolocate.weights.transport.staging import SourceBlock, Transfer, block_rows
 from tpcolocate.worker_errors import raise_worker_errors
 
 _POLL_S = 0.001
+_PROBE_BYTES = 4096
+_PROBE_S = 15.0
+_PROBE = -5
+"""Stands for a bucket's number in errors."""
+
+PlannedHere = tuple[Transfer, CachedPlan, Mapping[tuple[Group, int], SourceBlock] | None]
+"""The transfer, what the next sync may use of it, and, unless the programs are defined already, what they read."""
 
 
-def map_memory(session: SyncSession, route: Route, opened: Opened, *, traced: bool) -> frozenset[str]:
-    """Have the workers map what may be mapped and is not yet, and release what is no longer used.
+def map_and_plan(session: SyncSession, opened: Opened, route: Route, *, traced: bool) -> PlannedHere | BaseException:
+    """Have the workers map what they may of all ranks' memory, and plan the transfer.
+
+    Collective: over the slice, and over the meshes of the weights.
+
+    Args:
+        traced: Whether this sync has traced the loader.  Then memory that has not stayed in place yet is mapped for this
+            sync alone: once for an engine, since to map all of it anew at every sync would be no faster than to stage.
+
+    Returns:
+        The plan; or what went wrong on this rank after the last agreement, for the next one.
+    """
+    state, layout = session.state, session.context.layout
+    groups = mesh_groups(route.shards)
+    with session.stats.watch.phase("map"):
+        uses = [opened.memory_uses.get(name, STAGED) for name in route.shards]
+        uses = [STAGED if use == MAPPABLE and not traced else use for use in uses]
+        signature = _signature(session, opened, route, uses)
+        last = state.cached_plan
+        same = last is not None and last.signature == signature and state.is_trusted
+        view = MapView(
+            "".join(uses),
+            same=same,
+            has_reach=all(group in state.reach for group in groups),
+            worker_id=opened.worker_id,
+            is_trusted=state.is_trusted,
+        )
+        reusable: Transfer | None = None
+        if same and last is not None:
+            reusable = opened.ahead or Transfer(last.planned, route.shards, session.mesh)
+        decision: MapDecision = session.schedule.make("map", view, reusable)
+        if decision.same:
+            assert reusable is not None and last is not None
+            return reusable, last, None
+        reach: Mapping[Group, Reach] = {group: state.reach[group] for group in groups if group in state.reach}
+        if decision.needs_reach:
+            reach = _find_reach(session, groups)
+        payload, problem = _payload(session, request_of(session, route, decision, reach), decision)
+        received = session.schedule.make("exchange", payload)
+        problem = _map_in_workers(session, payload, received, problem)
+        problem = session.schedule.make("mapped", problem)
+        error = None
+        if problem is None:
+            error = _take_back(session, decision, groups)
+        else:
+            _stop_mapping(session, problem)
+    with session.stats.watch.phase("plan"):
+        own = None if payload is None else payload.blocks[None].get(layout.tp_rank)
+        try:
+            transfer, blocks = session.schedule.make("plan", own)
+        except BaseException as caught:
+            return caught
+    if error is not None:
+        return error
+    if problem is None:
+        state.mapped_names = decision.persistent
+        signature = _signature(session, opened, route, uses)  # with the regions that were mapped now
+    else:
+        signature = object()  # equal to no other
+    return transfer, CachedPlan(signature, transfer.planned), blocks
+
+
+def _signature(session: SyncSession, opened: Opened, route: Route, uses: Sequence[str]) -> object:
+    """Equal for syncs that can use the same plan."""
+    mappings = session.state.mappings
+    where: list[object] = []
+    for (name, one), use in zip(route.shards.items(), uses, strict=True):
+        where.append((name, use, one.group, one.position, one.local.dtype))
+        if use != STAGED and one.local.numel():
+            found = mappings.find(one.local.untyped_storage())
+            where.append((None if found is None else found.name, one.local.data_ptr(), one.local.stride()))
+    return session.state.loader_map.digest(list(route.shards)), opened.bucket_bytes, tuple(where)
+
+
+# --- who reaches whom ----------------------------------------------------------------------------------------------------
+
+
+def _find_reach(session: SyncSession, groups: Sequence[Any]) -> Mapping[Group, Reach]:
+    """Find out which workers can map the memory of which ranks.  Collective: over the slice and the groups."""
+    context, ledger = session.context, session.context.new_ledger()
+    layout = context.layout
+    probes: dict[int, list[Any]] | None = {}
+    kept = []
+    try:
+        for rank in dict.fromkeys(rank for group in groups for rank in layout.ranks_of(group)):
+            if rank != layout.rank:
+                flat = ipc_payload.allocate(_PROBE_BYTES, context.device)
+                flat.copy_(torch.frombuffer(bytearray(os.urandom(_PROBE_BYTES)), dtype=torch.uint8))
+                kept.append(flat)
+                handle = ledger.export(flat, tp_rank=layout.tp_ranks[rank], bucket=_PROBE)
+                probes[rank] = [layout.rank, handle.describe(), list(checksum(flat))]  # type: ignore[index]
+    except Exception:
+        probes = None  # memory that cannot be exported, for whatever reason, is staged
+    given = session.schedule.make("reach", probes)
+    of_ranks = session.agree(
+        None, list({probe[0]: probe for probe in given}.values()), what="find out what is in reach"
+    )
+    commands = [Addressed(k, ProbeRanks(of_rank)) for k, of_rank in enumerate(of_ranks)]
+    replies = session.ask(
+        "map a little memory of other ranks", commands, timeout_s=session.deadline.within(_PROBE_S).left()
+    )
+    raise_worker_errors(replies, "could not look for memory of other ranks", rank=context.owner_rank)
+    result = replies[context.tp_rank].result
+    reach: Mapping[Group, Reach] = session.schedule.make("reached", frozenset(result.ranks))
+    deadline = session.deadline.within(_PROBE_S)
+    position = {group: layout.ranks_of(group).index(layout.rank) for group in groups}
+    reached = {layout.ranks_of(group)[q] for group in groups for q, p in reach[group].pairs if p == position[group]}
+    while len(reached) == len(kept) and ledger.outstanding() and not deadline.has_passed:
+        time.sleep(_POLL_S)
+    ledger.reclaim()  # what no worker could open
+    missing = [rank for rank in result.problems if rank not in result.ranks]
+    if missing:
+        why = result.problems[missing[0]]
+        session.stats.warnings.append(
+            f"the worker of rank {layout.rank} cannot map the memory of {some([f'rank {rank}' for rank in missing], between=', ')}, "
+            f"which is staged: {why.splitlines()[0]}"
+        )
+    return reach
+
+
+# --- what is mapped ------------------------------------------------------------------------------------------------------
+
+
+def _payload(
+    session: SyncSession, request: TransferRequest, decision: MapDecision
+) -> tuple[Payload | None, str | None]:
+    """Export what workers are to map of this rank; also returns why that was not possible."""
+    try:
+        release = _retire_unused(session, request, decision)
+        return _exported(session, request, decision, release), None
+    except Exception as error:  # memory that cannot be exported, for whatever reason, is staged
+        return None, str(error).splitlines()[0]
+
+
+def _wanted(request: TransferRequest, names: frozenset[str]) -> dict[int, tuple[torch.UntypedStorage, list[int]]]:
+    """Return storage (``_cdata``) -> the storage, and the ranks whose workers read it."""
+    wanted: dict[int, tuple[torch.UntypedStorage, list[int]]] = {}
+    for name, one in request.shards.items():
+        if name in names and one.local.numel():
+            storage = one.local.untyped_storage()
+            readers = wanted.setdefault(storage._cdata, (storage, []))[1]
+            readers += [rank for rank in readers_of(request, name) if rank not in readers]
+    return {key: (storage, readers) for key, (storage, readers) in wanted.items() if readers}
+
+
+def _retire_unused(session: SyncSession, request: TransferRequest, decision: MapDecision) -> dict[int, list[str]]:
+    """Retire mappings that are of no use; return rank -> names of all retired regions that its worker is to unmap."""
+    mappings = session.state.mappings
+    wanted = {key: readers for key, (_, readers) in _wanted(request, decision.persistent).items()}
+    old = mappings.unused(wanted)
+    if any(decision.untrusted.intersection(one.handles) for one in mappings.all()):
+        old = mappings.all()
+    mappings.retire(old)
+    release: dict[int, list[str]] = {}
+    for one in mappings.retired:
+        for reader in one.handles:
+            release.setdefault(reader, []).append(one.name)
+    return release
+
+
+def _exported(
+    session: SyncSession, request: TransferRequest, decision: MapDecision, release: Mapping[int, Sequence[str]]
+) -> Payload:
+    mappings, transient, layout = session.state.mappings, session.transient, request.layout
+    exported: dict[int, list[Any]] = {}
+    for storage, readers in _wanted(request, decision.persistent).values():
+        if mappings.find(storage) is None:
+            added = mappings.add(storage, readers)
+            for reader, handle in added.handles.items():
+                exported.setdefault(reader, []).append([added.name, handle.describe()])
+    for storage, readers in _wanted(request, decision.transient).values():
+        for reader in readers:
+            transient.export([storage], reader, layout.tp_ranks[reader])
+    if transient.error is not None:
+        raise transient.error
+    for reader in layout.tp_ranks:
+        if described := transient.described(reader):
+            exported.setdefault(reader, []).extend(described)
+    blocks: dict[Group, dict[int, SourceBlock]] = {group: {} for group in request.groups}
+    for (group, k), block in blocks_here(request).items():
+        rows = block_rows(block, request.shards, mappings, transient.regions)
+        blocks[group][k] = SourceBlock(rows, block.labels, block.num_bytes)
+    return Payload(exported, release, blocks)
+
+
+def _map_in_workers(
+    session: SyncSession,
+    mine: Payload | None,
+    received: Mapping[Any, Sequence[GroupPayload | None]],
+    problem: str | None,
+) -> str | None:
+    """Have this slice's workers map and unmap what all ranks gave them; return what went wrong.
 
     Collective: over the slice.
 
     Args:
-        traced: Whether this sync has traced the loader.  Then what can be mapped was exported meanwhile, and is mapped for
-            this sync alone: once for an engine, since to map all of it anew at every sync would be no faster than to stage.
-
-    Returns:
-        Names that are mapped on all ranks.
+        mine: This rank's payload.
+        received: Group -> that of each of its ranks.
+        problem: Why this rank has none.
     """
-    state = session.state
-    uses = opened.memory_uses
-    persistent = {name for name in route.shards if uses.get(name) == STEADY}
-    transient = {name for name in route.shards if traced and uses.get(name) == MAPPABLE}
-    new: list[list[Any]] = []
-    old: list[PersistentMapping] = []
-    error: Exception | None = None
-    try:
-        old, new = _changes(session, route.shards, persistent)
-        if session.transient.error is not None:
-            raise session.transient.error
-        new += session.transient.described()
-    except Exception as caught:
-        error = caught  # memory that cannot be exported, for whatever reason, is staged
-    mine = ([one.name for one in old], new, None if error is None else str(error))
-    of_ranks = session.agree(None, mine, what="export memory for the engine")
+    state, rank = session.state, session.context.layout.rank
+    given = [of_rank for of_group in received.values() for of_rank in of_group]
+    if problem is None and any(of_rank is None for of_rank in given):
+        problem = SLICE_FAILED
+    payloads = [one for one in (mine, *given) if one is not None]
+    regions = {name: handle for one in payloads for name, handle in one.map.get(rank, ())}
+    release: dict[int, list[str]] = {}
+    for one in payloads:
+        for reader in session.context.layout.slice_ranks if one is mine else [rank]:
+            release.setdefault(reader, []).extend(one.release.get(reader, ()))
+    view = (release, [[name, handle] for name, handle in regions.items()], problem)
+    of_ranks = session.agree(None, view, what="export memory for the engine")
     problem = next((text for *_, text in of_ranks if text is not None), None)
-    mapped = frozenset(persistent | transient)
-    if problem is None and not any(release or map_ for release, map_, _ in of_ranks):
-        state.mapped_names = frozenset(persistent)
-        return mapped
-    commands = [
-        Addressed(k, RunProgram(release=release, map=[] if problem is not None else map_))
-        for k, (release, map_, _) in enumerate(of_ranks)
+    names = [
+        list(dict.fromkeys(name for of_rank, *_ in of_ranks for name in of_rank.get(reader, ())))
+        for reader in session.context.layout.slice_ranks
     ]
-    replies = session.ask("map the trainer's memory", commands)
-    session.transient.note_opened({rank: reply.opened for rank, reply in replies.items()})
-    session.together(
-        "take back memory that is no longer mapped",
-        lambda: wait_unmapped(session.context, state.mappings, old, session.deadline.within(RELEASE_S)),
-    )
-    problem = problem if problem is not None else _first_error(replies)
-    if problem is not None:
-        _stop_mapping(session, problem)
-        return frozenset()
-    session.stats.add_worker_seconds({"map": slowest(replies)["open"]})
-    state.mapped_names = frozenset(persistent)
-    return mapped
-
-
-def _changes(
-    session: SyncSession, shards: Shards, persistent: Iterable[str]
-) -> tuple[list[PersistentMapping], list[list[Any]]]:
-    """Persistent mappings that are no longer used, and [region, handle] of the new ones."""
-    state, tp_rank = session.state, session.context.tp_rank
-    storages = [
-        shards[name].local.untyped_storage()
-        for name in persistent
-        if any(read.region.meet(shards[name].region) for read in state.loader_map.reads[name][tp_rank])
-    ]
-    old = state.mappings.unused(storages)
-    new = []
-    for storage in storages:
-        if state.mappings.find(storage) is None:
-            added = state.mappings.add(storage)
-            new.append([added.name, added.handle.describe()])
-    return old, new
+    if any(names) or any(handles for _, handles, _ in of_ranks):
+        commands = [
+            Addressed(k, RunProgram(release=names[k], map=[] if problem is not None else handles))
+            for k, (_, handles, _) in enumerate(of_ranks)
+        ]
+        state.is_trusted = False
+        replies = session.ask("map the trainer's memory", commands)
+        session.transient.note_opened({k: reply.opened for k, reply in replies.items()})
+        problem = problem if problem is not None else _first_error(replies)
+        if problem is None:
+            session.stats.add_worker_seconds({"map": slowest(replies)["open"]})
+    state.is_trusted = problem is None
+    return problem
 
 
 def _first_error(replies: Replies) -> str | None:
     return next((f"TP rank {k}: {reply.error}" for k, reply in replies.items() if reply.error is not None), None)
 
 
-def _stop_mapping(session: SyncSession, why: str) -> None:
-    """Go on with staging memory alone, for this engine's life.  Collective: over the slice."""
+def _take_back(session: SyncSession, decision: MapDecision, groups: Sequence[Any]) -> TpColocateError | None:
+    """Forget the mappings that all their workers have confirmed to have unmapped; return what went wrong on this rank."""
+    mappings, layout = session.state.mappings, session.context.layout
+    asked = {*layout.slice_ranks, *(rank for group in groups for rank in layout.ranks_of(group))}
+    released = [one for one in mappings.retired if asked.issuperset(one.handles)]
+    for one in released:
+        if decision.untrusted.intersection(one.handles):
+            one.reclaim()  # some may never have been opened, or their reader is gone
+    try:
+        wait_unmapped(session.context, released, session.deadline.within(RELEASE_S))
+    except DeadlineError as error:
+        return error
+    mappings.forget(released)
+    return None
+
+
+def _stop_mapping(session: SyncSession, problem: str) -> None:
+    """Go on with staging memory alone: for this engine's life, unless it was another slice that has failed.
+
+    Collective: over the slice.
+
+    Args:
+        problem: Why, the same on all ranks of the meshes.
+    """
     state = session.state
-    state.mapping_problem = why.splitlines()[0]
+    if problem == SLICE_FAILED:
+        return
+    state.mapping_problem = problem.splitlines()[0]
     state.mapped_names = frozenset()
     session.stats.warnings.append(f"the trainer's memory is not mapped by the engine: {state.mapping_problem}")
-    mine = [*(one.name for one in state.mappings.all()), *session.transient.regions.values()]
-    of_ranks = session.agree(None, mine, what="name all mapped memory")
-    replies = session.ask("release the trainer's memory", release_commands(of_ranks))
-    raise_worker_errors(replies, "the trainer's memory was not released", rank=session.context.owner_rank)
-    # The workers have confirmed that they map nothing of it: what is left was never opened.
-    state.mappings.reclaim()
+    session.ask_all("release the trainer's memory", ReleaseStaging(mapped=True))
+    # The workers of this slice have confirmed that they map nothing of it: what is left was never opened.
+    state.mappings.reclaim(session.context.layout.slice_ranks)
     session.transient.reclaim()
 
 
@@ -115,23 +320,20 @@ def release_commands(of_ranks: Sequence[Sequence[str]]) -> list[Addressed]:
     return [Addressed(k, RunProgram(release=names)) for k, names in enumerate(of_ranks)]
 
 
-def wait_unmapped(
-    context: SliceContext, mappings: PersistentMappings, old: list[PersistentMapping], deadline: Deadline
-) -> None:
-    """Wait until the workers have unmapped what they are to release, and forget it.
+def wait_unmapped(context: SliceContext, old: Sequence[PersistentMapping], deadline: Deadline) -> None:
+    """Wait until the workers have unmapped what they are to release.
 
     Raises:
         DeadlineError: Something is still mapped.
     """
-    while old and any(one.handle.count() > 0 for one in old):
+    while not all(one.is_released for one in old):
         if deadline.has_passed:
             raise DeadlineError(
-                f"TP rank {context.tp_rank} did not release memory that it maps",
+                f"memory of rank {context.group.rank} is still mapped by a worker that was told to release it",
                 hint="shut the engine down; the memory is then reclaimed",
                 rank=context.group.rank,
             )
         time.sleep(_POLL_S)
-    mappings.remove({one.name for one in old})
 
 
-__all__ = ["map_memory", "release_commands", "wait_unmapped"]
+__all__ = ["map_and_plan", "release_commands", "wait_unmapped"]

@@ -63,7 +63,7 @@ def open_sync(session: SyncSession, source: Source) -> tuple[Prepared, Opened]:
     assert prepared is not None
     views = [view for view, *_ in of_ranks if view is not None]
     check_same_weights(session, [(view.digest, view.summary) for view in views])
-    _, name, plan_ids = of_ranks[session.context.owner]
+    _, name, plan_ids, worker_ids = of_ranks[session.context.owner]
     is_current = plan_ids is not None and session.state.loader_map.is_current(plan_ids)
     if not is_current:
         session.state.cached_plan = None  # its programs are gone with what the workers had traced
@@ -71,15 +71,21 @@ def open_sync(session: SyncSession, source: Source) -> tuple[Prepared, Opened]:
     bucket_bytes = _plan_buckets(session, prepared, views, cached if repeats else None)
     repeats = repeats and cached is not None and bucket_bytes == cached.bucket_bytes
     uses = {} if repeats else least_memory_uses(session, prepared, views)
-    return prepared, Opened(name, bucket_bytes, repeats, uses, ahead)
+    worker_id = "" if worker_ids is None else worker_ids[session.context.tp_rank]
+    return prepared, Opened(name, bucket_bytes, repeats, uses, ahead, worker_id)
 
 
 def _report(
     session: SyncSession, prepared: Prepared | None, greetings: Replies | None
-) -> tuple[RankView | None, str, list[str] | None]:
-    """What this rank reports to the others: its view, and from the owner the session and the workers' plans."""
-    plan_ids = None if greetings is None else [greetings[k].result.plan_id for k in range(session.context.tp_size)]
-    return None if prepared is None else prepared.view, session.connection.session, plan_ids
+) -> tuple[RankView | None, str, list[str] | None, list[str] | None]:
+    """What this rank reports to the others: its view, and from the owner the session, the workers' plans and identities."""
+    of_workers = None if greetings is None else [greetings[k].result for k in range(session.context.tp_size)]
+    return (
+        None if prepared is None else prepared.view,
+        session.connection.session,
+        None if of_workers is None else [one.plan_id for one in of_workers],
+        None if of_workers is None else [one.worker_id for one in of_workers],
+    )
 
 
 def _prepared_again(session: SyncSession, prepared: Prepared, cached: CachedSync) -> Transfer:
@@ -99,9 +105,13 @@ def _export_ahead(session: SyncSession, prepared: Prepared) -> None:
     is_first = state.loader_map.is_empty and state.dry_run_problem is None
     if is_first and state.handle_problems.get(session.options.payloads) is None:
         session.transient.export(
-            one.local.untyped_storage()
-            for one, use in zip(prepared.shards.values(), prepared.view.memory_uses or (), strict=True)
-            if use == MAPPABLE
+            (
+                one.local.untyped_storage()
+                for one, use in zip(prepared.shards.values(), prepared.view.memory_uses or (), strict=True)
+                if use == MAPPABLE
+            ),
+            session.context.layout.rank,
+            session.context.tp_rank,
         )
 
 

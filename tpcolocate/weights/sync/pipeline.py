@@ -11,10 +11,11 @@ from tpcolocate.weights.sources.fingerprint import Fingerprint
 from tpcolocate.weights.sources.named_weights import Source
 from tpcolocate.weights.sync.buckets import send_buckets, send_stream
 from tpcolocate.weights.sync.finish import finish
+from tpcolocate.weights.sync.mesh_calls import left_of
 from tpcolocate.weights.sync.opening import open_sync
 from tpcolocate.weights.sync.preflight import choose_sender
 from tpcolocate.weights.sync.records import BucketsSent, CachedPlan, CachedSync, Opened, Prepared, Route
-from tpcolocate.weights.sync.route import choose_route, left_of, without_transfer
+from tpcolocate.weights.sync.route import choose_route, without_transfer
 from tpcolocate.weights.sync.session import SyncSession
 from tpcolocate.weights.sync.trace import trace_loader, verify_samples
 from tpcolocate.weights.sync.transfer import release_staging, transfer

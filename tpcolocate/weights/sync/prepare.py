@@ -12,8 +12,8 @@ from tpcolocate.errors import ConfigError, WeightsMismatchError
 from tpcolocate.weights.plan.sharding import CachedShards, Shards, mesh_groups
 from tpcolocate.weights.sources.named_weights import NamedWeights, Source
 from tpcolocate.weights.sync.buckets import summary
+from tpcolocate.weights.sync.mesh_calls import route_call
 from tpcolocate.weights.sync.records import CachedSync, Prepared, RankView
-from tpcolocate.weights.sync.route import route_call
 from tpcolocate.weights.sync.session import SyncSession
 from tpcolocate.weights.transport.mapped_memory import STAGED, STEADY
 from tpcolocate.weights.transport.memory import free_bytes
@@ -41,7 +41,7 @@ def prepare(session: SyncSession, source: Source) -> Prepared:
         found = ((name, session.state.shard_finder.find(tensor)) for name, tensor in weights.items or ())
         shards = {name: one for name, one in found if one is not None}
     groups = mesh_groups(shards)
-    session.schedule.enter([route_call(session, weights.items or [], groups)])
+    session.schedule.enter([route_call(session, lambda: weights.items or [], groups)])
     if weights.items is not None:
         _check(session, weights)
     uses = _memory_uses(session, shards)
@@ -74,8 +74,13 @@ def _check(session: SyncSession, weights: NamedWeights) -> None:
 
 def _memory_uses(session: SyncSession, shards: Shards) -> list[str]:
     """What the memory of each shard permits, as far as this rank is concerned."""
-    uses = session.state.mappings.uses([one.local.untyped_storage() for one in shards.values()])
-    return uses if session.state.mapping_problem is None else [STAGED] * len(uses)
+    state = session.state
+    uses = state.mappings.uses([one.local.untyped_storage() for one in shards.values()])
+    if state.mapping_problem is not None:
+        return [STAGED] * len(uses)
+    # Where nothing of a tensor lies here nothing has to be mapped; what is computed has no memory that could be.
+    is_nothing = (one.compute is None and not one.local.numel() for one in shards.values())
+    return [STEADY if nothing else use for use, nothing in zip(uses, is_nothing)]
 
 
 def prepare_again(session: SyncSession, source: Source, cached: CachedSync) -> Prepared | None:
@@ -83,7 +88,7 @@ def prepare_again(session: SyncSession, source: Source, cached: CachedSync) -> P
     weights = cached.source.match(source)
     if weights is None or weights.items is None:
         return None
-    session.schedule.enter([route_call(session, weights.items, cached.groups)])
+    session.schedule.enter([route_call(session, lambda: weights.items or [], cached.groups)])
     shards = CachedShards({n: item for n, item in weights.items if isinstance(item, torch.Tensor)}, cached.layouts)
     _wait_for_trainer(session)
     return Prepared(weights, shards, cached.groups, replace(cached.view, memory_uses=None, repeats=True))

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch.distributed as dist
 
 from tpcolocate.weights.plan.sharding import Layout, Shards
-from tpcolocate.weights.plan.transfer_plan import TransferPlan
+from tpcolocate.weights.plan.transfer_plan import Group, TransferPlan
 from tpcolocate.weights.sources.fingerprint import Fingerprint
 from tpcolocate.weights.sources.named_weights import NamedWeights
 from tpcolocate.weights.sync.options import SyncOptions
-from tpcolocate.weights.transport.staging import PlannedTransfer, Transfer
+from tpcolocate.weights.transport.staging import PlannedTransfer, SourceBlock, Transfer
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +63,7 @@ class Opened:
         repeats: Whether all ranks of the slice would do exactly what they did in the last sync.
         memory_uses: Tensor -> the least that its memory permits on any rank; empty if the sync repeats the last one.
         ahead: The last transfer, prepared in the hope that this sync repeats it.
+        worker_id: Identity of this rank's worker.
     """
 
     session: str
@@ -69,6 +71,7 @@ class Opened:
     repeats: bool
     memory_uses: Mapping[str, str]
     ahead: Transfer | None
+    worker_id: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +87,81 @@ class Route:
     shards: Shards
     repeats: bool
     verified: bool
+
+
+@dataclass(frozen=True, slots=True)
+class MapView:
+    """What one rank reports to the ranks of its meshes before anything is mapped.
+
+    Attributes:
+        uses: What the memory of each tensor permits, as the ranks of its slice agreed; None: its slice has failed.
+        same: Whether the plan of the last sync fits, and its programs are still defined in the worker.
+        has_reach: Whether it is known who can map whose memory.
+        worker_id: Identity of the worker; another one has mapped nothing yet.
+        is_trusted: Whether the worker certainly has mapped what it was told to in earlier syncs.
+    """
+
+    uses: str | None
+    same: bool = False
+    has_reach: bool = False
+    worker_id: str = ""
+    is_trusted: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class MapDecision:
+    """What follows for all ranks of the meshes.
+
+    Attributes:
+        persistent: Names whose memory workers map from sync to sync.
+        transient: Names whose memory they map for this sync alone.
+        same: Whether the plan of the last sync is used.
+        needs_reach: Whether it must be found out who can map whose memory.
+        untrusted: Global ranks whose workers may not have what they were told to map.
+    """
+
+    persistent: frozenset[str]
+    transient: frozenset[str]
+    same: bool
+    needs_reach: bool
+    untrusted: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Payload:
+    """What one rank gives to the workers of the ranks of its meshes.
+
+    Attributes:
+        map: Global rank -> [region, handle] of what its worker is to map.
+        release: Global rank -> names of regions that its worker is to unmap.
+        blocks: Group -> TP rank -> what workers of that TP rank read where it lies.
+    """
+
+    map: Mapping[int, Sequence[Sequence[Any]]]
+    release: Mapping[int, Sequence[str]]
+    blocks: Mapping[Group, Mapping[int, SourceBlock]]
+
+    def of_group(self, group: Group, ranks: Sequence[int]) -> GroupPayload:
+        """Return what the ranks of one group exchange.  A rank of two groups gets its regions twice."""
+        return GroupPayload(
+            {rank: self.map[rank] for rank in ranks if rank in self.map},
+            {rank: self.release[rank] for rank in ranks if rank in self.release},
+            self.blocks[group],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class GroupPayload:
+    """The same for one group, in a form that can be sent.
+
+    Attributes:
+        map, release: See `Payload`.
+        blocks: TP rank -> what workers of that TP rank read.
+    """
+
+    map: Mapping[int, Sequence[Sequence[Any]]]
+    release: Mapping[int, Sequence[str]]
+    blocks: Mapping[int, SourceBlock]
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,4 +223,16 @@ class CachedSync:
     plan: CachedPlan
 
 
-__all__ = ["BucketsSent", "CachedPlan", "CachedSync", "Opened", "Prepared", "RankView", "Route"]
+__all__ = [
+    "BucketsSent",
+    "CachedPlan",
+    "CachedSync",
+    "GroupPayload",
+    "MapDecision",
+    "MapView",
+    "Opened",
+    "Payload",
+    "Prepared",
+    "RankView",
+    "Route",
+]

@@ -1,26 +1,12 @@
-"""Phase route: whether parts are transferred or full tensors are sent, agreed with all slices that share the meshes.
-
-Also the mesh collectives that follow from it, entered in the schedule in the order in which every slice makes them.
-"""
+"""Phase route: whether parts are transferred or full tensors are sent, agreed with all slices that share the meshes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import chain
-
-import torch.distributed as dist
 
 from tpcolocate.weights.plan.loader_map import TensorEntry
-from tpcolocate.weights.plan.sharding import mesh_groups
-from tpcolocate.weights.plan.transfer_plan import Cost, Group, TransferRequest, costs_here, plan_transfer
-from tpcolocate.weights.sources.lazy_tensor import Items
-from tpcolocate.weights.sync.mesh_schedule import MeshCall, gathers
-from tpcolocate.weights.sync.records import CachedPlan, Opened, Prepared, Route
+from tpcolocate.weights.sync.records import Opened, Prepared, Route
 from tpcolocate.weights.sync.session import SyncSession
-from tpcolocate.weights.transport.staging import PlannedTransfer, Transfer
-
-_NO_ROUTE = Route({}, repeats=False, verified=False)
 
 
 def choose_route(session: SyncSession, prepared: Prepared, opened: Opened, *, transport: str) -> Route:
@@ -39,130 +25,9 @@ def choose_route(session: SyncSession, prepared: Prepared, opened: Opened, *, tr
     return session.schedule.make("route", mine, loader_map.digest(names) if names else 0, opened)
 
 
-def route_call(session: SyncSession, items: Items, groups: Sequence[dist.ProcessGroup]) -> MeshCall:
-    """The first mesh collective of a sync; without arguments it reports that this slice transfers nothing.
-
-    Args:
-        items: All weights.
-        groups: Among whose ranks they are sharded.
-    """
-
-    def run(mine: Route = _NO_ROUTE, digest: int = 0, opened: Opened | None = None) -> Route:
-        ready, repeats, verified = bool(mine.shards), mine.repeats, mine.verified
-        for group in groups:
-            flags = (int(ready), digest, -digest, int(repeats), int(verified))
-            all_ready, low, high, all_repeat, all_verified = session.mesh.min(group, flags)
-            ready = ready and bool(all_ready) and low == -high
-            repeats = repeats and bool(all_repeat)
-            verified = verified and bool(all_verified)
-        route = Route(mine.shards if ready else {}, repeats and ready, verified)
-        if not route.shards or opened is None:
-            session.schedule.enter(gathers(items))
-        elif route.repeats:
-            ahead = opened.ahead
-            assert ahead is not None
-            session.schedule.enter(_transfer_calls(lambda: ahead, items, route))
-        elif route.verified:
-            session.schedule.enter([_plan_call(session, items, route, opened)])
-        else:
-            samples = sample_items(session, items, route)
-            session.schedule.enter(chain(gathers(samples), [_verdict_call(session, items, route, opened)]))
-        return route
-
-    return MeshCall("route", run)
-
-
-def sample_items(session: SyncSession, items: Items, route: Route) -> Items:
-    """Return one tensor of each kind that is to be transferred."""
-    names = set(session.state.loader_map.samples(list(route.shards)))
-    return [item for item in items if item[0] in names]
-
-
-def _verdict_call(session: SyncSession, items: Items, route: Route, opened: Opened) -> MeshCall:
-    """Whether the loaders of all slices treated the samples as traced."""
-
-    def run(holds: bool = False) -> bool:
-        for group in mesh_groups(route.shards):
-            [all_hold] = session.mesh.min(group, (int(holds),))
-            holds = holds and bool(all_hold)
-        session.schedule.enter([_plan_call(session, items, route, opened)] if holds else gathers(items))
-        return holds
-
-    return MeshCall("verdict", run, is_collective=bool(mesh_groups(route.shards)))
-
-
-def _plan_call(session: SyncSession, items: Items, route: Route, opened: Opened) -> MeshCall:
-    """Plan the transfer, or use the plan of the last sync where all slices can; then its collectives are due."""
-
-    def run(mapped: frozenset[str] = frozenset(), cached: CachedPlan | None = None) -> tuple[Transfer, bool]:
-        same = cached is not None
-        for group in mesh_groups(route.shards):
-            [all_same] = session.mesh.min(group, (int(same),))
-            same = same and bool(all_same)
-        if opened.ahead is not None and not same:
-            opened.ahead.release()  # its memory is needed
-        request = TransferRequest(route.shards, session.state.loader_map.reads, mapped, session.context.layout)
-        costs = {} if same else _agreed_costs(session, request)
-        made: list[Transfer] = []
-
-        def transfer() -> Transfer:
-            if not made:
-                made.append(_transfer(session, request, costs, opened, cached if same else None))
-            return made[0]
-
-        # Lazily: if this rank cannot plan now, it tries once more for the sake of the other slices.
-        session.schedule.enter(_transfer_calls(transfer, items, route))
-        return transfer(), same
-
-    return MeshCall("plan", run, is_collective=bool(mesh_groups(route.shards)))
-
-
-def _agreed_costs(session: SyncSession, request: TransferRequest) -> dict[Group, dict[str, Cost]]:
-    """Collective: over the groups among which tensors are sharded, whose ranks must cut them into the same stages."""
-    costs: dict[Group, dict[str, Cost]] = {}
-    for group in request.groups:
-        here = costs_here(request, group)
-        if group is not None:
-            sizes = [number for cost in here.values() for number in (cost.num_bytes, int(cost.is_sent))]
-            most = iter(session.mesh.max(group, sizes))
-            here = {name: Cost(size, bool(is_sent)) for name, size, is_sent in zip(here, most, most)}
-        costs[group] = here
-    return costs
-
-
-def _transfer(
-    session: SyncSession,
-    request: TransferRequest,
-    costs: Mapping[Group, Mapping[str, Cost]],
-    opened: Opened,
-    cached: CachedPlan | None,
-) -> Transfer:
-    if cached is not None:
-        return opened.ahead if opened.ahead is not None else Transfer(cached.planned, request.shards, session.mesh)
-    key = f"transfer{session.state.num_syncs}"  # the same on every rank
-    plan = plan_transfer(request, costs, staging_bytes=opened.bucket_bytes, key=key)
-    planned = PlannedTransfer.of(plan, request.shards, session.context.device)
-    return Transfer(planned, request.shards, session.mesh)
-
-
-def _transfer_calls(planned: Callable[[], Transfer], items: Items, route: Route) -> Iterator[MeshCall]:
-    """The collectives of a transfer, and the gathers of what is not transferred."""
-    transfer = planned()
-    stages = transfer.plan.stages
-    for i, stage in enumerate(stages):
-        yield MeshCall("stage", lambda i=i: transfer.fill_stage(i), is_collective=stage.is_sent)
-    yield MeshCall("checksums", transfer.expected_checksums, is_collective=any(stage.is_sent for stage in stages))
-    yield from gathers(left_of(items, route))
-
-
-def left_of(items: Items, route: Route) -> Items:
-    """Return the weights that are sent as full tensors."""
-    return [item for item in items if item[0] not in route.shards] if len(items) > len(route.shards) else []
-
-
 def without_transfer(route: Route) -> Route:
     """Return the route on which everything is sent as full tensors."""
     return replace(route, shards={}, repeats=False)
 
 
-__all__ = ["choose_route", "left_of", "route_call", "sample_items", "without_transfer"]
+__all__ = ["choose_route", "without_transfer"]

@@ -23,7 +23,7 @@ from tpcolocate.in_server.tpcolocate_receiver.protocol import Addressed, Command
 from tpcolocate.report import Stopwatch
 from tpcolocate.weights.plan.loader_map import LoaderMap
 from tpcolocate.weights.plan.sharding import ShardFinder
-from tpcolocate.weights.plan.transfer_plan import TpLayout
+from tpcolocate.weights.plan.transfer_plan import Group, Reach, TpLayout
 from tpcolocate.weights.sources.model_spec import ModelSpec
 from tpcolocate.weights.sync.mesh_schedule import MeshSchedule
 from tpcolocate.weights.sync.options import SyncOptions
@@ -92,16 +92,23 @@ class EngineState:
 
     Args:
         device: Of this rank.
+        rank: This global rank.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, rank: int) -> None:
         self.alarm = SlopeAlarm()
         self.handle_problems: dict[str, str | None] = {}
         """Way of making payloads -> why its handles do not open in the engine; None if they do."""
         self.abandoned: list[ipc_payload.Ledger] = []
         """Of failed syncs: handles whose readers may still have them open."""
         self.loader_map = LoaderMap()
-        self.mappings = PersistentMappings(device)
+        self.mappings = PersistentMappings(device, rank)
+        self.is_trusted = True
+        """Whether this slice's workers certainly map what they were told to; not after a sync that failed."""
+        self.worker_ids: dict[int, str] = {}
+        """Global rank -> identity of its worker, for the ranks of the meshes; another one has mapped nothing yet."""
+        self.reach: dict[Group, Reach] = {}
+        """Group -> which workers can map which ranks' memory."""
         self.mapped_names: frozenset[str] = frozenset()
         """Names whose memory the workers map from sync to sync; the same on every rank."""
         self.shard_finder = ShardFinder()
@@ -117,6 +124,7 @@ class EngineState:
     def clear_cache(self) -> None:
         """Discard what the last sync left for the next one."""
         self.cached_plan = self.cached_sync = None
+        self.is_trusted = False
 
 
 class SyncStats:
@@ -135,7 +143,7 @@ class SyncStats:
         self.warnings: list[str] = []
         self.worker_seconds: dict[str, float] = {}
         self.num_bytes = self.num_buckets = self.num_replayed = 0
-        self.direct_bytes = self.staged_bytes = 0
+        self.own_bytes = self.peer_bytes = self.staged_bytes = 0
 
     def add_worker_seconds(self, seconds: Mapping[str, float]) -> None:
         for step, value in seconds.items():
@@ -183,7 +191,7 @@ class SyncSession:
             "stats": SyncStats(context.device),
             "mesh": Mesh(context.device, self.deadline.plus(GRACE_S)),
             "ledger": context.new_ledger(),
-            "transient": TransientMappings(context.new_ledger(), self.state.mappings, tp_rank=context.tp_rank),
+            "transient": TransientMappings(context.new_ledger(), self.state.mappings, rank=context.layout.rank),
             "files": BucketFiles(context.folder if self.options.folder is None else self.options.folder),
             "connection": connect(
                 context.server,

@@ -62,9 +62,9 @@ class WeightSyncer:
         folder: Path,
         reader_is_alive: Callable[[], bool],
     ) -> None:
-        layout = TpLayout(group.ranks.index(group.rank), len(group), tp_ranks)
+        layout = TpLayout(group.rank, tuple(group.ranks), tp_ranks)
         self.context = SliceContext(group, device, owner_rank, layout, server, spec, loader, folder, reader_is_alive)
-        self.state = EngineState(device)
+        self.state = EngineState(device, group.rank)
 
     @property
     def spec(self) -> ModelSpec | None:
@@ -121,24 +121,30 @@ class WeightSyncer:
         """
         if not self.state.mapped_names:
             return 0
-        expired = self.state.mappings.expired()
+        mappings, slice_ranks = self.state.mappings, self.context.layout.slice_ranks
+        expired = mappings.expired()
         what = "take back memory that the engine still maps"
         group = self.context.group
-        of_ranks = group.all_gather([one.name for one in expired], what=what, timeout_s=timeout_s)
-        if not any(of_ranks):
+        mine = {rank: [one.name for one in expired if rank in one.handles] for rank in slice_ranks}
+        of_ranks = group.all_gather(mine, what=what, timeout_s=timeout_s)
+        if not any(names for of_rank in of_ranks for names in of_rank.values()):
             return 0
         error: BaseException | None = None
         try:
-            self._release(of_ranks, timeout_s)
+            self._release([[name for of_rank in of_ranks for name in of_rank[rank]] for rank in slice_ranks], timeout_s)
         except BaseException as caught:
             error = caught
         group.agree(error, None, what=what, timeout_s=timeout_s)
-        wait_unmapped(self.context, self.state.mappings, expired, Deadline.after(timeout_s))
+        mappings.retire(expired)
+        # What workers of other slices map as well comes back with the next sync.
+        released = [one for one in expired if set(slice_ranks).issuperset(one.handles)]
+        wait_unmapped(self.context, released, Deadline.after(timeout_s))
+        mappings.forget(released)
         if self.context.device.type == "cuda":
             torch.cuda.ipc_collect()
             # A trainer that moved these weights away wants the engine to have the memory, not this process's allocator.
             torch.cuda.empty_cache()
-        return sum(one.num_bytes for one in expired)
+        return sum(one.num_bytes for one in released)
 
     def _release(self, of_ranks: list[list[str]], timeout_s: float) -> None:
         if self.context.server is None:
@@ -217,7 +223,7 @@ class WeightSyncer:
                 return []
             time.sleep(_END_POLL_S)
         lost = self.reclaim()
-        self.state.mappings.reclaim()
+        self.state.mappings.reclaim(self.context.layout.slice_ranks)
         if self.context.device.type == "cuda":
             torch.cuda.ipc_collect()
         return lost

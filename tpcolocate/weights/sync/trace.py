@@ -6,8 +6,8 @@ from tpcolocate.errors import some
 from tpcolocate.in_server.tpcolocate_receiver.protocol import DryRun, addressed_to_all
 from tpcolocate.weights.plan.loader_map import TensorEntry
 from tpcolocate.weights.sync.buckets import send_buckets
+from tpcolocate.weights.sync.mesh_calls import sample_items
 from tpcolocate.weights.sync.records import BucketsSent, Opened, Prepared, Route
-from tpcolocate.weights.sync.route import sample_items
 from tpcolocate.weights.sync.session import SyncSession
 from tpcolocate.weights.transport.bucket_sender import BucketSender
 from tpcolocate.weights.transport.connection import Replies
@@ -40,9 +40,13 @@ def trace_loader(session: SyncSession, prepared: Prepared, opened: Opened, *, tr
         except BaseException as caught:
             error = caught
         session.transient.export(
-            one.local.untyped_storage()
-            for name, one in prepared.shards.items()
-            if opened.memory_uses.get(name) == MAPPABLE
+            (
+                one.local.untyped_storage()
+                for name, one in prepared.shards.items()
+                if opened.memory_uses.get(name) == MAPPABLE and one.local.numel()
+            ),
+            session.context.layout.rank,
+            session.context.tp_rank,
         )
 
         def collect() -> Replies:

@@ -12,12 +12,13 @@ from tpcolocate.errors import SyncError, some
 from tpcolocate.in_server.tpcolocate_receiver.protocol import Addressed, ReleaseStaging, RunProgram, addressed_to_all
 from tpcolocate.weights.plan.transfer_plan import TransferPlan
 from tpcolocate.weights.sources.lazy_tensor import full_bytes
-from tpcolocate.weights.sync.mapping import map_memory
+from tpcolocate.weights.sync.mapping import map_and_plan
+from tpcolocate.weights.sync.mesh_calls import HALVES
 from tpcolocate.weights.sync.records import CachedPlan, Opened, Prepared, Route
 from tpcolocate.weights.sync.session import WEIGHTS_UNKNOWN, SyncSession
 from tpcolocate.weights.transport.bucket_sender import slowest
 from tpcolocate.weights.transport.connection import Replies
-from tpcolocate.weights.transport.staging import Transfer, program_definitions
+from tpcolocate.weights.transport.staging import PlannedTransfer, Transfer, half_region, program_definitions
 from tpcolocate.worker_errors import raise_worker_errors
 
 Found = dict[str, dict[int, Any]]
@@ -38,7 +39,7 @@ class _Posted:
 
 
 def transfer(session: SyncSession, prepared: Prepared, opened: Opened, route: Route, *, traced: bool) -> CachedPlan:
-    """Transfer all slices, and compare what every worker has with what its training ranks gave.
+    """Transfer all slices, and compare what every worker has with what the training ranks gave.
 
     Collective: over the slice, and over the meshes of the weights.
 
@@ -53,82 +54,80 @@ def transfer(session: SyncSession, prepared: Prepared, opened: Opened, route: Ro
         cached, current, define = session.state.cached_plan, opened.ahead, None
     else:
         cached, current, define = _plan(session, opened, route, traced=traced)
+    plan = current.plan
     found: Found = {}
-    if route.repeats:
-        posted, error = _post_same(session, _command(current.plan, 0, route))
+    expected: list[list[int]] = []
+    halves: dict[int, list[Any]] = {}
+    error: BaseException | None = None
+    with session.stats.watch.phase("verify"):
+        try:
+            # Before the workers are busy on the GPUs that this exchange may need.
+            expected = session.schedule.make("sums")
+        except BaseException as caught:
+            error = caught
+    if plan.stages:
+        with session.stats.watch.phase("gather"):
+            for call in ("ingredients", "halves"):
+                try:
+                    halves = session.schedule.make(call)
+                except BaseException as caught:
+                    error = caught if error is None else error
+    if route.repeats and error is None:
+        posted, error = _post_same(session, _command(plan, 0, route))
     else:
-        command = replace(_command(current.plan, 0, route), define=define)
-        posted, error = _post(session, "copy mapped memory", command, None, None, found)
-    for i in range(len(current.plan.stages)):
-        command = _command(current.plan, i + 1, route)
+        command = replace(_command(plan, 0, route), define=define)
+        posted, error = _post(session, "copy mapped memory", command, None, error, found)
+    for i, stage in enumerate(plan.stages):
+        command = _command(plan, i + 1, route)
         number = session.next_command()
         with session.stats.watch.phase("gather"):
             try:
-                half = session.schedule.make("stage")  # before anything else that can fail: other slices are in it
-                if i < 2:
-                    handle = session.ledger.export(half, tp_rank=session.context.tp_rank, bucket=number)
-                    command = replace(command, map=[[f"stage{i}", handle.describe()]])
-                session.stats.staged_bytes += current.plan.stages[i].num_bytes
+                session.schedule.make("stage")  # before anything else that can fail: other slices are in it
+                session.stats.staged_bytes += stage.num_bytes
+                if i == 0:
+                    command = replace(command, map=_halves_to_map(session, plan, halves))
             except BaseException as caught:
                 error = caught
         posted, error = _post(session, f"copy stage {i}", command, posted, error, found, number=number)
-    _verify(session, current.plan, posted, found, error)
-    _count(session, prepared, route, current.plan)
+    _verify(session, current, posted, found, error, expected)
+    session.schedule.make("done")
+    _count(session, prepared, route, current.planned)
     return cached
+
+
+def _halves_to_map(session: SyncSession, plan: TransferPlan, halves: Mapping[int, list[Any]]) -> list[list[Any]]:
+    """Return [region, handle] of all staging memory that this rank's worker copies out of."""
+    missing = [rank for rank in plan.source_ranks if rank not in halves]
+    if missing:
+        raise SyncError(f"rank {missing[0]} has no staging memory for the worker of rank {plan.layout.rank}")
+    return [
+        [half_region(rank, number), handle] for rank in plan.source_ranks for number, handle in enumerate(halves[rank])
+    ]
 
 
 def _plan(
     session: SyncSession, opened: Opened, route: Route, *, traced: bool
 ) -> tuple[CachedPlan, Transfer, list[list[Any]] | None]:
     """Map memory, plan, and prepare on all ranks; also returns the programs that the workers do not have yet."""
-    stats, state = session.stats, session.state
-    with stats.watch.phase("map"):
-        mapped = map_memory(session, route, opened, traced=traced)
-    with stats.watch.phase("plan"):
-        signature = _signature(session, opened, route, mapped)
-        last = state.cached_plan if state.cached_plan is not None and state.cached_plan.signature == signature else None
-        planned: tuple[Transfer, bool] | BaseException
-        try:
-            planned = session.schedule.make("plan", mapped, last)
-        except BaseException as caught:
-            planned = caught
+    planned = map_and_plan(session, opened, route, traced=traced)
 
     def prepare() -> list[list[Any]] | None:
         if isinstance(planned, BaseException):
             raise planned
-        current, same = planned
+        current, _, blocks = planned
         current.prepare()
-        stats.peak.note()
-        if same:
-            return None
-        return program_definitions(current.plan, route.shards, state.mappings, session.transient.regions)
+        session.stats.peak.note()
+        return None if blocks is None else program_definitions(current.plan, blocks)
 
-    with stats.watch.phase("gather"):
+    with session.stats.watch.phase("gather"):
         # What can fail for want of memory fails here, on all ranks.
         define = session.together("prepare the transfer", prepare)
     assert not isinstance(planned, BaseException)
-    return CachedPlan(signature, planned[0].planned), planned[0], define
-
-
-def _signature(session: SyncSession, opened: Opened, route: Route, mapped: frozenset[str]) -> object:
-    """Equal for syncs that can use the same plan."""
-    loader_map, mappings = session.state.loader_map, session.state.mappings
-    storages = {name: one.local.untyped_storage() for name, one in route.shards.items() if name in mapped}
-    names = {name: found.name for name, storage in storages.items() if (found := mappings.find(storage)) is not None}
-    return (
-        loader_map.digest(list(route.shards)),
-        opened.bucket_bytes,
-        tuple((one.group, one.position) for one in route.shards.values()),
-        tuple(
-            (name, names.get(name), one.local.data_ptr(), one.local.stride(), one.local.dtype)
-            for name, one in route.shards.items()
-            if name in mapped
-        ),
-    )
+    return planned[1], planned[0], define
 
 
 def _command(plan: TransferPlan, number: int, route: Route) -> RunProgram:
-    programs = list(plan.programs)
+    programs = plan.programs
     # Of a sync that repeats another it is known what it ends with: the workers then leave by themselves.
     is_last = route.repeats and number == len(programs) - 1
     return RunProgram(program=programs[number], keep_views=number == 0, is_last=is_last)
@@ -197,28 +196,40 @@ def _collect(session: SyncSession, posted: _Posted, found: Found) -> Replies:
 
 def _accept(session: SyncSession, posted: _Posted, replies: Replies) -> None:
     """Enter on every rank what the workers replied to a command."""
-    session.ledger.note_opened(posted.number, {rank: reply.opened for rank, reply in replies.items()})
+    # Staging memory is mapped by the command of its first stage.
+    session.ledger.note_opened(HALVES, {rank: reply.opened for rank, reply in replies.items()})
     raise_worker_errors(replies, "weights did not arrive", hint=WEIGHTS_UNKNOWN, rank=session.context.owner_rank)
     session.stats.add_worker_seconds(slowest(replies))
 
 
 def _verify(
-    session: SyncSession, plan: TransferPlan, posted: _Posted, found: Found, error: BaseException | None
+    session: SyncSession,
+    current: Transfer,
+    posted: _Posted,
+    found: Found,
+    error: BaseException | None,
+    direct: list[list[int]],
 ) -> None:
     """Wait for the last replies, and compare what every worker has with what the ranks of the mesh gave.
 
     Args:
+        current: The transfer.
         posted: The command that has not been answered.
         error: Of this rank.
+        direct: What this rank's worker must find of what it read where it lies, by source.
     """
-    expected: dict[str, list[int]] = {}
+    plan = current.plan
+    expected = [[one for of_source in direct for one in of_source]]
     replies: Replies = {}
     arrived: dict[int, bytes] = {}
-    with session.stats.watch.phase("verify"):
-        try:
-            expected = session.schedule.make("checksums")  # before anything else that can fail: other slices are in it
-        except BaseException as caught:
-            error = caught
+    if plan.stages:
+        with session.stats.watch.phase("verify"):
+            try:
+                expected += session.schedule.make(
+                    "staged"
+                )  # before anything else that can fail: other slices are in it
+            except BaseException as caught:
+                error = caught
     with session.stats.watch.phase("push"):
         try:
             if error is None:
@@ -226,23 +237,26 @@ def _verify(
                 arrived = {k: _digest([found[name].get(k) for name in plan.programs]) for k in replies}
         except BaseException as caught:
             error = caught
-        given = _digest([expected[name] for name in plan.programs]) if expected else b""
-        of_ranks = session.agree(error, (given, replies, arrived), what="copy the weights")
+        of_ranks = session.agree(error, (_digest(expected), replies, arrived), what="copy the weights")
         _, replies, arrived = of_ranks[session.context.owner]
         _accept(session, posted, replies)
     if any(given != arrived[tp_rank] for tp_rank, (given, *_) in enumerate(of_ranks)):
         with session.stats.watch.phase("verify"):
             on_owner = session.on_owner("send the checksums that were found", lambda: found)
-            session.together("compare what arrived", lambda: _compare(session, plan, expected, on_owner))
+            session.together("compare what arrived", lambda: _compare(session, current, expected, on_owner))
 
 
-def _compare(session: SyncSession, plan: TransferPlan, expected: Mapping[str, list[int]], found: Found) -> None:
+def _compare(session: SyncSession, current: Transfer, expected: list[list[int]], found: Found) -> None:
     """Name what this rank's worker has that the ranks of the mesh did not give it."""
-    tp_rank = session.context.tp_rank
+    tp_rank, plan = session.context.tp_rank, current.plan
+    labels = [
+        [label for of_source in current.planned.labels for label in of_source],
+        *([one.name for _, one, _ in stage.taken] for stage in plan.stages),
+    ]
     wrong = {
-        one.name
-        for program, slices in plan.programs.items()
-        for one, here, there in zip(slices, expected[program], found[program][tp_rank], strict=True)
+        label
+        for program, of_program, sums in zip(plan.programs, labels, expected, strict=True)
+        for label, here, there in zip(of_program, sums, found[program][tp_rank], strict=True)
         if here != there
     }
     if wrong:
@@ -257,10 +271,10 @@ def _digest(checksums: list[Any]) -> bytes:
     return hashlib.sha256(json.dumps(checksums).encode()).digest()
 
 
-def _count(session: SyncSession, prepared: Prepared, route: Route, plan: TransferPlan) -> None:
+def _count(session: SyncSession, prepared: Prepared, route: Route, planned: PlannedTransfer) -> None:
     stats, cached = session.stats, session.state.cached_sync
-    stats.direct_bytes = plan.direct_bytes
-    stats.num_buckets += 1 + len(plan.stages)
+    stats.own_bytes, stats.peer_bytes = planned.own_bytes, planned.peer_bytes
+    stats.num_buckets += 1 + len(planned.plan.stages)
     stats.num_replayed += len(route.shards)
     stats.names.update(route.shards)
     if route.repeats and cached is not None:

@@ -1,10 +1,8 @@
-"""What every slice must sum up to: computed by the rank that has it, compared with what the worker reads back."""
+"""What workers must find: sums of all that they read where it lies, by the rank that has it."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -13,29 +11,42 @@ from tpcolocate.in_server.tpcolocate_receiver import kernels
 from tpcolocate.in_server.tpcolocate_receiver.checksums import word_sum, word_view
 from tpcolocate.in_server.tpcolocate_receiver.kernel_tables import ChecksumTable, parts_of
 from tpcolocate.weights.plan.sharding import Shards
-from tpcolocate.weights.plan.slices import TensorSlice
-from tpcolocate.weights.plan.transfer_plan import TransferPlan
+from tpcolocate.weights.plan.slices import Block, TensorSlice
+from tpcolocate.weights.plan.transfer_plan import Group
 from tpcolocate.weights.transport.mesh import Mesh
 
 _Words = tuple[torch.Size, tuple[int, ...], int]
 """Shape, strides and offset of a slice in its storage, in whole words."""
 
+SumsOfRanks = Mapping[dist.ProcessGroup, Sequence[Mapping[int, int]]]
+"""Group -> for each of its positions, TP rank -> number of sums of the block that workers of that TP rank read there."""
+
 
 class DirectChecksums:
-    """Checksums of slices that the worker reads where they lie, the same at every sync; keeps none of their memory.
+    """Checksums of what workers read where it lies on this rank, the same at every sync; keeps none of that memory.
 
     Args:
-        slices: In the order of the checksums.
+        blocks: (group, TP rank) -> what workers read.
         shards: What lies here; the object can be used as long as all of it lies there.
         device: Of the checksums.
     """
 
-    def __init__(self, slices: Sequence[TensorSlice], shards: Shards, device: torch.device) -> None:
-        self._slices = slices
+    def __init__(self, blocks: Mapping[tuple[Group, int], Block], shards: Shards, device: torch.device) -> None:
         self._device = device
-        self._words = [self._words_of(one, shards) for one in slices]
-        self._sums = torch.empty(len(slices), dtype=torch.int64, device=device)
+        self._slices = [one for block in blocks.values() for one in block.slices]
+        self._spans: dict[tuple[Group, int], tuple[int, int]] = {}
+        numbers: list[int] = []
+        end = 0
+        for key, block in blocks.items():
+            numbers += [end + number for number in block.sums]
+            self._spans[key] = (end, end := end + len(block.labels))
+        self._size = end
+        self._numbers = torch.tensor(numbers, dtype=torch.int64, device=device)
+        weights = [weight for block in blocks.values() for weight in block.weights]
+        self._weights = torch.tensor(weights, dtype=torch.int64, device=device)
+        self._sums = torch.empty(len(self._slices), dtype=torch.int64, device=device)
         self._of_slice = self._sums.unbind()
+        self._words = [self._words_of(one, shards) for one in self._slices]
         self._table: ChecksumTable | None = None
         self._is_tabled = False
         self._viewed = [i for i, words in enumerate(self._words) if words is not None]
@@ -49,7 +60,8 @@ class DirectChecksums:
         return self._table is not None and not self._viewed
 
     def _words_of(self, one: TensorSlice, shards: Shards) -> _Words | None:
-        view = one.view(shards[one.name].local, shards[one.name].region)
+        shard = shards[one.name]
+        view = one.view(shard.local, shard.region)
         if view.dtype != one.read.dtype or view.device != self._device:
             return None
         words = word_view(view)
@@ -73,7 +85,7 @@ class DirectChecksums:
         self._is_tabled = True
 
     def begin(self, shards: Shards) -> torch.Tensor:
-        """Queue the checksums; return them, not waited for.  They are overwritten by the next call."""
+        """Queue the checksums; return all blocks' sums, not waited for."""
         launch = kernels.ready(self._device)
         if launch is not None and not self._is_tabled:
             self._make_table(shards)
@@ -84,73 +96,42 @@ class DirectChecksums:
             view = self._view(i, shards)
             torch.sum(view, dim=tuple(range(view.dim())), out=self._of_slice[i])
         for i in self._others:
-            self._of_slice[i].copy_(_checksum(self._slices[i], shards, self._device))
-        return self._sums
+            one = self._slices[i]
+            shard = shards[one.name]
+            made = one.view(shard.local, shard.region).to(self._device, one.read.dtype)
+            self._of_slice[i].copy_(word_sum(made))
+        found = torch.zeros(self._size, dtype=torch.int64, device=self._device)
+        return found.index_add_(0, self._numbers, self._sums * self._weights)
 
+    def expected(
+        self, sums: torch.Tensor, sources: Sequence[tuple[Group, int]], tp_rank: int, sizes: SumsOfRanks, mesh: Mesh
+    ) -> list[list[int]]:
+        """Return the sums that this rank's worker must find, by source.
 
-class TransferChecksums:
-    """Checksums of everything that this rank gives to any worker in one sync; begun when made, on a GPU not waited for.
+        Collective: over the groups of `sizes`, in their order.
 
-    Args:
-        plan: Of the transfer.
-        direct: Of the plan's direct slices.
-        shards: What lies here.
-        mesh: For the exchange.
-    """
-
-    def __init__(self, plan: TransferPlan, direct: DirectChecksums, shards: Shards, mesh: Mesh) -> None:
-        self._plan, self._mesh = plan, mesh
-
-        def of(slices: Sequence[TensorSlice]) -> list[torch.Tensor]:
-            return [_checksum(one, shards, mesh.device) for one in slices]
-
-        self._direct = direct.begin(shards)
-        self._local = [of(stage.local) for stage in plan.stages]
-        self._sent = [[of(slices) for slices in stage.send] for stage in plan.stages]
-
-    def exchange(self) -> dict[str, list[int]]:
-        """Return for each program the checksums that its worker must find, in the order of its slices.
-
-        Collective: over the groups of the plan.
+        Args:
+            sums: From `begin`.
+            sources: What the worker reads, see `TransferPlan.sources`.
+            tp_rank: Of the worker.
+            sizes: Of all ranks' blocks.
+            mesh: For the exchange.
         """
-        plan = self._plan
-        expected = {f"{plan.key}/direct": self._direct.tolist()}
-        received = self._exchanged()
-        for i, stage in enumerate(plan.stages):
-            sums: list[int] = []
-            for position, slices in enumerate(stage.receive):
-                sums += [next(received[stage.group, position]) for _ in slices] if slices else []
-            local = torch.stack(self._local[i]).tolist() if self._local[i] else []
-            expected[f"{plan.key}/{i}"] = sums + local
-        return expected
-
-    def _exchanged(self) -> dict[tuple[dist.ProcessGroup | None, int], Any]:
-        """(group, position) -> the checksums of what came from there, in the order in which it came."""
-        found: dict[tuple[dist.ProcessGroup | None, int], Any] = {}
-        groups: list[dist.ProcessGroup] = []
-        for stage in self._plan.stages:
-            if stage.group is not None and stage.is_sent and stage.group not in groups:
-                groups.append(stage.group)
-        for group in groups:
-            stages = [(i, stage) for i, stage in enumerate(self._plan.stages) if stage.group is group]
-            device = self._mesh.device_of(group)
-            positions = range(dist.get_world_size(group))
-            sent = [[s for i, _ in stages for s in self._sent[i][position]] for position in positions]
-            flat = [s.to(device) for of_position in sent for s in of_position]
-            given = torch.stack(flat) if flat else torch.empty(0, dtype=torch.int64, device=device)
-            counts = [sum(len(stage.receive[position]) for _, stage in stages) for position in positions]
-            received = torch.empty(sum(counts), dtype=torch.int64, device=device)
-            self._mesh.all_to_all(group, received, given, counts, [len(of_position) for of_position in sent])
-            numbers = iter(received.tolist())
-            for position, count in enumerate(counts):
-                found[group, position] = iter(list(itertools.islice(numbers, count)))
+        received = {}
+        for group, of_ranks in sizes.items():
+            spans = [self._spans[key] for key in self._spans if key[0] is group]
+            mine = sums[spans[0][0] : spans[-1][1]] if spans else sums[:0]
+            received[group] = mesh.all_gather_numbers(group, mine, [sum(one.values()) for one in of_ranks])
+        found: list[list[int]] = []
+        for source, position in sources:
+            if source is None:
+                first, end = self._spans[None, tp_rank]
+                found.append(sums[first:end].tolist())
+                continue
+            of_rank = sizes[source][position]
+            first = sum(size for k, size in of_rank.items() if k < tp_rank)
+            found.append(received[source][position][first : first + of_rank[tp_rank]])
         return found
 
 
-def _checksum(one: TensorSlice, shards: Shards, device: torch.device) -> torch.Tensor:
-    """Of a slice as the worker will hold it: cast, and on the worker's device."""
-    shard = shards[one.name]
-    return word_sum(one.view(shard.local, shard.region).to(device, one.read.dtype))
-
-
-__all__ = ["DirectChecksums", "TransferChecksums"]
+__all__ = ["DirectChecksums", "SumsOfRanks"]

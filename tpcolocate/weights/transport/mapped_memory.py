@@ -1,6 +1,6 @@
-"""The trainer's own memory, mapped by its TP worker so that nothing needs to be staged.
+"""The trainer's own memory, mapped by the TP workers that read it so that nothing needs to be staged.
 
-A storage that is mapped from sync to sync is exported once and read at every sync.  Until the worker releases it, torch
+A storage that is mapped from sync to sync is exported once and read at every sync.  Until its readers release it, torch
 cannot reuse its memory, even if the trainer drops it: the counter says that a reader is there.  So a storage gets a
 persistent mapping only once it was seen at two syncs in a row (a trainer that moves its weights away between steps never
 has any), and what the trainer has dropped meanwhile is released at the next call that needs memory (`expired`).
@@ -9,7 +9,7 @@ has any), and what the trainer has dropped meanwhile is released at the next cal
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,34 +26,49 @@ TRANSIENT = -2
 
 @dataclass(frozen=True, slots=True)
 class PersistentMapping:
-    """One storage that the worker keeps mapped.
+    """One storage that workers keep mapped.
 
     Attributes:
-        name: Of the region in the worker.
-        handle: Its export.
+        name: Of the region in the workers.
+        handles: Global rank of each worker's training rank -> its export.
         alive: Tells whether the trainer still has it.
         address: Of its first byte.
         num_bytes: Its size.
     """
 
     name: str
-    handle: ipc_payload.Handle
+    handles: Mapping[int, ipc_payload.Handle]
     alive: StorageWeakRef
     address: int
     num_bytes: int
 
+    @property
+    def is_released(self) -> bool:
+        """Whether no worker has it open."""
+        return all(handle.count() <= 0 for handle in self.handles.values())
+
+    def reclaim(self, readers: Collection[int] | None = None) -> None:
+        """Set the counters of some readers right: of those that are gone or map nothing of it; of all if left out."""
+        for reader, handle in self.handles.items():
+            if readers is None or reader in readers:
+                handle.reclaim()
+
 
 class PersistentMappings:
-    """What the TP worker of one rank maps from sync to sync.
+    """What workers map of one rank's memory from sync to sync.
 
     Args:
-        device: The worker's and this rank's.
+        device: Of this rank and its worker.
+        rank: This global rank.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, rank: int) -> None:
         self.device = device
         self.version = 0
         """Changes whenever a mapping is added or removed."""
+        self.retired: list[PersistentMapping] = []
+        """Of no use any more, and not yet confirmed to be released."""
+        self._rank = rank
         self._mappings: dict[int, PersistentMapping] = {}
         self._seen: dict[int, tuple[StorageWeakRef, int]] = {}
         self._numbers = itertools.count()
@@ -94,14 +109,20 @@ class PersistentMappings:
             return None
         return found
 
-    def add(self, storage: torch.UntypedStorage) -> PersistentMapping:
-        """Export a storage for as long as the worker maps it."""
-        handle = ipc_payload.export_storage(storage)
-        # torch keeps exported CUDA memory by its counter; a reference here would keep it forever.
-        handle.drop_storage()
-        found = PersistentMapping(
-            f"mapped{next(self._numbers)}", handle, StorageWeakRef(storage), storage.data_ptr(), storage.nbytes()
-        )
+    def add(self, storage: torch.UntypedStorage, readers: Iterable[int]) -> PersistentMapping:
+        """Export a storage to workers, for as long as they map it.
+
+        Args:
+            storage: Not mapped yet.
+            readers: Global ranks of the workers' training ranks.
+        """
+        handles: dict[int, ipc_payload.Handle] = {}
+        for reader in readers:
+            handles[reader] = ipc_payload.export_storage(storage)
+            # torch keeps exported CUDA memory by its counter; a reference here would keep it forever.
+            handles[reader].drop_storage()
+        name = f"r{self._rank}/mapped{next(self._numbers)}"
+        found = PersistentMapping(name, handles, StorageWeakRef(storage), storage.data_ptr(), storage.nbytes())
         self._mappings[storage._cdata] = found
         self.version += 1
         self.note_export(storage)
@@ -111,83 +132,111 @@ class PersistentMappings:
         """Note where a storage lies after its export, which on a CPU may have moved it."""
         self._seen[storage._cdata] = (StorageWeakRef(storage), storage.data_ptr())
 
-    def remove(self, names: set[str]) -> None:
-        """Forget mappings that the worker has released, or is asked to."""
+    def retire(self, mappings: Iterable[PersistentMapping]) -> None:
+        """Use these no longer; they stay until workers have confirmed that they have released them."""
+        names = {one.name for one in mappings}
+        self.retired += [one for one in self._mappings.values() if one.name in names]
         kept = {key: one for key, one in self._mappings.items() if one.name not in names}
         self.version += len(kept) != len(self._mappings)
         self._mappings = kept
+
+    def forget(self, mappings: Iterable[PersistentMapping]) -> None:
+        """Forget retired mappings that are released."""
+        names = {one.name for one in mappings}
+        self.retired = [one for one in self.retired if one.name not in names]
 
     def all(self) -> list[PersistentMapping]:
         return list(self._mappings.values())
 
     def expired(self) -> list[PersistentMapping]:
-        """Return mappings whose storage the trainer has dropped or moved: only the worker keeps that memory."""
+        """Return mappings whose storage the trainer has dropped or moved: only the workers keep that memory."""
         return [one for one in self._mappings.values() if one.alive.expired()]
 
-    def unused(self, storages: list[torch.UntypedStorage]) -> list[PersistentMapping]:
-        """Return mappings of none of these storages."""
-        used = {found.name for storage in storages if (found := self.find(storage)) is not None}
-        return [one for one in self._mappings.values() if one.name not in used]
+    def unused(self, wanted: Mapping[int, Collection[int]]) -> list[PersistentMapping]:
+        """Return the mappings that are of no use.
 
-    def reclaim(self) -> None:
-        """Set all counters right; only once the engine is gone, or is known to map nothing of it."""
-        for one in self._mappings.values():
-            one.handle.reclaim()
+        Args:
+            wanted: Storage (``_cdata``) -> the ranks whose workers are to map it.
+        """
+        return [
+            one
+            for key, one in self._mappings.items()
+            if key not in wanted or one.alive.expired() or set(one.handles) != set(wanted[key])
+        ]
+
+    def reclaim(self, readers: Collection[int] | None = None) -> None:
+        """Forget all mappings, and set the counters of some readers right.
+
+        Only once these workers are gone, or are known to map nothing of it.  What others still map comes back when they
+        release it.
+
+        Args:
+            readers: Their ranks; all if left out.
+        """
+        for one in (*self._mappings.values(), *self.retired):
+            one.reclaim(readers)
         self._mappings.clear()
+        self.retired.clear()
         self.version += 1
 
 
 class TransientMappings:
-    """What the TP worker of one rank maps for one sync alone, so that a first sync need not stage it.
+    """What workers map of one rank's memory for one sync alone, so that a first sync need not stage it.
 
-    The worker unmaps it by itself when it leaves the sync: the regions are named as those of staging memory are.
+    Workers unmap it by themselves when they leave the sync: the regions are named as those of staging memory are.
 
     Args:
         ledger: Of these handles alone.
         persistent: Of this rank; what they contain needs no transient mapping.
-        tp_rank: The reader.
+        rank: This global rank.
     """
 
-    def __init__(self, ledger: ipc_payload.Ledger, persistent: PersistentMappings, *, tp_rank: int) -> None:
+    def __init__(self, ledger: ipc_payload.Ledger, persistent: PersistentMappings, *, rank: int) -> None:
         self.ledger = ledger
         self.regions: dict[int, str] = {}
-        """Storage -> name of its region in the worker."""
+        """Storage -> name of its region in the workers."""
         self.error: Exception | None = None
         """Why not all could be exported."""
         self.is_sent = False
-        """Whether the worker may have opened any of it."""
+        """Whether a worker may have opened any of it."""
         self._persistent = persistent
-        self._tp_rank = tp_rank
-        self._handles: list[tuple[str, ipc_payload.Handle]] = []
+        self._rank = rank
+        self._handles: dict[tuple[int, int], ipc_payload.Handle] = {}
 
-    def export(self, storages: Iterable[torch.UntypedStorage]) -> None:
-        """Export storages; what goes wrong is left in `error`, since memory that cannot be mapped can be staged."""
+    def export(self, storages: Iterable[torch.UntypedStorage], reader: int, tp_rank: int) -> None:
+        """Export storages to one worker; what goes wrong is left in `error`, since memory that cannot be mapped can be staged.
+
+        Args:
+            storages: Any; what this worker has already is left out.
+            reader: Global rank of the worker's training rank.
+            tp_rank: Of the worker.
+        """
         try:
             for storage in storages:
-                if storage._cdata not in self.regions and self._persistent.find(storage) is None:
-                    region = f"stage/{len(self.regions)}"
-                    handle = self.ledger.export_storage(storage, tp_rank=self._tp_rank, bucket=TRANSIENT)
-                    self._handles.append((region, handle))
-                    self.regions[storage._cdata] = region
+                key = storage._cdata
+                if (key, reader) not in self._handles and self._persistent.find(storage) is None:
+                    self.regions.setdefault(key, f"r{self._rank}/stage/{len(self.regions)}")
+                    handle = self.ledger.export_storage(storage, tp_rank=tp_rank, bucket=TRANSIENT)
+                    self._handles[key, reader] = handle
                     self._persistent.note_export(storage)
         except Exception as error:
             self.error = error
 
-    def described(self) -> list[list[Any]]:
-        """Return [region, handle] of everything, for a command."""
+    def described(self, reader: int) -> list[list[Any]]:
+        """Return [region, handle] of everything for one worker, for a command."""
         self.is_sent = self.is_sent or bool(self._handles)
-        return [[region, handle.describe()] for region, handle in self._handles]
+        return [[self.regions[key], handle.describe()] for (key, of), handle in self._handles.items() if of == reader]
 
     def note_opened(self, opened: Mapping[int, bool]) -> None:
         """Enter which TP ranks have mapped all of it."""
         self.ledger.note_opened(TRANSIENT, opened)
 
     def forget(self) -> None:
-        """Drop the handles: the worker unmaps them, so they are on their way back."""
-        self.regions, self._handles = {}, []
+        """Drop the handles: the workers unmap them, so they are on their way back."""
+        self.regions, self._handles = {}, {}
 
     def reclaim(self) -> None:
-        """Take back what the worker maps nothing of."""
+        """Take back what the workers map nothing of."""
         self.forget()
         self.error = None
         self.ledger.reclaim()

@@ -6,15 +6,19 @@ same order, whether its own slice has failed or not.
 
 from __future__ import annotations
 
+import pickle
 import time
 from collections.abc import Sequence
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from tpcolocate.deadline import Deadline
 from tpcolocate.errors import DeadlineError
+
+T = TypeVar("T")
 
 
 class Mesh:
@@ -41,6 +45,44 @@ class Mesh:
         reduced = torch.tensor(values, dtype=torch.int64, device=self.device_of(group))
         self._wait(dist.all_reduce(reduced, op=op, group=group, async_op=True))
         return reduced.tolist()
+
+    def barrier(self, group: dist.ProcessGroup) -> None:
+        """Wait for the other ranks of a group.  Collective: over the group."""
+        self.min(group, (0,))
+
+    def all_gather_numbers(self, group: dist.ProcessGroup, numbers: torch.Tensor, sizes: Sequence[int]) -> list[Any]:
+        """Return the numbers of every rank of a group, as lists in the order of its positions.
+
+        Collective: over the group.
+
+        Args:
+            group: Whose ranks exchange them.
+            numbers: int64, of this rank, on its device.
+            sizes: How many each rank has.
+        """
+        device, width = self.device_of(group), max(sizes)
+        if width == 0:
+            return [[] for _ in sizes]
+        given = torch.zeros(width, dtype=torch.int64, device=device)
+        given[: numbers.numel()] = numbers
+        found = self._all_gathered(group, given).tolist()
+        return [of_rank[:size] for of_rank, size in zip(found, sizes)]
+
+    def all_gather_objects(self, group: dist.ProcessGroup, value: T) -> list[T]:
+        """Exchange one picklable value per rank, in the order of the group's positions.  Collective: over the group."""
+        data = pickle.dumps(value)
+        device = self.device_of(group)
+        sizes = self._all_gathered(group, torch.tensor([len(data)], dtype=torch.int64, device=device)).view(-1).tolist()
+        width = max(sizes)
+        padded = torch.frombuffer(bytearray(data.ljust(width, b"\0")), dtype=torch.uint8).to(device)
+        found = self._all_gathered(group, padded).cpu().numpy()
+        # Unpickling is safe: only ranks of this job can have sent these bytes.
+        return [pickle.loads(of_rank[:size].tobytes()) for of_rank, size in zip(found, sizes)]
+
+    def _all_gathered(self, group: dist.ProcessGroup, given: torch.Tensor) -> torch.Tensor:
+        found = given.new_empty(dist.get_world_size(group), given.numel())
+        self._wait(dist.all_gather(list(found), given, group=group, async_op=True))
+        return found
 
     def all_to_all(
         self,
