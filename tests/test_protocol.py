@@ -50,7 +50,9 @@ COMMANDS = [
     Probe(HANDLE, [1, -2]),
     DryRun([["w", "float32", [4, 4]]]),
     LoadBucket(HANDLE, [1, -2], [["w", "float32", [4, 4], 0, 64]], watch=True, report_trace=True),
-    RunProgram(["a"], [["b", HANDLE]], [["p", [["w", 0, None, None, "b", 0, "float32", [4, 1]]]]], "p", False, True),
+    RunProgram(
+        ["a"], [["b", HANDLE]], [["p", 1, [["w", 0, None, None, "b", 0, "float32", [4, 1], 0, 1]]]], "p", False, True
+    ),
     ReleaseStaging(),
     FindUnwritten(),
     Leave(),

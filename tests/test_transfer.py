@@ -129,7 +129,7 @@ def transfers_on_a_rank(rank, how, staging_bytes):
             plan = plan_transfer(request, agreed_costs(mesh, request), staging_bytes=staging_bytes, key="plan")
             planned = PlannedTransfer.of(plan, shards, device)
             definitions = program_definitions(plan, shards, PersistentMappings(device), {})
-            programs = {key: CopyProgram(slices, copy_plan) for key, slices in definitions}
+            programs = {key: CopyProgram(num_sums, slices, copy_plan) for key, num_sums, slices in definitions}
         transfer = Transfer(planned, shards, mesh)
         regions = {f"stage{i}": torch.zeros(plan.stage_bytes, dtype=torch.uint8) for i in (0, 1)}
         found = {}

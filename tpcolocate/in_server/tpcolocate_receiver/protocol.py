@@ -102,7 +102,8 @@ class RunProgram:
     Attributes:
         release: Names of regions to unmap.
         map: Regions to map, each [name, handle]; those whose names begin with ``stage`` end with the session.
-        define: Programs in the place of all that there were, each [name, slices]; see `copy_plan.CopyProgram`.
+        define: Programs in the place of all that there were, each [name, number of its sums, slices]; see
+            `copy_program.CopyProgram`.
         program: Name of the program to run.
         keep_views: Whether the regions that it reads stay mapped after this.
         is_last: Leave the session after the reply.
@@ -235,7 +236,7 @@ class ProgramResult:
     """What a program did.
 
     Attributes:
-        checksums: Of every slice's target, in the order of the slices; None if no program was run.
+        checksums: The sums that the program was defined with; None if no program was run.
         step_seconds: Step -> seconds.
     """
 

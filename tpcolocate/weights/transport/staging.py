@@ -123,7 +123,7 @@ class Transfer:
 def program_definitions(
     plan: TransferPlan, shards: Shards, mappings: PersistentMappings, transient_regions: Mapping[int, str]
 ) -> list[list[Any]]:
-    """Return the worker's programs: [name, slices]; see `tpcolocate_receiver.copy_plan.CopyProgram`.
+    """Return the worker's programs: [name, number of sums, slices]; see `tpcolocate_receiver.copy_program.CopyProgram`.
 
     Args:
         plan: Of this rank.
@@ -141,14 +141,19 @@ def program_definitions(
             assert mapping is not None
             region = mapping.name
         direct.append(_described(one, region, view.data_ptr() - storage.data_ptr(), view.dtype, view.stride()))
-    programs: list[list[Any]] = [[f"{plan.key}/direct", direct]]
+    programs: list[list[Any]] = [[f"{plan.key}/direct", len(direct), _slotted(direct)]]
     for i, stage in enumerate(plan.stages):
         staged = [
             _described(one, f"stage{i % 2}", first, one.read.dtype, _contiguous_strides(one.shape))
             for one, first in stage.staged()
         ]
-        programs.append([f"{plan.key}/{i}", staged])
+        programs.append([f"{plan.key}/{i}", len(staged), _slotted(staged)])
     return programs
+
+
+def _slotted(slices: list[list[Any]]) -> list[list[Any]]:
+    """Give each slice a sum of its own."""
+    return [[*one, slot, 1] for slot, one in enumerate(slices)]
 
 
 def _described(one: TensorSlice, region: str, first: int, dtype: torch.dtype, strides: Sequence[int]) -> list[Any]:
