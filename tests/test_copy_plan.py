@@ -244,12 +244,12 @@ def test_a_program_copies_slices_out_of_regions_and_sums_up_what_arrived():
     left[:2, 1:7] = new["a"][:2]
     right = torch.cat([new["a"][2:].reshape(-1), new["b"]])
     slices = [
-        ["a", 0, [0, 0], [2, 6], "left", 4, "float32", [8, 1]],
-        ["a", 0, [2, 0], [2, 6], "right", 0, "float32", [6, 1]],
-        ["b", 0, None, None, "right", 48, "float32", [1]],
+        ["a", 0, [0, 0], [2, 6], "left", 4, "float32", [8, 1], 0, 1],
+        ["a", 0, [2, 0], [2, 6], "right", 0, "float32", [6, 1], 1, 1],
+        ["b", 0, None, None, "right", 48, "float32", [1], 2, 1],
     ]
     regions = {"left": left.view(-1).view(torch.uint8), "right": right.view(torch.uint8)}
-    program = CopyProgram(slices, model.plan)
+    program = CopyProgram(3, slices, model.plan)
     for keep in (True, True, False):
         model.a.data.zero_(), model.b.data.zero_()
         found, _ = program.run(model.plan, regions, keep_views=keep)
@@ -262,7 +262,7 @@ def test_a_program_writes_the_loaders_constants_again():
     update(model, sent(W, 1))
     model.w.data.fill_(9)
     new = sent(W, 2)["w"]
-    program = CopyProgram([["w", 0, None, None, "r", 0, "float32", [4, 1]]], model.plan)
+    program = CopyProgram(1, [["w", 0, None, None, "r", 0, "float32", [4, 1], 0, 1]], model.plan)
     program.run(model.plan, {"r": new.view(-1).view(torch.uint8)}, keep_views=False)
     assert torch.equal(model.w[:4], new) and not model.w[4:].any()
 
@@ -270,6 +270,6 @@ def test_a_program_writes_the_loaders_constants_again():
 def test_a_source_that_its_dtype_cannot_start_at_is_refused():
     model = model_of(plain, W)
     update(model, sent(W))
-    program = CopyProgram([["w", 0, None, None, "r", 2, "float32", [4, 1]]], model.plan)
-    with pytest.raises(ValueError, match="torch.float32 cannot start at byte 2 of a region"):
+    program = CopyProgram(1, [["w", 0, None, None, "r", 2, "float32", [4, 1], 0, 1]], model.plan)
+    with pytest.raises(ValueError, match="torch.float32 cannot start at byte 2 of region 'r'"):
         program.run(model.plan, {"r": torch.zeros(128, dtype=torch.uint8)}, keep_views=True)

@@ -4,6 +4,7 @@ Only GPUs in CUDA_VISIBLE_DEVICES are used.  On two GPUs each rank takes its own
 (`TPCOLOCATE_TEST_ARGS` may then hold more server arguments as JSON; NCCL has to permit several ranks on a GPU).
 """
 
+import base64
 import json
 import os
 import time
@@ -14,6 +15,11 @@ from harness import gpu_environment, run_ranks
 
 import tpcolocate
 from tpcolocate import errors, ipc_payload
+from tpcolocate.in_server.tpcolocate_receiver import kernels
+from tpcolocate.in_server.tpcolocate_receiver.checksums import word_sum
+from tpcolocate.in_server.tpcolocate_receiver.copy_program import CopyProgram
+from tpcolocate.in_server.tpcolocate_receiver.handles import open_handle
+from tpcolocate.in_server.tpcolocate_receiver.kernel_tables import CASTS, ChecksumTable, CopyTable, Layout, Slices
 from tpcolocate.in_server.tpcolocate_receiver.protocol import Addressed, LoadBucket
 from tpcolocate.server import channel
 from tpcolocate.weights.transport import bucket_sender, staging
@@ -45,6 +51,12 @@ def gap(engine, model, device):
         for i, (logprob, token, *_) in enumerate(pairs):
             worst = max(worst, abs(logprob - logits[len(prompt) - 1 + i, token].item()))
     return worst
+
+
+def spoiled_handle(handle):
+    """One that CUDA opens on no device, as that of a GPU without peer access; its kind and version stay."""
+    content = base64.b64decode(handle["handle"])
+    return {**handle, "handle": base64.b64encode(content[:2] + bytes(len(content) - 2)).decode()}
 
 
 def drive(rank, folder, world):
@@ -160,10 +172,7 @@ def drive(rank, folder, world):
             describe = ipc_payload.CudaHandle.describe
             engine._sync.state.handle_problems.clear()
             if rank == 1:
-                ipc_payload.CudaHandle.describe = lambda self: {
-                    **describe(self),
-                    "uuid": "00000000-0000-0000-0000-000000000000",
-                }
+                ipc_payload.CudaHandle.describe = lambda self: spoiled_handle(describe(self))
             found["file"] = engine.sync_weights(model).transport
             ipc_payload.CudaHandle.describe = describe
             engine._sync.state.handle_problems.clear()
@@ -293,7 +302,7 @@ def test_one_payload_for_two_readers_is_reported_on_the_first_sync(found):
     assert "two readers had one payload" in found[0]["duplicated"]
 
 
-def test_a_gpu_that_the_worker_cannot_see_sends_the_weights_through_files(found):
+def test_memory_that_a_worker_cannot_open_sends_the_weights_through_files(found):
     assert {value["file"] for value in found} == {"file"}
 
 
@@ -332,3 +341,166 @@ def test_offloaded_shards_are_gathered_by_the_gpus(monkeypatch):
     world = min(2, torch.cuda.device_count())
     found = run_ranks(offloaded, world, world, backend="nccl", timeout_s=120, env=gpu_environment())
     assert found == [({"cpu"}, {"cuda"}, True)] * world
+
+
+# --- kernels, without a server ---------------------------------------------------------------------------------------
+
+
+def bits_of(tensor):
+    return tensor.view(torch.int32 if tensor.element_size() == 4 else torch.int16)
+
+
+def every_number(dtype, device):
+    """All of two bytes; of four, all signs, exponents and leading bits, with what decides how they are rounded behind."""
+    if dtype is not torch.float32:
+        return torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).to(device)
+    leading = torch.arange(-(2**15), 2**15, dtype=torch.int64) << 16
+    behind = torch.tensor(
+        [
+            0,
+            1,
+            0xFFF,
+            0x1000,
+            0x1001,
+            0x2FFF,
+            0x3000,
+            0x3001,
+            0x7FFE,
+            0x7FFF,
+            0x8000,
+            0x8001,
+            0x8002,
+            0xFFFE,
+            0xFFFF,
+            0xABC,
+        ]
+    )
+    return (leading[:, None] | behind).flatten().to(torch.int32).view(torch.float32).to(device)
+
+
+def every_variant(device_name):
+    """Runs in a process of its own: kernels are compiled there."""
+    device = torch.device(device_name)
+    torch.cuda.set_device(device)
+    started = time.monotonic()
+    kernels.prepare(device, CASTS)
+    kernels.wait_until_prepared(device, timeout_s=300)
+    seconds = time.monotonic() - started
+    launch = kernels.ready(device)
+    found = {"ready": launch is not None, "casts": kernels.casts(device), "seconds": seconds}
+    for cast in CASTS:
+        source = every_number(cast[0], device)
+        expected, target = source.to(cast[1]), torch.zeros(source.shape, dtype=cast[1], device=device)
+        slices, to_sum = Slices(), Slices()
+        layout = Layout(tuple(source.shape), (1,), (1,), *cast)
+        for weight in (1, 2**31 - 1):  # the same twice, into one slot
+            slices.add(layout, 0, target.data_ptr(), slot=1, weight=weight, region="r0/x")
+            to_sum.add(Layout.to_sum(source.shape, (1,), *cast), source.data_ptr(), slot=1, weight=weight)
+        sums = torch.zeros(4, dtype=torch.int64, device=device)
+        CopyTable(slices, {"r0/x": source}, device, casts=kernels.casts(device)).run(launch, sums[:2])
+        ChecksumTable(to_sum, device, casts=kernels.casts(device)).run(launch, sums[2:])
+        found[cast] = (torch.equal(bits_of(target), bits_of(expected)), sums.tolist(), int(word_sum(expected) * 2**31))
+    return found
+
+
+def in_a_process(rank, work, *arguments):
+    return work(*arguments)
+
+
+def test_every_cast_of_every_number_is_torchs_and_so_are_the_sums():
+    """Numbers that are none included: on a GPU torch does what the hardware does."""
+    [found] = run_ranks(
+        in_a_process,
+        1,
+        every_variant,
+        "cuda:0",
+        timeout_s=400,
+        init_group=False,
+        start_method="spawn",
+        env=gpu_environment(),
+    )
+    assert found["ready"] and found["casts"] == set(CASTS)
+    for cast in CASTS:
+        is_equal, sums, expected = found[cast]
+        assert is_equal, cast
+        assert sums == [0, expected, 0, expected], cast
+    assert found["seconds"] < 120
+
+
+class Targets:
+    """Stands in for a `CopyPlan`."""
+
+    def __init__(self, targets):
+        self.targets = targets
+
+    def target(self, name, number):
+        return self.targets[name]
+
+    def write_constants(self, names):
+        pass
+
+
+def read_each_other(rank, folder, world, num_gpus, alone):
+    """Every rank exports float32 memory to the next, which copies half of its own and half of that as bfloat16."""
+    import torch.distributed as dist
+
+    index = 0 if num_gpus < world else rank
+    if alone:  # before CUDA looks
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(index) if visible is None else visible.split(",")[index]
+        index = 0
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    device = torch.device("cuda", index)
+    torch.cuda.set_device(device)
+    kernels.prepare(device)
+    kernels.wait_until_prepared(device, timeout_s=120)
+    count = 3 * 2**20
+    value = lambda holder: torch.arange(count, device=device).mul(holder + 3).remainder(65521).to(torch.float32).div(7)
+    flat = ipc_payload.allocate(4 * count, device)
+    flat.view(torch.float32).copy_(value(rank))
+    torch.cuda.synchronize()
+    handle = ipc_payload.export_storage(flat.untyped_storage())
+    described = [None] * world
+    dist.all_gather_object(described, handle.describe())
+    peer = (rank - 1) % world
+    regions = {f"r{rank}/flat": flat, f"r{peer}/flat": open_handle(described[peer], device)}
+    mapped_on = regions[f"r{peer}/flat"].device == device
+    targets = {name: torch.zeros(count, dtype=torch.bfloat16, device=device) for name in ("own", "peer", "odd")}
+    slices = [
+        ["own", 0, None, None, f"r{rank}/flat", 0, "float32", [1], 0, 3],
+        ["peer", 0, None, None, f"r{peer}/flat", 0, "float32", [1], 1, 5],
+        ["odd", 0, [0], [count - 8], f"r{peer}/flat", 4, "float32", [1], 1, 7],  # between two pairs: torch's
+    ]
+    program = CopyProgram(3, slices, Targets(targets))
+    found = []
+    for _ in range(3):  # the second is captured as a graph
+        for target in targets.values():
+            target.zero_()
+        sums, seconds = program.run(Targets(targets), regions, keep_views=True)
+        expected = {"own": value(rank).bfloat16(), "peer": value(peer).bfloat16()}
+        expected["odd"] = torch.cat(
+            [value(peer)[1 : count - 7].bfloat16(), torch.zeros(8, dtype=torch.bfloat16, device=device)]
+        )
+        of = {name: int(word_sum(tensor)) for name, tensor in expected.items()}
+        wanted = [3 * of["own"], 5 * of["peer"] + 7 * of["odd"], 0]
+        is_equal = all(torch.equal(targets[name], tensor) for name, tensor in expected.items())
+        found.append((is_equal, [(sums[i] - wanted[i]) % 2**64 for i in range(3)], program._rest, list(seconds)))
+    program.forget_views()
+    regions.clear()
+    dist.barrier()
+    count = handle.count()
+    dist.barrier()
+    dist.destroy_process_group()
+    return mapped_on, count, found, torch.cuda.device_count()
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["visible", "invisible"])
+def test_a_program_reads_own_and_peer_memory_and_casts(tmp_path, monkeypatch, alone):
+    for name, value in gpu_environment().items():
+        monkeypatch.setenv(name, value)
+    arguments = (str(tmp_path), 2, torch.cuda.device_count(), alone)
+    options = {"timeout_s": 200, "init_group": False, "start_method": "spawn", "env": gpu_environment()}
+    for mapped_on, count, found, visible in run_ranks(read_each_other, 2, *arguments, **options):
+        assert mapped_on and count == 0, "mapped on the reader's device, and released once"
+        assert found == [(True, [0, 0, 0], [2], ["copy"])] * 3
+        assert visible == 1 or not alone

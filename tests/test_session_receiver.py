@@ -213,7 +213,7 @@ def test_programs_of_a_plan_that_a_sample_disproves_are_gone(tmp_path):
 
     with Session(model_of(load, W), tmp_path) as session:
         session.ask(DryRun([["w", "float32", [4, 4]]]))
-        assert session.ask(RunProgram(define=[["p", []]], program="p")).result.checksums == []
+        assert session.ask(RunProgram(define=[["p", 2, []]], program="p")).result.checksums == [0, 0]
         sample = session.ask(load_command(tmp_path, sent(W), watch=True)).result
         assert sample.deviating == sample.unverified == ["w"] and sample.traced == {}
         assert session.ask(RunProgram(program="p")).error.type == "KeyError"
@@ -289,7 +289,7 @@ def test_regions_are_mapped_run_and_released(tmp_path):
     with Session(model, tmp_path) as session:
         session.ask(load_command(tmp_path, sent(W)))
         programs = [
-            [key, [["w", 0, None, None, region, 0, "float32", [4, 1]]]]
+            [key, 1, [["w", 0, None, None, region, 0, "float32", [4, 1], 0, 1]]]
             for key, region in (("k/direct", "kept0"), ("k/0", "stage0"))
         ]
         reply = session.ask(RunProgram(map=[[n, h.describe()] for n, h in handles.items()], define=programs))
@@ -315,7 +315,7 @@ def test_parameters_that_move_inside_a_session_are_not_written_through(tmp_path)
     model = model_of(plain, W)
     with Session(model, tmp_path) as session:
         session.ask(load_command(tmp_path, sent(W)))
-        session.ask(RunProgram(define=[["k", [["w", 0, None, None, "r", 0, "float32", [4, 1]]]]]))
+        session.ask(RunProgram(define=[["k", 1, [["w", 0, None, None, "r", 0, "float32", [4, 1], 0, 1]]]]))
         model.w.data = torch.zeros(4, 4)
         assert "moved" in session.ask(RunProgram(program="k")).error.message
     assert not model.w.any()

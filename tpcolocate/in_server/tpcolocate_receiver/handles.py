@@ -20,9 +20,15 @@ def device_uuid() -> str | None:
 def open_handle(handle: Mapping[str, Any], device: torch.device) -> torch.Tensor:
     """Map exported memory, as a flat uint8 tensor.
 
+    The memory of another GPU is mapped on `device` too, whether or not this process can see that GPU.  Where that is not
+    possible, and the GPU is visible, it is mapped on that GPU.
+
     Args:
         handle: See `protocol.Handle`.
-        device: Where the contents of a file are loaded to.
+        device: Of the reader; the contents of a file are loaded to it.
+
+    Raises:
+        RuntimeError: CUDA cannot open the handle.
     """
     kind = handle["kind"]
     if kind == "file":
@@ -34,19 +40,54 @@ def open_handle(handle: Mapping[str, Any], device: torch.device) -> torch.Tensor
             torch.UntypedStorage, _bytes(handle["manager"]), _bytes(handle["name"]), handle["num_bytes"]
         )
         return torch.empty(0, dtype=torch.uint8).set_(storage)
-    index = next(
-        (
-            i
-            for i in range(torch.cuda.device_count())
-            if str(torch.cuda.get_device_properties(i).uuid) == handle["uuid"]
-        ),
-        None,
-    )
-    if index is None:
-        raise RuntimeError(f"GPU {handle['uuid']} is not visible to this TP worker (it runs on {device_uuid()})")
+    return _open_cuda(handle, torch.cuda.current_device() if device.index is None else device.index)
+
+
+def is_elsewhere(handle: Mapping[str, Any], mapped: torch.Tensor, device: torch.device) -> bool:
+    """Return whether memory that a handle was opened to is another GPU's than `device`."""
+    if mapped.device != device:
+        return True
+    return handle["kind"] == "cuda" and handle["uuid"] != str(torch.cuda.get_device_properties(device).uuid)
+
+
+_opened_on: dict[tuple[str, int], int] = {}
+"""UUID of a GPU and index of a reader's device -> index of the device that its memory is mapped on.
+
+torch keeps what it has mapped by the handle alone: memory that was mapped on one device would be returned for another.  So all
+memory of one GPU is mapped on the same device.
+"""
+
+
+def _open_cuda(handle: Mapping[str, Any], reader: int) -> torch.Tensor:
+    uuid = handle["uuid"]
+    decided = _opened_on.get((uuid, reader))
+    if decided is not None:
+        return _mapped(handle, decided)
+    try:
+        flat, index = _mapped(handle, reader), reader
+    except RuntimeError as error:
+        own = _visible(uuid)
+        if own is None or own == reader:
+            raise RuntimeError(
+                f"memory of GPU {uuid} cannot be mapped by this TP worker (it runs on {device_uuid()}): {error}"
+            ) from error
+        flat, index = _mapped(handle, own), own
+    _opened_on[uuid, reader] = index
+    return flat
+
+
+def _visible(uuid: str) -> int | None:
+    """Index of a GPU in this process; None if it is not visible here."""
+    for index in range(torch.cuda.device_count()):
+        if str(torch.cuda.get_device_properties(index).uuid) == uuid:
+            return index
+    return None
+
+
+def _mapped(handle: Mapping[str, Any], index: int) -> torch.Tensor:
     # SGLang replaces this function by one that also takes UUIDs; an index works with both.
     rebuild = getattr(reductions, "_rebuild_cuda_tensor_original", reductions.rebuild_cuda_tensor)
-    return rebuild(
+    flat: torch.Tensor = rebuild(
         tensor_cls=torch.Tensor,
         tensor_size=torch.Size([handle["num_bytes"]]),
         tensor_stride=(1,),
@@ -63,6 +104,7 @@ def open_handle(handle: Mapping[str, Any], device: torch.device) -> torch.Tensor
         event_handle=_bytes(handle["event"]),
         event_sync_required=handle["event_sync"],
     )
+    return flat
 
 
 def _bytes(text: str | None) -> bytes | None:

@@ -1,43 +1,73 @@
 """Fused copy and checksum: each tile is read back and summed while it is still in the cache.
 
 A copy and a sum, one after the other, go through a GPU's memory three times: to read, to write, to read back.  This
-kernel goes through it twice, and one launch does all copies of a sync.  The trainer has it sum up what is to be copied,
-hundreds of tensors in one launch.  It is written in Triton, which SGLang depends on; where that is missing,
-`copy_plan.CopyProgram` copies and sums up tensor by tensor in torch.
+kernel goes through it twice, and one launch does all copies of a sync, from the memory of this GPU and of others.  A second
+kernel casts between floating-point dtypes on the way.  The trainer has both sum up what is to be copied, hundreds of tensors
+in one launch.  They are written in Triton, which SGLang depends on; where that is missing, `copy_program.CopyProgram` copies
+and sums up tensor by tensor in torch.
+
+Casts round as torch's do.  A number that is none may become another such number than torch makes of it on a CPU (on GPUs both
+do what the hardware does), so that sums of it, taken in different ways, may differ.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
-from .kernel_tables import TILE, ChecksumTable, CopyTable, Part, parts_of
+from .checksums import word_sum
+from .kernel_tables import TILE, Cast, ChecksumTable, CopyTable, Layout, Slices
 
 logger = logging.getLogger(__name__)
 
+USUAL_CASTS: tuple[Cast, ...] = ((torch.float32, torch.bfloat16),)
+"""Compiled at once, for trainers that keep weights in float32; others when they are asked for."""
+
 _lock = threading.Lock()
 _threads: dict[torch.device, threading.Thread] = {}
-"""Started by `prepare`."""
+"""Started by `prepare`; the last one of each device."""
+_asked: dict[torch.device, set[Cast]] = {}
+"""Casts that were compiled, or are to be."""
 _launchers: dict[torch.device, Any] = {}
 """Of kernels that were compiled and verified."""
+_casts: dict[torch.device, frozenset[Cast]] = {}
+"""Casts that were compiled and verified."""
 
 
 def ready(device: torch.device) -> Any | None:
-    """Return the kernel's launcher; None while it is being compiled, and where it cannot be."""
+    """Return the kernels' launcher; None while the first is being compiled, and where it cannot be."""
     return _launchers.get(device)
 
 
-def prepare(device: torch.device) -> None:
-    """Start to compile the kernel in a thread: it takes up to two seconds the first time on a machine."""
+def casts(device: torch.device) -> frozenset[Cast]:
+    """Return the casts that the launcher can do by now."""
+    return _casts.get(device, frozenset())
+
+
+def prepare(device: torch.device, wanted: Iterable[Cast] = USUAL_CASTS) -> None:
+    """Start to compile what is not compiled yet in a thread: it takes up to a few seconds the first time on a machine.
+
+    Args:
+        device: To run on; nothing is done for a CPU.
+        wanted: Casts, beside the kernel that copies.
+    """
     with _lock:
-        if device.type != "cuda" or device in _threads:
+        if device.type != "cuda":
             return
+        asked = _asked.setdefault(device, set())
+        new = [cast for cast in wanted if cast not in asked]
+        before = _threads.get(device)
+        if before is not None and not new:
+            return
+        asked.update(new)
         # A daemon: a compiler that hangs must not keep the process.
-        _threads[device] = threading.Thread(target=_compile, args=(device,), name="tpcolocate kernel", daemon=True)
-        _threads[device].start()
+        thread = threading.Thread(target=_compile, args=(device, new, before), name="tpcolocate kernel", daemon=True)
+        _threads[device] = thread
+        thread.start()
 
 
 def wait_until_prepared(device: torch.device, *, timeout_s: float) -> None:
@@ -53,16 +83,26 @@ def wait_until_prepared(device: torch.device, *, timeout_s: float) -> None:
         thread.join(timeout_s)
 
 
-def _compile(device: torch.device) -> None:
+def _compile(device: torch.device, wanted: Iterable[Cast] = (), before: threading.Thread | None = None) -> None:
+    if before is not None:
+        before.join()
+        if ready(device) is None:
+            return  # it has failed, and was reported
     try:
         from .triton_kernel import launch
 
-        torch.cuda.set_device(device)  # of this thread
-        with torch.cuda.stream(torch.cuda.Stream(device)):
-            verify(launch, device)
-        _launchers[device] = launch
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # of this thread
+        with torch.cuda.stream(torch.cuda.Stream(device) if device.type == "cuda" else None):
+            if ready(device) is None:
+                verify(launch, device)
+                _launchers[device] = launch
+            for cast in wanted:
+                verify_cast(launch, device, cast)
+                _casts[device] = casts(device) | {cast}
     except Exception as error:  # slower, with the same result
-        logger.warning("tpcolocate: weights are copied and summed up tensor by tensor: %s", error)
+        what = "cast" if device in _launchers else "copied and summed up"
+        logger.warning("tpcolocate: weights are %s tensor by tensor: %s", what, error)
 
 
 def verify(launch: Any, device: torch.device) -> None:
@@ -81,20 +121,67 @@ def verify(launch: Any, device: torch.device) -> None:
     targets = [torch.zeros_like(source, memory_format=torch.contiguous_format) for source in sources]
     # Two rows into one place: what is read back is not what was read.
     targets[-1] = targets[-1][:1].expand(2, 64)
-    copies: list[tuple[int, str, list[Part]]] = []
+    _try_copies(launch, targets, sources, None)
+    if not all(map(torch.equal, targets[:-1], sources)):
+        raise RuntimeError("the kernel failed its test (copies)")
+    _try_sums(launch, sources, torch.int64, None)
+
+
+def verify_cast(launch: Any, device: torch.device, cast: Cast) -> None:
+    """Cast and sum up numbers of every size, infinite ones included, and compare with torch.
+
+    Raises:
+        RuntimeError: The result is wrong.
+    """
+    source, target = cast
+    generator = torch.Generator().manual_seed(1)
+
+    def numbers(*shape: int) -> torch.Tensor:
+        values = torch.randn(shape, generator=generator) * torch.randn(shape, generator=generator).mul(20).exp()
+        return values.to(source).to(device)
+
+    flat, rows, wide = numbers(5 * TILE + 8), numbers(20, 1024), numbers(3, 4 * TILE + 16)
+    sources = [flat, rows[:, 16:272], wide[:, : 4 * TILE + 8], numbers(3, 6, 64)[:, 1:5, 8:24], rows[:2, :512]]
+    targets = [torch.zeros(one.shape, dtype=target, device=device) for one in sources]
+    targets[-1] = targets[-1][:1].expand(2, 512)
+    _try_copies(launch, targets, sources, cast)
+    if not all(torch.equal(dst, src.to(target)) for dst, src in zip(targets[:-1], sources)):
+        raise RuntimeError(f"the kernel failed its test ({source} to {target})")
+    _try_sums(launch, sources, target, cast)
+
+
+def _try_copies(launch: Any, targets: list[torch.Tensor], sources: list[torch.Tensor], cast: Cast | None) -> None:
+    slices, device = Slices(), sources[0].device
     for number, (dst, src) in enumerate(zip(targets, sources)):
-        parts = parts_of(dst, src)
-        if parts is None:
-            raise RuntimeError("a copy has no parts")
-        copies.append((number, str(number), parts))
-    checksums = torch.zeros(len(sources), dtype=torch.int64, device=device)
-    regions = {str(number): source for number, source in enumerate(sources)}
-    CopyTable(copies, regions, device).run(launch, checksums)
-    for number, (dst, src) in enumerate(zip(targets, sources)):
-        if int(checksums[number]) != int(dst.sum()) or not (number == len(sources) - 1 or torch.equal(dst, src)):
-            raise RuntimeError(f"the kernel failed its test ({number})")
-    checksums.zero_()
-    to_sum = [(number, parts_of(source, source) or ()) for number, source in enumerate(sources)]
-    ChecksumTable(to_sum, device).run(launch, checksums)
-    if checksums.tolist() != [int(source.sum()) for source in sources]:
-        raise RuntimeError("the kernel failed its test (checksums)")
+        layout = Layout(tuple(dst.shape), src.stride(), dst.stride(), src.dtype, dst.dtype)
+        slices.add(layout, 0, dst.data_ptr(), slot=number, weight=2 * number + 1, region=str(number))
+    table = CopyTable(
+        slices,
+        {str(number): source for number, source in enumerate(sources)},
+        device,
+        casts=frozenset() if cast is None else frozenset([cast]),
+    )
+    sums = torch.zeros(len(sources), dtype=torch.int64, device=device)
+    table.run(launch, sums)
+    _compare(table.rest, sums, targets, cast)
+
+
+def _try_sums(launch: Any, sources: list[torch.Tensor], target: torch.dtype, cast: Cast | None) -> None:
+    slices, device = Slices(), sources[0].device
+    for number, source in enumerate(sources):
+        layout = Layout.to_sum(source.shape, source.stride(), source.dtype, target)
+        slices.add(layout, source.data_ptr(), slot=number, weight=2 * number + 1)
+    table = ChecksumTable(slices, device, casts=frozenset() if cast is None else frozenset([cast]))
+    sums = torch.zeros(len(sources), dtype=torch.int64, device=device)
+    table.run(launch, sums)
+    _compare(table.rest, sums, [source.to(target) for source in sources], cast, what="checksums")
+
+
+def _compare(
+    rest: list[int], sums: torch.Tensor, there: list[torch.Tensor], cast: Cast | None, *, what: str = "copies"
+) -> None:
+    expected = torch.stack([word_sum(one) * (2 * number + 1) for number, one in enumerate(there)])
+    if rest or not torch.equal(sums, expected):
+        wrong = rest or torch.nonzero(sums != expected).flatten().tolist()
+        kind = "" if cast is None else f"{cast[0]} to {cast[1]}, "
+        raise RuntimeError(f"the kernel failed its test ({kind}sums of {what} {wrong})")

@@ -24,7 +24,7 @@ from .checksums import checksum, load_kernels
 from .copy_plan import CopyPlan
 from .copy_program import CopyProgram
 from .dry_run import dry_run
-from .handles import device_uuid, open_handle
+from .handles import device_uuid, is_elsewhere, open_handle
 from .load_bucket import load_bucket
 from .loader_trace import differing
 from .protocol import Envelope, OpenSession, Reply, WorkerError
@@ -71,6 +71,11 @@ class WorkerState:
             torch.cuda.synchronize()
         for name in gone:
             self.regions.pop(name, None)
+
+    def prepare_kernels(self, device: torch.device) -> None:
+        """Start to compile what the programs could use at the next sync."""
+        casts = {cast for program in self.programs.values() for cast in program.wanted_casts}
+        kernels.prepare(device, [*kernels.USUAL_CASTS, *casts])
 
     def release_staging(self) -> None:
         """Unmap the regions that end with the session."""
@@ -156,7 +161,7 @@ class Session:
                 if reply is not None:
                     socket.send(protocol.encode_reply(reply))
                 if is_last:
-                    kernels.prepare(self._device)  # beside what the server does next
+                    self._state.prepare_kernels(self._device)  # beside what the server does next
                     break
 
     def _is_abandoned(self) -> bool:
@@ -243,9 +248,10 @@ class Session:
         source = mapped.device
         try:
             clock.lap("open")
-            if source != device:
-                # Parameters that the memory saver holds can be reached by their own GPU alone.
-                flat = mapped.to(device)
+            if is_elsewhere(command.handle, mapped, device):
+                # Parameters that the memory saver holds can be reached by their own GPU alone; and the bucket is read four
+                # times.
+                flat = mapped.to(device, copy=True)
                 clock.lap("bring")
             if list(checksum(flat)) != command.checksum:
                 # Checked before the first parameter is touched.
@@ -309,7 +315,9 @@ class Session:
         self._opened = True
         clock.lap("open")
         if command.define is not None:
-            state.programs = {name: CopyProgram(num, slices, state.plan) for name, num, slices in command.define}
+            state.programs = {
+                name: CopyProgram(num_sums, slices, state.plan) for name, num_sums, slices in command.define
+            }
         clock.lap("define")
         checksums: list[int] | None = None
         if command.program is not None:

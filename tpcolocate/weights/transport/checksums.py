@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from tpcolocate.in_server.tpcolocate_receiver import kernels
 from tpcolocate.in_server.tpcolocate_receiver.checksums import word_sum, word_view
-from tpcolocate.in_server.tpcolocate_receiver.kernel_tables import ChecksumTable, parts_of
+from tpcolocate.in_server.tpcolocate_receiver.kernel_tables import Cast, ChecksumTable, Layout, Slices
 from tpcolocate.weights.plan.sharding import Shards
 from tpcolocate.weights.plan.slices import Block, TensorSlice
 from tpcolocate.weights.plan.transfer_plan import Group
@@ -48,9 +48,10 @@ class DirectChecksums:
         self._of_slice = self._sums.unbind()
         self._words = [self._words_of(one, shards) for one in self._slices]
         self._table: ChecksumTable | None = None
-        self._is_tabled = False
+        self._casts: frozenset[Cast] | None = None
+        """What the table was made for; None: there is none yet."""
         self._viewed = [i for i, words in enumerate(self._words) if words is not None]
-        """Numbers of the slices that torch sums up where they lie."""
+        """Numbers of the slices that can be summed up where they lie, and that the kernels leave to torch."""
         self._others = [i for i, words in enumerate(self._words) if words is None]
         """And of those that are cast, moved or padded first."""
 
@@ -76,19 +77,28 @@ class DirectChecksums:
         storage = shards[self._slices[number].name].local.untyped_storage()
         return view.set_(storage, offset, shape, strides)  # type: ignore[call-overload]
 
-    def _make_table(self, shards: Shards) -> None:
-        """Leave to the kernel what it can read."""
-        parts = {i: parts_of(view, view) for i in self._viewed for view in [self._view(i, shards)]}
-        readable = [(i, of_one) for i, of_one in parts.items() if of_one is not None]
-        self._table = ChecksumTable(readable, self._device) if readable else None
-        self._viewed = [i for i, of_one in parts.items() if of_one is None]
-        self._is_tabled = True
+    def _make_table(self, shards: Shards, casts: frozenset[Cast]) -> None:
+        """Leave to the kernels what they can read."""
+        slices, numbers = Slices(), []
+        for i, one in enumerate(self._slices):
+            view = one.view(shards[one.name].local, shards[one.name].region)
+            if view.device == self._device:
+                layout = Layout.to_sum(view.shape, view.stride(), view.dtype, one.read.dtype)
+                slices.add(layout, view.data_ptr(), slot=i)
+                numbers.append(i)
+        table = ChecksumTable(slices, self._device, casts=casts)
+        taken = set(numbers) - {numbers[i] for i in table.rest}
+        self._table = table if taken else None
+        self._viewed = [i for i, words in enumerate(self._words) if words is not None and i not in taken]
+        self._others = [i for i, words in enumerate(self._words) if words is None and i not in taken]
+        self._casts = casts
 
     def begin(self, shards: Shards) -> torch.Tensor:
         """Queue the checksums; return all blocks' sums, not waited for."""
         launch = kernels.ready(self._device)
-        if launch is not None and not self._is_tabled:
-            self._make_table(shards)
+        casts = kernels.casts(self._device)
+        if launch is not None and casts != self._casts:
+            self._make_table(shards, casts)
         if self._table is not None:
             self._sums.zero_()
             self._table.run(launch, self._sums)
