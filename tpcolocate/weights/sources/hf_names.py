@@ -4,22 +4,54 @@ Since transformers 5 a model may have its weights in another form than the check
 experts of a layer in one tensor, ``mlp.experts.gate_up_proj``, where checkpoints and SGLang have three tensors for each
 expert.  `save_pretrained` undoes that with transformers.core_model_loading.revert_weight_conversion.  We pass it tensors
 without data; the views that it returns show which part of which tensor has which name.
+
+A mixture of experts has ten thousands of names.  Layers that are alike are named alike: the first and the last are
+converted, and the names of those between follow.
 """
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from tpcolocate.errors import ConfigError
-from tpcolocate.weights.sources.lazy_tensor import Item, Items, SharedGather, is_plain_tensor, storage_id
+from tpcolocate.weights.sources.lazy_tensor import (
+    Item,
+    Items,
+    SharedGather,
+    View,
+    is_plain_tensor,
+    storage_id,
+)
 from tpcolocate.weights.sources.wrapper_names import without_wrappers
 
 _PAIRS = "pass (name, tensor) pairs with the names and tensors of the served checkpoint"
+_LAYER = re.compile(r"(?P<path>(?:[^.]*[^.\d][^.]*\.)*)(?P<number>\d+)\.(?P<rest>.+)")
+"""The name of a weight in a layer: the first of its segments that is a number is the layer's."""
+_LITERAL_NUMBER = re.compile(r"(?<![\w\\])\d")
+"""In a pattern of transformers' a number that stands for itself, not ``w1``, ``\\1`` or ``\\d``."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Named:
+    """A name in the checkpoint.
+
+    Attributes:
+        target: The name.
+        origin: Name in the model of the tensor that has it.
+        view: Of the tensor; None: the tensor itself.
+    """
+
+    target: str
+    origin: str
+    view: View | None
 
 
 def to_checkpoint(module: nn.Module, weights: Items, *, is_served: Callable[[str], bool]) -> Items:
@@ -34,12 +66,12 @@ def to_checkpoint(module: nn.Module, weights: Items, *, is_served: Callable[[str
         ConfigError: A conversion does more than split and rename tensors, or cannot be undone.
     """
     unserved = {name: item for name, item in weights if not is_served(name)}
-    parts: dict[str, Items] = {}
+    parts: dict[str, list[tuple[str, Item]]] = {}
     for prefix, model in _models(module) if unserved else ():
         inside = {name.removeprefix(prefix): item for name, item in unserved.items() if name.startswith(prefix)}
         for target, name, item in _parts(model, inside):
             parts.setdefault(prefix + name, []).append((prefix + target, item))
-    converted: Items = []
+    converted: list[tuple[str, Item]] = []
     for name, item in weights:
         converted += parts.get(name, [(name, item)])
     return converted
@@ -69,15 +101,44 @@ def _parts(model: Any, weights: dict[str, Item]) -> Iterator[tuple[str, str, Ite
             blanks[name] = torch.empty_strided(item.shape, item.stride(), dtype=item.dtype, device="meta")
         else:  # what is gathered or computed is contiguous
             blanks[name] = torch.empty(item.shape, dtype=item.dtype, device="meta")
-    name_of = {storage_id(blank): name for name, blank in blanks.items()}
     gathers = {name: SharedGather(item) for name, item in weights.items()}
+    for one in _by_layers(model, revert_weight_conversion, blanks):
+        if one.view is None:
+            yield one.target, one.origin, weights[one.origin]
+        else:
+            yield one.target, one.origin, gathers[one.origin].part(*one.view)
+
+
+def _by_layers(model: Any, revert: Callable[..., Any], blanks: Mapping[str, torch.Tensor]) -> list[_Named]:
+    """Name everything, converting two layers of each kind if the layers between are named as they are."""
+    kinds = _layers_alike(blanks)
+    if not kinds or _mentions_numbers(model):
+        return _reverted(model, revert, blanks)
+    skipped = {f"{path}{number}." for path, numbers in kinds for number in numbers[1:-1]}
+    found = _reverted(model, revert, {name: blank for name, blank in blanks.items() if _layer_of(name) not in skipped})
+    of_layer: dict[str, list[_Named]] = defaultdict(list)
+    for one in found:
+        of_layer[_layer_of(one.origin)].append(one)
+    for path, numbers in kinds:
+        first, last = (f"{path}{number}." for number in (numbers[0], numbers[-1]))
+        between = _between(of_layer[first], of_layer[last], first, last, [f"{path}{n}." for n in numbers[1:-1]])
+        if between is None:
+            return _reverted(model, revert, blanks)
+        found += between
+    return found
+
+
+def _reverted(model: Any, revert: Callable[..., Any], blanks: Mapping[str, torch.Tensor]) -> list[_Named]:
+    """Name tensors by transformers' own conversion."""
+    name_of = {storage_id(blank): name for name, blank in blanks.items()}
     try:
-        reverted = revert_weight_conversion(model, blanks)
+        reverted = revert(model, dict(blanks))
     except Exception as error:  # whatever the model's own conversion raises
         raise ConfigError(
             f"transformers cannot name the weights of a {type(model).__name__} as in its checkpoint: {error}",
             hint=_PAIRS,
         ) from error
+    found = []
     for target, part in reverted.items():
         origin = name_of.get(storage_id(part))
         if origin is None:
@@ -86,10 +147,86 @@ def _parts(model: Any, weights: dict[str, Item]) -> Iterator[tuple[str, str, Ite
                 "saves the model",
                 hint=_PAIRS,
             )
-        if (part.shape, part.stride()) == (blanks[origin].shape, blanks[origin].stride()):
-            yield target, origin, weights[origin]
-        else:
-            yield target, origin, gathers[origin].part(part.shape, part.stride(), int(part.storage_offset()))
+        blank = blanks[origin]
+        is_itself = (part.shape, part.stride()) == (blank.shape, blank.stride())
+        found.append(_Named(target, origin, None if is_itself else (part.shape, part.stride(), part.storage_offset())))
+    return found
+
+
+def _layer_of(name: str) -> str:
+    """Return the path of the layer that a weight is in, with a dot; empty if it is in none."""
+    found = _LAYER.match(name)
+    return "" if found is None else f"{found['path']}{found['number']}."
+
+
+def _layers_alike(blanks: Mapping[str, torch.Tensor]) -> list[tuple[str, list[str]]]:
+    """Return (path, numbers) of three layers or more that have the same tensors under the same names."""
+    layers: dict[tuple[str, str], list[object]] = defaultdict(list)
+    for name, blank in blanks.items():
+        found = _LAYER.match(name)
+        if found is not None:
+            layers[found["path"], found["number"]].append((found["rest"], blank.shape, blank.stride(), blank.dtype))
+    kinds: dict[tuple[str, tuple[object, ...]], list[str]] = defaultdict(list)
+    for (path, number), contents in layers.items():
+        kinds[path, tuple(contents)].append(number)
+    return [(path, numbers) for (path, _), numbers in kinds.items() if len(numbers) > 2]
+
+
+def _mentions_numbers(model: Any) -> bool:
+    """Return whether a conversion of the model may be for some of its layers alone."""
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+
+        conversions = get_model_conversion_mapping(model, add_legacy=False)
+    patterns = [pattern for one in conversions for pattern in (*one.source_patterns, *one.target_patterns)]
+    return any(_LITERAL_NUMBER.search(pattern) for pattern in patterns)
+
+
+def _between(
+    of_first: list[_Named], of_last: list[_Named], first: str, last: str, layers: Collection[str]
+) -> list[_Named] | None:
+    """Return the names in the layers between two; None if the two are not named alike but for their numbers.
+
+    Args:
+        of_first: Names in the first layer.
+        of_last: Names in the last.
+        first: Path of the first layer, with a dot.
+        last: And of the last.
+        layers: Paths of those between.
+    """
+    if not of_first or len(of_first) != len(of_last):
+        return None
+    alike = []
+    for a, z in zip(of_first, of_last):
+        pieces = _pieces(a.target, z.target, _number(first), _number(last))
+        rest = a.origin.removeprefix(first)
+        if pieces is None or (rest, a.view) != (z.origin.removeprefix(last), z.view):
+            return None
+        alike.append((pieces, rest, a.view))
+    return [
+        _Named(number.join(pieces), layer + rest, view)
+        for layer in layers
+        for number in [_number(layer)]
+        for pieces, rest, view in alike
+    ]
+
+
+def _number(layer: str) -> str:
+    return layer[:-1].rpartition(".")[2]
+
+
+def _pieces(a: str, z: str, number_a: str, number_z: str) -> list[str] | None:
+    """Return what is around the layer's number in two names; None if they differ in anything else."""
+    segments = []
+    segments_a, segments_z = a.split("."), z.split(".")
+    if len(segments_a) != len(segments_z):
+        return None
+    for of_a, of_z in zip(segments_a, segments_z):
+        if of_a != of_z and (of_a, of_z) != (number_a, number_z):
+            return None
+        segments.append(of_a if of_a == of_z else "\0")
+    return ".".join(segments).split("\0")
 
 
 __all__ = ["to_checkpoint"]
