@@ -14,8 +14,7 @@ from __future__ import annotations
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -39,19 +38,10 @@ _LITERAL_NUMBER = re.compile(r"(?<![\w\\])\d")
 """In a pattern of transformers' a number that stands for itself, not ``w1``, ``\\1`` or ``\\d``."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Named:
-    """A name in the checkpoint.
-
-    Attributes:
-        target: The name.
-        origin: Name in the model of the tensor that has it.
-        view: Of the tensor; None: the tensor itself.
-    """
-
-    target: str
-    origin: str
-    view: View | None
+_Named = tuple[str, str, View | None]
+"""Name in the checkpoint, name in the model of the tensor that has it, and which view of that (None: the tensor itself)."""
+_Template = tuple[list[str], str, View | None]
+"""The same in a layer: what is around the layer's number in the checkpoint's name, name of the tensor in the layer, view."""
 
 
 def to_checkpoint(module: nn.Module, weights: Items, *, is_served: Callable[[str], bool]) -> Items:
@@ -102,30 +92,32 @@ def _parts(model: Any, weights: dict[str, Item]) -> Iterator[tuple[str, str, Ite
         else:  # what is gathered or computed is contiguous
             blanks[name] = torch.empty(item.shape, dtype=item.dtype, device="meta")
     gathers = {name: SharedGather(item) for name, item in weights.items()}
-    for one in _by_layers(model, revert_weight_conversion, blanks):
-        if one.view is None:
-            yield one.target, one.origin, weights[one.origin]
-        else:
-            yield one.target, one.origin, gathers[one.origin].part(*one.view)
+    for target, origin, view in _by_layers(model, revert_weight_conversion, blanks):
+        yield target, origin, weights[origin] if view is None else gathers[origin].part(*view)
 
 
-def _by_layers(model: Any, revert: Callable[..., Any], blanks: Mapping[str, torch.Tensor]) -> list[_Named]:
+def _by_layers(model: Any, revert: Callable[..., Any], blanks: Mapping[str, torch.Tensor]) -> Iterator[_Named]:
     """Name everything, converting two layers of each kind if the layers between are named as they are."""
-    kinds = _layers_alike(blanks)
-    if not kinds or _mentions_numbers(model):
-        return _reverted(model, revert, blanks)
-    skipped = {f"{path}{number}." for path, numbers in kinds for number in numbers[1:-1]}
-    found = _reverted(model, revert, {name: blank for name, blank in blanks.items() if _layer_of(name) not in skipped})
+    kinds = [] if _mentions_numbers(model) else _layers_alike(blanks)
+    between = {f"{path}{number}." for path, numbers in kinds for number in numbers[1:-1]}
+    found = _reverted(model, revert, {name: blank for name, blank in blanks.items() if _layer_of(name) not in between})
     of_layer: dict[str, list[_Named]] = defaultdict(list)
     for one in found:
-        of_layer[_layer_of(one.origin)].append(one)
+        of_layer[_layer_of(one[1])].append(one)
+    templates = []
     for path, numbers in kinds:
-        first, last = (f"{path}{number}." for number in (numbers[0], numbers[-1]))
-        between = _between(of_layer[first], of_layer[last], first, last, [f"{path}{n}." for n in numbers[1:-1]])
-        if between is None:
-            return _reverted(model, revert, blanks)
-        found += between
-    return found
+        ends = [(f"{path}{number}.", number) for number in (numbers[0], numbers[-1])]
+        template = _template(*((of_layer[layer], layer, number) for layer, number in ends))
+        if template is None:
+            yield from _reverted(model, revert, blanks)
+            return
+        templates.append(template)
+    yield from found
+    for (path, numbers), template in zip(kinds, templates):
+        for number in numbers[1:-1]:
+            layer = f"{path}{number}."
+            for pieces, rest, view in template:
+                yield number.join(pieces), layer + rest, view
 
 
 def _reverted(model: Any, revert: Callable[..., Any], blanks: Mapping[str, torch.Tensor]) -> list[_Named]:
@@ -138,7 +130,7 @@ def _reverted(model: Any, revert: Callable[..., Any], blanks: Mapping[str, torch
             f"transformers cannot name the weights of a {type(model).__name__} as in its checkpoint: {error}",
             hint=_PAIRS,
         ) from error
-    found = []
+    found: list[_Named] = []
     for target, part in reverted.items():
         origin = name_of.get(storage_id(part))
         if origin is None:
@@ -149,7 +141,7 @@ def _reverted(model: Any, revert: Callable[..., Any], blanks: Mapping[str, torch
             )
         blank = blanks[origin]
         is_itself = (part.shape, part.stride()) == (blank.shape, blank.stride())
-        found.append(_Named(target, origin, None if is_itself else (part.shape, part.stride(), part.storage_offset())))
+        found.append((target, origin, None if is_itself else (part.shape, part.stride(), int(part.storage_offset()))))
     return found
 
 
@@ -183,37 +175,23 @@ def _mentions_numbers(model: Any) -> bool:
     return any(_LITERAL_NUMBER.search(pattern) for pattern in patterns)
 
 
-def _between(
-    of_first: list[_Named], of_last: list[_Named], first: str, last: str, layers: Collection[str]
-) -> list[_Named] | None:
-    """Return the names in the layers between two; None if the two are not named alike but for their numbers.
+def _template(a: tuple[list[_Named], str, str], z: tuple[list[_Named], str, str]) -> list[_Template] | None:
+    """Return how two layers are named; None if they differ in more than their numbers.
 
     Args:
-        of_first: Names in the first layer.
-        of_last: Names in the last.
-        first: Path of the first layer, with a dot.
-        last: And of the last.
-        layers: Paths of those between.
+        a: The names in one layer, its path with a dot, and its number.
+        z: And of the other.
     """
-    if not of_first or len(of_first) != len(of_last):
+    (of_a, layer_a, number_a), (of_z, layer_z, number_z) = a, z
+    if len(of_a) != len(of_z):
         return None
-    alike = []
-    for a, z in zip(of_first, of_last):
-        pieces = _pieces(a.target, z.target, _number(first), _number(last))
-        rest = a.origin.removeprefix(first)
-        if pieces is None or (rest, a.view) != (z.origin.removeprefix(last), z.view):
+    found = []
+    for (target_a, origin_a, view_a), (target_z, origin_z, view_z) in zip(of_a, of_z):
+        pieces, rest = _pieces(target_a, target_z, number_a, number_z), origin_a.removeprefix(layer_a)
+        if pieces is None or (rest, view_a) != (origin_z.removeprefix(layer_z), view_z):
             return None
-        alike.append((pieces, rest, a.view))
-    return [
-        _Named(number.join(pieces), layer + rest, view)
-        for layer in layers
-        for number in [_number(layer)]
-        for pieces, rest, view in alike
-    ]
-
-
-def _number(layer: str) -> str:
-    return layer[:-1].rpartition(".")[2]
+        found.append((pieces, rest, view_a))
+    return found
 
 
 def _pieces(a: str, z: str, number_a: str, number_z: str) -> list[str] | None:

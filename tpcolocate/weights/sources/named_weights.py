@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from tpcolocate.errors import ConfigError
+from tpcolocate.garbage import collector_paused
 from tpcolocate.weights.sources import peft_merge
 from tpcolocate.weights.sources.hf_names import to_checkpoint
 from tpcolocate.weights.sources.lazy_tensor import (
@@ -62,7 +63,8 @@ class NamedWeights:
             ConfigError: FSDP1, something that is not a named tensor, an adapter that cannot be merged.
         """
         if isinstance(source, nn.Module):
-            return cls(*_untied(_renamed(_of_module(source, expected, rename), rename), expected))
+            with collector_paused():
+                return cls(*_untied(_renamed(_of_module(source, expected, rename), rename), expected))
         if isinstance(source, (Mapping, Sequence)):
             pairs = _renamed(map(_checked, source.items() if isinstance(source, Mapping) else source), rename)
             return cls(list(pairs)) if expected is None else cls(*_untied(pairs, expected))

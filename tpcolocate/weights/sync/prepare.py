@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 
 from tpcolocate.errors import ConfigError, WeightsMismatchError
+from tpcolocate.garbage import collector_paused
 from tpcolocate.weights.plan.sharding import CachedShards, Shards, mesh_groups
 from tpcolocate.weights.sources.named_weights import NamedWeights, Source
 from tpcolocate.weights.sync.buckets import summary
@@ -27,6 +28,7 @@ def reusable_sync(session: SyncSession) -> CachedSync | None:
     return cached if cached.mappings_version == session.state.mappings.version else None
 
 
+@collector_paused()
 def prepare(session: SyncSession, source: Source) -> Prepared:
     """Read and check the weights; their mesh collectives are due before the first check can fail.
 
@@ -38,8 +40,7 @@ def prepare(session: SyncSession, source: Source) -> Prepared:
     weights = NamedWeights.of(source, expected=None if spec is None else spec.shapes, rename=options.rename)
     shards: Shards = {}
     if options.parts and options.payloads == "per_rank" and options.transport in ("auto", "ipc"):
-        found = ((name, session.state.shard_finder.find(tensor)) for name, tensor in weights.items or ())
-        shards = {name: one for name, one in found if one is not None}
+        shards = session.state.shard_finder.find_all(weights.items or ())
     groups = mesh_groups(shards)
     session.schedule.enter([route_call(session, weights.items or [], groups)])
     if weights.items is not None:
