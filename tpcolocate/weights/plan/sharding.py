@@ -14,7 +14,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from tpcolocate.garbage import collector_paused
 from tpcolocate.in_server.tpcolocate_receiver.regions import Region, whole
-from tpcolocate.weights.sources.lazy_tensor import Ingredients, Item, Items, LazyTensor, PartOf, Recipe, local_of
+from tpcolocate.weights.sources.lazy_tensor import Ingredients, Item, Items, LazyTensor, PartOf, Recipe, View, local_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,25 +48,26 @@ class LocalShard:
 Shards = Mapping[str, LocalShard]
 """Tensor -> this rank's shard, in the order of the sync; the same names on every rank."""
 
-Layout = tuple[tuple[int, ...], tuple[Region, ...], int, dist.ProcessGroup | None]
-"""A `LocalShard` without its memory: shape, regions, position, group."""
+Layout = tuple[tuple[int, ...], tuple[Region, ...], int, dist.ProcessGroup | None, View]
+"""A `LocalShard` without its memory: shape, regions, position, group, and which view of its storage it is."""
 
 
 class CachedShards(Mapping[str, LocalShard]):
     """Shards of tensors that are laid out as in the last sync; each is looked up only when it is needed.
 
     Args:
-        tensors: Name -> parameter or view, as they are now.
+        tensor_of: Name -> the tensor that it is, or is a part of, as it is now; in the storage of the last sync.
         layouts: Name -> layout in the last sync.
     """
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor], layouts: Mapping[str, Layout]) -> None:
-        self._tensors = tensors
+    def __init__(self, tensor_of: Callable[[str], torch.Tensor], layouts: Mapping[str, Layout]) -> None:
+        self._tensor_of = tensor_of
         self._layouts = layouts
 
     def __getitem__(self, name: str) -> LocalShard:
-        shape, regions, position, group = self._layouts[name]
-        return LocalShard(shape, local_of(self._tensors[name]).detach(), regions, position, group)
+        shape, regions, position, group, view = self._layouts[name]
+        local = local_of(self._tensor_of(name)).detach().as_strided(*view)
+        return LocalShard(shape, local, regions, position, group)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._layouts)
@@ -268,7 +269,11 @@ def shard_regions(shape: tuple[int, ...], dim: int, num_ranks: int) -> list[Regi
 
 def layouts_of(shards: Shards) -> dict[str, Layout]:
     """Return the layouts of shards, without their memory."""
-    return {name: (one.shape, one.regions, one.position, one.group) for name, one in shards.items()}
+    found: dict[str, Layout] = {}
+    for name, one in shards.items():
+        view = one.local.shape, one.local.stride(), int(one.local.storage_offset())
+        found[name] = one.shape, one.regions, one.position, one.group, view
+    return found
 
 
 def mesh_groups(shards: Shards) -> list[dist.ProcessGroup]:

@@ -81,13 +81,14 @@ def _memory_uses(session: SyncSession, shards: Shards) -> list[str]:
 
 def prepare_again(session: SyncSession, source: Source, cached: CachedSync) -> Prepared | None:
     """Return the same, if this rank finds everything as it was in the last sync."""
-    weights = cached.source.match(source)
-    if weights is None or weights.items is None:
+    match = cached.source.match(source)
+    if match is None:
         return None
-    session.schedule.enter([route_call(session, weights.items, cached.groups)])
-    shards = CachedShards({n: item for n, item in weights.items if isinstance(item, torch.Tensor)}, cached.layouts)
+    # Thousands of items may never be needed, so they are not made here.
+    session.schedule.enter([route_call(session, match.items, cached.groups)])
+    shards = CachedShards(match.items.tensor_of, cached.layouts)
     _wait_for_trainer(session)
-    return Prepared(weights, shards, cached.groups, replace(cached.view, memory_uses=None, repeats=True))
+    return Prepared(match.weights, shards, cached.groups, replace(cached.view, memory_uses=None, repeats=True))
 
 
 def _wait_for_trainer(session: SyncSession) -> None:
