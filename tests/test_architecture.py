@@ -24,7 +24,7 @@ LAYERS = {
         {"server", "weights", "rendezvous"},
         {"agreement", "placement"},
         {"groups", "roles", "ipc_payload"},
-        {"devices", "report", "parallel", "processes", "deadline", "worker_errors"},
+        {"devices", "report", "parallel", "processes", "deadline", "worker_errors", "garbage"},
         {"errors", "in_server", "_version"},
     ),
     "server": (

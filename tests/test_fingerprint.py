@@ -30,7 +30,7 @@ def fingerprint(module, **options):
 def test_an_unchanged_module_matches_and_its_memory_is_not_kept():
     module = Small()
     weights, found = fingerprint(module)
-    again = found.match(module)
+    again = found.match(module).weights
     assert [name for name, _ in again.items] == [name for name, _ in weights.items]
     assert all(a is b for (_, a), (_, b) in zip(again.items, weights.items))
     with torch.no_grad():
@@ -134,17 +134,17 @@ def test_tied_weights_keep_their_names_and_aliases():
     module = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
     module[1].weight = module[0].weight
     weights, found = fingerprint(module)
-    again = found.match(module)
+    again = found.match(module).weights
     assert again.aliases == weights.aliases == {"1.weight": "0.weight"}
     _, both = fingerprint(module, expected=["0.weight", "1.weight"])
-    assert [name for name, _ in both.match(module).items] == ["0.weight", "1.weight"]
+    assert [name for name, _ in both.match(module).weights.items] == ["0.weight", "1.weight"]
 
 
 def test_parts_of_a_tensor_are_views_of_its_current_memory():
     module = nn.Sequential(nn.Linear(2, 6, bias=False))
     full = module[0].weight
     weights = NamedWeights([(f"part{i}", full.detach().as_strided((3, 2), (2, 1), 6 * i)) for i in range(2)])
-    again = Fingerprint.of(module, weights).match(module)
+    again = Fingerprint.of(module, weights).match(module).weights
     with torch.no_grad():
         full.copy_(torch.arange(12.0).view(6, 2))
     assert torch.equal(torch.cat([item for _, item in again.items]), full.detach())
@@ -182,7 +182,7 @@ def sharded(rank):
     with torch.no_grad():
         model(torch.ones(1, 4))
     unsharded = type(model[0].weight).__name__
-    again = found.match(model)
+    again = found.match(model).weights
     return unsharded, all(a is b for (_, a), (_, b) in zip(again.items, weights.items, strict=True))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -11,8 +12,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
+from tpcolocate.garbage import collector_paused
 from tpcolocate.in_server.tpcolocate_receiver.regions import Region, whole
-from tpcolocate.weights.sources.lazy_tensor import Ingredients, Item, LazyTensor, PartOf, Recipe, local_of
+from tpcolocate.weights.sources.lazy_tensor import Ingredients, Item, Items, LazyTensor, PartOf, Recipe, View, local_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,25 +48,26 @@ class LocalShard:
 Shards = Mapping[str, LocalShard]
 """Tensor -> this rank's shard, in the order of the sync; the same names on every rank."""
 
-Layout = tuple[tuple[int, ...], tuple[Region, ...], int, dist.ProcessGroup | None]
-"""A `LocalShard` without its memory: shape, regions, position, group."""
+Layout = tuple[tuple[int, ...], tuple[Region, ...], int, dist.ProcessGroup | None, View]
+"""A `LocalShard` without its memory: shape, regions, position, group, and which view of its storage it is."""
 
 
 class CachedShards(Mapping[str, LocalShard]):
     """Shards of tensors that are laid out as in the last sync; each is looked up only when it is needed.
 
     Args:
-        tensors: Name -> parameter or view, as they are now.
+        tensor_of: Name -> the tensor that it is, or is a part of, as it is now; in the storage of the last sync.
         layouts: Name -> layout in the last sync.
     """
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor], layouts: Mapping[str, Layout]) -> None:
-        self._tensors = tensors
+    def __init__(self, tensor_of: Callable[[str], torch.Tensor], layouts: Mapping[str, Layout]) -> None:
+        self._tensor_of = tensor_of
         self._layouts = layouts
 
     def __getitem__(self, name: str) -> LocalShard:
-        shape, regions, position, group = self._layouts[name]
-        return LocalShard(shape, local_of(self._tensors[name]).detach(), regions, position, group)
+        shape, regions, position, group, view = self._layouts[name]
+        local = local_of(self._tensor_of(name)).detach().as_strided(*view)
+        return LocalShard(shape, local, regions, position, group)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._layouts)
@@ -73,11 +76,53 @@ class CachedShards(Mapping[str, LocalShard]):
         return len(self._layouts)
 
 
+_MeshLayout = tuple[tuple[Region, ...], int, dist.ProcessGroup | None]
+"""Regions, position, group."""
+
+
+@dataclass(frozen=True, slots=True)
+class _PartLayout:
+    """How a part lies on this rank, wherever its base lies.
+
+    Attributes:
+        regions: Of the part, for each rank of the group.
+        offset: Of its first element here, from the first of the base's shard.
+        dims: For each dimension of the part, that of the base; None: of length 1.
+    """
+
+    regions: tuple[Region, ...]
+    offset: tuple[int, ...]
+    dims: tuple[int | None, ...]
+
+
 class ShardFinder:
     """Finds the local shards of tensors.  Cheap enough to be asked for every tensor at every sync: layouts are cached."""
 
     def __init__(self) -> None:
-        self._cache: dict[object, tuple[tuple[Region, ...], int, dist.ProcessGroup | None] | None] = {}
+        self._cache: dict[object, _MeshLayout | None] = {}
+        self._parts: dict[object, _PartLayout] = {}
+
+    def find_all(self, items: Items) -> dict[str, LocalShard]:
+        """Return this rank's shards of all items that have one; see `find`."""
+        with collector_paused():
+            return self._find_all(items)
+
+    def _find_all(self, items: Items) -> dict[str, LocalShard]:
+        bases: dict[int, LocalShard | None] = {}
+        found: dict[str, LocalShard] = {}
+        for name, item in items:
+            part = item.part if isinstance(item, LazyTensor) else None
+            if part is None:
+                shard = self.find(item)
+            else:
+                # A tensor has hundreds of parts, one after the other.
+                if id(part.base) not in bases:
+                    bases[id(part.base)] = self.find(part.base)
+                base = bases[id(part.base)]
+                shard = None if base is None else self._part(base, part, tuple(item.shape))
+            if shard is not None:
+                found[name] = shard
+        return found
 
     def find(self, tensor: Item) -> LocalShard | None:
         """Return this rank's shard; None for what only `full_tensor` can gather or compute.
@@ -89,7 +134,7 @@ class ShardFinder:
         if isinstance(tensor, LazyTensor):
             if tensor.part is not None:
                 base = self.find(tensor.part.base)
-                return None if base is None else _part(base, tensor.part, tuple(tensor.shape))
+                return None if base is None else self._part(base, tensor.part, tuple(tensor.shape))
             if tensor.recipe is not None:
                 base = self.find(tensor.recipe.base)
                 return None if base is None else _computed(base, tensor, tensor.recipe)
@@ -109,42 +154,46 @@ class ShardFinder:
             return None
         return LocalShard(shape, local, regions, position, group)
 
+    def _part(self, base: LocalShard, part: PartOf, shape: tuple[int, ...]) -> LocalShard:
+        """Return the shard of a part: what of it lies in the shard of its base, or an empty view of that."""
+        # The layers of a model are cut alike, and the regions of their parts are the same objects.
+        key = (base.regions, base.position, part.region, part.along)
+        layout = self._parts.get(key)
+        if layout is None:
+            layout = self._parts[key] = _part_layout(base, part)
+        compute = base.compute
+        if compute is not None:
+            made = compute
+            return LocalShard(
+                shape,
+                base.local,
+                layout.regions,
+                base.position,
+                base.group,
+                lambda region: made(part.outside(region)).reshape(region.lengths),
+                base.ingredients,
+            )
+        strides = base.local.stride()
+        local = base.local.as_strided(
+            layout.regions[base.position].lengths,
+            [1 if dim is None else strides[dim] for dim in layout.dims],
+            base.local.storage_offset() + sum(map(operator.mul, layout.offset, strides)),
+        )
+        return LocalShard(shape, local, layout.regions, base.position, base.group)
 
-def _part(base: LocalShard, part: PartOf, shape: tuple[int, ...]) -> LocalShard:
-    """Return the shard of a part: what of it lies in the shard of its base."""
 
+def _part_layout(base: LocalShard, part: PartOf) -> _PartLayout:
     def inside(region: Region) -> Region:
         met = region.meet(part.region)
         if met is None:
-            return Region((0,) * len(shape), (0,) * len(shape))
+            return Region((0,) * len(part.along), (0,) * len(part.along))
         starts = (0 if dim is None else met.starts[dim] - part.region.starts[dim] for dim in part.along)
         return Region(tuple(starts), tuple(1 if dim is None else met.lengths[dim] for dim in part.along))
 
-    def outside(region: Region) -> Region:
-        starts, lengths = list(part.region.starts), [1] * len(part.region.starts)
-        for dim, start, length in zip(part.along, region.starts, region.lengths):
-            if dim is not None:
-                starts[dim] += start
-                lengths[dim] = length
-        return Region(tuple(starts), tuple(lengths))
-
     regions = tuple(map(inside, base.regions))
-    mine = regions[base.position]
-    compute = base.compute
-    if compute is not None:
-        made = compute
-        return replace(
-            base,
-            shape=shape,
-            regions=regions,
-            compute=lambda region: made(outside(region)).reshape(region.lengths),
-        )
-    offset, strides = base.local.storage_offset(), base.local.stride()
-    if mine.volume:
-        first = outside(mine).starts
-        offset += sum((at - start) * step for at, start, step in zip(first, base.region.starts, strides))
-    local = base.local.as_strided(mine.lengths, [1 if dim is None else strides[dim] for dim in part.along], offset)
-    return replace(base, shape=shape, local=local, regions=regions)
+    met = base.region.meet(part.region)
+    first = base.region.starts if met is None else met.starts
+    return _PartLayout(regions, tuple(at - start for at, start in zip(first, base.region.starts)), part.along)
 
 
 def _computed(base: LocalShard, tensor: LazyTensor, recipe: Recipe) -> LocalShard:
@@ -220,7 +269,11 @@ def shard_regions(shape: tuple[int, ...], dim: int, num_ranks: int) -> list[Regi
 
 def layouts_of(shards: Shards) -> dict[str, Layout]:
     """Return the layouts of shards, without their memory."""
-    return {name: (one.shape, one.regions, one.position, one.group) for name, one in shards.items()}
+    found: dict[str, Layout] = {}
+    for name, one in shards.items():
+        view = one.local.shape, one.local.stride(), int(one.local.storage_offset())
+        found[name] = one.shape, one.regions, one.position, one.group, view
+    return found
 
 
 def mesh_groups(shards: Shards) -> list[dist.ProcessGroup]:

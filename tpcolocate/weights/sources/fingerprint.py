@@ -1,26 +1,108 @@
 """The fingerprint of a module: a repeated sync finds that nothing has changed without naming the weights again.
 
-Naming, checking and comparing hundreds of weights can take as long as copying them.  A fingerprint keeps no memory
+Naming, checking and comparing ten thousands of weights takes longer than copying them.  A fingerprint keeps no memory
 alive: it has weak references, addresses, and which weight is which part of which tensor of the module.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from tpcolocate.in_server.tpcolocate_receiver.module_walk import modules_of
-from tpcolocate.weights.sources.lazy_tensor import Items, LazyTensor, local_of, storage_id
+from tpcolocate.weights.sources.lazy_tensor import (
+    Item,
+    LazyTensor,
+    SharedGather,
+    View,
+    is_plain_tensor,
+    local_of,
+    storage_id,
+)
 from tpcolocate.weights.sources.named_weights import NamedWeights, Source
 
-_View = tuple[torch.Size, tuple[int, ...], int]
-"""Size, stride and storage offset."""
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What a weight is of a module's tensors.
+
+    Attributes:
+        number: Of the tensor.
+        view: Which view of it, of a sharded one as if it were gathered; None: the tensor itself.
+    """
+
+    number: int
+    view: View | None
+
+
+class LaterItems(Sequence[tuple[str, Item]]):
+    """The weights of a module that was recognised, made when somebody asks for one: a repeated sync need not ask.
+
+    Args:
+        origins: Name -> what it is, in the order of the sync.
+        tensors: The module's.
+    """
+
+    def __init__(self, origins: Mapping[str, Origin], tensors: Sequence[torch.Tensor]) -> None:
+        self._origins = origins
+        self._tensors = tensors
+        self._made: list[tuple[str, Item]] | None = None
+
+    @property
+    def are_made(self) -> bool:
+        """Whether somebody has asked."""
+        return self._made is not None
+
+    def __len__(self) -> int:
+        return len(self._origins)
+
+    @overload
+    def __getitem__(self, index: int) -> tuple[str, Item]: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[tuple[str, Item]]: ...
+    def __getitem__(self, index: int | slice) -> tuple[str, Item] | Sequence[tuple[str, Item]]:
+        return self._items()[index]
+
+    def __iter__(self) -> Iterator[tuple[str, Item]]:
+        return iter(self._items())
+
+    def tensor_of(self, name: str) -> torch.Tensor:
+        """Return the module's tensor that a weight is, or is a part of."""
+        return self._tensors[self._origins[name].number]
+
+    def _items(self) -> list[tuple[str, Item]]:
+        if self._made is None:
+            gathers: dict[int, SharedGather] = {}
+            made: list[tuple[str, Item]] = []
+            for name, origin in self._origins.items():
+                tensor, view = self._tensors[origin.number], origin.view
+                if view is None:
+                    made.append((name, tensor))
+                else:
+                    gather = gathers.setdefault(origin.number, SharedGather(tensor))
+                    size, stride, offset = view
+                    made.append((name, gather.part(size, stride, offset)))
+            self._made = made
+        return self._made
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """A module that was recognised.
+
+    Attributes:
+        weights: Its weights, as in the last sync.
+        items: The same as `weights.items`, which also knows their tensors.
+    """
+
+    weights: NamedWeights
+    items: LaterItems
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +114,7 @@ class Fingerprint:
         layout: Names of the parts of each module in it, in order.
         tensors: Its parameters and persistent buffers, in order.
         memory: Where the local data of each tensor is, and in which layout.
-        weights: Name, number of the tensor, and which view of that (None: the tensor itself).
+        origins: Name of each weight -> what it is.
         aliases: As `NamedWeights.aliases`.
     """
 
@@ -40,44 +122,38 @@ class Fingerprint:
     layout: list[tuple[str, ...]]
     tensors: list[weakref.ref[torch.Tensor]]
     memory: list[tuple[object, ...]]
-    weights: list[tuple[str, int, _View | None]]
+    origins: Mapping[str, Origin]
     aliases: Mapping[str, str]
 
     @classmethod
     def of(cls, source: Source, weights: NamedWeights) -> Fingerprint | None:
         """Return the fingerprint of a module; None if its weights are more than its tensors under other names.
 
-        There is none of a source that is not a module, nor of computed weights (merged adapters, gathered experts), nor
-        if some of the module's tensors are not sent, since which ones are may depend on its settings.
+        There is none of a source that is not a module, nor of computed weights (merged adapters), nor if some of the
+        module's tensors are not sent, since which ones are may depend on its settings.
         """
         if not isinstance(source, nn.Module) or weights.items is None:
             return None
         layout, tensors = _walk(source)
-        number_of = {id(tensor): i for i, tensor in enumerate(tensors)}
-        number_by_storage = {storage_id(tensor): i for i, tensor in enumerate(tensors)}
-        found: list[tuple[str, int, _View | None]] = []
+        find = _Origins(tensors)
+        origins: dict[str, Origin] = {}
         for name, item in weights.items:
-            if isinstance(item, LazyTensor):
+            origin = find(item)
+            if origin is None:
                 return None
-            number, view = number_of.get(id(item)), None
-            if number is None and not isinstance(item, DTensor):
-                number = number_by_storage.get(storage_id(item))
-                view = item.shape, item.stride(), int(item.storage_offset())
-            if number is None or (view is not None and item.dtype != tensors[number].dtype):
-                return None
-            found.append((name, number, view))
-        if len({number for _, number, _ in found}) != len(tensors):
+            origins[name] = origin
+        if len({origin.number for origin in origins.values()}) != len(tensors):
             return None
         return cls(
             weakref.ref(source),
             layout,
             [weakref.ref(tensor) for tensor in tensors],
             [_memory(tensor) for tensor in tensors],
-            found,
+            origins,
             weights.aliases,
         )
 
-    def match(self, source: Source) -> NamedWeights | None:
+    def match(self, source: Source) -> Match | None:
         """Return the source's weights if it is the same module, with the same tensors in the same memory."""
         if self.module() is not source:
             return None
@@ -87,11 +163,46 @@ class Fingerprint:
         for tensor, before, memory in zip(tensors, self.tensors, self.memory):
             if before() is not tensor or _memory(tensor) != memory:
                 return None
-        items: Items = [
-            (name, tensors[number] if view is None else tensors[number].detach().as_strided(*view))
-            for name, number, view in self.weights
-        ]
-        return NamedWeights(items, self.aliases)
+        items = LaterItems(self.origins, tensors)
+        return Match(NamedWeights(items, self.aliases), items)
+
+
+class _Origins:
+    """Finds out what items are of a module's tensors.
+
+    Args:
+        tensors: The module's.
+    """
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        self._tensors = tensors
+        self._number_of = {id(tensor): i for i, tensor in enumerate(tensors)}
+        self._number_by_storage = {storage_id(tensor): i for i, tensor in enumerate(tensors)}
+        # Parts of alike tensors have the same regions.
+        self._views: dict[object, View] = {}
+
+    def __call__(self, item: Item) -> Origin | None:
+        """Return what an item is; None for what is no tensor of the module, nor a view of one, but computed from it."""
+        if isinstance(item, LazyTensor):
+            return self._of_lazy(item)
+        number = self._number_of.get(id(item))
+        if number is not None:
+            return Origin(number, None)
+        number = self._number_by_storage.get(storage_id(item)) if is_plain_tensor(item) else None
+        if number is None or not is_plain_tensor(base := self._tensors[number]) or item.dtype != base.dtype:
+            return None
+        return Origin(number, (item.shape, item.stride(), int(item.storage_offset() - base.storage_offset())))
+
+    def _of_lazy(self, item: LazyTensor) -> Origin | None:
+        part = item.part
+        number = None if part is None else self._number_of.get(id(part.base))
+        if part is None or number is None:
+            return None
+        key = part.region, part.along, part.base.shape
+        view = self._views.get(key)
+        if view is None:
+            view = self._views[key] = part.view()
+        return Origin(number, view)
 
 
 def _walk(module: nn.Module) -> tuple[list[tuple[str, ...]], list[torch.Tensor]]:
@@ -115,7 +226,7 @@ def _walk(module: nn.Module) -> tuple[list[tuple[str, ...]], list[torch.Tensor]]
 def _memory(tensor: torch.Tensor) -> tuple[object, ...]:
     local = local_of(tensor)
     # Not the shape, which takes several times as long as the rest: numel and stride change with it.
-    return local.data_ptr(), local.numel(), local.stride()
+    return local.data_ptr(), local.numel(), local.stride(), local.storage_offset()
 
 
-__all__ = ["Fingerprint"]
+__all__ = ["Fingerprint", "LaterItems", "Match", "Origin"]

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeGuard
 
 import torch
 from torch.distributed.tensor import DTensor
 
-from tpcolocate.in_server.tpcolocate_receiver.regions import Region
+from tpcolocate.in_server.tpcolocate_receiver.regions import Region, region_of, strides_of
+
+View = tuple[torch.Size, tuple[int, ...], int]
+"""A view of a tensor: size, stride and offset in elements."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -25,6 +29,22 @@ class PartOf:
     base: Item
     region: Region
     along: tuple[int | None, ...]
+
+    def outside(self, region: Region) -> Region:
+        """Return the region of `base` that a region of the part is."""
+        starts, lengths = list(self.region.starts), [1] * len(self.region.starts)
+        for dim, start, length in zip(self.along, region.starts, region.lengths):
+            if dim is not None:
+                starts[dim] += start
+                lengths[dim] = length
+        return Region(tuple(starts), tuple(lengths))
+
+    def view(self) -> View:
+        """Return the part as a view of `base`, as if that were contiguous."""
+        steps = strides_of(self.base.shape)
+        size = torch.Size(1 if dim is None else self.region.lengths[dim] for dim in self.along)
+        stride = tuple(1 if dim is None else steps[dim] for dim in self.along)
+        return size, stride, sum(start * step for start, step in zip(self.region.starts, steps))
 
 
 class Ingredients(Protocol):
@@ -90,7 +110,8 @@ class LazyTensor:
 
 
 Item = torch.Tensor | LazyTensor
-Items = list[tuple[str, Item]]
+Items = Sequence[tuple[str, Item]]
+"""Named items; those of a repeated sync are made when somebody asks for one."""
 
 
 def full_tensor(item: Item) -> torch.Tensor:
@@ -146,7 +167,7 @@ def reading_bytes(item: Item) -> int:
 
 
 class SharedGather:
-    """Parts of one tensor that is gathered once for all of them.
+    """Parts of one tensor.  Where they have to be gathered, that is done once for all of them.
 
     The full tensor is kept from the first part that is read until the last: read its parts next to each other.
 
@@ -156,12 +177,14 @@ class SharedGather:
 
     def __init__(self, item: Item) -> None:
         self._item = item
+        self._is_collective = is_collective(item)
+        self._reading_bytes = reading_bytes(item)
         self._num_parts = 0
         self._unread: set[int] = set()
         self._full: torch.Tensor | None = None
 
     def part(self, size: torch.Size, stride: tuple[int, ...], offset: int) -> Item:
-        """Return a view of a plain tensor, a lazy tensor of any other.
+        """Return a view of a plain tensor, a lazy tensor of any other; that knows its region if it is rectangular.
 
         Args:
             size: Of the part.
@@ -174,16 +197,17 @@ class SharedGather:
         number = self._num_parts
         self._num_parts += 1
         return LazyTensor(
-            shape=size,
-            dtype=item.dtype,
-            device=item.device,
-            make=lambda: self._read(number).as_strided(size, stride, offset),
-            is_collective=is_collective(item),
+            size,
+            item.dtype,
+            item.device,
+            functools.partial(self._read, number, size, stride, offset),
+            self._is_collective,
             # The part itself is a view.
-            extra_bytes=max(0, reading_bytes(item) - size.numel() * item.dtype.itemsize),
+            max(0, self._reading_bytes - size.numel() * item.dtype.itemsize),
+            _part_of(item, size, stride, offset),
         )
 
-    def _read(self, number: int) -> torch.Tensor:
+    def _read(self, number: int, size: torch.Size, stride: tuple[int, ...], offset: int) -> torch.Tensor:
         if self._full is None or number not in self._unread:
             self._full = full_tensor(self._item).contiguous()
             self._unread = set(range(self._num_parts))
@@ -191,7 +215,24 @@ class SharedGather:
         self._unread.discard(number)
         if not self._unread:
             self._full = None
-        return full
+        return full.as_strided(size, stride, offset)
+
+
+def _part_of(item: Item, size: torch.Size, stride: tuple[int, ...], offset: int) -> PartOf | None:
+    """Return which part a view is; of a part, which part of that one's base."""
+    # A scalar has no dimension in which the shard of a rank could be empty.
+    found = _region_of(offset, size, stride, item.shape) if size.numel() and size else None
+    if found is None:
+        return None
+    region, along = found
+    if not (isinstance(item, LazyTensor) and item.part is not None):
+        return PartOf(item, region, along)
+    inner = item.part
+    return PartOf(inner.base, inner.outside(region), tuple(None if dim is None else inner.along[dim] for dim in along))
+
+
+# The layers of a model have the same parts; that they also share the regions makes them cheap to look up.
+_region_of = functools.lru_cache(maxsize=1 << 12)(region_of)
 
 
 __all__ = [
@@ -202,6 +243,7 @@ __all__ = [
     "PartOf",
     "Recipe",
     "SharedGather",
+    "View",
     "full_bytes",
     "full_tensor",
     "is_collective",

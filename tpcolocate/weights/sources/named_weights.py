@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from tpcolocate.errors import ConfigError
+from tpcolocate.garbage import collector_paused
 from tpcolocate.weights.sources import peft_merge
 from tpcolocate.weights.sources.hf_names import to_checkpoint
 from tpcolocate.weights.sources.lazy_tensor import (
@@ -62,7 +63,8 @@ class NamedWeights:
             ConfigError: FSDP1, something that is not a named tensor, an adapter that cannot be merged.
         """
         if isinstance(source, nn.Module):
-            return cls(*_untied(_renamed(_of_module(source, expected, rename), rename), expected))
+            with collector_paused():
+                return cls(*_untied(_renamed(_of_module(source, expected, rename), rename), expected))
         if isinstance(source, (Mapping, Sequence)):
             pairs = _renamed(map(_checked, source.items() if isinstance(source, Mapping) else source), rename)
             return cls(list(pairs)) if expected is None else cls(*_untied(pairs, expected))
@@ -93,6 +95,9 @@ class NamedWeights:
 
 
 def _renamed(weights: Iterable[tuple[str, Item]], rename: Rename | None) -> Iterator[tuple[str, Item]]:
+    if rename is None:
+        yield from weights
+        return
     for name, item in weights:
         served_name = _served_name(name, rename)
         if served_name is not None:
@@ -137,14 +142,14 @@ def _state(module: nn.Module) -> Items:
 
 def _untied(weights: Iterable[tuple[str, Item]], expected: Collection[str] | None) -> tuple[Items, dict[str, str]]:
     """Return each weight once, or under each of its expected names, and the aliases of the other names."""
-    weights = list(weights)
+    found = [(name, item, _identity(item)) for name, item in weights]
     names: dict[object, list[str]] = {}
-    for name, item in weights:
-        names.setdefault(_identity(item), []).append(name)
-    sent: Items = []
+    for name, _, identity in found:
+        names.setdefault(identity, []).append(name)
+    sent: list[tuple[str, Item]] = []
     aliases: dict[str, str] = {}
-    for name, item in weights:
-        same = names[_identity(item)]
+    for name, item, identity in found:
+        same = names[identity]
         chosen = [other for other in same if expected is not None and other in expected] or same[:1]
         if name in chosen:
             sent.append((name, item))

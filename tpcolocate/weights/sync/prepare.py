@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 
 from tpcolocate.errors import ConfigError, WeightsMismatchError
+from tpcolocate.garbage import collector_paused
 from tpcolocate.weights.plan.sharding import CachedShards, Shards, mesh_groups
 from tpcolocate.weights.sources.named_weights import NamedWeights, Source
 from tpcolocate.weights.sync.buckets import summary
@@ -27,6 +28,7 @@ def reusable_sync(session: SyncSession) -> CachedSync | None:
     return cached if cached.mappings_version == session.state.mappings.version else None
 
 
+@collector_paused()
 def prepare(session: SyncSession, source: Source) -> Prepared:
     """Read and check the weights; their mesh collectives are due before the first check can fail.
 
@@ -38,8 +40,7 @@ def prepare(session: SyncSession, source: Source) -> Prepared:
     weights = NamedWeights.of(source, expected=None if spec is None else spec.shapes, rename=options.rename)
     shards: Shards = {}
     if options.parts and options.payloads == "per_rank" and options.transport in ("auto", "ipc"):
-        found = ((name, session.state.shard_finder.find(tensor)) for name, tensor in weights.items or ())
-        shards = {name: one for name, one in found if one is not None}
+        shards = session.state.shard_finder.find_all(weights.items or ())
     groups = mesh_groups(shards)
     session.schedule.enter([route_call(session, lambda: weights.items or [], groups)])
     if weights.items is not None:
@@ -85,13 +86,14 @@ def _memory_uses(session: SyncSession, shards: Shards) -> list[str]:
 
 def prepare_again(session: SyncSession, source: Source, cached: CachedSync) -> Prepared | None:
     """Return the same, if this rank finds everything as it was in the last sync."""
-    weights = cached.source.match(source)
-    if weights is None or weights.items is None:
+    match = cached.source.match(source)
+    if match is None:
         return None
-    session.schedule.enter([route_call(session, lambda: weights.items or [], cached.groups)])
-    shards = CachedShards({n: item for n, item in weights.items if isinstance(item, torch.Tensor)}, cached.layouts)
+    # Thousands of items may never be needed, so they are not made here.
+    session.schedule.enter([route_call(session, lambda: match.items, cached.groups)])
+    shards = CachedShards(match.items.tensor_of, cached.layouts)
     _wait_for_trainer(session)
-    return Prepared(weights, shards, cached.groups, replace(cached.view, memory_uses=None, repeats=True))
+    return Prepared(match.weights, shards, cached.groups, replace(cached.view, memory_uses=None, repeats=True))
 
 
 def _wait_for_trainer(session: SyncSession) -> None:
