@@ -171,6 +171,25 @@ def test_there_is_none_of_a_state_dict_a_generator_or_weights_that_leave_some_ou
     assert fingerprint(module, rename={"first.bias": None})[1] is None, "which ones are sent may depend on settings"
 
 
+def test_items_are_made_when_somebody_asks_and_only_once():
+    module = Small()
+    weights, found = fingerprint(module)
+    again = found.match(module)
+    assert again.weights.items is again.items and len(again.items) == len(weights.items)
+    assert again.items.tensor_of("first.bias") is module.first.bias and not again.items.are_made
+    assert again.items[0][1] is module.first.weight and again.items.are_made
+    assert [name for name, _ in again.items[1:]] == [name for name, _ in weights.items[1:]]
+    assert all(a is b for a, b in zip(again.items, again.items))
+
+
+def test_a_view_of_a_parameter_with_an_offset_of_its_own_is_found_again():
+    module = nn.Linear(2, 6, bias=False)
+    module.weight = nn.Parameter(torch.arange(16.0)[4:].view(6, 2))
+    weights = NamedWeights([(f"part{i}", module.weight.detach()[3 * i : 3 * i + 3]) for i in range(2)])
+    again = Fingerprint.of(module, weights).match(module)
+    assert [(name, item.data_ptr()) for name, item in again.items] == [(n, t.data_ptr()) for n, t in weights.items]
+
+
 def sharded(rank):
     """Under FSDP2 a forward may leave unsharded parameters in the module; its fingerprint is of the shards."""
     from torch.distributed.device_mesh import init_device_mesh

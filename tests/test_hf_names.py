@@ -166,6 +166,71 @@ def test_parts_of_a_non_contiguous_tensor_are_views_too(tiny_model_dir, layout):
     assert sent["model.layers.0.mlp.experts.4.up_proj.weight"].untyped_storage().data_ptr() == memory
 
 
+def layered():
+    """Five layers, of which the second has no experts."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    sizes = {"hidden_size": 8, "intermediate_size": 12, "moe_intermediate_size": 6, "head_dim": 4, "vocab_size": 10}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    return Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(num_hidden_layers=5, mlp_only_layers=[1], num_experts=5, num_experts_per_tok=2, **sizes, **heads)
+    )
+
+
+def converted_by_transformers(model):
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return revert_weight_conversion(model, dict(model.state_dict()))
+
+
+def rename_one_layer(model):
+    from transformers.core_model_loading import WeightRenaming
+
+    # Reverted: the name in the checkpoint comes first when it is loaded.
+    model._weight_conversions = [WeightRenaming("layers.2.entry_norm", "layers.2.input_layernorm")]
+
+
+def transpose_the_last_layer(model):
+    from transformers.core_model_loading import ConversionOps, WeightConverter
+
+    class View(ConversionOps):
+        def convert(self, input_dict, source_patterns, target_patterns, full_layer_name, **kwargs):
+            [tensors] = input_dict.values()
+            tensor = tensors[0] if isinstance(tensors, list) else tensors
+            return {target_patterns[0]: tensor.t() if "layers.4." in full_layer_name else tensor}
+
+        @property
+        def reverse_op(self):
+            return self
+
+    model._weight_conversions = [WeightConverter("q_proj.weight", "q_proj.weight", operations=[View()])]
+
+
+@pytest.mark.parametrize(
+    ("change", "sizes"),
+    [(lambda model: None, [36]), (rename_one_layer, [58]), (transpose_the_last_layer, [36, 58])],
+    ids=["layers alike", "a layer named otherwise", "a layer viewed otherwise"],
+)
+def test_the_names_of_layers_follow_from_the_first_and_the_last_that_are_alike(monkeypatch, change, sizes):
+    from transformers import core_model_loading
+
+    model = layered()
+    change(model)
+    expected = converted_by_transformers(model)
+    found, revert = [], core_model_loading.revert_weight_conversion
+
+    def counted(model, state):
+        found.append(len(state))
+        return revert(model, state)
+
+    monkeypatch.setattr(core_model_loading, "revert_weight_conversion", counted)
+    sent = dict(NamedWeights.of(model))
+    assert sorted(sent) == sorted(expected)
+    assert all(torch.equal(sent[name], tensor) for name, tensor in expected.items())
+    assert found == sizes, "how many tensors transformers was asked to name"
+    assert ("model.layers.2.entry_norm.weight" in sent) == (change is rename_one_layer)
+
+
 @FAMILIES
 def test_the_spec_of_an_architecture_has_the_names_of_a_checkpoint(tiny_model_dir, tmp_path, family):
     folder = tiny_model_dir(family=family)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -215,6 +216,8 @@ def _layout_of(
 ) -> tuple[tuple[Region, ...], int, dist.ProcessGroup | None] | None:
     if any(type(p) not in (Shard, Replicate, _StridedShard) for p in placements):
         return None
+    if not all(_is_cut_last(mesh, placements, i) for i, p in enumerate(placements) if isinstance(p, _StridedShard)):
+        return None
     sharded = [i for i, p in enumerate(placements) if not isinstance(p, Replicate)]
     if not sharded:
         return (whole(shape),), 0, None
@@ -228,6 +231,14 @@ def _layout_of(
     regions = _cut(shape, mesh, placements, sharded)
     by_rank = {int(mesh.mesh[at]): region for at, region in regions.items()}
     return tuple(by_rank[rank] for rank in sorted(by_rank)), dist.get_rank(), dist.group.WORLD
+
+
+def _is_cut_last(mesh: DeviceMesh, placements: tuple[Placement, ...], axis: int) -> bool:
+    """Return whether a strided shard cuts what the axes after it have cut, as FSDP2 does, so that it is a rectangle."""
+    strided = placements[axis]
+    assert isinstance(strided, _StridedShard)
+    others = [i for i, p in enumerate(placements) if i != axis and getattr(p, "dim", None) == strided.dim]
+    return all(i > axis for i in others) and math.prod(map(mesh.size, others)) == strided.split_factor
 
 
 def _cut(

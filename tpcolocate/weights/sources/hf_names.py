@@ -116,8 +116,8 @@ def _by_layers(model: Any, revert: Callable[..., Any], blanks: Mapping[str, torc
     for (path, numbers), template in zip(kinds, templates):
         for number in numbers[1:-1]:
             layer = f"{path}{number}."
-            for pieces, rest, view in template:
-                yield number.join(pieces), layer + rest, view
+            for around, rest, view in template:
+                yield number.join(around), layer + rest, view
 
 
 def _reverted(model: Any, revert: Callable[..., Any], blanks: Mapping[str, torch.Tensor]) -> list[_Named]:
@@ -187,14 +187,14 @@ def _template(a: tuple[list[_Named], str, str], z: tuple[list[_Named], str, str]
         return None
     found = []
     for (target_a, origin_a, view_a), (target_z, origin_z, view_z) in zip(of_a, of_z):
-        pieces, rest = _pieces(target_a, target_z, number_a, number_z), origin_a.removeprefix(layer_a)
-        if pieces is None or (rest, view_a) != (origin_z.removeprefix(layer_z), view_z):
+        around, rest = _around(target_a, target_z, number_a, number_z), origin_a.removeprefix(layer_a)
+        if around is None or (rest, view_a) != (origin_z.removeprefix(layer_z), view_z):
             return None
-        found.append((pieces, rest, view_a))
+        found.append((around, rest, view_a))
     return found
 
 
-def _pieces(a: str, z: str, number_a: str, number_z: str) -> list[str] | None:
+def _around(a: str, z: str, number_a: str, number_z: str) -> list[str] | None:
     """Return what is around the layer's number in two names; None if they differ in anything else."""
     segments = []
     segments_a, segments_z = a.split("."), z.split(".")
