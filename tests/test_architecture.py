@@ -79,7 +79,8 @@ LAYERS = {
         {"dry_run", "copy_program", "load_bucket"},
         {"copy_plan", "kernels"},
         {"triton_kernel", "loader_trace"},
-        {"kernel_tables", "checksums", "regions", "replay", "module_walk", "handles", "protocol"},
+        {"kernel_tables"},
+        {"checksums", "regions", "replay", "module_walk", "handles", "protocol"},
     ),
 }
 # Put on the PYTHONPATH of another process as it is; not a package.
