@@ -282,9 +282,9 @@ LAZY = {"inner.q.weight", "inner.o.weight", "embed.weight"} | set(EVERY["target_
 CONV = {"target_modules": ["conv"]}  # by itself: for its sake peft sets `fan_in_fan_out`, which parameters refuse
 
 
-def wide(targets=EVERY, *, base=torch.float32, factors=torch.float32, **config):
+def wide(targets=EVERY, *, base=torch.float32, factors=torch.float32, saved=None, **config):
     torch.manual_seed(0)
-    model = peft.get_peft_model(Wide(), lora(**targets, **config))
+    model = peft.get_peft_model(Wide(), lora(**targets, modules_to_save=saved, **config))
     model.add_adapter("other", lora(**{**targets, "r": 3, **config}))
     model.base_model.set_adapter(["default", "other"])
     randomise(model)
