@@ -170,8 +170,8 @@ def _plan(tensors: list[torch.Tensor]) -> _Plan:
     found = list(batches.values())
     # While a batch is unpacked its bytes are there twice, and once more what this rank sends.
     most = max((batch.num_bytes + batch.num_bytes // batch.group.size() for batch in found), default=0)
-    held = sum(batch.num_bytes for batch in found) + sum(full_bytes(tensors[number]) for number in others)
-    return _Plan(found, others, held + most)
+    kept = sum(batch.num_bytes for batch in found) + sum(full_bytes(tensors[number]) for number in others)
+    return _Plan(found, others, kept + most)
 
 
 def _is_whole(tensor: torch.Tensor) -> bool:

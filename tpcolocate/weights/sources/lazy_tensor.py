@@ -32,7 +32,7 @@ class Ingredients(Protocol):
 
     @property
     def num_bytes(self) -> int:
-        """The most memory that `gather` takes on this rank, in bytes; until `forget` it holds less, never more."""
+        """The most memory that `gather` takes on this rank, in bytes; less of it is kept until `forget`."""
 
     def gather(self) -> None:
         """Fetch it anew.  Collective: over the meshes of the source, once in a sync, before anything is computed."""
@@ -50,8 +50,8 @@ class Recipe:
 
     Attributes:
         base: The tensor in memory; the lazy tensor is sharded as it is.
-        compute: (A region of `base`, as a view of this rank's shard; which region) -> that region of the lazy tensor, on
-            the device of the view, in memory of its own.  Local.
+        compute: (A region of `base`, as a detached view of this rank's shard; which region) -> that region of the lazy
+            tensor, on the device of the view, in memory of its own.  Local.
         ingredients: What has to be gathered before; None: nothing.
         extra_itemsize: Memory that `compute` takes beside its result, in bytes for each element of the region.
         inputs: All tensors that it is computed from, `base` first.

@@ -231,7 +231,7 @@ class _Merge:
         """Return a region of the sum.  Local, from what was gathered.
 
         Args:
-            base: That region of the base weight.
+            base: That region of the base weight, detached.
             region: Of the full weight.
         """
         return self._sum(base, region, self.factors.full)
@@ -242,7 +242,7 @@ class _Merge:
             delta = adapter.delta(region, read).to(weight.device)
             # In the wider of the two dtypes, rounded once.
             merged = torch.empty(region.lengths, dtype=weight.dtype, device=weight.device)
-            weight = torch.add(weight.detach(), delta, out=merged)
+            weight = torch.add(weight, delta, out=merged)
         return weight
 
 
@@ -281,7 +281,7 @@ class _Adapter:
         layer = self.layer()
         if layer is None:
             raise RuntimeError("a layer with adapters is gone: its module was dropped or changed")
-        narrowed = self.narrow(layer, region, read(self.a).detach(), read(self.b).detach())
+        narrowed = self.narrow(layer, region, read(self.a), read(self.b))
         # Not `torch.func.functional_call`: it puts the factors into the trainer's layer for the time of the call, and
         # takes several times as long as the product itself.
         delta: torch.Tensor = type(layer).get_delta_weight(_Narrowed(layer, self.name, narrowed), self.name)
