@@ -1,13 +1,21 @@
 """The merged weights of peft models: compared with peft's own merge, and without changing the model."""
 
+import contextlib
 import copy
+import gc
+import itertools
+import weakref
 
 import peft
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.pytorch_utils import Conv1D
 
 from tpcolocate.errors import ConfigError
+from tpcolocate.in_server.tpcolocate_receiver.regions import Region, whole
+from tpcolocate.weights.plan.sharding import ShardFinder
 from tpcolocate.weights.sources.lazy_tensor import LazyTensor, full_tensor
 from tpcolocate.weights.sources.named_weights import NamedWeights
 
@@ -157,12 +165,44 @@ def test_adapters_that_cannot_be_merged_are_refused_with_an_alternative(config, 
     assert sorted(sent(copy.deepcopy(model).merge_and_unload())) == sorted(Model().state_dict()), "the hint must work"
 
 
-def test_a_quantised_base_weight_is_refused():
+class Linear4bit(nn.Linear):
+    """As bitsandbytes has it: the weight is packed, two values to a byte, in a column."""
+
+    def __init__(self, ins, outs):
+        super().__init__(ins, outs, bias=False)
+        self.weight = nn.Parameter(torch.zeros(ins * outs // 2, 1, dtype=torch.uint8), requires_grad=False)
+
+
+class LoraOf4bit(nn.Module, peft.tuners.lora.LoraLayer):
+    """As peft.tuners.lora.bnb.Linear4bit: a layer of its own, not a `lora.Linear`."""
+
+    def __init__(self, base):
+        super().__init__()
+        peft.tuners.lora.LoraLayer.__init__(self, base)
+        config = lora()
+        self._active_adapter = "default"
+        self.update_layer("default", config.r, config.lora_alpha, config=config)
+
+
+@pytest.mark.parametrize("quantise", [
+    lambda inner: inner.update({"q": LoraOf4bit(Linear4bit(4, 6))}),
+    lambda inner: setattr(inner["q"], "base_layer", Linear4bit(4, 6)),
+    lambda inner: inner["q"].base_layer.to(torch.float8_e4m3fn),
+    lambda inner: setattr(type(inner["q"]), "__module__", "peft.tuners.lora.gptq"),
+], ids=["layer of its own", "packed", "float8", "gptq"])  # fmt: skip
+@pytest.mark.parametrize("state", ["active", "disabled", "merged"])
+def test_quantised_base_weights_are_refused_with_the_adapter_served_apart_as_the_way(quantise, state, monkeypatch):
+    monkeypatch.setattr(
+        peft.tuners.lora.Linear, "__module__", peft.tuners.lora.Linear.__module__
+    )  # put back afterwards
     model = adapted(lora())
-    base = model.base_model.model.inner["q"].base_layer
-    base.weight = nn.Parameter(torch.zeros(6, 4, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(ConfigError, match="quantised base weights are not supported"):
-        NamedWeights.of(model)
+    quantise(model.base_model.model.inner)
+    if state == "merged":
+        model.base_model.model.inner["q"].merged_adapters.append("default")
+    with model.disable_adapter() if state == "disabled" else contextlib.nullcontext():
+        with pytest.raises(ConfigError, match="inner.q.weight is a quantised weight") as caught:
+            NamedWeights.of(model)
+    assert "engine.set_lora(name, model)" in caught.value.hint and "merge_and_unload" not in caught.value.hint
 
 
 def test_a_prompt_adapter_is_refused(tiny_model_dir):
@@ -209,3 +249,196 @@ def test_a_bfloat16_sum_is_rounded_once():
     exact = layer.base_layer.weight.float() + layer.get_delta_weight("default")
     found = sent(model)["inner.q.weight"]
     assert found.dtype == torch.bfloat16 and torch.equal(found, exact.to(torch.bfloat16))
+
+
+# --- regions -----------------------------------------------------------------------------------------------------------
+
+
+class Transposed(Experts):
+    is_transposed = True  # [experts, in, out], which peft does not swap
+
+
+class Single(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(5, 4))
+
+
+class Wide(Model):
+    """Every layout that peft's layers have."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = Conv1D(5, 4)
+        self.transposed = Transposed()
+        self.single = Single()
+
+
+EVERY = {
+    "target_modules": ["q", "o", "embed"],
+    "target_parameters": ["experts.up", "experts.down", "transposed.up", "single.matrix"],
+}
+LAZY = {"inner.q.weight", "inner.o.weight", "embed.weight"} | set(EVERY["target_parameters"])
+CONV = {"target_modules": ["conv"]}  # by itself: for its sake peft sets `fan_in_fan_out`, which parameters refuse
+
+
+def wide(targets=EVERY, *, base=torch.float32, factors=torch.float32, saved=None, **config):
+    torch.manual_seed(0)
+    model = peft.get_peft_model(Wide(), lora(**targets, modules_to_save=saved, **config))
+    model.add_adapter("other", lora(**{**targets, "r": 3, **config}))
+    model.base_model.set_adapter(["default", "other"])
+    randomise(model)
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(factors if "lora_" in name else base)
+    return model
+
+
+def regions(shape):
+    """Every region of a shape that is not empty."""
+    edges = [[(start, end) for start in range(n) for end in range(start + 1, n + 1)] for n in shape]
+    for region in itertools.product(*edges):
+        yield Region(tuple(start for start, _ in region), tuple(end - start for start, end in region))
+
+
+def narrowed(tensor, region):
+    for dim, (start, length) in enumerate(zip(region.starts, region.lengths)):
+        tensor = tensor.narrow(dim, start, length)
+    return tensor
+
+
+def computed(model):
+    return {name: item for name, item in NamedWeights.of(model) if isinstance(item, LazyTensor)}
+
+
+@pytest.mark.parametrize("base, factors", [
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.float32),
+    (torch.float32, torch.bfloat16),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.bfloat16),
+], ids=str)  # fmt: skip
+def test_every_region_of_every_merged_weight_equals_that_region_of_the_whole(base, factors):
+    models = [wide(targets, base=base, factors=factors, use_rslora=True) for targets in (EVERY, CONV)]
+    items = computed(models[0]) | computed(models[1])
+    assert set(items) == LAZY | {"conv.weight"}
+    for item in items.values():
+        full, shard = full_tensor(item), ShardFinder().find(item)
+        assert shard.ingredients is None and shard.local.numel() == 0
+        assert torch.equal(shard.compute(whole(item.shape)), full)
+        # A product's last bits depend on its shape, and peft rounds the delta of one expert once, of several twice.
+        delta = (full.float() - item.recipe.base.float()).abs().max().item()
+        close = {"rtol": 2 * torch.finfo(base).eps, "atol": 3 * torch.finfo(factors).eps * delta}
+        for region in regions(item.shape):
+            found = shard.compute(region)
+            assert found.dtype == base and found.is_contiguous()
+            torch.testing.assert_close(found, narrowed(full, region), **close)
+
+
+def test_a_region_is_computed_from_what_the_adapter_is_now_and_leaves_it_as_it_is():
+    model = wide()
+    item = computed(model)["inner.q.weight"]
+    shard, region = ShardFinder().find(item), Region((1, 2), (3, 2))
+    before = shard.compute(region)
+    with torch.no_grad():
+        model.base_model.model.inner["q"].lora_B["other"].weight.mul_(3)
+    model.base_model.model.inner["q"].scaling["default"] *= 2
+    at_rest = state(model)
+    after = shard.compute(region)
+    assert not torch.equal(before, after)
+    torch.testing.assert_close(after, narrowed(full_tensor(item), region))
+    same(state(model), at_rest, rtol=0, atol=0)
+    assert not after.requires_grad
+
+
+class Allocations(TorchDispatchMode):
+    """Notes how large the results of operators are that take memory of their own."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and not func.is_view:
+            self.sizes.append(result.numel())
+        return result
+
+
+@pytest.mark.parametrize("name", sorted(LAZY | {"conv.weight"}))
+def test_a_region_takes_memory_for_itself_not_for_the_tensor(name):
+    model = wide(CONV if name == "conv.weight" else EVERY)
+    item = computed(model)[name]
+    region = Region((0,) * len(item.shape), (1,) * len(item.shape))
+    with Allocations() as seen:
+        ShardFinder().find(item).compute(region)
+    assert len(seen.sizes) >= 6, "two products, scaled and added"
+    assert max(seen.sizes) <= 3, "one element, and one row of factors of rank 3 at most"
+    assert item.recipe.extra_itemsize == 8
+
+
+# --- what a repeated sync needs ------------------------------------------------------------------------------------------
+
+
+def test_a_recipe_names_the_tensors_that_it_depends_on():
+    model = wide()
+    layer = model.base_model.model.inner["q"]
+    inputs = computed(model)["inner.q.weight"].recipe.inputs
+    expected = [layer.base_layer.weight]
+    for adapter in ("default", "other"):
+        expected += [layer.lora_A[adapter].weight, layer.lora_B[adapter].weight]
+    assert len(inputs) == 5 and all(found is tensor for found, tensor in zip(inputs, expected))
+
+
+@pytest.mark.parametrize("change", [
+    lambda model: model.merge_adapter(),
+    lambda model: model.base_model.disable_adapter_layers(),
+    lambda model: model.set_adapter("other0"),
+    lambda model: model.base_model.set_adapter(["default", "other0"]),
+    lambda model: model.base_model.model.embed.set_adapter("other0"),
+], ids=["merged", "disabled", "another", "two", "another copy"])  # fmt: skip
+def test_settings_differ_once_other_weights_would_be_sent(change):
+    model = adapted(lora(modules_to_save=["head"]), also=[lora(modules_to_save=["embed"])])
+    found = [item.recipe.settings for item in computed(model).values()]
+    assert all(settings is found[0] for settings in found)
+    before = found[0]()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    assert found[0]() == before
+    change(model)
+    assert found[0]() != before
+
+
+def test_a_template_makes_the_item_again_and_keeps_nothing_alive():
+    model = wide()
+    items = computed(model)
+    expected = {name: full_tensor(item) for name, item in items.items()}
+    inputs = {name: item.recipe.inputs for name, item in items.items()}
+    templates = {name: item.template() for name, item in items.items()}
+    again = {name: templates[name](inputs[name]) for name in items}
+    same({name: full_tensor(item) for name, item in again.items()}, expected, rtol=0, atol=0)
+    for name, item in again.items():
+        recipe, before = item.recipe, items[name].recipe
+        assert recipe.inputs == inputs[name] and recipe.base is before.base and recipe.settings is before.settings
+        assert recipe.extra_itemsize == before.extra_itemsize and recipe.ingredients is before.ingredients
+        assert (item.shape, item.dtype, item.device) == (items[name].shape, items[name].dtype, items[name].device)
+    references = [weakref.ref(tensor) for tensors in inputs.values() for tensor in tensors]
+    references += [weakref.ref(module) for module in model.modules()]
+    del model, items, inputs, again, recipe, before, item
+    gc.collect()
+    assert [reference() for reference in references if reference() is not None] == []
+    assert len(templates) == len(LAZY)
+
+
+def test_items_without_settings_have_no_template():
+    item = LazyTensor(torch.Size([1]), torch.float32, torch.device("cpu"), lambda: torch.ones(1), False, 0)
+    assert item.template() is None
+
+
+def test_a_weight_of_a_module_that_is_gone_is_not_computed_from_what_is_left():
+    items = computed(wide())
+    gc.collect()
+    with pytest.raises(RuntimeError, match="its module was dropped or changed"):
+        full_tensor(items["inner.q.weight"])
+    with pytest.raises(RuntimeError, match="its module was dropped or changed"):
+        ShardFinder().find(items["inner.q.weight"]).compute(Region((0, 0), (1, 1)))

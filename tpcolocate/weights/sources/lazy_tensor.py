@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeGuard
 
 import torch
@@ -50,8 +50,12 @@ class PartOf:
 class Ingredients(Protocol):
     """What computed tensors need of other ranks: one object for all tensors of a source."""
 
+    @property
+    def num_bytes(self) -> int:
+        """The most memory that `gather` takes on this rank, in bytes; less of it is kept until `forget`."""
+
     def gather(self) -> None:
-        """Fetch it.  Collective: over the meshes of the source, once in a sync, before anything is computed."""
+        """Fetch it anew.  Collective: over the meshes of the source, once in a sync, before anything is computed."""
 
     def forget(self) -> None:
         """Drop it."""
@@ -61,15 +65,27 @@ class Ingredients(Protocol):
 class Recipe:
     """How to compute any region of a lazy tensor from the same region of a tensor in memory.
 
+    A region may differ in its last bits from the same region of what `make` returns: a product of matrices may be
+    summed up in another order.
+
     Attributes:
         base: The tensor in memory; the lazy tensor is sharded as it is.
-        compute: (A region of `base`, as a view of this rank's shard; which region) -> that region of the lazy tensor.  Local.
+        compute: (A region of `base`, as a detached view of this rank's shard; which region) -> that region of the lazy
+            tensor, on the device of the view, in memory of its own.  Local.
         ingredients: What has to be gathered before; None: nothing.
+        extra_itemsize: Memory that `compute` takes beside its result, in bytes for each element of the region.
+        inputs: All tensors that it is computed from, `base` first.
+        settings: Returns what decides, beside the names and the values of a source's tensors, which weights the source
+            has and how they are computed; compared by equality.  One object for all tensors of a source.  None: unknown.
+            If there is one, it, `compute`, `ingredients` and the lazy tensor's `make` keep nothing of the source alive.
     """
 
     base: torch.Tensor
     compute: Callable[[torch.Tensor, Region], torch.Tensor]
     ingredients: Ingredients | None = None
+    extra_itemsize: int = 0
+    inputs: tuple[torch.Tensor, ...] = ()
+    settings: Callable[[], object] | None = None
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -107,6 +123,27 @@ class LazyTensor:
             made = self.make()
         assert made.shape == self.shape and made.dtype == self.dtype, f"{made.shape} {made.dtype}, expected {self}"
         return made
+
+    def template(self) -> Callable[[Sequence[torch.Tensor]], LazyTensor] | None:
+        """Return what makes this tensor again from its recipe's `inputs`, without keeping any of them alive.
+
+        None if it has no recipe, or one without `settings`.
+        """
+        recipe = self.recipe
+        if recipe is None or recipe.settings is None or self.part is not None:
+            return None
+        bare = replace(self, recipe=None)
+        compute, ingredients, extra, settings = (
+            recipe.compute,
+            recipe.ingredients,
+            recipe.extra_itemsize,
+            recipe.settings,
+        )
+
+        def again(inputs: Sequence[torch.Tensor]) -> LazyTensor:
+            return replace(bare, recipe=Recipe(inputs[0], compute, ingredients, extra, tuple(inputs), settings))
+
+        return again
 
 
 Item = torch.Tensor | LazyTensor

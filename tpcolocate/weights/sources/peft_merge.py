@@ -1,22 +1,29 @@
 """The merged weights of a peft model, under the names of the model inside it.
 
-The merged weight of a LoRA layer is computed when it is read; neither the model nor its adapters are changed.  Relies on
-peft.tuners.lora.layer (`get_delta_weight`, `merge` and the order of the cases in `forward`) and
-peft.utils.other.ModulesToSaveWrapper, in peft 0.21.
+The merged weight of a LoRA layer is computed when it is read, whole or region by region; neither the model nor its
+adapters are changed.  Relies on peft.tuners.lora.layer (`get_delta_weight`, `merge` and the order of the cases in
+`forward`) and peft.utils.other.ModulesToSaveWrapper, in peft 0.21.
 """
 
 from __future__ import annotations
 
 import sys
-from typing import Any, cast
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import nn
 
 from tpcolocate.errors import ConfigError
+from tpcolocate.in_server.tpcolocate_receiver.regions import Region, whole
+from tpcolocate.weights.sources.coalesced_gather import CoalescedGather
 from tpcolocate.weights.sources.lazy_tensor import (
     Items,
     LazyTensor,
+    Recipe,
     full_bytes,
     full_tensor,
     is_collective,
@@ -25,6 +32,12 @@ from tpcolocate.weights.sources.lazy_tensor import (
 from tpcolocate.weights.sources.wrapper_names import without_wrappers
 
 _MERGE_FIRST = "send a copy that peft has merged: copy.deepcopy(model).merge_and_unload()"
+_SERVE_APART = (
+    "serve the adapter beside the base model: engine.set_lora(name, model), with an engine that was launched with "
+    "enable_lora=True from the base model's checkpoint"
+)
+_QUANTISED = frozenset({"aqlm", "awq", "bnb", "eetq", "gptq", "hqq", "inc", "torchao"})
+"""Modules of peft.tuners.lora whose layers have a quantised base."""
 
 
 def inner_model(module: nn.Module) -> nn.Module | None:
@@ -52,7 +65,7 @@ def merged(module: nn.Module, weights: Items) -> Items:
         weights: With the names of the module's state dict, `without_wrappers`.
 
     Raises:
-        ConfigError: An active adapter that is not a plain LoRA.
+        ConfigError: An active adapter that is not a plain LoRA, or one on quantised weights.
     """
     if "peft" not in sys.modules:
         return weights
@@ -72,6 +85,8 @@ class _PeftLayers:
         for path, layer in module.named_modules(remove_duplicate=False):
             if isinstance(layer, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
                 self._layers[without_wrappers(path)] = layer
+        self._settings = _Settings(self._layers.values())
+        self._factors = CoalescedGather()
 
     def resolve(self, name: str, tensor: Any) -> tuple[str, Any] | None:
         """Return a weight's name without peft, and its merged value; None if the model does not compute with it."""
@@ -103,13 +118,61 @@ class _PeftLayers:
                     hint=_MERGE_FIRST,
                 )
         adapters = [adapter for layer in reversed(around) for adapter in _active_adapters(layer, kept)]
-        return ".".join(kept), _sum(tensor, adapters) if adapters else tensor
+        return ".".join(kept), self._merge(tensor, adapters) if adapters else tensor
+
+    def _merge(self, base: torch.Tensor, adapters: list[tuple[Any, str]]) -> LazyTensor:
+        """Return the base weight plus the deltas of (layer, adapter) pairs."""
+        found = [_Adapter.of(layer, adapter, self._factors) for layer, adapter in adapters]
+        factors = [self._factors.tensor(number) for adapter in found for number in (adapter.a, adapter.b)]
+        inputs = (base, *factors)
+        merge = _Merge(weakref.ref(base), tuple(found), self._factors)
+        widest = max(tensor.dtype.itemsize for tensor in inputs)
+        recipe = Recipe(
+            base,
+            merge.compute,
+            self._factors if any(map(is_collective, factors)) else None,
+            # peft computes a product and scales it, on a CPU at least in float32.
+            extra_itemsize=2 * max(widest, 4),
+            inputs=inputs,
+            settings=self._settings,
+        )
+        return LazyTensor(
+            shape=base.shape,
+            dtype=base.dtype,
+            device=base.device,
+            make=merge.make,
+            is_collective=any(map(is_collective, inputs)),
+            extra_bytes=sum(map(reading_bytes, inputs)) + 2 * base.shape.numel() * widest - full_bytes(base),
+            recipe=recipe,
+        )
 
 
-def _active_adapters(layer: Any, name: list[str]) -> list[tuple[nn.Module, str]]:
+class _Settings:
+    """Which adapters of which layers are active, merged or disabled.  Scalings are read when a weight is computed."""
+
+    def __init__(self, layers: Iterable[nn.Module]) -> None:
+        self._layers = [weakref.ref(layer) for layer in layers]
+
+    def __call__(self) -> object:
+        return [_settings_of(layer()) for layer in self._layers]
+
+
+def _settings_of(layer: Any) -> object:
+    if layer is None:
+        return None
+    return layer.disable_adapters, tuple(layer.active_adapters), tuple(getattr(layer, "merged_adapters", ()))
+
+
+def _active_adapters(layer: Any, name: list[str]) -> list[tuple[Any, str]]:
     """Return (layer, adapter) for every adapter that changes the parameter `name` of the layer's base layer."""
     from peft.tuners import lora
 
+    if _is_quantised(layer):
+        raise ConfigError(
+            f"{'.'.join(name)} is a quantised weight (of a {type(layer.get_base_layer()).__name__}, in a peft "
+            f"{type(layer).__name__}), which a sync can neither send nor merge with an adapter",
+            hint=_SERVE_APART,
+        )
     if layer.merged:
         if layer.disable_adapters:
             raise ConfigError(
@@ -128,65 +191,165 @@ def _active_adapters(layer: Any, name: list[str]) -> list[tuple[nn.Module, str]]
     adapters = [adapter for adapter in layer.active_adapters if adapter in layer.r]
     plain = isinstance(layer, (lora.Linear, lora.Embedding, lora.ParamWrapper))
     for adapter in adapters:
-        # Variants such as DoRA have merge code of their own, and quantised bases their own layers.
-        if not plain or adapter in layer.lora_variant or layer.lora_bias[adapter] or not _is_floating(layer):
+        # Variants such as DoRA have merge code of their own.
+        if not plain or adapter in layer.lora_variant or layer.lora_bias[adapter]:
             raise ConfigError(
                 f"{'.'.join(name)} has a LoRA adapter {adapter!r} that cannot be merged during a sync "
-                f"({type(layer).__name__}; DoRA, LoRA biases and quantised base weights are not supported)",
+                f"({type(layer).__name__}; DoRA and other variants, and LoRA biases are not supported)",
                 hint=_MERGE_FIRST,
             )
     target = layer.parameter_name if isinstance(layer, lora.ParamWrapper) else "weight"
-    # peft's layers are modules, which is not in its annotations.
-    return [(cast(nn.Module, layer), adapter) for adapter in adapters] if name[-1] == target else []
+    return [(layer, adapter) for adapter in adapters] if name[-1] == target else []
 
 
-def _is_floating(layer: Any) -> bool:
-    return all(parameter.is_floating_point() for parameter in layer.get_base_layer().parameters(recurse=False))
+def _is_quantised(layer: Any) -> bool:
+    modules = {cls.__module__.removeprefix("peft.tuners.lora.") for cls in type(layer).__mro__}
+    if modules & _QUANTISED:
+        return True
+    # Whatever quantised it: float8 has one byte.
+    dtypes = {parameter.dtype for parameter in layer.get_base_layer().parameters(recurse=False)}
+    return any(not dtype.is_floating_point or dtype.itemsize < 2 for dtype in dtypes)
 
 
-def _sum(base: torch.Tensor, adapters: list[tuple[nn.Module, str]]) -> LazyTensor:
-    """Return the base weight plus the deltas of the adapters."""
-    factors = [_factors(layer, adapter) for layer, adapter in adapters]
-    inputs = [base, *(factor for of_adapter in factors for factor in of_adapter.values())]
-    widest = max(tensor.dtype.itemsize for tensor in inputs)
+@dataclass(frozen=True, slots=True)
+class _Merge:
+    """A base weight plus the deltas of adapters.  Keeps none of them alive."""
 
-    def make() -> torch.Tensor:
-        weight = full_tensor(base)
-        for (layer, adapter), of_adapter in zip(adapters, factors):
-            full = {name: full_tensor(factor) for name, factor in of_adapter.items()}
-            delta = torch.func.functional_call(_Delta(layer), full, (adapter,))
-            # In the wider of the two dtypes, rounded once.  peft computes some deltas on an offloaded base's device.
-            weight = (weight + delta.to(weight.device)).to(base.dtype)
+    base: weakref.ref[torch.Tensor]
+    adapters: tuple[_Adapter, ...]
+    factors: CoalescedGather
+
+    def make(self) -> torch.Tensor:
+        """Return the full sum.  Collective if base or factors are DTensors: base first, then the factors in order."""
+        base = self.base()
+        if base is None:
+            raise RuntimeError("a weight with adapters is gone: its module was dropped or changed")
+        # Not what was gathered for `compute`: whether that is there could differ between ranks that have failed.
+        return self._sum(full_tensor(base), whole(base.shape), lambda number: full_tensor(self.factors.tensor(number)))
+
+    def compute(self, base: torch.Tensor, region: Region) -> torch.Tensor:
+        """Return a region of the sum.  Local, from what was gathered.
+
+        Args:
+            base: That region of the base weight, detached.
+            region: Of the full weight.
+        """
+        return self._sum(base, region, self.factors.full)
+
+    def _sum(self, weight: torch.Tensor, region: Region, read: Callable[[int], torch.Tensor]) -> torch.Tensor:
+        for adapter in self.adapters:
+            # peft computes some deltas on an offloaded base's device.
+            delta = adapter.delta(region, read).to(weight.device)
+            # In the wider of the two dtypes, rounded once.
+            merged = torch.empty(region.lengths, dtype=weight.dtype, device=weight.device)
+            weight = torch.add(weight, delta, out=merged)
         return weight
 
-    return LazyTensor(
-        shape=base.shape,
-        dtype=base.dtype,
-        device=base.device,
-        make=make,
-        is_collective=any(is_collective(tensor) for tensor in inputs),
-        extra_bytes=sum(map(reading_bytes, inputs)) + 2 * base.shape.numel() * widest - full_bytes(base),
+
+@dataclass(frozen=True, slots=True)
+class _Adapter:
+    """One adapter of one layer.  Keeps neither alive.
+
+    Attributes:
+        layer: peft's.
+        name: Of the adapter.
+        a: Number of its factor A.
+        b: Number of its factor B.
+        narrow: Which of the functions below narrows them to a region.
+    """
+
+    layer: weakref.ref[Any]
+    name: str
+    a: int
+    b: int
+    narrow: Callable[[Any, Region, torch.Tensor, torch.Tensor], _Factors]
+
+    @classmethod
+    def of(cls, layer: Any, name: str, factors: CoalescedGather) -> _Adapter:
+        from peft.tuners import lora
+
+        if isinstance(layer, lora.Embedding):
+            a, b, narrow = layer.lora_embedding_A[name], layer.lora_embedding_B[name], _narrow_embedding
+        else:
+            a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+            is_stack = isinstance(layer, lora.ParamWrapper) and layer.num_experts > 1
+            narrow = _narrow_experts if is_stack else _narrow_linear
+        return cls(weakref.ref(layer), name, factors.add(a), factors.add(b), narrow)
+
+    def delta(self, region: Region, read: Callable[[int], torch.Tensor]) -> torch.Tensor:
+        """Return a region of the delta, as peft computes it from the parts of the factors that it depends on."""
+        layer = self.layer()
+        if layer is None:
+            raise RuntimeError("a layer with adapters is gone: its module was dropped or changed")
+        narrowed = self.narrow(layer, region, read(self.a), read(self.b))
+        # Not `torch.func.functional_call`: it puts the factors into the trainer's layer for the time of the call, and
+        # takes several times as long as the product itself.
+        delta: torch.Tensor = type(layer).get_delta_weight(_Narrowed(layer, self.name, narrowed), self.name)
+        return delta.reshape(region.lengths)
+
+
+@dataclass(frozen=True, slots=True)
+class _Factors:
+    """The factors of a region of a delta.
+
+    Attributes:
+        a: Factor A.
+        b: Factor B.
+        attributes: What is different in a layer that has only this region.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    attributes: dict[str, object]
+
+
+class _Narrowed:
+    """A LoRA layer with other factors, for its own `get_delta_weight`; everything else is the layer's."""
+
+    def __init__(self, layer: Any, adapter: str, factors: _Factors) -> None:
+        self.__dict__.update(factors.attributes)
+        self._layer = layer
+        self.lora_A = {adapter: SimpleNamespace(weight=factors.a)}
+        self.lora_B = {adapter: SimpleNamespace(weight=factors.b)}
+        self.lora_embedding_A = {adapter: factors.a}
+        self.lora_embedding_B = {adapter: factors.b}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._layer, name)
+
+
+def _narrow_linear(layer: Any, region: Region, a: torch.Tensor, b: torch.Tensor) -> _Factors:
+    """Narrow A of shape [rank, in] and B [out, rank]; the delta is [out, in], or [in, out] if `fan_in_fan_out`."""
+    rows, columns = zip(region.starts[-2:], region.lengths[-2:])
+    if layer.fan_in_fan_out:
+        rows, columns = columns, rows
+    return _Factors(a.narrow(1, *columns), b.narrow(0, *rows), {})
+
+
+def _narrow_embedding(layer: Any, region: Region, a: torch.Tensor, b: torch.Tensor) -> _Factors:
+    """Narrow A of shape [rank, embeddings] and B [features, rank]; the delta is [embeddings, features]."""
+    rows, columns = zip(region.starts, region.lengths)
+    return _Factors(a.narrow(1, *rows), b.narrow(0, *columns), {})
+
+
+def _narrow_experts(layer: Any, region: Region, a: torch.Tensor, b: torch.Tensor) -> _Factors:
+    """Narrow A of shape [experts x rank, in] and B [out, rank x experts].
+
+    The delta is [experts, in, out], or [experts, out, in] if peft has swapped them.
+    """
+    experts, rows, columns = zip(region.starts, region.lengths)
+    is_swapped = getattr(layer, "_did_swap_in_out_features", False)
+    outs, ins = (rows, columns) if is_swapped else (columns, rows)
+    rank = a.shape[0] // layer.num_experts
+    a = a.reshape(layer.num_experts, rank, -1).narrow(0, *experts).narrow(2, *ins)
+    b = b.reshape(-1, rank, layer.num_experts).narrow(0, *outs).narrow(2, *experts)
+    number = experts[1]
+    return _Factors(
+        a.reshape(number * rank, ins[1]),
+        b.reshape(outs[1], rank * number),
+        # peft multiplies the factors of a single expert as those of a linear layer.
+        {"num_experts": number, "fan_in_fan_out": not is_swapped},
     )
-
-
-def _factors(layer: Any, adapter: str) -> dict[str, torch.Tensor]:
-    """Return the adapter's own parameters, under the names that they have in a `_Delta`."""
-    return {
-        f"layer.{name}": parameter
-        for name, parameter in layer.named_parameters()
-        if name.split(".")[0] in layer.adapter_layer_names and name.split(".")[1] == adapter
-    }
-
-
-class _Delta(nn.Module):
-    """The delta of an adapter as a module, so that peft's own code can compute it from gathered factors."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, adapter: str) -> torch.Tensor:
-        return self.layer.get_delta_weight(adapter)  # type: ignore[operator]
 
 
 __all__ = ["inner_model", "merged"]
