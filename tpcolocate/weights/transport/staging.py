@@ -180,6 +180,9 @@ class Transfer:
             torch.cuda.current_stream(self._mesh.device).synchronize()
         if spans:
             self._mesh.barrier(stage.group)  # type: ignore[arg-type]  # all halves are full
+        if number == len(self.plan.stages) - 1:
+            for one in self.ingredients:
+                one.forget()
         if error is not None:
             raise error
         return self.halves[number % 2]
