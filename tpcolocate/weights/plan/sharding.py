@@ -49,7 +49,7 @@ class LocalShard:
 Shards = Mapping[str, LocalShard]
 """Tensor -> this rank's shard, in the order of the sync; the same names on every rank."""
 
-Layout = tuple[tuple[int, ...], tuple[Region, ...], int, dist.ProcessGroup | None, View]
+Layout = tuple[tuple[int, ...], tuple[Region, ...], int, dist.ProcessGroup | None, View | None]
 """A `LocalShard` without its memory: shape, regions, position, group, and which view of its storage it is."""
 
 
@@ -59,14 +59,23 @@ class CachedShards(Mapping[str, LocalShard]):
     Args:
         tensor_of: Name -> the tensor that it is, or is a part of, as it is now; in the storage of the last sync.
         layouts: Name -> layout in the last sync.
+        computed: Name -> its shard, of those that are computed.
     """
 
-    def __init__(self, tensor_of: Callable[[str], torch.Tensor], layouts: Mapping[str, Layout]) -> None:
+    def __init__(
+        self,
+        tensor_of: Callable[[str], torch.Tensor],
+        layouts: Mapping[str, Layout],
+        computed: Callable[[str], LocalShard],
+    ) -> None:
         self._tensor_of = tensor_of
         self._layouts = layouts
+        self._computed = computed
 
     def __getitem__(self, name: str) -> LocalShard:
         shape, regions, position, group, view = self._layouts[name]
+        if view is None:
+            return self._computed(name)
         local = local_of(self._tensor_of(name)).detach().as_strided(*view)
         return LocalShard(shape, local, regions, position, group)
 
@@ -282,7 +291,9 @@ def layouts_of(shards: Shards) -> dict[str, Layout]:
     """Return the layouts of shards, without their memory."""
     found: dict[str, Layout] = {}
     for name, one in shards.items():
-        view = one.local.shape, one.local.stride(), int(one.local.storage_offset())
+        view = None
+        if one.compute is None:
+            view = one.local.shape, one.local.stride(), int(one.local.storage_offset())
         found[name] = one.shape, one.regions, one.position, one.group, view
     return found
 

@@ -82,6 +82,7 @@ class Stage:
 
     Attributes:
         group: Among whose ranks the tensors are sharded; None if all of them lie here.
+        names: Of the tensors.
         given: TP rank -> slices of this rank that the workers of that TP rank read in this rank's staging memory.
         send: Position in the group -> slices that go to the staging memory there.
         receive: Position in the group -> slices that come from there.
@@ -94,6 +95,7 @@ class Stage:
     """
 
     group: Group
+    names: Sequence[str]
     given: Mapping[int, Sequence[TensorSlice]]
     send: Sequence[Sequence[TensorSlice]]
     receive: Sequence[Sequence[TensorSlice]]
@@ -144,6 +146,11 @@ class TransferPlan:
     def staged_bytes(self) -> int:
         """What the worker copies out of staging memory."""
         return sum(one.num_bytes for stage in self.stages for _, one, _ in stage.taken)
+
+    @cached_property
+    def staged_names(self) -> list[str]:
+        """Tensors of which something is staged on some rank, in the order of the sync; the same on all ranks of a group."""
+        return list(dict.fromkeys(name for stage in self.stages for name in stage.names))
 
     @cached_property
     def programs(self) -> list[str]:
@@ -350,6 +357,7 @@ def _stage(
             taken += [(me, one, first) for one, first in placed]
     return Stage(
         group,
+        names,
         given,
         send,
         receive,

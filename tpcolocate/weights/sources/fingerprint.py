@@ -7,7 +7,7 @@ alive: it has weak references, addresses, and which weight is which part of whic
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import overload
 
@@ -33,12 +33,27 @@ class Origin:
     """What a weight is of a module's tensors.
 
     Attributes:
-        number: Of the tensor.
+        number: Of the tensor; of a computed weight the number of its `Formula`.
         view: Which view of it, of a sharded one as if it were gathered; None: the tensor itself.
+        is_computed: Whether it is computed from several of them.
     """
 
     number: int
     view: View | None
+    is_computed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Formula:
+    """How a computed weight is made of a module's tensors; keeps none of them alive.
+
+    Attributes:
+        make: From `LazyTensor.template`.
+        numbers: Of the tensors that it takes.
+    """
+
+    make: Callable[[Sequence[torch.Tensor]], LazyTensor]
+    numbers: tuple[int, ...]
 
 
 class LaterItems(Sequence[tuple[str, Item]]):
@@ -47,11 +62,15 @@ class LaterItems(Sequence[tuple[str, Item]]):
     Args:
         origins: Name -> what it is, in the order of the sync.
         tensors: The module's.
+        formulas: Of what is computed from them.
     """
 
-    def __init__(self, origins: Mapping[str, Origin], tensors: Sequence[torch.Tensor]) -> None:
+    def __init__(
+        self, origins: Mapping[str, Origin], tensors: Sequence[torch.Tensor], formulas: Sequence[Formula] = ()
+    ) -> None:
         self._origins = origins
         self._tensors = tensors
+        self._formulas = formulas
         self._made: list[tuple[str, Item]] | None = None
 
     @property
@@ -76,18 +95,30 @@ class LaterItems(Sequence[tuple[str, Item]]):
         """Return the module's tensor that a weight is, or is a part of."""
         return self._tensors[self._origins[name].number]
 
+    def computed(self, name: str) -> Item:
+        """Return a computed weight, made anew."""
+        origin = self._origins[name]
+        whole = self._computed(origin.number)
+        return whole if origin.view is None else SharedGather(whole).part(*origin.view)
+
+    def _computed(self, number: int) -> LazyTensor:
+        formula = self._formulas[number]
+        return formula.make([self._tensors[i] for i in formula.numbers])
+
     def _items(self) -> list[tuple[str, Item]]:
         if self._made is None:
-            gathers: dict[int, SharedGather] = {}
+            wholes: dict[tuple[int, bool], Item] = {}
+            gathers: dict[tuple[int, bool], SharedGather] = {}
             made: list[tuple[str, Item]] = []
             for name, origin in self._origins.items():
-                tensor, view = self._tensors[origin.number], origin.view
-                if view is None:
-                    made.append((name, tensor))
+                key = origin.number, origin.is_computed
+                if key not in wholes:
+                    wholes[key] = self._computed(origin.number) if origin.is_computed else self._tensors[origin.number]
+                if origin.view is None:
+                    made.append((name, wholes[key]))
                 else:
-                    gather = gathers.setdefault(origin.number, SharedGather(tensor))
-                    size, stride, offset = view
-                    made.append((name, gather.part(size, stride, offset)))
+                    gather = gathers.setdefault(key, SharedGather(wholes[key]))
+                    made.append((name, gather.part(*origin.view)))
             self._made = made
         return self._made
 
@@ -116,6 +147,8 @@ class Fingerprint:
         memory: Where the local data of each tensor is, and in which layout.
         origins: Name of each weight -> what it is.
         aliases: As `NamedWeights.aliases`.
+        formulas: Of computed weights.
+        settings: What decides on computed weights: what to ask, and what the answer was; see `Recipe.settings`.
     """
 
     module: weakref.ref[nn.Module]
@@ -124,13 +157,15 @@ class Fingerprint:
     memory: list[tuple[object, ...]]
     origins: Mapping[str, Origin]
     aliases: Mapping[str, str]
+    formulas: Sequence[Formula]
+    settings: Sequence[tuple[Callable[[], object], object]]
 
     @classmethod
     def of(cls, source: Source, weights: NamedWeights) -> Fingerprint | None:
-        """Return the fingerprint of a module; None if its weights are more than its tensors under other names.
+        """Return the fingerprint of a module; None if it cannot be known again.
 
-        There is none of a source that is not a module, nor of computed weights (merged adapters), nor if some of the
-        module's tensors are not sent, since which ones are may depend on its settings.
+        There is none of a source that is not a module, nor of weights that are computed in an unknown way, nor if some of
+        the module's tensors are not sent: which ones are may depend on its settings, unless a recipe tells them.
         """
         if not isinstance(source, nn.Module) or weights.items is None:
             return None
@@ -142,7 +177,8 @@ class Fingerprint:
             if origin is None:
                 return None
             origins[name] = origin
-        if len({origin.number for origin in origins.values()}) != len(tensors):
+        sent = {origin.number for origin in origins.values() if not origin.is_computed}
+        if len(sent) != len(tensors) and not find.settings:
             return None
         return cls(
             weakref.ref(source),
@@ -151,6 +187,8 @@ class Fingerprint:
             [_memory(tensor) for tensor in tensors],
             origins,
             weights.aliases,
+            find.formulas,
+            [(ask, ask()) for ask in find.settings],
         )
 
     def match(self, source: Source) -> Match | None:
@@ -163,7 +201,9 @@ class Fingerprint:
         for tensor, before, memory in zip(tensors, self.tensors, self.memory):
             if before() is not tensor or _memory(tensor) != memory:
                 return None
-        items = LaterItems(self.origins, tensors)
+        if any(ask() != before for ask, before in self.settings):
+            return None
+        items = LaterItems(self.origins, tensors, self.formulas)
         return Match(NamedWeights(items, self.aliases), items)
 
 
@@ -172,9 +212,16 @@ class _Origins:
 
     Args:
         tensors: The module's.
+
+    Attributes:
+        formulas: Of the computed items that were found.
+        settings: See `Fingerprint.settings`: what to ask.
     """
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        self.formulas: list[Formula] = []
+        self.settings: list[Callable[[], object]] = []
+        self._formula_of: dict[int, int | None] = {}
         self._tensors = tensors
         self._number_of = {id(tensor): i for i, tensor in enumerate(tensors)}
         self._number_by_storage = {storage_id(tensor): i for i, tensor in enumerate(tensors)}
@@ -195,14 +242,33 @@ class _Origins:
 
     def _of_lazy(self, item: LazyTensor) -> Origin | None:
         part = item.part
-        number = None if part is None else self._number_of.get(id(part.base))
-        if part is None or number is None:
+        whole: Item = item if part is None else part.base
+        if isinstance(whole, LazyTensor):
+            is_computed, number = True, self._formula(whole)
+        else:
+            is_computed, number = False, self._number_of.get(id(whole))
+        if number is None:
             return None
-        key = part.region, part.along, part.base.shape
+        if part is None:
+            return Origin(number, None, is_computed)
+        key = part.region, part.along, whole.shape
         view = self._views.get(key)
         if view is None:
             view = self._views[key] = part.view()
-        return Origin(number, view)
+        return Origin(number, view, is_computed)
+
+    def _formula(self, item: LazyTensor) -> int | None:
+        """Return the number of a computed tensor's formula; None if it is not known how it is made."""
+        if id(item) not in self._formula_of:
+            make, recipe = item.template(), item.recipe
+            numbers = () if recipe is None else tuple(self._number_of.get(id(one), -1) for one in recipe.inputs)
+            self._formula_of[id(item)] = None
+            if make is not None and recipe is not None and recipe.settings is not None and -1 not in numbers:
+                self._formula_of[id(item)] = len(self.formulas)
+                self.formulas.append(Formula(make, numbers))
+                if recipe.settings not in self.settings:
+                    self.settings.append(recipe.settings)
+        return self._formula_of[id(item)]
 
 
 def _walk(module: nn.Module) -> tuple[list[tuple[str, ...]], list[torch.Tensor]]:

@@ -220,6 +220,11 @@ def padded_bytes(item: Item) -> int:
     return -(-full_bytes(item) // ipc_payload.ALIGNMENT) * ipc_payload.ALIGNMENT
 
 
+def largest_bytes(items: Items) -> int:
+    """Return what the largest of the full tensors takes in a bucket; 0 without any."""
+    return max((padded_bytes(item) for _, item in items), default=0)
+
+
 def check_same_weights(session: SyncSession, of_ranks: Sequence[tuple[bytes, str]]) -> None:
     """Refuse ranks whose weights differ.  Every rank comes to the same error.
 
@@ -241,4 +246,4 @@ def summary(weights: Sequence[Description] | None) -> str:
     return f"{len(weights)} tensors from {name} {shape} {dtype}"
 
 
-__all__ = ["buckets", "check_same_weights", "padded_bytes", "send_buckets", "send_stream", "summary"]
+__all__ = ["buckets", "check_same_weights", "largest_bytes", "padded_bytes", "send_buckets", "send_stream", "summary"]

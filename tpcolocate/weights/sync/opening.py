@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from tpcolocate.weights.sources.named_weights import Source
-from tpcolocate.weights.sync.buckets import check_same_weights, padded_bytes
+from tpcolocate.weights.sync.buckets import check_same_weights, largest_bytes
 from tpcolocate.weights.sync.prepare import least_memory_uses, prepare, prepare_again, reusable_sync
 from tpcolocate.weights.sync.records import CachedSync, Opened, Prepared, RankView
 from tpcolocate.weights.sync.session import SyncSession
@@ -126,13 +126,17 @@ def _plan_buckets(
     if cached is not None and not cached.plan.plan.stages:
         return cached.bucket_bytes  # nothing is staged, however little is free
     weights = prepared.weights
+    if cached is not None:
+        largest, gathered = cached.largest_bytes, cached.reading_bytes
+    else:
+        largest, gathered = largest_bytes(weights.items or ()), weights.reading_bytes
     return plan_bucket(
         session.options.bucket_bytes,
         [view.free_bytes for view in views],
-        largest=max((padded_bytes(tensor) for _, tensor in weights.items or ()), default=0),
+        largest=largest,
         # Ranks of a CPU slice share one /dev/shm.
         copies=session.context.tp_size if session.context.device.type == "cpu" else 1,
-        gathered=weights.reading_bytes,
+        gathered=gathered,
     )
 
 

@@ -9,7 +9,7 @@ from tpcolocate.report import SyncReport
 from tpcolocate.weights.plan.sharding import layouts_of
 from tpcolocate.weights.sources.fingerprint import Fingerprint
 from tpcolocate.weights.sources.named_weights import Source
-from tpcolocate.weights.sync.buckets import send_buckets, send_stream
+from tpcolocate.weights.sync.buckets import largest_bytes, send_buckets, send_stream
 from tpcolocate.weights.sync.finish import finish
 from tpcolocate.weights.sync.mesh_calls import left_of
 from tpcolocate.weights.sync.opening import open_sync
@@ -95,6 +95,8 @@ def _cache(
             view=view,
             bucket_bytes=opened.bucket_bytes,
             num_bytes=session.stats.num_bytes,
+            largest_bytes=largest_bytes(items),
+            reading_bytes=prepared.weights.reading_bytes,
             plan=plan,
         )
 

@@ -10,7 +10,7 @@ import torch
 
 from tpcolocate.errors import ConfigError, WeightsMismatchError
 from tpcolocate.garbage import collector_paused
-from tpcolocate.weights.plan.sharding import CachedShards, Shards, mesh_groups
+from tpcolocate.weights.plan.sharding import CachedShards, LocalShard, Shards, mesh_groups
 from tpcolocate.weights.sources.named_weights import NamedWeights, Source
 from tpcolocate.weights.sync.buckets import summary
 from tpcolocate.weights.sync.mesh_calls import route_call
@@ -91,7 +91,14 @@ def prepare_again(session: SyncSession, source: Source, cached: CachedSync) -> P
         return None
     # Thousands of items may never be needed, so they are not made here.
     session.schedule.enter([route_call(session, lambda: match.items, cached.groups)])
-    shards = CachedShards(match.items.tensor_of, cached.layouts)
+    finder, items = session.state.shard_finder, match.items
+
+    def computed(name: str) -> LocalShard:
+        shard = finder.find(items.computed(name))
+        assert shard is not None  # it had one in the last sync
+        return shard
+
+    shards = CachedShards(items.tensor_of, cached.layouts, computed)
     _wait_for_trainer(session)
     return Prepared(match.weights, shards, cached.groups, replace(cached.view, memory_uses=None, repeats=True))
 

@@ -209,6 +209,8 @@ class CachedSync:
         view: What this rank reported.
         bucket_bytes: As planned.
         num_bytes: Of all weights.
+        largest_bytes: Of the largest of them, as it takes in a bucket.
+        reading_bytes: Of the largest that is gathered.
         plan: Of the transfer.
     """
 
@@ -220,6 +222,8 @@ class CachedSync:
     view: RankView
     bucket_bytes: int
     num_bytes: int
+    largest_bytes: int
+    reading_bytes: int
     plan: CachedPlan
 
 

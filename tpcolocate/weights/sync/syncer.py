@@ -15,6 +15,7 @@ from tpcolocate import ipc_payload
 from tpcolocate.agreement import RankGroup
 from tpcolocate.deadline import Deadline
 from tpcolocate.errors import RankLostError, TpColocateError
+from tpcolocate.garbage import collector_paused
 from tpcolocate.in_server.tpcolocate_receiver.checksums import load_kernels
 from tpcolocate.in_server.tpcolocate_receiver.protocol import Addressed, WarmUp, addressed_to_all
 from tpcolocate.report import SyncReport
@@ -96,7 +97,9 @@ class WeightSyncer:
         self.state.num_syncs += 1
         session = SyncSession(self.context, self.state, options, version, Deadline.after(timeout_s), on_engine_modified)
         try:
-            report = run_sync(session, source)
+            # A full collection in a process that has loaded a model and its libraries takes as long as many syncs.
+            with collector_paused():
+                report = run_sync(session, source)
         except BaseException as error:
             session.give_up()
             # Ranks of other slices wait in the same collectives.

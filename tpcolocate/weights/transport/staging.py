@@ -116,8 +116,7 @@ class Transfer:
     @property
     def ingredients(self) -> list[Ingredients]:
         """What has to be gathered before anything is computed, each once, in the order of the sync."""
-        groups = {id(stage.group) for stage in self.plan.stages}
-        found = [one.ingredients for one in self._shards.values() if id(one.group) in groups]
+        found = [self._shards[name].ingredients for name in self.plan.staged_names]
         return list({id(one): one for one in found if one is not None}.values())
 
     def prepare(self) -> None:
