@@ -21,6 +21,7 @@ from served import gather_all
 from trainers import full, inner, place_in_mesh, with_adapter
 
 import tpcolocate
+from tpcolocate.server.releases import release
 
 SHAPES = {
     # name: hidden, intermediate, layers, heads, key-value heads
@@ -331,6 +332,7 @@ class Stock:
         monkey_patch_torch_reductions()
         self.bucket_class, self.serialize = FlattenedTensorBucket, MultiprocessingSerializer.serialize
         self.engine, self.colo, self.bucket_bytes = engine, colo, bucket_bytes
+        self.in_session = colo.is_owner and release(engine.sglang_version).weight_session
 
     def push(self, model: torch.nn.Module, *, duplicate: bool = False) -> float:
         """Seconds of one push; `duplicate` gives every TP rank the owner's payload, which is the mistake."""
@@ -339,6 +341,8 @@ class Stock:
         started = time.perf_counter()
         bucket: list[tuple[str, torch.Tensor]] = []
         used = 0
+        if self.in_session:
+            post(self.engine, "/begin_weight_update", {"selector": "target"}, timeout_s=60)
         with merged(model):
             for name, tensor in wire_tensors(model):
                 if bucket and used + tensor.nbytes > self.bucket_bytes:
@@ -347,6 +351,8 @@ class Stock:
                 bucket.append((name, tensor))
                 used += tensor.nbytes
             self._send(bucket, duplicate)
+        if self.in_session:
+            post(self.engine, "/end_weight_update", timeout_s=60)
         if self.colo.is_owner:
             post(self.engine, "/flush_cache", timeout_s=60)
         dist.barrier()
