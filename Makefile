@@ -7,8 +7,11 @@ PYTHON ?= $(shell for name in python3.11 python3; do \
 BIN := .venv/bin
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
+# An environment with a CUDA build of torch and SGLang, which .venv is not.
+GPU_PYTHON ?= python3
+GPU_ARGS ?=
 
-.PHONY: help venv demo test test-loaded quick coverage contracts lint clean
+.PHONY: help venv demo test test-loaded quick coverage contracts gpu lint clean
 
 help:
 	@echo 'make demo    GRPO on a real SGLang server, two training ranks, on the CPU; writes a plot to out/'
@@ -17,6 +20,7 @@ help:
 	@echo 'make quick   the tests that need no server, in under 90 seconds'
 	@echo 'make coverage   which lines of weights/ and of the receiver the quick tests run, in all of their processes'
 	@echo 'make contracts  what we rely on in SGLang, asked of the code of its releases; fetches them, the newest too'
+	@echo 'make gpu     every kind of trainer on the GPUs of CUDA_VISIBLE_DEVICES, with the python of GPU_PYTHON; GPU_ARGS="--layouts tp2"'
 	@echo 'make lint    ruff and mypy'
 	@echo 'make venv    only the set-up that the others do by themselves'
 	@echo 'make clean   remove .venv and everything else that is not source'
@@ -53,6 +57,9 @@ coverage: venv
 contracts: venv
 	$(BIN)/python tests/contracts/fetch.py
 	$(BIN)/python -m pytest -m '' tests/contracts $(PYTEST_ARGS)
+
+gpu:
+	$(GPU_PYTHON) benchmarks/gpu_matrix.py --record $(GPU_ARGS)
 
 lint: venv
 	$(BIN)/ruff check .

@@ -9,7 +9,8 @@ import os
 import statistics
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ import torch
 import torch.distributed as dist
 import urllib3
 from served import gather_all
+from trainers import full, inner, place_in_mesh, with_adapter
 
 import tpcolocate
+from tpcolocate.server.releases import release
 
 SHAPES = {
     # name: hidden, intermediate, layers, heads, key-value heads
@@ -28,8 +31,16 @@ SHAPES = {
     "4b": (2560, 9728, 36, 32, 8),
     "14b": (5120, 17408, 40, 40, 8),
     "32b": (5120, 25600, 64, 64, 8),
+    "30b-a3b": (2048, 6144, 48, 32, 4),
     "tiny": (128, 256, 2, 4, 2),  # for a try on a CPU
+    "tiny-moe": (128, 256, 2, 4, 2),
 }
+EXPERTS = {
+    # name: experts, of which a token takes, intermediate size of one
+    "30b-a3b": (128, 8, 768),
+    "tiny-moe": (4, 2, 64),
+}
+"""Shapes that are mixtures of experts."""
 VOCABULARY = 32_000
 SMALL: dict[str, Any] = {
     # Of a checkpoint with weights: at 0.06 the layers influence the tokens, at the usual 0.02 hardly.
@@ -43,6 +54,8 @@ SERVER: dict[str, Any] = {
     "mem_fraction_static": 0.8, "max_total_tokens": 32768, "skip_tokenizer_init": True, "skip_server_warmup": True, "context_length": 1024,
 }  # fmt: skip
 """Kernels that need no compiler on the machine, no tokenizer, and a bound on the tokens that leaves memory for a trainer."""
+FOR_EXPERTS: dict[str, Any] = {"enforce_disable_flashinfer_allreduce_fusion": True}
+"""SGLang 0.5.17 would compile FlashInfer's fused all-reduce for minutes."""
 DUMMY: dict[str, Any] = {"load_format": "dummy"}
 """For a folder with a config.json alone."""
 
@@ -53,11 +66,18 @@ DUMMY: dict[str, Any] = {"load_format": "dummy"}
 def write_config(folder: Path, shape: str) -> None:
     """A model folder with a config alone: the server starts with random weights of this shape."""
     hidden, intermediate, layers, heads, kv_heads = SHAPES[shape]
+    kind: dict[str, Any] = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
+    if shape in EXPERTS:
+        experts, taken, size = EXPERTS[shape]
+        kind = {
+            "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "num_experts": experts, "num_experts_per_tok": taken,
+            "moe_intermediate_size": size, "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [],
+        }  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(
         json.dumps(
-            {
-                "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": hidden, "intermediate_size": intermediate,
+            kind | {
+                "hidden_size": hidden, "intermediate_size": intermediate,
                 "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": 128,
                 "vocab_size": VOCABULARY, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6, "rope_theta": 1000000,
                 "tie_word_embeddings": False, "torch_dtype": "bfloat16", "hidden_act": "silu", "eos_token_id": 1, "bos_token_id": 0,
@@ -70,13 +90,19 @@ def shard(model: torch.nn.Module) -> None:
     """FSDP2 over all ranks, layer by layer."""
     from torch.distributed.fsdp import fully_shard
 
-    for layer in model.model.layers:  # type: ignore[union-attr]
+    for layer in inner(model).model.layers:
         fully_shard(layer)
     fully_shard(model)
 
 
 def make_model(
-    folder: Path, device: torch.device, seed: int, *, sharded: bool = False, dtype: torch.dtype = DTYPE
+    folder: Path,
+    device: torch.device,
+    seed: int,
+    *,
+    sharded: bool = False,
+    dtype: torch.dtype = DTYPE,
+    lora: int | None = None,
 ) -> torch.nn.Module:
     """Random weights, to be sent and not to be run: its buffers hold anything.
 
@@ -86,11 +112,14 @@ def make_model(
         seed: Of the weights, which are the same on every rank.
         sharded: Make nothing but this rank's shards, for a model that would not fit.
         dtype: Of the weights.
+        lora: Rank of an adapter on all projections.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
+        if lora is not None:
+            model = with_adapter(model, cast=False, rank=lora)
     if sharded:
         shard(model)
         seed += dist.get_rank()
@@ -100,7 +129,27 @@ def make_model(
         for parameter in model.parameters():
             local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
             local.normal_(0.0, 0.02, generator=generator)
+    if lora is not None:
+        change_adapter(model, seed)
     return model
+
+
+ADAPTER_STEP = 2.0**-6
+"""Every entry of an adapter is this or its negative: their products are exact in bfloat16, in whatever order they are summed up."""
+
+
+def change_adapter(model: torch.nn.Module, seed: int) -> None:
+    """A step of a LoRA in place: signs are drawn anew.  Ranks that hold the same draw the same."""
+    with torch.no_grad():
+        for number, (name, parameter) in enumerate(model.named_parameters()):
+            if ".lora_" in name:
+                local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+                generator = torch.Generator(local.device).manual_seed(
+                    1009 * (1009 * seed + number) + place_in_mesh(parameter)
+                )
+                signs = torch.randint(0, 2, local.shape, generator=generator, device=local.device).mul_(2).sub_(1)
+                local.copy_(signs.mul(ADAPTER_STEP))
+    synchronize()
 
 
 def change(model: torch.nn.Module, seed: int, device: torch.device) -> None:
@@ -202,6 +251,15 @@ def first_of(thing: Any, *names: str) -> Any:
     return getattr(thing, next(name for name in names if hasattr(thing, name)))
 
 
+def bytes_by_way(rank: tpcolocate.RankReport | Any) -> dict[str, int]:
+    """Bytes of a rank's report by the way that they went; a release that reads no peers has copied the rest itself."""
+    return {
+        "own": first_of(rank, "own_bytes", "direct_bytes"),
+        "peer": getattr(rank, "peer_bytes", 0),
+        "staged": rank.staged_bytes,
+    }
+
+
 def num_mapped(report: tpcolocate.SyncReport) -> list[int]:
     """Handles of each rank's parameters that the engine keeps mapped."""
     return [first_of(rank, "num_mapped", "num_lent") for rank in report.ranks]
@@ -214,6 +272,50 @@ def num_verified(report: tpcolocate.SyncReport) -> int:
 def is_verified(report: tpcolocate.SyncReport) -> bool:
     """Whether every tensor was read back from the engine."""
     return num_verified(report) == report.num_tensors
+
+
+@contextmanager
+def merged(model: torch.nn.Module) -> Iterator[None]:
+    """The adapters of a plain peft model are in its weights while it lasts, as peft's users merge them."""
+    plain = hasattr(model, "merge_adapter") and not any(hasattr(p, "full_tensor") for p in model.parameters())
+    if plain:
+        model.merge_adapter()  # type: ignore[operator]
+    yield
+    if plain:
+        model.unmerge_adapter()  # type: ignore[operator]
+
+
+def wire_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights as the common way sends them: gathered, with the checkpoint's names.  Collective where they are sharded.
+
+    Fused experts are cut into those of the checkpoint.  Adapters that are not `merged` are added tensor by tensor, which is what
+    users of a sharded model do.
+    """
+    adapted = {name: layer for name, layer in inner(model).named_modules() if hasattr(layer, "lora_A")}
+    with torch.no_grad():
+        for name, parameter in inner(model).named_parameters():
+            if ".lora_" in name:
+                continue
+            tensor = full(parameter.detach())
+            path = name.removesuffix(".base_layer.weight")
+            if path in adapted and not adapted[path].merged:
+                a, b = (full(part["default"].weight.detach()) for part in (adapted[path].lora_A, adapted[path].lora_B))
+                tensor = tensor + ((b @ a) * adapted[path].scaling["default"]).to(tensor.dtype)
+            yield from without_fusion(name.replace(".base_layer", ""), tensor)
+
+
+def without_fusion(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """Views of transformers' fused experts, with the names of the checkpoint; any other tensor as it is."""
+    prefix, _, last = name.rpartition(".")
+    if last == "gate_up_proj" and prefix.endswith(".experts"):
+        for number, expert in enumerate(tensor):
+            for part, half in zip(("gate_proj", "up_proj"), expert.chunk(2)):
+                yield f"{prefix}.{number}.{part}.weight", half
+    elif last == "down_proj" and prefix.endswith(".experts"):
+        for number, expert in enumerate(tensor):
+            yield f"{prefix}.{number}.down_proj.weight", expert
+    else:
+        yield name, tensor
 
 
 class Stock:
@@ -230,22 +332,27 @@ class Stock:
         monkey_patch_torch_reductions()
         self.bucket_class, self.serialize = FlattenedTensorBucket, MultiprocessingSerializer.serialize
         self.engine, self.colo, self.bucket_bytes = engine, colo, bucket_bytes
+        self.in_session = colo.is_owner and release(engine.sglang_version).weight_session
 
     def push(self, model: torch.nn.Module, *, duplicate: bool = False) -> float:
         """Seconds of one push; `duplicate` gives every TP rank the owner's payload, which is the mistake."""
         synchronize()
         dist.barrier()
         started = time.perf_counter()
-        bucket, used = [], 0
-        for name, parameter in model.named_parameters():
-            tensor = parameter.detach()
-            tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-            if bucket and used + tensor.nbytes > self.bucket_bytes:
-                self._send(bucket, duplicate)
-                bucket, used = [], 0
-            bucket.append((name, tensor))
-            used += tensor.nbytes
-        self._send(bucket, duplicate)
+        bucket: list[tuple[str, torch.Tensor]] = []
+        used = 0
+        if self.in_session:
+            post(self.engine, "/begin_weight_update", {"selector": "target"}, timeout_s=60)
+        with merged(model):
+            for name, tensor in wire_tensors(model):
+                if bucket and used + tensor.nbytes > self.bucket_bytes:
+                    self._send(bucket, duplicate)
+                    bucket, used = [], 0
+                bucket.append((name, tensor))
+                used += tensor.nbytes
+            self._send(bucket, duplicate)
+        if self.in_session:
+            post(self.engine, "/end_weight_update", timeout_s=60)
         if self.colo.is_owner:
             post(self.engine, "/flush_cache", timeout_s=60)
         dist.barrier()

@@ -7,23 +7,44 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from record import RESULTS
 
-MODULES = {"plain": "plain module", "fsdp2": "FSDP2, 512 MiB of staging memory"}
-PHASES = ("prepare", "open", "preflight", "lend", "plan", "gather", "export", "push", "settle", "prove", "finish")
+MODULES = {
+    "plain": "plain module",
+    "fsdp2": "FSDP2",
+    "lora": "LoRA on a plain module",
+    "fsdp2_lora": "LoRA under FSDP2",
+}
+PHASES = (
+    "prepare", "open", "preflight", "trace", "map", "lend", "plan", "gather", "export", "push", "release", "settle", "verify", "prove",
+    "finish",
+)  # fmt: skip
+"""In the order of a sync; former names too, which older records have."""
 
 
 def label(record: dict[str, Any]) -> str:
     settings = record["settings"]
-    return f"{settings['shape'].upper()}\ntp={settings['tp_size']}"
+    ranks = settings.get("training_ranks", settings["tp_size"])
+    apart = f"\n{ranks} ranks" if ranks != settings["tp_size"] else ""
+    return f"{settings['shape'].upper()}\ntp={settings['tp_size']}{apart}"
 
 
-def size(record: dict[str, Any]) -> tuple[float, int]:
+def size(record: dict[str, Any]) -> tuple[float, int, int]:
     """To sort by."""
-    return float(record["settings"]["shape"].rstrip("b")), record["settings"]["tp_size"]
+    settings = record["settings"]
+    billions = float(settings["shape"].partition("b")[0])
+    return billions, settings.get("training_ranks", settings["tp_size"]), settings["tp_size"]
+
+
+def records_of(module: str) -> list[dict[str, Any]]:
+    """The records of repeated syncs of one kind of module, of each shape and layout of ranks the current one."""
+    name = re.compile(rf"sync_speed_[^_]+_tp\d+(_\d+_ranks)?_{module}")
+    found = [json.loads(path.read_text()) for path in RESULTS.glob("sync_speed_*.json") if name.fullmatch(path.stem)]
+    return sorted(found, key=size)
 
 
 def draw_seconds(axes: Any, records: list[dict[str, Any]], module: str) -> None:
@@ -48,6 +69,9 @@ def draw_seconds(axes: Any, records: list[dict[str, Any]], module: str) -> None:
 
 def draw_phases(axes: Any, records: list[dict[str, Any]]) -> None:
     """One stacked bar per record."""
+    from matplotlib import colormaps
+
+    colors = colormaps["tab20"].colors  # type: ignore[attr-defined]
     bottom = [0.0] * len(records)
     for number, phase in enumerate(PHASES):
         heights = [record["checks"]["phases_ms"].get(phase, 0.0) for record in records]
@@ -58,7 +82,7 @@ def draw_phases(axes: Any, records: list[dict[str, Any]]) -> None:
                 0.6,
                 bottom=bottom,
                 label=phase,
-                color=f"C{number}" if number < 10 else "black",
+                color=colors[number],
             )
             bottom = [low + height for low, height in zip(bottom, heights)]
     axes.set_xticks(range(len(records)), [label(record) for record in records])
@@ -76,11 +100,10 @@ def main() -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, grid = pyplot.subplots(2, 2, figsize=(12, 9))
+    shown = {module: records for module in MODULES if (records := records_of(module))}
+    figure, grid = pyplot.subplots(2, len(shown), figsize=(6 * len(shown), 9), squeeze=False)
     gpus, releases = set(), set()
-    for column, module in enumerate(MODULES):
-        records = [json.loads(path.read_text()) for path in RESULTS.glob(f"sync_speed_*_{module}.json")]
-        records.sort(key=size)
+    for column, (module, records) in enumerate(shown.items()):
         draw_seconds(grid[0][column], records, module)
         draw_phases(grid[1][column], records)
         gpus |= {gpu for record in records for gpu in record["hardware"]["gpus"]}
