@@ -420,8 +420,9 @@ def test_transcripts(found):
     check(found)
 
 
+@pytest.mark.timeout(600)
 def test_transcripts_of_everything(folder):
-    found = run_all(folder, chosen(EVERYTHING), [], False, timeout_s=280)
+    found = run_all(folder, chosen(EVERYTHING), [], False, timeout_s=560)
     if os.environ.get("TRANSCRIPTS") == "write":
         wrong = problems(found)
         assert not wrong, "\n".join([f"{len(wrong)} problems", *wrong[:10]])
