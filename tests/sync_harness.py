@@ -255,7 +255,11 @@ def replaced(place, name, make):
 
 def _note_collective(kind, tensor, *args, **_):
     # Of the parts that are exchanged every rank has its own sizes.
-    size = [] if kind.startswith("all_to_all") else [f"{tensor.numel() * tensor.element_size()} bytes"]
+    size = (
+        []
+        if kind.startswith("all_to_all") or isinstance(tensor, list)
+        else [f"{tensor.numel() * tensor.element_size()} bytes"]
+    )
     RECORD.note("mesh", kind, *size)
 
 

@@ -125,19 +125,45 @@ def _of_module(
     module: nn.Module, expected: Collection[str] | None, rename: Rename | None
 ) -> tuple[Items, tuple[str, ...]]:
     """Return what a module computes with, under the names of its checkpoint unless the model's own are served."""
-    flattened = fsdp1.parameters(module)  # first: a unit may be the outermost wrapper
+    outermost = module
     while (inner := peft_merge.inner_model(module := unwrapped(module))) is not None:
         module = inner
     served = frozenset(() if expected is None else expected)
-    state = _state(module) if flattened is None else fsdp1.state(module, flattened)
-    checked = ((name, item) if isinstance(item, LazyTensor) else _checked((name, item)) for name, item in state)
-    state = list(zero3.gathering(checked))
-    warnings = (fsdp1.WARNING,) if flattened is not None and fsdp1.is_sharded(flattened) else _warnings(state)
+    state, warnings = _checked_state(module, outermost)
+    if warnings and peft_merge.is_merging(module):
+        raise ConfigError(
+            "LoRA adapters of a trainer that FSDP1 or DeepSpeed ZeRO-3 shards are not merged",
+            hint="shard with fully_shard (FSDP2), use ZeRO-2, or serve the adapter beside its base model with set_lora()",
+        )
     weights = peft_merge.merged(module, state)
     weights = to_checkpoint(
         module, weights, is_served=lambda name: name in served or _served_name(name, rename) in served
     )
     return weights, warnings
+
+
+def _checked_state(module: nn.Module, outermost: nn.Module) -> tuple[Items, tuple[str, ...]]:
+    """Return a module's parameters and persistent buffers, and what the user should know of them.
+
+    Args:
+        module: Within `outermost`.
+        outermost: With all wrappers: one of them may be an FSDP1 unit that has parameters of `module`.
+    """
+    flattened = fsdp1.parameters(outermost)
+    state = _state(module) if flattened is None else fsdp1.state(module, flattened)
+    checked = ((name, item) if isinstance(item, LazyTensor) else _checked((name, item)) for name, item in state)
+    items = list(zero3.gathering(checked))
+    is_fsdp1 = flattened is not None and fsdp1.is_sharded(flattened)
+    return items, (fsdp1.WARNING,) if is_fsdp1 else _warnings(items)
+
+
+def gathered_state(module: nn.Module) -> dict[str, Item] | None:
+    """Return the state of a module that FSDP1 or ZeRO-3 shards, by its names without wrappers; None for any other.
+
+    Its own `state_dict` gathers whole units, or has empty tensors.
+    """
+    state, warnings = _checked_state(unwrapped(module), module)
+    return dict(state) if warnings else None
 
 
 def _state(module: nn.Module) -> Items:
@@ -225,4 +251,4 @@ def _checked(item: object) -> tuple[str, torch.Tensor]:
     return name, tensor
 
 
-__all__ = ["NamedWeights", "Rename", "Source"]
+__all__ = ["NamedWeights", "Rename", "Source", "gathered_state"]
