@@ -50,7 +50,7 @@ LAYERS = {
     "weights.sources": (
         {"checkpoint", "fingerprint"},
         {"named_weights", "model_spec"},
-        {"peft_merge", "hf_names"},
+        {"peft_merge", "hf_names", "fsdp1", "zero3"},
         {"coalesced_gather"},
         {"lazy_tensor", "wrapper_names"},
     ),

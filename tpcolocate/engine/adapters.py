@@ -43,7 +43,7 @@ class LoraAdapters:
 
         def act(owned: OwnedServer) -> None:
             owned.api.unload_lora(name, missing_ok=True, timeout_s=timeout_s)
-            owned.api.load_lora(name, full.tensors, full.config_for_server, tp_size=tp_size, timeout_s=timeout_s)
+            owned.api.load_lora(name, full, adapter.config_for_server, tp_size=tp_size, timeout_s=timeout_s)
 
         def replace() -> None:
             self._forget(name)

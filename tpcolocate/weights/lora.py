@@ -17,8 +17,9 @@ import torch
 from torch import nn
 
 from tpcolocate.errors import ConfigError, WeightsMismatchError, some
-from tpcolocate.weights.sources.lazy_tensor import full_tensor
+from tpcolocate.weights.sources.lazy_tensor import Item, LazyTensor, full_tensor
 from tpcolocate.weights.sources.model_spec import ModelSpec
+from tpcolocate.weights.sources.named_weights import gathered_state
 from tpcolocate.weights.sources.wrapper_names import unwrapped, without_wrappers
 
 _PREFIX = "base_model.model."
@@ -47,11 +48,12 @@ class Adapter:
     """One LoRA adapter, as PEFT saves it.
 
     Attributes:
-        tensors: ``base_model.model.<module>.lora_A.weight`` -> (r, in), ``lora_B`` -> (out, r); full tensors or DTensors.
+        tensors: ``base_model.model.<module>.lora_A.weight`` -> (r, in), ``lora_B`` -> (out, r); full tensors, DTensors, or
+            lazy tensors.
         config: ``adapter_config.json``, in JSON types.
     """
 
-    tensors: Mapping[str, torch.Tensor]
+    tensors: Mapping[str, Item]
     config: Mapping[str, Any]
 
     @property
@@ -64,29 +66,29 @@ class Adapter:
         leaves = sorted({_leaf(module) for module in self.modules()})
         return {**self.config, "peft_type": "LORA", "r": self.rank, "target_modules": leaves}
 
-    def modules(self) -> dict[str, dict[str, torch.Tensor]]:
+    def modules(self) -> dict[str, dict[str, Item]]:
         """Return the ``A`` and ``B`` of each module, by its path in the served model."""
-        found: dict[str, dict[str, torch.Tensor]] = {}
+        found: dict[str, dict[str, Item]] = {}
         for name, tensor in self.tensors.items():
             module, side = _parts(name)
             found.setdefault(module, {})[side] = tensor
         return found
 
-    def gathered(self, *, keep: bool) -> Adapter:
-        """Return the adapter with full tensors on the CPU; with none unless `keep`.
+    def gathered(self, *, keep: bool) -> dict[str, torch.Tensor]:
+        """Return the adapter's full tensors on the CPU; none unless `keep`.
 
-        Collective: over the meshes of DTensors.
+        Collective: over the meshes of DTensors, and what lazy tensors are gathered from.
         """
-        tensors = {}
+        tensors: dict[str, torch.Tensor] = {}
         for name, tensor in self.tensors.items():
             full = full_tensor(tensor)
             if keep:
                 # A copy in any case: a view would be pickled with all of its memory.
                 tensors[name] = full.to("cpu", copy=True).contiguous()
-        return Adapter(tensors, self.config)
+        return tensors
 
 
-def make_adapter(tensors: Mapping[str, torch.Tensor], config: Any) -> Adapter:
+def make_adapter(tensors: Mapping[str, Item], config: Any) -> Adapter:
     """Return an adapter with PEFT's names and configuration in one form.
 
     Args:
@@ -107,11 +109,11 @@ def make_adapter(tensors: Mapping[str, torch.Tensor], config: Any) -> Adapter:
     _check_config(plain)
     if not tensors:
         raise ConfigError("the adapter has no tensors", hint="pass peft.get_peft_model_state_dict(model)")
-    named: dict[str, torch.Tensor] = {}
+    named: dict[str, Item] = {}
     unknown, adapters = [], set()
     for name, tensor in tensors.items():
         matched = _NAME.match(without_wrappers(name)) if isinstance(name, str) else None
-        if matched is None or not isinstance(tensor, torch.Tensor):
+        if matched is None or not isinstance(tensor, (torch.Tensor, LazyTensor)):
             unknown.append(str(name))
             continue
         adapters.add(matched["adapter"])
@@ -134,13 +136,13 @@ def adapter_of(model: nn.Module, adapter_name: str | None) -> Adapter:
     """Return the adapter of a model with PEFT layers (also from transformers' ``add_adapter``), without copying it.
 
     Args:
-        model: Plain, DDP, compiled or FSDP2-sharded.
+        model: Plain, DDP, compiled, or sharded by FSDP1, FSDP2 or ZeRO-3.
         adapter_name: Which one; may be None if there is only one.
 
     Raises:
         ConfigError: Not a PEFT model, no such adapter, or as `make_adapter`.
     """
-    model = unwrapped(model)
+    outermost, model = model, unwrapped(model)
     configs = getattr(model, "peft_config", None)
     if not isinstance(configs, Mapping) or not configs:
         raise ConfigError(
@@ -155,7 +157,14 @@ def adapter_of(model: nn.Module, adapter_name: str | None) -> Adapter:
         )
     from peft import get_peft_model_state_dict
 
-    return make_adapter(get_peft_model_state_dict(model, adapter_name=adapter_name), configs[adapter_name])
+    state = gathered_state(outermost)
+    if state is None:
+        return make_adapter(get_peft_model_state_dict(model, adapter_name=adapter_name), configs[adapter_name])
+    # peft looks for names with the wrappers' segments.
+    own = {
+        name: item for name, item in state.items() if re.search(rf"\.lora_\w+\.{re.escape(adapter_name)}(\.|$)", name)
+    }
+    return make_adapter(own, configs[adapter_name])
 
 
 def check_adapter(adapter: Adapter, spec: ModelSpec | None) -> Adapter:
@@ -179,7 +188,7 @@ def check_adapter(adapter: Adapter, spec: ModelSpec | None) -> Adapter:
             continue
         for side, tensor in sorted(sides.items()):
             expected = _shape(module, side, adapter.rank, spec)
-            if not tensor.is_floating_point() or tensor.is_meta:
+            if not tensor.dtype.is_floating_point or tensor.device.type == "meta":
                 wrong.append(f"{module}.lora_{side} is {tensor.dtype} on {tensor.device}, expected floating-point data")
             elif len(tensor.shape) != 2 or any(w not in (None, n) for w, n in zip(expected, tensor.shape)):
                 want = ", ".join("any" if n is None else str(n) for n in expected)

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed._shard.sharded_tensor import ShardedTensor
 
 from tpcolocate.errors import ConfigError
 from tpcolocate.garbage import collector_paused
-from tpcolocate.weights.sources import peft_merge
+from tpcolocate.weights.sources import fsdp1, peft_merge, zero3
 from tpcolocate.weights.sources.hf_names import to_checkpoint
 from tpcolocate.weights.sources.lazy_tensor import (
     Item,
@@ -37,11 +37,13 @@ class NamedWeights:
             them with `full_tensor`.  None for a generator, which is read and checked as it is sent.
         aliases: Name -> name under which the same tensor is sent (tied weights).
         stream: The generator's pairs, for `__iter__`; they can be read once.
+        warnings: What the user should know of the source.
     """
 
     items: Items | None
     aliases: Mapping[str, str] = field(default_factory=dict)
     stream: Iterable[tuple[str, Item]] = ()
+    warnings: tuple[str, ...] = ()
 
     @classmethod
     def of(
@@ -53,27 +55,35 @@ class NamedWeights:
         removed, peft's LoRA adapters are merged when they are read, and experts that transformers 5 fuses are separate.
 
         Args:
-            source: A module (plain, DDP, FSDP2, DTensor-parallel, peft), a mapping, or an iterable of (name, tensor).
+            source: A module (plain, DDP, FSDP1 or 2, DeepSpeed, DTensor-parallel, peft), a mapping, or an iterable of
+                (name, tensor).
             expected: Names that the served model has, if known.  Tied weights are sent under each of these names, since
                 a served model need not tie what the trainer ties.  If unknown, a module's are sent under the first name.
             rename: Name in the source -> name in the served checkpoint, or None for a weight that is not sent.  Names
                 that a mapping lacks are kept.
 
         Raises:
-            ConfigError: FSDP1, something that is not a named tensor, an adapter that cannot be merged.
+            ConfigError: Something that is not a named tensor, the flat shards or empty tensors that FSDP1 and ZeRO-3 leave in
+                a module, an adapter that cannot be merged.
         """
         if isinstance(source, nn.Module):
             with collector_paused():
-                return cls(*_untied(_renamed(_of_module(source, expected, rename), rename), expected))
+                weights, warnings = _of_module(source, expected, rename)
+                return cls(*_untied(_renamed(weights, rename), expected), warnings=warnings)
         if isinstance(source, (Mapping, Sequence)):
-            pairs = _renamed(map(_checked, source.items() if isinstance(source, Mapping) else source), rename)
-            return cls(list(pairs)) if expected is None else cls(*_untied(pairs, expected))
+            given = list(_given(source.items() if isinstance(source, Mapping) else source))
+            _check_not_shards(given)
+            pairs = _renamed(given, rename)
+            warnings = _warnings(given)
+            if expected is None:
+                return cls(list(pairs), warnings=warnings)
+            return cls(*_untied(pairs, expected), warnings=warnings)
         if not isinstance(source, Iterable):
             raise ConfigError(
                 f"cannot take weights from {type(source).__name__}",
                 hint="pass an nn.Module, a state dict, or (name, tensor) pairs",
             )
-        return cls(None, stream=_renamed(map(_checked, source), rename))
+        return cls(None, stream=_renamed(_given(source), rename))
 
     def __iter__(self) -> Iterator[tuple[str, Item]]:
         return iter(self.stream if self.items is None else self.items)
@@ -116,28 +126,83 @@ def _served_name(name: str, rename: Rename | None) -> str | None:
     return served
 
 
-def _of_module(module: nn.Module, expected: Collection[str] | None, rename: Rename | None) -> Items:
+def _of_module(
+    module: nn.Module, expected: Collection[str] | None, rename: Rename | None
+) -> tuple[Items, tuple[str, ...]]:
     """Return what a module computes with, under the names of its checkpoint unless the model's own are served."""
+    outermost = module
     while (inner := peft_merge.inner_model(module := unwrapped(module))) is not None:
         module = inner
     served = frozenset(() if expected is None else expected)
-    weights = peft_merge.merged(module, _state(module))
-    return to_checkpoint(module, weights, is_served=lambda name: name in served or _served_name(name, rename) in served)
+    state, warnings = _checked_state(module, outermost)
+    if warnings and peft_merge.is_merging(module):
+        raise ConfigError(
+            "LoRA adapters of a trainer that FSDP1 or DeepSpeed ZeRO-3 shards are not merged",
+            hint="shard with fully_shard (FSDP2), use ZeRO-2, or serve the adapter beside its base model with set_lora()",
+        )
+    weights = peft_merge.merged(module, state)
+    weights = to_checkpoint(
+        module, weights, is_served=lambda name: name in served or _served_name(name, rename) in served
+    )
+    return weights, warnings
+
+
+def _checked_state(module: nn.Module, outermost: nn.Module) -> tuple[Items, tuple[str, ...]]:
+    """Return a module's parameters and persistent buffers, and what the user should know of them.
+
+    Args:
+        module: Within `outermost`.
+        outermost: With all wrappers: one of them may be an FSDP1 unit that has parameters of `module`.
+    """
+    flattened = fsdp1.parameters(outermost)
+    state = _state(module) if flattened is None else fsdp1.state(module, flattened)
+    checked = ((name, item) if isinstance(item, LazyTensor) else _checked((name, item)) for name, item in state)
+    items = list(zero3.gathering(checked))
+    is_fsdp1 = flattened is not None and fsdp1.is_sharded(flattened)
+    return items, (fsdp1.WARNING,) if is_fsdp1 else _warnings(items)
+
+
+def gathered_state(module: nn.Module) -> dict[str, Item] | None:
+    """Return the state of a module that FSDP1 or ZeRO-3 shards, by its names without wrappers; None for any other.
+
+    Its own `state_dict` gathers whole units, or has empty tensors.
+    """
+    state, warnings = _checked_state(unwrapped(module), module)
+    return dict(state) if warnings else None
 
 
 def _state(module: nn.Module) -> Items:
-    if any(isinstance(m, FullyShardedDataParallel) for m in module.modules()):
-        raise ConfigError(
-            "FSDP1 (FullyShardedDataParallel) is not supported",
-            hint="shard with torch.distributed.fsdp.fully_shard (FSDP2)",
-        )
     # state_dict rather than named_parameters: some checkpoints have persistent buffers (routing biases), and FSDP2 puts
     # its shards back in place first.
     return [
-        _checked((without_wrappers(name), tensor))
+        (without_wrappers(name), tensor)
         for name, tensor in module.state_dict(keep_vars=True).items()
         if isinstance(tensor, torch.Tensor)  # not the extra state of a module
     ]
+
+
+def _given(pairs: Iterable[object]) -> Iterator[tuple[str, Item]]:
+    """Yield what a user gave, checked; what belongs to ZeRO-3 can be gathered as long as it is the parameter itself."""
+    for name, item in zero3.gathering(map(_checked, pairs)):
+        if isinstance(item, torch.Tensor) and item.shape == (0,):
+            raise ConfigError(
+                f"{name} is empty; DeepSpeed ZeRO-3 and FSDP1 leave such tensors in a module and its state dict",
+                hint="pass the module itself (the DeepSpeed engine, or what FSDP1 has wrapped), or a full state dict",
+            )
+        yield name, item
+
+
+def _check_not_shards(given: Items) -> None:
+    if fsdp1.are_shards({name: item for name, item in given if isinstance(item, torch.Tensor)}):
+        raise ConfigError(
+            f"{given[0][0]} and the others are what FSDP1 has left on this rank, not weights",
+            hint="pass the module itself, or a full state dict",
+        )
+
+
+def _warnings(weights: Items) -> tuple[str, ...]:
+    """What the user should know of weights that `_given` or `zero3.gathering` returned."""
+    return (zero3.WARNING,) if any(isinstance(item, LazyTensor) for _, item in weights) else ()
 
 
 def _untied(weights: Iterable[tuple[str, Item]], expected: Collection[str] | None) -> tuple[Items, dict[str, str]]:
@@ -177,6 +242,11 @@ def _checked(item: object) -> tuple[str, torch.Tensor]:
         )
         raise ConfigError(f"expected (name, tensor), got {found}", hint="for example model.state_dict().items()")
     name, tensor = item
+    if isinstance(tensor, ShardedTensor):
+        raise ConfigError(
+            f"{name} is a ShardedTensor, as in a sharded state dict of FSDP1",
+            hint="pass the module itself, or a full state dict",
+        )
     if tensor.is_meta:
         raise ConfigError(f"{name} is on the meta device and has no data", hint="materialise the model first")
     if tensor.layout is not torch.strided:
@@ -186,4 +256,4 @@ def _checked(item: object) -> tuple[str, torch.Tensor]:
     return name, tensor
 
 
-__all__ = ["NamedWeights", "Rename", "Source"]
+__all__ = ["NamedWeights", "Rename", "Source", "gathered_state"]

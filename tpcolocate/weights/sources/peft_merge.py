@@ -352,4 +352,14 @@ def _narrow_experts(layer: Any, region: Region, a: torch.Tensor, b: torch.Tensor
     )
 
 
-__all__ = ["inner_model", "merged"]
+def is_merging(module: nn.Module) -> bool:
+    """Return whether `merged` would compute a weight of this module."""
+    if "peft" not in sys.modules:
+        return False
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = (layer for layer in module.modules() if isinstance(layer, BaseTunerLayer))
+    return any(layer.active_adapters and not layer.merged and not layer.disable_adapters for layer in layers)
+
+
+__all__ = ["inner_model", "is_merging", "merged"]

@@ -1,8 +1,11 @@
-"""Modules and names without what DDP, torch.compile, FSDP and activation checkpointing add to them."""
+"""Modules and names without what DDP, torch.compile, FSDP, DeepSpeed and activation checkpointing add to them."""
 
 from __future__ import annotations
 
+import sys
+
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 # Each wrapper inserts a segment of its own into every name below it.
@@ -18,12 +21,19 @@ def without_wrappers(name: str) -> str:
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """Return the module inside DDP and torch.compile, in any order."""
+    """Return the module inside DDP, FSDP1, DeepSpeed's engine and torch.compile, in any order."""
     while True:
-        inner = module.module if isinstance(module, DistributedDataParallel) else getattr(module, "_orig_mod", None)
+        inner = module.module if _is_wrapper(module) else getattr(module, "_orig_mod", None)
         if not isinstance(inner, nn.Module):
             return module
         module = inner
+
+
+def _is_wrapper(module: nn.Module) -> bool:
+    engine = getattr(sys.modules.get("deepspeed"), "DeepSpeedEngine", None)
+    return isinstance(module, (DistributedDataParallel, FullyShardedDataParallel)) or (
+        engine is not None and isinstance(module, engine)
+    )
 
 
 __all__ = ["unwrapped", "without_wrappers"]

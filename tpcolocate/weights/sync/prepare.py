@@ -38,6 +38,8 @@ def prepare(session: SyncSession, source: Source) -> Prepared:
     """
     spec, options = session.context.spec, session.options
     weights = NamedWeights.of(source, expected=None if spec is None else spec.shapes, rename=options.rename)
+    if session.state.loader_map.is_empty:  # said once: with the first report
+        session.stats.warnings += weights.warnings
     shards: Shards = {}
     if options.parts and options.payloads == "per_rank" and options.transport in ("auto", "ipc"):
         shards = session.state.shard_finder.find_all(weights.items or ())
