@@ -533,9 +533,9 @@ class Spec(ModelSpec):
         reach("check names")
         super().check(tensors)
 
-    def check_complete(self, names):
+    def check_complete(self, names, **kwargs):
         reach("check that all is sent")
-        super().check_complete(names)
+        super().check_complete(names, **kwargs)
 
 
 class Engine:

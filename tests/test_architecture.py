@@ -68,7 +68,7 @@ LAYERS = {
         {"pipeline"},
         {"opening", "trace", "transfer", "finish", "preflight"},
         {"mapping", "prepare"},
-        {"buckets", "route"},
+        {"buckets", "route", "completeness"},
         {"session"},
         {"records", "mesh_schedule"},
         {"options"},

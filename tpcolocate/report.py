@@ -70,6 +70,10 @@ class SyncReport:
         unverified: Names for which that cannot be checked (the engine transforms them while loading).
         bucket_bytes: Size of the buckets, planned from the least free memory of the slice.
         warnings: What the user should look at, such as memory that rises from sync to sync.
+        ignored: Names in the checkpoint or the source that no TP rank's loader reads anything of: the second name of a tied
+            weight, heads for other purposes, old buffers.  They need not be sent, and are not.
+        missing: Names that the loader reads and that were not sent, which only `partial` permits; None if it is not known
+            what the served model has.
         ranks: Every rank's part, in tp order.
     """
 
@@ -87,6 +91,8 @@ class SyncReport:
     unverified: tuple[str, ...]
     bucket_bytes: int
     warnings: tuple[str, ...]
+    ignored: tuple[str, ...]
+    missing: tuple[str, ...] | None
     ranks: tuple[RankReport, ...]
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -39,7 +39,7 @@ def send_buckets(
     """
     sent = BucketsSent()
     error: BaseException | None = None
-    for bucket in buckets(items, bucket_bytes):
+    for bucket in buckets(items, bucket_bytes, session.state.loader_map.group_of):
         sent, error = _send(session, sender, bucket, error, sent, is_sample=are_samples)
     if sent.num_buckets:
         session.agree(error, None, what="take the staging memory back")
@@ -53,8 +53,12 @@ def send_stream(session: SyncSession, sender: BucketSender, weights: NamedWeight
     """
     sent = BucketsSent()
     error: BaseException | None = None
-    stream = buckets(weights, bucket_bytes)
+    loader_map = session.state.loader_map
+    # Of a partial sync it is not known whether the other tensors of a group will come.
+    sizes = None if session.options.partial else loader_map.group_sizes()
+    stream = buckets(weights, bucket_bytes, loader_map.group_of, sizes=sizes)
     while (bucket := _next_bucket(session, stream, error)) is not None:
+        session.stats.doubles |= weights.doubles
         session.schedule.enter(gathers(bucket))
         sent, error = _send(session, sender, bucket, None, sent)
     return sent
@@ -116,11 +120,12 @@ def _send(
     with stats.watch.phase("push"):
         per_tp_rank = dict(enumerate(command for of_rank in of_ranks for command in of_rank))
         what = f"load bucket {number}"
+        may_be_ignored = session.state.loader_map.ignored | stats.doubles
 
         def load() -> Verdict:
             try:
                 session.connection.post(per_tp_rank, number)
-                return judge(session.connection.collect(number, timeout_s=session.left(what)), entries)
+                return judge(session.connection.collect(number, timeout_s=session.left(what)), entries, may_be_ignored)
             finally:
                 session.files.remove(number)
 
@@ -142,7 +147,8 @@ def _send(
         stats.num_replayed += len(bucket) if verdict.replayed else 0
         stats.num_buckets += 1
         stats.num_bytes += sum(entry.num_bytes for entry in entries)
-        stats.names.update(name for name, _ in bucket)
+        stats.names.update(name for name, _ in bucket if name not in verdict.ignored)
+        stats.ignored.update(verdict.ignored)
     sent = replace(
         before,
         num_buckets=before.num_buckets + 1,
@@ -210,9 +216,28 @@ def _gather(
     return flat
 
 
-def buckets(weights: Iterable[tuple[str, Item]], bucket_bytes: int) -> Iterator[Items]:
-    """Cut weights into buckets of at most `bucket_bytes`, in order; the sizes are those of the full tensors."""
-    return split_into_buckets(weights, bucket_bytes, num_bytes=lambda named: padded_bytes(named[1]))
+def buckets(
+    weights: Iterable[tuple[str, Item]],
+    bucket_bytes: int,
+    group_of: Callable[[str], int | None] = lambda name: None,
+    *,
+    sizes: Mapping[int, int] | None = None,
+) -> Iterator[Items]:
+    """Cut weights into buckets of at most `bucket_bytes`, in order; the sizes are those of the full tensors.
+
+    Args:
+        weights: May be a generator.
+        bucket_bytes: Largest bucket, unless a tensor or what must travel together is larger.
+        group_of: Name -> a number that tensors have in common which must travel together; None: by itself.
+        sizes: Group -> how many tensors it has, of a generator; counted otherwise.
+    """
+    return split_into_buckets(
+        weights,
+        bucket_bytes,
+        num_bytes=lambda named: padded_bytes(named[1]),
+        group_of=lambda named: group_of(named[0]),
+        group_sizes=sizes,
+    )
 
 
 def padded_bytes(item: Item) -> int:

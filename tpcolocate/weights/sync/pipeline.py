@@ -10,6 +10,7 @@ from tpcolocate.weights.plan.sharding import layouts_of
 from tpcolocate.weights.sources.fingerprint import Fingerprint
 from tpcolocate.weights.sources.named_weights import Source
 from tpcolocate.weights.sync.buckets import send_buckets, send_stream
+from tpcolocate.weights.sync.completeness import check_after_trace
 from tpcolocate.weights.sync.finish import finish
 from tpcolocate.weights.sync.opening import open_sync
 from tpcolocate.weights.sync.preflight import choose_sender
@@ -33,6 +34,8 @@ def run_sync(session: SyncSession, source: Source) -> SyncReport:
     weights, items = prepared.weights, prepared.weights.items
     sender = choose_sender(session, opened)
     traced = trace_loader(session, prepared, opened, transport=sender.transport)
+    if not opened.repeats:
+        check_after_trace(session, weights)
     session.mark_engine_modified()
 
     route = choose_route(session, prepared, opened, transport=sender.transport)
@@ -46,7 +49,7 @@ def run_sync(session: SyncSession, source: Source) -> SyncReport:
         plan = transfer(session, prepared, opened, route, traced=traced)
     if items is None:
         sent = send_stream(session, sender, weights, opened.bucket_bytes)
-    elif left := left_of(items, route):
+    elif left := left_of(session, items, route):
         if plan is not None:
             release_staging(session)
         sent = send_buckets(session, sender, left, opened.bucket_bytes)
@@ -81,7 +84,12 @@ def _cache(
     state.cached_sync = None
     view = prepared.view
     # A sync that transferred everything, and mapped all that it may.
-    if plan is None or items is None or len(items) != len(route.shards) or MAPPABLE in (view.memory_uses or ""):
+    if (
+        plan is None
+        or items is None
+        or len(items) != len(route.shards) + len(route.ignored)
+        or MAPPABLE in (view.memory_uses or "")
+    ):
         return
     fingerprint = Fingerprint.of(source, prepared.weights)
     if fingerprint is not None:

@@ -12,6 +12,7 @@ from tpcolocate.errors import ConfigError, WeightsMismatchError
 from tpcolocate.weights.plan.sharding import CachedShards, Shards, mesh_groups
 from tpcolocate.weights.sources.named_weights import NamedWeights, Source
 from tpcolocate.weights.sync.buckets import summary
+from tpcolocate.weights.sync.completeness import check_before_trace
 from tpcolocate.weights.sync.records import CachedSync, Prepared, RankView
 from tpcolocate.weights.sync.route import route_call
 from tpcolocate.weights.sync.session import SyncSession
@@ -68,8 +69,8 @@ def _check(session: SyncSession, weights: NamedWeights) -> None:
         raise WeightsMismatchError(f"{repeated} is given twice", hint="names must be unique")
     if spec is not None:
         spec.check([(name, tensor.shape) for name, tensor in items])
-        if not session.options.partial:
-            spec.check_complete([*names, *weights.aliases])
+    check_before_trace(session, weights)
+    session.stats.doubles |= weights.doubles
 
 
 def _memory_uses(session: SyncSession, shards: Shards) -> list[str]:

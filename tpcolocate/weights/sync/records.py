@@ -79,11 +79,15 @@ class Route:
         shards: What is transferred in parts; the rest goes in buckets of full tensors.
         repeats: Whether all ranks of the meshes would do exactly what they did in the last sync.
         verified: Whether the loader maps of all slices have been verified; if not, samples are to be sent first.
+        ignored: Weights of the source that are not sent, since no TP rank's loader reads them.
+        is_shared: Whether all slices know alike what their loaders ignore and join, where that decides on gathers.
     """
 
     shards: Shards
     repeats: bool
     verified: bool
+    ignored: frozenset[str] = frozenset()
+    is_shared: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,10 +11,11 @@ from itertools import chain
 
 import torch.distributed as dist
 
+from tpcolocate.weights.buckets import arranged
 from tpcolocate.weights.plan.loader_map import TensorEntry
-from tpcolocate.weights.plan.sharding import mesh_groups
+from tpcolocate.weights.plan.sharding import Shards, mesh_groups
 from tpcolocate.weights.plan.transfer_plan import Cost, Group, TransferRequest, costs_here, plan_transfer
-from tpcolocate.weights.sources.lazy_tensor import Items
+from tpcolocate.weights.sources.lazy_tensor import Items, is_collective
 from tpcolocate.weights.sync.mesh_schedule import MeshCall, gathers
 from tpcolocate.weights.sync.records import CachedPlan, Opened, Prepared, Route
 from tpcolocate.weights.sync.session import SyncSession
@@ -34,9 +35,18 @@ def choose_route(session: SyncSession, prepared: Prepared, opened: Opened, *, tr
     if not opened.repeats:
         entries = ((name, one, TensorEntry(name, one.shape, one.local.dtype)) for name, one in shards.items())
         shards = {name: one for name, one, entry in entries if transport == "ipc" and loader_map.covers(entry)}
+        shards = _without_split_groups(session, prepared, shards)
     names = list(shards)
     mine = Route(shards, opened.repeats, verified=opened.repeats or loader_map.is_verified(names))
-    return session.schedule.make("route", mine, loader_map.digest(names) if names else 0, opened)
+    digest = (loader_map.digest(names) if names else 0) ^ loader_map.handling_digest()
+    return session.schedule.make("route", mine, digest, opened)
+
+
+def _without_split_groups(session: SyncSession, prepared: Prepared, shards: Shards) -> Shards:
+    """Leave out what the loader joins with a tensor that has to be sent in full."""
+    group_of = session.state.loader_map.group_of
+    in_full = {group_of(name) for name, _ in prepared.weights.items or () if name not in shards} - {None}
+    return {name: one for name, one in shards.items() if group_of(name) not in in_full} if in_full else shards
 
 
 def route_call(session: SyncSession, items: Items, groups: Sequence[dist.ProcessGroup]) -> MeshCall:
@@ -49,19 +59,24 @@ def route_call(session: SyncSession, items: Items, groups: Sequence[dist.Process
 
     def run(mine: Route = _NO_ROUTE, digest: int = 0, opened: Opened | None = None) -> Route:
         ready, repeats, verified = bool(mine.shards), mine.repeats, mine.verified
+        # The order of gathers is the same in all slices: they drop and move only what they all know alike.
+        is_shared = bool(groups) or not any(is_collective(item) for _, item in items)
         for group in groups:
             flags = (int(ready), digest, -digest, int(repeats), int(verified))
             all_ready, low, high, all_repeat, all_verified = session.mesh.min(group, flags)
+            is_shared = is_shared and low == -high
             ready = ready and bool(all_ready) and low == -high
             repeats = repeats and bool(all_repeat)
             verified = verified and bool(all_verified)
-        route = Route(mine.shards if ready else {}, repeats and ready, verified)
+        route = Route(
+            mine.shards if ready else {}, repeats and ready, verified, _not_sent(session, items, is_shared), is_shared
+        )
         if not route.shards or opened is None:
-            session.schedule.enter(gathers(items))
+            session.schedule.enter(gathers(left_of(session, items, route)))
         elif route.repeats:
             ahead = opened.ahead
             assert ahead is not None
-            session.schedule.enter(_transfer_calls(lambda: ahead, items, route))
+            session.schedule.enter(_transfer_calls(session, lambda: ahead, items, route))
         elif route.verified:
             session.schedule.enter([_plan_call(session, items, route, opened)])
         else:
@@ -85,7 +100,11 @@ def _verdict_call(session: SyncSession, items: Items, route: Route, opened: Open
         for group in mesh_groups(route.shards):
             [all_hold] = session.mesh.min(group, (int(holds),))
             holds = holds and bool(all_hold)
-        session.schedule.enter([_plan_call(session, items, route, opened)] if holds else gathers(items))
+        session.schedule.enter(
+            [_plan_call(session, items, route, opened)]
+            if holds
+            else gathers(left_of(session, items, without_transfer(route)))
+        )
         return holds
 
     return MeshCall("verdict", run, is_collective=bool(mesh_groups(route.shards)))
@@ -111,7 +130,7 @@ def _plan_call(session: SyncSession, items: Items, route: Route, opened: Opened)
             return made[0]
 
         # Lazily: if this rank cannot plan now, it tries once more for the sake of the other slices.
-        session.schedule.enter(_transfer_calls(transfer, items, route))
+        session.schedule.enter(_transfer_calls(session, transfer, items, route))
         return transfer(), same
 
     return MeshCall("plan", run, is_collective=bool(mesh_groups(route.shards)))
@@ -145,19 +164,32 @@ def _transfer(
     return Transfer(planned, request.shards, session.mesh)
 
 
-def _transfer_calls(planned: Callable[[], Transfer], items: Items, route: Route) -> Iterator[MeshCall]:
+def _transfer_calls(
+    session: SyncSession, planned: Callable[[], Transfer], items: Items, route: Route
+) -> Iterator[MeshCall]:
     """The collectives of a transfer, and the gathers of what is not transferred."""
     transfer = planned()
     stages = transfer.plan.stages
     for i, stage in enumerate(stages):
         yield MeshCall("stage", lambda i=i: transfer.fill_stage(i), is_collective=stage.is_sent)
     yield MeshCall("checksums", transfer.expected_checksums, is_collective=any(stage.is_sent for stage in stages))
-    yield from gathers(left_of(items, route))
+    yield from gathers(left_of(session, items, route))
 
 
-def left_of(items: Items, route: Route) -> Items:
-    """Return the weights that are sent as full tensors."""
-    return [item for item in items if item[0] not in route.shards] if len(items) > len(route.shards) else []
+def left_of(session: SyncSession, items: Items, route: Route) -> Items:
+    """Return the weights that are sent as full tensors, those that the loader joins next to each other."""
+    if len(items) == len(route.shards) + len(route.ignored):
+        return []
+    left = [item for item in items if item[0] not in route.shards and item[0] not in route.ignored]
+    return arranged(left, session.state.loader_map.group_of) if route.is_shared else left
+
+
+def _not_sent(session: SyncSession, items: Items, is_shared: bool) -> frozenset[str]:
+    """What the loader ignores, but for what ranks of other slices, which may not know it, gather together."""
+    ignored = session.state.loader_map.ignored
+    if not ignored:
+        return ignored
+    return frozenset(name for name, item in items if name in ignored and (is_shared or not is_collective(item)))
 
 
 def without_transfer(route: Route) -> Route:

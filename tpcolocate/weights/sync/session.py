@@ -111,6 +111,8 @@ class EngineState:
         self.cached_sync: CachedSync | None = None
         self.dry_run_problem: str | None = None
         """Why the engine's loader cannot be traced without weights, if it cannot."""
+        self.read_at_launch: frozenset[str] | None = None
+        """On the owner: what of its checkpoint the engine's loader was seen to read before the first sync, if it was."""
         self.mapping_problem: str | None = None
         """Why the engine cannot map the trainer's own memory, if it cannot."""
 
@@ -131,6 +133,10 @@ class SyncStats:
         self.peak = PeakMemory(device)
         self.names: set[str] = set()
         """Weights that were sent."""
+        self.ignored: set[str] = set()
+        """And those that the loader was seen to read nothing of."""
+        self.doubles: set[str] = set()
+        """Second names of tensors that are sent under several names."""
         self.unverified: set[str] = set()
         self.warnings: list[str] = []
         self.worker_seconds: dict[str, float] = {}

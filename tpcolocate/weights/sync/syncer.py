@@ -70,6 +70,11 @@ class WeightSyncer:
     def spec(self) -> ModelSpec | None:
         return self.context.spec
 
+    @property
+    def ignored(self) -> frozenset[str]:
+        """Names in the checkpoint that the engine's loader does not read, as far as is known."""
+        return self.state.loader_map.ignored
+
     def run(
         self,
         source: Source,
@@ -164,6 +169,10 @@ class WeightSyncer:
         except Exception as error:  # the server would be left running without an owner if this was raised
             logger.debug("the engine was not warmed up: %s", error)
             return
+        results = [reply.result for reply in replies.values()]
+        if all(result is not None and result.ignored is not None for result in results):
+            ignored = frozenset.intersection(*(frozenset(result.ignored) for result in results))
+            self.state.read_at_launch = frozenset(() if self.spec is None else self.spec.shapes) - ignored
         problems = "".join(f"; TP rank {k}: {one.error}" for k, one in replies.items() if one.error is not None)
         logger.debug("the engine was warmed up in %.2f s%s", time.monotonic() - started, problems)
 
