@@ -69,6 +69,7 @@ LAYERS = {
         {"opening", "trace", "transfer", "finish", "preflight"},
         {"mapping", "prepare"},
         {"buckets", "route", "completeness"},
+        {"replicas"},
         {"session"},
         {"records", "mesh_schedule"},
         {"options"},

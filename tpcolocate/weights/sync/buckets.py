@@ -11,13 +11,15 @@ import torch
 
 from tpcolocate import ipc_payload
 from tpcolocate.errors import SyncError, TpColocateError, WeightsMismatchError
+from tpcolocate.in_server.tpcolocate_receiver.checksums import word_sum
 from tpcolocate.in_server.tpcolocate_receiver.protocol import Addressed, LoadBucket
 from tpcolocate.weights.buckets import split_into_buckets
 from tpcolocate.weights.plan.loader_map import TensorEntry
-from tpcolocate.weights.sources.lazy_tensor import Item, Items, full_bytes, is_collective
+from tpcolocate.weights.sources.lazy_tensor import Item, Items, LazyTensor, full_bytes, is_collective
 from tpcolocate.weights.sources.named_weights import NamedWeights
 from tpcolocate.weights.sync.mesh_schedule import gathers
 from tpcolocate.weights.sync.records import BucketsSent
+from tpcolocate.weights.sync.replicas import are_compared, refuse
 from tpcolocate.weights.sync.session import RELEASE_S, WEIGHTS_UNKNOWN, SyncSession
 from tpcolocate.weights.transport.bucket_sender import BucketSender, Verdict, judge
 
@@ -107,6 +109,7 @@ def _send(
     stats = session.stats
     number = session.next_command()
     commands: list[Addressed] = []
+    flat: torch.Tensor | None = None
     entries, num_bytes = ipc_payload.layout([(n, t.shape, t.dtype) for n, t in bucket])
     try:
         with stats.watch.phase("gather"):
@@ -117,6 +120,9 @@ def _send(
         error = caught
     with stats.watch.phase("export"):
         of_ranks = session.agree(error, commands, what=f"gather bucket {number}")
+        if are_compared(session) and not any(isinstance(item, LazyTensor) for _, item in bucket):
+            # Not what each rank has computed, whose last bits need not be the same on all GPUs.
+            _compare(session, of_ranks, flat, entries)
     with stats.watch.phase("push"):
         per_tp_rank = dict(enumerate(command for of_rank in of_ranks for command in of_rank))
         what = f"load bucket {number}"
@@ -161,6 +167,22 @@ def _send(
         except TpColocateError as caught:
             return sent, caught
     return sent, None
+
+
+def _compare(
+    session: SyncSession,
+    of_ranks: Sequence[Sequence[Addressed]],
+    flat: torch.Tensor | None,
+    entries: Sequence[ipc_payload.Entry],
+) -> None:
+    """Refuse a bucket that the ranks have filled with different values.  Every rank comes to the same error.
+
+    Collective: over the slice, if they differ.
+    """
+    sums = {repr(addressed.command.checksum) for of_rank in of_ranks for addressed in of_rank}  # type: ignore[union-attr]
+    if len(sums) > 1:
+        mine = {} if flat is None else {(e.name, ""): int(word_sum(ipc_payload.view(flat, e))) for e in entries}
+        refuse(session, session.agree(None, mine, what="find what replicas differ in"))
 
 
 def _load_command(session: SyncSession, entries: list[ipc_payload.Entry], *, is_sample: bool) -> Any:

@@ -15,6 +15,7 @@ from tpcolocate.weights.sync.finish import finish
 from tpcolocate.weights.sync.opening import open_sync
 from tpcolocate.weights.sync.preflight import choose_sender
 from tpcolocate.weights.sync.records import BucketsSent, CachedPlan, CachedSync, Opened, Prepared, Route
+from tpcolocate.weights.sync.replicas import compare_replicas
 from tpcolocate.weights.sync.route import choose_route, left_of, without_transfer
 from tpcolocate.weights.sync.session import SyncSession
 from tpcolocate.weights.sync.trace import trace_loader, verify_samples
@@ -36,6 +37,8 @@ def run_sync(session: SyncSession, source: Source) -> SyncReport:
     traced = trace_loader(session, prepared, opened, transport=sender.transport)
     if not opened.repeats:
         check_after_trace(session, weights)
+    if opened.has_new_replicas and sender.transport == "ipc":
+        compare_replicas(session, source, weights)
     session.mark_engine_modified()
 
     route = choose_route(session, prepared, opened, transport=sender.transport)

@@ -14,6 +14,7 @@ from tpcolocate.weights.sources.named_weights import NamedWeights, Source
 from tpcolocate.weights.sync.buckets import summary
 from tpcolocate.weights.sync.completeness import check_before_trace
 from tpcolocate.weights.sync.records import CachedSync, Prepared, RankView
+from tpcolocate.weights.sync.replicas import has_new_replicas, piece_sum
 from tpcolocate.weights.sync.route import route_call
 from tpcolocate.weights.sync.session import SyncSession
 from tpcolocate.weights.transport.mapped_memory import STAGED, STEADY
@@ -49,12 +50,15 @@ def prepare(session: SyncSession, source: Source) -> Prepared:
     if shards:
         _wait_for_trainer(session)
     contents = None if weights.items is None else [(n, tuple(t.shape), t.dtype) for n, t in weights.items]
+    is_new = has_new_replicas(session, source, weights)
     digest = hashlib.sha256(repr((contents, list(shards) == [n for n, *_ in contents or ()])).encode())
     view = RankView(
         digest.digest(),
         "a generator" if contents is None else summary(contents),
         free_bytes(session.context.device),
         "".join(uses),
+        has_new_replicas=is_new,
+        piece=None if is_new else piece_sum(session, weights),
     )
     return Prepared(weights, shards, groups, view)
 
@@ -87,7 +91,10 @@ def prepare_again(session: SyncSession, source: Source, cached: CachedSync) -> P
     session.schedule.enter([route_call(session, weights.items, cached.groups)])
     shards = CachedShards({n: item for n, item in weights.items if isinstance(item, torch.Tensor)}, cached.layouts)
     _wait_for_trainer(session)
-    return Prepared(weights, shards, cached.groups, replace(cached.view, memory_uses=None, repeats=True))
+    view = replace(
+        cached.view, memory_uses=None, repeats=True, has_new_replicas=False, piece=piece_sum(session, weights)
+    )
+    return Prepared(weights, shards, cached.groups, view)
 
 
 def _wait_for_trainer(session: SyncSession) -> None:

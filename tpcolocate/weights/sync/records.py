@@ -26,6 +26,8 @@ class RankView:
         memory_uses: What the memory of each shard permits, as characters; see `transport.mapped_memory`.  None: as in the
             last sync.
         repeats: Whether this rank would do exactly what it did in the last sync.
+        has_new_replicas: Whether this rank holds what others hold as well, and it has not been compared yet.
+        piece: A replicated tensor, and the sum of a piece of it; the same on all ranks.
     """
 
     digest: bytes
@@ -33,6 +35,8 @@ class RankView:
     free_bytes: int
     memory_uses: str | None
     repeats: bool = False
+    has_new_replicas: bool = False
+    piece: tuple[str, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +66,7 @@ class Opened:
         repeats: Whether all ranks of the slice would do exactly what they did in the last sync.
         memory_uses: Tensor -> the least that its memory permits on any rank; empty if the sync repeats the last one.
         ahead: The last transfer, prepared in the hope that this sync repeats it.
+        has_new_replicas: Whether any rank holds replicas that have not been compared yet.
     """
 
     session: str
@@ -69,6 +74,7 @@ class Opened:
     repeats: bool
     memory_uses: Mapping[str, str]
     ahead: Transfer | None
+    has_new_replicas: bool = False
 
 
 @dataclass(frozen=True, slots=True)

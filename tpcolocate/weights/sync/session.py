@@ -111,6 +111,8 @@ class EngineState:
         self.cached_sync: CachedSync | None = None
         self.dry_run_problem: str | None = None
         """Why the engine's loader cannot be traced without weights, if it cannot."""
+        self.compared_source: object | None = None
+        """What tells the source whose replicas were compared last from others; see `replicas`."""
         self.read_at_launch: frozenset[str] | None = None
         """On the owner: what of its checkpoint the engine's loader was seen to read before the first sync, if it was."""
         self.mapping_problem: str | None = None
