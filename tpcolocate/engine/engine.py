@@ -272,11 +272,10 @@ class Engine:
                     options=options,
                     timeout_s=timeout_s,
                     on_engine_modified=modified,
+                    on_sent=self._lifecycle.note_missing,
                 ),
                 timeout_s=timeout_s,
             )
-            if partial:
-                self._lifecycle.note_missing(report.missing)
         found = (self._lifecycle.state.warn_of_missing(), self._generation.warn_of_stale_cache())
         warnings = [warning for warning in found if warning is not None]
         return replace(report, warnings=(*report.warnings, *warnings)) if warnings else report

@@ -101,9 +101,9 @@ class UpdateGroups:
 
         with context.lifecycle.weight_update(version, partial=partial) as modified:
             modified()
-            context.on_owner("update weights from a group", act, timeout_s=timeout_s)
-            if partial and spec is not None:
+            if spec is not None:
                 context.lifecycle.note_missing(spec.missing(names, ignored=context.sync.ignored))
+            context.on_owner("update weights from a group", act, timeout_s=timeout_s)
 
     def _check_joined(self, group_name: str) -> None:
         if group_name not in self._names:

@@ -246,7 +246,7 @@ class Lifecycle:
         return str(self._num_syncs) if version is None else version
 
     def note_missing(self, missing: Iterable[str] | None) -> None:
-        """Within `weight_update`: note what a partial sync has left out; see `State.lacking`."""
+        """Within `weight_update`, before generation goes on: note what a partial sync has left out; see `State.lacking`."""
         self.state = self.state.lacking(missing)
 
     @contextmanager

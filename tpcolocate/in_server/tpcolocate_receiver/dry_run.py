@@ -72,14 +72,14 @@ def dry_run(
     names = [name for name, *_ in everything]
     return Handling(
         frozenset(names),
-        [names[i] for i in trace.untouched(len(names)) if 0 not in everything[i][2]],
+        [names[i] for i in trace.unused(len(names)) if 0 not in everything[i][2]],
         [[names[i] for i in sorted(group)] for group in _joined(trace)],
     )
 
 
 def _joined(trace: LoaderTrace) -> list[set[int]]:
-    held_back = [group for group in _merged(trace.held_back) if len(group) <= _MOST_HELD_BACK]
-    return _merged([*held_back, *trace.joined])
+    held_back = [group for group in _merged(trace.joins.held_back) if len(group) <= _MOST_HELD_BACK]
+    return _merged([*held_back, *trace.joins.computed])
 
 
 def _merged(sets: Iterable[set[int]]) -> list[set[int]]:

@@ -293,7 +293,7 @@ class Session:
     def _handling(
         self, entries: Sequence[Sequence[Any]], others: Sequence[Sequence[Any]], *, is_planned: bool
     ) -> Handling | None:
-        """Make a dry run; if the loader cannot be traced with the tensors that nobody sends, without them.
+        """Make a dry run; if the loader cannot be traced with the tensors that no trainer sends, without them.
 
         Args:
             entries, others: See `dry_run`.

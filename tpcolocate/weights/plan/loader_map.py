@@ -48,13 +48,15 @@ class LoaderMap:
     Attributes:
         reads: Tensor -> what each TP rank reads of it.
         ignored: Tensors of the checkpoint of which no TP rank reads anything; empty as long as that is not known.
-        is_surveyed: Whether the workers were asked how the loader handles the whole checkpoint.
+        read_at_launch: On the owner, what of the checkpoint was seen to be read before the first sync; None if it was not.
+        is_complete: Whether the workers were asked how the loader handles the whole checkpoint.
     """
 
     def __init__(self) -> None:
         self.reads: dict[str, ReadsOfRanks] = {}
         self.ignored: frozenset[str] = frozenset()
-        self.is_surveyed = False
+        self.is_complete = False
+        self.read_at_launch: frozenset[str] | None = None
         self._joined: dict[str, int] = {}
         self._types: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         self._kinds: dict[str, Kind] = {}
@@ -85,9 +87,9 @@ class LoaderMap:
         self._verified, self._traced = set(), set()
         self._plan_ids = ()
         self._digest = None
-        self.ignored, self.is_surveyed, self._joined = frozenset(), False, {}
+        self.ignored, self.is_complete, self._joined = frozenset(), False, {}
 
-    def survey(
+    def note_handling(
         self, ignored: Sequence[Iterable[str] | None], joined: Sequence[Iterable[Sequence[str]]], of: Iterable[str]
     ) -> None:
         """Enter how the loader handled the tensors of the whole checkpoint in a dry run.
@@ -97,10 +99,10 @@ class LoaderMap:
             joined: Of each TP rank, lists of tensors that its loader loads only together.
             of: All tensors of the checkpoint.
         """
-        self.is_surveyed = True
+        self.is_complete = True
         names = frozenset(of)
-        known = [frozenset(one) for one in ignored if one is not None]
-        self.ignored = names.intersection(*known) if known and len(known) == len(ignored) else frozenset()
+        traced = [frozenset(one) for one in ignored if one is not None]
+        self.ignored = names.intersection(*traced) if traced and len(traced) == len(ignored) else frozenset()
         self._joined = {}
         for number, group in enumerate(sorted(merged(group for of_rank in joined for group in of_rank), key=min)):
             self._joined |= dict.fromkeys(group & names, number)

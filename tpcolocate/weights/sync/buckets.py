@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,7 +27,13 @@ Description = tuple[str, tuple[int, ...], torch.dtype]
 
 
 def send_buckets(
-    session: SyncSession, sender: BucketSender, items: Items, bucket_bytes: int, *, are_samples: bool = False
+    session: SyncSession,
+    sender: BucketSender,
+    items: Items,
+    bucket_bytes: int,
+    *,
+    doubles: Collection[str] = (),
+    are_samples: bool = False,
 ) -> BucketsSent:
     """Send weights that the ranks have agreed on, one bucket after the other, gathered in lockstep.
 
@@ -36,13 +42,14 @@ def send_buckets(
     Args:
         items: The same names on every rank; their gathers are due in the schedule.
         bucket_bytes: Largest bucket.
+        doubles: See `NamedWeights`.
         are_samples: Have the engine's loader take them whatever is planned, to see whether it does what was traced; they
             do not count as sent.
     """
     sent = BucketsSent()
     error: BaseException | None = None
     for bucket in buckets(items, bucket_bytes, session.state.loader_map.group_of):
-        sent, error = _send(session, sender, bucket, error, sent, is_sample=are_samples)
+        sent, error = _send(session, sender, bucket, error, sent, doubles=doubles, is_sample=are_samples)
     if sent.num_buckets:
         session.agree(error, None, what="take the staging memory back")
     return sent
@@ -60,9 +67,8 @@ def send_stream(session: SyncSession, sender: BucketSender, weights: NamedWeight
     sizes = None if session.options.partial else loader_map.group_sizes()
     stream = buckets(weights, bucket_bytes, loader_map.group_of, sizes=sizes)
     while (bucket := _next_bucket(session, stream, error)) is not None:
-        session.stats.doubles |= weights.doubles
         session.schedule.enter(gathers(bucket))
-        sent, error = _send(session, sender, bucket, None, sent)
+        sent, error = _send(session, sender, bucket, None, sent, doubles=weights.doubles)
     return sent
 
 
@@ -94,6 +100,7 @@ def _send(
     error: BaseException | None,
     before: BucketsSent,
     *,
+    doubles: Collection[str] = (),
     is_sample: bool = False,
 ) -> tuple[BucketsSent, BaseException | None]:
     """Send one bucket.
@@ -102,6 +109,7 @@ def _send(
         bucket: The same on every rank.
         error: What went wrong on this rank with the last bucket's handles.
         before: What was sent before.
+        doubles: See `NamedWeights`.
 
     Returns:
         What was sent, and what went wrong on this rank with this bucket's handles, for the next agreement.
@@ -126,7 +134,7 @@ def _send(
     with stats.watch.phase("push"):
         per_tp_rank = dict(enumerate(command for of_rank in of_ranks for command in of_rank))
         what = f"load bucket {number}"
-        may_be_ignored = session.state.loader_map.ignored | stats.doubles
+        may_be_ignored = session.state.loader_map.ignored.union(doubles)
 
         def load() -> Verdict:
             try:

@@ -6,10 +6,10 @@ buffers.  Once the loader has been traced with the whole checkpoint they are kno
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from tpcolocate.errors import WeightsMismatchError, some
-from tpcolocate.weights.sources.lazy_tensor import have_same_values
+from tpcolocate.weights.sources.lazy_tensor import Item, have_same_memory, have_same_values
 from tpcolocate.weights.sources.named_weights import NamedWeights, may_equal, tie_hint
 from tpcolocate.weights.sync.session import SyncSession
 
@@ -29,12 +29,37 @@ def check_before_trace(session: SyncSession, weights: NamedWeights) -> None:
     names = _names(weights)
     if not session.options.partial:
         ignored = state.loader_map.ignored
-        if not state.loader_map.is_surveyed and state.dry_run_problem is None:
+        if not state.loader_map.is_complete and state.dry_run_problem is None:
             # What the owner saw at launch; without that everything, until the loader has been traced.
-            read = frozenset() if state.read_at_launch is None else state.read_at_launch
-            ignored = frozenset(spec.shapes) - read
+            ignored = frozenset(spec.shapes).difference(state.loader_map.read_at_launch or ())
         spec.check_complete(names, ignored=ignored)
     _check_ties(weights, state.loader_map.ignored)
+
+
+def check_again(session: SyncSession, weights: NamedWeights, ties: Collection[str]) -> None:
+    """Check in a repeated sync what may have changed since the last one.
+
+    Args:
+        ties: From `ties_to_check`.
+
+    Raises:
+        WeightsMismatchError: A weight that the engine ties differs.
+    """
+    if ties:
+        _check_ties(weights, session.state.loader_map.ignored)
+
+
+def ties_to_check(session: SyncSession, weights: NamedWeights) -> tuple[str, ...]:
+    """Return what the trainer holds apart from a tensor that may stand for it in the engine: their values may part."""
+    ignored = session.state.loader_map.ignored
+    if not ignored:
+        return ()
+    of_name = dict(weights.items or ())
+    return tuple(
+        name
+        for name, candidates in _ties(weights, ignored).items()
+        if not any(have_same_memory(of_name[name], other) for other in candidates.values())
+    )
 
 
 def check_after_trace(session: SyncSession, weights: NamedWeights) -> None:
@@ -58,7 +83,7 @@ def check_after_trace(session: SyncSession, weights: NamedWeights) -> None:
             f"the engine loads {some(group)} only together, and of these the trainer sends {some(sent)}",
             hint="send all of them",
         )
-    if any(_ties(weights, ignored)):
+    if _ties(weights, ignored):
         session.together("compare tied weights", lambda: _check_ties(weights, ignored))
 
 
@@ -83,6 +108,8 @@ def missing_names(session: SyncSession) -> list[str] | None:
     spec, stats = session.context.spec, session.stats
     if spec is None:
         return None
+    if not session.options.partial:
+        return []  # that has been checked
     return spec.missing(stats.names, ignored=session.state.loader_map.ignored | stats.ignored)
 
 
@@ -90,21 +117,22 @@ def _names(weights: NamedWeights) -> list[str]:
     return [*(name for name, _ in weights.items or ()), *weights.aliases]
 
 
-def _ties(weights: NamedWeights, ignored: Collection[str]) -> list[str]:
-    """Return what the trainer holds, the engine ignores, and another weight may stand for."""
-    items = weights.items or []
-    sent = [(name, item) for name, item in items if name not in ignored]
-    names = {name for name, _ in sent}
-    return [name for name, item in items if name in ignored and may_equal(name, item, sent, names)]
+def _ties(weights: NamedWeights, ignored: Collection[str]) -> dict[str, Mapping[str, Item]]:
+    """Return what the trainer holds and the engine ignores, and the weights that may stand for it."""
+    unread = [(name, item) for name, item in weights.items or () if name in ignored]
+    if not unread:
+        return {}
+    sent = dict((name, item) for name, item in weights.items or () if name not in ignored)
+    found = {name: may_equal(name, item, sent.items(), sent) for name, item in unread}
+    return {name: candidates for name, candidates in found.items() if candidates}
 
 
 def _check_ties(weights: NamedWeights, ignored: Collection[str]) -> None:
     """Check that the engine's tied weights are equal in the trainer; waits for the device."""
-    items = weights.items or []
-    of_name = dict(items)
-    names = {name for name, _ in items if name not in ignored}
-    for name in _ties(weights, ignored):
-        candidates = may_equal(name, of_name[name], items, names)
+    if not ignored:
+        return
+    of_name = dict(weights.items or ())
+    for name, candidates in _ties(weights, ignored).items():
         if not any(have_same_values(of_name[name], other) for other in candidates.values()):
             raise WeightsMismatchError(
                 f"the engine does not read {name}, and the trainer's differs from {some(sorted(candidates))}",
@@ -112,4 +140,12 @@ def _check_ties(weights: NamedWeights, ignored: Collection[str]) -> None:
             )
 
 
-__all__ = ["check_after_trace", "check_at_end", "check_before_trace", "ignored_names", "missing_names"]
+__all__ = [
+    "check_again",
+    "ties_to_check",
+    "check_after_trace",
+    "check_at_end",
+    "check_before_trace",
+    "ignored_names",
+    "missing_names",
+]

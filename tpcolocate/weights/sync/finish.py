@@ -49,6 +49,7 @@ def finish(
             session.transient.forget()
             session.wait_for_release()
         try:
+            session.on_sent(missing_names(session))
             session.connection.end(session.version, timeout_s=session.left("finish the weight sync"))
             if session.context.device.type == "cuda":
                 torch.cuda.ipc_collect()

@@ -10,7 +10,7 @@ from tpcolocate.weights.plan.sharding import layouts_of
 from tpcolocate.weights.sources.fingerprint import Fingerprint
 from tpcolocate.weights.sources.named_weights import Source
 from tpcolocate.weights.sync.buckets import send_buckets, send_stream
-from tpcolocate.weights.sync.completeness import check_after_trace
+from tpcolocate.weights.sync.completeness import check_after_trace, ties_to_check
 from tpcolocate.weights.sync.finish import finish
 from tpcolocate.weights.sync.opening import open_sync
 from tpcolocate.weights.sync.preflight import choose_sender
@@ -55,7 +55,7 @@ def run_sync(session: SyncSession, source: Source) -> SyncReport:
     elif left := left_of(session, items, route):
         if plan is not None:
             release_staging(session)
-        sent = send_buckets(session, sender, left, opened.bucket_bytes)
+        sent = send_buckets(session, sender, left, opened.bucket_bytes, doubles=weights.doubles)
 
     report = finish(
         session,
@@ -106,6 +106,7 @@ def _cache(
             bucket_bytes=opened.bucket_bytes,
             num_bytes=session.stats.num_bytes,
             plan=plan,
+            ties=ties_to_check(session, prepared.weights),
         )
 
 

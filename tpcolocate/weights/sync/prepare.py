@@ -12,9 +12,9 @@ from tpcolocate.errors import ConfigError, WeightsMismatchError
 from tpcolocate.weights.plan.sharding import CachedShards, Shards, mesh_groups
 from tpcolocate.weights.sources.named_weights import NamedWeights, Source
 from tpcolocate.weights.sync.buckets import summary
-from tpcolocate.weights.sync.completeness import check_before_trace
+from tpcolocate.weights.sync.completeness import check_again, check_before_trace
 from tpcolocate.weights.sync.records import CachedSync, Prepared, RankView
-from tpcolocate.weights.sync.replicas import has_new_replicas, piece_sum
+from tpcolocate.weights.sync.replicas import excerpt_sum, has_new_replicas
 from tpcolocate.weights.sync.route import route_call
 from tpcolocate.weights.sync.session import SyncSession
 from tpcolocate.weights.transport.mapped_memory import STAGED, STEADY
@@ -58,7 +58,7 @@ def prepare(session: SyncSession, source: Source) -> Prepared:
         free_bytes(session.context.device),
         "".join(uses),
         has_new_replicas=is_new,
-        piece=None if is_new else piece_sum(session, weights),
+        excerpt=None if is_new else excerpt_sum(session, weights),
     )
     return Prepared(weights, shards, groups, view)
 
@@ -74,7 +74,6 @@ def _check(session: SyncSession, weights: NamedWeights) -> None:
     if spec is not None:
         spec.check([(name, tensor.shape) for name, tensor in items])
     check_before_trace(session, weights)
-    session.stats.doubles |= weights.doubles
 
 
 def _memory_uses(session: SyncSession, shards: Shards) -> list[str]:
@@ -91,8 +90,9 @@ def prepare_again(session: SyncSession, source: Source, cached: CachedSync) -> P
     session.schedule.enter([route_call(session, weights.items, cached.groups)])
     shards = CachedShards({n: item for n, item in weights.items if isinstance(item, torch.Tensor)}, cached.layouts)
     _wait_for_trainer(session)
+    check_again(session, weights, cached.ties)
     view = replace(
-        cached.view, memory_uses=None, repeats=True, has_new_replicas=False, piece=piece_sum(session, weights)
+        cached.view, memory_uses=None, repeats=True, has_new_replicas=False, excerpt=excerpt_sum(session, weights)
     )
     return Prepared(weights, shards, cached.groups, view)
 

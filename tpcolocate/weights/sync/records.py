@@ -27,7 +27,7 @@ class RankView:
             last sync.
         repeats: Whether this rank would do exactly what it did in the last sync.
         has_new_replicas: Whether this rank holds what others hold as well, and it has not been compared yet.
-        piece: A replicated tensor, and the sum of a piece of it; the same on all ranks.
+        excerpt: A replicated tensor, and the sum of an excerpt of it; the same on all ranks.
     """
 
     digest: bytes
@@ -36,7 +36,7 @@ class RankView:
     memory_uses: str | None
     repeats: bool = False
     has_new_replicas: bool = False
-    piece: tuple[str, int] | None = None
+    excerpt: tuple[str, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +142,7 @@ class CachedSync:
         bucket_bytes: As planned.
         num_bytes: Of all weights.
         plan: Of the transfer.
+        ties: Weights that are compared with those that stand for them in the engine, as they lie elsewhere.
     """
 
     options: SyncOptions
@@ -153,6 +154,7 @@ class CachedSync:
     bucket_bytes: int
     num_bytes: int
     plan: CachedPlan
+    ties: tuple[str, ...]
 
 
 __all__ = ["BucketsSent", "CachedPlan", "CachedSync", "Opened", "Prepared", "RankView", "Route"]

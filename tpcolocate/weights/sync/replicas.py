@@ -1,8 +1,8 @@
 """Replicas: what several ranks of a slice hold alike must be alike, or the engine gets a part of each.
 
 TP rank k takes its part of a replicated tensor from training rank k.  If an adapter was initialised with another seed on
-each rank, or a broadcast was forgotten, every part arrives as it was sent and the whole is nobody's model.  So the ranks
-compare sums: all of a source that they have not seen, and at each later sync a piece of one tensor.
+each rank, or a broadcast was forgotten, every part arrives as it was sent and the whole is no model that was trained.  So the ranks
+compare sums: all of a source that they have not seen, and at each later sync an excerpt of one tensor.
 
 Slices are not compared with each other.
 """
@@ -24,7 +24,7 @@ from tpcolocate.weights.sources.named_weights import NamedWeights, Source
 from tpcolocate.weights.sources.wrapper_names import unwrapped, without_wrappers
 from tpcolocate.weights.sync.session import SyncSession
 
-_PIECE_BYTES = 32 * 2**20
+_EXCERPT_BYTES = 32 * 2**20
 """Most that a later sync sums up: some ten microseconds of a GPU."""
 _MOST_SKIPPED = 64
 """Sharded tensors that are passed over in search of a replicated one, at a later sync."""
@@ -33,7 +33,7 @@ _HINT = (
     'broadcast them (or initialise with one seed), or pass payloads="fan_out" to send the owner\'s alone'
 )
 
-Held = tuple[str, str]
+Key = tuple[str, str]
 """A tensor's name, and which part of it a rank holds; empty for all of it."""
 
 
@@ -46,7 +46,7 @@ def are_compared(session: SyncSession) -> bool:
 
 def has_new_replicas(session: SyncSession, source: Source, weights: NamedWeights) -> bool:
     """Return whether this rank holds replicas that have not been compared yet, as far as it knows."""
-    if not are_compared(session) or _is_compared(session.state.compared_source, source, weights):
+    if not are_compared(session) or _is_compared(session.state.history.compared, source, weights):
         return False
     return any(isinstance(item, LazyTensor) or _part(item) is not None for _, item in weights.items or ())
 
@@ -59,7 +59,7 @@ def compare_replicas(session: SyncSession, source: Source, weights: NamedWeights
     Raises:
         WeightsMismatchError: Ranks hold different values; on every rank.
     """
-    sums: dict[Held, int] = {}
+    sums: dict[Key, int] = {}
     error: BaseException | None = None
     with session.stats.watch.phase("compare"):
         try:
@@ -69,11 +69,11 @@ def compare_replicas(session: SyncSession, source: Source, weights: NamedWeights
         of_ranks = session.agree(error, _digests(sums), what="compare replicas")
         if _are_different(of_ranks):
             refuse(session, session.agree(None, sums, what="find what replicas differ in"))
-    session.state.compared_source = _identity(source, weights)
+    session.state.history.compared = _identity(source, weights)
 
 
-def piece_sum(session: SyncSession, weights: NamedWeights) -> tuple[str, int] | None:
-    """Return the sum of a piece of one replicated tensor, another one at every sync; the same one on every rank.
+def excerpt_sum(session: SyncSession, weights: NamedWeights) -> tuple[str, int] | None:
+    """Return the sum of an excerpt of one replicated tensor, another one at every sync; the same one on every rank.
 
     Waits for the device.
     """
@@ -84,35 +84,35 @@ def piece_sum(session: SyncSession, weights: NamedWeights) -> tuple[str, int] | 
     for i in range(min(len(items), _MOST_SKIPPED)):
         name, item = items[(start + i) % len(items)]
         if not isinstance(item, LazyTensor) and _part(item) == "" and item.numel():
-            return name, int(word_sum(_piece(local_of(item).detach(), turn)))
+            return name, int(word_sum(_excerpt(local_of(item).detach(), turn)))
     return None
 
 
-def check_pieces(session: SyncSession, of_ranks: Sequence[tuple[str, int] | None]) -> None:
-    """Refuse ranks whose pieces differ.  Every rank comes to the same error.
+def check_excerpts(session: SyncSession, of_ranks: Sequence[tuple[str, int] | None]) -> None:
+    """Refuse ranks whose excerpts differ.  Every rank comes to the same error.
 
     Raises:
         WeightsMismatchError: They do.
     """
     if len(set(of_ranks)) > 1 and len({one[0] for one in of_ranks if one is not None}) == 1:
-        session.state.compared_source = None  # everything is compared at the next sync
+        session.state.history.compared = None  # everything is compared at the next sync
         refuse(session, [{} if one is None else {(one[0], ""): one[1]} for one in of_ranks])
 
 
-def refuse(session: SyncSession, of_ranks: Sequence[Mapping[Held, int]]) -> None:
+def refuse(session: SyncSession, of_ranks: Sequence[Mapping[Key, int]]) -> None:
     """Raise an error that names ranks and tensors; return if there is nothing to name.
 
     Args:
         of_ranks: The sums of each rank.
     """
     ranks = session.context.group.ranks
-    first: dict[Held, tuple[int, int]] = {}
+    first: dict[Key, tuple[int, int]] = {}
     found: dict[tuple[int, int], list[str]] = {}
     for rank, sums in zip(ranks, of_ranks, strict=True):
-        for held, total in sums.items():
-            other, expected = first.setdefault(held, (rank, total))
+        for key, total in sums.items():
+            other, expected = first.setdefault(key, (rank, total))
             if total != expected:
-                found.setdefault((other, rank), []).append(held[0])
+                found.setdefault((other, rank), []).append(key[0])
     if found:
         num = len(first)
         pairs = "; ".join(
@@ -122,17 +122,17 @@ def refuse(session: SyncSession, of_ranks: Sequence[Mapping[Held, int]]) -> None
         raise WeightsMismatchError(f"replicas hold different values: {pairs}", hint=_HINT)
 
 
-def _replicated(source: Source, items: Items) -> list[tuple[Held, torch.Tensor]]:
+def _replicated(source: Source, items: Items) -> list[tuple[Key, torch.Tensor]]:
     """What this rank holds that others may hold as well, each tensor once, as local memory."""
     found = []
-    for name, tensor in _held(source, items):
+    for name, tensor in _named(source, items):
         part = _part(tensor)
         if part is not None:
             found.append(((name, part), local_of(tensor).detach()))
     return found
 
 
-def _held(source: Source, items: Items) -> Iterable[tuple[str, torch.Tensor]]:
+def _named(source: Source, items: Items) -> Iterable[tuple[str, torch.Tensor]]:
     """The tensors that weights lie in or are computed from; of a module its own, since one may hold many weights."""
     if not isinstance(source, nn.Module):
         return [(name, item) for name, item in items if not isinstance(item, LazyTensor)]
@@ -174,17 +174,17 @@ def _part(tensor: Item) -> str | None:
     return " ".join(f"{placements[axis]}@{coordinate[axis]}" for axis in cut)
 
 
-def _sums(tensors: Sequence[tuple[Held, torch.Tensor]]) -> dict[Held, int]:
-    of_device: dict[torch.device, list[tuple[Held, torch.Tensor]]] = {}
-    for held, local in tensors:
-        of_device.setdefault(local.device, []).append((held, word_sum(local)))
-    found: dict[Held, int] = {}
+def _sums(tensors: Sequence[tuple[Key, torch.Tensor]]) -> dict[Key, int]:
+    of_device: dict[torch.device, list[tuple[Key, torch.Tensor]]] = {}
+    for key, local in tensors:
+        of_device.setdefault(local.device, []).append((key, word_sum(local)))
+    found: dict[Key, int] = {}
     for pairs in of_device.values():
-        found |= zip((held for held, _ in pairs), torch.stack([total for _, total in pairs]).tolist())
+        found |= zip((key for key, _ in pairs), torch.stack([total for _, total in pairs]).tolist())
     return found
 
 
-def _digests(sums: Mapping[Held, int]) -> dict[str, str]:
+def _digests(sums: Mapping[Key, int]) -> dict[str, str]:
     """Return which tensors a rank holds, by part -> a digest of their sums."""
     groups: dict[str, list[tuple[str, int]]] = {}
     for (name, part), total in sums.items():
@@ -197,18 +197,18 @@ def _are_different(of_ranks: Sequence[Mapping[str, str]]) -> bool:
     return any(digests.setdefault(part, one) != one for of_rank in of_ranks for part, one in of_rank.items())
 
 
-def _piece(local: torch.Tensor, turn: int) -> torch.Tensor:
-    """A piece of a tensor, along its first dimension."""
+def _excerpt(local: torch.Tensor, turn: int) -> torch.Tensor:
+    """An excerpt of a tensor, along its first dimension."""
     num_bytes = local.numel() * local.element_size()
-    if local.dim() == 0 or num_bytes <= _PIECE_BYTES:
+    if local.dim() == 0 or num_bytes <= _EXCERPT_BYTES:
         return local
-    rows = max(1, len(local) * _PIECE_BYTES // num_bytes)
+    rows = max(1, len(local) * _EXCERPT_BYTES // num_bytes)
     start = turn % -(-len(local) // rows) * rows
     return local[start : start + rows]
 
 
 def _identity(source: Source, weights: NamedWeights) -> object:
-    """What tells a source from others: a module itself, of anything else where its tensors lie; keeps no memory."""
+    """What distinguishes a source from others: a module itself, of anything else where its tensors lie; keeps no memory."""
     if isinstance(source, nn.Module):
         return weakref.ref(source)
     return hash(
@@ -224,4 +224,4 @@ def _is_compared(compared: object, source: Source, weights: NamedWeights) -> boo
     return compared is not None and compared == _identity(source, weights)
 
 
-__all__ = ["are_compared", "check_pieces", "compare_replicas", "has_new_replicas", "piece_sum", "refuse"]
+__all__ = ["are_compared", "check_excerpts", "compare_replicas", "has_new_replicas", "excerpt_sum", "refuse"]

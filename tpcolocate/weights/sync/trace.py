@@ -29,7 +29,7 @@ def trace_loader(session: SyncSession, prepared: Prepared, opened: Opened, *, tr
     shards = prepared.shards if transport == "ipc" else {}
     entries = [TensorEntry(name, one.shape, one.local.dtype) for name, one in shards.items()]
     new = [entry for entry in entries if not state.loader_map.is_traced(entry)]
-    if not new and (spec is None or state.loader_map.is_surveyed):
+    if not new and (spec is None or state.loader_map.is_complete):
         return False
     # The loader sees its whole checkpoint, also what is not sent or cannot be planned: it may join tensors.
     shapes = {} if spec is None else spec.shapes
@@ -61,7 +61,7 @@ def trace_loader(session: SyncSession, prepared: Prepared, opened: Opened, *, tr
         traced = {tp_rank: reply.result.traced for tp_rank, reply in replies.items()}
         state.loader_map.update(traced, new, session.context.tp_size, loaded=False)
         results = [replies[k].result for k in range(session.context.tp_size)]
-        state.loader_map.survey([one.ignored for one in results], [one.joined for one in results], of=shapes)
+        state.loader_map.note_handling([one.ignored for one in results], [one.joined for one in results], of=shapes)
         return bool(new)
 
 
