@@ -15,7 +15,8 @@ class RankReport:
     Attributes:
         rank: Global rank.
         seconds: Seconds per phase, phases that did not run left out: ``prepare`` (arguments and agreement), ``open``
-            (connect to the TP workers), ``preflight``, ``trace`` (dry run of the engine's loader), ``map`` (map parameters
+            (connect to the TP workers), ``preflight``, ``trace`` (dry run of the engine's loader), ``compare``
+            (sums of replicas), ``map`` (map parameters
             into the workers), ``plan`` (transfer plan), ``gather`` (weights into staging memory), ``export`` (checksums and
             handles), ``push`` (copy in the workers), ``release`` (wait until handles are released), ``verify`` (compare
             the engine's parameters), ``finish`` (close the session, set the weight version).  A sync that repeats the
