@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 
 import torch
 from torch import nn
@@ -21,7 +22,7 @@ from tpcolocate.errors import WeightsMismatchError, some
 from tpcolocate.in_server.tpcolocate_receiver.checksums import word_sum
 from tpcolocate.weights.sources.lazy_tensor import Item, Items, LazyTensor, local_of, storage_id
 from tpcolocate.weights.sources.named_weights import NamedWeights, Source
-from tpcolocate.weights.sources.wrapper_names import unwrapped, without_wrappers
+from tpcolocate.weights.sources.wrapper_names import without_wrappers
 from tpcolocate.weights.sync.session import SyncSession
 
 _EXCERPT_BYTES = 32 * 2**20
@@ -137,11 +138,11 @@ def _named(source: Source, items: Items) -> Iterable[tuple[str, torch.Tensor]]:
     if not isinstance(source, nn.Module):
         return [(name, item) for name, item in items if not isinstance(item, LazyTensor)]
     used = {storage_id(tensor) for _, item in items for tensor in _bases(item)}
+    # Not its state dict, which some wrappers gather.
     return [
         (without_wrappers(name), tensor)
-        for name, tensor in unwrapped(source).state_dict(keep_vars=True).items()
-        if isinstance(tensor, torch.Tensor)
-        and (storage_id(tensor) in used or "lora_" in name or ".base_layer." in name)
+        for name, tensor in chain(source.named_parameters(), source.named_buffers())
+        if storage_id(tensor) in used or "lora_" in name or ".base_layer." in name
     ]
 
 
