@@ -1,6 +1,7 @@
 """Models whose loaders each do one thing that loaders of engines do, and what a trace of it contains."""
 
 import json
+import weakref
 
 import torch
 from torch import nn
@@ -21,6 +22,7 @@ class Model(nn.Module):
         self.load = load
 
     def load_weights(self, weights):
+        _WAITING.pop(self, None)
         for name, tensor in weights:
             self.load(self, name, tensor)
 
@@ -169,6 +171,37 @@ def skips(model, name, tensor):
         getattr(model, name).data.copy_(tensor)
 
 
+_WAITING = weakref.WeakKeyDictionary()
+"""Model -> what its loader has put aside in the load in progress."""
+
+
+def joins(model, name, tensor):
+    """Load two tensors as one, once both have come."""
+    waiting = _WAITING.setdefault(model, {})
+    waiting[name] = tensor
+    if {"a", "b"} <= set(waiting):
+        model.ab.data.copy_(torch.cat([waiting.pop("a"), waiting.pop("b")]))
+
+
+def joins_in_place(model, name, tensor):
+    waiting = _WAITING.setdefault(model, {})
+    waiting[name] = tensor
+    if {"a", "b"} <= set(waiting):
+        both = torch.empty_like(model.ab)
+        for part, which in zip(both.chunk(2), "ab"):
+            part.copy_(waiting.pop(which))
+        model.ab.data.copy_(both)
+
+
+def waits(model, name, tensor):
+    """Likewise, by a copy of each."""
+    waiting = _WAITING.setdefault(model, {})
+    waiting[name] = tensor
+    if {"a", "b"} <= set(waiting):
+        for part, which in zip(model.ab.data.chunk(2), "ab"):
+            part.copy_(waiting.pop(which))
+
+
 def halves(model, name, tensor):
     model.w.data[:2].copy_(tensor[:2])
 
@@ -189,6 +222,9 @@ LOADERS = [
     (padded_before, {"w": (6, 4)}, W, NOTHING, NOTHING, True, {"w": 16}),
     (setitem, {"w": (6, 4)}, W, NOTHING, NOTHING, True, {"w": 16}),
     (skips, {"a": (2,)}, {"a": (2,), "gone": (3,)}, NOTHING, NOTHING, True, {"a": 2}),
+    (joins, {"ab": (4, 3)}, {"a": (2, 3), "b": (2, 3)}, {"a", "b"}, NOTHING, False, {}),
+    (joins_in_place, {"ab": (4, 3)}, {"a": (2, 3), "b": (2, 3)}, {"a", "b"}, NOTHING, False, {}),
+    (waits, {"ab": (4, 3)}, {"a": (2, 3), "b": (2, 3)}, NOTHING, NOTHING, True, {"a": 6, "b": 6}),
     (halves, W, W, NOTHING, NOTHING, True, {"w": 8}),
     (materialised, {"w": (5, 3)}, {"w": (3, 5)}, {"w"}, NOTHING, False, {}),
     (cast_first, W, W, {"w"}, NOTHING, False, {}),

@@ -537,9 +537,9 @@ class Spec(ModelSpec):
         reach("check names")
         super().check(tensors)
 
-    def check_complete(self, names):
+    def check_complete(self, names, **kwargs):
         reach("check that all is sent")
-        super().check_complete(names)
+        super().check_complete(names, **kwargs)
 
 
 class Engine:
@@ -550,9 +550,10 @@ class Engine:
         moe: Whether it serves experts.
         habit: Of its loader; see `Served`.
         version: Of SGLang; releases from 0.5.21 on have a session for a weight update.
+        shapes: Of the checkpoint that it serves, if it is not that of `Policy`.
     """
 
-    def __init__(self, world, *, moe=False, habit=None, version=None):
+    def __init__(self, world, *, moe=False, habit=None, version=None, shapes=None):
         self.world = world
         self.is_running = True
         _ledgers.clear()  # those of other engines
@@ -565,7 +566,7 @@ class Engine:
             server = make_server(StandIn(version, world.workers))
         self.sync = make_syncer(
             world.group, owner_rank=world.owner_rank, tp_ranks={r: r % world.tp_size for r in range(world.size)},
-            server=server, spec=Spec(shapes_of(moe), "the test"), folder=world.folder,
+            server=server, spec=Spec(shapes_of(moe) if shapes is None else shapes, "the test"), folder=world.folder,
             reader_is_alive=lambda: self.is_running,
         )  # fmt: skip
         world.gather(None)  # faults are planted in new workers
@@ -591,10 +592,11 @@ class Engine:
         RECORD.take()
         FAULT[:] = [] if fault is None else [fault]
         error = report = wrong = None
+        modified = []
         try:
             report = self.sync.run(
                 source.given(), version=str(self.num_syncs), options=SyncOptions(**options), timeout_s=timeout_s,
-                on_engine_modified=lambda: None,
+                on_engine_modified=lambda: modified.append(True),
             )  # fmt: skip
         except Exception as caught:
             error = type(caught).__name__, caught.message if isinstance(caught, TpColocateError) else str(caught)
@@ -608,7 +610,7 @@ class Engine:
             buffer = io.BytesIO()
             torch.save(source.expected(), buffer)
             wrong = ask(self.world.worker, "differing", buffer.getvalue())
-        return Synced(record, error, wrong, None if report is None else _facts(report))
+        return Synced(record, error, wrong, None if report is None else _facts(report), bool(modified))
 
     def _new_workers(self, keywords):
         for k, worker in enumerate(self.world.workers):
@@ -636,12 +638,14 @@ class Synced:
         error: Class and message, or None.
         differing: Parameters of the rank's worker that are not what they should be; None after an error.
         facts: Of the report.
+        modified: Whether weights may have changed in the engine.
     """
 
     record: Record
     error: tuple[str, str] | None
     differing: list[str] | None
     facts: dict | None
+    modified: bool
 
 
 def _facts(report):
@@ -651,6 +655,9 @@ def _facts(report):
         "buckets": report.num_buckets,
         "direct": [rank.direct_bytes for rank in report.ranks],
         "warnings": list(report.warnings),
+        "tensors": report.num_tensors,
+        "ignored": report.ignored,
+        "missing": report.missing,
     }
 
 

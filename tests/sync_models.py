@@ -16,6 +16,8 @@ LAYERS, VOCAB, HIDDEN, INNER = 1, 10, 8, 12
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 4
 EXPERTS, EXPERT_INNER = 3, 8
 PADDED_VOCAB = 12  # a multiple of every tp_size
+UNREAD = ("mtp.", "rotary_emb.")
+"""How names begin that no loader reads."""
 MEMORIES = ("staged", "mapped once", "kept mapped", "mixed")
 
 
@@ -293,7 +295,9 @@ class Served(nn.Module):
         tp_rank: Which worker.
         tp_size: How many there are.
         moe: Whether layers have experts.
-        habit: What its loader does beside: None, or one of `HABITS`.
+        habit: What its loader does beside: None; "needs values"; "does otherwise" than in a dry run; "ties": it has one
+            parameter for the embedding and the output layer, and skips the latter's name; "joins": it loads keys and values
+            once both have come, put together; "waits": likewise, by a copy of each.  It skips the names in `UNREAD` always.
     """
 
     def __init__(self, tp_rank, tp_size, *, moe=False, habit=None):
@@ -318,13 +322,24 @@ class Served(nn.Module):
                 }
             else:
                 sizes |= {f"{i}_gate_up": (2 * INNER // tp_size, HIDDEN), f"{i}_down": (HIDDEN, INNER // tp_size)}
+        if habit == "ties":
+            del sizes["lm_head"]
         for name, size in sizes.items():
             blank = torch.full(size, -1.0, dtype=torch.bfloat16)
             self.register_parameter(name, nn.Parameter(blank, requires_grad=False))
         self.num_loads = 0
 
     def load_weights(self, weights):
+        held = {}
         for name, tensor in weights:
+            if name.startswith(UNREAD) or (self.habit == "ties" and name.startswith("lm_head")):
+                continue
+            if self.habit in ("joins", "waits") and name.endswith(("k_proj.weight", "v_proj.weight")):
+                held[name] = tensor
+                k, v = (name.replace(name[-13], which) for which in "kv")
+                if k in held and v in held:
+                    self._load_joined(k, held.pop(k), held.pop(v))
+                continue
             if self.habit == "needs values":
                 tensor.sum().item()
             self._load(name, tensor)
@@ -365,6 +380,16 @@ class Served(nn.Module):
         else:
             self._load_half(getattr(self, f"{layer}_gate_up").data, last, tensor)
 
+    def _load_joined(self, name, k, v):
+        if self.habit == "waits":
+            self._load(name, k)
+            self._load(name.replace("k_proj", "v_proj"), v)
+            return
+        rows = self.kv_heads * HEAD_DIM
+        start = self.k * KV_HEADS // self.n * HEAD_DIM
+        target = getattr(self, f"{name.split('.')[1]}_qkv").data[HEADS // self.n * HEAD_DIM :]
+        target.copy_(torch.cat([one.narrow(0, start, rows) for one in (k, v)]))
+
     def _by_columns(self, target, tensor):
         columns = target.shape[1]
         target.copy_(tensor.narrow(1, self.k * columns, columns))
@@ -387,7 +412,7 @@ class Served(nn.Module):
 def differing(model, weights):
     """Parameters that are not what the model's own loader makes of these full weights, bit for bit."""
     moe = any("experts" in name for name in weights)
-    reference = Served(model.k, model.n, moe=moe)
+    reference = Served(model.k, model.n, moe=moe, habit="ties" if model.habit == "ties" else None)
     if model.habit == "does otherwise":
         reference.habit, reference.num_loads = model.habit, 1
     reference.load_weights(weights.items())

@@ -87,6 +87,13 @@ def test_replies_are_judged(replies, entries, problem, unverified):
     assert verdict.opened == {rank: answer.opened for rank, answer in replies.items()}
 
 
+def test_what_the_engine_has_under_another_name_may_be_ignored_but_not_taken_in_part():
+    verdict = judge({0: reply({"b": 6}), 1: reply({"b": 6})}, A_AND_B, {"a", "c"})
+    assert (verdict.problem, verdict.ignored) == (None, ("a",))
+    assert judge({0: reply({"b": 6}), 1: reply({"a": 1, "b": 6})}, A_AND_B, {"a"}).problem == UNREAD + "a"
+    assert judge({0: reply(ALL)}, A_AND_B, {"a"}).ignored == ()
+
+
 @pytest.mark.parametrize(
     "replayed, expected", [([True], True), ([True, True], True), ([True, False], False), ([False, False], False)]
 )

@@ -14,13 +14,17 @@ from loaders import (
     bucket_of,
     counts,
     fused,
+    joins,
     many_at_once,
+    materialised,
     model_of,
     padded_before,
     plain,
     rescaled,
     sent,
+    skips,
     traced,
+    waits,
 )
 from torch import nn
 
@@ -248,3 +252,60 @@ def test_a_sample_whose_loader_computes_deviates():
     dry_run(model, plan, entries_of(W))
     flat, entries = bucket_of(sent(W))
     assert load_bucket(model, plan, flat, entries, watch=True).deviating == ["w"] and not plan.covers(entries)
+
+
+def handling_of(load, parameters, shapes, others=()):
+    plan = CopyPlan()
+    found = dry_run(model_of(load, parameters), plan, entries_of(shapes), others=entries_of(dict(others)))
+    return found, plan
+
+
+def test_what_the_loader_reads_nothing_of_is_ignored():
+    found, plan = handling_of(skips, {"a": (2,)}, {"a": (2,), "gone": (3,), "empty": (0, 2)}, {"also": (4,)})
+    assert found.ignored == ["gone", "also"] and found.joined == []
+    assert found.names == {"a", "gone", "empty", "also"}
+    assert plan.covers(entries_of({"gone": (3,)})) and not plan.covers(entries_of({"also": (4,)}))
+    found, _ = handling_of(materialised, {"w": (5, 3)}, {"w": (3, 5)})
+    assert found.ignored == [], "it is read, if not copied"
+
+
+@pytest.mark.parametrize("load", [joins, waits], ids=lambda load: load.__name__)
+def test_tensors_that_are_loaded_only_together_are_found_whatever_lies_between(load):
+    def either(model, name, tensor):
+        (load if name in "ab" else plain)(model, name, tensor)
+
+    parameters = {"ab": (4, 3), "c": (2,), "d": (2,)}
+    found, _ = handling_of(either, parameters, {"a": (2, 3), "c": (2,), "b": (2, 3), "d": (2,)})
+    assert found.joined == [["a", "b"]] and found.ignored == []
+    found, _ = handling_of(either, parameters, {"a": (2, 3), "c": (2,)}, {"b": (2, 3), "d": (2,)})
+    assert found.joined == [["a", "b"]], "also with one that is not planned"
+
+
+def test_temporary_tensors_at_one_address_join_nothing():
+    def each(model, name, tensor):
+        getattr(model, name).data.copy_((tensor * 2).contiguous())
+
+    shapes = {name: (4, 4) for name in "abcdef"}
+    found, _ = handling_of(each, shapes, shapes)
+    assert found.joined == []
+
+
+def test_a_loader_that_draws_ahead_or_draws_everything_first_joins_nothing():
+    class Ahead(Model):
+        def load_weights(self, weights):
+            last = None
+            for named in weights:
+                if last is not None:
+                    plain(self, *last)
+                last = named
+            plain(self, *last)
+
+    class First(Model):
+        def load_weights(self, weights):
+            for name, tensor in list(weights):
+                plain(self, name, tensor)
+
+    shapes = {f"w{i}": (2,) for i in range(12)}
+    for kind in (Ahead, First):
+        model = kind(plain, **{name: torch.zeros(shape) for name, shape in shapes.items()})
+        assert dry_run(model, CopyPlan(), entries_of(shapes)).joined == []

@@ -68,18 +68,18 @@ class Sync:
 
     def __init__(self, owned):
         self.owned = owned
-        self.error, self.modifies = None, True
+        self.error, self.modifies, self.missing = None, True, None
 
-    def run(self, source, *, version, timeout_s, **more):
-        [modified] = [value for value in more.values() if callable(value)]
+    def run(self, source, *, version, timeout_s, options, on_engine_modified, on_sent):
         self.owned.updates.begin_sync(timeout_s=timeout_s)
         if self.modifies:
-            modified()
+            on_engine_modified()
         if self.error is not None:
             if not self.modifies:
                 self.owned.updates.cancel_sync(timeout_s=timeout_s)
             raise self.error
         self.owned.api.client.answers["/model_info"] = {"weight_version": version}
+        on_sent(self.missing if options.partial else [])
         self.owned.updates.end_sync(version, timeout_s=timeout_s)
         return Report()
 
@@ -260,6 +260,23 @@ def test_a_sync_that_fails_leaves_the_weights_unknown_only_if_they_may_have_chan
     assert (GO_ON in asked(engine)) is not modifies, "a part of the weights repairs nothing"
     engine.sync_weights({}, weight_version="a")
     assert asked(engine)[-1] == GO_ON and engine.weight_version == "a" and engine.health() is Health.READY
+
+
+def test_after_a_sleep_two_partial_syncs_that_together_bring_everything_let_generation_go_on(launch):
+    """As with a tower that is never trained: without the second one it has to be said what is missing."""
+    engine = launch()
+    engine.sleep(["weights"])
+    engine.wake(["weights"])
+    asked(engine)
+    engine._sync.missing = ["tower.weight"]
+    report = engine.sync_weights({}, partial=True)
+    assert GO_ON not in asked(engine) and "tower.weight" in report.warnings[0]
+    assert "enable_weights_cpu_backup" in report.warnings[0]
+    with pytest.raises(EngineStateError, match="still missing are tower.weight"):
+        engine.generate([1])
+    engine._sync.missing = ["trained.weight"]
+    assert engine.sync_weights({}, partial=True).warnings == ()
+    assert asked(engine)[-1] == GO_ON and engine.health() is Health.READY
 
 
 def described(names=("a",)):

@@ -199,3 +199,42 @@ def test_a_shutdown_during_an_update_stays():
         modified()
         lifecycle.state = lifecycle.state.shut_down()  # by another thread
     assert lifecycle.state.closed
+
+
+def test_partial_syncs_that_together_bring_everything_repair_what_was_lost():
+    lost = State(asleep=frozenset({"weights"})).waking(None)[1]
+    first = lost.syncing(partial=True).lacking(["tower", "norm"]).synced()
+    assert first.weights is WeightsState.LOST and first.missing == {"tower", "norm"}
+    with pytest.raises(EngineStateError, match="garbage; still missing are norm; tower") as caught:
+        first.check_generate()
+    assert "enable_weights_cpu_backup" in caught.value.hint
+    assert "norm; tower; launch with enable_weights_cpu_backup=True" in first.warn_of_missing()
+    again = first.syncing(partial=True).lacking(["tower", "head"]).synced()
+    assert again.missing == {"tower"}, "what has come once need not come again"
+    assert again.syncing(partial=True).lacking(["norm", "head"]).synced() == AWAKE
+    assert AWAKE.warn_of_missing() is None
+
+
+def test_what_partial_syncs_have_brought_is_lost_with_the_next_sleep_or_failure():
+    part = State(weights=WeightsState.LOST).syncing(partial=True).lacking(["tower"]).synced()
+    slept = replace(part, asleep=frozenset({"weights"})).waking(None)[1]
+    failed = part.syncing(partial=True).lacking(["head"]).sync_over()
+    for state in (slept, failed):
+        assert state.missing is None
+        assert state.syncing(partial=True).lacking(["head"]).synced().missing == {"head"}
+
+
+def test_a_partial_sync_of_which_it_is_not_known_what_it_lacks_repairs_nothing():
+    lost = State(weights=WeightsState.LOST)
+    assert lost.syncing(partial=True).lacking(None).synced() == lost
+    assert AWAKE.syncing(partial=True).lacking(["tower"]).synced() == AWAKE
+    assert lost.syncing().lacking([]).synced() == AWAKE
+
+
+def test_generation_may_go_on_before_the_end_of_the_sync_that_brings_the_last_ones():
+    lifecycle = Lifecycle(State(weights=WeightsState.LOST, missing=frozenset({"tower"})))
+    with lifecycle.weight_update("1", partial=True) as modified:
+        modified()
+        lifecycle.note_missing(["head"])
+        assert lifecycle.state.weights_after_sync is WeightsState.CURRENT
+    assert lifecycle.state == AWAKE

@@ -115,3 +115,28 @@ def test_what_was_discarded_is_verified_again():
     assert not loader_map.is_current(("a", "b")), "there are no workers"
     loader_map.update(traced, [entry("w", (4, 3))], 2, loaded=False)
     assert not loader_map.is_verified(["w"])
+
+
+def test_ignored_is_what_no_tp_rank_reads():
+    loader_map = LoaderMap()
+    assert not loader_map.is_complete and loader_map.handling_digest() == 0
+    loader_map.note_handling(
+        [["head", "mtp", "other"], ["head", "mtp", "of one"]], [[], []], of=["w", "head", "mtp", "of one"]
+    )
+    assert loader_map.is_complete and loader_map.ignored == {"head", "mtp"}
+    assert loader_map.handling_digest() > 0
+    loader_map.note_handling([["head"], None], [[], []], of=["w", "head"])
+    assert loader_map.is_complete and loader_map.ignored == frozenset(), "one could not be traced"
+    loader_map.note_handling([["head"], ["head"]], [[], []], of=["w", "head"])
+    loader_map.clear()
+    assert not loader_map.is_complete and loader_map.ignored == frozenset()
+
+
+def test_joined_tensors_share_a_group_across_tp_ranks():
+    loader_map = LoaderMap()
+    loader_map.note_handling([[], []], [[["q", "kv"], ["a", "b"]], [["kv", "r"]]], of=["q", "kv", "r", "a", "b", "w"])
+    groups = {name: loader_map.group_of(name) for name in ("q", "kv", "r", "a", "b", "w")}
+    assert groups["q"] == groups["kv"] == groups["r"] != groups["a"] == groups["b"] and groups["w"] is None
+    assert sorted(loader_map.group_sizes().values()) == [2, 3]
+    assert loader_map.split_groups(["a", "b", "q", "w"]) == [["kv", "q", "r"]]
+    assert loader_map.split_groups(["w"]) == []

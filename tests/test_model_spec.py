@@ -90,6 +90,8 @@ def test_some_of_the_weights_pass_and_completeness_is_a_check_of_its_own():
     SPEC.check_complete(["c", "b", "a", "more"])
     with pytest.raises(WeightsMismatchError, match="not all weights were sent: a; c "):
         SPEC.check_complete(["b"])
+    assert SPEC.missing(["b"], ignored={"a", "x"}) == ["c"]
+    SPEC.check_complete(["b"], ignored={"a", "c"})
 
 
 @pytest.mark.parametrize("config, words", [

@@ -51,7 +51,8 @@ COMMANDS = [
     WarmUp([["w", [4, 4]]]),
     Probe(HANDLE, [1, -2]),
     ProbeRanks([[3, HANDLE, [1, -2]]]),
-    DryRun([["w", "float32", [4, 4]]]),
+    DryRun([["w", "float32", [4, 4]]], []),
+    DryRun([["w", "float32", [4, 4]]], [["v", [2]]]),
     LoadBucket(HANDLE, [1, -2], [["w", "float32", [4, 4], 0, 64]], watch=True, report_trace=True),
     RunProgram(
         ["a"], [["b", HANDLE]], [["p", 1, [["w", 0, None, None, "b", 0, "float32", [4, 1], 0, 1]]]], "p", False, True
@@ -65,7 +66,8 @@ RESULTS = [
     Greeting("GPU-1", "a1", "b2"),
     RanksInReach([0, 2], {"1": "RuntimeError: no"}),
     ProbeResult(None),
-    DryRunResult(COPIES),
+    DryRunResult(COPIES, None, []),
+    DryRunResult(COPIES, ["head"], [["q", "kv"]]),
     BucketResult(["a"], ["b"], {"c": 3}, True, COPIES, None, {"load": 0.5}),
     ProgramResult([1, -(2**63)], {"load": 0.5}),
     UnwrittenParameters(["w"]),

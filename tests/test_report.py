@@ -27,7 +27,7 @@ def test_phases_add_up_and_never_count_a_moment_twice():
 
 def test_former_names_are_read_only_aliases():
     part = RankReport(0, {}, 3, 3, 2, 0.0, 0, 0, 0, 0)
-    report = SyncReport(0, "1", 8, 2, 1, 0.1, "ipc", "config", 0, {}, 1, ("b",), 256, (), (part,))
+    report = SyncReport(0, "1", 8, 2, 1, 0.1, "ipc", "config", 0, {}, 1, ("b",), 256, (), (), (), (part,))
     assert (
         (part.num_lent, report.num_proven, report.unproven)
         == (part.num_mapped, report.num_verified, ("b",))

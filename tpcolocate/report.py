@@ -15,7 +15,8 @@ class RankReport:
     Attributes:
         rank: Global rank.
         seconds: Seconds per phase, phases that did not run left out: ``prepare`` (arguments and agreement), ``open``
-            (connect to the TP workers), ``preflight``, ``trace`` (dry run of the engine's loader), ``map`` (map parameters
+            (connect to the TP workers), ``preflight``, ``trace`` (dry run of the engine's loader), ``compare``
+            (sums of replicas), ``map`` (map parameters
             into the workers), ``plan`` (transfer plan), ``gather`` (weights into staging memory), ``export`` (checksums and
             handles), ``push`` (copy in the workers), ``release`` (wait until handles are released), ``verify`` (compare
             the engine's parameters), ``finish`` (close the session, set the weight version).  A sync that repeats the
@@ -77,6 +78,10 @@ class SyncReport:
         unverified: Names for which that cannot be checked (the engine transforms them while loading).
         bucket_bytes: Size of the buckets, planned from the least free memory of the slice.
         warnings: What the user should look at, such as memory that rises from sync to sync.
+        ignored: Names in the checkpoint or the source that no TP rank's loader reads anything of: the second name of a tied
+            weight, heads for other purposes, old buffers.  They need not be sent, and are not.
+        missing: Names that the loader reads and that were not sent, which only `partial` permits; None if it is not known
+            what the served model has.
         ranks: Every rank's part, in tp order.
     """
 
@@ -94,6 +99,8 @@ class SyncReport:
     unverified: tuple[str, ...]
     bucket_bytes: int
     warnings: tuple[str, ...]
+    ignored: tuple[str, ...]
+    missing: tuple[str, ...] | None
     ranks: tuple[RankReport, ...]
 
     @property

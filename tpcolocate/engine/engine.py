@@ -224,7 +224,8 @@ class Engine:
             folder: Where files go; default: /dev/shm.
             rename: A function or a mapping from the source's names to those of the served checkpoint; None for a
                 weight that is not to be sent, such as a value head's.  The same on every rank.
-            partial: Permit that weights are missing; they stay as they are.
+            partial: Permit that weights are missing; they stay as they are.  Once the engine has lost its weights (asleep, or
+                a sync that failed), partial syncs that together bring all of them count as a full one.
             parts: Send only the parts of tensors that each TP worker reads, once the first sync has shown which, instead
                 of full tensors.
             timeout_s: For the whole sync, in seconds, from when all ranks have come.  How long one waits for the others, which
@@ -271,11 +272,13 @@ class Engine:
                     options=options,
                     timeout_s=timeout_s,
                     on_engine_modified=modified,
+                    on_sent=self._lifecycle.note_missing,
                 ),
                 timeout_s=timeout_s,
             )
-        warning = self._generation.warn_of_stale_cache()
-        return report if warning is None else replace(report, warnings=(*report.warnings, warning))
+        found = (self._lifecycle.state.warn_of_missing(), self._generation.warn_of_stale_cache())
+        warnings = [warning for warning in found if warning is not None]
+        return replace(report, warnings=(*report.warnings, *warnings)) if warnings else report
 
     def save_weights(
         self,
@@ -313,11 +316,13 @@ class Engine:
                 spec = self._sync.spec
                 expected = None if spec is None else spec.shapes
                 weights = NamedWeights.of(model_or_named_tensors, expected=expected, rename=rename)
+                weights.check_extra()
                 if weights.items is None:
                     raise ConfigError("cannot save a generator", hint="pass the module, a mapping or a list")
                 if spec is not None:
                     spec.check([(name, tensor.shape) for name, tensor in weights.items])
-                    spec.check_complete([*(name for name, _ in weights.items), *weights.aliases])
+                    names = [*(name for name, _ in weights.items), *weights.aliases]
+                    spec.check_complete(names, ignored=self._sync.ignored)
                 if ranks.rank == 0:
                     writer = CheckpointWriter(
                         folder,

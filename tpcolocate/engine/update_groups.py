@@ -76,7 +76,7 @@ class UpdateGroups:
             if spec is not None:
                 spec.check([(name, shape) for name, shape, _ in weights])
                 if not partial:
-                    spec.check_complete(names)
+                    spec.check_complete(names, ignored=context.sync.ignored)
             must_match |= {
                 "names": names,
                 "dtypes": [dtype for _, _, dtype in weights],
@@ -101,6 +101,8 @@ class UpdateGroups:
 
         with context.lifecycle.weight_update(version, partial=partial) as modified:
             modified()
+            if spec is not None:
+                context.lifecycle.note_missing(spec.missing(names, ignored=context.sync.ignored))
             context.on_owner("update weights from a group", act, timeout_s=timeout_s)
 
     def _check_joined(self, group_name: str) -> None:

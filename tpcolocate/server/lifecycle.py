@@ -7,12 +7,12 @@ slice keeps this state, and sends nothing that it forbids.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from tpcolocate.errors import ConfigError, EngineStateError
+from tpcolocate.errors import ConfigError, EngineStateError, some
 
 TAGS = ("kv_cache", "weights", "cuda_graph")
 """What can be released, as SGLang names it."""
@@ -39,6 +39,7 @@ class State:
             still finishes those of other processes.
         weights: See `WeightsState`.
         weights_after_sync: What `weights` will be once the sync in progress succeeds.
+        missing: Of weights that are lost or unknown, the names that no sync has brought since; None: all of them.
         closed: After `shutdown`.
         frees_memory: Whether the server was started with a memory saver; without one, sleeping changes nothing in it.
         keeps_weights: Whether released weights come back as they were (CPU backup, or nothing is really released).
@@ -49,6 +50,7 @@ class State:
     falling_asleep: frozenset[str] = frozenset()
     weights: WeightsState = WeightsState.CURRENT
     weights_after_sync: WeightsState = WeightsState.CURRENT
+    missing: frozenset[str] | None = None
     closed: bool = False
     frees_memory: bool = True
     keeps_weights: bool = False
@@ -80,14 +82,26 @@ class State:
             )
         if self.weights is WeightsState.LOST:
             raise EngineStateError(
-                f"cannot {what}: the weights were released and hold garbage",
+                f"cannot {what}: the weights were released and hold garbage{self._still_missing()}",
                 hint="call sync_weights() after wake(), or launch with enable_weights_cpu_backup=True",
             )
         if self.weights is WeightsState.UNKNOWN:
             raise EngineStateError(
-                f"cannot {what}: an earlier sync failed half-way and the weights are unknown",
+                f"cannot {what}: an earlier sync failed half-way and the weights are unknown{self._still_missing()}",
                 hint="call sync_weights() with the full model, or launch again",
             )
+
+    def _still_missing(self) -> str:
+        return "" if self.missing is None else f"; still missing are {some(sorted(self.missing))}"
+
+    def warn_of_missing(self) -> str | None:
+        """Return what is still missing after partial syncs of weights that were lost or unknown; None if nothing is."""
+        if self.weights not in (WeightsState.LOST, WeightsState.UNKNOWN) or not self.missing:
+            return None
+        return (
+            f"generate is refused until these weights are synced as well: {some(sorted(self.missing))}; launch with "
+            "enable_weights_cpu_backup=True if they are never trained and the engine sleeps"
+        )
 
     def check_sync(self) -> None:
         """Raise EngineStateError unless weights can be written."""
@@ -126,8 +140,10 @@ class State:
         self.check_open("wake")
         chosen = tuple(tag for tag in self._checked(tags) if tag in self.asleep)
         lost = "weights" in chosen and not self.keeps_weights
-        weights = WeightsState.LOST if lost else self.weights
-        return chosen, replace(self, asleep=self.asleep - set(chosen), weights=weights)
+        asleep = self.asleep - set(chosen)
+        if lost:
+            return chosen, replace(self, asleep=asleep, weights=WeightsState.LOST, missing=None)
+        return chosen, replace(self, asleep=asleep)
 
     def pausing(self, mode: str) -> State:
         """Return the state once generation is paused; `self` if it already is.
@@ -167,15 +183,32 @@ class State:
         after = self.weights if partial else WeightsState.CURRENT
         return replace(self, weights=WeightsState.CHANGING, weights_after_sync=after)
 
+    def lacking(self, missing: Iterable[str] | None) -> State:
+        """Return the state of a partial sync in progress once it is known what it has left out.
+
+        Partial syncs that together bring everything repair weights that were lost or unknown.
+
+        Args:
+            missing: Names that the engine's loader reads and that were not sent; None if that is not known.
+        """
+        if missing is None or self.weights_after_sync is WeightsState.CURRENT:
+            return self
+        left = frozenset(missing) if self.missing is None else self.missing.intersection(missing)
+        return replace(self, missing=left, weights_after_sync=self.weights_after_sync if left else WeightsState.CURRENT)
+
     def synced(self) -> State:
         """Return the state once the sync in progress has succeeded; `self` if it has changed nothing."""
         if self.weights is not WeightsState.CHANGING:
             return self
-        return replace(self, weights=self.weights_after_sync, weights_after_sync=WeightsState.CURRENT)
+        weights = self.weights_after_sync
+        missing = None if weights is WeightsState.CURRENT else self.missing
+        return replace(self, weights=weights, weights_after_sync=WeightsState.CURRENT, missing=missing)
 
     def sync_over(self) -> State:
         """Return the state after a sync, however it ended: weights that were still changing are unknown."""
-        return replace(self, weights=WeightsState.UNKNOWN) if self.weights is WeightsState.CHANGING else self
+        if self.weights is not WeightsState.CHANGING:
+            return self
+        return replace(self, weights=WeightsState.UNKNOWN, missing=None)
 
     def shut_down(self) -> State:
         return replace(self, closed=True)
@@ -211,6 +244,10 @@ class Lifecycle:
         """Return the version of the next weights: the given one, or the next number."""
         self._num_syncs = self._num_syncs + 1 if version is None else _number(version, self._num_syncs + 1)
         return str(self._num_syncs) if version is None else version
+
+    def note_missing(self, missing: Iterable[str] | None) -> None:
+        """Within `weight_update`, before generation goes on: note what a partial sync has left out; see `State.lacking`."""
+        self.state = self.state.lacking(missing)
 
     @contextmanager
     def weight_update(self, version: str, *, partial: bool) -> Iterator[Callable[[], None]]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import bisect
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -89,6 +89,21 @@ class DryRunError(RuntimeError):
     """A loader does something that cannot be traced without weights."""
 
 
+@dataclass
+class Joins:
+    """What shows that a loader loads entries only together.
+
+    Attributes:
+        computed: Sets of entries that one part of the model was computed from.
+        held_back: Pairs of entries: one that was only copied when the other was drawn, and the other.
+        drawn: The entry that the loader has drawn last; None if that shows nothing.
+    """
+
+    computed: list[set[int]] = field(default_factory=list)
+    held_back: list[set[int]] = field(default_factory=list)
+    drawn: int | None = None
+
+
 class LoaderTrace(TorchDispatchMode):
     """Traces a loader while it runs.
 
@@ -107,6 +122,7 @@ class LoaderTrace(TorchDispatchMode):
         overwritten: Entries whose destination was changed again after the copy.
         has_other_writes: Whether something changed the model that belongs to no entry: a parameter was computed from
             others, or counted up.
+        joins: Which entries it loads only together.
     """
 
     def __init__(self, inputs: Inputs, owned: set[int], *, is_dry_run: bool = False) -> None:
@@ -117,12 +133,24 @@ class LoaderTrace(TorchDispatchMode):
         self.transformed: set[int] = set()
         self.overwritten: set[int] = set()
         self.has_other_writes = False
+        self.joins = Joins()
         self._is_dry_run = is_dry_run
         self._owned = owned
         self._written: dict[int, _Spans] = {}
-        # Storage -> entries that its contents were computed from.  An address that is used again keeps its entries: one
-        # too many is loaded by the engine's loader, which is slower and never wrong.
+        # Storage -> entries that its contents were computed from.
         self._made_of: dict[int, set[int]] = {}
+
+    def draw(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the loader's inputs, and note which one it has drawn last."""
+        for i, named in enumerate(tensors):
+            self.joins.drawn = i
+            yield named
+        self.joins.drawn = None  # a loader that draws them all first, and copies then, shows nothing by that
+
+    def unused(self, num_entries: int) -> list[int]:
+        """Return the entries that were neither read nor copied."""
+        used = {copy.entry for copy in self.copies} | self.transformed
+        return [i for i in range(num_entries) if i not in used]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = {} if kwargs is None else kwargs
@@ -130,6 +158,8 @@ class LoaderTrace(TorchDispatchMode):
             copy = Copy(args[0].detach(), args[1].detach(), self.inputs.entry(args[1]))
             self._note_overwrite(args[0])
             self.copies.append(copy)
+            if self.joins.drawn is not None and copy.entry != self.joins.drawn:
+                self.joins.held_back.append({copy.entry, self.joins.drawn})
             self._written.setdefault(storage_of(args[0]), _Spans()).add(copy)
             return args[0] if self._is_dry_run else func(*args, **kwargs)
         if self._is_dry_run:
@@ -163,6 +193,8 @@ class LoaderTrace(TorchDispatchMode):
                     self.fills.append((tensor.detach(), args[1] if len(args) > 1 else 0))
                 elif sources and not reads_model:
                     self.transformed |= sources
+                    if len(sources) > 1:
+                        self.joins.computed.append(set(sources))
                 else:
                     self.has_other_writes = True
             elif self.inputs.contains(tensor):
@@ -190,6 +222,7 @@ class LoaderTrace(TorchDispatchMode):
             out: Its result; None if it wrote to its arguments.
         """
         outputs = {storage_of(tensor) for tensor in _tensors([out])}
+        aliased = {storage_of(tensor) for tensor in read}
         computed = False
         for tensor in read:
             if storage_of(tensor) in outputs:
@@ -199,9 +232,14 @@ class LoaderTrace(TorchDispatchMode):
                 self._note_transformed(tensor)
             elif self._owns(tensor):
                 self.has_other_writes = True  # something is computed from old weights
-        if computed and (sources := self._sources(read)):
-            for output in outputs:
+        sources = self._sources(read) if computed else set()
+        for output in outputs:
+            if output in aliased:
                 self._made_of.setdefault(output, set()).update(sources)
+            elif sources:
+                self._made_of[output] = sources
+            else:  # just allocated: what was at this address before is gone
+                self._made_of.pop(output, None)
 
     def _note_transformed(self, tensor: torch.Tensor) -> None:
         self.transformed.add(self.inputs.entry(tensor))

@@ -82,9 +82,12 @@ class DryRun:
 
     Attributes:
         entries: Tensors, each [name, dtype, shape].
+        others: More tensors, each [name, shape], that the loader is to see as well but that are not planned: it may join
+            tensors, and what it ignores is to be known of its whole checkpoint.
     """
 
     entries: Sequence[Sequence[Any]]
+    others: Sequence[Sequence[Any]] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,9 +239,17 @@ class RanksInReach:
 
 @dataclass(frozen=True, slots=True)
 class DryRunResult:
-    """Copies of the tensors that can be planned; the others are missing."""
+    """What a dry run has shown.
+
+    Attributes:
+        traced: Copies of the tensors that can be planned; the others are missing.
+        ignored: Tensors of which the loader reads nothing; None if it cannot be traced with all of them.
+        joined: Lists of tensors that the loader loads only together.
+    """
 
     traced: TracedCopies
+    ignored: Sequence[str] | None = None
+    joined: Sequence[Sequence[str]] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from . import kernels, protocol
 from .checksums import checksum, load_kernels
 from .copy_plan import CopyPlan
 from .copy_program import CopyProgram
-from .dry_run import dry_run
+from .dry_run import Handling, dry_run
 from .handles import device_uuid, is_elsewhere, open_handle
 from .load_bucket import load_bucket
 from .loader_trace import differing
@@ -43,6 +43,7 @@ class WorkerState:
 
     Attributes:
         plan: Traced from the model's loader.
+        handling: How the loader handles all tensors of its checkpoint, once that was traced.
         programs: Defined by the trainer; they copy as the plan does.
         regions: The trainer's memory that is mapped here, by the name that the trainer gave it.
         identity: Of this object: of what is mapped.
@@ -51,13 +52,14 @@ class WorkerState:
     def __init__(self) -> None:
         self.identity = secrets.token_hex(8)
         self.plan = CopyPlan()
+        self.handling: Handling | None = None
         self.programs: dict[str, CopyProgram] = {}
         self.regions: dict[str, torch.Tensor] = {}
 
     def refresh(self) -> None:
         """Discard what was traced, if the parameters have moved since."""
         if not self.plan.is_current():
-            self.plan, self.programs = CopyPlan(), {}
+            self.plan, self.handling, self.programs = CopyPlan(), None, {}
 
     def release(self, names: Iterable[str]) -> None:
         """Unmap regions, once nothing reads them any more."""
@@ -300,11 +302,37 @@ class Session:
             loading.join()
 
     def _dry_run(self, command: protocol.DryRun) -> protocol.DryRunResult:
+        """Trace what is not traced yet, and how the loader handles all tensors together, in one dry run."""
+        state, entries = self._state, command.entries
+        is_planned = state.plan.covers(entries)
+        names = {name for name, *_ in (*entries, *command.others)}
+        if not is_planned or state.handling is None or not state.handling.names >= names:
+            state.handling = self._handling(entries, command.others, is_planned=is_planned)
+        found = self._traced(entries)
+        if state.handling is None:
+            return protocol.DryRunResult(found)
+        return protocol.DryRunResult(found, state.handling.ignored, state.handling.joined)
+
+    def _handling(
+        self, entries: Sequence[Sequence[Any]], others: Sequence[Sequence[Any]], *, is_planned: bool
+    ) -> Handling | None:
+        """Make a dry run; if the loader cannot be traced with the tensors that no trainer sends, without them.
+
+        Args:
+            entries, others: See `dry_run`.
+            is_planned: Whether the entries are planned already.
+        """
         plan = self._state.plan
-        entries = [entry for entry in command.entries if not plan.covers([entry])]
-        if entries:
+        dtype = str(next(self._model.parameters()).dtype).removeprefix("torch.")
+        try:
+            return dry_run(self._model, plan, entries, others=[[name, dtype, shape] for name, shape in others])
+        except Exception:
+            if not others:
+                raise
+            logger.warning("tpcolocate: the loader was not traced with its whole checkpoint", exc_info=True)
+        if entries and not is_planned:
             dry_run(self._model, plan, entries)
-        return protocol.DryRunResult(self._traced(command.entries))
+        return None
 
     def _run_program(self, command: protocol.RunProgram) -> protocol.ProgramResult:
         clock = _Clock()

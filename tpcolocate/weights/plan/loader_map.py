@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -46,10 +47,17 @@ class LoaderMap:
 
     Attributes:
         reads: Tensor -> what each TP rank reads of it.
+        ignored: Tensors of the checkpoint of which no TP rank reads anything; empty as long as that is not known.
+        read_at_launch: On the owner, what of the checkpoint was seen to be read before the first sync; None if it was not.
+        is_complete: Whether the workers were asked how the loader handles the whole checkpoint.
     """
 
     def __init__(self) -> None:
         self.reads: dict[str, ReadsOfRanks] = {}
+        self.ignored: frozenset[str] = frozenset()
+        self.is_complete = False
+        self.read_at_launch: frozenset[str] | None = None
+        self._joined: dict[str, int] = {}
         self._types: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         self._kinds: dict[str, Kind] = {}
         self._verified: set[Kind] = set()
@@ -79,6 +87,50 @@ class LoaderMap:
         self._verified, self._traced = set(), set()
         self._plan_ids = ()
         self._digest = None
+        self.ignored, self.is_complete, self._joined = frozenset(), False, {}
+
+    def note_handling(
+        self, ignored: Sequence[Iterable[str] | None], joined: Sequence[Iterable[Sequence[str]]], of: Iterable[str]
+    ) -> None:
+        """Enter how the loader handled the tensors of the whole checkpoint in a dry run.
+
+        Args:
+            ignored: Of each TP rank, what its loader reads nothing of; None if it could not be traced.
+            joined: Of each TP rank, lists of tensors that its loader loads only together.
+            of: All tensors of the checkpoint.
+        """
+        self.is_complete = True
+        names = frozenset(of)
+        traced = [frozenset(one) for one in ignored if one is not None]
+        self.ignored = names.intersection(*traced) if traced and len(traced) == len(ignored) else frozenset()
+        self._joined = {}
+        for number, group in enumerate(sorted(merged(group for of_rank in joined for group in of_rank), key=min)):
+            self._joined |= dict.fromkeys(group & names, number)
+
+    def group_of(self, name: str) -> int | None:
+        """Return a number that tensors share which the loader loads only together; None for all others."""
+        return self._joined.get(name)
+
+    def split_groups(self, names: Iterable[str]) -> list[list[str]]:
+        """Return the groups, sorted, of which some tensors are among these names and some are not."""
+        if not self._joined:
+            return []
+        given = frozenset(names)
+        groups: dict[int, list[str]] = {}
+        for name, number in sorted(self._joined.items()):
+            groups.setdefault(number, []).append(name)
+        return [group for group in groups.values() if 0 < len(given.intersection(group)) < len(group)]
+
+    def group_sizes(self) -> dict[int, int]:
+        """Return how many tensors each of the groups has."""
+        return dict(Counter(self._joined.values()))
+
+    def handling_digest(self) -> int:
+        """Return a number that is the same where the same tensors are ignored and joined; 0 if none are."""
+        if not self.ignored and not self._joined:
+            return 0
+        content = repr((sorted(self.ignored), sorted(self._joined.items()))).encode()
+        return int.from_bytes(hashlib.sha256(content).digest()[:7], "big") or 1
 
     def update(self, traced: TracedOfRanks, entries: Sequence[Entry], tp_size: int, *, loaded: bool) -> None:
         """Enter what the workers traced.
@@ -138,6 +190,17 @@ class LoaderMap:
         content = repr([(name, self.reads[name]) for name in names]).encode()
         self._digest = tuple(names), int.from_bytes(hashlib.sha256(content).digest()[:7], "big")
         return self._digest[1]
+
+
+def merged(groups: Iterable[Iterable[str]]) -> list[set[str]]:
+    """Merge groups of names that have some in common."""
+    group_of: dict[str, set[str]] = {}
+    for group in groups:
+        one = set(group)
+        for other in {id(found): found for name in group if (found := group_of.get(name)) is not None}.values():
+            one |= other
+        group_of |= dict.fromkeys(one, one)
+    return list({id(one): one for one in group_of.values()}.values())
 
 
 _NUMBER = re.compile(r"\d+")

@@ -63,14 +63,20 @@ class LaterItems(Sequence[tuple[str, Item]]):
         origins: Name -> what it is, in the order of the sync.
         tensors: The module's.
         formulas: Of what is computed from them.
+        names: The same as in `origins`.
     """
 
     def __init__(
-        self, origins: Mapping[str, Origin], tensors: Sequence[torch.Tensor], formulas: Sequence[Formula] = ()
+        self,
+        origins: Mapping[str, Origin],
+        tensors: Sequence[torch.Tensor],
+        formulas: Sequence[Formula],
+        names: Sequence[str],
     ) -> None:
         self._origins = origins
         self._tensors = tensors
         self._formulas = formulas
+        self._names = names
         self._made: list[tuple[str, Item]] | None = None
 
     @property
@@ -86,6 +92,9 @@ class LaterItems(Sequence[tuple[str, Item]]):
     @overload
     def __getitem__(self, index: slice) -> Sequence[tuple[str, Item]]: ...
     def __getitem__(self, index: int | slice) -> tuple[str, Item] | Sequence[tuple[str, Item]]:
+        if self._made is None and isinstance(index, int):
+            name = self._names[index]
+            return name, self._item(name)
         return self._items()[index]
 
     def __iter__(self) -> Iterator[tuple[str, Item]]:
@@ -97,8 +106,11 @@ class LaterItems(Sequence[tuple[str, Item]]):
 
     def computed(self, name: str) -> Item:
         """Return a computed weight, made anew."""
+        return self._item(name)
+
+    def _item(self, name: str) -> Item:
         origin = self._origins[name]
-        whole = self._computed(origin.number)
+        whole = self._computed(origin.number) if origin.is_computed else self._tensors[origin.number]
         return whole if origin.view is None else SharedGather(whole).part(*origin.view)
 
     def _computed(self, number: int) -> LazyTensor:
@@ -147,6 +159,7 @@ class Fingerprint:
         memory: Where the local data of each tensor is, and in which layout.
         origins: Name of each weight -> what it is.
         aliases: As `NamedWeights.aliases`.
+        names: Of the weights.
         formulas: Of computed weights.
         settings: What decides on computed weights: what to ask, and what the answer was; see `Recipe.settings`.
     """
@@ -157,6 +170,7 @@ class Fingerprint:
     memory: list[tuple[object, ...]]
     origins: Mapping[str, Origin]
     aliases: Mapping[str, str]
+    names: Sequence[str]
     formulas: Sequence[Formula]
     settings: Sequence[tuple[Callable[[], object], object]]
 
@@ -187,6 +201,7 @@ class Fingerprint:
             [_memory(tensor) for tensor in tensors],
             origins,
             weights.aliases,
+            list(origins),
             find.formulas,
             [(ask, ask()) for ask in find.settings],
         )
@@ -203,7 +218,7 @@ class Fingerprint:
                 return None
         if any(ask() != before for ask, before in self.settings):
             return None
-        items = LaterItems(self.origins, tensors, self.formulas)
+        items = LaterItems(self.origins, tensors, self.formulas, self.names)
         return Match(NamedWeights(items, self.aliases), items)
 
 

@@ -191,6 +191,36 @@ def storage_id(item: torch.Tensor) -> int:
     return local_of(item).untyped_storage()._cdata
 
 
+def have_same_memory(a: Item, b: Item) -> bool:
+    """Return whether two items are views of the same elements of one memory."""
+    if isinstance(a, LazyTensor) or isinstance(b, LazyTensor):
+        return a is b
+    one, other = local_of(a), local_of(b)
+    address = (one.data_ptr(), one.dtype, one.shape, one.stride())
+    return storage_id(a) == storage_id(b) and address == (
+        other.data_ptr(),
+        other.dtype,
+        other.shape,
+        other.stride(),
+    )
+
+
+def have_same_values(a: Item, b: Item) -> bool:
+    """Return whether two items are equal as far as this rank has them; False where that cannot be seen without a gather.
+
+    Waits for the device.
+    """
+    if isinstance(a, LazyTensor) or isinstance(b, LazyTensor) or isinstance(a, DTensor) != isinstance(b, DTensor):
+        return False
+    if isinstance(a, DTensor) and isinstance(b, DTensor):
+        if a.device_mesh != b.device_mesh or a.placements != b.placements:
+            return False
+    one, other = local_of(a).detach(), local_of(b).detach()
+    if have_same_memory(a, b):
+        return True
+    return one.dtype == other.dtype and one.device == other.device and torch.equal(one, other)
+
+
 def full_bytes(item: Item) -> int:
     """Return the size of the full tensor, in bytes."""
     return item.shape.numel() * item.dtype.itemsize
@@ -283,6 +313,8 @@ __all__ = [
     "View",
     "full_bytes",
     "full_tensor",
+    "have_same_memory",
+    "have_same_values",
     "is_collective",
     "is_plain_tensor",
     "local_of",

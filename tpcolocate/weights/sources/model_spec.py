@@ -7,9 +7,10 @@ zeros) and to one with too many (truncated): see /update_weights_from_tensor in 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from safetensors import safe_open
@@ -54,18 +55,36 @@ class ModelSpec:
                 hint="use the names of the checkpoint that the server loaded; SGLang would ignore these without an error",
             )
 
-    def check_complete(self, names: Iterable[str]) -> None:
-        """Check that no weight of the checkpoint is missing.
+    def missing(self, names: Iterable[str], *, ignored: Collection[str] = ()) -> list[str]:
+        """Return the names that are read from the checkpoint and are not among those given, sorted.
+
+        What the checkpoint holds and what a full sync must bring are two things: files also hold what no loader reads.
+
+        Args:
+            names: That are sent.
+            ignored: That the engine's loader reads nothing of, as far as is known; see `LoaderMap.ignored`.
+        """
+        return sorted(set(self.shapes).difference(names, ignored))
+
+    def check_complete(self, names: Iterable[str], *, ignored: Collection[str] = ()) -> None:
+        """Check that no weight that the engine's loader reads is missing.
+
+        Args:
+            names, ignored: See `missing`.
 
         Raises:
             WeightsMismatchError: One is; the server would have new weights beside old ones.
         """
-        missing = sorted(set(self.shapes) - set(names))
+        missing = self.missing(names, ignored=ignored)
         if missing:
-            raise WeightsMismatchError(
-                f"not all weights were sent: {some(missing)} (according to {self.origin})",
-                hint="send the whole model, or pass partial=True to leave the other weights as they are",
-            )
+            self.refuse_incomplete(missing)
+
+    def refuse_incomplete(self, missing: Sequence[str]) -> NoReturn:
+        """Raise what `check_complete` raises."""
+        raise WeightsMismatchError(
+            f"not all weights were sent: {some(missing)} (according to {self.origin})",
+            hint="send the whole model, or pass partial=True to leave the other weights as they are",
+        )
 
 
 def read_spec(model_path: str) -> ModelSpec | None:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 
-from tpcolocate.errors import ConfigError
+from tpcolocate.errors import ConfigError, WeightsMismatchError, some
 from tpcolocate.garbage import collector_paused
+from tpcolocate.in_server.tpcolocate_receiver.checksums import word_sum
 from tpcolocate.weights.sources import fsdp1, peft_merge, zero3
 from tpcolocate.weights.sources.hf_names import to_checkpoint
 from tpcolocate.weights.sources.lazy_tensor import (
     Item,
     Items,
     LazyTensor,
+    have_same_values,
     is_collective,
     local_of,
     reading_bytes,
@@ -29,6 +32,19 @@ Rename = Callable[[str], str | None] | Mapping[str, str | None]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Extra:
+    """A tensor that the served model has no name for.
+
+    Attributes:
+        item: The tensor.
+        candidates: Tensors of the source, by name, that it may be equal to.
+    """
+
+    item: Item
+    candidates: Mapping[str, Item]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class NamedWeights:
     """Named weights, each once, and the other names of tied ones.
 
@@ -37,12 +53,17 @@ class NamedWeights:
             them with `full_tensor`.  None for a generator, which is read and checked as it is sent.
         aliases: Name -> name under which the same tensor is sent (tied weights).
         stream: The generator's pairs, for `__iter__`; they can be read once.
+        doubles: Names under which a tensor is sent once more; of a generator, as far as it was read.
+        extra: Names that the served model lacks whose tensors may be equal to others of the source, as those of a tied
+            model that was copied name by name; they are not sent.
         warnings: What the user should know of the source.
     """
 
     items: Items | None
     aliases: Mapping[str, str] = field(default_factory=dict)
     stream: Iterable[tuple[str, Item]] = ()
+    doubles: set[str] = field(default_factory=set)
+    extra: Mapping[str, Extra] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
     @classmethod
@@ -69,24 +90,37 @@ class NamedWeights:
         if isinstance(source, nn.Module):
             with collector_paused():
                 weights, warnings = _of_module(source, expected, rename)
-                return cls(*_untied(_renamed(weights, rename), expected), warnings=warnings)
+                return replace(_untied(_renamed(weights, rename), expected), warnings=warnings)
         if isinstance(source, (Mapping, Sequence)):
             given = list(_given(source.items() if isinstance(source, Mapping) else source))
             _check_not_shards(given)
             pairs = _renamed(given, rename)
-            warnings = _warnings(given)
-            if expected is None:
-                return cls(list(pairs), warnings=warnings)
-            return cls(*_untied(pairs, expected), warnings=warnings)
+            named = cls(list(pairs)) if expected is None else _untied(pairs, expected)
+            return replace(named, warnings=_warnings(given))
         if not isinstance(source, Iterable):
             raise ConfigError(
                 f"cannot take weights from {type(source).__name__}",
                 hint="pass an nn.Module, a state dict, or (name, tensor) pairs",
             )
-        return cls(None, stream=_renamed(_given(source), rename))
+        doubles: set[str] = set()
+        pairs = _renamed(_given(source), rename)
+        return cls(None, stream=pairs if expected is None else _streamed(pairs, expected, doubles), doubles=doubles)
 
     def __iter__(self) -> Iterator[tuple[str, Item]]:
         return iter(self.stream if self.items is None else self.items)
+
+    def check_extra(self) -> None:
+        """Check that what the served model has no name for is equal to what it has one for; waits for the device.
+
+        Raises:
+            WeightsMismatchError: It is not.
+        """
+        for name, one in self.extra.items():
+            if not any(have_same_values(one.item, other) for other in one.candidates.values()):
+                raise WeightsMismatchError(
+                    f"the served model has no {name}, and the trainer's differs from {some(list(one.candidates))}",
+                    hint=f"the served model may tie them: {tie_hint(name)}",
+                )
 
     @property
     def is_streamed(self) -> bool:
@@ -205,22 +239,94 @@ def _warnings(weights: Items) -> tuple[str, ...]:
     return (zero3.WARNING,) if any(isinstance(item, LazyTensor) for _, item in weights) else ()
 
 
-def _untied(weights: Iterable[tuple[str, Item]], expected: Collection[str] | None) -> tuple[Items, dict[str, str]]:
-    """Return each weight once, or under each of its expected names, and the aliases of the other names."""
+def _untied(weights: Iterable[tuple[str, Item]], expected: Collection[str] | None) -> NamedWeights:
+    """Take each weight once, or under each of its expected names."""
     found = [(name, item, _identity(item)) for name, item in weights]
     names: dict[object, list[str]] = {}
     for name, _, identity in found:
         names.setdefault(identity, []).append(name)
     sent: list[tuple[str, Item]] = []
     aliases: dict[str, str] = {}
+    doubles: set[str] = set()
+    extra: dict[str, Extra] = {}
+    pairs = [(name, item) for name, item, _ in found]
     for name, item, identity in found:
         same = names[identity]
         chosen = [other for other in same if expected is not None and other in expected] or same[:1]
-        if name in chosen:
-            sent.append((name, item))
-        else:
+        if name not in chosen:
             aliases[name] = chosen[0]
-    return sent, aliases
+            continue
+        if expected is not None and name not in expected and (others := may_equal(name, item, pairs, expected)):
+            extra[name] = Extra(item, others)
+            continue
+        sent.append((name, item))
+        if name != chosen[0]:
+            doubles.add(name)
+    return NamedWeights(sent, aliases, doubles=doubles, extra=extra)
+
+
+def tie_hint(name: str) -> str:
+    """Return what to do about a tensor that the served model ties and the trainer does not."""
+    return f"tie the trainer's model as well, or pass rename={{{name!r}: None}} to leave that weight out"
+
+
+def may_equal(name: str, item: Item, weights: Iterable[tuple[str, Item]], others: Collection[str]) -> dict[str, Item]:
+    """Return the tensors that a model may tie with this one; by names and shapes, hence the same on every rank.
+
+    Those are matrices that a model has once: their names have no numbers (the embedding and the output layer).
+
+    Args:
+        name, item: The tensor.
+        weights: Of the source.
+        others: Names among which to look.
+    """
+    if not _may_be_tied(name, item):
+        return {}
+    return {
+        other: tensor
+        for other, tensor in weights
+        if other != name and other in others and tensor.shape == item.shape and _may_be_tied(other, tensor)
+    }
+
+
+def _may_be_tied(name: str, item: Item) -> bool:
+    return len(item.shape) >= 2 and _DIGIT.search(name) is None
+
+
+_DIGIT = re.compile(r"\d")
+
+
+def _streamed(
+    weights: Iterable[tuple[str, Item]], expected: Collection[str], doubles: set[str]
+) -> Iterator[tuple[str, Item]]:
+    """Yield a generator's pairs without second names of tied weights that the served model has no name for.
+
+    They are recognised by what they hold: memory may be reused, and to keep a tensor would keep its memory.
+
+    Args:
+        weights: The pairs.
+        expected: Names that the served model has.
+        doubles: See `NamedWeights`; added to.
+    """
+    seen: set[object] = set()
+    for name, item in weights:
+        if _may_be_tied(name, item):
+            content = _content(item)
+            if content in seen:
+                if name not in expected:
+                    continue
+                doubles.add(name)
+            elif name in expected:
+                seen.add(content)
+        yield name, item
+
+
+def _content(item: Item) -> object:
+    """Return a key of what this rank has of a tensor; waits for the device."""
+    assert isinstance(item, torch.Tensor)
+    local = local_of(item).detach()
+    sums = torch.stack([word_sum(local), word_sum(local[: len(local) // 2])]).tolist()
+    return item.shape, item.dtype, local.shape, tuple(sums)
 
 
 def _identity(item: Item) -> object:
@@ -256,4 +362,4 @@ def _checked(item: object) -> tuple[str, torch.Tensor]:
     return name, tensor
 
 
-__all__ = ["NamedWeights", "Rename", "Source", "gathered_state"]
+__all__ = ["Extra", "NamedWeights", "Rename", "Source", "gathered_state", "may_equal", "tie_hint"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,13 +11,15 @@ import torch
 
 from tpcolocate import ipc_payload
 from tpcolocate.errors import SyncError, TpColocateError, WeightsMismatchError
+from tpcolocate.in_server.tpcolocate_receiver.checksums import word_sum
 from tpcolocate.in_server.tpcolocate_receiver.protocol import Addressed, LoadBucket
 from tpcolocate.weights.buckets import split_into_buckets
 from tpcolocate.weights.plan.loader_map import TensorEntry
-from tpcolocate.weights.sources.lazy_tensor import Item, Items, full_bytes, is_collective
+from tpcolocate.weights.sources.lazy_tensor import Item, Items, LazyTensor, full_bytes, is_collective
 from tpcolocate.weights.sources.named_weights import NamedWeights
 from tpcolocate.weights.sync.mesh_schedule import gathers
 from tpcolocate.weights.sync.records import BucketsSent
+from tpcolocate.weights.sync.replicas import are_compared, refuse
 from tpcolocate.weights.sync.session import RELEASE_S, WEIGHTS_UNKNOWN, SyncSession
 from tpcolocate.weights.transport.bucket_sender import BucketSender, Verdict, judge
 
@@ -25,7 +27,13 @@ Description = tuple[str, tuple[int, ...], torch.dtype]
 
 
 def send_buckets(
-    session: SyncSession, sender: BucketSender, items: Items, bucket_bytes: int, *, are_samples: bool = False
+    session: SyncSession,
+    sender: BucketSender,
+    items: Items,
+    bucket_bytes: int,
+    *,
+    doubles: Collection[str] = (),
+    are_samples: bool = False,
 ) -> BucketsSent:
     """Send weights that the ranks have agreed on, one bucket after the other, gathered in lockstep.
 
@@ -34,13 +42,14 @@ def send_buckets(
     Args:
         items: The same names on every rank; their gathers are due in the schedule.
         bucket_bytes: Largest bucket.
+        doubles: See `NamedWeights`.
         are_samples: Have the engine's loader take them whatever is planned, to see whether it does what was traced; they
             do not count as sent.
     """
     sent = BucketsSent()
     error: BaseException | None = None
-    for bucket in buckets(items, bucket_bytes):
-        sent, error = _send(session, sender, bucket, error, sent, is_sample=are_samples)
+    for bucket in buckets(items, bucket_bytes, session.state.loader_map.group_of):
+        sent, error = _send(session, sender, bucket, error, sent, doubles=doubles, is_sample=are_samples)
     if sent.num_buckets:
         session.agree(error, None, what="take the staging memory back")
     return sent
@@ -53,10 +62,13 @@ def send_stream(session: SyncSession, sender: BucketSender, weights: NamedWeight
     """
     sent = BucketsSent()
     error: BaseException | None = None
-    stream = buckets(weights, bucket_bytes)
+    loader_map = session.state.loader_map
+    # Of a partial sync it is not known whether the other tensors of a group will come.
+    sizes = None if session.options.partial else loader_map.group_sizes()
+    stream = buckets(weights, bucket_bytes, loader_map.group_of, sizes=sizes)
     while (bucket := _next_bucket(session, stream, error)) is not None:
         session.schedule.enter(gathers(bucket))
-        sent, error = _send(session, sender, bucket, None, sent)
+        sent, error = _send(session, sender, bucket, None, sent, doubles=weights.doubles)
     return sent
 
 
@@ -88,6 +100,7 @@ def _send(
     error: BaseException | None,
     before: BucketsSent,
     *,
+    doubles: Collection[str] = (),
     is_sample: bool = False,
 ) -> tuple[BucketsSent, BaseException | None]:
     """Send one bucket.
@@ -96,6 +109,7 @@ def _send(
         bucket: The same on every rank.
         error: What went wrong on this rank with the last bucket's handles.
         before: What was sent before.
+        doubles: See `NamedWeights`.
 
     Returns:
         What was sent, and what went wrong on this rank with this bucket's handles, for the next agreement.
@@ -103,6 +117,7 @@ def _send(
     stats = session.stats
     number = session.next_command()
     commands: list[Addressed] = []
+    flat: torch.Tensor | None = None
     entries, num_bytes = ipc_payload.layout([(n, t.shape, t.dtype) for n, t in bucket])
     try:
         with stats.watch.phase("gather"):
@@ -113,14 +128,18 @@ def _send(
         error = caught
     with stats.watch.phase("export"):
         of_ranks = session.agree(error, commands, what=f"gather bucket {number}")
+        if are_compared(session) and not any(isinstance(item, LazyTensor) for _, item in bucket):
+            # Not what each rank has computed, whose last bits need not be the same on all GPUs.
+            _compare(session, of_ranks, flat, entries)
     with stats.watch.phase("push"):
         per_tp_rank = dict(enumerate(command for of_rank in of_ranks for command in of_rank))
         what = f"load bucket {number}"
+        may_be_ignored = session.state.loader_map.ignored.union(doubles)
 
         def load() -> Verdict:
             try:
                 session.connection.post(per_tp_rank, number)
-                return judge(session.connection.collect(number, timeout_s=session.left(what)), entries)
+                return judge(session.connection.collect(number, timeout_s=session.left(what)), entries, may_be_ignored)
             finally:
                 session.files.remove(number)
 
@@ -142,7 +161,8 @@ def _send(
         stats.num_replayed += len(bucket) if verdict.replayed else 0
         stats.num_buckets += 1
         stats.num_bytes += sum(entry.num_bytes for entry in entries)
-        stats.names.update(name for name, _ in bucket)
+        stats.names.update(name for name, _ in bucket if name not in verdict.ignored)
+        stats.ignored.update(verdict.ignored)
     sent = replace(
         before,
         num_buckets=before.num_buckets + 1,
@@ -155,6 +175,22 @@ def _send(
         except TpColocateError as caught:
             return sent, caught
     return sent, None
+
+
+def _compare(
+    session: SyncSession,
+    of_ranks: Sequence[Sequence[Addressed]],
+    flat: torch.Tensor | None,
+    entries: Sequence[ipc_payload.Entry],
+) -> None:
+    """Refuse a bucket that the ranks have filled with different values.  Every rank comes to the same error.
+
+    Collective: over the slice, if they differ.
+    """
+    sums = {repr(addressed.command.checksum) for of_rank in of_ranks for addressed in of_rank}  # type: ignore[union-attr]
+    if len(sums) > 1:
+        mine = {} if flat is None else {(e.name, ""): int(word_sum(ipc_payload.view(flat, e))) for e in entries}
+        refuse(session, session.agree(None, mine, what="find what replicas differ in"))
 
 
 def _load_command(session: SyncSession, entries: list[ipc_payload.Entry], *, is_sample: bool) -> Any:
@@ -210,9 +246,28 @@ def _gather(
     return flat
 
 
-def buckets(weights: Iterable[tuple[str, Item]], bucket_bytes: int) -> Iterator[Items]:
-    """Cut weights into buckets of at most `bucket_bytes`, in order; the sizes are those of the full tensors."""
-    return split_into_buckets(weights, bucket_bytes, num_bytes=lambda named: padded_bytes(named[1]))
+def buckets(
+    weights: Iterable[tuple[str, Item]],
+    bucket_bytes: int,
+    group_of: Callable[[str], int | None] = lambda name: None,
+    *,
+    sizes: Mapping[int, int] | None = None,
+) -> Iterator[Items]:
+    """Cut weights into buckets of at most `bucket_bytes`, in order; the sizes are those of the full tensors.
+
+    Args:
+        weights: May be a generator.
+        bucket_bytes: Largest bucket, unless a tensor or what must travel together is larger.
+        group_of: Name -> a number that tensors have in common which must travel together; None: by itself.
+        sizes: Group -> how many tensors it has, of a generator; counted otherwise.
+    """
+    return split_into_buckets(
+        weights,
+        bucket_bytes,
+        num_bytes=lambda named: padded_bytes(named[1]),
+        group_of=lambda named: group_of(named[0]),
+        group_sizes=sizes,
+    )
 
 
 def padded_bytes(item: Item) -> int:

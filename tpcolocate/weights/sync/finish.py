@@ -10,6 +10,7 @@ from tpcolocate.errors import SyncError, some
 from tpcolocate.in_server.tpcolocate_receiver.protocol import FindUnwritten
 from tpcolocate.report import RankReport, SyncReport
 from tpcolocate.weights.sources.named_weights import NamedWeights
+from tpcolocate.weights.sync.completeness import check_at_end, ignored_names, missing_names
 from tpcolocate.weights.sync.session import WEIGHTS_UNKNOWN, SyncSession
 from tpcolocate.weights.transport.bucket_sender import BucketSender
 from tpcolocate.weights.transport.memory import allocated_bytes
@@ -40,7 +41,7 @@ def finish(
     error: BaseException | None = None
     with session.stats.watch.phase("finish"):
         if not repeats:
-            session.together("check that all weights were sent", lambda: _check_complete(session, weights))
+            session.together("check that all weights were sent", lambda: check_at_end(session, weights))
             if traced and not session.options.partial:
                 _find_unwritten(session)
         if staged:
@@ -48,17 +49,13 @@ def finish(
             session.transient.forget()
             session.wait_for_release()
         try:
+            session.on_sent(missing_names(session))
             session.connection.end(session.version, timeout_s=session.left("finish the weight sync"))
             if session.context.device.type == "cuda":
                 torch.cuda.ipc_collect()
         except BaseException as caught:
             error = caught
     return _report(session, sender, error, bucket_bytes)
-
-
-def _check_complete(session: SyncSession, weights: NamedWeights) -> None:
-    if session.context.spec is not None and not session.options.partial:
-        session.context.spec.check_complete([*session.stats.names, *weights.aliases])
 
 
 def _find_unwritten(session: SyncSession) -> None:
@@ -108,6 +105,7 @@ def _report(session: SyncSession, sender: BucketSender, error: BaseException | N
     problem = session.state.handle_problems.get(session.options.payloads)
     if sender.transport == "file" and problem is not None:
         warnings.append(f"weights go through files: {problem}")
+    missing = missing_names(session)
     for text in warnings:
         logger.warning("%s", text)
     return SyncReport(
@@ -125,6 +123,8 @@ def _report(session: SyncSession, sender: BucketSender, error: BaseException | N
         unverified=tuple(sorted(stats.unverified)),
         bucket_bytes=bucket_bytes,
         warnings=tuple(warnings),
+        ignored=tuple(ignored_names(session)),
+        missing=None if missing is None else tuple(missing),
         ranks=tuple(one for one, _ in of_ranks),
     )
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from tpcolocate.weights.buckets import arranged
 from tpcolocate.weights.plan.sharding import mesh_groups
 from tpcolocate.weights.plan.transfer_plan import (
     Cost,
@@ -27,7 +28,7 @@ from tpcolocate.weights.plan.transfer_plan import (
     costs_here,
     plan_transfer,
 )
-from tpcolocate.weights.sources.lazy_tensor import Items
+from tpcolocate.weights.sources.lazy_tensor import Items, is_collective
 from tpcolocate.weights.sync.mesh_schedule import MeshCall, gathers
 from tpcolocate.weights.sync.records import GroupPayload, MapDecision, MapView, Opened, Payload, Route
 from tpcolocate.weights.sync.session import SyncSession
@@ -69,16 +70,21 @@ def route_call(session: SyncSession, items: Callable[[], Items], groups: Sequenc
     spanning = [group for group in groups if session.context.layout.spans_slices(group)]
 
     def run(mine: Route = _NO_ROUTE, digest: int = 0, opened: Opened | None = None) -> Route:
-        ready, repeats, verified = bool(mine.shards), mine.repeats, mine.verified
+        ready, repeats, verified, alike = bool(mine.shards), mine.repeats, mine.verified, True
         for group in spanning:  # within a slice the ranks have agreed
             flags = (int(ready), digest, -digest, int(repeats), int(verified))
             all_ready, low, high, all_repeat, all_verified = session.mesh.min(group, flags)
+            alike = alike and low == -high
             ready = ready and bool(all_ready) and low == -high
             repeats = repeats and bool(all_repeat)
             verified = verified and bool(all_verified)
         route = Route(mine.shards if ready else {}, repeats and ready, verified)
+        if not route.repeats:  # a sync that repeats another transfers everything that the loader does not ignore
+            # The order of gathers is the same in all slices: they drop and move only what they all know alike.
+            is_shared = alike and (bool(groups) or not any(is_collective(item) for _, item in items()))
+            route = replace(route, ignored=_not_sent(session, items(), is_shared), is_shared=is_shared)
         if not route.shards or opened is None:
-            session.schedule.enter(gathers(items()))
+            session.schedule.enter(gathers(left_of(session, items(), route)))
         elif route.repeats:
             ahead = opened.ahead
             assert ahead is not None
@@ -106,7 +112,11 @@ def _verdict_call(session: SyncSession, items: Callable[[], Items], route: Route
         for group in mesh_groups(route.shards):
             [all_hold] = session.mesh.min(group, (int(holds),))
             holds = holds and bool(all_hold)
-        session.schedule.enter([_map_call(session, items, route, opened)] if holds else gathers(items()))
+        session.schedule.enter(
+            [_map_call(session, items, route, opened)]
+            if holds
+            else gathers(left_of(session, items(), replace(route, shards={}, repeats=False)))
+        )
         return holds
 
     return MeshCall("verdict", run, is_collective=bool(mesh_groups(route.shards)))
@@ -349,7 +359,7 @@ def _transfer_calls(
     # No rank goes on, and changes its weights, before the workers of all slices have read them.
     yield MeshCall("done", done, is_collective=bool(spanning))
     if not route.repeats:  # a sync that repeats another transfers everything
-        yield from gathers(left_of(items(), route))
+        yield from gathers(left_of(session, items(), route))
 
 
 def _halves_call(session: SyncSession, transfer: Transfer) -> MeshCall:
@@ -385,9 +395,20 @@ def _halves_call(session: SyncSession, transfer: Transfer) -> MeshCall:
     return MeshCall("halves", run, is_collective=bool(groups))
 
 
-def left_of(items: Items, route: Route) -> Items:
-    """Return the weights that are sent as full tensors."""
-    return [item for item in items if item[0] not in route.shards] if len(items) > len(route.shards) else []
+def left_of(session: SyncSession, items: Items, route: Route) -> Items:
+    """Return the weights that are sent as full tensors, those that the loader joins next to each other."""
+    if len(items) == len(route.shards) + len(route.ignored):
+        return []
+    left = [item for item in items if item[0] not in route.shards and item[0] not in route.ignored]
+    return arranged(left, session.state.loader_map.group_of) if route.is_shared else left
+
+
+def _not_sent(session: SyncSession, items: Items, is_shared: bool) -> frozenset[str]:
+    """What the loader ignores, but for what ranks of other slices, which may not know it, gather together."""
+    ignored = session.state.loader_map.ignored
+    if not ignored:
+        return ignored
+    return frozenset(name for name, item in items if name in ignored and (is_shared or not is_collective(item)))
 
 
 __all__ = ["HALVES", "HALVES_ELSEWHERE", "SLICE_FAILED", "left_of", "request_of", "route_call", "sample_items"]

@@ -9,6 +9,7 @@ from tpcolocate.weights.sources.named_weights import Source
 from tpcolocate.weights.sync.buckets import check_same_weights, largest_bytes
 from tpcolocate.weights.sync.prepare import least_memory_uses, prepare, prepare_again, reusable_sync
 from tpcolocate.weights.sync.records import CachedSync, Opened, Prepared, RankView
+from tpcolocate.weights.sync.replicas import check_excerpts
 from tpcolocate.weights.sync.session import SyncSession
 from tpcolocate.weights.transport.connection import Replies
 from tpcolocate.weights.transport.mapped_memory import MAPPABLE
@@ -63,6 +64,7 @@ def open_sync(session: SyncSession, source: Source) -> tuple[Prepared, Opened]:
     assert prepared is not None
     views = [view for view, *_ in of_ranks if view is not None]
     check_same_weights(session, [(view.digest, view.summary) for view in views])
+    check_excerpts(session, [view.excerpt for view in views])
     _, name, plan_ids, worker_ids = of_ranks[session.context.owner]
     is_current = plan_ids is not None and session.state.loader_map.is_current(plan_ids)
     if not is_current:
@@ -71,8 +73,15 @@ def open_sync(session: SyncSession, source: Source) -> tuple[Prepared, Opened]:
     bucket_bytes = _plan_buckets(session, prepared, views, cached if repeats else None)
     repeats = repeats and cached is not None and bucket_bytes == cached.bucket_bytes
     uses = {} if repeats else least_memory_uses(session, prepared, views)
-    worker_id = "" if worker_ids is None else worker_ids[session.context.tp_rank]
-    return prepared, Opened(name, bucket_bytes, repeats, uses, ahead, worker_id)
+    return prepared, Opened(
+        name,
+        bucket_bytes,
+        repeats,
+        uses,
+        ahead,
+        "" if worker_ids is None else worker_ids[session.context.tp_rank],
+        has_new_replicas=any(view.has_new_replicas for view in views),
+    )
 
 
 def _report(

@@ -10,11 +10,13 @@ from tpcolocate.weights.plan.sharding import layouts_of
 from tpcolocate.weights.sources.fingerprint import Fingerprint
 from tpcolocate.weights.sources.named_weights import Source
 from tpcolocate.weights.sync.buckets import largest_bytes, send_buckets, send_stream
+from tpcolocate.weights.sync.completeness import check_after_trace, ties_to_check
 from tpcolocate.weights.sync.finish import finish
 from tpcolocate.weights.sync.mesh_calls import left_of
 from tpcolocate.weights.sync.opening import open_sync
 from tpcolocate.weights.sync.preflight import choose_sender
 from tpcolocate.weights.sync.records import BucketsSent, CachedPlan, CachedSync, Opened, Prepared, Route
+from tpcolocate.weights.sync.replicas import compare_replicas
 from tpcolocate.weights.sync.route import choose_route, without_transfer
 from tpcolocate.weights.sync.session import SyncSession
 from tpcolocate.weights.sync.trace import trace_loader, verify_samples
@@ -34,6 +36,10 @@ def run_sync(session: SyncSession, source: Source) -> SyncReport:
     weights, items = prepared.weights, prepared.weights.items
     sender = choose_sender(session, opened)
     traced = trace_loader(session, prepared, opened, transport=sender.transport)
+    if not opened.repeats:
+        check_after_trace(session, weights)
+    if opened.has_new_replicas and sender.transport == "ipc":
+        compare_replicas(session, source, weights)
     session.mark_engine_modified()
 
     route = choose_route(session, prepared, opened, transport=sender.transport)
@@ -47,10 +53,10 @@ def run_sync(session: SyncSession, source: Source) -> SyncReport:
         plan = transfer(session, prepared, opened, route, traced=traced)
     if items is None:
         sent = send_stream(session, sender, weights, opened.bucket_bytes)
-    elif left := left_of(items, route):
+    elif not route.repeats and (left := left_of(session, items, route)):
         if plan is not None:
             release_staging(session)
-        sent = send_buckets(session, sender, left, opened.bucket_bytes)
+        sent = send_buckets(session, sender, left, opened.bucket_bytes, doubles=weights.doubles)
 
     report = finish(
         session,
@@ -82,7 +88,12 @@ def _cache(
     state.cached_sync = None
     view = prepared.view
     # A sync that transferred everything, and mapped all that it may.
-    if plan is None or items is None or len(items) != len(route.shards) or MAPPABLE in (view.memory_uses or ""):
+    if (
+        plan is None
+        or items is None
+        or len(items) != len(route.shards) + len(route.ignored)
+        or MAPPABLE in (view.memory_uses or "")
+    ):
         return
     fingerprint = Fingerprint.of(source, prepared.weights)
     if fingerprint is not None:
@@ -98,6 +109,7 @@ def _cache(
             largest_bytes=largest_bytes(items),
             reading_bytes=prepared.weights.reading_bytes,
             plan=plan,
+            ties=ties_to_check(session, prepared.weights),
         )
 
 

@@ -13,8 +13,10 @@ from tpcolocate.garbage import collector_paused
 from tpcolocate.weights.plan.sharding import CachedShards, LocalShard, Shards, mesh_groups
 from tpcolocate.weights.sources.named_weights import NamedWeights, Source
 from tpcolocate.weights.sync.buckets import summary
+from tpcolocate.weights.sync.completeness import check_again, check_before_trace
 from tpcolocate.weights.sync.mesh_calls import route_call
 from tpcolocate.weights.sync.records import CachedSync, Prepared, RankView
+from tpcolocate.weights.sync.replicas import excerpt_sum, has_new_replicas
 from tpcolocate.weights.sync.session import SyncSession
 from tpcolocate.weights.transport.mapped_memory import STAGED, STEADY
 from tpcolocate.weights.transport.memory import free_bytes
@@ -51,12 +53,15 @@ def prepare(session: SyncSession, source: Source) -> Prepared:
     if shards:
         _wait_for_trainer(session)
     contents = None if weights.items is None else [(n, tuple(t.shape), t.dtype) for n, t in weights.items]
+    is_new = has_new_replicas(session, source, weights)
     digest = hashlib.sha256(repr((contents, list(shards) == [n for n, *_ in contents or ()])).encode())
     view = RankView(
         digest.digest(),
         "a generator" if contents is None else summary(contents),
         free_bytes(session.context.device),
         "".join(uses),
+        has_new_replicas=is_new,
+        excerpt=None if is_new else excerpt_sum(session, weights),
     )
     return Prepared(weights, shards, groups, view)
 
@@ -71,8 +76,7 @@ def _check(session: SyncSession, weights: NamedWeights) -> None:
         raise WeightsMismatchError(f"{repeated} is given twice", hint="names must be unique")
     if spec is not None:
         spec.check([(name, tensor.shape) for name, tensor in items])
-        if not session.options.partial:
-            spec.check_complete([*names, *weights.aliases])
+    check_before_trace(session, weights)
 
 
 def _memory_uses(session: SyncSession, shards: Shards) -> list[str]:
@@ -102,7 +106,12 @@ def prepare_again(session: SyncSession, source: Source, cached: CachedSync) -> P
 
     shards = CachedShards(items.tensor_of, cached.layouts, computed)
     _wait_for_trainer(session)
-    return Prepared(match.weights, shards, cached.groups, replace(cached.view, memory_uses=None, repeats=True))
+    weights = match.weights
+    check_again(session, weights, cached.ties)
+    view = replace(
+        cached.view, memory_uses=None, repeats=True, has_new_replicas=False, excerpt=excerpt_sum(session, weights)
+    )
+    return Prepared(weights, shards, cached.groups, view)
 
 
 def _wait_for_trainer(session: SyncSession) -> None:

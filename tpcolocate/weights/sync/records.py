@@ -27,6 +27,8 @@ class RankView:
         memory_uses: What the memory of each shard permits, as characters; see `transport.mapped_memory`.  None: as in the
             last sync.
         repeats: Whether this rank would do exactly what it did in the last sync.
+        has_new_replicas: Whether this rank holds what others hold as well, and it has not been compared yet.
+        excerpt: A replicated tensor, and the sum of an excerpt of it; the same on all ranks.
     """
 
     digest: bytes
@@ -34,6 +36,8 @@ class RankView:
     free_bytes: int
     memory_uses: str | None
     repeats: bool = False
+    has_new_replicas: bool = False
+    excerpt: tuple[str, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +68,7 @@ class Opened:
         memory_uses: Tensor -> the least that its memory permits on any rank; empty if the sync repeats the last one.
         ahead: The last transfer, prepared in the hope that this sync repeats it.
         worker_id: Identity of this rank's worker.
+        has_new_replicas: Whether any rank holds replicas that have not been compared yet.
     """
 
     session: str
@@ -72,6 +77,7 @@ class Opened:
     memory_uses: Mapping[str, str]
     ahead: Transfer | None
     worker_id: str
+    has_new_replicas: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +88,15 @@ class Route:
         shards: What is transferred in parts; the rest goes in buckets of full tensors.
         repeats: Whether all ranks of the meshes would do exactly what they did in the last sync.
         verified: Whether the loader maps of all slices have been verified; if not, samples are to be sent first.
+        ignored: Weights of the source that are not sent, since no TP rank's loader reads them.
+        is_shared: Whether all slices know alike what their loaders ignore and join, where that decides on gathers.
     """
 
     shards: Shards
     repeats: bool
     verified: bool
+    ignored: frozenset[str] = frozenset()
+    is_shared: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +222,7 @@ class CachedSync:
         largest_bytes: Of the largest of them, as it takes in a bucket.
         reading_bytes: Of the largest that is gathered.
         plan: Of the transfer.
+        ties: Weights that are compared with those that stand for them in the engine, as they lie elsewhere.
     """
 
     options: SyncOptions
@@ -225,6 +236,7 @@ class CachedSync:
     largest_bytes: int
     reading_bytes: int
     plan: CachedPlan
+    ties: tuple[str, ...]
 
 
 __all__ = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from tpcolocate.weights.plan.loader_map import TensorEntry
+from tpcolocate.weights.plan.sharding import Shards
 from tpcolocate.weights.sync.records import Opened, Prepared, Route
 from tpcolocate.weights.sync.session import SyncSession
 
@@ -20,9 +21,18 @@ def choose_route(session: SyncSession, prepared: Prepared, opened: Opened, *, tr
     if not opened.repeats:
         entries = ((name, one, TensorEntry(name, one.shape, one.local.dtype)) for name, one in shards.items())
         shards = {name: one for name, one, entry in entries if transport == "ipc" and loader_map.covers(entry)}
+        shards = _without_split_groups(session, prepared, shards)
     names = list(shards)
     mine = Route(shards, opened.repeats, verified=opened.repeats or loader_map.is_verified(names))
-    return session.schedule.make("route", mine, loader_map.digest(names) if names else 0, opened)
+    digest = (loader_map.digest(names) if names else 0) ^ loader_map.handling_digest()
+    return session.schedule.make("route", mine, digest, opened)
+
+
+def _without_split_groups(session: SyncSession, prepared: Prepared, shards: Shards) -> Shards:
+    """Leave out what the loader joins with a tensor that has to be sent in full."""
+    group_of = session.state.loader_map.group_of
+    in_full = {group_of(name) for name, _ in prepared.weights.items or () if name not in shards} - {None}
+    return {name: one for name, one in shards.items() if group_of(name) not in in_full} if in_full else shards
 
 
 def without_transfer(route: Route) -> Route:

@@ -87,6 +87,19 @@ class SliceContext:
         return ipc_payload.Ledger(rank=self.group.rank, reader_is_alive=self.reader_is_alive)
 
 
+@dataclass(slots=True)
+class History:
+    """What is remembered of the syncs with one engine.
+
+    Attributes:
+        num_syncs: How many have begun; the same on every rank.
+        compared: What distinguishes the source whose replicas were compared last; see `replicas`.
+    """
+
+    num_syncs: int = 0
+    compared: object | None = None
+
+
 class EngineState:
     """All that outlives a sync with one engine.
 
@@ -112,14 +125,18 @@ class EngineState:
         self.mapped_names: frozenset[str] = frozenset()
         """Names whose memory the workers map from sync to sync; the same on every rank."""
         self.shard_finder = ShardFinder()
-        self.num_syncs = 0
-        """How many have begun; the same on every rank."""
+        self.history = History()
         self.cached_plan: CachedPlan | None = None
         self.cached_sync: CachedSync | None = None
         self.dry_run_problem: str | None = None
         """Why the engine's loader cannot be traced without weights, if it cannot."""
         self.mapping_problem: str | None = None
         """Why the engine cannot map the trainer's own memory, if it cannot."""
+
+    @property
+    def num_syncs(self) -> int:
+        """How many have begun; the same on every rank."""
+        return self.history.num_syncs
 
     def clear_cache(self) -> None:
         """Discard what the last sync left for the next one."""
@@ -139,6 +156,8 @@ class SyncStats:
         self.peak = PeakMemory(device)
         self.names: set[str] = set()
         """Weights that were sent."""
+        self.ignored: set[str] = set()
+        """And those that the loader was seen to read nothing of."""
         self.unverified: set[str] = set()
         self.warnings: list[str] = []
         self.worker_seconds: dict[str, float] = {}
@@ -161,6 +180,7 @@ class SyncSession:
         version: To be published.
         deadline: For all of it.
         on_engine_modified: Called on every rank before the first byte may change in the engine.
+        on_sent: Called on every rank before the engine goes on, with what its loader reads and was not sent.
         schedule: The mesh collectives that this rank still owes the ranks of other slices.
         stats: Seconds, bytes and memory of this rank.
         mesh: Runs the collectives of a device mesh, with a grace after the deadline.
@@ -176,6 +196,7 @@ class SyncSession:
     version: str
     deadline: Deadline
     on_engine_modified: Callable[[], None]
+    on_sent: Callable[[Sequence[str] | None], None]
     schedule: MeshSchedule = field(default_factory=MeshSchedule)
     stats: SyncStats = field(init=False)
     mesh: Mesh = field(init=False)

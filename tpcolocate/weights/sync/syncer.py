@@ -6,7 +6,7 @@ import contextlib
 import logging
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -71,6 +71,11 @@ class WeightSyncer:
     def spec(self) -> ModelSpec | None:
         return self.context.spec
 
+    @property
+    def ignored(self) -> frozenset[str]:
+        """Names in the checkpoint that the engine's loader does not read, as far as is known."""
+        return self.state.loader_map.ignored
+
     def run(
         self,
         source: Source,
@@ -79,6 +84,7 @@ class WeightSyncer:
         options: SyncOptions,
         timeout_s: float,
         on_engine_modified: Callable[[], None],
+        on_sent: Callable[[Sequence[str] | None], None] = lambda missing: None,
     ) -> SyncReport:
         """Sync all weights of `source`.
 
@@ -90,12 +96,15 @@ class WeightSyncer:
             options: See `SyncOptions`.
             timeout_s: For the whole sync, in seconds.
             on_engine_modified: Called on every rank before the first byte may change in the engine.
+            on_sent: Called on every rank once everything has arrived, before the engine goes on, with the names that its
+                loader reads and that were not sent (see `SyncReport.missing`).
 
         Raises:
             TpColocateError: The first error of any rank of the slice.
         """
-        self.state.num_syncs += 1
-        session = SyncSession(self.context, self.state, options, version, Deadline.after(timeout_s), on_engine_modified)
+        self.state.history.num_syncs += 1
+        deadline = Deadline.after(timeout_s)
+        session = SyncSession(self.context, self.state, options, version, deadline, on_engine_modified, on_sent)
         try:
             # A full collection in a process that has loaded a model and its libraries takes as long as many syncs.
             with collector_paused():
@@ -173,6 +182,10 @@ class WeightSyncer:
         except Exception as error:  # the server would be left running without an owner if this was raised
             logger.debug("the engine was not warmed up: %s", error)
             return
+        results = [reply.result for reply in replies.values()]
+        if all(result is not None and result.ignored is not None for result in results):
+            ignored = frozenset.intersection(*(frozenset(result.ignored) for result in results))
+            self.state.loader_map.read_at_launch = frozenset(() if self.spec is None else self.spec.shapes) - ignored
         problems = "".join(f"; TP rank {k}: {one.error}" for k, one in replies.items() if one.error is not None)
         logger.debug("the engine was warmed up in %.2f s%s", time.monotonic() - started, problems)
 

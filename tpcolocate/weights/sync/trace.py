@@ -23,26 +23,31 @@ def trace_loader(session: SyncSession, prepared: Prepared, opened: Opened, *, tr
     Returns:
         Whether something was traced.
     """
-    state = session.state
-    if opened.repeats or transport != "ipc" or state.dry_run_problem is not None:
+    state, spec = session.state, session.context.spec
+    if opened.repeats or state.dry_run_problem is not None:
         return False
-    entries = [TensorEntry(name, one.shape, one.local.dtype) for name, one in prepared.shards.items()]
+    shards = prepared.shards if transport == "ipc" else {}
+    entries = [TensorEntry(name, one.shape, one.local.dtype) for name, one in shards.items()]
     new = [entry for entry in entries if not state.loader_map.is_traced(entry)]
-    if not new:
+    if not new and (spec is None or state.loader_map.is_complete):
         return False
+    # The loader sees its whole checkpoint, also what is not sent or cannot be planned: it may join tensors.
+    shapes = {} if spec is None else spec.shapes
+    others = [[name, list(shape)] for name, shape in shapes.items() if name not in shards]
     number = session.next_command()
     with session.stats.watch.phase("trace"):
         what = "trace the engine's loader"
         error: BaseException | None = None
         try:
-            command = DryRun([[one.name, str(one.dtype).removeprefix("torch."), list(one.shape)] for one in new])
+            described = [[one.name, str(one.dtype).removeprefix("torch."), list(one.shape)] for one in entries]
+            command = DryRun(described, others)
             session.connection.post(addressed_to_all(command, session.context.tp_size), number)
         except BaseException as caught:
             error = caught
         session.transient.export(
             (
                 one.local.untyped_storage()
-                for name, one in prepared.shards.items()
+                for name, one in shards.items()
                 if opened.memory_uses.get(name) == MAPPABLE and one.local.numel()
             ),
             session.context.layout.rank,
@@ -61,7 +66,9 @@ def trace_loader(session: SyncSession, prepared: Prepared, opened: Opened, *, tr
                 return False
         traced = {tp_rank: reply.result.traced for tp_rank, reply in replies.items()}
         state.loader_map.update(traced, new, session.context.tp_size, loaded=False)
-        return True
+        results = [replies[k].result for k in range(session.context.tp_size)]
+        state.loader_map.note_handling([one.ignored for one in results], [one.joined for one in results], of=shapes)
+        return bool(new)
 
 
 def _give_up_dry_runs(session: SyncSession, why: str) -> None:

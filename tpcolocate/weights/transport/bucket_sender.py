@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ class Verdict:
         traced: TP rank -> tensor -> its copies, where the loader was traced.
         deviating: Tensors that the loader treated differently than traced before.
         step_seconds: Step inside the workers -> seconds, the slowest worker's.
+        ignored: Tensors that no worker's loader read anything of, as may be.
     """
 
     opened: dict[int, bool] = field(default_factory=dict)
@@ -48,14 +49,18 @@ class Verdict:
     traced: TracedOfRanks = field(default_factory=dict)
     deviating: tuple[str, ...] = ()
     step_seconds: dict[str, float] = field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
 
 
-def judge(replies: Replies, entries: Sequence[ipc_payload.Entry]) -> Verdict:
+def judge(
+    replies: Replies, entries: Sequence[ipc_payload.Entry], may_be_ignored: Collection[str] = frozenset()
+) -> Verdict:
     """Combine the workers' replies to one bucket.  Pure.
 
     Args:
         replies: Of all TP ranks.
         entries: Contents of the bucket.
+        may_be_ignored: Tensors that the engine may read nothing of: it has them under another name, or does not use them.
     """
     opened = {rank: reply.opened for rank, reply in replies.items()}
     for rank, reply in replies.items():
@@ -67,7 +72,9 @@ def judge(replies: Replies, entries: Sequence[ipc_payload.Entry]) -> Verdict:
     results = {rank: reply.result for rank, reply in replies.items()}
     unverified = {name for result in results.values() for name in result.unverified}
     read = {e.name: sum(result.read.get(e.name, 0) for result in results.values()) for e in entries}
-    missed = [e.name for e in entries if e.name not in unverified and read[e.name] < e.shape.numel()]
+    ignored = [e.name for e in entries if e.name in may_be_ignored and e.name not in unverified and not read[e.name]]
+    taken = unverified.union(ignored)
+    missed = [e.name for e in entries if e.name not in taken and read[e.name] < e.shape.numel()]
     if missed:
         return Verdict(opened, f"the engine took these tensors in part or not at all: {some(missed, between=', ')}")
     return Verdict(
@@ -77,6 +84,7 @@ def judge(replies: Replies, entries: Sequence[ipc_payload.Entry]) -> Verdict:
         traced={rank: result.traced for rank, result in results.items() if result.traced is not None},
         deviating=tuple(sorted({name for result in results.values() for name in result.deviating or ()})),
         step_seconds=slowest(replies),
+        ignored=tuple(ignored),
     )
 
 
