@@ -69,7 +69,7 @@ LAYERS = {
         {"pipeline"},
         {"opening", "trace", "transfer", "finish", "preflight"},
         {"mapping", "prepare"},
-        {"buckets", "route", "completeness"},
+        {"mesh_calls", "completeness", "buckets", "route"},
         {"replicas"},
         {"session"},
         {"records", "mesh_schedule"},

@@ -26,13 +26,14 @@ def test_phases_add_up_and_never_count_a_moment_twice():
 
 
 def test_former_names_are_read_only_aliases():
-    part = RankReport(0, {}, 3, 3, 2, 0.0, 0, 0, 0, 0)
+    part = RankReport(0, {}, 3, 3, 2, 0.0, 5, 3, 0, 0, 0)
     report = SyncReport(0, "1", 8, 2, 1, 0.1, "ipc", "config", 0, {}, 1, ("b",), 256, (), (), (), (part,))
     assert (
         (part.num_lent, report.num_proven, report.unproven)
         == (part.num_mapped, report.num_verified, ("b",))
         == (2, 1, ("b",))
     )
+    assert part.direct_bytes == part.own_bytes + part.peer_bytes == 8
     for name in ("num_proven", "unproven"):
         with pytest.raises((AttributeError, TypeError)):  # TypeError: CPython 3.11, frozen and with slots
             setattr(report, name, 0)
