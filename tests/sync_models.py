@@ -297,7 +297,8 @@ class Served(nn.Module):
         moe: Whether layers have experts.
         habit: What its loader does beside: None; "needs values"; "does otherwise" than in a dry run; "ties": it has one
             parameter for the embedding and the output layer, and skips the latter's name; "joins": it loads keys and values
-            once both have come, put together; "waits": likewise, by a copy of each.  It skips the names in `UNREAD` always.
+            once both have come, put together; "waits": likewise, by a copy of each; "spreads experts": each TP rank has
+            some of them, whole.  It skips the names in `UNREAD` always.
     """
 
     def __init__(self, tp_rank, tp_size, *, moe=False, habit=None):
@@ -314,11 +315,13 @@ class Served(nn.Module):
                 f"{i}_o": (HIDDEN, HEADS * HEAD_DIM // tp_size),
             }
             if moe:
-                inner = EXPERT_INNER // tp_size
+                num, inner = EXPERTS, EXPERT_INNER // tp_size
+                if habit == "spreads experts":
+                    num, inner = len(range(tp_rank, EXPERTS, tp_size)), EXPERT_INNER
                 sizes |= {
                     f"{i}_gate": (EXPERTS, HIDDEN),
-                    f"{i}_w13": (EXPERTS, 2 * inner, HIDDEN),
-                    f"{i}_w2": (EXPERTS, HIDDEN, inner),
+                    f"{i}_w13": (num, 2 * inner, HIDDEN),
+                    f"{i}_w2": (num, HIDDEN, inner),
                 }
             else:
                 sizes |= {f"{i}_gate_up": (2 * INNER // tp_size, HIDDEN), f"{i}_down": (HIDDEN, INNER // tp_size)}
@@ -371,7 +374,9 @@ class Served(nn.Module):
             self._by_columns(getattr(self, f"{layer}_o").data, tensor)
         elif parts[-3] == "experts":
             expert = int(parts[-2])
-            if last == "down_proj":
+            if self.habit == "spreads experts":
+                self._load_own_expert(layer, last, expert, tensor)
+            elif last == "down_proj":
                 self._by_columns(getattr(self, f"{layer}_w2").data[expert], tensor)
             else:
                 self._load_half(getattr(self, f"{layer}_w13").data[expert], last, tensor)
@@ -379,6 +384,17 @@ class Served(nn.Module):
             self._by_columns(getattr(self, f"{layer}_down").data, tensor)
         else:
             self._load_half(getattr(self, f"{layer}_gate_up").data, last, tensor)
+
+    def _load_own_expert(self, layer, last, expert, tensor):
+        """Expert parallelism: of the others this rank reads nothing."""
+        here, of = divmod(expert, self.n)
+        if of != self.k:
+            return
+        if last == "down_proj":
+            getattr(self, f"{layer}_w2").data[here].copy_(tensor)
+        else:
+            half = getattr(self, f"{layer}_w13").data[here].view(2, EXPERT_INNER, HIDDEN)
+            half[0 if last == "gate_proj" else 1].copy_(tensor)
 
     def _load_joined(self, name, k, v):
         if self.habit == "waits":
