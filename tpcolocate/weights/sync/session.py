@@ -8,7 +8,7 @@ something that only one rank runs.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -101,12 +101,16 @@ class EngineState:
         """Way of making payloads -> why its handles do not open in the engine; None if they do."""
         self.abandoned: list[ipc_payload.Ledger] = []
         """Of failed syncs: handles whose readers may still have them open."""
+        self.left_elsewhere: list[ipc_payload.Ledger] = []
+        """Of the last sync, in which another slice failed: handles that its workers may have open or never have opened."""
         self.loader_map = LoaderMap()
         self.mappings = PersistentMappings(device, rank)
         self.is_trusted = True
         """Whether this slice's workers certainly map what they were told to; not after a sync that failed."""
         self.worker_ids: dict[int, str] = {}
         """Global rank -> identity of its worker, for the ranks of the meshes; another one has mapped nothing yet."""
+        self.peer_regions: dict[int, tuple[str, frozenset[str]]] = {}
+        """Global rank -> identity of its mappings, and which of them this rank's worker may have mapped."""
         self.reach: dict[Group, Reach] = {}
         """Group -> which workers can map which ranks' memory."""
         self.mapped_names: frozenset[str] = frozenset()
@@ -312,6 +316,10 @@ class SyncSession:
                 ledger.wait_for_release(self.deadline.within(RELEASE_S))
 
         self.together("take the staging memory back", wait)
+
+    def set_aside(self, buckets: Collection[int]) -> None:
+        """Do not wait for the handles of these buckets: their readers belong to a slice that has failed."""
+        self.state.left_elsewhere += [ledger.set_aside(buckets) for ledger in self.ledgers]
 
     def mark_engine_modified(self) -> None:
         """From here on weights may change in the engine."""

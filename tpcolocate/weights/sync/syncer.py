@@ -95,6 +95,7 @@ class WeightSyncer:
             TpColocateError: The first error of any rank of the slice.
         """
         self.state.num_syncs += 1
+        self._take_left_elsewhere()
         session = SyncSession(self.context, self.state, options, version, Deadline.after(timeout_s), on_engine_modified)
         try:
             # A full collection in a process that has loaded a model and its libraries takes as long as many syncs.
@@ -203,6 +204,11 @@ class WeightSyncer:
             raise
         context.server.cancel_sync(timeout_s=timeout_s)
 
+    def _take_left_elsewhere(self) -> None:
+        """The next good sync ends what a failed slice may have open: its engine, too, handles updates one after the other."""
+        self.state.abandoned += self.state.left_elsewhere
+        self.state.left_elsewhere = []
+
     def reclaim(self) -> list[ipc_payload.Outstanding]:
         """Set the counters of failed syncs right; only once the engine is known to be past them."""
         ledgers, self.state.abandoned = self.state.abandoned, []
@@ -217,7 +223,8 @@ class WeightSyncer:
         Returns:
             Handles that the engine never gave back.
         """
-        if not self.state.abandoned and not len(self.state.mappings):
+        self._take_left_elsewhere()
+        if not self.state.abandoned and not len(self.state.mappings) and not self.state.mappings.retired:
             return []
         deadline = Deadline.after(timeout_s)
         while self.context.reader_is_alive():
