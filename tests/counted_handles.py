@@ -24,7 +24,6 @@ REFUSED: dict[int, bool] = {}
 """In a worker: pids of ranks whose memory cannot be mapped; with False what was allocated to be mapped still can."""
 _made: dict[int, StorageWeakRef] = {}
 _exported: weakref.WeakSet[CountedHandle] = weakref.WeakSet()
-_LATE = "late-releases"
 _numbers = itertools.count()
 _real_open = receiver.open_handle
 
@@ -43,7 +42,6 @@ class CountedHandle(ipc_payload.Handle):
         made = _made.get(storage._cdata)
         self._is_staging = made is not None and not made.expired()
         _exported.add(self)
-        weakref.finalize(self, self._counter.unlink, missing_ok=True)
 
     def reduced(self):
         # SGLang's own payloads, which torch opens.
@@ -76,13 +74,10 @@ def open_counted(handle, device):
 
 
 def _release(counter):
-    try:
-        count = _read(counter)
-    except FileNotFoundError:
-        count = 0  # its exporter has forgotten it
+    count = _read(counter)
     if count < 1:
         # With CUDA the memory could be another tensor's by now, and the counter another handle's.
-        with open(counter.parent / _LATE, "a") as file:
+        with open(_late(counter.parent, counter.name.split("-")[1]), "a") as file:
             file.write(f"{counter.name} was set right while it was open\n")
     else:
         _write(counter, count - 1)
@@ -90,8 +85,14 @@ def _release(counter):
 
 def late_releases():
     """What was released by its reader after its exporter had taken it back, in words."""
-    path = CountedHandle.folder / _LATE
-    return path.read_text().splitlines() if path.exists() else []
+    path = _late(CountedHandle.folder, os.getpid())
+    found = path.read_text().splitlines() if path.exists() else []
+    path.unlink(missing_ok=True)
+    return found
+
+
+def _late(folder, pid):
+    return folder / f"late-releases-{pid}"
 
 
 def _read(path):

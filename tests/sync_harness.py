@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import functools
+import gc
 import io
 import itertools
 import os
@@ -419,6 +420,7 @@ def _act(held, what, content):
         FAULT.clear()
         [arguments, keywords] = content
         held["model"] = Served(*arguments, **keywords)
+        gc.collect()  # what the model before had mapped
     elif what == "fail":
         FAULT[:] = content
         return RECORD.take().num_planted

@@ -58,7 +58,9 @@ def map_and_plan(session: SyncSession, opened: Opened, route: Route, *, traced: 
     state, layout = session.state, session.context.layout
     groups = mesh_groups(route.shards)
     with session.stats.watch.phase("map"):
-        uses = [opened.memory_uses.get(name, STAGED) for name in route.shards]
+        # Where another slice keeps this one from repeating its last sync, nothing new was reported.
+        permitted = state.least_memory_uses(route.shards) if opened.repeats else opened.memory_uses
+        uses = [permitted.get(name, STAGED) for name in route.shards]
         uses = [STAGED if use == MAPPABLE and not traced else use for use in uses]
         signature = _signature(session, opened, route, uses)
         last = state.cached_plan

@@ -8,7 +8,7 @@ something that only one rank runs.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -30,7 +30,7 @@ from tpcolocate.weights.sync.options import SyncOptions
 from tpcolocate.weights.sync.records import CachedPlan, CachedSync
 from tpcolocate.weights.transport.bucket_sender import BucketFiles
 from tpcolocate.weights.transport.connection import Replies, WeightServer, WorkerConnection, connect
-from tpcolocate.weights.transport.mapped_memory import PersistentMappings, TransientMappings
+from tpcolocate.weights.transport.mapped_memory import STAGED, PersistentMappings, TransientMappings
 from tpcolocate.weights.transport.memory import PeakMemory, SlopeAlarm
 from tpcolocate.weights.transport.mesh import Mesh
 from tpcolocate.worker_errors import raise_worker_errors
@@ -115,6 +115,8 @@ class EngineState:
         """Group -> which workers can map which ranks' memory."""
         self.mapped_names: frozenset[str] = frozenset()
         """Names whose memory the workers map from sync to sync; the same on every rank."""
+        self.memory_uses: list[str] = []
+        """What the ranks of the slice reported last of the memory of their shards."""
         self.shard_finder = ShardFinder()
         self.num_syncs = 0
         """How many have begun; the same on every rank."""
@@ -124,6 +126,15 @@ class EngineState:
         """Why the engine's loader cannot be traced without weights, if it cannot."""
         self.mapping_problem: str | None = None
         """Why the engine cannot map the trainer's own memory, if it cannot."""
+
+    def least_memory_uses(self, names: Iterable[str]) -> dict[str, str]:
+        """Return the least that the memory of these shards permits on any rank of the slice, as far as is known.
+
+        That is not what was mapped in the last sync, which may have staged for the sake of another rank or slice.
+        """
+        if self.mapping_problem is not None:
+            return dict.fromkeys(names, STAGED)
+        return {name: min(each) for name, *each in zip(names, *self.memory_uses)}
 
     def clear_cache(self) -> None:
         """Discard what the last sync left for the next one."""

@@ -113,6 +113,7 @@ class WeightSyncer:
             session.schedule.enter(())
         # The engine handles updates one after the other: those of earlier, failed syncs are over by now.
         self.reclaim()
+        self.state.mappings.forget_released()
         return report
 
     def call_back(self, *, timeout_s: float) -> int:

@@ -148,6 +148,11 @@ class PersistentMappings:
         names = {one.name for one in mappings}
         self.retired = [one for one in self.retired if one.name not in names]
 
+    def forget_released(self) -> None:
+        """Forget retired mappings that have come back by themselves: their readers shared no mesh of the last weights."""
+        if self.retired:
+            self.forget([one for one in self.retired if one.is_released])
+
     def all(self) -> list[PersistentMapping]:
         return list(self._mappings.values())
 
