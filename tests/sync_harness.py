@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import functools
+import gc
 import io
 import itertools
 import os
@@ -24,6 +25,7 @@ from datetime import timedelta
 from multiprocessing.connection import Client, Listener
 from pathlib import Path
 
+import counted_handles
 import harness
 import torch
 import torch.distributed as dist
@@ -207,8 +209,9 @@ def reach(seam):
         raise kind(f"planted at {seam} {number}")
 
 
-def record_everything():
+def record_everything(folder):
     """Once per process of a training rank."""
+    counted_handles.count_every_export(folder)
     for seam, (place, name) in SEAMS.items():
         wrap(place, name, before=lambda *_, seam=seam, **__: reach(seam))
     wrap(*PLAN, after=lambda *_, **__: reach("plan"))
@@ -391,6 +394,7 @@ def serve_worker(folder, rank):
     """Run the process of one TP worker until a connection begins with "stop"."""
     held: dict[str, Served] = {}
     count_commands_in_the_receiver()
+    counted_handles.open_counted_handles()
 
     def serve(connection):
         with contextlib.suppress(EOFError, ConnectionError):
@@ -416,6 +420,7 @@ def _act(held, what, content):
         FAULT.clear()
         [arguments, keywords] = content
         held["model"] = Served(*arguments, **keywords)
+        gc.collect()  # what the model before had mapped
     elif what == "fail":
         FAULT[:] = content
         return RECORD.take().num_planted
@@ -427,6 +432,14 @@ def _act(held, what, content):
         else:
             with torch.no_grad():
                 held["model"].load_weights(_unpacked(named))
+    elif what == "refuse":
+        counted_handles.REFUSED.clear()
+        counted_handles.REFUSED.update(content[0])
+    elif what == "regions":
+        return sorted(name for state in receiver._RECEIVER.states.values() for name in state.regions)
+    elif what == "die":
+        # Nothing is released: whoever exported it finds its counters as they are.
+        held.setdefault("lost", []).extend(dict(state.regions) for state in receiver._RECEIVER.states.values())
     elif what == "differing":
         [weights] = content
         return differing(held["model"], torch.load(io.BytesIO(weights)))
@@ -618,13 +631,14 @@ class Engine:
 
     def left(self):
         """What is still out of this rank's after a good sync."""
-        return [*outstanding(), *map(str, left_behind(self.sync))]
+        return [*outstanding(), *map(str, left_behind(self.sync)), *counted_handles.late_releases()]
 
     def close(self):
         """The server ends; what it had mapped comes back."""
         self.world.gather(None)  # the other ranks may still be looking at their workers
         if self.world.is_owner:
             self._new_workers({})
+        self.world.gather(None)  # no rank takes back what a worker still has
         self.is_running = False
         self.sync.close(timeout_s=1)
 
@@ -654,6 +668,9 @@ def _facts(report):
         "mapped": [rank.num_mapped for rank in report.ranks],
         "buckets": report.num_buckets,
         "direct": [rank.direct_bytes for rank in report.ranks],
+        "own": [rank.own_bytes for rank in report.ranks],
+        "peer": [rank.peer_bytes for rank in report.ranks],
+        "staged": [rank.staged_bytes for rank in report.ranks],
         "warnings": list(report.warnings),
         "tensors": report.num_tensors,
         "ignored": report.ignored,

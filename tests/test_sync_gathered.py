@@ -94,7 +94,7 @@ def on_a_rank(rank, folder):
     if rank >= MOST:
         return serve_worker(folder, rank - MOST)
     try:
-        record_everything()
+        record_everything(folder)
         found = {}
         for layout, (size, tp_size) in LAYOUTS.items():
             if rank < size:

@@ -114,7 +114,7 @@ def on_a_rank(rank, folder, cases, sweeps, with_plants):
 
 
 def on_a_training_rank(rank, folder, cases, sweeps, with_plants):
-    record_everything()
+    record_everything(folder)
     found = {"sweeps": {}, "plants": {}}
     for size in (1, 2, 4):
         if rank >= size:
@@ -147,7 +147,7 @@ def swept(world, layout, kind, memory, num_before, on_every_rank, stride):
     Args:
         world: Where.
         layout, kind, memory: See `case`.
-        num_before: Good syncs before the one with an error; 0 takes a new engine for each error.
+        num_before: Good syncs before the one with an error; 0 and 1 take a new engine for each error.
         on_every_rank: See `faults`.
         stride: Of the faults, take one in so many.
 
@@ -173,14 +173,11 @@ def swept(world, layout, kind, memory, num_before, on_every_rank, stride):
     }
     for fault in [one for one in planned if not is_known_defect(one, **known)][::stride]:
         (world.folder / f"doing{world.rank}").write_text(f"{layout}, {kind}, {memory}: {fault}")
-        if num_before:
-            run()
-        else:
+        if num_before < 2:
             engine.close()
             engine = Engine(world, moe="experts" in kind)
-            if memory != "staged":
-                # On a CPU all handles of one storage share a counter: what a failed sync has left is not texts from others.
-                source = Source(kind, memory, world.tp_size)
+        if num_before:
+            run()
         failed = run(fault=(fault.seam, fault.number) if fault.rank == world.rank else None, timeout_s=8.0)
         healed = run()
         of_ranks = world.gather((failed, healed, engine.left()))

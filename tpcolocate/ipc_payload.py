@@ -27,7 +27,7 @@ import pickle
 import secrets
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -428,6 +428,10 @@ class Ledger:
         self.num_exported += 1
         return handle
 
+    def take_over(self, handle: Handle, *, tp_rank: int, bucket: int) -> None:
+        """Enter a handle that was exported for something else."""
+        self._lines.append(_Line(handle, tp_rank, bucket))
+
     def note_opened(self, bucket: int, opened: Mapping[int, bool]) -> None:
         """Enter the readers' reports: TP rank -> whether it opened its handle of this bucket."""
         for line in self._lines:
@@ -485,10 +489,15 @@ class Ledger:
         self._lines = [line for line in self._lines if (line.tp_rank, line.bucket) not in where]
         return lost
 
-    def set_aside(self) -> Ledger:
-        """Move outstanding handles into a new ledger, so that this one can go on without waiting for them."""
+    def set_aside(self, buckets: Collection[int] | None = None) -> Ledger:
+        """Move outstanding handles into a new ledger, so that this one can go on without waiting for them.
+
+        Args:
+            buckets: Those of these buckets; all if left out.
+        """
         aside = Ledger(rank=self.rank, reader_is_alive=self._reader_is_alive)
-        aside._lines, self._lines = self._lines, []
+        aside._lines = [line for line in self._lines if buckets is None or line.bucket in buckets]
+        self._lines = [line for line in self._lines if buckets is not None and line.bucket not in buckets]
         return aside
 
     def reclaim(self) -> list[Outstanding]:

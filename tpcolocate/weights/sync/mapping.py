@@ -16,7 +16,7 @@ from tpcolocate.in_server.tpcolocate_receiver.checksums import checksum
 from tpcolocate.in_server.tpcolocate_receiver.protocol import Addressed, ProbeRanks, ReleaseStaging, RunProgram
 from tpcolocate.weights.plan.sharding import mesh_groups
 from tpcolocate.weights.plan.transfer_plan import Group, Reach, TransferRequest, blocks_here, readers_of
-from tpcolocate.weights.sync.mesh_calls import SLICE_FAILED, request_of
+from tpcolocate.weights.sync.mesh_calls import SLICE_FAILED, cause_of, request_of
 from tpcolocate.weights.sync.records import (
     CachedPlan,
     GroupPayload,
@@ -29,7 +29,7 @@ from tpcolocate.weights.sync.records import (
 from tpcolocate.weights.sync.session import RELEASE_S, SliceContext, SyncSession
 from tpcolocate.weights.transport.bucket_sender import slowest
 from tpcolocate.weights.transport.connection import Replies
-from tpcolocate.weights.transport.mapped_memory import MAPPABLE, STAGED, PersistentMapping
+from tpcolocate.weights.transport.mapped_memory import MAPPABLE, STAGED, TRANSIENT_ELSEWHERE, PersistentMapping
 from tpcolocate.weights.transport.staging import SourceBlock, Transfer, block_rows
 from tpcolocate.worker_errors import raise_worker_errors
 
@@ -58,7 +58,9 @@ def map_and_plan(session: SyncSession, opened: Opened, route: Route, *, traced: 
     state, layout = session.state, session.context.layout
     groups = mesh_groups(route.shards)
     with session.stats.watch.phase("map"):
-        uses = [opened.memory_uses.get(name, STAGED) for name in route.shards]
+        # Where another slice keeps this one from repeating its last sync, nothing new was reported.
+        permitted = state.least_memory_uses(route.shards) if opened.repeats else opened.memory_uses
+        uses = [permitted.get(name, STAGED) for name in route.shards]
         uses = [STAGED if use == MAPPABLE and not traced else use for use in uses]
         signature = _signature(session, opened, route, uses)
         last = state.cached_plan
@@ -69,6 +71,7 @@ def map_and_plan(session: SyncSession, opened: Opened, route: Route, *, traced: 
             has_reach=all(group in state.reach for group in groups),
             worker_id=opened.worker_id,
             is_trusted=state.is_trusted,
+            holder_id=state.mappings.identity,
         )
         reusable: Transfer | None = None
         if same and last is not None:
@@ -82,7 +85,7 @@ def map_and_plan(session: SyncSession, opened: Opened, route: Route, *, traced: 
             reach = _find_reach(session, groups)
         payload, problem = _payload(session, request_of(session, route, decision, reach), decision)
         received = session.schedule.make("exchange", payload)
-        problem = _map_in_workers(session, payload, received, problem)
+        problem = _map_in_workers(session, decision, payload, received, problem)
         problem = session.schedule.make("mapped", problem)
         error = None
         if problem is None:
@@ -124,6 +127,8 @@ def _find_reach(session: SyncSession, groups: Sequence[Any]) -> Mapping[Group, R
     """Find out which workers can map the memory of which ranks.  Collective: over the slice and the groups."""
     context, ledger = session.context, session.context.new_ledger()
     layout = context.layout
+    # Of a sync that fails now, the next one takes them back.
+    session.state.left_elsewhere.append(ledger)
     probes: dict[int, list[Any]] | None = {}
     kept = []
     try:
@@ -215,7 +220,8 @@ def _exported(
                 exported.setdefault(reader, []).append([added.name, handle.describe()])
     for storage, readers in _wanted(request, decision.transient).values():
         for reader in readers:
-            transient.export([storage], reader, layout.tp_ranks[reader])
+            is_elsewhere = reader not in layout.slice_ranks
+            transient.export([storage], reader, layout.tp_ranks[reader], is_elsewhere=is_elsewhere)
     if transient.error is not None:
         raise transient.error
     for reader in layout.tp_ranks:
@@ -230,6 +236,7 @@ def _exported(
 
 def _map_in_workers(
     session: SyncSession,
+    decision: MapDecision,
     mine: Payload | None,
     received: Mapping[Any, Sequence[GroupPayload | None]],
     problem: str | None,
@@ -239,6 +246,7 @@ def _map_in_workers(
     Collective: over the slice.
 
     Args:
+        decision: Of the meshes' ranks.
         mine: This rank's payload.
         received: Group -> that of each of its ranks.
         problem: Why this rank has none.
@@ -253,9 +261,11 @@ def _map_in_workers(
     for one in payloads:
         for reader in session.context.layout.slice_ranks if one is mine else [rank]:
             release.setdefault(reader, []).extend(one.release.get(reader, ()))
+    release.setdefault(rank, []).extend(_take_forgotten(session, decision))
+    _note_regions(session, decision, received)
     view = (release, [[name, handle] for name, handle in regions.items()], problem)
     of_ranks = session.agree(None, view, what="export memory for the engine")
-    problem = next((text for *_, text in of_ranks if text is not None), None)
+    problem = cause_of([text for *_, text in of_ranks])
     names = [
         list(dict.fromkeys(name for of_rank, *_ in of_ranks for name in of_rank.get(reader, ())))
         for reader in session.context.layout.slice_ranks
@@ -267,12 +277,38 @@ def _map_in_workers(
         ]
         state.is_trusted = False
         replies = session.ask("map the trainer's memory", commands)
-        session.transient.note_opened({k: reply.opened for k, reply in replies.items()})
+        if problem is None:
+            session.transient.note_opened({k: reply.opened for k, reply in replies.items()})
         problem = problem if problem is not None else _first_error(replies)
         if problem is None:
             session.stats.add_worker_seconds({"map": slowest(replies)["open"]})
     state.is_trusted = problem is None
     return problem
+
+
+def _take_forgotten(session: SyncSession, decision: MapDecision) -> list[str]:
+    """Return regions of this rank's worker that the ranks whose memory it is know nothing of, or cannot say in this sync.
+
+    They have another syncer now, as the engine of their slice was started anew, or share no mesh of these weights.
+    """
+    regions = session.state.peer_regions
+    gone = [
+        holder for holder, (identity, _) in regions.items() if decision.holder_ids.get(holder) not in (identity, "")
+    ]
+    return [name for holder in gone for name in regions.pop(holder)[1]]
+
+
+def _note_regions(
+    session: SyncSession, decision: MapDecision, received: Mapping[Any, Sequence[GroupPayload | None]]
+) -> None:
+    """Note what this rank's worker will have mapped of other ranks, whether or not it comes to that."""
+    layout, regions = session.context.layout, session.state.peer_regions
+    for group, of_group in received.items():
+        for holder, one in zip(layout.ranks_of(group), of_group, strict=True):
+            if one is not None and holder != layout.rank:
+                before = regions.get(holder, ("", frozenset()))[1].difference(one.release.get(layout.rank, ()))
+                names = before.union(name for name, _ in one.map.get(layout.rank, ()))
+                regions[holder] = decision.holder_ids[holder], names
 
 
 def _first_error(replies: Replies) -> str | None:
@@ -303,16 +339,26 @@ def _stop_mapping(session: SyncSession, problem: str) -> None:
     Args:
         problem: Why, the same on all ranks of the meshes.
     """
-    state = session.state
-    if problem == SLICE_FAILED:
-        return
-    state.mapping_problem = problem.splitlines()[0]
-    state.mapped_names = frozenset()
-    session.stats.warnings.append(f"the trainer's memory is not mapped by the engine: {state.mapping_problem}")
-    session.ask_all("release the trainer's memory", ReleaseStaging(mapped=True))
-    # The workers of this slice have confirmed that they map nothing of it: what is left was never opened.
-    state.mappings.reclaim(session.context.layout.slice_ranks)
+    state, layout = session.state, session.context.layout
+    is_for_good = problem != SLICE_FAILED
+    if is_for_good:
+        state.mapping_problem = problem.splitlines()[0]
+        state.mapped_names = frozenset()
+        session.stats.warnings.append(f"the trainer's memory is not mapped by the engine: {state.mapping_problem}")
+    session.ask_all("release the trainer's memory", ReleaseStaging(mapped=is_for_good))
+    # The workers of this slice have confirmed that they map nothing of it: what is left was never opened.  Those of other
+    # slices may not have come so far; a counter that is set right too early would be lowered once more.
+    session.set_aside({TRANSIENT_ELSEWHERE})
     session.transient.reclaim()
+    if not is_for_good:
+        return
+    state.peer_regions.clear()
+    elsewhere = session.context.new_ledger()
+    for one in (*state.mappings.all(), *state.mappings.retired):
+        for reader in set(one.handles).difference(layout.slice_ranks):
+            elsewhere.take_over(one.handles[reader], tp_rank=layout.tp_ranks[reader], bucket=TRANSIENT_ELSEWHERE)
+    state.left_elsewhere.append(elsewhere)
+    state.mappings.reclaim(layout.slice_ranks)
 
 
 def release_commands(of_ranks: Sequence[Sequence[str]]) -> list[Addressed]:

@@ -145,13 +145,15 @@ def _map_call(session: SyncSession, items: Callable[[], Items], route: Route, op
             for rank, view in views.items()
             if not view.is_trusted or state.worker_ids.get(rank, view.worker_id) != view.worker_id
         }
-        state.worker_ids |= {rank: view.worker_id for rank, view in views.items()}
+        if mine.uses is not None:  # else nothing follows here from what is new to this rank
+            state.worker_ids |= {rank: view.worker_id for rank, view in views.items() if view.uses is not None}
         decision = MapDecision(
             persistent=frozenset(name for name, use in least.items() if use == STEADY),
             transient=frozenset(name for name, use in least.items() if use == MAPPABLE),
             same=all(view.same for view in views.values()),
             needs_reach=not all(view.has_reach for view in views.values()) and bool(groups),
             untrusted=frozenset(untrusted),
+            holder_ids={rank: view.holder_id for rank, view in views.items()},
         )
         if decision.same:
             if transfer is not None:
@@ -239,15 +241,22 @@ def _mapped_call(
 
     def run(problem: str | None = SLICE_FAILED) -> str | None:
         for group in groups:
-            problems = session.mesh.all_gather_objects(group, problem)
-            # What went wrong in a worker is for the engine's life; a slice that has failed is for this sync.
-            known = [one for one in (problem, *problems) if one is not None]
-            problem = next((one for one in known if one != SLICE_FAILED), known[0] if known else None)
+            problem = cause_of([problem, *session.mesh.all_gather_objects(group, problem)])
         course.is_mapped = problem is None
         session.schedule.enter([_plan_call(session, items, route, opened, course)])
         return problem
 
     return MeshCall("mapped", run, is_collective=bool(groups))
+
+
+def cause_of(problems: Sequence[str | None]) -> str | None:
+    """Return why not everything is mapped.
+
+    What went wrong in a worker or on a rank is for the engine's life, and comes before a slice that has failed, which is for
+    this sync alone.
+    """
+    known = [one for one in problems if one is not None]
+    return next((one for one in known if one != SLICE_FAILED), known[0] if known else None)
 
 
 def request_of(
@@ -352,11 +361,14 @@ def _transfer_calls(
     if plan.stages:
         yield MeshCall("staged", transfer.expected_staged, is_collective=bool(spanning))
 
-    def done() -> None:
+    def done(is_good: bool = False) -> bool:
         for group in spanning:
-            session.mesh.barrier(group)
+            [all_good] = session.mesh.min(group, (int(is_good),))
+            is_good = is_good and bool(all_good)
+        return is_good
 
-    # No rank goes on, and changes its weights, before the workers of all slices have read them.
+    # No rank goes on, and changes its weights, before the workers of all slices have read them.  Returns whether they have:
+    # those of a slice that failed may never open what was exported to them.
     yield MeshCall("done", done, is_collective=bool(spanning))
     if not route.repeats:  # a sync that repeats another transfers everything
         yield from gathers(left_of(session, items(), route))
@@ -411,4 +423,13 @@ def _not_sent(session: SyncSession, items: Items, is_shared: bool) -> frozenset[
     return frozenset(name for name, item in items if name in ignored and (is_shared or not is_collective(item)))
 
 
-__all__ = ["HALVES", "HALVES_ELSEWHERE", "SLICE_FAILED", "left_of", "request_of", "route_call", "sample_items"]
+__all__ = [
+    "HALVES",
+    "HALVES_ELSEWHERE",
+    "SLICE_FAILED",
+    "cause_of",
+    "left_of",
+    "request_of",
+    "route_call",
+    "sample_items",
+]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -122,14 +122,12 @@ def _wait_for_trainer(session: SyncSession) -> None:
 
 def least_memory_uses(session: SyncSession, prepared: Prepared, of_ranks: Sequence[RankView]) -> dict[str, str]:
     """Return for every shard the least that its memory permits on any rank."""
-    mapped = session.state.mapped_names
-    columns: list[Iterable[str]] = []
-    for view in of_ranks:
-        if view.memory_uses is None:  # as in the last sync, when it was mapped wherever that was permitted
-            columns.append(STEADY if name in mapped else STAGED for name in prepared.shards)
-        else:
-            columns.append(view.memory_uses)
-    return {name: min(each) for name, *each in zip(prepared.shards, *columns)}
+    state = session.state
+    last = state.memory_uses or [""] * len(of_ranks)
+    state.memory_uses = [
+        before if view.memory_uses is None else view.memory_uses for view, before in zip(of_ranks, last, strict=True)
+    ]
+    return state.least_memory_uses(prepared.shards)
 
 
 def _first_repeated(names: Iterable[str]) -> str | None:

@@ -109,6 +109,7 @@ class MapView:
         has_reach: Whether it is known who can map whose memory.
         worker_id: Identity of the worker; another one has mapped nothing yet.
         is_trusted: Whether the worker certainly has mapped what it was told to in earlier syncs.
+        holder_id: Identity of this rank's mappings; with another one those before are forgotten.
     """
 
     uses: str | None
@@ -116,6 +117,7 @@ class MapView:
     has_reach: bool = False
     worker_id: str = ""
     is_trusted: bool = False
+    holder_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +130,7 @@ class MapDecision:
         same: Whether the plan of the last sync is used.
         needs_reach: Whether it must be found out who can map whose memory.
         untrusted: Global ranks whose workers may not have what they were told to map.
+        holder_ids: Global rank -> identity of its mappings; empty if its slice has failed.
     """
 
     persistent: frozenset[str]
@@ -135,6 +138,7 @@ class MapDecision:
     same: bool
     needs_reach: bool
     untrusted: frozenset[int]
+    holder_ids: Mapping[int, str]
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ something that only one rank runs.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -30,7 +30,7 @@ from tpcolocate.weights.sync.options import SyncOptions
 from tpcolocate.weights.sync.records import CachedPlan, CachedSync
 from tpcolocate.weights.transport.bucket_sender import BucketFiles
 from tpcolocate.weights.transport.connection import Replies, WeightServer, WorkerConnection, connect
-from tpcolocate.weights.transport.mapped_memory import PersistentMappings, TransientMappings
+from tpcolocate.weights.transport.mapped_memory import STAGED, PersistentMappings, TransientMappings
 from tpcolocate.weights.transport.memory import PeakMemory, SlopeAlarm
 from tpcolocate.weights.transport.mesh import Mesh
 from tpcolocate.worker_errors import raise_worker_errors
@@ -114,16 +114,22 @@ class EngineState:
         """Way of making payloads -> why its handles do not open in the engine; None if they do."""
         self.abandoned: list[ipc_payload.Ledger] = []
         """Of failed syncs: handles whose readers may still have them open."""
+        self.left_elsewhere: list[ipc_payload.Ledger] = []
+        """Of the last sync, in which another slice failed: handles that its workers may have open or never have opened."""
         self.loader_map = LoaderMap()
         self.mappings = PersistentMappings(device, rank)
         self.is_trusted = True
         """Whether this slice's workers certainly map what they were told to; not after a sync that failed."""
         self.worker_ids: dict[int, str] = {}
         """Global rank -> identity of its worker, for the ranks of the meshes; another one has mapped nothing yet."""
+        self.peer_regions: dict[int, tuple[str, frozenset[str]]] = {}
+        """Global rank -> identity of its mappings, and which of them this rank's worker may have mapped."""
         self.reach: dict[Group, Reach] = {}
         """Group -> which workers can map which ranks' memory."""
         self.mapped_names: frozenset[str] = frozenset()
         """Names whose memory the workers map from sync to sync; the same on every rank."""
+        self.memory_uses: list[str] = []
+        """What the ranks of the slice reported last of the memory of their shards."""
         self.shard_finder = ShardFinder()
         self.history = History()
         self.cached_plan: CachedPlan | None = None
@@ -137,6 +143,15 @@ class EngineState:
     def num_syncs(self) -> int:
         """How many have begun; the same on every rank."""
         return self.history.num_syncs
+
+    def least_memory_uses(self, names: Iterable[str]) -> dict[str, str]:
+        """Return the least that the memory of these shards permits on any rank of the slice, as far as is known.
+
+        That is not what was mapped in the last sync, which may have staged for the sake of another rank or slice.
+        """
+        if self.mapping_problem is not None:
+            return dict.fromkeys(names, STAGED)
+        return {name: min(each) for name, *each in zip(names, *self.memory_uses)}
 
     def clear_cache(self) -> None:
         """Discard what the last sync left for the next one."""
@@ -333,6 +348,10 @@ class SyncSession:
                 ledger.wait_for_release(self.deadline.within(RELEASE_S))
 
         self.together("take the staging memory back", wait)
+
+    def set_aside(self, buckets: Collection[int]) -> None:
+        """Do not wait for the handles of these buckets: their readers belong to a slice that has failed."""
+        self.state.left_elsewhere += [ledger.set_aside(buckets) for ledger in self.ledgers]
 
     def mark_engine_modified(self) -> None:
         """From here on weights may change in the engine."""

@@ -103,6 +103,7 @@ class WeightSyncer:
             TpColocateError: The first error of any rank of the slice.
         """
         self.state.history.num_syncs += 1
+        self._take_left_elsewhere()
         deadline = Deadline.after(timeout_s)
         session = SyncSession(self.context, self.state, options, version, deadline, on_engine_modified, on_sent)
         try:
@@ -121,6 +122,7 @@ class WeightSyncer:
             session.schedule.enter(())
         # The engine handles updates one after the other: those of earlier, failed syncs are over by now.
         self.reclaim()
+        self.state.mappings.forget_released()
         return report
 
     def call_back(self, *, timeout_s: float) -> int:
@@ -216,6 +218,11 @@ class WeightSyncer:
             raise
         context.server.cancel_sync(timeout_s=timeout_s)
 
+    def _take_left_elsewhere(self) -> None:
+        """The next good sync ends what a failed slice may have open: its engine, too, handles updates one after the other."""
+        self.state.abandoned += self.state.left_elsewhere
+        self.state.left_elsewhere = []
+
     def reclaim(self) -> list[ipc_payload.Outstanding]:
         """Set the counters of failed syncs right; only once the engine is known to be past them."""
         ledgers, self.state.abandoned = self.state.abandoned, []
@@ -230,7 +237,8 @@ class WeightSyncer:
         Returns:
             Handles that the engine never gave back.
         """
-        if not self.state.abandoned and not len(self.state.mappings):
+        self._take_left_elsewhere()
+        if not self.state.abandoned and not len(self.state.mappings) and not self.state.mappings.retired:
             return []
         deadline = Deadline.after(timeout_s)
         while self.context.reader_is_alive():

@@ -13,11 +13,12 @@ from tpcolocate.in_server.tpcolocate_receiver.protocol import Addressed, Release
 from tpcolocate.weights.plan.transfer_plan import TransferPlan
 from tpcolocate.weights.sources.lazy_tensor import full_bytes
 from tpcolocate.weights.sync.mapping import map_and_plan
-from tpcolocate.weights.sync.mesh_calls import HALVES
+from tpcolocate.weights.sync.mesh_calls import HALVES, HALVES_ELSEWHERE
 from tpcolocate.weights.sync.records import CachedPlan, Opened, Prepared, Route
 from tpcolocate.weights.sync.session import WEIGHTS_UNKNOWN, SyncSession
 from tpcolocate.weights.transport.bucket_sender import slowest
 from tpcolocate.weights.transport.connection import Replies
+from tpcolocate.weights.transport.mapped_memory import TRANSIENT_ELSEWHERE
 from tpcolocate.weights.transport.staging import PlannedTransfer, Transfer, half_region, program_definitions
 from tpcolocate.worker_errors import raise_worker_errors
 
@@ -90,7 +91,8 @@ def transfer(session: SyncSession, prepared: Prepared, opened: Opened, route: Ro
                 error = caught
         posted, error = _post(session, f"copy stage {i}", command, posted, error, found, number=number)
     _verify(session, current, posted, found, error, expected)
-    session.schedule.make("done")
+    if not session.schedule.make("done", True):
+        session.set_aside({HALVES_ELSEWHERE, TRANSIENT_ELSEWHERE})
     _count(session, prepared, route, current.planned)
     return cached
 

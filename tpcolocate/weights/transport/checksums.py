@@ -140,7 +140,8 @@ class DirectChecksums:
                 continue
             of_rank = sizes[source][position]
             first = sum(size for k, size in of_rank.items() if k < tp_rank)
-            found.append(received[source][position][first : first + of_rank[tp_rank]])
+            # Nothing at all, if what is mapped turned out not to be used.
+            found.append(received[source][position][first : first + of_rank.get(tp_rank, 0)])
         return found
 
 

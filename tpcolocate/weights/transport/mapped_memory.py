@@ -9,6 +9,7 @@ has any), and what the trainer has dropped meanwhile is released at the next cal
 from __future__ import annotations
 
 import itertools
+import secrets
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,8 +21,8 @@ from tpcolocate import ipc_payload
 
 STAGED, MAPPABLE, STEADY = "0", "1", "2"
 """What a tensor's memory permits: to be copied; to be mapped for one sync; to be mapped from sync to sync."""
-TRANSIENT = -2
-"""Stands for a bucket's number in errors about transient mappings."""
+TRANSIENT, TRANSIENT_ELSEWHERE = -2, -6
+"""Stand for a bucket's number in errors about transient mappings: in workers of this slice, and of other slices."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,8 @@ class PersistentMappings:
 
     def __init__(self, device: torch.device, rank: int) -> None:
         self.device = device
+        self.identity = secrets.token_hex(8)
+        """Another one when all mappings were forgotten at once: workers of other slices may still have them."""
         self.version = 0
         """Changes whenever a mapping is added or removed."""
         self.retired: list[PersistentMapping] = []
@@ -145,6 +148,11 @@ class PersistentMappings:
         names = {one.name for one in mappings}
         self.retired = [one for one in self.retired if one.name not in names]
 
+    def forget_released(self) -> None:
+        """Forget retired mappings that have come back by themselves: their readers shared no mesh of the last weights."""
+        if self.retired:
+            self.forget([one for one in self.retired if one.is_released])
+
     def all(self) -> list[PersistentMapping]:
         return list(self._mappings.values())
 
@@ -178,6 +186,7 @@ class PersistentMappings:
         self._mappings.clear()
         self.retired.clear()
         self.version += 1
+        self.identity = secrets.token_hex(8)
 
 
 class TransientMappings:
@@ -203,20 +212,24 @@ class TransientMappings:
         self._rank = rank
         self._handles: dict[tuple[int, int], ipc_payload.Handle] = {}
 
-    def export(self, storages: Iterable[torch.UntypedStorage], reader: int, tp_rank: int) -> None:
+    def export(
+        self, storages: Iterable[torch.UntypedStorage], reader: int, tp_rank: int, *, is_elsewhere: bool = False
+    ) -> None:
         """Export storages to one worker; what goes wrong is left in `error`, since memory that cannot be mapped can be staged.
 
         Args:
             storages: Any; what this worker has already is left out.
             reader: Global rank of the worker's training rank.
             tp_rank: Of the worker.
+            is_elsewhere: Whether it is a worker of another slice.
         """
+        bucket = TRANSIENT_ELSEWHERE if is_elsewhere else TRANSIENT
         try:
             for storage in storages:
                 key = storage._cdata
                 if (key, reader) not in self._handles and self._persistent.find(storage) is None:
                     self.regions.setdefault(key, f"r{self._rank}/stage/{len(self.regions)}")
-                    handle = self.ledger.export_storage(storage, tp_rank=tp_rank, bucket=TRANSIENT)
+                    handle = self.ledger.export_storage(storage, tp_rank=tp_rank, bucket=bucket)
                     self._handles[key, reader] = handle
                     self._persistent.note_export(storage)
         except Exception as error:
@@ -228,7 +241,7 @@ class TransientMappings:
         return [[self.regions[key], handle.describe()] for (key, of), handle in self._handles.items() if of == reader]
 
     def note_opened(self, opened: Mapping[int, bool]) -> None:
-        """Enter which TP ranks have mapped all of it."""
+        """Enter which TP ranks of this slice have mapped all of it."""
         self.ledger.note_opened(TRANSIENT, opened)
 
     def forget(self) -> None:
@@ -242,4 +255,12 @@ class TransientMappings:
         self.ledger.reclaim()
 
 
-__all__ = ["MAPPABLE", "STAGED", "STEADY", "PersistentMapping", "PersistentMappings", "TransientMappings"]
+__all__ = [
+    "MAPPABLE",
+    "STAGED",
+    "STEADY",
+    "TRANSIENT_ELSEWHERE",
+    "PersistentMapping",
+    "PersistentMappings",
+    "TransientMappings",
+]
