@@ -144,7 +144,8 @@ def transfers_on_a_rank(rank, how, staging_bytes, reach="nobody"):
         shards = {name: finder.find(tensor) for name, tensor in sharded(how.split(",")[0], weights).items()}
         assert all(one is not None for one in shards.values())
         if how.endswith("computed"):
-            shards = {name: computed(one) for name, one in shards.items()}
+            every = 2 if "every second" in how else 1
+            shards = {name: one if i % every else computed(one) for i, (name, one) in enumerate(shards.items())}
         if planned is None:
             groups = {one.group: Reach() for one in shards.values() if one.group is not None}
             for group in groups:
@@ -204,7 +205,8 @@ def agreed_costs(mesh, request):
     return costs
 
 
-WAYS = ["plain", "fsdp", "hsdp", "tensor_parallel", "mixed", "bf16", "fsdp, computed", "plain, computed"]
+WAYS = ["plain", "fsdp", "hsdp", "tensor_parallel", "mixed", "bf16", "fsdp, computed", "plain, computed", "bf16, computed",
+        "mixed, every second computed"]  # fmt: skip
 LITTLE = 3 * 512
 
 

@@ -25,9 +25,20 @@ _RANK_MULTIPLE = 8
 """The ranks of pairs are filled up to a multiple, so that rows begin where the fast kernels of cuBLAS want them."""
 _PARTS_BYTES = 24
 """The most memory that is taken for each element of a factor while it is cut, in bytes."""
+_BATCH_BYTES = 2**27
+"""Of which not more is taken at once, unless for one weight."""
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 """What is multiplied and added to a base: [rows, rank] and [rank, columns]."""
+
+
+def rounds_once(device: torch.device) -> bool:
+    """Return whether `torch.addmm` of bfloat16 sums up in float32 there, the base included.
+
+    cuBLAS does.  `torch.backends.cuda.matmul` may permit it to reduce in bfloat16, which it does between parts of a long sum;
+    the rank of adapters is too short for parts.  On a CPU it depends on the CPU.
+    """
+    return device.type == "cuda"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +81,13 @@ class _Kind:
 
     @property
     def working_bytes(self) -> int:
-        """What preparing a weight's pair takes beside it."""
-        return max(max(a.numel(), b.numel()) for a, _, b, _, _ in self.terms) * _PARTS_BYTES + self.num_bytes
+        """What preparing a weight's pair takes beside it, at most."""
+        return sum(a.numel() + b.numel() for a, _, b, _, _ in self.terms) * _PARTS_BYTES
+
+    @property
+    def batch_size(self) -> int:
+        """How many weights are prepared together."""
+        return max(1, _BATCH_BYTES // max(1, self.working_bytes))
 
 
 class LowRankSums:
@@ -90,15 +106,9 @@ class LowRankSums:
 
     @staticmethod
     def is_possible(base: torch.Tensor, factors: Sequence[torch.Tensor]) -> bool:
-        """Return whether such a sum is rounded once there.
-
-        On GPUs cuBLAS sums products up in float32, and the base as well.  `torch.backends.cuda.matmul` may permit it to
-        reduce in bfloat16, which it does between parts of a long sum; the rank of adapters is too short for parts.  On a
-        CPU it depends on the CPU.
-        """
-        device = local_of(base).device
+        """Return whether a weight's sum can be computed like this, and is rounded once."""
         return (
-            device.type == "cuda"
+            rounds_once(local_of(base).device)
             and base.dim() == 2
             and base.dtype in (torch.float32, torch.bfloat16)
             and all(one.dim() == 2 and one.dtype in _FACTOR_DTYPES for one in factors)
@@ -129,16 +139,18 @@ class LowRankSums:
         """The most memory that `gather` takes on this rank, in bytes."""
         kinds = self._planned()
         kept = sum(kind.num_bytes * len(numbers) for kind, numbers in kinds.items())
-        working = max((kind.working_bytes * len(numbers) for kind, numbers in kinds.items()), default=0)
-        return self._factors.num_bytes + kept + working
+        batches = [kind.working_bytes * min(len(numbers), kind.batch_size) for kind, numbers in kinds.items()]
+        return self._factors.num_bytes + kept + max(batches, default=0)
 
     def gather(self) -> None:
         """Gather the factors' present values, and prepare them.  Collective: as `CoalescedGather.gather`."""
         self.forget()
         self._factors.gather()
-        with torch.no_grad(), torch.autocast("cuda", enabled=False):
+        with torch.no_grad():
             for kind, numbers in self._planned().items():
-                self._pairs.update(zip(numbers, self._prepared(kind, numbers)))
+                for first in range(0, len(numbers), kind.batch_size):
+                    batch = numbers[first : first + kind.batch_size]
+                    self._pairs.update(zip(batch, self._prepared(kind, batch)))
         if not self._keeps_factors:
             self._factors.forget()
 
@@ -226,4 +238,4 @@ def add_product(base: torch.Tensor, region: Region, pair: Pair, out: torch.Tenso
     return torch.addmm(base, left, right, out=out)
 
 
-__all__ = ["LowRankSums", "Pair", "Term", "add_product"]
+__all__ = ["LowRankSums", "Pair", "Term", "add_product", "rounds_once"]
