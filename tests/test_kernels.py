@@ -688,18 +688,18 @@ def test_a_cast_that_fails_its_test_is_torchs(compiled, monkeypatch, caplog):
     assert "weights are cast tensor by tensor" in caplog.text
 
 
-@pytest.mark.parametrize("odd", [(), ((6400, 7), (6416, 20))], ids=["whole pairs", "odd pieces"])
-def test_pieces_of_memory_have_the_same_sums_with_and_without_the_kernel(made, odd):
-    pieces = [(64, 4096), (4160, 16), (4176, 2000), *odd]
-    sums = PlacedChecksums(pieces, CPU)
+@pytest.mark.parametrize("odd", [(), ((6400, 7), (6416, 20))], ids=["whole pairs", "odd spans"])
+def test_spans_of_memory_have_the_same_sums_with_and_without_the_kernel(made, odd):
+    spans = [(64, 4096), (4160, 16), (4176, 2000), *odd]
+    sums = PlacedChecksums(spans, CPU)
     for number, is_there in enumerate((False, True, True, True)):
         made(is_there)
         memory = words((1000,), number).view(torch.uint8)
-        expected = [int(word_sum(memory[first : first + size])) for first, size in pieces]
+        expected = [int(word_sum(memory[first : first + size])) for first, size in spans]
         assert sums.begin(memory).tolist() == expected
         last = sums.begin(memory)
         memory[70] ^= 1
         assert [a != b for a, b in zip(sums.begin(memory).tolist(), last.tolist())] == [True] + [False] * (
-            len(pieces) - 1
+            len(spans) - 1
         )
     assert PlacedChecksums([], CPU).begin(memory).tolist() == []

@@ -43,7 +43,7 @@ class SourceBlock:
 
 @dataclass(frozen=True, slots=True)
 class Placing:
-    """Slices and where each is put into one piece of memory, prepared for every sync; keeps no memory of the trainer.
+    """Slices and where each is put into memory, prepared for every sync; keeps no memory of the trainer.
 
     Attributes:
         copied: Number among all slices, slice and first byte of those that lie here.
