@@ -51,6 +51,7 @@ LAYERS = {
         {"checkpoint", "fingerprint"},
         {"named_weights", "model_spec"},
         {"peft_merge", "hf_names", "fsdp1", "zero3"},
+        {"low_rank"},
         {"coalesced_gather"},
         {"lazy_tensor", "wrapper_names"},
     ),

@@ -1,14 +1,17 @@
 """Whether a module matches its fingerprint from one sync to the next, and every change that must not match."""
 
+import copy
 import gc
+import weakref
 
+import peft
 import pytest
 import torch
 from harness import run_ranks
 from torch import nn
 
 from tpcolocate.weights.sources.fingerprint import Fingerprint
-from tpcolocate.weights.sources.lazy_tensor import LazyTensor
+from tpcolocate.weights.sources.lazy_tensor import LazyTensor, full_tensor
 from tpcolocate.weights.sources.named_weights import NamedWeights
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(120)]
@@ -207,3 +210,81 @@ def sharded(rank):
 
 def test_a_sharded_module_matches_after_a_forward():
     assert run_ranks(sharded, 2) == [("Parameter", True)] * 2
+
+
+# --- computed weights ----------------------------------------------------------------------------------------------------
+
+
+def adapted():
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=2, target_modules=["first"], init_lora_weights=False)
+    model = peft.get_peft_model(Small(), config)
+    model.add_adapter("other", config)
+    return model
+
+
+def merged(model):
+    with torch.no_grad():
+        return {name: tensor for name, tensor in copy.deepcopy(model).merge_and_unload().state_dict().items()}
+
+
+def described(items):
+    return [(name, type(item), tuple(item.shape), item.dtype) for name, item in items]
+
+
+def test_a_peft_model_matches_and_its_weights_are_computed_from_current_values():
+    model = adapted()
+    weights, found = fingerprint(model)
+    layer = model.base_model.model.first
+    for change in (lambda: None, lambda: layer.lora_B["default"].weight.mul_(3), lambda: layer.scale_layer(2.0)):
+        with torch.no_grad():
+            change()
+            layer.base_layer.weight.add_(1)
+        again = found.match(model)
+        assert again is not None and described(again.items) == described(weights.items)
+        expected = merged(model)
+        assert list(expected) == [name for name, _ in again.items]
+        for name, item in again.items:
+            torch.testing.assert_close(full_tensor(item), expected[name])
+        alone = full_tensor(again.items.computed("first.weight"))
+        assert torch.equal(alone, full_tensor(dict(again.items)["first.weight"]))
+    assert not torch.equal(alone, layer.base_layer.weight)
+
+
+def test_what_recognises_a_peft_model_keeps_nothing_of_it():
+    model = adapted()
+    weights, found = fingerprint(model)
+    again = found.match(model)
+    full_tensor(again.items.computed("first.weight"))
+    references = [weakref.ref(one) for one in (*model.parameters(), *model.modules())]
+    del model, weights, again
+    gc.collect()
+    assert not any(reference() is not None for reference in references) and found.module() is None
+
+
+def replace_a_factor(model):
+    layer = model.base_model.model.first.lora_A["default"]
+    layer.weight = nn.Parameter(layer.weight.detach().clone())
+
+
+def replace_a_base(model):
+    layer = model.base_model.model.first.base_layer
+    layer.weight = nn.Parameter(layer.weight.detach().clone())
+
+
+@pytest.mark.parametrize("change", [
+    lambda model: model.set_adapter("other"),
+    lambda model: model.base_model.set_adapter(["default", "other"]),
+    lambda model: model.merge_adapter(),
+    lambda model: model.base_model.disable_adapter_layers(),
+    lambda model: model.delete_adapter("other"),
+    lambda model: model.add_adapter("third", peft.LoraConfig(r=3, target_modules=["first"])),
+    replace_a_factor,
+    replace_a_base,
+], ids=["another", "both", "merged", "disabled", "deleted", "added", "factor", "base"])  # fmt: skip
+def test_a_peft_model_of_which_other_weights_would_be_sent_does_not_match(change):
+    model = adapted()
+    _, found = fingerprint(model)
+    assert found.match(model) is not None
+    change(model)
+    assert found.match(model) is None

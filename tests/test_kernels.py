@@ -33,8 +33,8 @@ from tpcolocate.in_server.tpcolocate_receiver.kernel_tables import (
 )
 from tpcolocate.in_server.tpcolocate_receiver.regions import whole
 from tpcolocate.weights.plan.sharding import LocalShard
-from tpcolocate.weights.plan.slices import Read, TensorSlice
-from tpcolocate.weights.transport.checksums import DirectChecksums
+from tpcolocate.weights.plan.slices import Block, Read, TensorSlice
+from tpcolocate.weights.transport.checksums import DirectChecksums, PlacedChecksums
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(120)]
 
@@ -611,7 +611,8 @@ def test_the_trainers_sums_are_the_same_with_and_without_the_kernel(made, left):
         TensorSlice(name, Read(0, one.region, tuple(range(len(one.shape))), torch.float64 if name == "cast" else torch.float32), one.region, 0)
         for name, one in tensors.items()
     ]  # fmt: skip
-    sums = DirectChecksums(slices, tensors, CPU)
+    block = Block(slices, range(len(slices)), [1] * len(slices), [one.name for one in slices], 0)
+    sums = DirectChecksums({(None, 0): block}, tensors, CPU)
     for is_there in (False, True, True):
         made(is_there)
         for one in base.values():
@@ -685,3 +686,20 @@ def test_a_cast_that_fails_its_test_is_torchs(compiled, monkeypatch, caplog):
     kernels._compile(CPU, CASTS[:1])
     assert kernels.ready(CPU) is not None and not kernels.casts(CPU)
     assert "weights are cast tensor by tensor" in caplog.text
+
+
+@pytest.mark.parametrize("odd", [(), ((6400, 7), (6416, 20))], ids=["whole pairs", "odd spans"])
+def test_spans_of_memory_have_the_same_sums_with_and_without_the_kernel(made, odd):
+    spans = [(64, 4096), (4160, 16), (4176, 2000), *odd]
+    sums = PlacedChecksums(spans, CPU)
+    for number, is_there in enumerate((False, True, True, True)):
+        made(is_there)
+        memory = words((1000,), number).view(torch.uint8)
+        expected = [int(word_sum(memory[first : first + size])) for first, size in spans]
+        assert sums.begin(memory).tolist() == expected
+        last = sums.begin(memory)
+        memory[70] ^= 1
+        assert [a != b for a, b in zip(sums.begin(memory).tolist(), last.tolist())] == [True] + [False] * (
+            len(spans) - 1
+        )
+    assert PlacedChecksums([], CPU).begin(memory).tolist() == []

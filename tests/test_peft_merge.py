@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from tpcolocate.errors import ConfigError
 from tpcolocate.in_server.tpcolocate_receiver.regions import Region, whole
 from tpcolocate.weights.plan.sharding import ShardFinder
+from tpcolocate.weights.sources import low_rank
 from tpcolocate.weights.sources.lazy_tensor import LazyTensor, full_tensor
 from tpcolocate.weights.sources.named_weights import NamedWeights
 
@@ -374,6 +375,130 @@ def test_a_region_takes_memory_for_itself_not_for_the_tensor(name):
     assert len(seen.sizes) >= 6, "two products, scaled and added"
     assert max(seen.sizes) <= 3, "one element, and one row of factors of rank 3 at most"
     assert item.recipe.extra_itemsize == 8
+
+
+# --- by one multiplication ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def one_multiplication(monkeypatch):
+    """As on a GPU.  Whether a CPU rounds once depends on the CPU; errors of a second rounding are allowed for."""
+    monkeypatch.setattr(low_rank, "rounds_once", lambda device: True)
+
+
+def exact_sum(layer, names):
+    """The merged weight of a layer in float64, and the sum of all magnitudes in its delta."""
+    found = layer.base_layer.weight.detach().double()
+    magnitude = torch.zeros_like(found)
+    for name in names:
+        a, b = layer.lora_A[name].weight.detach().double(), layer.lora_B[name].weight.detach().double()
+        delta, of_delta = (b @ a) * layer.scaling[name], (b.abs() @ a.abs()) * abs(layer.scaling[name])
+        found += delta.T if layer.fan_in_fan_out else delta
+        magnitude += of_delta.T if layer.fan_in_fan_out else of_delta
+    return found, magnitude
+
+
+def off_by(found, exact, magnitude):
+    """By how many units in the last place a tensor is off, beside what the factors' parts leave out."""
+    digits = {torch.float32: 23, torch.bfloat16: 7}[found.dtype]
+    left_out = {torch.float32: 2.0**-20, torch.bfloat16: 2.0**-15}[found.dtype]
+    unit = torch.exp2(torch.frexp(exact.abs()).exponent - 1.0 - digits)
+    return (((found.double() - exact).abs() - left_out * magnitude).clamp(min=0) / unit).max().item()
+
+
+@pytest.mark.parametrize("base, factors", [
+    (torch.float32, torch.float32),
+    (torch.float32, torch.bfloat16),
+    (torch.bfloat16, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.bfloat16, torch.float16),
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("targets", [EVERY, CONV], ids=["linear", "conv"])
+def test_adapters_are_added_to_any_region_by_one_multiplication(one_multiplication, targets, base, factors):
+    model = wide(targets, base=base, factors=factors, use_rslora=True)
+    inner = model.base_model.model
+    layers = {"conv.weight": inner.conv} if targets is CONV else {f"inner.{n}.weight": inner.inner[n] for n in "qo"}
+    items = computed(model)
+    ingredients = items[next(iter(layers))].recipe.ingredients
+    assert not ingredients.is_collective
+    ingredients.gather()
+    others = {name: item for name, item in items.items() if name not in layers}
+    assert len(others) == len(items) - len(layers)
+    for item in others.values():  # as before
+        torch.testing.assert_close(ShardFinder().find(item).compute(whole(item.shape)), full_tensor(item))
+    for name, layer in layers.items():
+        shard = ShardFinder().find(items[name])
+        exact, magnitude = exact_sum(layer, ["default", "other"])
+        for region in regions(items[name].shape):
+            memory = torch.full((region.volume + 2,), 7.0, dtype=base)
+            out = memory[1:-1].view(region.lengths)
+            with Allocations() as seen:
+                found = shard.compute(region, out)
+            assert seen.sizes == [region.volume], "one operator, whose result is where it is wanted"
+            assert found.data_ptr() == out.data_ptr() and memory[0] == memory[-1] == 7
+            assert torch.equal(shard.compute(region), found)
+            assert off_by(found, narrowed(exact, region), narrowed(magnitude, region)) <= 1
+    assert sum(one.nbytes for pair in ingredients._pairs.values() for one in pair) <= ingredients.num_bytes
+
+
+class Alike(nn.Module):
+    """Layers of one kind, whose factors are prepared together."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 6, bias=False, dtype=torch.bfloat16) for _ in range(3))
+
+
+def alike():
+    torch.manual_seed(0)
+    model = peft.inject_adapter_in_model(lora(target_modules=["0", "1", "2"]), Alike())
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn(parameter.shape)
+    return model
+
+
+def test_what_is_prepared_is_of_the_time_of_the_gather_each_layer_with_its_own_scaling(one_multiplication):
+    model = alike()
+    model.layers[1].scaling["default"] = 0.3
+    shards = [ShardFinder().find(item) for item in computed(model).values()]
+    [ingredients] = {id(one.ingredients): one.ingredients for one in shards}.values()
+
+    def found():
+        return [shard.compute(shard.region) for shard in shards]
+
+    def expected():
+        return [exact_sum(layer, ["default"]) for layer in model.layers]
+
+    def agree(tensors, wanted):
+        return all(off_by(one, *pair) <= 1 for one, pair in zip(tensors, wanted))
+
+    ingredients.gather()
+    first = expected()
+    assert agree(found(), first)
+    with torch.no_grad():
+        model.layers[0].lora_B["default"].weight.mul_(3)
+    model.layers[2].scaling["default"] *= 2
+    assert agree(found(), first) and not agree(found(), expected())
+    ingredients.gather()
+    assert agree(found(), expected()) and not agree(found(), first)
+    ingredients.forget()
+    assert agree(found(), expected()), "without it as peft does"
+    with torch.no_grad():
+        model.layers[0].lora_B["default"].weight.mul_(3)
+    assert agree(found(), expected())
+
+
+def test_what_is_prepared_keeps_nothing_of_the_model_alive(one_multiplication):
+    model = alike()
+    ingredients = next(iter(computed(model).values())).recipe.ingredients
+    ingredients.gather()
+    references = [weakref.ref(one) for one in (*model.parameters(), *model.modules())]
+    del model
+    gc.collect()
+    assert not any(reference() is not None for reference in references)
+    ingredients.forget()
+    assert ingredients._pairs == {}
 
 
 # --- what a repeated sync needs ------------------------------------------------------------------------------------------

@@ -90,7 +90,7 @@ def sharded_experts(rank, world, num_experts):
         one_by_one = {name: finder.find(item) for name, item in weights}
         fingerprint = Fingerprint.of(model, weights)
         again = fingerprint.match(model)
-        cached = CachedShards(again.items.tensor_of, layouts_of(shards))
+        cached = CachedShards(again.items.tensor_of, layouts_of(shards), lambda name: None)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.to_local().mul_(2)

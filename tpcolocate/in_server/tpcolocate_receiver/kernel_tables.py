@@ -204,7 +204,8 @@ class ChecksumTable:
     """Memory to be summed up, in the form that the kernels read.
 
     Args:
-        slices: Without regions, of layouts from `Layout.to_sum`; at least one.
+        slices: Without regions, of layouts from `Layout.to_sum`; at least one.  Their sources may also count from the start
+            of memory that `point_to` names later.
         device: To run on.
         casts: That the kernels may do.
 
@@ -216,6 +217,17 @@ class ChecksumTable:
         parts, self.rest = _parts_of(slices, 0, casts)
         self._parts = _on(parts.rows, device)
         self._tiles = {variant: _on(tiles, device) for variant, tiles in _tiles_of(parts).items()}
+        self._start = 0
+
+    def point_to(self, start: int) -> None:
+        """Let sources count from an address, a multiple of 16; queued on the current stream.
+
+        The table may be in use by what that stream has queued before.
+        """
+        assert start % _ALIGNMENT == 0
+        if start != self._start:
+            self._parts[:, 0] += start - self._start
+            self._start = start
 
     def run(self, launch: Any, sums: torch.Tensor) -> None:
         """Queue the sums on the device's current stream.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -18,17 +20,29 @@ from tpcolocate.in_server.tpcolocate_receiver.regions import Region, whole
 from tpcolocate.weights.sources.lazy_tensor import Ingredients, Item, Items, LazyTensor, PartOf, Recipe, View, local_of
 
 
+class Compute(Protocol):
+    """Computes what a tensor holds in a region of this rank's shard."""
+
+    def __call__(self, region: Region, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Return it, contiguous and in memory of its own.
+
+        Args:
+            region: Of the tensor, within this rank's shard, not empty.
+            out: To write into and return: contiguous, of the region's shape, with dtype and device of the shard's `local`.
+        """
+
+
 @dataclass(frozen=True, slots=True)
 class LocalShard:
     """The part of one tensor that lies on this rank.
 
     Attributes:
         shape: Of the whole tensor.
-        local: The memory of this rank's shard, detached; of a computed tensor empty, of its dtype.
+        local: The memory of this rank's shard, detached; of a computed tensor empty, of its dtype, where it is computed.
         regions: The shard region of each rank of `group`.
         position: This rank's position in `group`.
         group: The ranks among which the tensor is sharded; None if this rank has all of it.
-        compute: Region within this rank's shard -> what the tensor holds there; None: `local` holds it.
+        compute: Computes what the tensor holds; None: `local` holds it.
         ingredients: What has to be gathered before anything is computed.
     """
 
@@ -37,7 +51,7 @@ class LocalShard:
     regions: tuple[Region, ...]
     position: int = 0
     group: dist.ProcessGroup | None = None
-    compute: Callable[[Region], torch.Tensor] | None = None
+    compute: Compute | None = None
     ingredients: Ingredients | None = None
 
     @property
@@ -70,7 +84,7 @@ class CachedShards(Mapping[str, LocalShard]):
     ) -> None:
         self._tensor_of = tensor_of
         self._layouts = layouts
-        self._computed = computed
+        self._computed = functools.cache(computed)  # asked for several times in a sync
 
     def __getitem__(self, name: str) -> LocalShard:
         shape, regions, position, group, view = self._layouts[name]
@@ -171,18 +185,9 @@ class ShardFinder:
         layout = self._parts.get(key)
         if layout is None:
             layout = self._parts[key] = _part_layout(base, part)
-        compute = base.compute
-        if compute is not None:
-            made = compute
-            return LocalShard(
-                shape,
-                base.local,
-                layout.regions,
-                base.position,
-                base.group,
-                lambda region: made(part.outside(region)).reshape(region.lengths),
-                base.ingredients,
-            )
+        if base.compute is not None:
+            compute = _computed_part(base.compute, part)
+            return LocalShard(shape, base.local, layout.regions, base.position, base.group, compute, base.ingredients)
         strides = base.local.stride()
         local = base.local.as_strided(
             layout.regions[base.position].lengths,
@@ -207,17 +212,26 @@ def _part_layout(base: LocalShard, part: PartOf) -> _PartLayout:
 
 
 def _computed(base: LocalShard, tensor: LazyTensor, recipe: Recipe) -> LocalShard:
-    local, origin = base.local, base.region
+    local, make, starts, strides = base.local, recipe.compute, base.region.starts, base.local.stride()
+    first = local.storage_offset()
 
-    def compute(region: Region) -> torch.Tensor:
-        view = local
-        for dim, (start, length) in enumerate(zip(region.starts, region.lengths)):
-            view = view.narrow(dim, start - origin.starts[dim], length)
+    def compute(region: Region, out: torch.Tensor | None = None) -> torch.Tensor:
+        # One view; `narrow` makes one for each dimension.
+        offset = sum((start - origin) * stride for start, origin, stride in zip(region.starts, starts, strides))
+        view = local.as_strided(region.lengths, strides, first + offset)
         with torch.no_grad():
-            return recipe.compute(view, region)
+            return make(view, region, out)
 
-    empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    return replace(base, local=empty, compute=compute, ingredients=recipe.ingredients)
+    empty = torch.empty(0, dtype=tensor.dtype, device=local.device)
+    return LocalShard(base.shape, empty, base.regions, base.position, base.group, compute, recipe.ingredients)
+
+
+def _computed_part(make: Compute, part: PartOf) -> Compute:
+    def compute(region: Region, out: torch.Tensor | None = None) -> torch.Tensor:
+        outside = part.outside(region)
+        return make(outside, None if out is None else out.view(outside.lengths)).view(region.lengths)
+
+    return compute
 
 
 def _layout_of(
@@ -309,6 +323,7 @@ def mesh_groups(shards: Shards) -> list[dist.ProcessGroup]:
 
 __all__ = [
     "CachedShards",
+    "Compute",
     "Layout",
     "LocalShard",
     "ShardFinder",

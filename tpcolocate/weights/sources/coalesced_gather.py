@@ -54,6 +54,12 @@ class CoalescedGather:
         return full
 
     @property
+    def is_collective(self) -> bool:
+        """Whether anything has to be gathered; the same on every rank."""
+        plan = self._planned()
+        return bool(plan.batches or plan.others)
+
+    @property
     def num_bytes(self) -> int:
         """The most memory that `gather` takes on this rank, in bytes."""
         return self._planned().num_bytes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Protocol, TypeGuard
 
 import torch
@@ -48,17 +48,38 @@ class PartOf:
 
 
 class Ingredients(Protocol):
-    """What computed tensors need of other ranks: one object for all tensors of a source."""
+    """What computed tensors are made of, fetched from other ranks and prepared: one object for all tensors of a source."""
+
+    @property
+    def is_collective(self) -> bool:
+        """Whether `gather` is; the same on every rank."""
 
     @property
     def num_bytes(self) -> int:
         """The most memory that `gather` takes on this rank, in bytes; less of it is kept until `forget`."""
 
     def gather(self) -> None:
-        """Fetch it anew.  Collective: over the meshes of the source, once in a sync, before anything is computed."""
+        """Fetch it anew.  Collective: over the meshes of the source, once in a sync, before anything is computed.
+
+        Computed tensors are then made of the values of this time.
+        """
 
     def forget(self) -> None:
         """Drop it."""
+
+
+class ComputeFrom(Protocol):
+    """Computes a region of a lazy tensor."""
+
+    def __call__(self, base: torch.Tensor, region: Region, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Return that region of the lazy tensor, on the device of `base`, in memory of its own.  Local.
+
+        Args:
+            base: The same region of the tensor in memory, as a detached view of this rank's shard.
+            region: Which one, not empty.
+            out: To write into and return: contiguous, of the region's shape, the lazy tensor's dtype and the device of `base`.
+                None: new memory.
+        """
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -70,9 +91,9 @@ class Recipe:
 
     Attributes:
         base: The tensor in memory; the lazy tensor is sharded as it is.
-        compute: (A region of `base`, as a detached view of this rank's shard; which region) -> that region of the lazy
-            tensor, on the device of the view, in memory of its own.  Local.
-        ingredients: What has to be gathered before; None: nothing.
+        compute: Computes a region.
+        ingredients: What has to be gathered before; None: nothing.  Where that is not collective, regions are computed
+            without it too, but slower.
         extra_itemsize: Memory that `compute` takes beside its result, in bytes for each element of the region.
         inputs: All tensors that it is computed from, `base` first.
         settings: Returns what decides, beside the names and the values of a source's tensors, which weights the source
@@ -81,7 +102,7 @@ class Recipe:
     """
 
     base: torch.Tensor
-    compute: Callable[[torch.Tensor, Region], torch.Tensor]
+    compute: ComputeFrom
     ingredients: Ingredients | None = None
     extra_itemsize: int = 0
     inputs: tuple[torch.Tensor, ...] = ()
@@ -132,7 +153,14 @@ class LazyTensor:
         recipe = self.recipe
         if recipe is None or recipe.settings is None or self.part is not None:
             return None
-        bare = replace(self, recipe=None)
+        shape, dtype, device, make, is_collective, extra_bytes = (
+            self.shape,
+            self.dtype,
+            self.device,
+            self.make,
+            self.is_collective,
+            self.extra_bytes,
+        )
         compute, ingredients, extra, settings = (
             recipe.compute,
             recipe.ingredients,
@@ -140,8 +168,10 @@ class LazyTensor:
             recipe.settings,
         )
 
+        # Not `dataclasses.replace`, which takes several times as long; there are hundreds in every sync.
         def again(inputs: Sequence[torch.Tensor]) -> LazyTensor:
-            return replace(bare, recipe=Recipe(inputs[0], compute, ingredients, extra, tuple(inputs), settings))
+            made = Recipe(inputs[0], compute, ingredients, extra, tuple(inputs), settings)
+            return LazyTensor(shape, dtype, device, make, is_collective, extra_bytes, recipe=made)
 
         return again
 
@@ -303,6 +333,7 @@ _region_of = functools.lru_cache(maxsize=1 << 12)(region_of)
 
 
 __all__ = [
+    "ComputeFrom",
     "Ingredients",
     "Item",
     "Items",

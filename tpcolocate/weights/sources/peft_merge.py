@@ -29,6 +29,7 @@ from tpcolocate.weights.sources.lazy_tensor import (
     is_collective,
     reading_bytes,
 )
+from tpcolocate.weights.sources.low_rank import LowRankSums, Term, add_product
 from tpcolocate.weights.sources.wrapper_names import without_wrappers
 
 _MERGE_FIRST = "send a copy that peft has merged: copy.deepcopy(model).merge_and_unload()"
@@ -87,6 +88,7 @@ class _PeftLayers:
                 self._layers[without_wrappers(path)] = layer
         self._settings = _Settings(self._layers.values())
         self._factors = CoalescedGather()
+        self._sums = LowRankSums(self._factors)
 
     def resolve(self, name: str, tensor: Any) -> tuple[str, Any] | None:
         """Return a weight's name without peft, and its merged value; None if the model does not compute with it."""
@@ -125,12 +127,17 @@ class _PeftLayers:
         found = [_Adapter.of(layer, adapter, self._factors) for layer, adapter in adapters]
         factors = [self._factors.tensor(number) for adapter in found for number in (adapter.a, adapter.b)]
         inputs = (base, *factors)
-        merge = _Merge(weakref.ref(base), tuple(found), self._factors)
+        number: int | None = None
+        if all(adapter.is_product for adapter in found) and self._sums.is_possible(base, factors):
+            number = self._sums.add(base, [adapter.term() for adapter in found])
+        else:
+            self._sums.keep_factors()
+        merge = _Merge(weakref.ref(base), tuple(found), self._factors, self._sums, number)
         widest = max(tensor.dtype.itemsize for tensor in inputs)
         recipe = Recipe(
             base,
             merge.compute,
-            self._factors if any(map(is_collective, factors)) else None,
+            self._sums if number is not None or any(map(is_collective, factors)) else None,
             # peft computes a product and scales it, on a CPU at least in float32.
             extra_itemsize=2 * max(widest, 4),
             inputs=inputs,
@@ -148,7 +155,7 @@ class _PeftLayers:
 
 
 class _Settings:
-    """Which adapters of which layers are active, merged or disabled.  Scalings are read when a weight is computed."""
+    """Which adapters of which layers are active, merged or disabled.  Scalings are read anew in every sync."""
 
     def __init__(self, layers: Iterable[nn.Module]) -> None:
         self._layers = [weakref.ref(layer) for layer in layers]
@@ -218,6 +225,9 @@ class _Merge:
     base: weakref.ref[torch.Tensor]
     adapters: tuple[_Adapter, ...]
     factors: CoalescedGather
+    sums: LowRankSums
+    number: int | None
+    """Of the weight in `sums`, if it is one of them."""
 
     def make(self) -> torch.Tensor:
         """Return the full sum.  Collective if base or factors are DTensors: base first, then the factors in order."""
@@ -227,21 +237,25 @@ class _Merge:
         # Not what was gathered for `compute`: whether that is there could differ between ranks that have failed.
         return self._sum(full_tensor(base), whole(base.shape), lambda number: full_tensor(self.factors.tensor(number)))
 
-    def compute(self, base: torch.Tensor, region: Region) -> torch.Tensor:
-        """Return a region of the sum.  Local, from what was gathered.
+    def compute(self, base: torch.Tensor, region: Region, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Return a region of the sum, from what was gathered; see `ComputeFrom`."""
+        pair = None if self.number is None else self.sums.find(self.number)
+        if pair is not None:
+            return add_product(base, region, pair, out)
+        return self._sum(base, region, self.factors.full, out)
 
-        Args:
-            base: That region of the base weight, detached.
-            region: Of the full weight.
-        """
-        return self._sum(base, region, self.factors.full)
-
-    def _sum(self, weight: torch.Tensor, region: Region, read: Callable[[int], torch.Tensor]) -> torch.Tensor:
+    def _sum(
+        self,
+        weight: torch.Tensor,
+        region: Region,
+        read: Callable[[int], torch.Tensor],
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         for adapter in self.adapters:
             # peft computes some deltas on an offloaded base's device.
             delta = adapter.delta(region, read).to(weight.device)
             # In the wider of the two dtypes, rounded once.
-            merged = torch.empty(region.lengths, dtype=weight.dtype, device=weight.device)
+            merged = torch.empty(region.lengths, dtype=weight.dtype, device=weight.device) if out is None else out
             weight = torch.add(weight, delta, out=merged)
         return weight
 
@@ -256,6 +270,7 @@ class _Adapter:
         a: Number of its factor A.
         b: Number of its factor B.
         narrow: Which of the functions below narrows them to a region.
+        is_product: Whether the delta is their scaled product and nothing else.
     """
 
     layer: weakref.ref[Any]
@@ -263,6 +278,7 @@ class _Adapter:
     a: int
     b: int
     narrow: Callable[[Any, Region, torch.Tensor, torch.Tensor], _Factors]
+    is_product: bool
 
     @classmethod
     def of(cls, layer: Any, name: str, factors: CoalescedGather) -> _Adapter:
@@ -274,13 +290,25 @@ class _Adapter:
             a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
             is_stack = isinstance(layer, lora.ParamWrapper) and layer.num_experts > 1
             narrow = _narrow_experts if is_stack else _narrow_linear
-        return cls(weakref.ref(layer), name, factors.add(a), factors.add(b), narrow)
+        is_product = type(layer).get_delta_weight is lora.Linear.get_delta_weight
+        return cls(weakref.ref(layer), name, factors.add(a), factors.add(b), narrow, is_product)
 
-    def delta(self, region: Region, read: Callable[[int], torch.Tensor]) -> torch.Tensor:
-        """Return a region of the delta, as peft computes it from the parts of the factors that it depends on."""
+    def term(self) -> Term:
+        """Return the delta as a product."""
+        return Term(self.a, self.b, self._scaling, self._layer().fan_in_fan_out)
+
+    def _scaling(self) -> float:
+        return float(self._layer().scaling[self.name])
+
+    def _layer(self) -> Any:
         layer = self.layer()
         if layer is None:
             raise RuntimeError("a layer with adapters is gone: its module was dropped or changed")
+        return layer
+
+    def delta(self, region: Region, read: Callable[[int], torch.Tensor]) -> torch.Tensor:
+        """Return a region of the delta, as peft computes it from the parts of the factors that it depends on."""
+        layer = self._layer()
         narrowed = self.narrow(layer, region, read(self.a), read(self.b))
         # Not `torch.func.functional_call`: it puts the factors into the trainer's layer for the time of the call, and
         # takes several times as long as the product itself.

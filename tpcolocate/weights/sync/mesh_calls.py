@@ -354,7 +354,8 @@ def _transfer_calls(
     spanning = [group for group in plan.groups if layout.spans_slices(group)]
     yield MeshCall("sums", transfer.expected_direct, is_collective=bool(spanning))
     if plan.stages:
-        yield MeshCall("ingredients", transfer.gather_ingredients, is_collective=bool(transfer.ingredients))
+        is_gathered = any(one.is_collective for one in transfer.ingredients)
+        yield MeshCall("ingredients", transfer.gather_ingredients, is_collective=is_gathered)
         yield _halves_call(session, transfer)
     for i, stage in enumerate(plan.stages):
         yield MeshCall("stage", lambda i=i: transfer.fill_stage(i), is_collective=stage.group is not None)

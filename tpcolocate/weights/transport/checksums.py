@@ -1,4 +1,4 @@
-"""What workers must find: sums of all that they read where it lies, by the rank that has it."""
+"""What workers must find: sums of all that they read where it lies, by the rank that has it, and of what is staged."""
 
 from __future__ import annotations
 
@@ -145,4 +145,44 @@ class DirectChecksums:
         return found
 
 
-__all__ = ["DirectChecksums", "SumsOfRanks"]
+class PlacedChecksums:
+    """Checksums of spans of memory that is another one at every sync, all by one launch where the kernels are ready.
+
+    Args:
+        spans: First byte of each, a multiple of 16, and number of bytes.
+        device: Of the memory.
+    """
+
+    def __init__(self, spans: Sequence[tuple[int, int]], device: torch.device) -> None:
+        self._spans = spans
+        self._device = device
+        self._table: ChecksumTable | None = None
+
+    def begin(self, memory: torch.Tensor) -> torch.Tensor:
+        """Queue the checksums; return one for each span, not waited for.
+
+        Args:
+            memory: Flat uint8, starting at a multiple of 16 bytes.
+        """
+        launch = kernels.ready(self._device) if self._spans else None
+        if launch is None:
+            sums = [self._sum(memory, i) for i in range(len(self._spans))]
+            return torch.stack(sums) if sums else torch.empty(0, dtype=torch.int64, device=self._device)
+        if self._table is None:
+            slices = Slices()
+            for i, (first, num_bytes) in enumerate(self._spans):
+                slices.add(Layout.to_sum((num_bytes,), (1,), torch.uint8, torch.uint8), first, slot=i)
+            self._table = ChecksumTable(slices, self._device)
+        sums_of_all = torch.zeros(len(self._spans), dtype=torch.int64, device=self._device)
+        self._table.point_to(memory.data_ptr())
+        self._table.run(launch, sums_of_all)
+        for i in self._table.rest:
+            sums_of_all[i] = self._sum(memory, i)
+        return sums_of_all
+
+    def _sum(self, memory: torch.Tensor, number: int) -> torch.Tensor:
+        first, num_bytes = self._spans[number]
+        return word_sum(memory[first : first + num_bytes])
+
+
+__all__ = ["DirectChecksums", "PlacedChecksums", "SumsOfRanks"]

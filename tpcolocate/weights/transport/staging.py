@@ -6,8 +6,9 @@ workers that reach the rank map; for the others it is sent, by one all-to-all fo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from tpcolocate.weights.plan.sharding import Shards
 from tpcolocate.weights.plan.slices import Block, TensorSlice, place
 from tpcolocate.weights.plan.transfer_plan import Group, Stage, TransferPlan, placed_given
 from tpcolocate.weights.sources.lazy_tensor import Ingredients
-from tpcolocate.weights.transport.checksums import DirectChecksums, SumsOfRanks
+from tpcolocate.weights.transport.checksums import DirectChecksums, PlacedChecksums, SumsOfRanks
 from tpcolocate.weights.transport.mapped_memory import PersistentMappings
 from tpcolocate.weights.transport.mesh import Mesh
 
@@ -41,12 +42,141 @@ class SourceBlock:
 
 
 @dataclass(frozen=True, slots=True)
+class Placing:
+    """Slices and where each is put into memory, prepared for every sync; keeps no memory of the trainer.
+
+    Attributes:
+        copied: Number among all slices, slice and first byte of those that lie here.
+        computed: The same of those that are computed; number of elements before it, if it is computed where it is put.
+        num_slices: Of both.
+        checksums: Of what is computed, where it was put.
+        order: Where the checksums of `computed`, then of `copied`, are found among all; None: nothing is copied.
+    """
+
+    copied: Sequence[tuple[TensorSlice, int]]
+    computed: Sequence[tuple[TensorSlice, int, bool]]
+    num_slices: int
+    checksums: PlacedChecksums
+    order: torch.Tensor | None
+
+    @classmethod
+    def of(cls, placed: Sequence[tuple[TensorSlice, int]], shards: Shards, device: torch.device) -> Placing:
+        """Prepare slices.
+
+        Args:
+            placed: Each with the first byte in the memory, a multiple of 16.
+            shards: What lies here, laid out as in all later syncs.
+            device: Of the memory.
+        """
+        copied: list[tuple[TensorSlice, int]] = []
+        computed: list[tuple[TensorSlice, int, bool]] = []
+        numbers_copied, numbers_computed = [], []
+        for number, (one, first) in enumerate(placed):
+            shard = shards[one.name]
+            if shard.compute is None:
+                copied.append((one, first))
+                numbers_copied.append(number)
+            else:
+                in_place = shard.local.dtype == one.read.dtype and shard.local.device == device
+                computed.append((one, first, in_place))
+                numbers_computed.append(number)
+        order = None
+        if copied:
+            places = [0] * len(placed)
+            for place_of, number in enumerate([*numbers_computed, *numbers_copied]):
+                places[number] = place_of
+            order = torch.tensor(places, device=device)
+        checksums = PlacedChecksums([(first, one.num_bytes) for one, first, _ in computed], device)
+        return cls(copied, computed, len(placed), checksums, order)
+
+    def put(self, memory: torch.Tensor, shards: Shards) -> torch.Tensor:
+        """Put the slices into memory; return the checksum of each, not waited for.
+
+        Those of copies are taken where they are copied from, so that a copy that goes wrong is found.
+
+        Args:
+            memory: Flat uint8, starting at a multiple of 16 bytes.
+            shards: What lies here now.
+        """
+        typed: dict[torch.dtype, torch.Tensor] = {}
+
+        def target(one: TensorSlice, first: int, shape: Sequence[int]) -> torch.Tensor:
+            dtype = one.read.dtype
+            if dtype not in typed:
+                typed[dtype] = memory.view(dtype)
+            of_dtype = typed[dtype]
+            return of_dtype.as_strided(shape, strides_of(shape), of_dtype.storage_offset() + first // dtype.itemsize)
+
+        for one, first, in_place in self.computed:
+            compute = shards[one.name].compute
+            assert compute is not None
+            out = target(one, first, one.region.lengths)
+            if in_place:
+                compute(one.region, out)
+            else:
+                out.copy_(compute(one.region))  # at once, so that what was computed need not be kept
+        sums = self.checksums.begin(memory)
+        if self.order is None:
+            return sums
+        targets, sources = [], []
+        for one, first in self.copied:
+            shard = shards[one.name]
+            source = one.view(shard.local, shard.region)
+            if source.dtype != one.read.dtype or source.device != memory.device:
+                source = source.to(memory.device, one.read.dtype)
+            sources.append(source)
+            targets.append(target(one, first, one.shape))
+        of_copied = torch.stack([word_sum(source) for source in sources])
+        torch._foreach_copy_(targets, sources)
+        return torch.cat([sums, of_copied])[self.order]
+
+
+@dataclass(frozen=True, slots=True)
+class StageFilling:
+    """What this rank puts where in one stage.
+
+    Attributes:
+        given: Into its half of the staging memory.
+        given_counts: TP rank -> number of slices, in order.
+        sent: Into the memory that is sent.
+        sent_counts: Position -> number of slices, in order.
+    """
+
+    given: Placing
+    given_counts: Mapping[int, int]
+    sent: Placing
+    sent_counts: Sequence[int]
+
+    @classmethod
+    def of(cls, stage: Stage, shards: Shards, device: torch.device) -> StageFilling:
+        """Prepare a stage; arguments as of `Placing.of`."""
+        sent: list[tuple[TensorSlice, int]] = []
+        first = 0
+        for slices, size in zip(stage.send, stage.send_bytes):
+            sent += zip(slices, place(slices, first)[0])
+            first += size
+        return cls(
+            Placing.of([(one, start) for _, one, start in placed_given(stage)], shards, device),
+            {k: len(slices) for k, slices in stage.given.items()},
+            Placing.of(sent, shards, device),
+            [len(slices) for slices in stage.send],
+        )
+
+    def by_reader(self, sums: Sequence[int]) -> tuple[dict[int, list[int]], list[list[int]]]:
+        """Divide the checksums of a stage: by TP rank of the slices given, by position of those sent."""
+        numbers = iter(sums)
+        given = {k: [next(numbers) for _ in range(count)] for k, count in self.given_counts.items()}
+        return given, [[next(numbers) for _ in range(count)] for count in self.sent_counts]
+
+
+@dataclass(frozen=True, slots=True)
 class PlannedTransfer:
     """A plan, and what can be kept with it from sync to sync: no memory of the trainer.
 
     Attributes:
         plan: Of this rank.
         direct: Checksums of what workers read where it lies here.
+        fillings: Of the stages.
         sizes: Of the sums of all ranks' blocks, which they exchange.
         labels: Of the sums that this rank's worker must find, by source.
         own_bytes: What the worker reads of this rank's memory where it lies.
@@ -55,6 +185,7 @@ class PlannedTransfer:
 
     plan: TransferPlan
     direct: DirectChecksums
+    fillings: Sequence[StageFilling]
     sizes: SumsOfRanks
     labels: Sequence[Sequence[str]]
     own_bytes: int
@@ -83,6 +214,7 @@ class PlannedTransfer:
         return cls(
             plan,
             DirectChecksums(plan.blocks, shards, device),
+            [StageFilling.of(stage, shards, device) for stage in plan.stages],
             sizes,
             [one.labels for one in mine],
             own_bytes=sum(one.num_bytes for one, own in zip(mine, is_own) if own),
@@ -111,9 +243,10 @@ class Transfer:
         self._mesh = mesh
         self._send_buffer = torch.empty(0, dtype=torch.uint8)
         self._direct: torch.Tensor | None = None
-        self._staged: list[_StageSums] = []
+        self._staged: list[torch.Tensor] = []
+        """Checksums of the stages so far, not waited for."""
 
-    @property
+    @cached_property
     def ingredients(self) -> list[Ingredients]:
         """What has to be gathered before anything is computed, each once, in the order of the sync."""
         found = [self._shards[name].ingredients for name in self.plan.staged_names]
@@ -123,6 +256,7 @@ class Transfer:
         """Take the memory that staging needs, and begin the checksums of what this rank gives; does nothing a second time."""
         if self._direct is not None:
             return
+        _ = self.ingredients  # finds out how everything is computed
         if self.plan.stages and not self.halves:
             device = self._mesh.device
             self.halves = [
@@ -188,39 +322,11 @@ class Transfer:
 
     def _fill(self, stage: Stage, number: int) -> torch.Tensor:
         """Put this rank's slices into the staging memory, and what is to be sent into its buffer; return that."""
-        half = self.halves[number % 2]
-        sums = _StageSums(
-            {k: self._put(half, placed) for k, placed in _by_reader(stage)},
-            [],
-        )
-        first = 0
-        for slices, size in zip(stage.send, stage.send_bytes):
-            sums.sent.append(self._put(self._send_buffer, list(zip(slices, place(slices, first)[0]))))
-            first += size
-        self._staged[number:] = [sums]
-        return self._send_buffer[:first]
-
-    def _put(self, memory: torch.Tensor, placed: Sequence[tuple[TensorSlice, int]]) -> list[torch.Tensor]:
-        """Copy slices to where they are placed; return the checksum of each, not waited for."""
-        targets, sources, sums = [], [], []
-        for one, start in placed:
-            shard = self._shards[one.name]
-            if shard.compute is not None:
-                source = shard.compute(one.region).reshape(one.shape)
-            else:
-                source = one.view(shard.local, shard.region)
-            if source.dtype != one.read.dtype or source.device != memory.device:
-                source = source.to(memory.device, one.read.dtype)
-            sums.append(word_sum(source))
-            target = memory[start : start + one.num_bytes].view(one.read.dtype).view(one.shape)
-            if shard.compute is not None:
-                target.copy_(source)  # at once, so that what was computed need not be kept
-            else:
-                targets.append(target)
-                sources.append(source)
-        if targets:
-            torch._foreach_copy_(targets, sources)
-        return sums
+        filling = self.planned.fillings[number]
+        given = filling.given.put(self.halves[number % 2], self._shards)
+        sent = filling.sent.put(self._send_buffer, self._shards)
+        self._staged[number:] = [torch.cat([given, sent])]
+        return self._send_buffer[: sum(stage.send_bytes)]
 
     def _exchange(self, stage: Stage, number: int, given: torch.Tensor | None) -> None:
         """Send what workers of other ranks cannot map; what this rank could not fill holds anything."""
@@ -241,49 +347,29 @@ class Transfer:
         Collective: over the groups of the stages.
         """
         stages, me = self.plan.stages, self.plan.layout.tp_rank
-        mine = [sums.read() for sums in self._staged]
+        sums = torch.cat(self._staged).tolist() if self._staged else []
+        mine: list[tuple[dict[int, list[int]], list[list[int]]]] = []
+        end = 0
+        for filling, of_stage in zip(self.planned.fillings, self._staged):
+            mine.append(filling.by_reader(sums[end : end + len(of_stage)]))
+            end += len(of_stage)
         mine += [({}, [])] * (len(stages) - len(mine))
         of_ranks: dict[dist.ProcessGroup, list[Any]] = {}
         for group in dict.fromkeys(stage.group for stage in stages):
             if group is not None:
-                here = [of_stage if stage.group is group else None for of_stage, stage in zip(mine, stages)]
+                here = [one if stage.group is group else None for one, stage in zip(mine, stages)]
                 of_ranks[group] = self._mesh.all_gather_objects(group, here)
         found: list[list[int]] = []
         for i, stage in enumerate(stages):
             there = [mine[i]] if stage.group is None else [of_rank[i] for of_rank in of_ranks[stage.group]]
             # In the order of `Stage.taken`.
-            sums: list[int] = []
+            taken: list[int] = []
             size = len(there)
             for position in ((stage.position + step) % size for step in range(size)):
                 given, sent = there[position]
-                sums += sent[stage.position] if stage.receive[position] else given.get(me, [])
-            found.append(sums)
+                taken += sent[stage.position] if stage.receive[position] else given.get(me, [])
+            found.append(taken)
         return found
-
-
-@dataclass(frozen=True, slots=True)
-class _StageSums:
-    """Checksums of what this rank gave in one stage, not waited for.
-
-    Attributes:
-        given: TP rank -> of its slices.
-        sent: Position -> of what went there.
-    """
-
-    given: Mapping[int, list[torch.Tensor]]
-    sent: list[list[torch.Tensor]]
-
-    def read(self) -> tuple[dict[int, list[int]], list[list[int]]]:
-        flat = [one for sums in (*self.given.values(), *self.sent) for one in sums]
-        numbers = iter(torch.stack(flat).tolist() if flat else [])
-        given = {k: [next(numbers) for _ in sums] for k, sums in self.given.items()}
-        return given, [[next(numbers) for _ in sums] for sums in self.sent]
-
-
-def _by_reader(stage: Stage) -> Iterator[tuple[int, list[tuple[TensorSlice, int]]]]:
-    placed = list(placed_given(stage))
-    for k in stage.given:
-        yield k, [(one, first) for of, one, first in placed if of == k]
 
 
 def block_rows(
