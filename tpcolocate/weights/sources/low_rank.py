@@ -94,7 +94,7 @@ class LowRankSums:
     """The factors of all weights of a source, prepared once in a sync.  Keeps nothing of the source alive.
 
     Args:
-        factors: Which of their factors are where; gathered together with what is prepared.
+        factors: Of all weights; gathers those that are sharded.
     """
 
     def __init__(self, factors: CoalescedGather) -> None:
