@@ -263,7 +263,7 @@ def test_a_sync_that_fails_leaves_the_weights_unknown_only_if_they_may_have_chan
 
 
 def test_after_a_sleep_two_partial_syncs_that_together_bring_everything_let_generation_go_on(launch):
-    """As with a tower that is never trained: without the second one it has to be said what is missing."""
+    """As with a tower that is never trained: without the second one the error names what is missing."""
     engine = launch()
     engine.sleep(["weights"])
     engine.wake(["weights"])

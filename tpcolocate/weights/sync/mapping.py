@@ -375,7 +375,7 @@ def wait_unmapped(context: SliceContext, old: Sequence[PersistentMapping], deadl
     while not all(one.is_released for one in old):
         if deadline.has_passed:
             raise DeadlineError(
-                f"memory of rank {context.group.rank} is still mapped by a worker that was told to release it",
+                f"memory of rank {context.group.rank} is still mapped by a worker that was asked to release it",
                 hint="shut the engine down; the memory is then reclaimed",
                 rank=context.group.rank,
             )

@@ -255,8 +255,8 @@ def cause_of(problems: Sequence[str | None]) -> str | None:
     What went wrong in a worker or on a rank is for the engine's life, and comes before a slice that has failed, which is for
     this sync alone.
     """
-    known = [one for one in problems if one is not None]
-    return next((one for one in known if one != SLICE_FAILED), known[0] if known else None)
+    found = [one for one in problems if one is not None]
+    return next((one for one in found if one != SLICE_FAILED), found[0] if found else None)
 
 
 def request_of(
