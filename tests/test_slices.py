@@ -117,7 +117,7 @@ def test_ones_put_together_are_what_is_read(case, num_ranks, data):
     target = torch.full(view.shape, -1)
     for one in slices_of("w", reads, regions):
         local = narrowed(tensor, regions[one.holder])
-        starts, lengths = one.target()
+        starts, lengths = one.kind.target
         part = target
         if starts is not None:
             for d, (start, length) in enumerate(zip(starts, lengths, strict=True)):

@@ -153,12 +153,21 @@ class CopyPlan:
         ]
 
     def describe(self, names: Sequence[str]) -> dict[str, list[Any]]:
-        """Return name -> what is read of it, copy by copy, without names whose copies cannot be described."""
-        found = {}
+        """Return name -> what is read of it, copy by copy, without names whose copies cannot be described.
+
+        Names of which the same is read share the object that says so.
+        """
+        found: dict[str, list[Any]] = {}
+        described: dict[tuple[Any, ...], list[Any]] = {}
         for name in names:
-            copies = [copy.describe() for copy in self._copies.get(name, ())]
-            if name in self._copies and None not in copies:
-                found[name] = copies
+            copies = self._copies.get(name)
+            if copies is None:
+                continue
+            key = tuple((copy.offset, copy.shape, copy.strides, copy.dst.dtype, copy.dst.shape) for copy in copies)
+            if key not in described:
+                described[key] = [copy.describe() for copy in copies]
+            if None not in described[key]:
+                found[name] = described[key]
         return found
 
     def write_constants(self, names: Sequence[str]) -> None:

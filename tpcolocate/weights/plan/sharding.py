@@ -111,6 +111,8 @@ class ShardFinder:
     def __init__(self) -> None:
         self._cache: dict[object, _MeshLayout | None] = {}
         self._parts: dict[object, _PartLayout] = {}
+        # Tensors that are alike share their regions, by which the plan knows that they are.
+        self._wholes: dict[tuple[int, ...], tuple[Region]] = {}
 
     def find_all(self, items: Items) -> dict[str, LocalShard]:
         """Return this rank's shards of all items that have one; see `find`."""
@@ -151,7 +153,9 @@ class ShardFinder:
             return None
         shape = tuple(tensor.shape)
         if not isinstance(tensor, DTensor):
-            return LocalShard(shape, tensor.detach(), (whole(shape),))
+            if shape not in self._wholes:
+                self._wholes[shape] = (whole(shape),)
+            return LocalShard(shape, tensor.detach(), self._wholes[shape])
         key = (shape, tensor.device_mesh, tensor.placements)
         if key not in self._cache:
             self._cache[key] = _layout_of(*key)
