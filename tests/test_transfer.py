@@ -155,7 +155,7 @@ def transfers_on_a_rank(rank, how, staging_bytes, reach="nobody"):
             request = TransferRequest(shards, loader_map.reads, frozenset(), layout, groups)
             plan = plan_transfer(request, agreed_costs(mesh, request), staging_bytes=staging_bytes, key="plan")
             blocks = {source: SourceBlock((), (), 0) for source in plan.sources}
-            planned = PlannedTransfer.of(plan, shards, device, blocks, {})
+            planned = PlannedTransfer.of(plan, device, blocks, {})
             definitions = program_definitions(plan, blocks)
             programs = {key: CopyProgram(num_sums, slices, copy_plan) for key, num_sums, slices in definitions}
         transfer = Transfer(planned, shards, mesh)
@@ -285,7 +285,7 @@ def test_memory_that_was_released_is_taken_anew():
     device = torch.device("cpu")
     plan = plan_transfer(request, {None: costs_here(request, None)}, staging_bytes=2**20, key="plan")
     blocks = {source: SourceBlock((), (), 0) for source in plan.sources}
-    transfer = Transfer(PlannedTransfer.of(plan, shards, device, blocks, {}), shards, Mesh(device, Deadline.never()))
+    transfer = Transfer(PlannedTransfer.of(plan, device, blocks, {}), shards, Mesh(device, Deadline.never()))
     transfer.prepare()
     first = transfer.halves[0]
     transfer.prepare()

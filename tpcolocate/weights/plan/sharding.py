@@ -122,6 +122,8 @@ class ShardFinder:
     def _find_all(self, items: Items) -> dict[str, LocalShard]:
         bases: dict[int, LocalShard | None] = {}
         found: dict[str, LocalShard] = {}
+        # By identity, which is good for as long as the items are there.
+        layouts: dict[object, _PartLayout] = {}
         for name, item in items:
             part = item.part if isinstance(item, LazyTensor) else None
             if part is None:
@@ -131,7 +133,12 @@ class ShardFinder:
                 if id(part.base) not in bases:
                     bases[id(part.base)] = self.find(part.base)
                 base = bases[id(part.base)]
-                shard = None if base is None else self._part(base, part, tuple(item.shape))
+                shard = None
+                if base is not None:
+                    key = id(base.regions), base.position, id(part.region), part.along
+                    if key not in layouts:
+                        layouts[key] = self._part_layout(base, part)
+                    shard = _part(base, part, layouts[key], tuple(item.shape))
             if shard is not None:
                 found[name] = shard
         return found
@@ -146,7 +153,9 @@ class ShardFinder:
         if isinstance(tensor, LazyTensor):
             if tensor.part is not None:
                 base = self.find(tensor.part.base)
-                return None if base is None else self._part(base, tensor.part, tuple(tensor.shape))
+                if base is None:
+                    return None
+                return _part(base, tensor.part, self._part_layout(base, tensor.part), tuple(tensor.shape))
             if tensor.recipe is not None:
                 base = self.find(tensor.recipe.base)
                 return None if base is None else _computed(base, tensor, tensor.recipe)
@@ -168,32 +177,36 @@ class ShardFinder:
             return None
         return LocalShard(shape, local, regions, position, group)
 
-    def _part(self, base: LocalShard, part: PartOf, shape: tuple[int, ...]) -> LocalShard:
-        """Return the shard of a part: what of it lies in the shard of its base, or an empty view of that."""
+    def _part_layout(self, base: LocalShard, part: PartOf) -> _PartLayout:
         # The layers of a model are cut alike, and the regions of their parts are the same objects.
         key = (base.regions, base.position, part.region, part.along)
         layout = self._parts.get(key)
         if layout is None:
             layout = self._parts[key] = _part_layout(base, part)
-        compute = base.compute
-        if compute is not None:
-            made = compute
-            return LocalShard(
-                shape,
-                base.local,
-                layout.regions,
-                base.position,
-                base.group,
-                lambda region: made(part.outside(region)).reshape(region.lengths),
-                base.ingredients,
-            )
-        strides = base.local.stride()
-        local = base.local.as_strided(
-            layout.regions[base.position].lengths,
-            [1 if dim is None else strides[dim] for dim in layout.dims],
-            base.local.storage_offset() + sum(map(operator.mul, layout.offset, strides)),
+        return layout
+
+
+def _part(base: LocalShard, part: PartOf, layout: _PartLayout, shape: tuple[int, ...]) -> LocalShard:
+    """Return the shard of a part: what of it lies in the shard of its base, or an empty view of that."""
+    compute = base.compute
+    if compute is not None:
+        made = compute
+        return LocalShard(
+            shape,
+            base.local,
+            layout.regions,
+            base.position,
+            base.group,
+            lambda region: made(part.outside(region)).reshape(region.lengths),
+            base.ingredients,
         )
-        return LocalShard(shape, local, layout.regions, base.position, base.group)
+    strides = base.local.stride()
+    local = base.local.as_strided(
+        layout.regions[base.position].lengths,
+        [1 if dim is None else strides[dim] for dim in layout.dims],
+        base.local.storage_offset() + sum(map(operator.mul, layout.offset, strides)),
+    )
+    return LocalShard(shape, local, layout.regions, base.position, base.group)
 
 
 def _part_layout(base: LocalShard, part: PartOf) -> _PartLayout:

@@ -57,7 +57,7 @@ def map_and_plan(session: SyncSession, opened: Opened, route: Route, *, traced: 
     Returns:
         The plan; or what went wrong on this rank after the last agreement, for the next one.
     """
-    state, layout = session.state, session.context.layout
+    state = session.state
     groups = mesh_groups(route.shards)
     with session.stats.watch.phase("map"):
         uses = [opened.memory_uses.get(name, STAGED) for name in route.shards]

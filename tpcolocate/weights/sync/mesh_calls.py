@@ -323,7 +323,7 @@ def _transfer(
         ]
         for group, of_ranks in course.payloads.items()
     }
-    planned = PlannedTransfer.of(plan, request.shards, session.context.device, blocks, sizes)
+    planned = PlannedTransfer.of(plan, session.context.device, blocks, sizes)
     return Transfer(planned, request.shards, session.mesh)
 
 

@@ -64,7 +64,6 @@ class PlannedTransfer:
     def of(
         cls,
         plan: TransferPlan,
-        shards: Shards,
         device: torch.device,
         blocks: Mapping[tuple[Group, int], SourceBlock],
         sizes: SumsOfRanks,
@@ -73,7 +72,6 @@ class PlannedTransfer:
 
         Args:
             plan: Of this rank.
-            shards: What lies here.
             device: Of the checksums.
             blocks: By source: what this rank's worker reads there.
             sizes: Of the sums of all ranks' blocks.
@@ -82,7 +80,7 @@ class PlannedTransfer:
         is_own = [plan.layout.ranks_of(group)[position] == plan.layout.rank for group, position in plan.sources]
         return cls(
             plan,
-            DirectChecksums(plan.blocks, shards, device),
+            DirectChecksums(plan.blocks, device),
             sizes,
             [one.labels for one in mine],
             own_bytes=sum(one.num_bytes for one, own in zip(mine, is_own) if own),
@@ -307,7 +305,7 @@ def block_rows(
         region = regions.get(storage)
         if region is None:
             region = regions[storage] = _region_of(local.untyped_storage(), mappings, transient_regions)
-        key = id(kind), strides, local.dtype
+        key = id(kind), strides, local.dtype  # a kind is of one shard region
         form = forms.get(key)
         if form is None:
             form = forms[key] = _Form.of(kind, shard.region, strides, local.dtype)
