@@ -273,3 +273,11 @@ def test_a_source_that_its_dtype_cannot_start_at_is_refused():
     program = CopyProgram(1, [["w", 0, None, None, "r", 2, "float32", [4, 1], 0, 1]], model.plan)
     with pytest.raises(ValueError, match="torch.float32 cannot start at byte 2 of region 'r'"):
         program.run(model.plan, {"r": torch.zeros(128, dtype=torch.uint8)}, keep_views=True)
+
+
+@pytest.mark.parametrize("rows, unwritten", [([0, 1, 2, 3], []), ([3, 1, 0, 2, 1], []), ([0, 1, 3], ["w"]), ([1, 2, 3], ["w"]), ([0, 1, 2], ["w"])])  # fmt: skip
+def test_a_parameter_is_written_if_its_parts_leave_no_gap(rows, unwritten):
+    model = Model(lambda m, n, t: [m.w.data[row].copy_(t[row]) for row in rows], w=torch.zeros(4, 4))
+    update(model, sent(W))
+    found = model.plan.unwritten(model)
+    assert found == (unwritten if len(set(rows)) == len(rows) else ["w"]), "what was overwritten is not planned"

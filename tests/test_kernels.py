@@ -33,7 +33,7 @@ from tpcolocate.in_server.tpcolocate_receiver.kernel_tables import (
 )
 from tpcolocate.in_server.tpcolocate_receiver.regions import whole
 from tpcolocate.weights.plan.sharding import LocalShard
-from tpcolocate.weights.plan.slices import Block, Read, TensorSlice
+from tpcolocate.weights.plan.slices import Read, SliceKind, TensorSlice, block_of
 from tpcolocate.weights.transport.checksums import DirectChecksums, PlacedChecksums
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(120)]
@@ -608,11 +608,10 @@ def test_the_trainers_sums_are_the_same_with_and_without_the_kernel(made, left):
     views["odd"] = views["odd"][0, :3]
     tensors = {name: LocalShard(tuple(one.shape), one, (whole(tuple(one.shape)),)) for name, one in views.items()}
     slices = [
-        TensorSlice(name, Read(0, one.region, tuple(range(len(one.shape))), torch.float64 if name == "cast" else torch.float32), one.region, 0)
+        TensorSlice(name, SliceKind(Read(0, one.region, tuple(range(len(one.shape))), torch.float64 if name == "cast" else torch.float32), one.region, 0))
         for name, one in tensors.items()
     ]  # fmt: skip
-    block = Block(slices, range(len(slices)), [1] * len(slices), [one.name for one in slices], 0)
-    sums = DirectChecksums({(None, 0): block}, tensors, CPU)
+    sums = DirectChecksums({(None, 0): block_of(slices)}, CPU)
     for is_there in (False, True, True):
         made(is_there)
         for one in base.values():

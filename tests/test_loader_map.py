@@ -140,3 +140,17 @@ def test_joined_tensors_share_a_group_across_tp_ranks():
     assert sorted(loader_map.group_sizes().values()) == [2, 3]
     assert loader_map.split_groups(["a", "b", "q", "w"]) == [["kv", "q", "r"]]
     assert loader_map.split_groups(["w"]) == []
+
+
+def test_a_digest_is_of_what_is_read_and_not_of_the_objects_that_say_so():
+    rows = {k: [[*ROWS[k][0][:3], "float32"]] for k in (0, 1)}
+    numbers = []
+    for is_shared, last in ((True, rows), (False, rows), (True, {0: rows[1], 1: rows[0]})):
+        loader_map = LoaderMap()
+        traced = {
+            k: {name: rows[k] if is_shared else [list(rows[k][0])] for name in "ab"} | {"c": last[k]} for k in (0, 1)
+        }
+        loader_map.update(traced, [entry(name, (4, 3)) for name in "abc"], 2, loaded=True)
+        numbers.append(loader_map.digest(["a", "b", "c"]))
+        assert loader_map.reads["a"] is loader_map.reads["b"]
+    assert numbers[0] == numbers[1] != numbers[2]

@@ -185,3 +185,14 @@ def test_a_workers_error_comes_with_its_traceback():
             rank=4,
         )
     assert str(caught.value) == str(error), "the first"
+
+
+def test_a_reply_says_once_what_is_read_of_many_tensors():
+    copies, other = [[0, [2, 3], [3, 1], "float32"]], [[6, [2, 3], [3, 1], "float32"]]
+    traced = {"a": copies, "b": other, "c": copies}
+    text = protocol.encode_reply(protocol.Reply(0, 1, None, True, 0.0, DryRunResult(traced)))
+    assert text.count(b"float32") == 2
+    found = protocol.decode_reply(text).result.traced
+    assert found == traced and found["a"] is found["c"]
+    with pytest.raises(protocol.ProtocolError, match="copies, names"):
+        protocol.decode_reply(text.replace(b'["b"]', b"1"))

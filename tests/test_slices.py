@@ -9,7 +9,17 @@ from hypothesis import strategies as st
 
 from tpcolocate.in_server.tpcolocate_receiver.regions import Region, is_covered, region_of, strides_of, whole
 from tpcolocate.weights.plan.sharding import shard_regions
-from tpcolocate.weights.plan.slices import cut, is_read_whole, place, reads_of, slices_of, within
+from tpcolocate.weights.plan.slices import (
+    SliceCutter,
+    TensorSlice,
+    cut,
+    is_read_whole,
+    label_of,
+    place,
+    reads_of,
+    slices_of,
+    within,
+)
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(60)]
 
@@ -117,7 +127,7 @@ def test_ones_put_together_are_what_is_read(case, num_ranks, data):
     target = torch.full(view.shape, -1)
     for one in slices_of("w", reads, regions):
         local = narrowed(tensor, regions[one.holder])
-        starts, lengths = one.target()
+        starts, lengths = one.kind.target
         part = target
         if starts is not None:
             for d, (start, length) in enumerate(zip(starts, lengths, strict=True)):
@@ -169,3 +179,27 @@ def test_slices_within_a_region_are_cut_and_others_left_out():
     assert within(slices, None) == slices
     [one] = within(slices, Region((1, 0), (1, 3)))
     assert (one.region, one.holder) == (Region((1, 0), (1, 3)), 0)
+
+
+@pytest.mark.parametrize("name, label", [
+    ("layers.3.mlp.experts.17.up_proj.weight", "layers.3.mlp.experts.*.up_proj.weight"),
+    ("0.1", "0.*"), ("a.0.b.1.c.2", "a.0.b.*.c.2"), ("layers.3.w1.weight", "layers.3.w1.weight"), ("7", "7"),
+    ("layers.3.4", "layers.3.*"), ("a..0..1.", "a..0..*."), ("", ""), ("w2.5x.6", "w2.5x.6"),
+])  # fmt: skip
+def test_the_experts_of_a_layer_have_one_label(name, label):
+    assert label_of(name) == label
+
+
+def test_what_is_read_and_sharded_alike_is_cut_once():
+    reads = reads_of([[3, [2, 3], [3, 1], "float32"]], (4, 3))
+    regions = shard_regions((4, 3), 0, 2)
+    cutter = SliceCutter()
+    [[first], [second]] = [cutter.cut(reads, region, holder) for holder, region in enumerate(regions)]
+    assert [TensorSlice("w", first), TensorSlice("w", second)] == slices_of("w", reads, regions)
+    assert cutter.cut(reads, regions[1], 1)[0] is second
+    others = reads_of([[0, [1, 3], [3, 1], "float32"]], (4, 3))
+    assert cutter.cut(others, regions[1], 1) == ()
+    # Other objects never get the place of those that are gone.
+    for start in range(50):
+        region = Region((start % 2, 0), (1, 3))
+        assert [kind.region for kind in cutter.cut(tuple(others), region, 0)] == ([region] if start % 2 == 0 else [])

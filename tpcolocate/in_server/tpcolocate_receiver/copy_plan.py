@@ -153,12 +153,21 @@ class CopyPlan:
         ]
 
     def describe(self, names: Sequence[str]) -> dict[str, list[Any]]:
-        """Return name -> what is read of it, copy by copy, without names whose copies cannot be described."""
-        found = {}
+        """Return name -> what is read of it, copy by copy, without names whose copies cannot be described.
+
+        Names of which the same is read share the object that says so.
+        """
+        found: dict[str, list[Any]] = {}
+        described: dict[tuple[Any, ...], list[Any]] = {}
         for name in names:
-            copies = [copy.describe() for copy in self._copies.get(name, ())]
-            if name in self._copies and None not in copies:
-                found[name] = copies
+            copies = self._copies.get(name)
+            if copies is None:
+                continue
+            key = tuple((copy.offset, copy.shape, copy.strides, copy.dst.dtype, copy.dst.shape) for copy in copies)
+            if key not in described:
+                described[key] = [copy.describe() for copy in copies]
+            if None not in described[key]:
+                found[name] = described[key]
         return found
 
     def write_constants(self, names: Sequence[str]) -> None:
@@ -208,6 +217,8 @@ class CopyPlan:
 def _is_written(parameter: torch.Tensor, parts: Sequence[torch.Tensor]) -> bool:
     if not parameter.is_contiguous():  # its parts cannot be located
         return sum(part.numel() for part in parts) >= parameter.numel()
+    if _are_whole(parameter, parts):
+        return True
     regions = []
     for part in parts:
         offset = (part.data_ptr() - parameter.data_ptr()) // parameter.element_size()
@@ -220,6 +231,20 @@ def _is_written(parameter: torch.Tensor, parts: Sequence[torch.Tensor]) -> bool:
         if found is not None:
             regions.append(found[0])
     return is_covered(regions, tuple(parameter.shape))
+
+
+def _are_whole(parameter: torch.Tensor, parts: Sequence[torch.Tensor]) -> bool:
+    """Return whether the contiguous ones of these parts cover a parameter, as the experts of a fused one do."""
+    size, first = parameter.element_size(), parameter.data_ptr()
+    spans = sorted(
+        (part.data_ptr() - first, part.numel() * part.element_size()) for part in parts if part.is_contiguous()
+    )
+    end = 0
+    for start, length in spans:
+        if start > end:
+            return False
+        end = max(end, start + length)
+    return end >= parameter.numel() * size
 
 
 def locations_of(model: Any) -> list[Location]:

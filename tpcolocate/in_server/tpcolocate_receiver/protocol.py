@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any
 
 Handle = Mapping[str, Any]
 """Exported memory, as `tpcolocate.ipc_payload.Handle.describe` returns it."""
 TracedCopies = Mapping[str, Sequence[Any]]
-"""Tensor -> its copies in the engine's loader, each [offset, shape, strides, dtype] of what is read."""
+"""Tensor -> its copies in the engine's loader, each [offset, shape, strides, dtype] of what is read.
+
+On the way a list of [copies, names]: of ten thousands of tensors a few different things are read.
+"""
 
 
 class ProtocolError(ValueError):
@@ -366,6 +369,9 @@ def encode_reply(reply: Reply) -> bytes:
     for name in ("error", "result"):
         if parts[name] is not None:
             parts[name] = to_json(parts[name])
+    result = parts["result"]
+    if result is not None and result.get("traced") is not None:
+        result["traced"] = _grouped(result["traced"])
     return json.dumps(parts).encode()
 
 
@@ -380,7 +386,25 @@ def decode_reply(text: str | bytes) -> Reply:
         for name, classes in (("error", (WorkerError,)), ("result", _RESULTS)):
             if parts.get(name) is not None:
                 parts[name] = _decoded(parts[name], classes)
+        result = parts.get("result")
+        if isinstance(result, (DryRunResult, BucketResult)) and result.traced is not None:
+            parts["result"] = replace(result, traced=_ungrouped(result.traced))
     return _decoded(parts, (Reply,))
+
+
+def _grouped(traced: TracedCopies) -> list[list[Any]]:
+    """Group tensors by the object that says what is read of them."""
+    groups: dict[int, list[Any]] = {}
+    for name, copies in traced.items():
+        groups.setdefault(id(copies), [copies, []])[1].append(name)
+    return list(groups.values())
+
+
+def _ungrouped(groups: Any) -> TracedCopies:
+    try:
+        return {name: copies for copies, names in groups for name in names}
+    except (TypeError, ValueError):
+        raise ProtocolError(f"{_short(groups)} is no list of [copies, names]") from None
 
 
 _COMMANDS = (WarmUp, Probe, ProbeRanks, DryRun, LoadBucket, RunProgram, ReleaseStaging, FindUnwritten, Leave)

@@ -136,19 +136,25 @@ class LoaderMap:
         """Enter what the workers traced.
 
         Args:
-            traced: By every TP rank.
+            traced: By every TP rank; tensors of which the same is read best share the object that says so.
             entries: What the loader was given.
             tp_size: Number of workers.
             loaded: Whether the loader moved weights and what arrived was compared; otherwise it was a dry run.
         """
         self._digest = None
+        of_ranks = [traced.get(tp_rank, {}) for tp_rank in range(tp_size)]
+        # By identity, which is good for as long as `traced` is there.
+        words_of: dict[tuple[object, ...], str] = {}
         for entry in entries:
             shape = tuple(entry.shape)
             self.reads.pop(entry.name, None)
-            copies = [traced.get(tp_rank, {}).get(entry.name) for tp_rank in range(tp_size)]
-            words = repr((copies, shape))
-            if words not in self._parsed:
-                self._parsed[words] = _parse(copies, shape)
+            copies = [of_rank.get(entry.name) for of_rank in of_ranks]
+            key = (shape, *map(id, copies))
+            words = words_of.get(key)
+            if words is None:
+                words = words_of[key] = repr((copies, shape))
+                if words not in self._parsed:
+                    self._parsed[words] = _parse(copies, shape)
             reads = self._parsed[words]
             if reads is not None:
                 self.reads[entry.name] = reads
@@ -187,8 +193,12 @@ class LoaderMap:
         """Return a number that is the same where the same is read of the same tensors."""
         if self._digest is not None and self._digest[0] == tuple(names):
             return self._digest[1]
-        content = repr([(name, self.reads[name]) for name in names]).encode()
-        self._digest = tuple(names), int.from_bytes(hashlib.sha256(content).digest()[:7], "big")
+        # What is read of most tensors is the same object as of others, so it is described once.
+        distinct = {id(reads): reads for reads in (self.reads[name] for name in names)}
+        numbers: dict[str, int] = {}
+        number_of = {key: numbers.setdefault(repr(reads), len(numbers)) for key, reads in distinct.items()}
+        content = repr((list(names), [number_of[id(self.reads[name])] for name in names], list(numbers)))
+        self._digest = tuple(names), int.from_bytes(hashlib.sha256(content.encode()).digest()[:7], "big")
         return self._digest[1]
 
 

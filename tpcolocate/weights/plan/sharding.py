@@ -125,6 +125,8 @@ class ShardFinder:
     def __init__(self) -> None:
         self._cache: dict[object, _MeshLayout | None] = {}
         self._parts: dict[object, _PartLayout] = {}
+        # Tensors that are alike share their regions, by which the plan knows that they are.
+        self._wholes: dict[tuple[int, ...], tuple[Region]] = {}
 
     def find_all(self, items: Items) -> dict[str, LocalShard]:
         """Return this rank's shards of all items that have one; see `find`."""
@@ -134,6 +136,8 @@ class ShardFinder:
     def _find_all(self, items: Items) -> dict[str, LocalShard]:
         bases: dict[int, LocalShard | None] = {}
         found: dict[str, LocalShard] = {}
+        # By identity, which is good for as long as the items are there.
+        layouts: dict[object, _PartLayout] = {}
         for name, item in items:
             part = item.part if isinstance(item, LazyTensor) else None
             if part is None:
@@ -143,7 +147,12 @@ class ShardFinder:
                 if id(part.base) not in bases:
                     bases[id(part.base)] = self.find(part.base)
                 base = bases[id(part.base)]
-                shard = None if base is None else self._part(base, part, tuple(item.shape))
+                shard = None
+                if base is not None:
+                    key = id(base.regions), base.position, id(part.region), part.along
+                    if key not in layouts:
+                        layouts[key] = self._part_layout(base, part)
+                    shard = _part(base, part, layouts[key], tuple(item.shape))
             if shard is not None:
                 found[name] = shard
         return found
@@ -158,14 +167,18 @@ class ShardFinder:
         if isinstance(tensor, LazyTensor):
             if tensor.part is not None:
                 base = self.find(tensor.part.base)
-                return None if base is None else self._part(base, tensor.part, tuple(tensor.shape))
+                if base is None:
+                    return None
+                return _part(base, tensor.part, self._part_layout(base, tensor.part), tuple(tensor.shape))
             if tensor.recipe is not None:
                 base = self.find(tensor.recipe.base)
                 return None if base is None else _computed(base, tensor, tensor.recipe)
             return None
         shape = tuple(tensor.shape)
         if not isinstance(tensor, DTensor):
-            return LocalShard(shape, tensor.detach(), (whole(shape),))
+            if shape not in self._wholes:
+                self._wholes[shape] = (whole(shape),)
+            return LocalShard(shape, tensor.detach(), self._wholes[shape])
         key = (shape, tensor.device_mesh, tensor.placements)
         if key not in self._cache:
             self._cache[key] = _layout_of(*key)
@@ -178,23 +191,34 @@ class ShardFinder:
             return None
         return LocalShard(shape, local, regions, position, group)
 
-    def _part(self, base: LocalShard, part: PartOf, shape: tuple[int, ...]) -> LocalShard:
-        """Return the shard of a part: what of it lies in the shard of its base, or an empty view of that."""
+    def _part_layout(self, base: LocalShard, part: PartOf) -> _PartLayout:
         # The layers of a model are cut alike, and the regions of their parts are the same objects.
         key = (base.regions, base.position, part.region, part.along)
         layout = self._parts.get(key)
         if layout is None:
             layout = self._parts[key] = _part_layout(base, part)
-        if base.compute is not None:
-            compute = _computed_part(base.compute, part)
-            return LocalShard(shape, base.local, layout.regions, base.position, base.group, compute, base.ingredients)
-        strides = base.local.stride()
-        local = base.local.as_strided(
-            layout.regions[base.position].lengths,
-            [1 if dim is None else strides[dim] for dim in layout.dims],
-            base.local.storage_offset() + sum(map(operator.mul, layout.offset, strides)),
+        return layout
+
+
+def _part(base: LocalShard, part: PartOf, layout: _PartLayout, shape: tuple[int, ...]) -> LocalShard:
+    """Return the shard of a part: what of it lies in the shard of its base, or an empty view of that."""
+    if base.compute is not None:
+        return LocalShard(
+            shape,
+            base.local,
+            layout.regions,
+            base.position,
+            base.group,
+            _computed_part(base.compute, part),
+            base.ingredients,
         )
-        return LocalShard(shape, local, layout.regions, base.position, base.group)
+    strides = base.local.stride()
+    local = base.local.as_strided(
+        layout.regions[base.position].lengths,
+        [1 if dim is None else strides[dim] for dim in layout.dims],
+        base.local.storage_offset() + sum(map(operator.mul, layout.offset, strides)),
+    )
+    return LocalShard(shape, local, layout.regions, base.position, base.group)
 
 
 def _part_layout(base: LocalShard, part: PartOf) -> _PartLayout:

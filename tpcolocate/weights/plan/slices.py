@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property, lru_cache
+from typing import Any, NamedTuple
 
 import torch
 
@@ -35,39 +37,83 @@ ReadsOfRanks = tuple[tuple[Read, ...], ...]
 """TP rank -> its reads of one tensor."""
 
 
-@dataclass(frozen=True, slots=True)
-class TensorSlice:
-    """The part of a `Read` that one training rank has.
+@dataclass(frozen=True)
+class SliceKind:
+    """What slices of tensors have in common that are read and sharded alike, such as those of all layers.
 
     Attributes:
-        name: Of the tensor.
-        read: The copy that it is a part of.
+        read: The copy that they are parts of.
         region: Of the tensor.
         holder: Position of the rank that has it, among the ranks that the tensor is sharded over.
     """
 
-    name: str
     read: Read
     region: Region
     holder: int
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, ...]:
         """As the worker writes it."""
         return tuple(1 if dim is None else self.region.lengths[dim] for dim in self.read.along)
 
-    @property
+    @cached_property
     def num_bytes(self) -> int:
         return self.region.volume * self.read.dtype.itemsize
 
+    @cached_property
     def target(self) -> tuple[list[int] | None, list[int] | None]:
-        """Return starts and lengths within what the worker's copy writes; None: all of it."""
+        """Starts and lengths within what the worker's copy writes; None: all of it."""
         if self.region == self.read.region:
             return None, None
         starts = [
             0 if dim is None else self.region.starts[dim] - self.read.region.starts[dim] for dim in self.read.along
         ]
         return starts, list(self.shape)
+
+    def place_in(self, region: Region, strides: Sequence[int]) -> tuple[int, tuple[int, ...]]:
+        """Return offset and strides of such a slice in its holder's shard, in elements.
+
+        Args:
+            region: The part of the tensor that the shard is.
+            strides: Of the shard.
+        """
+        offset = sum(
+            (start - origin) * stride for start, origin, stride in zip(self.region.starts, region.starts, strides)
+        )
+        return offset, tuple(1 if dim is None else strides[dim] for dim in self.read.along)
+
+
+class TensorSlice(NamedTuple):
+    """The part of a `Read` that one training rank has.
+
+    Attributes:
+        name: Of the tensor.
+        kind: Which part.
+    """
+
+    name: str
+    kind: SliceKind
+
+    @property
+    def read(self) -> Read:
+        return self.kind.read
+
+    @property
+    def region(self) -> Region:
+        return self.kind.region
+
+    @property
+    def holder(self) -> int:
+        return self.kind.holder
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As the worker writes it."""
+        return self.kind.shape
+
+    @property
+    def num_bytes(self) -> int:
+        return self.kind.num_bytes
 
     def view(self, local: torch.Tensor, region: Region) -> torch.Tensor:
         """Return this slice as a view of its holder's memory.
@@ -76,12 +122,8 @@ class TensorSlice:
             local: The holder's shard.
             region: The part of the tensor that `local` is.
         """
-        offset = local.storage_offset() + sum(
-            (start - origin) * stride
-            for start, origin, stride in zip(self.region.starts, region.starts, local.stride())
-        )
-        strides = tuple(1 if dim is None else local.stride(dim) for dim in self.read.along)
-        return torch.as_strided(local, self.shape, strides, offset)
+        offset, strides = self.kind.place_in(region, local.stride())
+        return torch.as_strided(local, self.shape, strides, int(local.storage_offset()) + offset)
 
 
 def reads_of(traced: Sequence[Sequence[Any]], shape: Sequence[int]) -> tuple[Read, ...] | None:
@@ -107,19 +149,47 @@ def is_read_whole(reads: ReadsOfRanks, shape: Sequence[int]) -> bool:
     return is_covered([read.region for of_rank in reads for read in of_rank], shape)
 
 
-def slices_of(name: str, reads: Sequence[Read], regions: Sequence[Region], *, first: int = 0) -> list[TensorSlice]:
+class SliceCutter:
+    """Cuts what TP ranks read along the shard regions of the ranks that have it.
+
+    The layers of a model share the objects that say what is read of a tensor and how it is sharded, so tens of thousands
+    of slices are of a few hundred kinds, which are found by these objects' identity.
+    """
+
+    def __init__(self) -> None:
+        # With what the ids stand for, so that no other objects get them.
+        self._kinds: dict[tuple[int, int, int], tuple[object, object, tuple[SliceKind, ...]]] = {}
+
+    def cut(self, reads: Sequence[Read], region: Region, holder: int) -> tuple[SliceKind, ...]:
+        """Return what one rank has of a TP rank's reads of a tensor.
+
+        Args:
+            reads: Of the TP rank.
+            region: The shard region of the rank.
+            holder: Its position among the ranks that the tensor is sharded over.
+        """
+        key = id(reads), id(region), holder
+        found = self._kinds.get(key)
+        if found is None:
+            kinds = tuple(
+                SliceKind(read, part, holder) for read in reads if (part := read.region.meet(region)) is not None
+            )
+            found = self._kinds[key] = reads, region, kinds
+        return found[2]
+
+
+def slices_of(name: str, reads: Sequence[Read], regions: Sequence[Region]) -> list[TensorSlice]:
     """Cut a TP rank's reads of one tensor along the shard regions of the ranks that have it.
 
     Args:
         name: Of the tensor.
         reads: Of the TP rank.
         regions: Of the ranks, in the order of their positions.
-        first: Position of the first of them.
     """
     return [
-        TensorSlice(name, read, part, holder)
+        TensorSlice(name, SliceKind(read, part, holder))
         for read in reads
-        for holder, region in enumerate(regions, first)
+        for holder, region in enumerate(regions)
         if (part := read.region.meet(region)) is not None
     ]
 
@@ -129,9 +199,9 @@ def within(slices: Sequence[TensorSlice], region: Region | None) -> list[TensorS
     if region is None:
         return list(slices)
     return [
-        TensorSlice(one.name, one.read, part, one.holder)
-        for one in slices
-        if (part := one.region.meet(region)) is not None
+        TensorSlice(name, SliceKind(kind.read, part, kind.holder))
+        for name, kind in slices
+        if (part := kind.region.meet(region)) is not None
     ]
 
 
@@ -161,24 +231,27 @@ def block_of(slices: Sequence[TensorSlice]) -> Block:
     numbers: dict[str, int] = {}
     counts: list[int] = []
     sums, weights = [], []
-    for one in slices:
-        number = numbers.setdefault(label_of(one.name), len(counts))
+    num_bytes = 0
+    for name, kind in slices:
+        number = numbers.setdefault(label_of(name), len(counts))
         if number == len(counts):
             counts.append(0)
         sums.append(number)
         weights.append(2 * counts[number] + 1)
         counts[number] += 1
-    return Block(slices, sums, weights, list(numbers), sum(one.num_bytes for one in slices))
+        num_bytes += kind.num_bytes
+    return Block(slices, sums, weights, list(numbers), num_bytes)
 
 
+_EXPERT = re.compile(r"((?:(?!\d+\.)[^.]*\.)*\d+\.(?:(?!\d+\.)[^.]*\.)*)\d+(?=\.|$)")
+"""A name up to its second segment that is a number."""
+
+
+@lru_cache(maxsize=1 << 16)  # the same names at every sync
 def label_of(name: str) -> str:
     """Return a tensor's name without the number of its expert: the second number, behind that of the layer."""
-    parts = name.split(".")
-    numbers = [i for i, part in enumerate(parts) if part.isdigit()]
-    if len(numbers) < 2:
-        return name
-    parts[numbers[1]] = "*"
-    return ".".join(parts)
+    found = _EXPERT.match(name)
+    return name if found is None else f"{found[1]}*{name[found.end() :]}"
 
 
 def place(slices: Sequence[TensorSlice], first: int = 0) -> tuple[list[int], int]:
@@ -208,6 +281,8 @@ __all__ = [
     "Block",
     "Read",
     "ReadsOfRanks",
+    "SliceCutter",
+    "SliceKind",
     "TensorSlice",
     "block_of",
     "cut",

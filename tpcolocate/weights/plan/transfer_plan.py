@@ -9,17 +9,30 @@ host, no peer access) the part is sent to the staging memory of the worker's own
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
+import torch
 import torch.distributed as dist
 
 from tpcolocate.in_server.tpcolocate_receiver.regions import Region, whole
 from tpcolocate.weights.plan.sharding import Shards, mesh_groups, shard_regions
-from tpcolocate.weights.plan.slices import Block, ReadsOfRanks, TensorSlice, block_of, cut, place, slices_of, within
+from tpcolocate.weights.plan.slices import (
+    Block,
+    Read,
+    ReadsOfRanks,
+    SliceCutter,
+    TensorSlice,
+    block_of,
+    cut,
+    place,
+    within,
+)
 
 Group = dist.ProcessGroup | None
+DirectBlocks = Mapping[tuple[Group, int], Block]
+"""(group, TP rank) -> what the workers of that TP rank, which reach this rank, read of it where it lies."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +139,7 @@ class TransferPlan:
     """
 
     key: str
-    blocks: Mapping[tuple[Group, int], Block]
+    blocks: DirectBlocks
     sources: Sequence[tuple[Group, int]]
     stages: Sequence[Stage]
     readers: Sequence[int]
@@ -196,6 +209,7 @@ class TransferRequest:
         mapped: Names whose memory the workers map, on every rank that they reach.
         layout: Of the ranks.
         reach: Group -> which workers can map which ranks' memory.
+        cutter: Of what the TP ranks read.
     """
 
     shards: Shards
@@ -203,6 +217,7 @@ class TransferRequest:
     mapped: frozenset[str]
     layout: TpLayout
     reach: Mapping[Group, Reach]
+    cutter: SliceCutter = field(default_factory=SliceCutter, compare=False)
 
     @property
     def groups(self) -> list[Group]:
@@ -231,31 +246,55 @@ class TransferRequest:
         return {q: k for q, k in enumerate(self.layout.of_group(group)) if self.can(group, q, of)}
 
 
-def blocks_here(request: TransferRequest) -> dict[tuple[Group, int], Block]:
+def blocks_here(request: TransferRequest) -> DirectBlocks:
     """Return what workers read of this rank where it lies, by group and TP rank."""
-    found = {}
+    found: dict[tuple[Group, int], Block] = {}
     for group in request.groups:
-        names = [name for name in request.of_group(group) if name in request.mapped]
+        shards = [(name, request.shards[name]) for name in request.of_group(group) if name in request.mapped]
+        regions = [(name, request.reads[name], shard.region, shard.position) for name, shard in shards]
         for k in sorted(set(request.readers(group, of=request.position(group)).values())):
             found[group, k] = block_of(
                 [
-                    one
-                    for name in names
-                    for shard in [request.shards[name]]
-                    for one in slices_of(name, request.reads[name][k], [shard.region], first=shard.position)
+                    TensorSlice(name, kind)
+                    for name, reads, region, position in regions
+                    for kind in request.cutter.cut(reads[k], region, position)
                 ]
             )
     return found
 
 
-def readers_of(request: TransferRequest, name: str) -> list[int]:
-    """Return the global ranks whose workers read this rank's part of a tensor where it lies."""
-    shard, reads = request.shards[name], request.reads[name]
-    tp_ranks = {
-        k for k in set(request.layout.of_group(shard.group)) if any(read.region.meet(shard.region) for read in reads[k])
-    }
-    ranks = request.layout.ranks_of(shard.group)
-    return [ranks[q] for q, k in request.readers(shard.group, of=shard.position).items() if k in tp_ranks]
+def readers_here(request: TransferRequest, names: Collection[str]) -> dict[int, tuple[torch.UntypedStorage, list[int]]]:
+    """Return this rank's storages that workers read where they lie, and the global ranks of these workers.
+
+    Args:
+        request: What is to be planned.
+        names: Of the tensors that count.
+
+    Returns:
+        ``_cdata`` of the storage -> the storage, ranks.
+    """
+    readers_of: dict[tuple[Group, int, int, int], list[int]] = {}  # of tensors that are read and sharded alike
+    found: dict[int, tuple[torch.UntypedStorage, dict[int, None]]] = {}
+    for name, shard in request.shards.items() if names else ():
+        if name not in names or not shard.local.numel():
+            continue
+        reads, region = request.reads[name], shard.region
+        key = shard.group, shard.position, id(reads), id(region)
+        readers = readers_of.get(key)
+        if readers is None:
+            ranks = request.layout.ranks_of(shard.group)
+            readers = readers_of[key] = [
+                ranks[q]
+                for q, k in request.readers(shard.group, of=shard.position).items()
+                if request.cutter.cut(reads[k], region, shard.position)
+            ]
+        if readers:
+            storage = shard.local.untyped_storage()
+            of_storage = found.get(storage._cdata)
+            if of_storage is None:
+                of_storage = found[storage._cdata] = storage, {}
+            of_storage[1].update(dict.fromkeys(readers))
+    return {key: (storage, list(readers)) for key, (storage, readers) in found.items()}
 
 
 def costs_here(request: TransferRequest, group: Group) -> dict[str, Cost]:
@@ -272,21 +311,33 @@ def costs_here(request: TransferRequest, group: Group) -> dict[str, Cost]:
         }
     return {
         name: Cost(
-            max(place(slices_of(name, of_rank, request.shards[name].regions))[1] for of_rank in request.reads[name]),
+            max(_placed_bytes(request, name, of_rank) for of_rank in request.reads[name]),
             is_sent=False,
         )
         for name in request.staged(None)
     }
 
 
+def _placed_bytes(request: TransferRequest, name: str, reads: Sequence[Read]) -> int:
+    regions = request.shards[name].regions
+    kinds = [kind for holder, region in enumerate(regions) for kind in request.cutter.cut(reads, region, holder)]
+    return place([TensorSlice(name, kind) for kind in kinds])[1]
+
+
 def plan_transfer(
-    request: TransferRequest, costs: Mapping[Group, Mapping[str, Cost]], *, staging_bytes: int, key: str
+    request: TransferRequest,
+    costs: Mapping[Group, Mapping[str, Cost]],
+    *,
+    staging_bytes: int,
+    key: str,
+    blocks: DirectBlocks | None = None,
 ) -> TransferPlan:
     """Plan what this rank transfers.
 
     Args:
         request: What is to be planned.
         costs: Group -> tensor -> cost; the same on all ranks of the group.
+        blocks: From `blocks_here`, if that is known already.
         staging_bytes: For both halves of the staging memory and what is sent from.
         key: Of the plan; new.
     """
@@ -306,7 +357,8 @@ def plan_transfer(
         taken = {k for stage in stages if stage.group is group for k, slices in stage.given.items() if slices}
         here = request.readers(group, of=request.position(group))
         readers |= {ranks[q]: None for q, k in here.items() if k in taken}
-    return TransferPlan(key, blocks_here(request), _sources(request), stages, list(readers), request.layout)
+    blocks = blocks_here(request) if blocks is None else blocks
+    return TransferPlan(key, blocks, _sources(request), stages, list(readers), request.layout)
 
 
 def _sources(request: TransferRequest) -> list[tuple[Group, int]]:
@@ -380,8 +432,9 @@ def _given(
 
 
 def _slices(request: TransferRequest, name: str, k: int, holder: int, chunk: Region | None) -> list[TensorSlice]:
-    regions = request.shards[name].regions
-    return within(slices_of(name, request.reads[name][k], [regions[holder]], first=holder), chunk)
+    region = request.shards[name].regions[holder]
+    kinds = request.cutter.cut(request.reads[name][k], region, holder)
+    return within([TensorSlice(name, kind) for kind in kinds], chunk)
 
 
 def _placed(given: Mapping[int, Sequence[TensorSlice]]) -> tuple[list[tuple[int, TensorSlice, int]], int]:
@@ -401,6 +454,7 @@ def placed_given(stage: Stage) -> Iterator[tuple[int, TensorSlice, int]]:
 
 __all__ = [
     "Cost",
+    "DirectBlocks",
     "Group",
     "Reach",
     "Stage",
@@ -411,5 +465,5 @@ __all__ = [
     "costs_here",
     "placed_given",
     "plan_transfer",
-    "readers_of",
+    "readers_here",
 ]

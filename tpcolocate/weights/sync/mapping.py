@@ -15,7 +15,7 @@ from tpcolocate.errors import DeadlineError, TpColocateError, some
 from tpcolocate.in_server.tpcolocate_receiver.checksums import checksum
 from tpcolocate.in_server.tpcolocate_receiver.protocol import Addressed, ProbeRanks, ReleaseStaging, RunProgram
 from tpcolocate.weights.plan.sharding import mesh_groups
-from tpcolocate.weights.plan.transfer_plan import Group, Reach, TransferRequest, blocks_here, readers_of
+from tpcolocate.weights.plan.transfer_plan import Group, Reach, TransferRequest, blocks_here, readers_here
 from tpcolocate.weights.sync.mesh_calls import SLICE_FAILED, cause_of, request_of
 from tpcolocate.weights.sync.records import (
     CachedPlan,
@@ -39,6 +39,8 @@ _PROBE_S = 15.0
 _PROBE = -5
 """Stands for a bucket's number in errors."""
 
+_Readers = Mapping[int, tuple[torch.UntypedStorage, Sequence[int]]]
+"""``_cdata`` of a storage -> the storage, and the ranks whose workers read it."""
 PlannedHere = tuple[Transfer, CachedPlan, Mapping[tuple[Group, int], SourceBlock] | None]
 """The transfer, what the next sync may use of it, and, unless the programs are defined already, what they read."""
 
@@ -55,14 +57,15 @@ def map_and_plan(session: SyncSession, opened: Opened, route: Route, *, traced: 
     Returns:
         The plan; or what went wrong on this rank after the last agreement, for the next one.
     """
-    state, layout = session.state, session.context.layout
+    state = session.state
     groups = mesh_groups(route.shards)
     with session.stats.watch.phase("map"):
         # Where another slice keeps this one from repeating its last sync, nothing new was reported.
         permitted = state.least_memory_uses(route.shards) if opened.repeats else opened.memory_uses
         uses = [permitted.get(name, STAGED) for name in route.shards]
         uses = [STAGED if use == MAPPABLE and not traced else use for use in uses]
-        signature = _signature(session, opened, route, uses)
+        places = _places(route, uses)
+        signature = _signature(session, opened, route, uses, places)
         last = state.cached_plan
         same = last is not None and last.signature == signature and state.is_trusted
         view = MapView(
@@ -93,31 +96,43 @@ def map_and_plan(session: SyncSession, opened: Opened, route: Route, *, traced: 
         else:
             _stop_mapping(session, problem)
     with session.stats.watch.phase("plan"):
-        own = None if payload is None else payload.blocks[None].get(layout.tp_rank)
         try:
-            transfer, blocks = session.schedule.make("plan", own)
+            transfer, blocks = session.schedule.make("plan", payload)
         except BaseException as caught:
             return caught
     if error is not None:
         return error
     if problem is None:
         state.mapped_names = decision.persistent
-        signature = _signature(session, opened, route, uses)  # with the regions that were mapped now
+        signature = _signature(session, opened, route, uses, places)  # with the regions that were mapped now
     else:
         signature = object()  # equal to no other
     return transfer, CachedPlan(signature, transfer.planned), blocks
 
 
-def _signature(session: SyncSession, opened: Opened, route: Route, uses: Sequence[str]) -> object:
+def _places(route: Route, uses: Sequence[str]) -> tuple[object, ...]:
+    """Return where this rank's shards lie, as far as that makes a difference to the plan."""
+    found: list[object] = []
+    for one, use in zip(route.shards.values(), uses, strict=True):
+        local = one.local
+        found += one.group, one.position, local.dtype
+        if use != STAGED and local.numel():
+            found += local.data_ptr(), local.stride()
+    return tuple(found)
+
+
+def _signature(
+    session: SyncSession, opened: Opened, route: Route, uses: Sequence[str], places: tuple[object, ...]
+) -> object:
     """Equal for syncs that can use the same plan."""
-    mappings = session.state.mappings
-    where: list[object] = []
-    for (name, one), use in zip(route.shards.items(), uses, strict=True):
-        where.append((name, use, one.group, one.position, one.local.dtype))
-        if use != STAGED and one.local.numel():
-            found = mappings.find(one.local.untyped_storage())
-            where.append((None if found is None else found.name, one.local.data_ptr(), one.local.stride()))
-    return session.state.loader_map.digest(list(route.shards)), opened.bucket_bytes, tuple(where)
+    storages = {}
+    for one, use in zip(route.shards.values(), uses, strict=True):
+        if use != STAGED:
+            storage = one.local.untyped_storage()
+            storages[storage._cdata] = storage
+    mapped = [session.state.mappings.find(storage) for storage in storages.values()]
+    names = tuple(None if one is None else one.name for one in mapped)
+    return session.state.loader_map.digest(list(route.shards)), opened.bucket_bytes, tuple(uses), places, names
 
 
 # --- who reaches whom ----------------------------------------------------------------------------------------------------
@@ -176,28 +191,21 @@ def _payload(
 ) -> tuple[Payload | None, str | None]:
     """Export what workers are to map of this rank; also returns why that was not possible."""
     try:
-        release = _retire_unused(session, request, decision)
-        return _exported(session, request, decision, release), None
+        persistent = readers_here(request, decision.persistent)
+        release = _retire_unused(session, persistent, decision)
+        return _exported(session, request, decision, persistent, release), None
     except Exception as error:  # memory that cannot be exported, for whatever reason, is staged
         return None, str(error).splitlines()[0]
 
 
-def _wanted(request: TransferRequest, names: frozenset[str]) -> dict[int, tuple[torch.UntypedStorage, list[int]]]:
-    """Return storage (``_cdata``) -> the storage, and the ranks whose workers read it."""
-    wanted: dict[int, tuple[torch.UntypedStorage, list[int]]] = {}
-    for name, one in request.shards.items():
-        if name in names and one.local.numel():
-            storage = one.local.untyped_storage()
-            readers = wanted.setdefault(storage._cdata, (storage, []))[1]
-            readers += [rank for rank in readers_of(request, name) if rank not in readers]
-    return {key: (storage, readers) for key, (storage, readers) in wanted.items() if readers}
+def _retire_unused(session: SyncSession, wanted: _Readers, decision: MapDecision) -> dict[int, list[str]]:
+    """Retire mappings that are of no use; return rank -> names of all retired regions that its worker is to unmap.
 
-
-def _retire_unused(session: SyncSession, request: TransferRequest, decision: MapDecision) -> dict[int, list[str]]:
-    """Retire mappings that are of no use; return rank -> names of all retired regions that its worker is to unmap."""
+    Args:
+        wanted: What is to be mapped from sync to sync.
+    """
     mappings = session.state.mappings
-    wanted = {key: readers for key, (_, readers) in _wanted(request, decision.persistent).items()}
-    old = mappings.unused(wanted)
+    old = mappings.unused({key: readers for key, (_, readers) in wanted.items()})
     if any(decision.untrusted.intersection(one.handles) for one in mappings.all()):
         old = mappings.all()
     mappings.retire(old)
@@ -209,16 +217,20 @@ def _retire_unused(session: SyncSession, request: TransferRequest, decision: Map
 
 
 def _exported(
-    session: SyncSession, request: TransferRequest, decision: MapDecision, release: Mapping[int, Sequence[str]]
+    session: SyncSession,
+    request: TransferRequest,
+    decision: MapDecision,
+    persistent: _Readers,
+    release: Mapping[int, Sequence[str]],
 ) -> Payload:
     mappings, transient, layout = session.state.mappings, session.transient, request.layout
     exported: dict[int, list[Any]] = {}
-    for storage, readers in _wanted(request, decision.persistent).values():
+    for storage, readers in persistent.values():
         if mappings.find(storage) is None:
             added = mappings.add(storage, readers)
             for reader, handle in added.handles.items():
                 exported.setdefault(reader, []).append([added.name, handle.describe()])
-    for storage, readers in _wanted(request, decision.transient).values():
+    for storage, readers in readers_here(request, decision.transient).values():
         for reader in readers:
             is_elsewhere = reader not in layout.slice_ranks
             transient.export([storage], reader, layout.tp_ranks[reader], is_elsewhere=is_elsewhere)
@@ -228,10 +240,11 @@ def _exported(
         if described := transient.described(reader):
             exported.setdefault(reader, []).extend(described)
     blocks: dict[Group, dict[int, SourceBlock]] = {group: {} for group in request.groups}
-    for (group, k), block in blocks_here(request).items():
+    direct = blocks_here(request)
+    for (group, k), block in direct.items():
         rows = block_rows(block, request.shards, mappings, transient.regions)
         blocks[group][k] = SourceBlock(rows, block.labels, block.num_bytes)
-    return Payload(exported, release, blocks)
+    return Payload(exported, release, blocks, direct)
 
 
 def _map_in_workers(

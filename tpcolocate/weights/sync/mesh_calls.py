@@ -22,6 +22,7 @@ from tpcolocate.weights.buckets import arranged
 from tpcolocate.weights.plan.sharding import mesh_groups
 from tpcolocate.weights.plan.transfer_plan import (
     Cost,
+    DirectBlocks,
     Group,
     Reach,
     TransferRequest,
@@ -273,17 +274,18 @@ def _plan_call(
     """Plan the transfer; then its collectives are due."""
     groups = mesh_groups(route.shards)
 
-    def run(own: SourceBlock | None = None) -> tuple[Transfer, Mapping[tuple[Group, int], SourceBlock]]:
+    def run(mine: Payload | None = None) -> tuple[Transfer, Mapping[tuple[Group, int], SourceBlock]]:
         request = request_of(session, route, course.decision, course.reach)
         if not course.is_mapped:
             request = replace(request, mapped=frozenset())
         costs = _agreed_costs(session, request)
-        blocks = _blocks(session, request, course, own)
+        blocks = _blocks(session, request, course, mine)
+        direct = mine.direct if mine is not None and course.is_mapped else None
         made: list[Transfer] = []
 
         def transfer() -> Transfer:
             if not made:
-                made.append(_transfer(session, request, costs, opened, course, blocks))
+                made.append(_transfer(session, request, costs, opened, course, blocks, direct))
             return made[0]
 
         # Lazily: if this rank cannot plan now, it tries once more for the sake of the other slices.
@@ -294,10 +296,11 @@ def _plan_call(
 
 
 def _blocks(
-    session: SyncSession, request: TransferRequest, course: _Course, own: SourceBlock | None
+    session: SyncSession, request: TransferRequest, course: _Course, mine: Payload | None
 ) -> dict[tuple[Group, int], SourceBlock]:
     """What this rank's worker reads where it lies, by source."""
     k = session.context.tp_rank
+    own = None if mine is None else mine.blocks[None].get(k)
     found: dict[tuple[Group, int], SourceBlock] = {
         (None, 0): own if own is not None and course.is_mapped else _NO_BLOCK
     }
@@ -328,9 +331,10 @@ def _transfer(
     opened: Opened,
     course: _Course,
     blocks: Mapping[tuple[Group, int], SourceBlock],
+    direct: DirectBlocks | None,
 ) -> Transfer:
     key = f"transfer{session.state.num_syncs}"  # the same on every rank
-    plan = plan_transfer(request, costs, staging_bytes=opened.bucket_bytes, key=key)
+    plan = plan_transfer(request, costs, staging_bytes=opened.bucket_bytes, key=key, blocks=direct)
     sizes = {
         group: [
             {k: len(block.labels) for k, block in of_rank.blocks.items()} if course.is_mapped and of_rank else {}

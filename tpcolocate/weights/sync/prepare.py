@@ -54,7 +54,10 @@ def prepare(session: SyncSession, source: Source) -> Prepared:
         _wait_for_trainer(session)
     contents = None if weights.items is None else [(n, tuple(t.shape), t.dtype) for n, t in weights.items]
     is_new = has_new_replicas(session, source, weights)
-    digest = hashlib.sha256(repr((contents, list(shards) == [n for n, *_ in contents or ()])).encode())
+    names = [name for name, *_ in contents or ()]
+    kinds = {kind: str(kind) for kind in {(shape, dtype) for _, shape, dtype in contents or ()}}
+    words = contents and (names, [kinds[shape, dtype] for _, shape, dtype in contents])
+    digest = hashlib.sha256(repr((words, list(shards) == names)).encode())
     view = RankView(
         digest.digest(),
         "a generator" if contents is None else summary(contents),

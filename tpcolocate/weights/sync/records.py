@@ -9,7 +9,7 @@ from typing import Any
 import torch.distributed as dist
 
 from tpcolocate.weights.plan.sharding import Layout, Shards
-from tpcolocate.weights.plan.transfer_plan import Group, TransferPlan
+from tpcolocate.weights.plan.transfer_plan import DirectBlocks, Group, TransferPlan
 from tpcolocate.weights.sources.fingerprint import Fingerprint
 from tpcolocate.weights.sources.named_weights import NamedWeights
 from tpcolocate.weights.sync.options import SyncOptions
@@ -149,11 +149,13 @@ class Payload:
         map: Global rank -> [region, handle] of what its worker is to map.
         release: Global rank -> names of regions that its worker is to unmap.
         blocks: Group -> TP rank -> what workers of that TP rank read where it lies.
+        direct: The same slices for this rank's own plan.
     """
 
     map: Mapping[int, Sequence[Sequence[Any]]]
     release: Mapping[int, Sequence[str]]
     blocks: Mapping[Group, Mapping[int, SourceBlock]]
+    direct: DirectBlocks
 
     def of_group(self, group: Group, ranks: Sequence[int]) -> GroupPayload:
         """Return what the ranks of one group exchange.  A rank of two groups gets its regions twice."""

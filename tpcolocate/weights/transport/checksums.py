@@ -11,7 +11,7 @@ from tpcolocate.in_server.tpcolocate_receiver import kernels
 from tpcolocate.in_server.tpcolocate_receiver.checksums import word_sum, word_view
 from tpcolocate.in_server.tpcolocate_receiver.kernel_tables import Cast, ChecksumTable, Layout, Slices
 from tpcolocate.weights.plan.sharding import Shards
-from tpcolocate.weights.plan.slices import Block, TensorSlice
+from tpcolocate.weights.plan.slices import Block
 from tpcolocate.weights.plan.transfer_plan import Group
 from tpcolocate.weights.transport.mesh import Mesh
 
@@ -26,12 +26,11 @@ class DirectChecksums:
     """Checksums of what workers read where it lies on this rank, the same at every sync; keeps none of that memory.
 
     Args:
-        blocks: (group, TP rank) -> what workers read.
-        shards: What lies here; the object can be used as long as all of it lies there.
+        blocks: (group, TP rank) -> what workers read; the object can be used as long as all of it lies where it does.
         device: Of the checksums.
     """
 
-    def __init__(self, blocks: Mapping[tuple[Group, int], Block], shards: Shards, device: torch.device) -> None:
+    def __init__(self, blocks: Mapping[tuple[Group, int], Block], device: torch.device) -> None:
         self._device = device
         self._slices = [one for block in blocks.values() for one in block.slices]
         self._spans: dict[tuple[Group, int], tuple[int, int]] = {}
@@ -46,69 +45,90 @@ class DirectChecksums:
         self._weights = torch.tensor(weights, dtype=torch.int64, device=device)
         self._sums = torch.empty(len(self._slices), dtype=torch.int64, device=device)
         self._of_slice = self._sums.unbind()
-        self._words = [self._words_of(one, shards) for one in self._slices]
         self._table: ChecksumTable | None = None
         self._casts: frozenset[Cast] | None = None
-        """What the table was made for; None: there is none yet."""
-        self._viewed = [i for i, words in enumerate(self._words) if words is not None]
-        """Numbers of the slices that can be summed up where they lie, and that the kernels leave to torch."""
-        self._others = [i for i, words in enumerate(self._words) if words is None]
-        """And of those that are cast, moved or padded first."""
+        """What the table was made for; None: there is none."""
+        self._viewed: list[tuple[str, _Words, torch.Tensor]] | None = None
+        """Of slices that the kernels leave to torch and that can be summed up where they lie: tensor, words, the sum.
+        None: not divided up yet."""
+        self._others: list[int] = []
+        """Numbers of the rest, which is cast, moved or padded first."""
 
     @property
     def is_one_launch(self) -> bool:
         """Whether the kernel computes all that can be summed up where it lies."""
         return self._table is not None and not self._viewed
 
-    def _words_of(self, one: TensorSlice, shards: Shards) -> _Words | None:
-        shard = shards[one.name]
-        view = one.view(shard.local, shard.region)
-        if view.dtype != one.read.dtype or view.device != self._device:
-            return None
-        words = word_view(view)
-        return None if words is None else (words.shape, words.stride(), int(words.storage_offset()))
-
-    def _view(self, number: int, shards: Shards) -> torch.Tensor:
-        """The words of a slice, where they lie."""
-        words = self._words[number]
-        assert words is not None
-        shape, strides, offset = words
-        view = torch.empty(0, dtype=torch.int64, device=self._device)
-        storage = shards[self._slices[number].name].local.untyped_storage()
-        return view.set_(storage, offset, shape, strides)  # type: ignore[call-overload]
-
-    def _make_table(self, shards: Shards, casts: frozenset[Cast]) -> None:
-        """Leave to the kernels what they can read."""
-        slices, numbers = Slices(), []
-        for i, one in enumerate(self._slices):
-            view = one.view(shards[one.name].local, shards[one.name].region)
-            if view.device == self._device:
-                layout = Layout.to_sum(view.shape, view.stride(), view.dtype, one.read.dtype)
-                slices.add(layout, view.data_ptr(), slot=i)
-                numbers.append(i)
+    def _make_table(self, shards: Shards, casts: frozenset[Cast]) -> list[int]:
+        """Leave to the kernels what they can read; return the numbers of the other slices."""
+        slices, numbers, rest = Slices(), [], []
+        found: dict[object, tuple[int, Layout]] = {}
+        for i, (name, kind) in enumerate(self._slices):
+            shard = shards[name]
+            local, strides = shard.local, shard.local.stride()
+            if local.device != self._device:
+                rest.append(i)
+                continue
+            key = id(kind), strides, local.dtype
+            if key not in found:
+                offset, of_slice = kind.place_in(shard.region, strides)
+                layout = Layout.to_sum(kind.shape, of_slice, local.dtype, kind.read.dtype)
+                found[key] = offset * local.dtype.itemsize, layout
+            offset, layout = found[key]
+            slices.add(layout, local.data_ptr() + offset, slot=i)
+            numbers.append(i)
         table = ChecksumTable(slices, self._device, casts=casts)
-        taken = set(numbers) - {numbers[i] for i in table.rest}
-        self._table = table if taken else None
-        self._viewed = [i for i, words in enumerate(self._words) if words is not None and i not in taken]
-        self._others = [i for i, words in enumerate(self._words) if words is None and i not in taken]
+        self._table = table if len(table.rest) < len(numbers) else None
         self._casts = casts
+        return sorted([*rest, *(numbers[i] for i in table.rest)])
+
+    def _leave_to_torch(self, numbers: Sequence[int], shards: Shards) -> None:
+        """Divide up what torch sums up."""
+        self._viewed, self._others = [], []
+        found: dict[object, tuple[int, _Words | None]] = {}
+        for i in numbers:
+            name, kind = self._slices[i]
+            shard = shards[name]
+            local, strides = shard.local, shard.local.stride()
+            if local.device != self._device or local.dtype != kind.read.dtype:
+                self._others.append(i)
+                continue
+            first, size = int(local.storage_offset()), local.dtype.itemsize
+            key = id(kind), strides, first * size % 8
+            if key not in found:
+                words = word_view(self._slices[i].view(local, shard.region))
+                found[key] = (
+                    first * size,
+                    None if words is None else (words.shape, words.stride(), int(words.storage_offset())),
+                )
+            of_first, words_there = found[key]
+            if words_there is None:
+                self._others.append(i)
+            else:
+                shape, of_words, offset = words_there
+                moved = offset + (first * size - of_first) // 8
+                self._viewed.append((name, (shape, of_words, moved), self._of_slice[i]))
 
     def begin(self, shards: Shards) -> torch.Tensor:
         """Queue the checksums; return all blocks' sums, not waited for."""
         launch = kernels.ready(self._device)
         casts = kernels.casts(self._device)
         if launch is not None and casts != self._casts:
-            self._make_table(shards, casts)
+            self._leave_to_torch(self._make_table(shards, casts), shards)
+        elif self._viewed is None:
+            self._leave_to_torch(range(len(self._slices)), shards)
         if self._table is not None:
             self._sums.zero_()
             self._table.run(launch, self._sums)
-        for i in self._viewed:
-            view = self._view(i, shards)
-            torch.sum(view, dim=tuple(range(view.dim())), out=self._of_slice[i])
+        for name, (shape, strides, offset), out in self._viewed or ():
+            view = torch.empty(0, dtype=torch.int64, device=self._device)
+            storage = shards[name].local.untyped_storage()
+            view.set_(storage, offset, shape, strides)  # type: ignore[call-overload]
+            torch.sum(view, dim=tuple(range(view.dim())), out=out)
         for i in self._others:
             one = self._slices[i]
             shard = shards[one.name]
-            made = one.view(shard.local, shard.region).to(self._device, one.read.dtype)
+            made = one.view(shard.local, shard.region).to(self._device, one.kind.read.dtype)
             self._of_slice[i].copy_(word_sum(made))
         found = torch.zeros(self._size, dtype=torch.int64, device=self._device)
         return found.index_add_(0, self._numbers, self._sums * self._weights)

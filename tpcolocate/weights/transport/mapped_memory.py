@@ -81,21 +81,20 @@ class PersistentMappings:
 
     def uses(self, storages: Sequence[torch.UntypedStorage]) -> list[str]:
         """Note the storages of a sync; return what the memory of each permits (`STAGED`, `MAPPABLE`, `STEADY`)."""
-        found = []
+        found: dict[int, str] = {}  # tens of thousands of tensors lie in hundreds of storages
         seen: dict[int, tuple[StorageWeakRef, int]] = {}
         for storage in storages:
+            if storage._cdata in found:
+                continue
             # The object may have been freed and its address be another's now, so the weak reference is kept and asked.
             before = self._seen.get(storage._cdata)
-            if before is not None and not before[0].expired() and before[1] == storage.data_ptr():
-                seen[storage._cdata] = before
-                found.append(STEADY)
-            else:
-                seen[storage._cdata] = (StorageWeakRef(storage), storage.data_ptr())
-                found.append(MAPPABLE)
-            if not self._is_mappable(storage):
-                found[-1] = STAGED
+            use = STEADY
+            if before is None or before[0].expired() or before[1] != storage.data_ptr():
+                use, before = MAPPABLE, (StorageWeakRef(storage), storage.data_ptr())
+            seen[storage._cdata] = before
+            found[storage._cdata] = use if self._is_mappable(storage) else STAGED
         self._seen = seen
-        return found
+        return [found[storage._cdata] for storage in storages]
 
     def _is_mappable(self, storage: torch.UntypedStorage) -> bool:
         """Whether another process could map it: on our device; on a CPU, in shared memory already."""

@@ -9,16 +9,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from tpcolocate import ipc_payload
 from tpcolocate.in_server.tpcolocate_receiver.checksums import word_sum
-from tpcolocate.in_server.tpcolocate_receiver.regions import strides_of
+from tpcolocate.in_server.tpcolocate_receiver.regions import Region, strides_of
 from tpcolocate.weights.plan.sharding import Shards
-from tpcolocate.weights.plan.slices import Block, TensorSlice, place
+from tpcolocate.weights.plan.slices import Block, SliceKind, TensorSlice, place
 from tpcolocate.weights.plan.transfer_plan import Group, Stage, TransferPlan, placed_given
 from tpcolocate.weights.sources.lazy_tensor import Ingredients
 from tpcolocate.weights.transport.checksums import DirectChecksums, PlacedChecksums, SumsOfRanks
@@ -204,7 +204,7 @@ class PlannedTransfer:
 
         Args:
             plan: Of this rank.
-            shards: What lies here.
+            shards: What lies here, laid out as in all later syncs.
             device: Of the checksums.
             blocks: By source: what this rank's worker reads there.
             sizes: Of the sums of all ranks' blocks.
@@ -213,7 +213,7 @@ class PlannedTransfer:
         is_own = [plan.layout.ranks_of(group)[position] == plan.layout.rank for group, position in plan.sources]
         return cls(
             plan,
-            DirectChecksums(plan.blocks, shards, device),
+            DirectChecksums(plan.blocks, device),
             [StageFilling.of(stage, shards, device) for stage in plan.stages],
             sizes,
             [one.labels for one in mine],
@@ -384,18 +384,70 @@ def block_rows(
         transient_regions: Storage -> region, of what they map for this sync alone.
     """
     rows = []
-    for one, number, weight in zip(block.slices, block.sums, block.weights):
-        shard = shards[one.name]
-        view = one.view(shard.local, shard.region)
-        storage = view.untyped_storage()
-        region = transient_regions.get(storage._cdata)
+    regions: dict[int, str] = {}
+    forms: dict[object, _Form] = {}
+    for (name, kind), number, weight in zip(block.slices, block.sums, block.weights):
+        shard = shards[name]
+        local, strides = shard.local, shard.local.stride()
+        storage = local.untyped_storage()._cdata
+        region = regions.get(storage)
         if region is None:
-            mapping = mappings.find(storage)
-            assert mapping is not None
-            region = mapping.name
-        first = view.data_ptr() - storage.data_ptr()
-        rows.append(_described(one, region, first, view.dtype, view.stride(), number, weight))
+            region = regions[storage] = _region_of(local.untyped_storage(), mappings, transient_regions)
+        key = id(kind), strides, local.dtype  # a kind is of one shard region
+        form = forms.get(key)
+        if form is None:
+            form = forms[key] = _Form.of(kind, shard.region, strides, local.dtype)
+        first = (int(local.storage_offset()) + form.offset) * form.itemsize
+        rows.append(
+            [name, form.copy, form.starts, form.lengths, region, first, form.dtype, form.strides, number, weight]
+        )
     return rows
+
+
+def _region_of(
+    storage: torch.UntypedStorage, mappings: PersistentMappings, transient_regions: Mapping[int, str]
+) -> str:
+    region = transient_regions.get(storage._cdata)
+    if region is None:
+        mapping = mappings.find(storage)
+        assert mapping is not None
+        region = mapping.name
+    return region
+
+
+class _Form(NamedTuple):
+    """What the rows of slices have in common; see `copy_program.CopyProgram`.
+
+    Attributes:
+        copy: Number of the worker's copy.
+        starts, lengths: Within what that writes.
+        offset: From the first element of the shard.
+        itemsize: Of its elements.
+        dtype: Of its elements.
+        strides: Of the slice there.
+    """
+
+    copy: int
+    starts: list[int] | None
+    lengths: list[int] | None
+    offset: int
+    itemsize: int
+    dtype: str
+    strides: list[int]
+
+    @classmethod
+    def of(cls, kind: SliceKind, region: Region, strides: Sequence[int], dtype: torch.dtype) -> _Form:
+        """Describe slices of a kind.
+
+        Args:
+            kind: Of the slices.
+            region: The part of the tensor that the shard is.
+            strides: Of the shard.
+            dtype: Of the shard.
+        """
+        offset, of_slice = kind.place_in(region, strides)
+        starts, lengths = kind.target
+        return cls(kind.read.number, starts, lengths, offset, dtype.itemsize, _name_of(dtype), list(of_slice))
 
 
 def program_definitions(plan: TransferPlan, blocks: Mapping[tuple[Group, int], SourceBlock]) -> list[list[Any]]:
@@ -415,8 +467,18 @@ def program_definitions(plan: TransferPlan, blocks: Mapping[tuple[Group, int], S
     for i, stage in enumerate(plan.stages):
         ranks = plan.layout.ranks_of(stage.group)
         staged = [
-            _described(one, half_region(ranks[at], i), first, one.read.dtype, strides_of(one.shape), number, 1)
-            for number, (at, one, first) in enumerate(stage.taken)
+            [
+                name,
+                kind.read.number,
+                *kind.target,
+                half_region(ranks[at], i),
+                first,
+                _name_of(kind.read.dtype),
+                list(strides_of(kind.shape)),
+                number,
+                1,
+            ]
+            for number, (at, (name, kind), first) in enumerate(stage.taken)
         ]
         programs.append([f"{plan.key}/{i}", len(staged), staged])
     return programs
@@ -427,12 +489,8 @@ def half_region(rank: int, stage: int) -> str:
     return f"r{rank}/stage{stage % 2}"
 
 
-def _described(
-    one: TensorSlice, region: str, first: int, dtype: torch.dtype, strides: Sequence[int], number: int, weight: int
-) -> list[Any]:
-    starts, lengths = one.target()
-    dtype_name = str(dtype).removeprefix("torch.")
-    return [one.name, one.read.number, starts, lengths, region, first, dtype_name, list(strides), number, weight]
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 __all__ = ["PlannedTransfer", "SourceBlock", "Transfer", "block_rows", "half_region", "program_definitions"]
