@@ -10,7 +10,6 @@ import itertools
 import os
 import re
 import tempfile
-import time
 import weakref
 
 import counted_handles
@@ -234,14 +233,14 @@ def many(world, kind, memory):
 # --- what sums notice ----------------------------------------------------------------------------------------------------
 
 
-def two_experts_trade_places(world):
-    """Rank 1 describes two experts of its shard in each other's place, to all workers."""
+def slices_trade_places(world):
+    """Rank 1 describes two tensors of its expert in each other's place, to all workers."""
     engine, source = Engine(world, moe=True), Source("FSDP2 experts", KEPT, TP)
 
     def make(block_rows):
         def swapped(*args):
             rows = block_rows(*args)
-            of_experts = [row for row in rows if re.search(r"experts\.\d\.down_proj", row[0])]
+            of_experts = [row for row in rows if re.search(r"experts\.\d\.(gate|up)_proj", row[0])]
             for one in of_experts:
                 for other in of_experts:
                     if one[0] < other[0] and one[3] == other[3]:
@@ -271,7 +270,7 @@ SCENARIOS = {
     "called back": memory_is_called_back,
     "dropped": functools.partial(the_trainer_drops_its_model, memory=KEPT),
     "dropped, staged": functools.partial(the_trainer_drops_its_model, memory="staged"),
-    "swapped": two_experts_trade_places,
+    "swapped": slices_trade_places,
     **{f"many: {kind}, {memory}": functools.partial(many, kind=kind, memory=memory) for kind, memory in MANY},
 }  # fmt: skip
 
@@ -287,11 +286,9 @@ def on_a_rank(rank, folder, names):
         for name in names:
             world.cut(TP)
             (world.folder / f"doing{rank}").write_text(name)
-            started = time.monotonic()
             found[name] = SCENARIOS[name](world)
-            if os.environ.get("V") and rank == 0:
-                print(name, time.monotonic() - started, flush=True)
         world.close()
+        gc.collect()  # shared memory that is still held when a process exits stays behind
         return found
     finally:
         stop_worker(folder, rank)
@@ -530,12 +527,12 @@ def test_nothing_grows_over_many_syncs(seen):
 
 
 @scenarios("swapped")
-def test_experts_that_trade_places_are_noticed(seen):
+def test_slices_that_trade_places_are_noticed(seen):
     failed, after, out = zip(*seen)
     for one in failed:
         kind, text = one.error
         assert kind == "SyncError" and re.search(
-            r"holds other values than were sent: .*experts\.\*\.down_proj", text
+            r"holds other values than were sent: .*experts\.\*\.gate_proj", text
         ), text
     check_good(*after)
     assert out == (0,) * RANKS
