@@ -180,7 +180,8 @@ def test_items_are_made_when_somebody_asks_and_only_once():
     again = found.match(module)
     assert again.weights.items is again.items and len(again.items) == len(weights.items)
     assert again.items.tensor_of("first.bias") is module.first.bias and not again.items.are_made
-    assert again.items[0][1] is module.first.weight and again.items.are_made
+    assert again.items[0][1] is module.first.weight and not again.items.are_made, "one is made by itself"
+    assert list(again.items)[0][1] is module.first.weight and again.items.are_made
     assert [name for name, _ in again.items[1:]] == [name for name, _ in weights.items[1:]]
     assert all(a is b for a, b in zip(again.items, again.items))
 

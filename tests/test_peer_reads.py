@@ -420,7 +420,7 @@ def test_after_a_mapping_that_failed_everything_is_staged_in_all_slices(seen, re
     text = "the trainer's memory is not mapped by the engine: TP rank 1: RuntimeError: memory of that rank cannot be mapped here"
     for of_rank in syncs:
         assert [warned(synced) for synced, _ in of_rank] == [[text] if i == number else [] for i in range(5)]
-        for synced, state in of_rank[number:]:
+        for synced, _ in of_rank[number:]:
             assert total(synced, "direct") == 0 and total(synced, "staged") > 0
         for _, state in of_rank[number + 1 :]:
             assert (state["out"], state["regions of this rank"], state["regions of others"]) == (0, 0, 0)
