@@ -420,7 +420,7 @@ def handles_of_mapped_memory_that_do_not_open(world):
     with planted(mapped_memory.PersistentMappings, "add", make, here=world.rank == 1):
         report = world.engine.sync_weights(world.model)
         later = world.engine.sync_weights(world.model)
-    world.engine._sync.state.mapping_problem = None
+    world.engine._sync.state.mapped.problem = None
     world.model = copy.deepcopy(world.model)
     return {
         "warnings": report.warnings, "later": later.warnings, "mapped": [r.num_mapped for r in later.ranks],
@@ -528,7 +528,7 @@ def a_transient_export_that_fails_on_one_rank(world):
 
     with planted(ipc_payload, "export_storage", make, here=world.rank == 1):
         reports, found = traced_anew(world, times=2)
-    world.engine._sync.state.mapping_problem = None
+    world.engine._sync.state.mapped.problem = None
     return {
         **found,
         "direct": [r.direct_bytes for report in reports for r in report.ranks],

@@ -10,6 +10,8 @@ What is left out, the product of both low parts and what these round away, is be
 
 from __future__ import annotations
 
+import functools
+import logging
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +22,10 @@ from tpcolocate.in_server.tpcolocate_receiver.regions import Region
 from tpcolocate.weights.sources.coalesced_gather import CoalescedGather
 from tpcolocate.weights.sources.lazy_tensor import local_of
 
+logger = logging.getLogger(__name__)
+
+_MOST_WRONGLY_ROUNDED = 0.02
+"""What the order of a float32 sum makes is far below, a second rounding far above."""
 _FACTOR_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _RANK_MULTIPLE = 8
 """The ranks of pairs are filled up to a multiple, so that rows begin where the fast kernels of cuBLAS want them."""
@@ -32,13 +38,40 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 """What is multiplied and added to a base: [rows, rank] and [rank, columns]."""
 
 
+@functools.cache
 def rounds_once(device: torch.device) -> bool:
-    """Return whether `torch.addmm` of bfloat16 sums up in float32 there, the base included.
+    """Return whether `torch.addmm` of bfloat16 sums up in float32 there, the base included; tried once for a device.
 
     cuBLAS does.  `torch.backends.cuda.matmul` may permit it to reduce in bfloat16, which it does between parts of a long sum;
-    the rank of adapters is too short for parts.  On a CPU it depends on the CPU.
+    the rank of adapters is too short for parts.  On a CPU it depends on the CPU, so it is not tried there.
     """
-    return device.type == "cuda"
+    if device.type != "cuda":
+        return False
+    try:
+        found = wrongly_rounded(device)
+    except RuntimeError as error:  # slower, with the same result
+        logger.warning("adapters are merged in several steps: %s", error)
+        return False
+    if found > _MOST_WRONGLY_ROUNDED:
+        logger.warning("adapters are merged in several steps: %.1f %% of a product are rounded twice", 100 * found)
+    return found <= _MOST_WRONGLY_ROUNDED
+
+
+def wrongly_rounded(device: torch.device) -> float:
+    """Return how much of a sum with a product is not the exact value, rounded once; laid out as in staging memory."""
+    generator = torch.Generator().manual_seed(1)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(device, torch.bfloat16)
+
+    base, left, right = randn(320, 192), randn(2, 320, 24), randn(2, 24, 192)
+    region, pair = Region((64, 32), (192, 128)), (left[1], right[1])
+    part = base[64:256, 32:160]
+    memory = torch.zeros(64 + 192 * 128, dtype=torch.bfloat16, device=device)
+    out = memory.as_strided((192, 128), (128, 1), 64)
+    add_product(part, region, pair, out)
+    exact = part.double() + pair[0][64:256].double() @ pair[1][:, 32:160].double()
+    return float((out != exact.to(torch.bfloat16)).double().mean())
 
 
 @dataclass(frozen=True, slots=True)

@@ -155,7 +155,7 @@ def _send(
     if verdict.traced:
         session.state.loader_map.update(verdict.traced, entries, session.context.tp_size, loaded=True)
     stats.add_worker_seconds(verdict.step_seconds)
-    stats.staged_bytes += num_bytes
+    stats.by_way.staged += num_bytes
     if not is_sample:
         stats.unverified.update(verdict.unverified)
         stats.num_replayed += len(bucket) if verdict.replayed else 0

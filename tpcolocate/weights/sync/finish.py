@@ -94,9 +94,9 @@ def _report(session: SyncSession, sender: BucketSender, error: BaseException | N
         num_returned=sum(ledger.num_returned for ledger in session.ledgers),
         num_mapped=len(session.state.mappings),
         latest_return_s=max(ledger.latest_return_s for ledger in session.ledgers),
-        own_bytes=stats.own_bytes,
-        peer_bytes=stats.peer_bytes,
-        staged_bytes=stats.staged_bytes,
+        own_bytes=stats.by_way.own,
+        peer_bytes=stats.by_way.peer,
+        staged_bytes=stats.by_way.staged,
         peak_extra_bytes=stats.peak.extra_bytes,
         allocated_bytes=allocated,
     )

@@ -61,19 +61,19 @@ def map_and_plan(session: SyncSession, opened: Opened, route: Route, *, traced: 
     groups = mesh_groups(route.shards)
     with session.stats.watch.phase("map"):
         # Where another slice keeps this one from repeating its last sync, nothing new was reported.
-        permitted = state.least_memory_uses(route.shards) if opened.repeats else opened.memory_uses
+        permitted = state.mapped.least_memory_uses(route.shards) if opened.repeats else opened.memory_uses
         uses = [permitted.get(name, STAGED) for name in route.shards]
         uses = [STAGED if use == MAPPABLE and not traced else use for use in uses]
         places = _places(route, uses)
         signature = _signature(session, opened, route, uses, places)
         last = state.cached_plan
-        same = last is not None and last.signature == signature and state.is_trusted
+        same = last is not None and last.signature == signature and state.mapped.is_trusted
         view = MapView(
             "".join(uses),
             same=same,
-            has_reach=all(group in state.reach for group in groups),
+            has_reach=all(group in state.mapped.reach for group in groups),
             worker_id=opened.worker_id,
-            is_trusted=state.is_trusted,
+            is_trusted=state.mapped.is_trusted,
             holder_id=state.mappings.identity,
         )
         reusable: Transfer | None = None
@@ -83,7 +83,9 @@ def map_and_plan(session: SyncSession, opened: Opened, route: Route, *, traced: 
         if decision.same:
             assert reusable is not None and last is not None
             return reusable, last, None
-        reach: Mapping[Group, Reach] = {group: state.reach[group] for group in groups if group in state.reach}
+        reach: Mapping[Group, Reach] = {
+            group: state.mapped.reach[group] for group in groups if group in state.mapped.reach
+        }
         if decision.needs_reach:
             reach = _find_reach(session, groups)
         payload, problem = _payload(session, request_of(session, route, decision, reach), decision)
@@ -103,7 +105,7 @@ def map_and_plan(session: SyncSession, opened: Opened, route: Route, *, traced: 
     if error is not None:
         return error
     if problem is None:
-        state.mapped_names = decision.persistent
+        state.mapped.names = decision.persistent
         signature = _signature(session, opened, route, uses, places)  # with the regions that were mapped now
     else:
         signature = object()  # equal to no other
@@ -288,14 +290,14 @@ def _map_in_workers(
             Addressed(k, RunProgram(release=names[k], map=[] if problem is not None else handles))
             for k, (_, handles, _) in enumerate(of_ranks)
         ]
-        state.is_trusted = False
+        state.mapped.is_trusted = False
         replies = session.ask("map the trainer's memory", commands)
         if problem is None:
             session.transient.note_opened({k: reply.opened for k, reply in replies.items()})
         problem = problem if problem is not None else _first_error(replies)
         if problem is None:
             session.stats.add_worker_seconds({"map": slowest(replies)["open"]})
-    state.is_trusted = problem is None
+    state.mapped.is_trusted = problem is None
     return problem
 
 
@@ -304,7 +306,7 @@ def _take_forgotten(session: SyncSession, decision: MapDecision) -> list[str]:
 
     They have another syncer now, as the engine of their slice was started anew, or share no mesh of these weights.
     """
-    regions = session.state.peer_regions
+    regions = session.state.mapped.peer_regions
     gone = [
         holder for holder, (identity, _) in regions.items() if decision.holder_ids.get(holder) not in (identity, "")
     ]
@@ -315,7 +317,7 @@ def _note_regions(
     session: SyncSession, decision: MapDecision, received: Mapping[Any, Sequence[GroupPayload | None]]
 ) -> None:
     """Note what this rank's worker will have mapped of other ranks, whether or not it comes to that."""
-    layout, regions = session.context.layout, session.state.peer_regions
+    layout, regions = session.context.layout, session.state.mapped.peer_regions
     for group, of_group in received.items():
         for holder, one in zip(layout.ranks_of(group), of_group, strict=True):
             if one is not None and holder != layout.rank:
@@ -355,9 +357,9 @@ def _stop_mapping(session: SyncSession, problem: str) -> None:
     state, layout = session.state, session.context.layout
     is_for_good = problem != SLICE_FAILED
     if is_for_good:
-        state.mapping_problem = problem.splitlines()[0]
-        state.mapped_names = frozenset()
-        session.stats.warnings.append(f"the trainer's memory is not mapped by the engine: {state.mapping_problem}")
+        state.mapped.problem = problem.splitlines()[0]
+        state.mapped.names = frozenset()
+        session.stats.warnings.append(f"the trainer's memory is not mapped by the engine: {state.mapped.problem}")
     session.ask_all("release the trainer's memory", ReleaseStaging(mapped=is_for_good))
     # The workers of this slice have confirmed that they map nothing of it: what is left was never opened.  Those of other
     # slices may not have come so far; a counter that is set right too early would be lowered once more.
@@ -365,7 +367,7 @@ def _stop_mapping(session: SyncSession, problem: str) -> None:
     session.transient.reclaim()
     if not is_for_good:
         return
-    state.peer_regions.clear()
+    state.mapped.peer_regions.clear()
     elsewhere = session.context.new_ledger()
     for one in (*state.mappings.all(), *state.mappings.retired):
         for reader in set(one.handles).difference(layout.slice_ranks):

@@ -144,10 +144,10 @@ def _map_call(session: SyncSession, items: Callable[[], Items], route: Route, op
         untrusted = {
             rank
             for rank, view in views.items()
-            if not view.is_trusted or state.worker_ids.get(rank, view.worker_id) != view.worker_id
+            if not view.is_trusted or state.mapped.worker_ids.get(rank, view.worker_id) != view.worker_id
         }
         if mine.uses is not None:  # else nothing follows here from what is new to this rank
-            state.worker_ids |= {rank: view.worker_id for rank, view in views.items() if view.uses is not None}
+            state.mapped.worker_ids |= {rank: view.worker_id for rank, view in views.items() if view.uses is not None}
         decision = MapDecision(
             persistent=frozenset(name for name, use in least.items() if use == STEADY),
             transient=frozenset(name for name, use in least.items() if use == MAPPABLE),
@@ -163,7 +163,9 @@ def _map_call(session: SyncSession, items: Callable[[], Items], route: Route, op
             return decision
         if opened.ahead is not None:
             opened.ahead.release()  # its memory is needed
-        course = _Course(decision, {group: state.reach[group] for group in groups if group in state.reach})
+        course = _Course(
+            decision, {group: state.mapped.reach[group] for group in groups if group in state.mapped.reach}
+        )
         first = _reach_call if decision.needs_reach else _exchange_call
         session.schedule.enter([first(session, items, route, opened, course)])
         return decision
@@ -207,7 +209,7 @@ def _reached_call(
                 )
             )
             if None not in of_ranks:
-                session.state.reach[group] = reach[group]
+                session.state.mapped.reach[group] = reach[group]
         course.reach = reach
         session.schedule.enter([_exchange_call(session, items, route, opened, course)])
         return reach

@@ -86,7 +86,7 @@ def _memory_uses(session: SyncSession, shards: Shards) -> list[str]:
     """What the memory of each shard permits, as far as this rank is concerned."""
     state = session.state
     uses = state.mappings.uses([one.local.untyped_storage() for one in shards.values()])
-    if state.mapping_problem is not None:
+    if state.mapped.problem is not None:
         return [STAGED] * len(uses)
     # Where nothing of a tensor lies here nothing has to be mapped; what is computed has no memory that could be.
     is_nothing = (one.compute is None and not one.local.numel() for one in shards.values())
@@ -126,11 +126,11 @@ def _wait_for_trainer(session: SyncSession) -> None:
 def least_memory_uses(session: SyncSession, prepared: Prepared, of_ranks: Sequence[RankView]) -> dict[str, str]:
     """Return for every shard the least that its memory permits on any rank."""
     state = session.state
-    last = state.memory_uses or [""] * len(of_ranks)
-    state.memory_uses = [
+    last = state.mapped.memory_uses or [""] * len(of_ranks)
+    state.mapped.memory_uses = [
         before if view.memory_uses is None else view.memory_uses for view, before in zip(of_ranks, last, strict=True)
     ]
-    return state.least_memory_uses(prepared.shards)
+    return state.mapped.least_memory_uses(prepared.shards)
 
 
 def _first_repeated(names: Iterable[str]) -> str | None:

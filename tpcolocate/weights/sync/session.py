@@ -100,6 +100,38 @@ class History:
     compared: object | None = None
 
 
+@dataclass(slots=True)
+class MappedState:
+    """What is known of the memory that workers map from sync to sync.
+
+    Attributes:
+        is_trusted: Whether this slice's workers certainly map what they were asked to; not after a sync that failed.
+        worker_ids: Global rank -> identity of its worker, for the ranks of the meshes; another one has mapped nothing yet.
+        peer_regions: Global rank -> identity of its mappings, and which of them this rank's worker may have mapped.
+        reach: Group -> which workers can map which ranks' memory.
+        names: Of the tensors whose memory is mapped; the same on every rank.
+        memory_uses: What the ranks of the slice reported last of the memory of their shards.
+        problem: Why the engine cannot map the trainer's own memory, if it cannot.
+    """
+
+    is_trusted: bool = True
+    worker_ids: dict[int, str] = field(default_factory=dict)
+    peer_regions: dict[int, tuple[str, frozenset[str]]] = field(default_factory=dict)
+    reach: dict[Group, Reach] = field(default_factory=dict)
+    names: frozenset[str] = frozenset()
+    memory_uses: list[str] = field(default_factory=list)
+    problem: str | None = None
+
+    def least_memory_uses(self, names: Iterable[str]) -> dict[str, str]:
+        """Return the least that the memory of these shards permits on any rank of the slice, as far as is known.
+
+        That is not what was mapped in the last sync, which may have staged for the sake of another rank or slice.
+        """
+        if self.problem is not None:
+            return dict.fromkeys(names, STAGED)
+        return {name: min(each) for name, *each in zip(names, *self.memory_uses)}
+
+
 class EngineState:
     """All that outlives a sync with one engine.
 
@@ -118,45 +150,32 @@ class EngineState:
         """Of the last sync, in which another slice failed: handles that its workers may have open or never have opened."""
         self.loader_map = LoaderMap()
         self.mappings = PersistentMappings(device, rank)
-        self.is_trusted = True
-        """Whether this slice's workers certainly map what they were asked to; not after a sync that failed."""
-        self.worker_ids: dict[int, str] = {}
-        """Global rank -> identity of its worker, for the ranks of the meshes; another one has mapped nothing yet."""
-        self.peer_regions: dict[int, tuple[str, frozenset[str]]] = {}
-        """Global rank -> identity of its mappings, and which of them this rank's worker may have mapped."""
-        self.reach: dict[Group, Reach] = {}
-        """Group -> which workers can map which ranks' memory."""
-        self.mapped_names: frozenset[str] = frozenset()
-        """Names whose memory the workers map from sync to sync; the same on every rank."""
-        self.memory_uses: list[str] = []
-        """What the ranks of the slice reported last of the memory of their shards."""
+        self.mapped = MappedState()
         self.shard_finder = ShardFinder()
         self.history = History()
         self.cached_plan: CachedPlan | None = None
         self.cached_sync: CachedSync | None = None
         self.dry_run_problem: str | None = None
         """Why the engine's loader cannot be traced without weights, if it cannot."""
-        self.mapping_problem: str | None = None
-        """Why the engine cannot map the trainer's own memory, if it cannot."""
 
     @property
     def num_syncs(self) -> int:
         """How many have begun; the same on every rank."""
         return self.history.num_syncs
 
-    def least_memory_uses(self, names: Iterable[str]) -> dict[str, str]:
-        """Return the least that the memory of these shards permits on any rank of the slice, as far as is known.
-
-        That is not what was mapped in the last sync, which may have staged for the sake of another rank or slice.
-        """
-        if self.mapping_problem is not None:
-            return dict.fromkeys(names, STAGED)
-        return {name: min(each) for name, *each in zip(names, *self.memory_uses)}
-
     def clear_cache(self) -> None:
         """Discard what the last sync left for the next one."""
         self.cached_plan = self.cached_sync = None
-        self.is_trusted = False
+        self.mapped.is_trusted = False
+
+
+@dataclass(slots=True)
+class BytesByWay:
+    """Bytes that this rank's worker copied out of this rank's memory and other ranks', and that this rank staged."""
+
+    own: int = 0
+    peer: int = 0
+    staged: int = 0
 
 
 class SyncStats:
@@ -177,7 +196,7 @@ class SyncStats:
         self.warnings: list[str] = []
         self.worker_seconds: dict[str, float] = {}
         self.num_bytes = self.num_buckets = self.num_replayed = 0
-        self.own_bytes = self.peer_bytes = self.staged_bytes = 0
+        self.by_way = BytesByWay()
 
     def add_worker_seconds(self, seconds: Mapping[str, float]) -> None:
         for step, value in seconds.items():

@@ -133,7 +133,7 @@ class WeightSyncer:
         Returns:
             Bytes that this rank has back.
         """
-        if not self.state.mapped_names:
+        if not self.state.mapped.names:
             return 0
         mappings, slice_ranks = self.state.mappings, self.context.layout.slice_ranks
         expired = mappings.expired()

@@ -84,7 +84,7 @@ def transfer(session: SyncSession, prepared: Prepared, opened: Opened, route: Ro
         with session.stats.watch.phase("gather"):
             try:
                 session.schedule.make("stage")  # before anything else that can fail: other slices are in it
-                session.stats.staged_bytes += stage.num_bytes
+                session.stats.by_way.staged += stage.num_bytes
                 if i == 0:
                     command = replace(command, map=_halves_to_map(session, plan, halves))
             except BaseException as caught:
@@ -275,7 +275,7 @@ def _digest(checksums: list[Any]) -> bytes:
 
 def _count(session: SyncSession, prepared: Prepared, route: Route, planned: PlannedTransfer) -> None:
     stats, cached = session.stats, session.state.cached_sync
-    stats.own_bytes, stats.peer_bytes = planned.own_bytes, planned.peer_bytes
+    stats.by_way.own, stats.by_way.peer = planned.own_bytes, planned.peer_bytes
     stats.num_buckets += 1 + len(planned.plan.stages)
     stats.num_replayed += len(route.shards)
     stats.names.update(route.shards)
