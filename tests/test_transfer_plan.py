@@ -16,7 +16,7 @@ from tpcolocate.weights.plan.transfer_plan import (
     blocks_here,
     costs_here,
     plan_transfer,
-    readers_of,
+    readers_here,
 )
 from tpcolocate.weights.sync.mesh_calls import SLICE_FAILED, cause_of
 from tpcolocate.weights.transport.checksums import DirectChecksums
@@ -55,6 +55,11 @@ def request_at(rank, reach, *, mapped=("rows", "columns")):
     first = rank - rank % TP
     layout = TpLayout(rank, (first, first + 1), {r: r % TP for r in range(RANKS)})
     return TransferRequest(shards, reads, frozenset(mapped), layout, {GROUP: reach})
+
+
+def readers_of(request, name):
+    """Ranks whose workers read this rank's part of a tensor where it lies."""
+    return [rank for _, ranks in readers_here(request, {name}).values() for rank in ranks]
 
 
 def test_a_worker_reaches_its_own_rank_always():
@@ -109,7 +114,7 @@ def test_sources_go_round_beginning_with_the_own_rank(rank):
 
 
 def test_what_is_read_where_it_lies_is_not_staged_as_well():
-    """Of mapped tensors only what goes to workers that reach nobody's memory here is sent, and nothing is given."""
+    """Of mapped tensors only what goes to workers that cannot map memory of this rank is sent, and nothing is given."""
     for rank in range(RANKS):
         request = request_at(rank, OWN_SLICE)
         costs = {group: costs_here(request, group) for group in request.groups}
@@ -149,7 +154,7 @@ def test_experts_that_trade_places_change_the_sum_that_they_share():
 
     def found(order):
         shards = {name: LocalShard((4, 4), experts[e], tuple(region)) for name, e in zip(names, order)}
-        return DirectChecksums({(None, 0): block}, shards, torch.device("cpu")).begin(shards).tolist()
+        return DirectChecksums({(None, 0): block}, torch.device("cpu")).begin(shards).tolist()
 
     sums = {tuple(found(order)) for order in itertools.permutations(range(3))}
     assert len(sums) == 6
