@@ -2,7 +2,7 @@
 
 The loader map says which part of which tensor each TP rank copies.  From that and from the shards of the training ranks
 the rest follows.  A part that lies in memory which the reading worker maps, its own rank's or another's, is read there.
-What cannot be mapped (memory on the CPU or that moves, computed tensors) its rank puts into staging memory, which the
+What cannot be mapped (memory on the CPU or that does not stay in place, computed tensors) its rank puts into staging memory, which the
 readers map.  Where a worker cannot map a rank's memory at all (another host, no peer access) the part is sent to the
 staging memory of the worker's own rank.
 """

@@ -292,7 +292,9 @@ def _take_forgotten(session: SyncSession, decision: MapDecision) -> list[str]:
     They have another syncer now, as the engine of their slice was started anew, or share no mesh of these weights.
     """
     regions = session.state.peer_regions
-    gone = [holder for holder, (identity, _) in regions.items() if decision.holder_ids.get(holder) not in (identity, "")]
+    gone = [
+        holder for holder, (identity, _) in regions.items() if decision.holder_ids.get(holder) not in (identity, "")
+    ]
     return [name for holder in gone for name in regions.pop(holder)[1]]
 
 
@@ -373,7 +375,7 @@ def wait_unmapped(context: SliceContext, old: Sequence[PersistentMapping], deadl
     while not all(one.is_released for one in old):
         if deadline.has_passed:
             raise DeadlineError(
-                f"memory of rank {context.group.rank} is still mapped by a worker that was told to release it",
+                f"memory of rank {context.group.rank} is still mapped by a worker that was to release it",
                 hint="shut the engine down; the memory is then reclaimed",
                 rank=context.group.rank,
             )

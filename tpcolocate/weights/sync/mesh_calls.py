@@ -11,6 +11,7 @@ A sync that uses the plan of the last one goes from `route` or `map` straight to
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -245,8 +246,8 @@ def cause_of(problems: Sequence[str | None]) -> str | None:
     What went wrong in a worker or on a rank is for the engine's life, and comes before a slice that has failed, which is for
     this sync alone.
     """
-    known = [one for one in problems if one is not None]
-    return next((one for one in known if one != SLICE_FAILED), known[0] if known else None)
+    given = [one for one in problems if one is not None]
+    return next((one for one in given if one != SLICE_FAILED), given[0] if given else None)
 
 
 def request_of(
@@ -369,19 +370,27 @@ def _halves_call(session: SyncSession, transfer: Transfer) -> MeshCall:
     context, plan = session.context, transfer.plan
     groups = [group for group in dict.fromkeys(stage.group for stage in plan.stages) if group is not None]
 
+    def exported() -> dict[int, list[Any]]:
+        transfer.prepare()
+        given = {}
+        for reader in plan.readers:
+            bucket = HALVES if reader in context.layout.slice_ranks else HALVES_ELSEWHERE
+            handles = [
+                session.ledger.export(half, tp_rank=context.layout.tp_ranks[reader], bucket=bucket)
+                for half in transfer.halves
+            ]
+            given[reader] = [handle.describe() for handle in handles]
+        return given
+
     def run() -> dict[int, list[Any]]:
         given: dict[int, list[Any]] = {}
         error: Exception | None = None
         try:
-            transfer.prepare()
-            for reader in plan.readers:
-                bucket = HALVES if reader in context.layout.slice_ranks else HALVES_ELSEWHERE
-                tp_rank = context.layout.tp_ranks[reader]
-                given[reader] = [
-                    session.ledger.export(half, tp_rank=tp_rank, bucket=bucket).describe() for half in transfer.halves
-                ]
+            given = exported()
         except Exception as caught:
             error = caught
+            with contextlib.suppress(Exception):
+                given = exported()  # once more, for the sake of the other slices
         found = {context.layout.rank: given.get(context.layout.rank, [])}
         for group in groups:
             of_ranks = session.mesh.all_gather_objects(group, given)

@@ -98,7 +98,7 @@ class MapView:
         same: Whether the plan of the last sync fits, and its programs are still defined in the worker.
         has_reach: Whether it is known who can map whose memory.
         worker_id: Identity of the worker; another one has mapped nothing yet.
-        is_trusted: Whether the worker certainly has mapped what it was told to in earlier syncs.
+        is_trusted: Whether the worker certainly has mapped what it was to map in earlier syncs.
         holder_id: Identity of this rank's mappings; with another one those before are forgotten.
     """
 
@@ -119,7 +119,7 @@ class MapDecision:
         transient: Names whose memory they map for this sync alone.
         same: Whether the plan of the last sync is used.
         needs_reach: Whether it must be found out who can map whose memory.
-        untrusted: Global ranks whose workers may not have what they were told to map.
+        untrusted: Global ranks whose workers may not have what they were to map.
         holder_ids: Global rank -> identity of its mappings; empty if its slice has failed.
     """
 

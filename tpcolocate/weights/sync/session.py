@@ -106,7 +106,7 @@ class EngineState:
         self.loader_map = LoaderMap()
         self.mappings = PersistentMappings(device, rank)
         self.is_trusted = True
-        """Whether this slice's workers certainly map what they were told to; not after a sync that failed."""
+        """Whether this slice's workers certainly map what they should; not after a sync that failed."""
         self.worker_ids: dict[int, str] = {}
         """Global rank -> identity of its worker, for the ranks of the meshes; another one has mapped nothing yet."""
         self.peer_regions: dict[int, tuple[str, frozenset[str]]] = {}
