@@ -70,6 +70,7 @@ LAYERS = {
         {"opening", "trace", "transfer", "finish", "preflight"},
         {"mapping", "prepare"},
         {"buckets", "route"},
+        {"mesh_calls"},
         {"session"},
         {"records", "mesh_schedule"},
         {"options"},

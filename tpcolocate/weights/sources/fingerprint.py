@@ -165,7 +165,7 @@ class Fingerprint:
         """Return the fingerprint of a module; None if it cannot be known again.
 
         There is none of a source that is not a module, nor of weights that are computed in an unknown way, nor if some of
-        the module's tensors are not sent: which ones are may depend on its settings, unless a recipe tells them.
+        the module's tensors are not sent: which ones are may depend on its settings, unless a recipe has them.
         """
         if not isinstance(source, nn.Module) or weights.items is None:
             return None
