@@ -75,7 +75,7 @@ def ended(world, engine):
 ALL = set(itertools.product(range(RANKS), repeat=2))
 REFUSALS = {
     "everybody": set(),
-    "no other": {(q, p) for q, p in ALL if q != p},
+    "alone": {(q, p) for q, p in ALL if q != p},
     "their slice": {(q, p) for q, p in ALL if q // TP != p // TP},
     "one direction": {(0, 3), (1, 2)},
 }
@@ -301,7 +301,7 @@ def run(names, timeout_s):
 
 SHORT = [
     "reach: everybody",
-    "reach: no other rank",
+    "reach: alone",
     "mapping fails in sync 2",
     "engine killed and started anew",
     "swapped",
@@ -371,7 +371,7 @@ def test_what_a_worker_cannot_map_is_staged(seen, request):
     which = request.node.callspec.id.rpartition(" ")[2]
     for rank, of_rank in enumerate(syncs):
         missing = sorted(
-            p for q, p in ALL if q == rank and (q != p and which == "no other" or which == "slice" and q // TP != p // TP
+            p for q, p in ALL if q == rank and (q != p and which == "alone" or which == "slice" and q // TP != p // TP
                                                or which == "direction" and (q, p) in REFUSALS["one direction"])
         )  # fmt: skip
         first, *later = (warned(synced) for synced, _ in of_rank)
@@ -386,7 +386,7 @@ def test_what_a_worker_cannot_map_is_staged(seen, request):
         for synced, _ in of_rank[2:]:
             k, facts = rank % TP, synced.facts
             assert facts["own"][k] > 0
-            assert (facts["peer"][k] > 0) == (which != "no other")
+            assert (facts["peer"][k] > 0) == (which != "alone")
             assert total(synced, "staged") > 0 or which in ("everybody", "direction")
     assert (total(syncs[0][-1][0], "staged") > 0) == (which != "everybody"), (
         "of the first slice, which misses some in each"
@@ -398,11 +398,11 @@ def test_bytes_by_way_add_up(short):
     """What is read of its own rank does not depend on whom a worker reaches; all of it is what the loader takes."""
     for rank, of_rank in enumerate(short):
         k = rank % TP
-        facts = {which: of_rank[f"reach: {which}"][0][-1][0].facts for which in ("everybody", "no other")}
-        assert facts["everybody"]["own"][k] == facts["no other"]["own"][k]
+        facts = {which: of_rank[f"reach: {which}"][0][-1][0].facts for which in ("everybody", "alone")}
+        assert facts["everybody"]["own"][k] == facts["alone"]["own"][k]
         assert facts["everybody"]["staged"] == [0, 0]
         rest = facts["everybody"]["peer"][k]
-        assert facts["no other"]["staged"][k] >= rest > facts["everybody"]["own"][k]
+        assert facts["alone"]["staged"][k] >= rest > facts["everybody"]["own"][k]
 
 
 @scenarios("no probe")
