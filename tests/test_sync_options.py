@@ -17,7 +17,11 @@ from tpcolocate.weights.transport.bucket_sender import PAYLOADS, TRANSPORTS
 pytestmark = pytest.mark.quick
 
 streams = st.lists(
-    st.tuples(st.lists(st.integers(0, 12), max_size=3), st.sampled_from([torch.int8, torch.bfloat16, torch.float64])),
+    # Not [0]: what ZeRO-3 and FSDP1 leave in a module, and refused.
+    st.tuples(
+        st.lists(st.integers(0, 12), max_size=3).filter(lambda shape: shape != [0]),
+        st.sampled_from([torch.int8, torch.bfloat16, torch.float64]),
+    ),
     max_size=25,
 )
 
