@@ -438,7 +438,7 @@ def _act(held, what, content):
     elif what == "regions":
         return sorted(name for state in receiver._RECEIVER.states.values() for name in state.regions)
     elif what == "die":
-        # Nothing is released: whoever exported it finds its counters as they are.
+        # Nothing is released: the process that exported it finds its counters as they are.
         held.setdefault("lost", []).extend(dict(state.regions) for state in receiver._RECEIVER.states.values())
     elif what == "differing":
         [weights] = content

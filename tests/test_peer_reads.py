@@ -75,7 +75,7 @@ def ended(world, engine):
 ALL = set(itertools.product(range(RANKS), repeat=2))
 REFUSALS = {
     "everybody": set(),
-    "nobody": {(q, p) for q, p in ALL if q != p},
+    "alone": {(q, p) for q, p in ALL if q != p},
     "their slice": {(q, p) for q, p in ALL if q // TP != p // TP},
     "one direction": {(0, 3), (1, 2)},
 }
@@ -299,7 +299,13 @@ def run(names, timeout_s):
         return run_ranks(on_a_rank, 2 * RANKS, folder, names, init_group=False, timeout_s=timeout_s)[:RANKS]
 
 
-SHORT = ["reach: everybody", "reach: nobody", "mapping fails in sync 2", "engine killed and started anew", "swapped"]
+SHORT = [
+    "reach: everybody",
+    "reach: alone",
+    "mapping fails in sync 2",
+    "engine killed and started anew",
+    "swapped",
+]
 """What the quick tests look at."""
 
 
@@ -365,7 +371,7 @@ def test_what_a_worker_cannot_map_is_staged(seen, request):
     which = request.node.callspec.id.rpartition(" ")[2]
     for rank, of_rank in enumerate(syncs):
         missing = sorted(
-            p for q, p in ALL if q == rank and (q != p and which == "nobody" or which == "slice" and q // TP != p // TP
+            p for q, p in ALL if q == rank and (q != p and which == "alone" or which == "slice" and q // TP != p // TP
                                                or which == "direction" and (q, p) in REFUSALS["one direction"])
         )  # fmt: skip
         first, *later = (warned(synced) for synced, _ in of_rank)
@@ -380,7 +386,7 @@ def test_what_a_worker_cannot_map_is_staged(seen, request):
         for synced, _ in of_rank[2:]:
             k, facts = rank % TP, synced.facts
             assert facts["own"][k] > 0
-            assert (facts["peer"][k] > 0) == (which != "nobody")
+            assert (facts["peer"][k] > 0) == (which != "alone")
             assert total(synced, "staged") > 0 or which in ("everybody", "direction")
     assert (total(syncs[0][-1][0], "staged") > 0) == (which != "everybody"), (
         "of the first slice, which misses some in each"
@@ -392,15 +398,15 @@ def test_bytes_by_way_add_up(short):
     """What is read of its own rank does not depend on whom a worker reaches; all of it is what the loader takes."""
     for rank, of_rank in enumerate(short):
         k = rank % TP
-        facts = {which: of_rank[f"reach: {which}"][0][-1][0].facts for which in ("everybody", "nobody")}
-        assert facts["everybody"]["own"][k] == facts["nobody"]["own"][k]
+        facts = {which: of_rank[f"reach: {which}"][0][-1][0].facts for which in ("everybody", "alone")}
+        assert facts["everybody"]["own"][k] == facts["alone"]["own"][k]
         assert facts["everybody"]["staged"] == [0, 0]
         rest = facts["everybody"]["peer"][k]
-        assert facts["nobody"]["staged"][k] >= rest > facts["everybody"]["own"][k]
+        assert facts["alone"]["staged"][k] >= rest > facts["everybody"]["own"][k]
 
 
 @scenarios("no probe")
-def test_a_rank_that_cannot_give_a_probe_is_reached_by_nobody(seen):
+def test_a_rank_that_cannot_give_a_probe_is_not_reached_by_others(seen):
     syncs, out = zip(*seen)
     check_good(*syncs)
     assert out == (0,) * RANKS

@@ -28,7 +28,7 @@ GROUP = object()
 """Stands for the group of all ranks."""
 COMPLETE = Reach(frozenset(itertools.product(range(RANKS), repeat=2)))
 OWN_SLICE = Reach(frozenset((q, p) for q, p in COMPLETE.pairs if q // TP == p // TP))
-NOBODY = Reach()
+ALONE = Reach()
 
 
 @pytest.fixture(autouse=True)
@@ -63,22 +63,22 @@ def readers_of(request, name):
 
 
 def test_a_worker_reaches_its_own_rank_always():
-    assert all(NOBODY.can(q, q) for q in range(RANKS)) and not NOBODY.can(0, 1)
-    assert COMPLETE.is_complete(RANKS) and not OWN_SLICE.is_complete(RANKS) and NOBODY.is_complete(1)
+    assert all(ALONE.can(q, q) for q in range(RANKS)) and not ALONE.can(0, 1)
+    assert COMPLETE.is_complete(RANKS) and not OWN_SLICE.is_complete(RANKS) and ALONE.is_complete(1)
 
 
 @pytest.mark.parametrize("reach, rows, columns", [
-    (COMPLETE, [0, 2], [0, 1, 2, 3]), (OWN_SLICE, [0], [0, 1]), (NOBODY, [0], [0]),
+    (COMPLETE, [0, 2], [0, 1, 2, 3]), (OWN_SLICE, [0], [0, 1]), (ALONE, [0], [0]),
 ])  # fmt: skip
 def test_readers_of_a_part_are_those_that_read_it_and_reach_it(reach, rows, columns):
-    """Rank 0 has the first rows, which only TP rank 0 reads, and a piece of every column."""
+    """Rank 0 has the first rows, which only TP rank 0 reads, and a part of every column."""
     request = request_at(0, reach)
     assert readers_of(request, "rows") == rows
     assert readers_of(request, "columns") == columns
     assert readers_of(request, "whole") == [0]
 
 
-@pytest.mark.parametrize("reach, tp_ranks", [(COMPLETE, [0, 1]), (OWN_SLICE, [0, 1]), (NOBODY, [0])])
+@pytest.mark.parametrize("reach, tp_ranks", [(COMPLETE, [0, 1]), (OWN_SLICE, [0, 1]), (ALONE, [0])])
 def test_blocks_are_what_is_mapped_here_by_the_tp_rank_that_reads_it(reach, tp_ranks):
     found = blocks_here(request_at(0, reach))
     assert list(found) == [(None, 0), *((GROUP, k) for k in tp_ranks)]
@@ -91,7 +91,7 @@ def test_blocks_are_what_is_mapped_here_by_the_tp_rank_that_reads_it(reach, tp_r
 
 @pytest.mark.parametrize("mapped, reach, staged", [
     (("rows", "columns"), COMPLETE, []), (("rows",), COMPLETE, ["columns"]), ((), COMPLETE, ["rows", "columns"]),
-    (("rows", "columns"), OWN_SLICE, ["rows", "columns"]), (("rows", "columns"), NOBODY, ["rows", "columns"]),
+    (("rows", "columns"), OWN_SLICE, ["rows", "columns"]), (("rows", "columns"), ALONE, ["rows", "columns"]),
 ])  # fmt: skip
 def test_what_is_staged_is_the_same_on_all_ranks(mapped, reach, staged):
     for rank in range(RANKS):
@@ -102,7 +102,7 @@ def test_what_is_staged_is_the_same_on_all_ranks(mapped, reach, staged):
 
 @pytest.mark.parametrize("rank", range(RANKS))
 def test_sources_go_round_beginning_with_the_own_rank(rank):
-    for reach, size in ((COMPLETE, 4), (OWN_SLICE, 2), (NOBODY, 1)):
+    for reach, size in ((COMPLETE, 4), (OWN_SLICE, 2), (ALONE, 1)):
         request = request_at(rank, reach)
         plan = plan_transfer(
             request, {group: costs_here(request, group) for group in request.groups}, staging_bytes=2**20, key="x"

@@ -11,6 +11,7 @@ A sync that uses the plan of the last one goes from `route` or `map` straight to
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -386,19 +387,27 @@ def _halves_call(session: SyncSession, transfer: Transfer) -> MeshCall:
     context, plan = session.context, transfer.plan
     groups = [group for group in dict.fromkeys(stage.group for stage in plan.stages) if group is not None]
 
+    def exported() -> dict[int, list[Any]]:
+        transfer.prepare()
+        given = {}
+        for reader in plan.readers:
+            bucket = HALVES if reader in context.layout.slice_ranks else HALVES_ELSEWHERE
+            handles = [
+                session.ledger.export(half, tp_rank=context.layout.tp_ranks[reader], bucket=bucket)
+                for half in transfer.halves
+            ]
+            given[reader] = [handle.describe() for handle in handles]
+        return given
+
     def run() -> dict[int, list[Any]]:
         given: dict[int, list[Any]] = {}
         error: Exception | None = None
         try:
-            transfer.prepare()
-            for reader in plan.readers:
-                bucket = HALVES if reader in context.layout.slice_ranks else HALVES_ELSEWHERE
-                tp_rank = context.layout.tp_ranks[reader]
-                given[reader] = [
-                    session.ledger.export(half, tp_rank=tp_rank, bucket=bucket).describe() for half in transfer.halves
-                ]
+            given = exported()
         except Exception as caught:
             error = caught
+            with contextlib.suppress(Exception):
+                given = exported()  # once more, for the sake of the other slices
         found = {context.layout.rank: given.get(context.layout.rank, [])}
         for group in groups:
             of_ranks = session.mesh.all_gather_objects(group, given)

@@ -227,8 +227,8 @@ class TransientMappings:
             for storage in storages:
                 key = storage._cdata
                 if (key, reader) not in self._handles and self._persistent.find(storage) is None:
-                    self.regions.setdefault(key, f"r{self._rank}/stage/{len(self.regions)}")
                     handle = self.ledger.export_storage(storage, tp_rank=tp_rank, bucket=bucket)
+                    self.regions.setdefault(key, f"r{self._rank}/stage/{len(self.regions)}")
                     self._handles[key, reader] = handle
                     self._persistent.note_export(storage)
         except Exception as error:
