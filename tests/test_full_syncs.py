@@ -307,7 +307,7 @@ def on_a_rank(rank, folder):
         serve_worker(folder, rank - MOST)
         return None
     found = {}
-    record_everything()
+    record_everything(folder)
     try:
         for size in (2, 4):
             if rank < size:

@@ -260,12 +260,12 @@ def test_staging_regions_are_released_before_the_session_ends(tmp_path):
     handle = ipc_payload.write_file(tensor.view(-1).view(torch.uint8), tmp_path / "staged.safetensors")
     model = model_of(plain, W)
     with Session(model, tmp_path) as session:
-        assert session.ask(RunProgram(map=[["stage/0", handle], ["kept", handle]])).opened
+        assert session.ask(RunProgram(map=[["r0/stage/0", handle], ["r0/kept", handle]])).opened
         regions = receiver_session._RECEIVER.states[model].regions
-        assert list(regions) == ["stage/0", "kept"]
+        assert list(regions) == ["r0/stage/0", "r0/kept"]
         assert session.ask(ReleaseStaging()).error is None
-        assert list(regions) == ["kept"]
-        session.ask(RunProgram(release=["kept"]))
+        assert list(regions) == ["r0/kept"]
+        session.ask(RunProgram(release=["r0/kept"]))
         assert not regions
 
 
@@ -283,14 +283,14 @@ def test_regions_are_mapped_run_and_released(tmp_path):
     ledger = ipc_payload.Ledger(rank=0)
     kept, staged_one = staged(torch.zeros(64, dtype=torch.uint8)), staged(torch.zeros(64, dtype=torch.uint8))
     handles = {
-        "kept0": ledger.export(kept, tp_rank=0, bucket=0),
-        "stage0": ledger.export(staged_one, tp_rank=0, bucket=1),
+        "r0/kept0": ledger.export(kept, tp_rank=0, bucket=0),
+        "r0/stage0": ledger.export(staged_one, tp_rank=0, bucket=1),
     }
     with Session(model, tmp_path) as session:
         session.ask(load_command(tmp_path, sent(W)))
         programs = [
             [key, 1, [["w", 0, None, None, region, 0, "float32", [4, 1], 0, 1]]]
-            for key, region in (("k/direct", "kept0"), ("k/0", "stage0"))
+            for key, region in (("k/direct", "r0/kept0"), ("k/0", "r0/stage0"))
         ]
         reply = session.ask(RunProgram(map=[[n, h.describe()] for n, h in handles.items()], define=programs))
         assert reply.error is None and reply.opened and reply.result.checksums is None
@@ -300,13 +300,13 @@ def test_regions_are_mapped_run_and_released(tmp_path):
             reply = session.ask(RunProgram(program=key, keep_views=key == "k/direct"))
             assert reply.error is None and torch.equal(model.w, new)
             assert reply.result.checksums == [int(word_sum(new))]
-    assert (handles["kept0"].count(), handles["stage0"].count()) == (1, 0), "persistent mappings stay, staging goes"
+    assert (handles["r0/kept0"].count(), handles["r0/stage0"].count()) == (1, 0), "persistent mappings stay, staging goes"
     with Session(model, tmp_path) as session:
         kept.copy_(sent(W, 5)["w"].view(-1).view(torch.uint8))
         assert session.ask(RunProgram(program="k/direct")).error is None
         assert torch.equal(model.w, sent(W, 5)["w"])
-        assert session.ask(RunProgram(release=["kept0", "never"])).error is None
-        assert handles["kept0"].count() == 0
+        assert session.ask(RunProgram(release=["r0/kept0", "never"])).error is None
+        assert handles["r0/kept0"].count() == 0
         assert session.ask(RunProgram(program="k/direct")).error.type == "KeyError"
     assert ledger.reclaim() == []
 
