@@ -428,7 +428,8 @@ class Served(nn.Module):
 def differing(model, weights):
     """Parameters that are not what the model's own loader makes of these full weights, bit for bit."""
     moe = any("experts" in name for name in weights)
-    reference = Served(model.k, model.n, moe=moe, habit="ties" if model.habit == "ties" else None)
+    kept = model.habit if model.habit in ("ties", "spreads experts") else None
+    reference = Served(model.k, model.n, moe=moe, habit=kept)
     if model.habit == "does otherwise":
         reference.habit, reference.num_loads = model.habit, 1
     reference.load_weights(weights.items())

@@ -89,6 +89,13 @@ def reached(world, which, kind="FSDP2"):
     return found, ended(world, engine)
 
 
+def experts_are_spread(world):
+    """Expert parallelism: a TP rank reads all of some experts, and nothing of the others."""
+    engine, source = Engine(world, moe=True, habit="spreads experts"), Source("FSDP2 experts", KEPT, TP)
+    found = synced(world, engine, source, 4)
+    return found, ended(world, engine)
+
+
 def a_rank_that_cannot_export_its_probe(world):
     engine, source = Engine(world), Source("FSDP2", KEPT, TP)
 
@@ -260,6 +267,7 @@ def slices_trade_places(world):
 SCENARIOS = {
     **{f"reach: {which}": functools.partial(reached, which=which) for which in REFUSALS},
     "reach: experts, their slice": functools.partial(reached, which="their slice", kind="FSDP2 experts"),
+    "experts are spread": experts_are_spread,
     "no probe": a_rank_that_cannot_export_its_probe,
     **{f"mapping fails in sync {n + 1}": functools.partial(mapping_fails_in_one_worker, num_before=n) for n in (0, 1, 2)},
     "engine started anew": functools.partial(an_engine_is_started_anew, is_killed=False),
@@ -478,6 +486,15 @@ def test_memory_that_some_ranks_replace_is_mapped_anew(seen):
     for of_rank in rounds:
         last = [steady(of_round[-1][1]) for of_round in of_rank]
         assert last == [last[0]] * len(last)
+    assert out == (0,) * RANKS
+
+
+@scenarios("experts are spread")
+def test_a_worker_that_has_some_experts_alone_reads_these_alone(seen):
+    syncs, out = zip(*seen)
+    check_good(*syncs)
+    for of_rank in syncs:
+        assert total(of_rank[-1][0], "peer") > 0 and total(of_rank[-1][0], "staged") == 0
     assert out == (0,) * RANKS
 
 
