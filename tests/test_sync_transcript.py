@@ -455,14 +455,14 @@ SWEEPS = [
     ("two slices of 2", "FSDP2", "staged", 0, False, 3),
 ]
 ALL_SWEEPS = [
-    ("tp=2", "peft FSDP2", "kept mapped", 0, True, 1),
-    ("tp=2", "plain", "mixed", 0, True, 1),
-    ("tp=2", "FSDP2", "kept mapped", 2, True, 1),
-    ("two slices of 2", "FSDP2 experts", "mixed", 0, False, 1),
-    ("two slices of 2", "FSDP2", "kept mapped", 2, False, 1),
-    ("two slices of 2", "FSDP2", "kept mapped", 1, False, 1),
-    ("two slices of 2", "peft FSDP2", "staged", 0, False, 1),
-    ("two slices of 2", "FSDP2 experts", "kept mapped", 2, False, 1),
+    ("tp=2", "peft FSDP2", "kept mapped", 0, True, 3),
+    ("tp=2", "plain", "mixed", 0, True, 2),
+    ("tp=2", "FSDP2", "kept mapped", 2, True, 2),
+    ("two slices of 2", "FSDP2 experts", "mixed", 0, False, 3),
+    ("two slices of 2", "FSDP2", "kept mapped", 2, False, 2),
+    ("two slices of 2", "FSDP2", "kept mapped", 1, False, 3),
+    ("two slices of 2", "peft FSDP2", "staged", 0, False, 3),
+    ("two slices of 2", "FSDP2 experts", "kept mapped", 2, False, 3),
 ]
 
 
