@@ -20,7 +20,7 @@ from tpcolocate.weights.sources.fsdp1 import WARNING
 from tpcolocate.weights.sources.lazy_tensor import full_bytes, full_tensor, is_collective
 from tpcolocate.weights.sources.named_weights import NamedWeights
 
-pytestmark = [pytest.mark.quick, pytest.mark.timeout(240)]
+pytestmark = pytest.mark.timeout(400)
 
 IDS = torch.arange(9)
 

@@ -15,7 +15,7 @@ from sync_harness import Engine, World, record_everything, serve_worker, shapes_
 from sync_models import policy, served_weights
 from torch import nn
 
-pytestmark = [pytest.mark.quick, pytest.mark.timeout(200)]
+pytestmark = pytest.mark.timeout(400)
 
 MOST = 4
 """Training ranks, and as many workers."""
@@ -328,7 +328,7 @@ def on_a_rank(rank, folder):
 @pytest.fixture(scope="module")
 def of_ranks():
     with tempfile.TemporaryDirectory(prefix="tpcs-") as folder:  # a socket's path must be short
-        return run_ranks(on_a_rank, 2 * MOST, folder, init_group=False, timeout_s=180)
+        return run_ranks(on_a_rank, 2 * MOST, folder, init_group=False, timeout_s=360)
 
 
 def found(of_ranks, scenario):
