@@ -19,7 +19,7 @@ from tpcolocate import errors, ipc_payload
 from tpcolocate.in_server.tpcolocate_receiver.protocol import Addressed, BucketResult, DryRun, LoadBucket
 from tpcolocate.server import channel
 from tpcolocate.weights.plan import slices
-from tpcolocate.weights.transport import bucket_sender, connection, mapped_memory, staging
+from tpcolocate.weights.transport import bucket_sender, checksums, connection, mapped_memory, staging
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
 
@@ -111,13 +111,13 @@ def a_flipped_bit_of_a_slice(world):
 
 
 def slices_that_arrive_in_another_order(world):
-    """Between the ranks of a sharded model: the last rank receives what it should, but in another order."""
+    """In staging memory: a rank of a sharded model gives its readers what it should, but in another order."""
 
     def make(original):
         def fill_stage(self, number):
             half = original(self, number)
-            if end := sum(self.plan.stages[number].receive_bytes):
-                half[:end] = half[:end].roll(slices.ALIGNMENT)
+            end = self.plan.stages[number].num_bytes
+            half[:end] = half[:end].roll(slices.ALIGNMENT)
             return half
 
         return fill_stage
@@ -133,19 +133,21 @@ def mapped_memory_that_changes_while_it_is_read(world):
     for _ in range(3):
         report = world.engine.sync_weights(world.model)
     mapped = [r.num_mapped for r in report.ranks]
+    weight = world.model.model.layers[1].mlp.down_proj.weight.data
+    before = weight[0, -1].clone()
 
     def make(original):
-        def begin_checksums(self):
-            original(self)
+        def begin(self, shards):
+            sums = original(self, shards)
             if world.rank == 1:
-                world.model.model.layers[1].mlp.down_proj.weight.data[0, -1] += 1
+                weight[0, -1] += 1
+            return sums
 
-        return begin_checksums
+        return begin
 
-    with planted(staging.Transfer, "_begin_checksums", make, here=world.rank == 1):
+    with planted(checksums.DirectChecksums, "begin", make, here=world.rank == 1):
         error = failing_sync(world)
-    if world.rank == 1:
-        world.model.model.layers[1].mlp.down_proj.weight.data[0, -1] -= 1
+    weight[0, -1] = before
     return {"error": error, "mapped": mapped, **heal(world)}
 
 
@@ -376,10 +378,10 @@ def a_sync_that_repeats(world):
 def mapped_memory_that_the_trainer_dropped(world):
     """As when the trainer has moved its weights away: what only the worker still maps is called back by wake()."""
     had = world.engine._sync.state.mappings.all()
-    before = [mapping.handle.count() for mapping in had]
+    before = [handle.count() for mapping in had for handle in mapping.handles.values()]
     with planted(mapped_memory.PersistentMappings, "expired", lambda original: lambda self: self.all()):
         world.engine.wake()
-    after = [mapping.handle.count() for mapping in had]
+    after = [handle.count() for mapping in had for handle in mapping.handles.values()]
     world.perturb(9)
     report = world.engine.sync_weights(world.model)
     return {
@@ -398,7 +400,7 @@ def mapped_memory_of_another_model(world):
     report = world.engine.sync_weights(world.model)
     del old
     return {
-        "mapped": len(mapped), "back": {one.handle.count() for one in mapped}, "left": [r.num_mapped for r in report.ranks],
+        "mapped": len(mapped), "back": {handle.count() for one in mapped for handle in one.handles.values()}, "left": [r.num_mapped for r in report.ranks],
         "equal": world.generated() == world.expected(),
     }  # fmt: skip
 
@@ -409,10 +411,13 @@ def handles_of_mapped_memory_that_do_not_open(world):
     world.engine.sync_weights(world.model)
 
     def make(original):
-        def add(self, storage):
-            added = original(self, storage)
-            describe = added.handle.describe
-            added.handle.describe = lambda: {**describe(), "name": ipc_payload._text(b"/torch_0_0_0")}
+        def add(self, storage, readers):
+            added = original(self, storage, readers)
+            for handle in added.handles.values():
+                describe = handle.describe
+                handle.describe = lambda describe=describe: {
+                    **describe(), "name": ipc_payload._text(b"/torch_0_0_0")
+                }  # fmt: skip
             return added
 
         return add

@@ -300,7 +300,9 @@ def test_regions_are_mapped_run_and_released(tmp_path):
             reply = session.ask(RunProgram(program=key, keep_views=key == "k/direct"))
             assert reply.error is None and torch.equal(model.w, new)
             assert reply.result.checksums == [int(word_sum(new))]
-    assert (handles["r0/kept0"].count(), handles["r0/stage0"].count()) == (1, 0), "persistent mappings stay, staging goes"
+    assert (handles["r0/kept0"].count(), handles["r0/stage0"].count()) == (1, 0), (
+        "persistent mappings stay, staging goes"
+    )
     with Session(model, tmp_path) as session:
         kept.copy_(sent(W, 5)["w"].view(-1).view(torch.uint8))
         assert session.ask(RunProgram(program="k/direct")).error is None
