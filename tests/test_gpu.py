@@ -124,7 +124,7 @@ def drive(rank, folder, world):
             found["gap_replaced"] = gap(engine, model, device)
             for _ in range(3):  # all of it is mapped again
                 engine.sync_weights(model, bucket_bytes=64 * 2**20)
-            mapped = [mapping.handle for mapping in engine._sync.state.mappings.all()]
+            mapped = [handle for one in engine._sync.state.mappings.all() for handle in one.handles.values()]
             counts = [handle.count() for handle in mapped]
             model.to("cpu")  # a trainer that frees its memory
             torch.cuda.empty_cache()

@@ -461,7 +461,6 @@ ALL_SWEEPS = [
     ("two slices of 2", "FSDP2 experts", "mixed", 0, False, 3),
     ("two slices of 2", "FSDP2", "kept mapped", 2, False, 2),
     ("two slices of 2", "FSDP2", "kept mapped", 1, False, 3),
-    ("two slices of 2", "peft FSDP2", "staged", 0, False, 3),
     ("two slices of 2", "FSDP2 experts", "kept mapped", 2, False, 3),
 ]
 
