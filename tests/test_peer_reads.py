@@ -18,7 +18,9 @@ from harness import run_ranks
 from sync_harness import Engine, World, ask, divergences, record_everything, replaced, serve_worker, stop_worker
 from sync_models import Source, local_of
 
+from tpcolocate.errors import SyncError
 from tpcolocate.weights.sync import mapping
+from tpcolocate.weights.transport.checksums import DirectChecksums
 
 pytestmark = pytest.mark.timeout(500)
 quick = pytest.mark.quick
@@ -158,6 +160,25 @@ def syncs_fail_in_between(world):
     return found
 
 
+def a_repeated_sync_fails_where_ranks_do_not_agree(world):
+    """Between its agreements a sync that repeats the last one sends its command; one rank fails before that."""
+    engine, source = Engine(world), Source("FSDP2", KEPT, TP)
+    synced(world, engine, source, 3)
+    source.train()
+
+    def failing(original):
+        def expected(*args):
+            original(*args)
+            raise SyncError("planted after the sums")
+
+        return expected
+
+    here = replaced(DirectChecksums, "expected", failing) if world.rank == 3 else contextlib.nullcontext()
+    with here:
+        failed = engine.run(source, timeout_s=8.0)
+    return [(failed, synced(world, engine, source, 3), ended(world, engine))]
+
+
 # --- memory that the trainer replaces -------------------------------------------------------------------------------------
 
 
@@ -273,6 +294,7 @@ SCENARIOS = {
     "engine started anew": functools.partial(an_engine_is_started_anew, is_killed=False),
     "engine killed and started anew": functools.partial(an_engine_is_started_anew, is_killed=True),
     "failures": syncs_fail_in_between,
+    "failure in a repeated sync": a_repeated_sync_fails_where_ranks_do_not_agree,
     "replaced": some_ranks_replace_their_parameters,
     "another source": the_source_is_another_and_back,
     "called back": memory_is_called_back,
@@ -462,7 +484,7 @@ def test_an_engine_that_is_started_anew_maps_anew_and_the_other_goes_on(seen):
     assert out == (0,) * RANKS
 
 
-@scenarios("failures")
+@scenarios("failures", "failure in a repeated sync")
 def test_after_a_sync_that_failed_in_one_slice_all_handles_come_back(seen):
     for number, of_ranks in enumerate(zip(*seen)):
         failed, after, out = zip(*of_ranks)

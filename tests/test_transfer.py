@@ -121,7 +121,7 @@ def sharded(how, weights):
 
 
 REACHES = {
-    "nobody": frozenset(),
+    "alone": frozenset(),
     "everybody": frozenset(itertools.product(range(WORLD), repeat=2)),
     "their slice": frozenset((q, p) for q in range(WORLD) for p in range(WORLD) if q // TP == p // TP),
     "the next rank": frozenset((q, (q + 1) % WORLD) for q in range(WORLD)),
@@ -129,7 +129,7 @@ REACHES = {
 """Whose memory a worker can map: (position of the reader, position of the holder)."""
 
 
-def transfers_on_a_rank(rank, how, staging_bytes, reach="nobody"):
+def transfers_on_a_rank(rank, how, staging_bytes, reach="alone"):
     model, copy_plan, entries, _ = traced(rank % TP)
     loader_map = LoaderMap()
     loader_map.update({k: traced(k)[3] for k in range(TP)}, entries, TP, loaded=True)
@@ -230,7 +230,7 @@ def test_every_worker_gets_what_its_loader_would_have_taken(found, how, reach):
         seen = of_rank[how, reach]
         assert all(one["equal"] and one["sums"] for one in seen), (rank, seen)
         is_sent = not how.startswith("plain") and reach != "everybody"
-        if reach in ("nobody", "everybody"):
+        if reach in ("alone", "everybody"):
             assert (seen[0]["sent"] > 0) == is_sent, (
                 "what another rank's worker cannot map is sent to it, and nothing else"
             )
@@ -245,14 +245,14 @@ def test_little_staging_memory_is_kept_to(found, how, reach):
         assert all(one["equal"] and one["sums"] for one in seen)
         # slices of the largest tensor are rounded up to a row, and parts to their alignment
         assert 2 * seen[0]["stage"] + seen[0]["send"] <= 1.25 * LITTLE
-        assert seen[0]["stages"] > (3 if reach == "nobody" else 1)
+        assert seen[0]["stages"] > (3 if reach == "alone" else 1)
 
 
 def test_a_rank_of_two_moves_half_of_the_bytes(found):
     """Of what is cut in two; norms are read by both."""
     whole = sum(torch.Size(shape).numel() * 2 for shape in SHAPES.values())
     for of_rank in found:
-        assert whole / 2 <= of_rank["fsdp", "nobody"][0]["staged"] < 0.62 * whole
+        assert whole / 2 <= of_rank["fsdp", "alone"][0]["staged"] < 0.62 * whole
 
 
 class Slow:

@@ -309,8 +309,8 @@ def _blocks(
     }
     for group, of_ranks in course.payloads.items():
         for position, of_rank in enumerate(of_ranks):
-            is_given = course.is_mapped and of_rank is not None
-            found[group, position] = of_rank.blocks.get(k, _NO_BLOCK) if is_given and of_rank else _NO_BLOCK
+            blocks = of_rank.blocks if course.is_mapped and of_rank is not None else {}
+            found[group, position] = blocks.get(k, _NO_BLOCK)
     return found
 
 

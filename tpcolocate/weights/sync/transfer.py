@@ -68,13 +68,16 @@ def transfer(session: SyncSession, prepared: Prepared, opened: Opened, route: Ro
             error = caught
     if plan.stages:
         with session.stats.watch.phase("gather"):
-            for call in ("ingredients", "halves"):
-                try:
-                    halves = session.schedule.make(call)
-                except BaseException as caught:
-                    error = caught if error is None else error
-    if route.repeats and error is None:
-        posted, error = _post_same(session, _command(plan, 0, route))
+            try:
+                session.schedule.make("ingredients")
+            except BaseException as caught:
+                error = caught if error is None else error
+            try:
+                halves = session.schedule.make("halves")
+            except BaseException as caught:
+                error = caught if error is None else error
+    if route.repeats:
+        posted, error = _post_same(session, _command(plan, 0, route), error)
     else:
         command = replace(_command(plan, 0, route), define=define)
         posted, error = _post(session, "copy mapped memory", command, None, error, found)
@@ -135,16 +138,25 @@ def _command(plan: TransferPlan, number: int, route: Route) -> RunProgram:
     return RunProgram(program=programs[number], keep_views=number == 0, is_last=is_last)
 
 
-def _post_same(session: SyncSession, command: RunProgram) -> tuple[_Posted, BaseException | None]:
-    """Send a command that all ranks know to be the same for every worker; also returns this rank's error."""
+def _post_same(
+    session: SyncSession, command: RunProgram, error: BaseException | None
+) -> tuple[_Posted, BaseException | None]:
+    """Send a command that all ranks know to be the same for every worker, without an agreement.
+
+    Args:
+        error: Of this rank, for the next agreement; the other ranks do not know of it and go there as well.
+
+    Returns:
+        The command, and what went wrong on this rank.
+    """
     number = session.next_command()
-    posted = _Posted(number, str(command.program))
-    with session.stats.watch.phase("push"):
-        try:
-            session.connection.post(addressed_to_all(command, session.context.tp_size), number)
-        except BaseException as caught:
-            return posted, caught
-    return posted, None
+    if error is None:
+        with session.stats.watch.phase("push"):
+            try:
+                session.connection.post(addressed_to_all(command, session.context.tp_size), number)
+            except BaseException as caught:
+                error = caught
+    return _Posted(number, str(command.program)), error
 
 
 def _post(
@@ -227,9 +239,8 @@ def _verify(
     if plan.stages:
         with session.stats.watch.phase("verify"):
             try:
-                expected += session.schedule.make(
-                    "staged"
-                )  # before anything else that can fail: other slices are in it
+                # Before anything else that can fail: other slices are in it.
+                expected += session.schedule.make("staged")
             except BaseException as caught:
                 error = caught
     with session.stats.watch.phase("push"):
