@@ -83,11 +83,7 @@ def map_and_plan(session: SyncSession, opened: Opened, route: Route, *, traced: 
         if decision.same:
             assert reusable is not None and last is not None
             return reusable, last, None
-        reach: Mapping[Group, Reach] = {
-            group: state.mapped.reach[group] for group in groups if group in state.mapped.reach
-        }
-        if decision.needs_reach:
-            reach = _find_reach(session, groups)
+        reach = _find_reach(session, groups) if decision.needs_reach else state.mapped.reach_of(groups)
         payload, problem = _payload(session, request_of(session, route, decision, reach), decision)
         received = session.schedule.make("exchange", payload)
         problem = _map_in_workers(session, decision, payload, received, problem)

@@ -47,19 +47,31 @@ _NO_BLOCK = SourceBlock((), (), 0)
 
 @dataclass(slots=True)
 class _Course:
-    """What the calls between `map` and `plan` have exchanged; written by them alone, in their order.
+    """What the calls from `map` to `plan` work on, and have exchanged; written by them alone, in their order.
 
     Attributes:
+        session: The sync.
+        items: Returns all weights.
+        route: What is transferred.
+        opened: What the slice agreed on.
         decision: Of `map`.
         reach: Group -> who reaches whom.
         payloads: Group -> what each rank gives.
         is_mapped: Whether all workers have mapped what they should.
     """
 
+    session: SyncSession
+    items: Callable[[], Items]
+    route: Route
+    opened: Opened
     decision: MapDecision
-    reach: Mapping[Group, Reach] = field(default_factory=dict)
+    reach: Mapping[Group, Reach]
     payloads: Mapping[dist.ProcessGroup, Sequence[GroupPayload | None]] = field(default_factory=dict)
     is_mapped: bool = True
+
+    @property
+    def groups(self) -> list[dist.ProcessGroup]:
+        return mesh_groups(self.route.shards)
 
 
 def route_call(session: SyncSession, items: Callable[[], Items], groups: Sequence[dist.ProcessGroup]) -> MeshCall:
@@ -164,41 +176,36 @@ def _map_call(session: SyncSession, items: Callable[[], Items], route: Route, op
             return decision
         if opened.ahead is not None:
             opened.ahead.release()  # its memory is needed
-        course = _Course(
-            decision, {group: state.mapped.reach[group] for group in groups if group in state.mapped.reach}
-        )
-        first = _reach_call if decision.needs_reach else _exchange_call
-        session.schedule.enter([first(session, items, route, opened, course)])
+        course = _Course(session, items, route, opened, decision, state.mapped.reach_of(groups))
+        session.schedule.enter([_reach_call(course) if decision.needs_reach else _exchange_call(course)])
         return decision
 
     return MeshCall("map", run, is_collective=bool(groups))
 
 
-def _reach_call(
-    session: SyncSession, items: Callable[[], Items], route: Route, opened: Opened, course: _Course
-) -> MeshCall:
+def _reach_call(course: _Course) -> MeshCall:
     """Exchange handles of a little memory; returns those that are for this rank's worker: [rank, handle, checksum]."""
+    session = course.session
 
     def run(probes: Mapping[int, Sequence[Any]] | None = None) -> list[Sequence[Any]]:
         found = []
-        for group in mesh_groups(route.shards):
+        for group in course.groups:
             for of_rank in session.mesh.all_gather_objects(group, probes):
                 if of_rank is not None and session.context.layout.rank in of_rank:
                     found.append(of_rank[session.context.layout.rank])
-        session.schedule.enter([_reached_call(session, items, route, opened, course)])
+        session.schedule.enter([_reached_call(course)])
         return found
 
     return MeshCall("reach", run)
 
 
-def _reached_call(
-    session: SyncSession, items: Callable[[], Items], route: Route, opened: Opened, course: _Course
-) -> MeshCall:
+def _reached_call(course: _Course) -> MeshCall:
     """Exchange which ranks' memory each worker could map."""
+    session = course.session
 
     def run(seen: frozenset[int] | None = None) -> Mapping[Group, Reach]:
         reach: dict[Group, Reach] = {}
-        for group in mesh_groups(route.shards):
+        for group in course.groups:
             ranks = session.context.layout.ranks_of(group)
             of_ranks = session.mesh.all_gather_objects(group, seen)
             reach[group] = Reach(
@@ -212,17 +219,15 @@ def _reached_call(
             if None not in of_ranks:
                 session.state.mapped.reach[group] = reach[group]
         course.reach = reach
-        session.schedule.enter([_exchange_call(session, items, route, opened, course)])
+        session.schedule.enter([_exchange_call(course)])
         return reach
 
     return MeshCall("reached", run)
 
 
-def _exchange_call(
-    session: SyncSession, items: Callable[[], Items], route: Route, opened: Opened, course: _Course
-) -> MeshCall:
+def _exchange_call(course: _Course) -> MeshCall:
     """Exchange handles, and descriptions of what each worker reads where it lies."""
-    groups = mesh_groups(route.shards)
+    session, groups = course.session, course.groups
 
     def run(mine: Payload | None = None) -> Mapping[dist.ProcessGroup, Sequence[GroupPayload | None]]:
         course.payloads = {
@@ -231,23 +236,21 @@ def _exchange_call(
             )
             for group in groups
         }
-        session.schedule.enter([_mapped_call(session, items, route, opened, course)])
+        session.schedule.enter([_mapped_call(course)])
         return course.payloads
 
     return MeshCall("exchange", run, is_collective=bool(groups))
 
 
-def _mapped_call(
-    session: SyncSession, items: Callable[[], Items], route: Route, opened: Opened, course: _Course
-) -> MeshCall:
+def _mapped_call(course: _Course) -> MeshCall:
     """Exchange whether all workers have mapped what they should; returns why not, where one has not."""
-    groups = mesh_groups(route.shards)
+    session, groups = course.session, course.groups
 
     def run(problem: str | None = SLICE_FAILED) -> str | None:
         for group in groups:
             problem = cause_of([problem, *session.mesh.all_gather_objects(group, problem)])
         course.is_mapped = problem is None
-        session.schedule.enter([_plan_call(session, items, route, opened, course)])
+        session.schedule.enter([_plan_call(course)])
         return problem
 
     return MeshCall("mapped", run, is_collective=bool(groups))
@@ -271,38 +274,34 @@ def request_of(
     return TransferRequest(route.shards, session.state.loader_map.reads, mapped, session.context.layout, reach)
 
 
-def _plan_call(
-    session: SyncSession, items: Callable[[], Items], route: Route, opened: Opened, course: _Course
-) -> MeshCall:
+def _plan_call(course: _Course) -> MeshCall:
     """Plan the transfer; then its collectives are due."""
-    groups = mesh_groups(route.shards)
+    session, groups = course.session, course.groups
 
     def run(mine: Payload | None = None) -> tuple[Transfer, Mapping[tuple[Group, int], SourceBlock]]:
-        request = request_of(session, route, course.decision, course.reach)
+        request = request_of(session, course.route, course.decision, course.reach)
         if not course.is_mapped:
             request = replace(request, mapped=frozenset())
         costs = _agreed_costs(session, request)
-        blocks = _blocks(session, request, course, mine)
+        blocks = _blocks(course, mine)
         direct = mine.direct if mine is not None and course.is_mapped else None
         made: list[Transfer] = []
 
         def transfer() -> Transfer:
             if not made:
-                made.append(_transfer(session, request, costs, opened, course, blocks, direct))
+                made.append(_transfer(course, request, costs, blocks, direct))
             return made[0]
 
         # Lazily: if this rank cannot plan now, it tries once more for the sake of the other slices.
-        session.schedule.enter(_transfer_calls(session, transfer, items, route))
+        session.schedule.enter(_transfer_calls(session, transfer, course.items, course.route))
         return transfer(), blocks
 
     return MeshCall("plan", run, is_collective=bool(groups))
 
 
-def _blocks(
-    session: SyncSession, request: TransferRequest, course: _Course, mine: Payload | None
-) -> dict[tuple[Group, int], SourceBlock]:
+def _blocks(course: _Course, mine: Payload | None) -> dict[tuple[Group, int], SourceBlock]:
     """What this rank's worker reads where it lies, by source."""
-    k = session.context.tp_rank
+    k = course.session.context.tp_rank
     own = None if mine is None else mine.blocks[None].get(k)
     found: dict[tuple[Group, int], SourceBlock] = {
         (None, 0): own if own is not None and course.is_mapped else _NO_BLOCK
@@ -328,16 +327,15 @@ def _agreed_costs(session: SyncSession, request: TransferRequest) -> dict[Group,
 
 
 def _transfer(
-    session: SyncSession,
+    course: _Course,
     request: TransferRequest,
     costs: Mapping[Group, Mapping[str, Cost]],
-    opened: Opened,
-    course: _Course,
     blocks: Mapping[tuple[Group, int], SourceBlock],
     direct: DirectBlocks | None,
 ) -> Transfer:
+    session = course.session
     key = f"transfer{session.state.num_syncs}"  # the same on every rank
-    plan = plan_transfer(request, costs, staging_bytes=opened.bucket_bytes, key=key, blocks=direct)
+    plan = plan_transfer(request, costs, staging_bytes=course.opened.bucket_bytes, key=key, blocks=direct)
     sizes = {
         group: [
             {k: len(block.labels) for k, block in of_rank.blocks.items()} if course.is_mapped and of_rank else {}

@@ -122,6 +122,10 @@ class MappedState:
     memory_uses: list[str] = field(default_factory=list)
     problem: str | None = None
 
+    def reach_of(self, groups: Iterable[Group]) -> dict[Group, Reach]:
+        """Return what is known of some groups."""
+        return {group: self.reach[group] for group in groups if group in self.reach}
+
     def least_memory_uses(self, names: Iterable[str]) -> dict[str, str]:
         """Return the least that the memory of these shards permits on any rank of the slice, as far as is known.
 
