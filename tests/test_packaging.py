@@ -14,7 +14,7 @@ pytestmark = pytest.mark.quick
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("benchmarks", "docs", "examples", "requirements", "scripts", "tests", "tpcolocate")
-FILES = ("CHANGELOG.md", "LICENSE", "MANIFEST.in", "Makefile", "README.md", "pyproject.toml", "setup.cfg")
+FILES = ("CHANGELOG.md", "LICENSE", "MANIFEST.in", "Makefile", "README.md", "mkdocs.yml", "pyproject.toml", "setup.cfg")
 BUILD = "import sys; from setuptools import build_meta; print(getattr(build_meta, sys.argv[1])(sys.argv[2]))"
 
 
