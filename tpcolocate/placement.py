@@ -12,11 +12,7 @@ import torch
 from tpcolocate import devices, roles
 from tpcolocate.errors import ConfigError, DeviceError, LayoutError
 from tpcolocate.groups import Member, plan_slices
-
-
-def error_fields(error: ConfigError | None) -> dict[str, str | None] | None:
-    """Return an error in JSON types, for `Member.error`."""
-    return None if error is None else {"kind": type(error).__name__, "message": error.message, "hint": error.hint}
+from tpcolocate.interfaces import GlooAddress, check_reachable
 
 
 def inspect_device(device: torch.device | str | None) -> tuple[torch.device, dict[str, Any], ConfigError | None]:
@@ -72,11 +68,31 @@ def plan_roles(members: Sequence[Member]) -> list[roles.Roles]:
     slices = plan_slices(members)
     rank_devices = [_rank_device(member) for member in members]
     shared = all(member.facts["shared"] for member in members)
+    _check_equal_jobs(members)
     if members[0].tp_size > 1:
         _check_equal_facts(members)
+        check_reachable({m.rank: (_network(m), GlooAddress(**m.facts["gloo"])) for m in members})
     if not shared:
         roles.check_exclusive(rank_devices)
     return [roles.assign([rank_devices[rank] for rank in ranks], allow_shared_devices=shared) for ranks in slices]
+
+
+def is_on_one_network(members: Sequence[Member]) -> bool:
+    """Return whether all ranks are in one network namespace of one host, where the loopback connects them."""
+    return len({_network(member) for member in members}) == 1
+
+
+def _network(member: Member) -> str:
+    return f"{member.host.boot_id}/{member.host.network}"
+
+
+def _check_equal_jobs(members: Sequence[Member]) -> None:
+    for member in members:
+        if (name := member.facts["job_name"]) != members[0].facts["job_name"]:
+            raise ConfigError(
+                f"ranks 0 and {member.rank} are of different jobs: {members[0].facts['job_name']!r} and {name!r}",
+                hint="pass the same job to init() on every rank, or set the same TPCOLOCATE_JOB for all",
+            )
 
 
 def _rank_device(member: Member) -> roles.RankDevice:
@@ -106,4 +122,4 @@ def _check_equal_facts(members: Sequence[Member]) -> None:
             raise LayoutError(f"the ranks have different {what}: {views}", hint=hint)
 
 
-__all__ = ["error_fields", "inspect_device", "plan_roles"]
+__all__ = ["inspect_device", "is_on_one_network", "plan_roles"]

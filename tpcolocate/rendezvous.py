@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 import tempfile
 import time
@@ -18,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from tpcolocate.deadline import Deadline
-from tpcolocate.errors import RendezvousError
+from tpcolocate.errors import ConfigError, RendezvousError
 from tpcolocate.processes import start_of
 
 _FOLDER = Path("/dev/shm")
 _POLL_INTERVAL_S = 0.05
+_JOB = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,19 @@ class Announcement:
 
     def writer_is_running(self) -> bool:
         return start_of(self.pid) == self.started
+
+
+def check_job(job: object) -> None:
+    """Check the name of a job, which is part of file names.
+
+    Raises:
+        ConfigError: It is empty, too long or has other characters.
+    """
+    if not isinstance(job, str) or _JOB.fullmatch(job) is None:
+        raise ConfigError(
+            f"job={job!r} is not the name of a job",
+            hint="use 1 to 64 letters, digits, dots, hyphens and underscores, the first a letter or a digit",
+        )
 
 
 def path_for(job: str, slice_index: int) -> Path:
@@ -176,4 +191,4 @@ def withdraw(path: Path, nonce: str) -> None:
         path.unlink(missing_ok=True)
 
 
-__all__ = ["Announcement", "announce", "discover", "path_for", "read", "wait", "withdraw"]
+__all__ = ["Announcement", "announce", "check_job", "discover", "path_for", "read", "wait", "withdraw"]
