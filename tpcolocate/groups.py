@@ -102,8 +102,26 @@ class Member:
 
     @classmethod
     def from_json(cls, text: str) -> Member:
-        fields = json.loads(text)
-        return cls(**{**fields, "host": Host(**fields["host"])})
+        """Return the member that another rank has described.
+
+        Raises:
+            ConfigError: It is something else, as from another version of this library.
+        """
+        try:
+            fields = json.loads(text)
+            member = cls(**{**fields, "host": Host(**fields["host"])})
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise _not_understood(f"{type(error).__name__}: {error}") from error
+        numbers = (member.rank, member.world_size, member.tp_size, member.pid, member.started)
+        host = member.host
+        texts = host.boot_id, host.network, host.shm, host.name, host.pids
+        if not all(type(number) is int and abs(number) < 2**63 for number in numbers):
+            raise _not_understood(f"rank, world_size, tp_size, pid or started is not a number of 64 bits: {numbers}")
+        if not all(isinstance(text, str) for text in texts) or not isinstance(member.facts, dict):
+            raise _not_understood("host or facts are of another kind")
+        if member.error is not None:
+            error_of(member.error, member.rank)
+        return member
 
     def is_running(self) -> bool:
         """Return whether the process still exists.  Valid in its own PID namespace only (`Host.sees`)."""
@@ -112,6 +130,13 @@ class Member:
     def is_stopped(self) -> bool:
         """Return whether the process exists and is stopped, as by SIGSTOP.  Valid as `is_running`."""
         return self.is_running() and is_stopped(self.pid)
+
+
+def _not_understood(why: str) -> ConfigError:
+    return ConfigError(
+        f"the description of a rank is not understood: {why[:200]}",
+        hint="install one version of tpcolocate on all hosts",
+    )
 
 
 def exchange(store: dist.Store, member: Member, *, timeout_s: float) -> list[Member]:
@@ -186,6 +211,16 @@ def plan_slices(members: Sequence[Member]) -> list[tuple[int, ...]]:
     for member in members:
         if member.error is not None:
             raise error_of(member.error, member.rank)
+    for rank, member in enumerate(members):
+        if (member.rank, member.world_size) != (rank, len(members)):
+            raise LayoutError(
+                f"rank {member.rank} of {member.world_size} is listed as rank {rank} of {len(members)}",
+                hint="call init() on every rank of one default process group",
+            )
+        if member.tp_size < 1:
+            raise LayoutError(f"tp_size must be a positive integer, got {member.tp_size}", rank=rank)
+    if not members:
+        raise LayoutError("a job has no ranks")
     sizes: dict[int, list[int]] = {}
     for member in members:
         sizes.setdefault(member.tp_size, []).append(member.rank)
@@ -211,9 +246,19 @@ def error_fields(error: ConfigError | None) -> dict[str, str | None] | None:
 
 
 def error_of(fields: Mapping[str, Any], rank: int) -> ConfigError:
-    """Return the error of a rank from its `error_fields`."""
-    kind: type[ConfigError] = getattr(errors, str(fields["kind"]))
-    return kind(str(fields["message"]), hint=fields["hint"], rank=rank)
+    """Return the error of a rank from its `error_fields`.
+
+    Raises:
+        ConfigError: They are something else.
+    """
+    try:
+        kind = getattr(errors, fields["kind"], None)
+        message, hint = fields["message"], fields["hint"]
+    except (TypeError, KeyError) as error:
+        raise _not_understood(f"its error has other fields ({error})") from error
+    if not (isinstance(kind, type) and issubclass(kind, ConfigError)) or not isinstance(message, str):
+        raise _not_understood("its error is of another kind")
+    return kind(message, hint=hint if isinstance(hint, str) else None, rank=rank)
 
 
 def _check_one_host(members: Sequence[Member]) -> None:

@@ -98,6 +98,14 @@ def check_reachable(addresses: Mapping[int, tuple[str, GlooAddress]]) -> None:
             )
 
 
+def is_address(text: object) -> bool:
+    """Return whether it can be `GlooAddress.address`."""
+    try:
+        return text == "" or (isinstance(text, str) and bool(ipaddress.ip_address(text.partition("%")[0])))
+    except ValueError:
+        return False
+
+
 def resolve_name(host_name: str) -> list[str]:
     """Return the addresses of a host name, without repetitions; none if it does not resolve."""
     try:
@@ -170,4 +178,4 @@ def _first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0].rpartition("] ")[2]  # without gloo's file and line
 
 
-__all__ = ["GlooAddress", "check_reachable", "find_gloo_address", "loopback_device", "resolve_name"]
+__all__ = ["GlooAddress", "check_reachable", "find_gloo_address", "is_address", "loopback_device", "resolve_name"]

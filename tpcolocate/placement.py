@@ -12,7 +12,10 @@ import torch
 from tpcolocate import devices, roles
 from tpcolocate.errors import ConfigError, DeviceError, LayoutError
 from tpcolocate.groups import Member, plan_slices
-from tpcolocate.interfaces import GlooAddress, check_reachable
+from tpcolocate.interfaces import GlooAddress, check_reachable, is_address
+
+# What a rank reports of itself.
+_FACTS = {"kind", "physical", "order", "job", "job_name", "gloo", "version", "shared"}
 
 
 def inspect_device(device: torch.device | str | None) -> tuple[torch.device, dict[str, Any], ConfigError | None]:
@@ -66,6 +69,7 @@ def plan_roles(members: Sequence[Member]) -> list[roles.Roles]:
         ConfigError, LayoutError, DeviceError: See `init`.
     """
     slices = plan_slices(members)
+    _check_facts(members)
     rank_devices = [_rank_device(member) for member in members]
     shared = all(member.facts["shared"] for member in members)
     _check_equal_jobs(members)
@@ -75,6 +79,38 @@ def plan_roles(members: Sequence[Member]) -> list[roles.Roles]:
     if not shared:
         roles.check_exclusive(rank_devices)
     return [roles.assign([rank_devices[rank] for rank in ranks], allow_shared_devices=shared) for ranks in slices]
+
+
+def _check_facts(members: Sequence[Member]) -> None:
+    """Check that this version of the library understands what the ranks have exchanged.
+
+    Raises:
+        LayoutError: Another version has sent something else.
+    """
+    _check_equal(members, "version", "versions of tpcolocate", "install one version on all hosts")
+    for member in members:
+        facts = member.facts
+        physical, gloo = facts.get("physical"), facts.get("gloo")
+        if (
+            not _FACTS <= facts.keys()
+            or not (physical is None or _is_device(physical))
+            or not (isinstance(gloo, dict) and gloo.keys() == {"address", "origin"} and is_address(gloo["address"]))
+        ):
+            raise LayoutError(
+                f"the description of rank {member.rank} is not understood",
+                hint="install one version of tpcolocate on all hosts",
+                rank=member.rank,
+            )
+
+
+def _is_device(value: object) -> bool:
+    return (
+        isinstance(value, dict)
+        and value.keys() == {"token", "index", "uuid"}
+        and isinstance(value["token"], str)
+        and isinstance(value["index"], int | None)
+        and isinstance(value["uuid"], str | None)
+    )
 
 
 def is_on_one_network(members: Sequence[Member]) -> bool:
@@ -106,7 +142,6 @@ def _rank_device(member: Member) -> roles.RankDevice:
 
 def _check_equal_facts(members: Sequence[Member]) -> None:
     for fact, what, hint in (
-        ("version", "versions of tpcolocate", "install one version on all hosts"),
         ("kind", "kinds of device", "train on one kind of device"),
         (
             "order",
@@ -114,12 +149,14 @@ def _check_equal_facts(members: Sequence[Member]) -> None:
             "set CUDA_DEVICE_ORDER=PCI_BUS_ID for all ranks: otherwise one number means different GPUs",
         ),
     ):
-        values = {str(member.facts[fact]): member.rank for member in reversed(members)}
-        if len(values) > 1:
-            views = ", ".join(
-                f"{value} on rank {rank}" for value, rank in sorted(values.items(), key=lambda item: item[1])
-            )
-            raise LayoutError(f"the ranks have different {what}: {views}", hint=hint)
+        _check_equal(members, fact, what, hint)
+
+
+def _check_equal(members: Sequence[Member], fact: str, what: str, hint: str) -> None:
+    values = {str(member.facts.get(fact)): member.rank for member in reversed(members)}
+    if len(values) > 1:
+        views = ", ".join(f"{value} on rank {rank}" for value, rank in sorted(values.items(), key=lambda item: item[1]))
+        raise LayoutError(f"the ranks have different {what}: {views}", hint=hint)
 
 
 __all__ = ["inspect_device", "is_on_one_network", "plan_roles"]

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from tpcolocate.deadline import Deadline
 from tpcolocate.errors import ConfigError, RendezvousError
@@ -116,13 +117,33 @@ def read(path: Path) -> Announcement | None:
                 hint="its mode was changed; remove it",
             )
         try:
-            fields: dict[str, Any] = json.load(file)
-            return Announcement(**{**fields, "slice_ranks": tuple(fields["slice_ranks"])})
-        except (ValueError, TypeError, KeyError) as error:
+            return parse(file.read())
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise RendezvousError(
                 f"{path} is not an announcement of this version: {error}",
                 hint="remove it, or use one version of tpcolocate",
             ) from error
+
+
+def parse(text: str) -> Announcement:
+    """Return the announcement in a file's text.
+
+    Raises:
+        ValueError, TypeError, KeyError, RecursionError: It is something else.
+    """
+    fields: dict[str, Any] = json.loads(text)
+    found = Announcement(**{**fields, "slice_ranks": tuple(fields["slice_ranks"])})
+    for name in ("url", "api_key", "job", "nonce"):
+        value = getattr(found, name)
+        if not (isinstance(value, str) and value.isascii() and value.isprintable()):
+            raise TypeError(f"{name} is not text of one line")
+    for number in (found.pid, found.started, *found.slice_ranks):
+        if type(number) is not int or not 0 <= number < 2**63:
+            raise TypeError("pid, started or slice_ranks are not numbers")
+    address = urlsplit(found.url)
+    if address.scheme != "http" or not address.hostname or not address.port:
+        raise ValueError("url is not the address of a server")
+    return found
 
 
 def wait(
@@ -191,4 +212,4 @@ def withdraw(path: Path, nonce: str) -> None:
         path.unlink(missing_ok=True)
 
 
-__all__ = ["Announcement", "announce", "check_job", "discover", "path_for", "read", "wait", "withdraw"]
+__all__ = ["Announcement", "announce", "check_job", "discover", "parse", "path_for", "read", "wait", "withdraw"]
