@@ -112,11 +112,11 @@ class Member:
             member = cls(**{**fields, "host": Host(**fields["host"])})
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise _not_understood(f"{type(error).__name__}: {error}") from error
-        numbers = (member.rank, member.world_size, member.tp_size, member.pid, member.started)
+        numbers = (member.rank, member.world_size, member.tp_size, member.pid)
         host = member.host
         texts = host.boot_id, host.network, host.shm, host.name, host.pids
-        if not all(type(number) is int and abs(number) < 2**63 for number in numbers):
-            raise _not_understood(f"rank, world_size, tp_size, pid or started is not a number of 64 bits: {numbers}")
+        if not all(type(number) is int for number in numbers) or not isinstance(member.started, int | float):
+            raise _not_understood(f"rank, world_size, tp_size, pid or started is not a number: {numbers}")
         if not all(isinstance(text, str) for text in texts) or not isinstance(member.facts, dict):
             raise _not_understood("host or facts are of another kind")
         if member.error is not None:
@@ -289,6 +289,8 @@ def list_ranks(ranks: Sequence[int]) -> str:
 _LOOPBACK_BACKEND = "tpcolocate_gloo"
 # When a group is made its ranks have just met, so that only its connections are awaited.
 _CONNECT_S = 120.0
+# How much longer than the connections their outcome is awaited.
+_MARGIN_S = 30.0
 
 
 def make_group(
@@ -354,7 +356,7 @@ def _gloo_on_loopback(distributed: Any, _: object) -> dist.ProcessGroupGloo:
 def share_outcome(
     store: dist.Store, error: errors.ConfigError | None, *, rank: int, world_size: int, timeout_s: float
 ) -> None:
-    """Publish whether a step has failed on this rank, and raise the first rank's error on all.
+    """Publish whether a step has failed on this rank, and raise the first error on all ranks.
 
     Collective: over all ranks that share `store`.
 
@@ -366,13 +368,17 @@ def share_outcome(
         timeout_s: How long to wait for the slowest rank, in seconds.
 
     Raises:
-        ConfigError: Of the lowest rank that failed.
+        ConfigError: Of the rank that failed first.
         RankLostError: Some ranks did not publish in time; the message names them.
     """
-    store.set(str(rank), "" if error is None else json.dumps(error_fields(error)))
-    for other, text in enumerate(_wait_for_all(store, world_size, timeout_s, rank, "connect the tp slices")):
-        if text:
-            raise error_of(json.loads(text), other)
+    # A rank that failed leaves the others to their timeouts, so that the first error is the cause.
+    outcome = {} if error is None else {"time": time.time(), **(error_fields(error) or {})}
+    store.set(str(rank), json.dumps(outcome))
+    texts = _wait_for_all(store, world_size, timeout_s + _MARGIN_S, rank, "connect its tp slice")
+    failed = [(fields["time"], other, fields) for other, text in enumerate(texts) if (fields := json.loads(text))]
+    if failed:
+        _, other, fields = min(failed, key=lambda item: item[:2])
+        raise error_of(fields, other)
 
 
 __all__ = [

@@ -105,7 +105,7 @@ def init(
     member = Member(
         rank=rank,
         world_size=world_size,
-        tp_size=tp_size if isinstance(tp_size, int) else -1,
+        tp_size=tp_size if type(tp_size) is int else -1,  # not a bool
         host=Host.here(),
         pid=pid,
         started=started,
