@@ -24,7 +24,7 @@ LAYERS = {
         {"server", "weights", "rendezvous"},
         {"agreement", "placement"},
         {"groups", "roles", "ipc_payload"},
-        {"devices", "report", "parallel", "processes", "deadline", "worker_errors", "garbage"},
+        {"checks", "devices", "report", "parallel", "processes", "deadline", "worker_errors", "garbage"},
         {"errors", "in_server", "_version"},
     ),
     "server": (
@@ -50,8 +50,8 @@ LAYERS = {
     "weights.sources": (
         {"checkpoint", "fingerprint"},
         {"named_weights", "model_spec"},
-        {"peft_merge", "hf_names", "fsdp1", "zero3"},
-        {"low_rank"},
+        {"peft_merge", "hf_names", "fsdp1", "zero3", "rename_hint"},
+        {"low_rank", "nonfinite"},
         {"coalesced_gather"},
         {"lazy_tensor", "wrapper_names"},
     ),

@@ -20,10 +20,12 @@ import torch.distributed as dist
 from tpcolocate import rendezvous, roles
 from tpcolocate._version import __version__
 from tpcolocate.agreement import RankGroup
+from tpcolocate.checks import check_flag, check_integer, check_text
+from tpcolocate.deadline import check_timeout
 from tpcolocate.engine.client import Client
 from tpcolocate.engine.context import OwnedServer, SliceContext
 from tpcolocate.engine.engine import Engine
-from tpcolocate.errors import ConfigError, RendezvousError
+from tpcolocate.errors import ConfigError, RendezvousError, shown
 from tpcolocate.groups import Host, Member, exchange, make_group
 from tpcolocate.in_server.tpcolocate_receiver import kernels
 from tpcolocate.launch import TpSlice, agree_on_launch, is_listening
@@ -37,6 +39,9 @@ from tpcolocate.server.process import ServerProcess
 from tpcolocate.weights.sync.syncer import WeightSyncer
 
 _WARM_UP_S = 30.0
+# How long a rank with a wrong argument waits for the others, which are to get its error.
+_ERROR_S = 600.0
+_MOST_RANKS = 2**20
 # Compiling takes two seconds the first time on a machine, while the server takes a minute to start.
 _KERNEL_S = 10.0
 _inits = itertools.count()
@@ -74,7 +79,9 @@ def init(
         All are raised on every rank, before anything is started.
     """
     distributed = dist.is_available() and dist.is_initialized()
-    error = _check_arguments(tp_size, timeout_s)
+    error = _check_arguments(tp_size, timeout_s, allow_shared_devices)
+    if error is not None:  # which the other ranks are to get, whatever was passed
+        tp_size, timeout_s, allow_shared_devices = 1, _ERROR_S, False
     if not distributed:
         if error is not None:
             raise error
@@ -89,7 +96,7 @@ def init(
     member = Member(
         rank=rank,
         world_size=world_size,
-        tp_size=tp_size if isinstance(tp_size, int) else -1,
+        tp_size=tp_size,
         host=Host.here(),
         pid=pid,
         started=started,
@@ -123,11 +130,16 @@ def init(
     )
 
 
-def _check_arguments(tp_size: object, timeout_s: object) -> ConfigError | None:
-    if not isinstance(tp_size, int) or isinstance(tp_size, bool) or tp_size < 1:
-        return ConfigError(f"tp_size must be a positive integer, got {tp_size!r}", hint="GPUs per server: 1, 2, 4, ...")
-    if not isinstance(timeout_s, (int, float)) or not timeout_s > 0:
-        return ConfigError(f"timeout_s must be a positive number of seconds, got {timeout_s!r}")
+def _check_arguments(tp_size: object, timeout_s: object, allow_shared_devices: object) -> ConfigError | None:
+    if not isinstance(tp_size, int) or isinstance(tp_size, bool) or not 1 <= tp_size <= _MOST_RANKS:
+        return ConfigError(
+            f"tp_size must be a positive integer, got {shown(tp_size)}", hint="GPUs per server: 1, 2, 4, ..."
+        )
+    try:
+        check_timeout(timeout_s)
+        check_flag("allow_shared_devices", allow_shared_devices)
+    except ConfigError as error:
+        return error
     return None
 
 
@@ -229,10 +241,11 @@ class Colocation:
         """
         launch = agree_on_launch(
             self._tp_slice,
-            os.fspath(model_path),
-            env=dict(env or {}),
+            model_path,
+            env={} if env is None else env,
             server_args=server_args,
             health_timeout_s=health_timeout_s,
+            log_path=log_path,
             closed=self._closed,
         )
         server: ServerProcess | None = None
@@ -317,8 +330,13 @@ def connect(job: str | None = None, *, slice_index: int | None = None) -> Client
         A client of the server.
 
     Raises:
+        ConfigError: An argument of a wrong type.
         RendezvousError: No such server, several of them, or it does not answer.
     """
+    if job is not None:
+        check_text("job", job)
+    if slice_index is not None:
+        check_integer("slice_index", slice_index, at_least=0, at_most=_MOST_RANKS)
     found = rendezvous.discover(job)
     if slice_index is not None:
         found = [(path, a) for path, a in found if path == rendezvous.path_for(a.job, slice_index)]
