@@ -13,6 +13,7 @@ do what the hardware does), so that sums of it, taken in different ways, may dif
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections.abc import Iterable
 from typing import Any
@@ -125,6 +126,7 @@ def verify(launch: Any, device: torch.device) -> None:
     if not all(map(torch.equal, targets[:-1], sources)):
         raise RuntimeError("the kernel failed its test (copies)")
     _try_sums(launch, sources, torch.int64, None)
+    _try_flags(launch, device)
 
 
 def verify_cast(launch: Any, device: torch.device, cast: Cast) -> None:
@@ -164,6 +166,28 @@ def _try_copies(launch: Any, targets: list[torch.Tensor], sources: list[torch.Te
     sums = torch.zeros(len(sources), dtype=torch.int64, device=device)
     table.run(launch, sums)
     _compare(table.rest, sums, targets, cast)
+
+
+def _try_flags(launch: Any, device: torch.device) -> None:
+    """Copy numbers of every dtype that are finite, and some of which one is not."""
+    slices, sources, targets = Slices(), [], []
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        largest = torch.finfo(dtype).max
+        for last in (largest, -largest, math.inf, -math.inf, math.nan):
+            source = torch.zeros(2 * TILE + 64, dtype=dtype)
+            source[-2] = last
+            sources.append(source.to(device))
+            targets.append(torch.empty_like(sources[-1]))
+    for number, (dst, src) in enumerate(zip(targets, sources)):
+        layout = Layout(tuple(dst.shape), src.stride(), dst.stride(), src.dtype, dst.dtype)
+        slices.add(layout, 0, dst.data_ptr(), slot=number, region=str(number))
+    regions = {str(number): source for number, source in enumerate(sources)}
+    table = CopyTable(slices, regions, device, first_flag=len(sources))
+    sums = torch.zeros(2 * len(sources), dtype=torch.int64, device=device)
+    table.run(launch, sums, flags=True)
+    flags = sums[len(sources) :].tolist()
+    if flags != [int(not bool(torch.isfinite(source).all())) for source in sources]:
+        raise RuntimeError(f"the kernel failed its test (numbers that are not finite: {flags})")
 
 
 def _try_sums(launch: Any, sources: list[torch.Tensor], target: torch.dtype, cast: Cast | None) -> None:
