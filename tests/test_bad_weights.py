@@ -5,11 +5,14 @@ import math
 import pytest
 import torch
 from safetensors.torch import save_file
+from test_lora import CONFIG
+from test_lora import tensors as adapter_tensors
 from torch import nn
 
 from tpcolocate.errors import ConfigError, TpColocateError, WeightsMismatchError
 from tpcolocate.in_server.tpcolocate_receiver.checksums import are_finite
 from tpcolocate.in_server.tpcolocate_receiver.kernel_tables import finite_masks
+from tpcolocate.weights.lora import check_adapter, make_adapter
 from tpcolocate.weights.sources.lazy_tensor import full_tensor
 from tpcolocate.weights.sources.model_spec import FLOATS, ModelSpec, read_spec
 from tpcolocate.weights.sources.named_weights import NamedWeights
@@ -150,3 +153,15 @@ def test_a_sync_that_refuses_names_the_weights():
     with pytest.raises(WeightsMismatchError, match="2 weights are NaN or infinite in part: b, c") as caught:
         refuse_nonfinite(items)
     assert isinstance(caught.value, TpColocateError) and 'nonfinite="warn"' in caught.value.hint
+
+
+@pytest.mark.parametrize("r", [math.nan, math.inf, pytest.param(10**5000, id="large"), -1, True, "4"])
+def test_adapters_of_no_rank_are_refused(r):
+    with pytest.raises(ConfigError, match="configuration has r="):
+        make_adapter(adapter_tensors("o_proj"), {**CONFIG, "r": r})
+
+
+def test_adapters_in_float8_are_refused():
+    spoiled = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in adapter_tensors("o_proj").items()}
+    with pytest.raises(WeightsMismatchError, match="is torch.float8_e4m3fn"):
+        check_adapter(make_adapter(spoiled, {**CONFIG, "target_modules": ["o_proj"]}), None)
