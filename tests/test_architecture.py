@@ -26,6 +26,7 @@ LAYERS = {
         {"rounds"},
         {"groups", "roles", "ipc_payload"},
         {
+            "checks",
             "devices",
             "interfaces",
             "presence",
@@ -61,8 +62,8 @@ LAYERS = {
     "weights.sources": (
         {"checkpoint", "fingerprint"},
         {"named_weights", "model_spec"},
-        {"peft_merge", "hf_names", "fsdp1", "zero3"},
-        {"low_rank"},
+        {"peft_merge", "hf_names", "fsdp1", "zero3", "rename_hint"},
+        {"low_rank", "nonfinite"},
         {"coalesced_gather"},
         {"lazy_tensor", "wrapper_names"},
     ),

@@ -230,10 +230,10 @@ class RankGroup:
         must_match: dict[str, object] = {}
         try:
             yield must_match
+            texts = {name: repr(value) for name, value in must_match.items()}
         except BaseException as error:
             self.agree(error, {}, what=what, timeout_s=timeout_s)
             raise  # not reached unless the group is of one and agree returned
-        texts = {name: repr(value) for name, value in must_match.items()}
         digests = {name: (hashlib.sha256(text.encode()).digest(), text[:_SHOWN]) for name, text in texts.items()}
         views = self.agree(None, digests, what=what, timeout_s=timeout_s)
         for rank, view in zip(self.ranks, views):

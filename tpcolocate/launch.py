@@ -18,7 +18,9 @@ import torch
 
 from tpcolocate import devices, rendezvous
 from tpcolocate.agreement import RankGroup
-from tpcolocate.errors import ConfigError, RankLostError, RendezvousError
+from tpcolocate.checks import check_path, check_text, check_type
+from tpcolocate.deadline import check_timeout
+from tpcolocate.errors import ConfigError, RankLostError, RendezvousError, shown
 from tpcolocate.processes import this_process
 from tpcolocate.server.api import ServerApi
 from tpcolocate.server.arguments import check_installed, server_arguments
@@ -106,11 +108,12 @@ def _digest(env: Mapping[str, str]) -> str:
 
 def agree_on_launch(
     tp_slice: TpSlice,
-    model_path: str,
+    model_path: str | os.PathLike[str],
     *,
-    env: dict[str, str],
+    env: Mapping[str, str],
     server_args: Mapping[str, Any],
     health_timeout_s: float,
+    log_path: str | os.PathLike[str] | None = None,
     closed: bool,
 ) -> Launch:
     """Check the arguments of a launch, and that all ranks of the slice pass the same.
@@ -123,6 +126,7 @@ def agree_on_launch(
         env: Environment variables for the server alone.
         server_args: The user's arguments for SGLang.
         health_timeout_s: As passed by the user, in seconds.
+        log_path: As passed by the user.
         closed: Whether this rank's `Colocation` is closed.
 
     Raises:
@@ -134,8 +138,12 @@ def agree_on_launch(
     try:
         if closed:
             raise ConfigError("launch() after close()", hint="call init() again")
-        if not health_timeout_s > 0:
-            raise ConfigError(f"health_timeout_s must be a positive number of seconds, got {health_timeout_s!r}")
+        check_timeout(health_timeout_s, name="health_timeout_s")
+        check_path("model_path", model_path)
+        model_path = os.fspath(model_path)
+        if log_path is not None:
+            check_path("log_path", log_path)
+        env = _checked_environment(env)
         arguments = server_arguments(
             server_args, tp_size=tp_slice.tp_size, device_type=tp_slice.device.type, shared_device=tp_slice.shared
         )
@@ -147,8 +155,8 @@ def agree_on_launch(
             check_installed(arguments, find_installed({**os.environ, **env}))
     except BaseException as caught:
         error = caught
-    request = LaunchRequest(model_path, arguments, env, secrets.token_hex(8))
-    requests = tp_slice.group.agree(error, request, what="agree on the launch")
+    request = LaunchRequest(str(model_path), arguments, dict(env), secrets.token_hex(8)) if error is None else None
+    requests = [one for one in tp_slice.group.agree(error, request, what="agree on the launch") if one is not None]
     for rank, other in zip(tp_slice.group.ranks, requests):
         if (difference := requests[0].difference(other)) is not None:
             raise ConfigError(
@@ -157,6 +165,31 @@ def agree_on_launch(
                 slice_ranks=tp_slice.group.ranks,
             )
     return Launch(tp_slice, requests[0])  # the owner's, because of the nonce
+
+
+def _checked_environment(env: object) -> dict[str, str]:
+    """Return environment variables for the server.
+
+    Raises:
+        ConfigError: Something that no environment can have.
+    """
+    found: Mapping[object, object] = check_type("env", env, Mapping, expected="a mapping of names to values")
+    checked: dict[str, str] = {}
+    for key, value in found.items():
+        name = check_text("a name in env", key)
+        if "=" in name:
+            raise ConfigError(f"env has a name with an equals sign: {shown(name)}")
+        # Not shown: it may be a secret.
+        if not isinstance(value, str):
+            raise ConfigError(f"env[{name!r}] must be a string, got a {type(value).__name__}")
+        try:
+            is_valid = b"\0" not in os.fsencode(value)
+        except UnicodeEncodeError:
+            is_valid = False
+        if not is_valid:
+            raise ConfigError(f"env[{name!r}] cannot be the value of an environment variable")
+        checked[name] = value
+    return checked
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from tpcolocate import devices, roles
-from tpcolocate.errors import ConfigError, DeviceError, LayoutError
+from tpcolocate.errors import ConfigError, DeviceError, LayoutError, shown
 from tpcolocate.groups import Member, plan_slices
 from tpcolocate.interfaces import GlooAddress, check_reachable, is_address
 
@@ -42,9 +42,18 @@ def inspect_device(device: torch.device | str | None) -> tuple[torch.device, dic
         facts.update(kind=kind, physical=asdict(physical), order=devices.device_order(os.environ))
     except ConfigError as error:
         return found, facts, error
-    except (RuntimeError, ValueError, AssertionError) as error:  # raised by torch for an invalid device
+    except (
+        TypeError,
+        OverflowError,
+        RuntimeError,
+        ValueError,
+        AssertionError,
+    ) as error:  # raised by torch for an invalid device
         hint = 'pass for example torch.device("cuda", local_rank)'
-        return found, facts, DeviceError(f"device {device!r}: {error}", hint=hint)
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        return found, facts, DeviceError(f"device {shown(device)}: {shown(why)}", hint=hint)
+    except Exception:  # of an object that is no device
+        return found, facts, DeviceError(f"device {shown(device)} is none", hint="pass a torch.device or its name")
     return found, facts, None
 
 

@@ -20,7 +20,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from tpcolocate.deadline import Deadline
-from tpcolocate.errors import ConfigError, RendezvousError
+from tpcolocate.errors import ConfigError, RendezvousError, shown
 from tpcolocate.processes import start_of
 
 _FOLDER = Path("/dev/shm")
@@ -62,7 +62,7 @@ def check_job(job: object) -> None:
     """
     if not isinstance(job, str) or _JOB.fullmatch(job) is None:
         raise ConfigError(
-            f"job={job!r} is not the name of a job",
+            f"job={shown(job)} is not the name of a job",
             hint="use 1 to 64 letters, digits, dots, hyphens and underscores, the first a letter or a digit",
         )
 

@@ -22,10 +22,12 @@ import torch.distributed as dist
 from tpcolocate import rendezvous, roles
 from tpcolocate._version import __version__
 from tpcolocate.agreement import RankGroup
+from tpcolocate.checks import check_flag, check_integer
+from tpcolocate.deadline import check_timeout
 from tpcolocate.engine.client import Client
 from tpcolocate.engine.context import OwnedServer, SliceContext
 from tpcolocate.engine.engine import Engine
-from tpcolocate.errors import ConfigError, RendezvousError
+from tpcolocate.errors import ConfigError, RendezvousError, shown
 from tpcolocate.groups import Host, Member, error_fields, exchange, make_group, share_outcome
 from tpcolocate.in_server.tpcolocate_receiver import kernels
 from tpcolocate.interfaces import GlooAddress, find_gloo_address
@@ -42,6 +44,9 @@ from tpcolocate.weights.sync.syncer import WeightSyncer
 logger = logging.getLogger(__name__)
 
 _WARM_UP_S = 30.0
+# How long a rank with a wrong argument waits for the others, which are to get its error.
+_ERROR_S = 600.0
+_MOST_RANKS = 2**20
 # Compiling takes two seconds the first time on a machine, while the server takes a minute to start.
 _KERNEL_S = 10.0
 _JOB_VARIABLE = "TPCOLOCATE_JOB"
@@ -87,7 +92,9 @@ def init(
     """
     distributed = dist.is_available() and dist.is_initialized()
     job = os.environ.get(_JOB_VARIABLE) if job is None else job
-    error = _check_arguments(tp_size, timeout_s, job)
+    error = _check_arguments(tp_size, timeout_s, allow_shared_devices, job)
+    if error is not None:  # which the other ranks are to get, whatever was passed
+        tp_size, timeout_s, allow_shared_devices, job = 1, _ERROR_S, False, None
     if not distributed:
         if error is not None:
             raise error
@@ -96,7 +103,7 @@ def init(
     torch_device, facts, device_error = inspect_device(device)
     gloo = GlooAddress("", "")
     try:
-        if isinstance(tp_size, int) and tp_size > 1:
+        if tp_size > 1:
             gloo = find_gloo_address(os.environ, host_name=os.uname().nodename)
     except ConfigError as caught:
         error = caught if error is None else error
@@ -105,14 +112,14 @@ def init(
     member = Member(
         rank=rank,
         world_size=world_size,
-        tp_size=tp_size if type(tp_size) is int else -1,  # not a bool
+        tp_size=tp_size,
         host=Host.here(),
         pid=pid,
         started=started,
         facts={
             **facts,
             "job": own_job,
-            "job_name": job if isinstance(job, str) else None,
+            "job_name": job,
             "gloo": asdict(gloo),
             "version": __version__,
             "shared": allow_shared_devices,
@@ -181,12 +188,16 @@ def _check_alone(tp_size: int, environ: Mapping[str, str]) -> None:
         )
 
 
-def _check_arguments(tp_size: object, timeout_s: object, job: object) -> ConfigError | None:
-    if not isinstance(tp_size, int) or isinstance(tp_size, bool) or tp_size < 1:
-        return ConfigError(f"tp_size must be a positive integer, got {tp_size!r}", hint="GPUs per server: 1, 2, 4, ...")
-    if not isinstance(timeout_s, (int, float)) or not timeout_s > 0:
-        return ConfigError(f"timeout_s must be a positive number of seconds, got {timeout_s!r}")
+def _check_arguments(
+    tp_size: object, timeout_s: object, allow_shared_devices: object, job: object
+) -> ConfigError | None:
+    if not isinstance(tp_size, int) or isinstance(tp_size, bool) or not 1 <= tp_size <= _MOST_RANKS:
+        return ConfigError(
+            f"tp_size must be a positive integer, got {shown(tp_size)}", hint="GPUs per server: 1, 2, 4, ..."
+        )
     try:
+        check_timeout(timeout_s)
+        check_flag("allow_shared_devices", allow_shared_devices)
         if job is not None:
             rendezvous.check_job(job)
     except ConfigError as error:
@@ -292,10 +303,11 @@ class Colocation:
         """
         launch = agree_on_launch(
             self._tp_slice,
-            os.fspath(model_path),
-            env=dict(env or {}),
+            model_path,
+            env={} if env is None else env,
             server_args=server_args,
             health_timeout_s=health_timeout_s,
+            log_path=log_path,
             closed=self._closed,
         )
         server: ServerProcess | None = None
@@ -381,12 +393,14 @@ def connect(job: str | None = None, *, slice_index: int | None = None) -> Client
         A client of the server.
 
     Raises:
-        ConfigError: `job` is not the name of a job.
+        ConfigError: An argument of a wrong type, or `job` is not the name of a job.
         RendezvousError: No such server, several of them, or it does not answer.
     """
     job = os.environ.get(_JOB_VARIABLE) if job is None else job
     if job is not None:
         rendezvous.check_job(job)
+    if slice_index is not None:
+        check_integer("slice_index", slice_index, at_least=0, at_most=_MOST_RANKS)
     found = rendezvous.discover(job)
     if slice_index is not None:
         found = [(path, a) for path, a in found if path == rendezvous.path_for(a.job, slice_index)]
