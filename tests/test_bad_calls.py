@@ -6,6 +6,7 @@ both ranks; after an error the engine is as it was, nothing was asked of the ser
 
 import inspect
 import math
+import os
 import re
 from types import SimpleNamespace
 
@@ -166,6 +167,7 @@ def parameters(function):
 
 def bad_calls(rank, folder):
     """Every wrong value of every parameter; returns (call, parameter, value) -> (outcome, what is wrong after it)."""
+    os.chdir(folder)  # some of the values are names that a folder can have
     group, found = two_ranks(rank), {}
     for name, arguments in CALLS.items():
         arguments = {k: v.format(folder=folder) if k == "folder" else v for k, v in arguments.items()}
@@ -206,6 +208,7 @@ def test_all_public_calls_are_tried():
 
 def entry_points(rank, folder):
     """The same for `init`, `connect` and `launch`; nothing is launched: an argument that SGLang lacks is refused last."""
+    os.chdir(folder)  # some of the values are names that a folder can have
     found = {}
 
     def tried(words, call):
