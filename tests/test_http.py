@@ -13,7 +13,7 @@ import pytest
 
 from tpcolocate.errors import DeadlineError, EngineDeadError, RequestError
 from tpcolocate.parallel import in_background
-from tpcolocate.server import http as client_module
+from tpcolocate.server import connections
 from tpcolocate.server.http import ServerClient
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(60)]
@@ -265,7 +265,7 @@ def test_a_connection_that_the_server_has_closed_is_not_used_again(server, clien
 
 def test_an_old_idle_connection_is_not_used_again(client, accepted, monkeypatch):
     client.get("/x", timeout_s=10.0)
-    monkeypatch.setattr(client_module, "_KEEPALIVE_S", 0.0)
+    monkeypatch.setattr(connections, "_KEEPALIVE_S", 0.0)
     client.get("/x", timeout_s=10.0)
     assert len(accepted) == 2
 
