@@ -143,7 +143,7 @@ def _text(row: Any, name: str) -> str:
 
 
 def _kind(row: Any) -> str:
-    return f"a {type(row).__name__} ({shown(row)})"
+    return f"of type {type(row).__name__} ({shown(row)})"
 
 
 def _ids(row: Any, name: str, limits: ServerLimits) -> list[int]:
