@@ -129,13 +129,9 @@ class Client:
             return await self.http.post_async("/generate", body, timeout_s=seconds)
 
     def _checked(self, prompts: Any, sampling_params: Any, fields: Mapping[str, Any], stream: bool) -> GenerateCall:
-        try:
-            return check_call(
-                prompts, sampling_params, fields, stream=stream, limits=self._server_limits(), known=self._server_fields
-            )
-        except ConfigError as error:
-            error.url = self.url
-            raise
+        return check_call(
+            prompts, sampling_params, fields, stream=stream, limits=self._server_limits(), known=self._server_fields
+        )
 
     def _each_in_a_loop(self, call: GenerateCall, *, timeout_s: float | None) -> Any:
         """`_each` for a caller that blocks, which may be one inside an event loop, as in a notebook."""
