@@ -311,7 +311,13 @@ def test_more_tokens_than_the_context_are_refused_by_the_prompt():
 
 
 def test_a_bad_prompt_leaves_the_others():
-    call = checked([IDS, [-1], [1]], [{"top_p": 0.5}, {}, {"top_p": 0.25}], rid="r", return_logprob=[True, True, False])
+    call = checked(
+        [IDS, [-1], [1]],
+        [{"top_p": 0.5}, {}, {"top_p": 0.25}],
+        rid="r",
+        return_logprob=[True, True, False],
+        lora_path=[None, "a", "a"],
+    )
     assert list(call.prompts.bad) == [1] and isinstance(call.prompts.items[1], ConfigError)
     assert call.body_of(0) == {
         "input_ids": IDS,
@@ -324,6 +330,7 @@ def test_a_bad_prompt_leaves_the_others():
         "sampling_params": {"top_p": 0.25},
         "rid": "r_2",
         "return_logprob": False,
+        "lora_path": "a",
     }
 
 
