@@ -45,12 +45,16 @@ LAYERS = {
         {"api", "process"},
         {"arguments", "channel"},
         {"http", "releases", "installed", "environment", "lifecycle", "supervisor"},
+        {"connections"},
     ),
     "engine": (
         {"engine"},
         {"adapters", "generation", "update_groups"},
         {"context"},
         {"client"},
+        {"requests"},
+        {"prompts", "sampling"},
+        {"limits", "values"},
     ),
     "weights": (
         {"sync"},

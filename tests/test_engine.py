@@ -352,12 +352,28 @@ def trainer_logprobs(world):
     return worst
 
 
+def logprobs_at_a_temperature(world):
+    """As the guide compares them: against the trainer's logits over the temperature."""
+    temperature, [prompt, *_] = 0.5, PROMPTS
+    answer = world.engine.generate(prompt, {"temperature": temperature, "max_new_tokens": 8}, return_logprob=True)
+    pairs = answer["meta_info"]["output_token_logprobs"]
+    tokens = torch.tensor([token for _, token, *_ in pairs])
+    with torch.no_grad():
+        logits = world.model(torch.tensor([[*prompt, *tokens.tolist()]])).logits[0, len(prompt) - 1 : -1]
+    engine = torch.tensor([logprob for logprob, *_ in pairs])
+    scaled, plain = (
+        (logits.float() / by).log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1) for by in (temperature, 1.0)
+    )
+    return (engine - scaled).abs().max().item(), (engine - plain).abs().max().item()
+
+
 def refused_requests(world):
     messages = {}
     for name, call in {
         "unknown_field": lambda e: e.generate("a", GREEDY, max_tokens=3),
         "nothing": lambda e: e.generate(),
         "too_long": lambda e: e.generate([[1] * 300], GREEDY),
+        "too_long_text": lambda e: e.generate(["a", "1 2 3 " * 200], GREEDY),
         "bad_sampling": lambda e: e.generate("a", {"temperature": -1}),
     }.items():
         try:
@@ -365,6 +381,108 @@ def refused_requests(world):
         except errors.TpColocateError as error:
             messages[name] = (type(error).__name__, str(error))
     return messages
+
+
+# Each ended the server, was answered as if nothing were wrong, or was a bare "500: Internal Server Error".
+BAD_CALLS = {
+    "empty ids": ([[]], GREEDY, {}),
+    "empty text": (["a", ""], GREEDY, {}),
+    "outside": ([[5, 6], [512]], GREEDY, {}),
+    "far outside": ([2**40], GREEDY, {}),
+    "negative": (torch.tensor([[5, -1]]), GREEDY, {}),
+    "booleans": ([True, 2], GREEDY, {}),
+    "half a token": ([5], {"max_new_tokens": 1.5}, {}),
+    "many logprobs": ([5], GREEDY, {"return_logprob": True, "top_logprobs_num": 10**6}),
+    "logprobs before": ([5], GREEDY, {"return_logprob": True, "logprob_start_len": -5}),
+    "top_k": ([5], {"top_k": 2**31}, {}),
+    "stop token": ([5], {"min_new_tokens": 2, "stop_token_ids": [5000]}, {}),
+    "penalty": ([5], {"repetition_penalty": 1e-300}, {}),
+    "no samples": ([5], {"n": 0}, {}),
+    "max_tokens": ([5], {"max_tokens": 4}, {}),
+    "seed": ([5], {"seed": 4}, {}),
+    "stop": ([5], {"stop": 5}, {}),
+    "stop_regex": ([5], {"stop_regex": "("}, {}),
+    "too few parameters": ([[5], [6]], [GREEDY], {}),
+    "image": ([5], GREEDY, {"image_data": "a.png"}),
+    "surrogate": ("\ud800", GREEDY, {}),
+    "chat": ([{"role": "user", "content": "a"}], GREEDY, {}),
+}  # fmt: skip
+
+
+def calls_that_ended_servers(world):
+    """Outcome of each at every entry, and whether the server answers right after it as it did before."""
+    engine, found = world.engine, {}
+    expected = engine.generate(PROMPTS[0], GREEDY)["output_ids"]
+
+    client = tpcolocate.connect(world.colo.job, slice_index=world.colo.slice_index)
+    entries = (
+        engine.generate,
+        lambda *args, **fields: asyncio.run(engine.generate_async(*args, **fields)),
+        lambda *args, **fields: list(engine.generate(*args, stream=True, **fields)),
+        client.generate,
+    )
+
+    def outcome(entry, prompts, params, fields):
+        try:
+            return repr(entry(prompts, params, **fields))
+        except errors.ConfigError as error:
+            return error.message
+
+    for name, call in BAD_CALLS.items():
+        outcomes = {outcome(entry, *call) for entry in entries}
+        found[name] = (outcomes, engine.generate(PROMPTS[0], GREEDY)["output_ids"] == expected)
+    client.close()
+    return found
+
+
+def forms_of_prompts(world):
+    """Tensors and arrays, numbers that a division leaves, and one bad prompt among good ones."""
+    engine, two = world.engine, [[5, 6, 7], [17, 18, 19]]
+    expected = [answer["output_ids"] for answer in engine.generate(two, GREEDY)]
+
+    def same(prompts, params=GREEDY):
+        return [answer["output_ids"] for answer in engine.generate(prompts, params)] == expected
+
+    mixed = engine.generate([two[0], [512], two[1], [5] * 249], {**GREEDY, "max_new_tokens": 8.0}, on_error="return")
+    texts = engine.generate(["the quick", "1 2 3 " * 200], GREEDY, on_error="return")
+
+    async def of_async():
+        return await engine.generate_async([two[0], []], {**GREEDY, "n": 2}, on_error="return")
+
+    return {
+        "tensor": same(torch.tensor(two)),
+        "array": same(torch.tensor(two).numpy()),
+        "list of tensors": same([torch.tensor(ids) for ids in two]),
+        "tokenizer": same({"input_ids": [[0, *ids] for ids in two], "attention_mask": [[0, 1, 1, 1]] * 2}),
+        "float": same(two, {**GREEDY, "max_new_tokens": 64 / 8}),
+        "good ones": [mixed[0]["output_ids"], mixed[2]["output_ids"]] == expected,
+        "bad ones": [type(mixed[1]).__name__, type(mixed[3]).__name__] == ["ConfigError", "ConfigError"],
+        "refused by the server": isinstance(texts[0], dict) and isinstance(texts[1], errors.RequestError),
+        "samples": [isinstance(each, errors.ConfigError) for each in asyncio.run(of_async())]
+        == [False, False, True, True],
+    }
+
+
+def requests_after_a_500(world):
+    """SGLang closes a connection after it, a little later; the next request must not meet that."""
+    http, body, statuses = world.engine._client, {"input_ids": [5], "sampling_params": {"max_tokens": 4}}, []
+    for _ in range(20):
+        try:
+            http.post("/generate", body, timeout_s=60)
+        except errors.RequestError as error:
+            statuses.append(error.status)
+        world.engine.generate(PROMPTS[0], {"max_new_tokens": 1})
+
+    async def of_async():
+        for _ in range(20):
+            try:
+                await http.post_async("/generate", body, timeout_s=60)
+            except errors.RequestError as error:
+                statuses.append(error.status)
+            await world.engine.generate_async(PROMPTS[0], {"max_new_tokens": 1})
+
+    asyncio.run(of_async())
+    return statuses
 
 
 def refused_weights(world):
@@ -509,7 +627,7 @@ def connect_from_outside(world):
 
 
 ALL = [
-    warm_up, tokens_before, generate_forms, refused_requests, tokens_after_fsdp2_sync, trainer_logprobs, tokens_after_plain_sync,
+    warm_up, tokens_before, generate_forms, refused_requests, forms_of_prompts, calls_that_ended_servers, requests_after_a_500, logprobs_at_a_temperature, tokens_after_fsdp2_sync, trainer_logprobs, tokens_after_plain_sync,
     tokens_after_ddp_sync, tokens_after_fan_out_sync, tokens_after_generator_sync, partial_sync, refused_weights, lora_is_refused, sleep_and_wake,
     twenty_syncs, dropped_weights, memory_when_free_memory_is_reported, tokens_by_parts, masters_in_other_dtypes, key_is_hidden, connect_from_outside,
 ]  # fmt: skip
@@ -527,7 +645,7 @@ SETUPS = {
         True,
         1,
         2,
-        [*TOKENS, refused_weights, lora_is_refused, key_is_hidden, connect_from_outside],
+        [*TOKENS, calls_that_ended_servers, refused_weights, lora_is_refused, key_is_hidden, connect_from_outside],
     ),
     "llama-untied-tp1": ("llama", False, 1, 1, [*TOKENS, twenty_syncs]),
 }
@@ -686,15 +804,40 @@ def test_generate_takes_and_returns_what_sglang_does(setup):
 
 
 @setups_with(refused_requests)
-def test_bad_requests_are_refused_with_the_servers_own_words(setup):
+def test_bad_requests_are_refused_before_they_are_sent_or_in_the_servers_own_words(setup):
     for messages in results(setup, refused_requests):
         assert messages["unknown_field"][0] == "ConfigError" and "max_tokens" in messages["unknown_field"][1]
         assert messages["nothing"][0] == "ConfigError"
-        assert (
-            messages["too_long"][0] == "RequestError"
-            and "longer than the model's context length" in messages["too_long"][1]
-        )
-        assert messages["bad_sampling"][0] == "RequestError" and "temperature" in messages["bad_sampling"][1]
+        assert messages["too_long"][0] == "ConfigError" and "prompt 0 has 300 tokens" in messages["too_long"][1]
+        assert messages["too_long_text"][0] == "RequestError" and "longer than" in messages["too_long_text"][1]
+        assert messages["bad_sampling"][0] == "ConfigError" and "temperature" in messages["bad_sampling"][1]
+
+
+@setups_with(forms_of_prompts)
+def test_prompts_are_taken_as_users_have_them_and_a_bad_one_leaves_the_others(setup):
+    for found in results(setup, forms_of_prompts):
+        assert all(found.values()), found
+
+
+@setups_with(calls_that_ended_servers)
+def test_no_call_ends_the_server(setup):
+    for found in results(setup, calls_that_ended_servers):
+        assert found.keys() == BAD_CALLS.keys()
+        for name, (outcomes, answers_as_before) in found.items():
+            assert len(outcomes) == 1 and "output_ids" not in str(outcomes), (name, outcomes)
+            assert answers_as_before, name
+
+
+@setups_with(requests_after_a_500)
+def test_a_500_of_the_server_does_not_reach_the_next_request(setup):
+    for statuses in results(setup, requests_after_a_500):
+        assert statuses == [500] * 40
+
+
+@setups_with(logprobs_at_a_temperature)
+def test_log_probabilities_are_those_of_the_sampled_distribution(setup):
+    for scaled, plain in results(setup, logprobs_at_a_temperature):
+        assert scaled < 1e-4 < 1e-2 < plain
 
 
 @setups_with(refused_weights)

@@ -96,28 +96,39 @@ class Engine:
         sampling_params: SamplingParams | None = None,
         *,
         stream: bool = False,
-        timeout_s: float = 600.0,
+        on_error: str = "raise",
+        timeout_s: float | None = None,
         **fields: Any,
     ) -> Any:
         """Generate on the slice's server; any rank, any time, any number at once.
 
+        What would end the server, hang, or be ignored by it is refused before anything is sent.
+
         Args:
-            prompts: Text, token ids, or a list of either.
+            prompts: A text, token ids, or a list of either.  Token ids may be tensors or arrays of integers, of shape
+                (tokens,) or (prompts, tokens), on any device; a tokenizer's output is taken without its padding.
             sampling_params: SGLang's; one for all prompts, or one each.
             stream: Return an iterator over SGLang's events instead of the finished answer.
-            timeout_s: Longest wait for the answer (streaming: for the next event), in seconds.
-            fields: Any other field of SGLang's ``/generate``, such as ``return_logprob=True`` or ``lora_path="name"``.
+            on_error: ``"raise"``: one bad prompt is the error of the call.  ``"return"``: each prompt is a request of its
+                own, and its error takes the place of its answer: compare with ``isinstance(answer, TpColocateError)``.
+            timeout_s: Longest wait for the answer (streaming: for the next event), in seconds, a wait for one of this
+                process's connections included.  Default: as long as the server is up.
+            fields: Any other field of SGLang's ``/generate``, such as ``return_logprob=True`` or ``lora_path="name"``; a
+                list has one value per prompt.
 
         Returns:
             SGLang's response dict; a list for a list of prompts, with ``n > 1`` all samples of the first prompt first.
 
         Raises:
-            ConfigError: A field that this server does not know.
+            ConfigError: A prompt, a sampling parameter or a field that SGLang has not, or that it would not survive.
+                Or this process has no file descriptor left.
             EngineStateError: Asleep, or the weights are not the trainer's.
-            RequestError: The server refused; the message is its own.
+            RequestError: The server refused, and the message is its own; or it closed the connection and is up.
             EngineDeadError, DeadlineError: The server is gone, or too slow.
         """
-        return self._context.client.generate(prompts, sampling_params, stream=stream, timeout_s=timeout_s, **fields)
+        return self._context.client.generate(
+            prompts, sampling_params, stream=stream, on_error=on_error, timeout_s=timeout_s, **fields
+        )
 
     async def generate_async(
         self,
@@ -125,12 +136,13 @@ class Engine:
         sampling_params: SamplingParams | None = None,
         *,
         stream: bool = False,
-        timeout_s: float = 600.0,
+        on_error: str = "raise",
+        timeout_s: float | None = None,
         **fields: Any,
     ) -> Any:
         """`generate` for asyncio; with ``stream=True`` the awaited value is an asynchronous iterator."""
         return await self._context.client.generate_async(
-            prompts, sampling_params, stream=stream, timeout_s=timeout_s, **fields
+            prompts, sampling_params, stream=stream, on_error=on_error, timeout_s=timeout_s, **fields
         )
 
     def pause_generation(self, mode: str = "retract", *, timeout_s: float = 120.0) -> None:

@@ -6,7 +6,7 @@ import logging
 
 from tpcolocate.checks import check_text
 from tpcolocate.deadline import check_timeout
-from tpcolocate.engine.context import SliceContext
+from tpcolocate.engine.context import OwnedServer, SliceContext
 from tpcolocate.errors import ConfigError, EngineStateError
 
 logger = logging.getLogger(__name__)
@@ -26,10 +26,14 @@ class GenerationControl:
             timeout_s = check_timeout(timeout_s)
             after = context.state.pausing(mode)
             must_match["mode"] = mode
+
+        def act(owned: OwnedServer) -> None:
+            owned.api.pause_generation(mode, timeout_s=timeout_s)
+            if mode == "in_place":
+                _warn_of_watchdog(owned.api.info.get("watchdog_timeout"))
+
         if after != context.state:
-            context.on_owner(
-                what, lambda owned: owned.api.pause_generation(mode, timeout_s=timeout_s), timeout_s=timeout_s
-            )
+            context.on_owner(what, act, timeout_s=timeout_s)
         context.lifecycle.state = after
 
     def go_on(self, *, timeout_s: float) -> None:
@@ -75,6 +79,16 @@ class GenerationControl:
         text = "requests paused in place go on with the cache of the old weights, and others may meet it too, until flush_cache()"
         logger.warning("%s", text)
         return text
+
+
+def _warn_of_watchdog(seconds: object) -> None:
+    """SGLang counts forwards while it has a batch, which requests paused in place remain."""
+    if isinstance(seconds, (int, float)):
+        logger.warning(
+            "requests paused in place end the server after %g s without a forward, by SGLang's watchdog: "
+            "continue_generation() before, or pause with another mode, or launch(watchdog_timeout=...)",
+            seconds,
+        )
 
 
 __all__ = ["GenerationControl"]

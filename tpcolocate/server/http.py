@@ -7,35 +7,37 @@ Two libraries, because each lacks what the other has.  httpx serves asyncio: url
 hundreds of requests that a rollout makes at once.  urllib3 serves blocking calls: through httpx each one took 1.2 ms more
 than a bare connection, 12 % of a short generation, and through urllib3 0.2 ms (``benchmarks/generate_overhead.py``).
 `ServerClient._errors` maps both to the same errors, and the tests run against both.
+
+Requests of `/generate` can be hundreds at once, and take as many connections as `most_connections` permits; the rest
+wait for one.  All other requests go past them.
 """
 
 from __future__ import annotations
 
 import asyncio
-import functools
+import errno
 import json
 import logging
-import ssl
-import threading
+import resource
 import time
-import weakref
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any, TypeVar
 from urllib.parse import urlencode
 
 import httpx
 import urllib3
 
-from tpcolocate.errors import DeadlineError, EngineDeadError, RequestError, TpColocateError
+from tpcolocate.errors import ConfigError, DeadlineError, EngineDeadError, EngineError, RequestError, TpColocateError
+from tpcolocate.server.connections import LOOK_S, Connections
+
+T = TypeVar("T")
 
 _CONNECT_TIMEOUT_S = 5.0
-# uvicorn closes idle connections after 5 s; one that is older than this is not used again, so that no request
-# races the close and has to be repeated.
-_KEEPALIVE_S = 2.0
-_MAX_IDLE = 64
-_LIMITS = httpx.Limits(max_connections=None, max_keepalive_connections=_MAX_IDLE, keepalive_expiry=_KEEPALIVE_S)
+_LOOK_TIMEOUT_S = 10.0
+# A server that ends closes its connections a little before its port.
+_ENDING_S = 1.0
 _encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
@@ -62,7 +64,7 @@ _quiet = _HideOwnRequests()
 
 
 class ServerClient:
-    """Blocking and asyncio access to one server.  Thread-safe; one asyncio connection pool per event loop.
+    """Blocking and asyncio access to one server.  Thread-safe; connections per process, and for asyncio per event loop.
 
     Args:
         url: ``http://host:port``.
@@ -79,22 +81,14 @@ class ServerClient:
         self._closed = False
         logging.getLogger("httpx").addFilter(_quiet)
         self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
-        self._lock = threading.Lock()
-        self._pool: urllib3.HTTPConnectionPool | None = None
-        self._used = 0.0
-        self._async: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, httpx.AsyncClient] = (
-            weakref.WeakKeyDictionary()
-        )
+        self._connections = Connections(url, headers=self._headers, look=self._raise_if_down)
 
     def close(self) -> None:
-        """Close the idle connections of the blocking side; asyncio pools go with their loops."""
+        """Close the idle connections of this process; those of requests in flight close with them."""
         if not self._closed:
             self._closed = True
             _quiet.remove(self.url)  # other clients of the same server may go on
-        with self._lock:
-            pool, self._pool = self._pool, None
-        if pool is not None:
-            pool.close()
+        self._connections.close()
 
     def get(self, path: str, *, timeout_s: float) -> Any:
         """GET a JSON answer.
@@ -111,7 +105,7 @@ class ServerClient:
         path: str,
         body: Mapping[str, Any] | None = None,
         *,
-        timeout_s: float,
+        timeout_s: float | None,
         params: Mapping[str, Any] | None = None,
         sent: Callable[[], None] | None = None,
     ) -> Any:
@@ -120,7 +114,7 @@ class ServerClient:
         Args:
             path: Of the endpoint.
             body: Its fields.
-            timeout_s: In seconds.
+            timeout_s: In seconds; None waits as long as the server is up.
             params: Of the query.
             sent: Called once the whole request has left, before the answer is awaited.
         """
@@ -134,14 +128,14 @@ class ServerClient:
         path: str,
         body: Mapping[str, Any] | None,
         *,
-        timeout_s: float,
+        timeout_s: float | None,
         params: Mapping[str, Any] | None = None,
         sent: Callable[[], None] | None = None,
     ) -> Any:
         target = f"{path}?{urlencode(params)}" if params else path
-        data = None if body is None else _encode(body)
-        with self._errors(path, timeout_s):
-            response = self._send(method, target, data, timeout_s, whole=True, sent=sent)
+        data = None if body is None else encode(body)
+        with self._connections.slot(path, timeout_s) as left_s, self._errors(path, timeout_s):
+            response = self._send(method, target, data, left_s, whole=True, sent=sent)
         return self._answer(path, response.status, response.reason, response.data)
 
     def _send(
@@ -149,7 +143,7 @@ class ServerClient:
         method: str,
         target: str,
         data: bytes | None,
-        timeout_s: float,
+        timeout_s: float | None,
         *,
         whole: bool,
         sent: Callable[[], None] | None = None,
@@ -159,40 +153,50 @@ class ServerClient:
         if data is not None and sent is not None:
             headers["Content-Length"] = str(len(data))  # without it, it would be chunked
             body = _reporting_sent(data, sent)
-        return self._fresh_pool().urlopen(
+        return self._connections.pool().urlopen(
             method,
             target,
             body=body,
             headers=headers,
-            timeout=urllib3.Timeout(connect=min(_CONNECT_TIMEOUT_S, timeout_s), read=timeout_s),
+            timeout=urllib3.Timeout(connect=_connect_timeout(timeout_s), read=timeout_s),
             retries=False,
             redirect=False,
             preload_content=whole,
         )
 
-    def _fresh_pool(self) -> urllib3.HTTPConnectionPool:
-        with self._lock:
-            now = time.monotonic()
-            if self._pool is not None and now - self._used > _KEEPALIVE_S:
-                # Requests in flight keep their connections; the idle ones may be about to be closed by the server.
-                self._pool.close()
-                self._pool = None
-            if self._pool is None:
-                more = {"ssl_context": certificates()} if self.url.startswith("https") else {}
-                self._pool = urllib3.connection_from_url(self.url, maxsize=_MAX_IDLE, **more)
-            self._used = now
-            return self._pool
-
-    async def post_async(self, path: str, body: Mapping[str, Any], *, timeout_s: float) -> Any:
+    async def post_async(self, path: str, body: Mapping[str, Any], *, timeout_s: float | None) -> Any:
         """`post` on the running event loop."""
-        with self._errors(path, timeout_s):
-            response = await self._async_http().post(path, content=_encode(body), timeout=_timeout(timeout_s))
+        content = encode(body)
+        async with self._connections.slot_async(path, timeout_s) as left_s, self._errors_async(path, timeout_s):
+            sent = self._send_async(path, content, left_s)
+            response = await (self._while_up(sent) if timeout_s is None else sent)
         return self._answer(path, response.status_code, response.reason_phrase, response.content)
 
-    def stream(self, path: str, body: Mapping[str, Any], *, timeout_s: float) -> Iterator[Any]:
+    async def _send_async(self, path: str, content: bytes, timeout_s: float | None) -> httpx.Response:
+        of_loop = await self._connections.of_loop()
+        async with of_loop.client.stream("POST", path, content=content, timeout=_timeout(timeout_s)) as response:
+            await response.aread()
+            if response.status_code >= 500:
+                # As for `_Response`.  It is idle and none of ours waits in httpx for one, so that it is not taken again.
+                await response.extensions["network_stream"].aclose()
+        return response
+
+    async def _while_up(self, sent: Awaitable[T]) -> T:
+        """Await an answer for as long as the server is up."""
+        task = asyncio.ensure_future(sent)
+        try:
+            while True:
+                done, _ = await asyncio.wait({task}, timeout=LOOK_S)
+                if done:
+                    return task.result()
+                await asyncio.to_thread(self._raise_if_down)
+        finally:
+            task.cancel()
+
+    def stream(self, path: str, body: Mapping[str, Any], *, timeout_s: float | None) -> Iterator[Any]:
         """POST and yield each server-sent JSON event; `timeout_s` bounds the wait for each."""
-        with self._errors(path, timeout_s):
-            response = self._send("POST", path, _encode(body), timeout_s, whole=False)
+        with self._connections.slot(path, timeout_s), self._errors(path, timeout_s):
+            response = self._send("POST", path, encode(body), timeout_s, whole=False)
             try:
                 if response.status >= 400:
                     self._answer(path, response.status, response.reason, response.read())
@@ -202,16 +206,16 @@ class ServerClient:
                         return
                     if event is not None:
                         yield event
-                raise self._cut(path)
+                raise _ConnectionLost("the stream ended without [DONE]")
             finally:
                 response.close()
 
-    async def stream_async(self, path: str, body: Mapping[str, Any], *, timeout_s: float) -> AsyncIterator[Any]:
+    async def stream_async(self, path: str, body: Mapping[str, Any], *, timeout_s: float | None) -> AsyncIterator[Any]:
         """`stream` on the running event loop."""
-        with self._errors(path, timeout_s):
-            async with self._async_http().stream(
-                "POST", path, content=_encode(body), timeout=_timeout(timeout_s)
-            ) as response:
+        content = encode(body)
+        async with self._connections.slot_async(path, timeout_s), self._errors_async(path, timeout_s):
+            of_loop = await self._connections.of_loop()
+            async with of_loop.client.stream("POST", path, content=content, timeout=_timeout(timeout_s)) as response:
                 if response.is_error:
                     self._answer(path, response.status_code, response.reason_phrase, await response.aread())
                 async for line in response.aiter_lines():
@@ -220,12 +224,7 @@ class ServerClient:
                         return
                     if event is not None:
                         yield event
-                raise self._cut(path)
-
-    def _cut(self, path: str) -> EngineDeadError:
-        return EngineDeadError(
-            f"{path}: the stream ended without [DONE]", hint="see the end of the server's log", url=self.url
-        )
+                raise _ConnectionLost("the stream ended without [DONE]")
 
     def is_listening(self, *, timeout_s: float) -> bool:
         """Return whether the server answers at all; schedules no forward, so it is safe while memory is released."""
@@ -245,44 +244,83 @@ class ServerClient:
             return False
         return True
 
-    def _async_http(self) -> httpx.AsyncClient:
-        loop = asyncio.get_running_loop()
-        client = self._async.get(loop)
-        if client is None:
-            # trust_env off: a proxy from the environment must not get requests to this machine
-            client = httpx.AsyncClient(
-                base_url=self.url,
-                headers={**self._headers, "Content-Type": "application/json"},
-                trust_env=False,
-                verify=certificates(),
-                limits=_LIMITS,
+    def _is_up(self) -> bool:
+        """Return whether the server answers on a connection of its own."""
+        return any(self.is_listening(timeout_s=_LOOK_TIMEOUT_S) for _ in range(2))
+
+    def _raise_if_down(self) -> None:
+        if not self._is_up():
+            raise EngineDeadError(
+                f"the server does not answer: twice nothing within {_LOOK_TIMEOUT_S:g} s",
+                hint="see the end of the server's log",
+                url=self.url,
             )
-            self._async[loop] = client
-        return client
 
     @contextmanager
-    def _errors(self, path: str, timeout_s: float) -> Iterator[None]:
+    def _errors(self, path: str, timeout_s: float | None) -> Iterator[None]:
+        try:
+            with self._mapped(path, timeout_s):
+                yield
+        except _ConnectionLost as lost:
+            raise self._lost(path, lost) from lost.__cause__
+
+    @asynccontextmanager
+    async def _errors_async(self, path: str, timeout_s: float | None) -> AsyncIterator[None]:
+        try:
+            with self._mapped(path, timeout_s):
+                yield
+        except _ConnectionLost as lost:
+            raise await asyncio.to_thread(self._lost, path, lost) from lost.__cause__
+
+    @contextmanager
+    def _mapped(self, path: str, timeout_s: float | None) -> Iterator[None]:
         try:
             yield
-        except TpColocateError:
+        except (TpColocateError, _ConnectionLost):
             raise  # some are connection errors too
         except (urllib3.exceptions.ConnectTimeoutError, httpx.ConnectTimeout) as error:
             if isinstance(error, urllib3.exceptions.NewConnectionError):  # refused; for urllib3 a kind of timeout
                 raise self._unreachable(path, error) from error
             raise EngineDeadError(
-                f"{path}: no connection within {min(_CONNECT_TIMEOUT_S, timeout_s):g} s", url=self.url
+                f"{path}: no connection within {_connect_timeout(timeout_s):g} s", url=self.url
             ) from error
         except (urllib3.exceptions.ReadTimeoutError, httpx.TimeoutException) as error:
             raise DeadlineError(
-                f"{path}: no answer within {timeout_s:g} s", hint="the request may still be carried out", url=self.url
+                f"{path}: no answer within {timeout_s:g} s",
+                hint="the request may still be carried out; for more time raise timeout_s",
+                url=self.url,
             ) from error
-        except (urllib3.exceptions.HTTPError, httpx.TransportError, OSError) as error:
+        except httpx.ConnectError as error:
             raise self._unreachable(path, error) from error
+        except (urllib3.exceptions.HTTPError, httpx.TransportError, OSError) as error:
+            if _has_no_descriptors(error):
+                raise self._unreachable(path, error) from error
+            raise _ConnectionLost(f"{type(error).__name__}: {error}") from error
 
-    def _unreachable(self, path: str, error: Exception) -> EngineDeadError:
+    def _unreachable(self, path: str, error: Exception) -> TpColocateError:
+        if _has_no_descriptors(error):
+            most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+            return ConfigError(
+                f"{path}: this process has no file descriptor left for a connection; its limit is {most}",
+                hint="raise `ulimit -n`, or make fewer requests and open fewer files at once",
+                url=self.url,
+            )
         return EngineDeadError(
             f"{path}: {type(error).__name__}: {error}", hint="see the end of the server's log", url=self.url
         )
+
+    def _lost(self, path: str, lost: _ConnectionLost) -> EngineError:
+        """Return the error of a connection that closed before its answer was complete."""
+        # Of generation alone: whether weights were taken is unknown then, which EngineDeadError stands for.
+        if path == "/generate" and self._is_up():
+            time.sleep(_ENDING_S)
+            if self._is_up():
+                return RequestError(
+                    f"{path}: the server is up, but closed the connection without an answer: {lost}",
+                    hint="see the end of the server's log; the request may have been carried out",
+                    url=self.url,
+                )
+        return EngineDeadError(f"{path}: {lost}", hint="see the end of the server's log", url=self.url)
 
     def _answer(self, path: str, status: int, reason: str | None, content: bytes) -> Any:
         if status >= 400:
@@ -312,24 +350,45 @@ class ServerClient:
 _DONE = object()
 
 
+class _ConnectionLost(Exception):
+    """A connection closed before its answer was complete."""
+
+
+def _has_no_descriptors(error: BaseException | None) -> bool:
+    """Return whether an error comes from the limit of open files, of the process or the machine."""
+    if error is None:
+        return False
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        return True
+    if isinstance(error, BaseExceptionGroup):
+        return any(_has_no_descriptors(each) for each in error.exceptions)
+    return _has_no_descriptors(error.__cause__ if error.__cause__ is not None else error.__context__)
+
+
 def _reporting_sent(data: bytes, sent: Callable[[], None]) -> Iterator[bytes]:
     """Yield a body in one chunk; urllib3 asks for the next one once it has left."""
     yield data
     sent()
 
 
-def _encode(body: Mapping[str, Any]) -> bytes:
-    return _encoder.encode(body).encode()
+def encode(body: Mapping[str, Any]) -> bytes:
+    """Return a body as JSON.
+
+    Raises:
+        ConfigError: JSON cannot hold it.
+    """
+    try:
+        return _encoder.encode(body).encode()
+    except (TypeError, ValueError, RecursionError) as error:  # of another type, not finite, circular, or no text
+        raise ConfigError(f"the request is no JSON: {error}") from error
 
 
-@functools.cache
-def certificates() -> ssl.SSLContext:
-    """Load them once for all clients: that takes tens of milliseconds, and most servers use plain HTTP."""
-    return httpx.create_ssl_context(trust_env=False)
+def _connect_timeout(timeout_s: float | None) -> float:
+    return _CONNECT_TIMEOUT_S if timeout_s is None else min(_CONNECT_TIMEOUT_S, timeout_s)
 
 
-def _timeout(timeout_s: float) -> httpx.Timeout:
-    return httpx.Timeout(timeout_s, connect=min(_CONNECT_TIMEOUT_S, timeout_s))
+def _timeout(timeout_s: float | None) -> httpx.Timeout:
+    return httpx.Timeout(timeout_s, connect=_connect_timeout(timeout_s))
 
 
 def _message(content: bytes, reason: str | None) -> str:
@@ -349,4 +408,4 @@ def _message(content: bytes, reason: str | None) -> str:
     return json.dumps(body)
 
 
-__all__ = ["ServerClient"]
+__all__ = ["ServerClient", "encode"]
