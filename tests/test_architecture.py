@@ -23,7 +23,7 @@ LAYERS = {
         {"engine", "launch"},
         {"server", "weights", "rendezvous"},
         {"agreement", "placement"},
-        {"groups", "roles", "ipc_payload"},
+        {"groups", "roles", "ipc_payload", "runtime_folder"},
         {"devices", "report", "parallel", "processes", "deadline", "worker_errors", "garbage"},
         {"errors", "in_server", "_version"},
     ),
@@ -33,6 +33,7 @@ LAYERS = {
         {"api", "process"},
         {"arguments", "channel"},
         {"http", "releases", "installed", "environment", "lifecycle", "supervisor"},
+        {"evidence"},
     ),
     "engine": (
         {"engine"},

@@ -11,6 +11,7 @@ import os
 import secrets
 import weakref
 from collections.abc import Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -31,6 +32,7 @@ from tpcolocate.placement import error_fields, inspect_device, plan_roles
 from tpcolocate.processes import this_process
 from tpcolocate.server.api import ServerApi
 from tpcolocate.server.arguments import RECEIVER
+from tpcolocate.server.evidence import Evidence
 from tpcolocate.server.http import ServerClient
 from tpcolocate.server.lifecycle import Lifecycle
 from tpcolocate.server.process import ServerProcess
@@ -212,7 +214,8 @@ class Colocation:
         Args:
             model_path: Checkpoint folder or hub id, as for SGLang.
             health_timeout_s: From the start of the process to its first generated token, in seconds.
-            log_path: File for the server's output; default: one in the temporary folder, removed after a clean shutdown.
+            log_path: File for the server's output; default: one in a private folder in the temporary folder, removed
+                unless the server crashed.
             env: Environment variables for the server alone, added to this rank's environment.
             server_args: SGLang's server arguments (``mem_fraction_static=0.4``); they override the defaults of this
                 library (``disable_custom_all_reduce=True`` for tp_size > 1, and what a CPU needs).
@@ -265,8 +268,6 @@ class Colocation:
             probe.close()
             if server is not None:
                 launch.clean_up()
-                if log_path is None:
-                    server.remove_log()
 
         context = SliceContext(
             group=self._slice,
@@ -277,6 +278,7 @@ class Colocation:
             sync=sync,
             owned=owned,
         )
+        context.client.http.explain = launch.explain_with(server)
         engine = Engine(
             context,
             sglang_version=result.sglang_version,
@@ -321,7 +323,7 @@ def connect(job: str | None = None, *, slice_index: int | None = None) -> Client
     """
     found = rendezvous.discover(job)
     if slice_index is not None:
-        found = [(path, a) for path, a in found if path == rendezvous.path_for(a.job, slice_index)]
+        found = [(path, a) for path, a in found if a.slice_index == slice_index]
     if len(found) != 1:
         number = "no running server" if not found else f"{len(found)} running servers"
         listed = "\n".join(f"  job {a.job}, ranks {','.join(map(str, a.slice_ranks))}: {a.url}" for _, a in found)
@@ -337,7 +339,9 @@ def connect(job: str | None = None, *, slice_index: int | None = None) -> Client
             hint="see the output of its owner rank",
             url=announcement.url,
         )
-    return Client(announcement.url, api_key=announcement.api_key)
+    client = Client(announcement.url, api_key=announcement.api_key)
+    client.http.explain = Evidence(Path(announcement.log_path), found[0][0].with_name("processes.json"))
+    return client
 
 
 __all__ = ["Colocation", "connect", "init"]

@@ -29,7 +29,9 @@ import httpx
 import urllib3
 
 from tpcolocate.errors import DeadlineError, EngineDeadError, RequestError, TpColocateError
+from tpcolocate.server.evidence import Finding
 
+_PROBES = ("/model_info", "/health")
 _CONNECT_TIMEOUT_S = 5.0
 # uvicorn closes idle connections after 5 s; one that is older than this is not used again, so that no request
 # races the close and has to be repeated.
@@ -70,11 +72,13 @@ class ServerClient:
 
     Attributes:
         check: Called before every `post`, with the path and all names in body and query; raises if they must not be sent.
+        explain: Looks for the reason why the server does not answer; None if nothing is known of its processes.
     """
 
     def __init__(self, url: str, *, api_key: str | None = None) -> None:
         self.url = url
         self.check: Callable[[str, Mapping[str, Any]], None] | None = None
+        self.explain: Callable[[], Finding] | None = None
         _quiet.add(url)
         self._closed = False
         logging.getLogger("httpx").addFilter(_quiet)
@@ -223,9 +227,7 @@ class ServerClient:
                 raise self._cut(path)
 
     def _cut(self, path: str) -> EngineDeadError:
-        return EngineDeadError(
-            f"{path}: the stream ended without [DONE]", hint="see the end of the server's log", url=self.url
-        )
+        return self._dead(path, "the stream ended without [DONE]")
 
     def is_listening(self, *, timeout_s: float) -> bool:
         """Return whether the server answers at all; schedules no forward, so it is safe while memory is released."""
@@ -269,20 +271,33 @@ class ServerClient:
         except (urllib3.exceptions.ConnectTimeoutError, httpx.ConnectTimeout) as error:
             if isinstance(error, urllib3.exceptions.NewConnectionError):  # refused; for urllib3 a kind of timeout
                 raise self._unreachable(path, error) from error
-            raise EngineDeadError(
-                f"{path}: no connection within {min(_CONNECT_TIMEOUT_S, timeout_s):g} s", url=self.url
-            ) from error
+            raise self._dead(path, f"no connection within {min(_CONNECT_TIMEOUT_S, timeout_s):g} s") from error
         except (urllib3.exceptions.ReadTimeoutError, httpx.TimeoutException) as error:
+            found = self._finding(path)
+            if found is not None and found.is_dead:
+                raise self._dead(path, f"no answer within {timeout_s:g} s", found) from error
+            cause = "" if found is None or found.cause is None else f": {found.cause}"
             raise DeadlineError(
-                f"{path}: no answer within {timeout_s:g} s", hint="the request may still be carried out", url=self.url
+                f"{path}: no answer within {timeout_s:g} s{cause}",
+                hint="the request may still be carried out" if found is None or not cause else found.hint,
+                url=self.url,
             ) from error
         except (urllib3.exceptions.HTTPError, httpx.TransportError, OSError) as error:
             raise self._unreachable(path, error) from error
 
     def _unreachable(self, path: str, error: Exception) -> EngineDeadError:
-        return EngineDeadError(
-            f"{path}: {type(error).__name__}: {error}", hint="see the end of the server's log", url=self.url
-        )
+        return self._dead(path, f"{type(error).__name__}: {error}")
+
+    def _finding(self, path: str) -> Finding | None:
+        # Probes ask whether the server answers, not why it does not.
+        return None if self.explain is None or path in _PROBES else self.explain()
+
+    def _dead(self, path: str, what: str, found: Finding | None = None) -> EngineDeadError:
+        found = self._finding(path) if found is None else found
+        if found is None:
+            return EngineDeadError(f"{path}: {what}", hint="see the end of the server's log", url=self.url)
+        cause = "" if found.cause is None else f"{found.cause}; "
+        return EngineDeadError(f"{cause}{path}: {what}", hint=found.hint, url=self.url, details=found.tail)
 
     def _answer(self, path: str, status: int, reason: str | None, content: bytes) -> Any:
         if status >= 400:
