@@ -208,7 +208,7 @@ def check_model_path(model_path: str) -> None:
     """
     path = Path(model_path)
     is_hub_id = not path.is_absolute() and model_path.count("/") <= 1 and not model_path.startswith((".", "~"))
-    if path.exists() or "://" in model_path or (is_hub_id and model_path):
+    if model_path and (path.exists() or "://" in model_path or is_hub_id):
         return
     expanded = path.expanduser()
     raise ConfigError(

@@ -63,7 +63,7 @@ _LOOK_INTERVAL_MS = 1000
 _LOOK_INTERVAL_WITHOUT_PIDFD_MS = 200
 # A server that has lost a process may still write why, and cannot end gracefully.
 _LAST_WORDS_S = 1.0
-_GRACE_AFTER_DEATH_S = 3.0
+_GRACE_AFTER_DEATH_S = 1.0
 _PIPE_BYTES = 1 << 20
 _HIDDEN = b"***"
 # A beginning of the key that is cut off at the end of the output is hidden from this length on.
