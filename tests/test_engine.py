@@ -867,19 +867,19 @@ def test_ranks_that_want_different_servers_are_reported_the_difference():
     assert found[0] == found[1] and "mem_fraction_static=0.1 and mem_fraction_static=0.2" in found[0]
 
 
-def stop_and_continue(engine, process):
+def generate_while_stopped(engine, process):
     """What a request says while a process of the server is stopped."""
     import signal
 
     if process is not None:
         process.send_signal(signal.SIGSTOP)
+    started = time.monotonic()
+    while engine.health().value != "stopped" and time.monotonic() - started < 10:  # on the client a moment later
+        time.sleep(0.01)
     try:
         engine.generate(PROMPTS, GREEDY, timeout_s=4)
     except errors.TpColocateError as error:
-        return type(error).__name__, error.message
-    finally:
-        if process is not None:
-            process.send_signal(signal.SIGCONT)
+        return type(error).__name__, error.message, time.monotonic() - started
 
 
 def die(rank, model_dir):
@@ -897,9 +897,10 @@ def die(rank, model_dir):
                 p for p in psutil.Process().children(recursive=True) if "sglang::detok" in " ".join(p.cmdline())
             ]
         colo._slice.all_gather(None, what="stop a process together")
-        message["stopped"] = stop_and_continue(engine, victim)
+        message["stopped"] = generate_while_stopped(engine, victim)
         colo._slice.all_gather(None, what="continue together", timeout_s=90)
         if victim is not None:
+            victim.send_signal(signal.SIGCONT)
             victim.kill()
             killed = time.monotonic()
             # torch keeps its manager of shared files for the life of the process
@@ -948,7 +949,8 @@ def test_a_stopped_and_a_dead_process_and_a_dead_owner_are_reported_and_leave_no
     assert owner.exitcode == -9 and client.error is None, client
     message = client.value
     assert message["before"] == "ready" and message["after"] == "dead"
-    kind, text = message["stopped"]
+    kind, text, seconds = message["stopped"]
+    assert seconds < 15
     assert kind == "DeadlineError" and "sglang::detokenizer (pid " in text and text.endswith("is stopped")
     [folder] = temporary.glob("tpcolocate-*")
     kind, text, hint, tail = message["generate"]

@@ -97,7 +97,7 @@ def silent():
 def test_a_request_without_an_answer_says_why(found, kind, words):
     listening, url = silent()
     client = ServerClient(url)
-    client.explain = lambda: found
+    client.evidence = lambda: found
     with listening, pytest.raises(kind) as caught:
         client.post("/generate", {}, timeout_s=0.2)
     client.close()
@@ -108,7 +108,7 @@ def test_a_request_without_an_answer_says_why(found, kind, words):
 def test_a_connection_that_is_reset_says_why_with_the_log_and_its_end():
     listening, url = silent()
     client = ServerClient(url)
-    client.explain = lambda: Finding("main process (pid 7) exited with code 3", True, "/log", "the tail")
+    client.evidence = lambda: Finding("main process (pid 7) exited with code 3", True, "/log", "the tail")
 
     def hang_up():
         listening.accept()[0].close()
@@ -128,6 +128,6 @@ def test_a_probe_does_not_look_for_reasons():
     listening, url = silent()
     listening.close()
     client = ServerClient(url)
-    client.explain = lambda: pytest.fail("it was asked")
+    client.evidence = lambda: pytest.fail("it was asked")
     assert not client.is_listening(timeout_s=1) and not client.is_healthy(timeout_s=1)
     client.close()

@@ -19,7 +19,7 @@ import torch
 
 from tpcolocate import launch
 from tpcolocate.errors import ConfigError, DeadlineError, EngineDeadError, LaunchError, RankLostError
-from tpcolocate.processes import this_process
+from tpcolocate.processes import start_of, this_process
 from tpcolocate.runtime_folder import RuntimeFolder, read_processes
 from tpcolocate.server import process
 from tpcolocate.server.process import ServerProcess, ServerSpec, check_host, hold_port
@@ -356,6 +356,55 @@ def test_a_trainer_without_standard_streams_starts_a_server(stand_in, monkeypatc
     start, _ = stand_in
     monkeypatch.setattr(sys, "stderr", None)
     start(SERVE).stop()
+
+
+def test_a_stop_that_was_interrupted_is_made_again(stand_in, monkeypatch):
+    start, _ = stand_in
+    server = start(SERVE)
+    [main] = processes_of(server, "main process")
+    end = process._Supervision.end
+
+    def interrupted(self, command, *, timeout_s):
+        monkeypatch.undo()
+        self._send(command)
+        self._commands.close()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(process._Supervision, "end", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        server.stop()
+    assert process._Supervision.end is end
+    server.stop()
+    assert start_of(main["pid"]) is None and not server.spec.runtime.temporary.exists()
+
+
+CLOSED = """
+import os, secrets, sys
+for fd in (0, 1, 2):
+    os.close(fd)
+sys.stdin = sys.stdout = sys.stderr = None
+from tpcolocate.processes import start_of, this_process
+from tpcolocate.runtime_folder import RuntimeFolder
+from tpcolocate.server.process import ServerProcess, ServerSpec
+spawn = ServerProcess._spawn
+def instead(self, command):
+    ports = [command[command.index(flag) + 1] for flag in ("--port", "--nccl-port")]
+    spawn(self, [sys.executable, "-c", sys.argv[2], *ports])
+ServerProcess._spawn = instead
+pid, started = this_process()
+runtime = RuntimeFolder.make(f"{pid}-{secrets.token_hex(8)}")
+server = ServerProcess.start(ServerSpec("m", {}, dict(os.environ), runtime, pid, started), health_timeout_s=100)
+answer = server.client.get("/model_info", timeout_s=30)
+server.stop()
+with open(sys.argv[1], "w") as file:
+    file.write(repr((answer, server.exited(), runtime.temporary.exists())))
+"""
+
+
+def test_a_trainer_whose_standard_descriptors_are_closed_starts_a_server(tmp_path, no_leftovers):
+    """The next files that it opens, such as the pipes to the supervisor, get the numbers 0 to 2."""
+    subprocess.run([sys.executable, "-c", CLOSED, str(tmp_path / "answer"), SERVE], timeout=100, check=True)
+    assert (tmp_path / "answer").read_text() == "({}, True, False)"
 
 
 # --- hosts -----------------------------------------------------------------------------------------------------------

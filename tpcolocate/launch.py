@@ -8,7 +8,7 @@ import logging
 import os
 import secrets
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from tpcolocate.runtime_folder import RuntimeFolder, folder_of, read_owner, remo
 from tpcolocate.server.api import ServerApi
 from tpcolocate.server.arguments import check_installed, check_model_path, server_arguments
 from tpcolocate.server.environment import child_environment, compile_cache, sglang_stub_needed
-from tpcolocate.server.evidence import Evidence, Finding
+from tpcolocate.server.evidence import Evidence
 from tpcolocate.server.http import ServerClient
 from tpcolocate.server.installed import find_installed
 from tpcolocate.server.lifecycle import State
@@ -194,14 +194,14 @@ class Launch:
         if self._runtime is not None:
             self._runtime.remove()
 
-    def explain_with(self, server: ServerProcess | None) -> Callable[[], Finding]:
-        """Return what looks for the reason when the server does not answer.
+    def evidence(self, server: ServerProcess | None) -> Evidence:
+        """Return the evidence of why the server does not answer, for the time when it does not.
 
         Args:
             server: The server on the owner; None on clients, which read the log and the supervisor's record.
         """
         if server is not None:
-            return server.explain
+            return server.evidence
         owner = read_owner(self.sync_folder)
         log_path = Path("unknown" if owner is None else owner.log_path)
         return Evidence(log_path, self.sync_folder / "processes.json")

@@ -278,7 +278,7 @@ class Colocation:
             sync=sync,
             owned=owned,
         )
-        context.client.http.explain = launch.explain_with(server)
+        context.client.http.evidence = launch.evidence(server)
         engine = Engine(
             context,
             sglang_version=result.sglang_version,
@@ -340,7 +340,7 @@ def connect(job: str | None = None, *, slice_index: int | None = None) -> Client
             url=announcement.url,
         )
     client = Client(announcement.url, api_key=announcement.api_key)
-    client.http.explain = Evidence(Path(announcement.log_path), found[0][0].with_name("processes.json"))
+    client.http.evidence = Evidence(Path(announcement.log_path), found[0][0].with_name("processes.json"))
     return client
 
 

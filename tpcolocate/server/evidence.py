@@ -61,22 +61,26 @@ class Evidence:
         self.log_path = log_path
         self._processes = processes
         self._died = self._verdict_in_log if died is None else died
+        self.was_in_trouble = False
+        """Whether a look has found a cause."""
         # What an earlier server has written to the same file is not of this one.
         self._verdicts_start = _size(log_path)
         self.log_start = self._verdicts_start if died is not None else 0
 
     def __call__(self) -> Finding:
         """Return what is known, after at most two seconds."""
-        stopped = self._stopped()
+        stopped = self.stopped()
         deadline = time.monotonic() + _NOTICED_WITHIN_S
         died = self._died()
         while died is None and not stopped and time.monotonic() < deadline:
             time.sleep(_POLL_INTERVAL_S)
             died = self._died()
         causes = [*([died] if died else []), *stopped]
+        self.was_in_trouble = self.was_in_trouble or bool(causes)
         return Finding("; ".join(causes) or None, died is not None, self.log_path, self.tail())
 
-    def _stopped(self) -> list[str]:
+    def stopped(self) -> list[str]:
+        """Return the server's processes that are stopped, by SIGSTOP or a debugger; at once."""
         return [
             f"{process['name']} (pid {process['pid']}) is stopped"
             for process in read_processes(self._processes)

@@ -29,7 +29,7 @@ import httpx
 import urllib3
 
 from tpcolocate.errors import DeadlineError, EngineDeadError, RequestError, TpColocateError
-from tpcolocate.server.evidence import Finding
+from tpcolocate.server.evidence import Evidence, Finding
 
 _PROBES = ("/model_info", "/health")
 _CONNECT_TIMEOUT_S = 5.0
@@ -72,13 +72,13 @@ class ServerClient:
 
     Attributes:
         check: Called before every `post`, with the path and all names in body and query; raises if they must not be sent.
-        explain: Looks for the reason why the server does not answer; None if nothing is known of its processes.
+        evidence: Of why the server does not answer; None if nothing is known of its processes.
     """
 
     def __init__(self, url: str, *, api_key: str | None = None) -> None:
         self.url = url
         self.check: Callable[[str, Mapping[str, Any]], None] | None = None
-        self.explain: Callable[[], Finding] | None = None
+        self.evidence: Evidence | None = None
         _quiet.add(url)
         self._closed = False
         logging.getLogger("httpx").addFilter(_quiet)
@@ -99,6 +99,11 @@ class ServerClient:
             pool, self._pool = self._pool, None
         if pool is not None:
             pool.close()
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether a process of the server is stopped, by SIGSTOP or a debugger; found without a request."""
+        return self.evidence is not None and bool(self.evidence.stopped())
 
     def get(self, path: str, *, timeout_s: float) -> Any:
         """GET a JSON answer.
@@ -290,7 +295,7 @@ class ServerClient:
 
     def _finding(self, path: str) -> Finding | None:
         # Probes ask whether the server answers, not why it does not.
-        return None if self.explain is None or path in _PROBES else self.explain()
+        return None if self.evidence is None or path in _PROBES else self.evidence()
 
     def _dead(self, path: str, what: str, found: Finding | None = None) -> EngineDeadError:
         found = self._finding(path) if found is None else found

@@ -29,7 +29,7 @@ from tpcolocate.errors import ConfigError, DeadlineError, EngineError, LaunchErr
 from tpcolocate.runtime_folder import RuntimeFolder
 from tpcolocate.server.arguments import to_argv
 from tpcolocate.server.environment import LOOPBACK
-from tpcolocate.server.evidence import Evidence, Finding
+from tpcolocate.server.evidence import Evidence
 from tpcolocate.server.http import ServerClient
 from tpcolocate.server.supervisor import describe_deaths
 
@@ -198,24 +198,23 @@ class _Supervision:
         Raises:
             EngineError: It did not in time and was killed.
         """
-        try:
+        if not self._commands.closed:  # an earlier call was interrupted after this
             self._send(command)
             try:
                 self._commands.close()
             except BrokenPipeError:
                 pass
-            try:
-                self._process.wait(timeout_s)
-            except subprocess.TimeoutExpired:
-                self._process.kill()  # also kills the server: PR_SET_PDEATHSIG
-                self._process.wait(5.0)
-                raise EngineError(
-                    f"the supervisor did not confirm the exit of the server (pid {self.pid}) and was killed",
-                    hint="check with ps that the server has exited",
-                ) from None
+        try:
+            self._process.wait(timeout_s)
             self._read()
-        finally:
-            self._reports.close()
+        except subprocess.TimeoutExpired:
+            self._process.kill()  # also kills the server: PR_SET_PDEATHSIG
+            self._process.wait(5.0)
+            raise EngineError(
+                f"the supervisor did not confirm the exit of the server (pid {self.pid}) and was killed",
+                hint="check with ps that the server has exited",
+            ) from None
+        self._reports.close()
 
 
 class ServerProcess:
@@ -231,10 +230,9 @@ class ServerProcess:
         self.url = ""
         self.client: ServerClient | None = None
         self._supervision: _Supervision | None = None
-        self._was_in_trouble = False
         self._is_stopped = False
         self._creator_pid = os.getpid()
-        self._evidence = Evidence(spec.log_path, spec.runtime.processes, self._died)
+        self.evidence = Evidence(spec.log_path, spec.runtime.processes, self._died)
 
     @classmethod
     def start(
@@ -291,7 +289,7 @@ class ServerProcess:
             command = [sys.executable, "-m", "sglang.launch_server", "--model-path", spec.model_path]
             self._spawn([*command, "--config", str(config), *to_argv(arguments)])
             self._wait_healthy(deadline, heartbeat)
-            self.client.explain = self.explain
+            self.client.evidence = self.evidence
 
     def _spawn(self, command: list[str]) -> None:
         spec, runtime = self.spec, self.spec.runtime
@@ -391,18 +389,13 @@ class ServerProcess:
         supervision = self._supervision
         return None if supervision is None or supervision.exit is None else supervision.exit["code"]
 
-    def explain(self) -> Finding:
-        """Return why the server does not answer, after at most two seconds."""
-        found = self._evidence()
-        self._was_in_trouble = self._was_in_trouble or found.cause is not None
-        return found
-
     def _died(self) -> str | None:
         if not self.exited():
             return None
         if self._supervision is not None and self._supervision.deaths:
             return describe_deaths(self._supervision.deaths)
-        return "the server was shut down" if self._is_stopped else "the server's supervisor was killed"
+        is_ended = self._supervision is None or self._supervision.exit is not None
+        return "the server was shut down" if is_ended else "the server's supervisor was killed"
 
     def _supervisor_errors(self) -> str:
         try:
@@ -412,11 +405,11 @@ class ServerProcess:
 
     def log_tail(self) -> str:
         """Return the last lines of the server's output, for messages."""
-        return self._evidence.tail()
+        return self.evidence.tail()
 
     def met_port_clash(self) -> bool:
         """Return whether this server's output reports an address in use."""
-        text = "\n".join(self._evidence.lines()).lower()
+        text = "\n".join(self.evidence.lines()).lower()
         return "address already in use" in text or "eaddrinuse" in text
 
     def last_line(self) -> str:
@@ -436,17 +429,23 @@ class ServerProcess:
         # A fork of the trainer inherits this object; the server is not its own.
         if os.getpid() != self._creator_pid or self._is_stopped:
             return
-        self._is_stopped = True
         if self.client is not None:
             self.client.close()
-        command = b"retry" if keep_folder else b"stop keep" if keep_log or self._was_in_trouble else b"stop"
+        command = b"retry" if keep_folder else b"stop keep" if keep_log or self.evidence.was_in_trouble else b"stop"
         try:
             if self._supervision is not None:
                 # The grace after SIGTERM, then the supervisor's own limit for the rest of the tree.
                 self._supervision.end(command, timeout_s=self.spec.grace_s + 15.0)
-        finally:
-            if not keep_folder:
-                self.spec.runtime.remove()  # what a supervisor that was killed has left
+        except EngineError:
+            self._has_ended(keep_folder)
+            raise
+        self._has_ended(keep_folder)
+
+    def _has_ended(self, keep_folder: bool) -> None:
+        # Not before: a call that was interrupted is made again.
+        self._is_stopped = True
+        if not keep_folder:
+            self.spec.runtime.remove()  # what a supervisor that was killed has left
 
 
 def _ended(code: int | None) -> str:
