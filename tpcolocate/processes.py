@@ -18,17 +18,18 @@ def start_of(pid: int) -> int | None:
 
     Not in seconds since the epoch: those change whenever the clock is set.  Field 22 of /proc/PID/stat; see proc(5).
     """
-    fields = _stat(pid)
+    fields = _stat_of(pid)
     return None if fields is None or fields[0] in (b"Z", b"X") else int(fields[19])
 
 
-def is_stopped(pid: int, started: int) -> bool:
-    """Return whether the process exists and was stopped, by SIGSTOP or a debugger."""
-    fields = _stat(pid)
-    return fields is not None and int(fields[19]) == started and fields[0] in (b"T", b"t")
+def is_stopped(pid: int) -> bool:
+    """Return whether a process is stopped, by a signal such as SIGSTOP or by a debugger."""
+    fields = _stat_of(pid)
+    return fields is not None and fields[0] in (b"T", b"t")
 
 
-def _stat(pid: int) -> list[bytes] | None:
+def _stat_of(pid: int) -> list[bytes] | None:
+    """Return the fields of /proc/PID/stat from the third on, the state; None if there is no such process."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as stat:
             return stat.read().rpartition(b")")[2].split()  # the name before it may contain spaces and brackets

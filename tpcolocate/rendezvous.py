@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 import tempfile
 import time
@@ -17,14 +18,16 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from tpcolocate.deadline import Deadline
-from tpcolocate.errors import LaunchError, RendezvousError
+from tpcolocate.errors import ConfigError, LaunchError, RendezvousError
 from tpcolocate.processes import start_of
 from tpcolocate.runtime_folder import folder_of, private_folders
 
 _NAME = "announcement.json"
 _POLL_INTERVAL_S = 0.05
+_JOB = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,19 @@ class Announcement:
 
     def writer_is_running(self) -> bool:
         return start_of(self.pid) == self.started
+
+
+def check_job(job: object) -> None:
+    """Check the name of a job, which is part of file names.
+
+    Raises:
+        ConfigError: It is empty, too long or has other characters.
+    """
+    if not isinstance(job, str) or _JOB.fullmatch(job) is None:
+        raise ConfigError(
+            f"job={job!r} is not the name of a job",
+            hint="use 1 to 64 letters, digits, dots, hyphens and underscores, the first a letter or a digit",
+        )
 
 
 def path_for(nonce: str) -> Path:
@@ -111,13 +127,35 @@ def read(path: Path) -> Announcement | None:
                 hint="its mode was changed; remove it",
             )
         try:
-            fields: dict[str, Any] = json.load(file)
-            return Announcement(**{**fields, "slice_ranks": tuple(fields["slice_ranks"])})
-        except (ValueError, TypeError, KeyError) as error:
+            return parse(file.read())
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise RendezvousError(
                 f"{path} is not an announcement of this version: {error}",
                 hint="remove it, or use one version of tpcolocate",
             ) from error
+
+
+def parse(text: str) -> Announcement:
+    """Return the announcement in a file's text.
+
+    Raises:
+        ValueError, TypeError, KeyError, RecursionError: It is something else.
+    """
+    fields: dict[str, Any] = json.loads(text)
+    found = Announcement(**{**fields, "slice_ranks": tuple(fields["slice_ranks"])})
+    for name in ("url", "api_key", "job", "nonce"):
+        value = getattr(found, name)
+        if not (isinstance(value, str) and value.isascii() and value.isprintable()):
+            raise TypeError(f"{name} is not text of one line")
+    for number in (found.pid, found.started, found.slice_index, *found.slice_ranks):
+        if type(number) is not int or not 0 <= number < 2**63:
+            raise TypeError("pid, started, slice_index or slice_ranks are not numbers")
+    if not isinstance(found.log_path, str) or "\0" in found.log_path:
+        raise TypeError("log_path is not a path")
+    address = urlsplit(found.url)
+    if address.scheme != "http" or not address.hostname or not address.port:
+        raise ValueError("url is not the address of a server")
+    return found
 
 
 def wait(
@@ -177,4 +215,4 @@ def discover(job: str | None = None) -> list[tuple[Path, Announcement]]:
     return found
 
 
-__all__ = ["Announcement", "announce", "discover", "path_for", "read", "wait"]
+__all__ = ["Announcement", "announce", "check_job", "discover", "parse", "path_for", "read", "wait"]

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tpcolocate.processes import is_stopped
+from tpcolocate.processes import is_stopped, start_of
 from tpcolocate.runtime_folder import read_processes
 
 _VERDICT = "[tpcolocate] "
@@ -84,7 +84,7 @@ class Evidence:
         return [
             f"{process['name']} (pid {process['pid']}) is stopped"
             for process in read_processes(self._processes)
-            if is_stopped(process["pid"], process["started"])
+            if start_of(process["pid"]) == process["started"] and is_stopped(process["pid"])
         ]
 
     def _verdict_in_log(self) -> str | None:

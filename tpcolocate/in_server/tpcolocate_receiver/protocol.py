@@ -417,7 +417,7 @@ _REQUIRED = {cls: tuple(field.name for field in fields(cls) if field.default is 
 def _loads(text: str | bytes) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ProtocolError(f"a message is not JSON: {error}") from None
 
 
@@ -427,7 +427,9 @@ def _decoded(parts: Any, classes: Iterable[type[Any]]) -> Any:
         if kind == cls.__name__:
             return _filled(cls, {name: value for name, value in parts.items() if name != "kind"})
     kinds = ", ".join(cls.__name__ for cls in classes)
-    raise ProtocolError(f"kind {kind!r} is none of {kinds}" if kind is not None else f"{_short(parts)} is no message")
+    raise ProtocolError(
+        f"kind {_short(kind)} is none of {kinds}" if kind is not None else f"{_short(parts)} is no message"
+    )
 
 
 def _filled(cls: type[Any], values: Any) -> Any:
@@ -442,4 +444,7 @@ def _filled(cls: type[Any], values: Any) -> Any:
 
 
 def _short(value: Any) -> str:
-    return repr(value)[:60]
+    try:
+        return repr(value)[:60]
+    except RecursionError:
+        return f"a nested {type(value).__name__}"
