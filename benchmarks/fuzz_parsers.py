@@ -133,7 +133,7 @@ class Announcements:
         self._path = Path(self._folder.name) / "announcement.json"
         self._handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
         self._valid = asdict(
-            rendezvous.Announcement("http://127.0.0.1:1", "key", "job", (0, 1), os.getpid(), 5, "nonce")
+            rendezvous.Announcement("http://127.0.0.1:1", "key", "job", 0, (0, 1), os.getpid(), 5, "nonce")
         )
 
     def case(self, dice: random.Random) -> tuple[Any, ...]:
@@ -148,7 +148,7 @@ class Announcements:
         found = rendezvous.read(self._path)
         assert found is not None
         found.writer_is_running()
-        rendezvous.path_for(found.job, 0)
+        rendezvous.path_for(found.nonce)
 
 
 class Messages:

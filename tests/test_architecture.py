@@ -24,7 +24,7 @@ LAYERS = {
         {"server", "weights", "rendezvous"},
         {"agreement", "placement"},
         {"rounds"},
-        {"groups", "roles", "ipc_payload"},
+        {"groups", "roles", "ipc_payload", "runtime_folder"},
         {
             "checks",
             "devices",
@@ -45,7 +45,7 @@ LAYERS = {
         {"api", "process"},
         {"arguments", "channel"},
         {"http", "releases", "installed", "environment", "lifecycle", "supervisor"},
-        {"connections"},
+        {"connections", "evidence"},
     ),
     "engine": (
         {"engine"},

@@ -9,6 +9,7 @@ import gc
 import logging
 import logging.handlers
 import os
+import stat
 import time
 from pathlib import Path
 from unittest import mock
@@ -614,7 +615,14 @@ def key_is_hidden(world):
 
     lines = [" ".join(p.info["cmdline"] or ()) for p in psutil.process_iter(["cmdline"])]
     bare = httpx.post(f"{world.engine.url}/generate", json={"text": "a"}, trust_env=False, timeout=10).status_code
-    return {"in_ps": any(world.engine.api_key in line for line in lines), "without_key": bare}
+    found = {"in_ps": any(world.engine.api_key in line for line in lines), "without_key": bare}
+    if world.colo.is_owner:
+        runtime = world.engine._context.owned.process.spec.runtime
+        log = runtime.log_path.read_text()
+        assert "'***'" in log and world.engine.api_key not in log
+        assert any(stat.S_ISSOCK(path.stat().st_mode) for path in runtime.server_temporary.iterdir())
+        assert not any(runtime.shared.glob("*.yaml"))
+    return found
 
 
 def connect_from_outside(world):
@@ -937,13 +945,20 @@ def launch_and_fail(rank, tp_size, kwargs):
             return type(error).__name__, str(error), None if died is None else raised_at - died
 
 
-def test_a_bad_model_path_is_the_same_error_on_every_rank_within_seconds(tmp_path, no_leftovers):
-    kwargs = {"model_path": str(tmp_path / "nowhere"), "log_path": str(tmp_path / "server.log")}
+def test_a_checkpoint_that_cannot_be_read_is_the_same_error_on_every_rank_within_seconds(tmp_path, no_leftovers):
+    (tmp_path / "config.json").write_text('{"model_type": "none"}')
+    kwargs = {"model_path": str(tmp_path), "log_path": str(tmp_path / "server.log")}
     found = run_ranks(launch_and_fail, 2, 2, kwargs, timeout_s=200)
     assert found[0][:2] == found[1][:2]
     kind, text, after_s = found[0]
-    assert kind == "LaunchError" and "nowhere" in text and "server.log" in text
+    assert kind == "LaunchError" and "server.log" in text
     assert all(after < 60 for _, _, after in found), "soon after the last line of the log"
+
+
+def test_a_folder_that_does_not_exist_is_refused_before_anything_starts(tmp_path, no_leftovers):
+    kwargs = {"model_path": str(tmp_path / "nowhere"), "log_path": str(tmp_path / "server.log")}
+    found = run_ranks(launch_and_fail, 2, 2, kwargs, timeout_s=60)
+    assert found[0] == found[1] and found[0][0] == "ConfigError" and f"no folder '{tmp_path}/nowhere'" in found[0][1]
 
 
 def test_a_taken_port_is_the_same_error_on_every_rank_at_once(tmp_path, tiny_model_dir, no_leftovers):
@@ -966,6 +981,8 @@ def test_a_taken_port_is_the_same_error_on_every_rank_at_once(tmp_path, tiny_mod
     ({"api_key": "mine"}, "does not take api_key"),
     ({"enable_dp_attention": True}, "enable_dp_attention=True is not supported"),
     ({"mem_fraction": 0.4}, "has no argument mem_fraction"),
+    ({"max_model_len": 256}, "this release has context_length"),
+    ({"host": "203.0.113.7"}, "on which this machine cannot listen"),
 ])  # fmt: skip
 def test_impossible_arguments_are_refused_before_anything_starts(kwargs, words, tmp_path, no_leftovers):
     kwargs = {"model_path": "anything", "log_path": str(tmp_path / "server.log"), **kwargs}
@@ -993,8 +1010,23 @@ def test_ranks_that_want_different_servers_are_reported_the_difference():
     assert found[0] == found[1] and "mem_fraction_static=0.1 and mem_fraction_static=0.2" in found[0]
 
 
+def generate_while_stopped(engine, process):
+    """What a request says while a process of the server is stopped."""
+    import signal
+
+    if process is not None:
+        process.send_signal(signal.SIGSTOP)
+    started = time.monotonic()
+    while engine.health().value != "stopped" and time.monotonic() - started < 10:  # on the client a moment later
+        time.sleep(0.01)
+    try:
+        engine.generate(PROMPTS, GREEDY, timeout_s=4)
+    except errors.TpColocateError as error:
+        return type(error).__name__, error.message, time.monotonic() - started
+
+
 def die(rank, model_dir):
-    """A TP worker is killed under a running engine; then the owner itself."""
+    """A process of the server is stopped and then killed under a running engine; then the owner itself."""
     import signal
 
     with tpcolocate.init(2, device="cpu", timeout_s=60.0) as colo:
@@ -1002,19 +1034,29 @@ def die(rank, model_dir):
         world = World(rank, model_dir, colo)
         engine.sync_weights(world.model)
         message = {"before": engine.health().value}
+        victim = None
         if colo.is_owner:
-            workers = [p for p in psutil.Process().children(recursive=True) if "scheduler" in " ".join(p.cmdline())]
-            message["workers"] = len(workers)
-            workers[-1].kill()
+            [victim] = [
+                p for p in psutil.Process().children(recursive=True) if "sglang::detok" in " ".join(p.cmdline())
+            ]
+        colo._slice.all_gather(None, what="stop a process together")
+        message["stopped"] = generate_while_stopped(engine, victim)
+        colo._slice.all_gather(None, what="continue together", timeout_s=90)
+        if victim is not None:
+            victim.send_signal(signal.SIGCONT)
+            victim.kill()
+            killed = time.monotonic()
             # torch keeps its manager of shared files for the life of the process
             mine = [p for p in psutil.Process().children(recursive=True) if p.name() != "torch_shm_manager"]
-            psutil.wait_procs(mine, timeout=60)
+            gone = [p for p in mine if "supervisor.py" not in " ".join(p.cmdline())]
+            psutil.wait_procs(gone, timeout=60)
+            assert time.monotonic() - killed < 30, "nobody waits for core dumps"
         colo._slice.all_gather(None, what="wait for the end of the server", timeout_s=90)
         message["after"] = engine.health().value
         try:
             engine.generate(PROMPTS, GREEDY, timeout_s=20)
         except errors.TpColocateError as error:
-            message["generate"] = type(error).__name__
+            message["generate"] = type(error).__name__, error.message, error.hint, error.details
         started = time.monotonic()
         try:
             engine.sync_weights(world.model, timeout_s=120)
@@ -1032,15 +1074,35 @@ def die(rank, model_dir):
         return message
 
 
-def test_a_dead_worker_and_a_dead_owner_are_reported_and_leave_nothing(tmp_path, no_leftovers):
+def wait_until(condition, timeout_s=30.0):
+    deadline = time.monotonic() + timeout_s
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert condition()
+
+
+def test_a_stopped_and_a_dead_process_and_a_dead_owner_are_reported_and_leave_nothing(tmp_path, no_leftovers):
     from tiny_models import make_tiny_model
 
     model_dir = make_tiny_model(tmp_path / "model", family="qwen3", tie=True)
-    owner, client = run_ranks(die, 2, str(model_dir), timeout_s=300, expect_errors=True)
+    temporary = tmp_path / "t"
+    temporary.mkdir()
+    env = {"TMPDIR": str(temporary)}
+    owner, client = run_ranks(die, 2, str(model_dir), env=env, timeout_s=300, expect_errors=True)
     assert owner.exitcode == -9 and client.error is None, client
     message = client.value
     assert message["before"] == "ready" and message["after"] == "dead"
-    assert message["generate"] == "EngineDeadError"
+    kind, text, seconds = message["stopped"]
+    assert seconds < 15
+    assert kind == "DeadlineError" and "sglang::detokenizer (pid " in text and text.endswith("is stopped")
+    [folder] = temporary.glob("tpcolocate-*")
+    kind, text, hint, tail = message["generate"]
+    assert (
+        kind == "EngineDeadError" and text.startswith("sglang::detokenizer (pid ") and "was killed by SIGKILL" in text
+    )
+    assert str(folder / "server.log") in hint and "[tpcolocate] sglang::detokenizer" in tail
+    wait_until(lambda: sorted(os.listdir(folder)) in (["server.log"], ["server.log", "supervisor.log"]))
+    assert "[tpcolocate] sglang::detokenizer" in (folder / "server.log").read_text(), "the evidence outlives its owner"
     assert message["sync"][0] == "EngineDeadError" and message["seconds"] < 60
     assert "0 has exited" in message["lost"]
     assert f"'sync': {message['sync']!r}" in (model_dir / "message").read_text(), "the same error on both ranks"

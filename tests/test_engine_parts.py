@@ -37,6 +37,7 @@ class Http(Captured):
         self.may_answer = threading.Event()
         self.may_answer.set()
         self.listens = self.healthy = True
+        self.is_stopped = False
         self.closed = 0
 
     def post(self, path, body=None, **options):
@@ -364,6 +365,9 @@ def test_health(launch):
     engine = launch()
     http = engine._client
     assert engine.health() is Health.READY
+    http.is_stopped = True
+    assert engine.health() is Health.STOPPED
+    http.is_stopped = False
     http.healthy = False
     assert engine.health() is Health.STARTING
     http.listens = False

@@ -242,15 +242,17 @@ def test_a_rank_that_waits_in_init_names_those_that_are_missing():
 @pytest.fixture
 def announced(monkeypatch, tmp_path):
     """Return a function that announces a server of a job that listens."""
-    from tpcolocate import rendezvous, session
+    from tpcolocate import rendezvous, runtime_folder, session
     from tpcolocate.processes import this_process
 
-    monkeypatch.setattr(rendezvous, "_FOLDER", tmp_path)
+    monkeypatch.setattr(runtime_folder, "SHARED_MEMORY", tmp_path)
     monkeypatch.setattr(session, "is_listening", lambda announcement: True)
 
     def announce(job):
-        announcement = rendezvous.Announcement(f"http://127.0.0.1:1/{job}", "key", job, (0,), *this_process(), "nonce")
-        rendezvous.announce(rendezvous.path_for(job, 0), announcement)
+        announcement = rendezvous.Announcement(f"http://127.0.0.1:1/{job}", "key", job, 0, (0,), *this_process(), job)
+        path = rendezvous.path_for(job)
+        path.parent.mkdir(mode=0o700)
+        rendezvous.announce(path, announcement)
 
     return announce
 

@@ -37,4 +37,12 @@ def _stat_of(pid: int) -> list[bytes] | None:
         return None
 
 
-__all__ = ["is_stopped", "start_of", "this_process"]
+def pid_namespace() -> str:
+    """Return the identity of this process's pid namespace: containers may share /dev/shm and not their pids."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return "unknown"
+
+
+__all__ = ["is_stopped", "pid_namespace", "start_of", "this_process"]

@@ -13,6 +13,7 @@ import secrets
 import weakref
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -36,6 +37,7 @@ from tpcolocate.placement import inspect_device, is_on_one_network, plan_roles
 from tpcolocate.processes import this_process
 from tpcolocate.server.api import ServerApi
 from tpcolocate.server.arguments import RECEIVER
+from tpcolocate.server.evidence import Evidence
 from tpcolocate.server.http import ServerClient
 from tpcolocate.server.lifecycle import Lifecycle
 from tpcolocate.server.process import ServerProcess
@@ -286,7 +288,8 @@ class Colocation:
         Args:
             model_path: Checkpoint folder or hub id, as for SGLang.
             health_timeout_s: From the start of the process to its first generated token, in seconds.
-            log_path: File for the server's output; default: one in the temporary folder, removed after a clean shutdown.
+            log_path: File for the server's output; default: one in a private folder in the temporary folder, removed
+                unless the server crashed.
             env: Environment variables for the server alone, added to this rank's environment.
             server_args: SGLang's server arguments (``mem_fraction_static=0.4``); they override the defaults of this
                 library (``disable_custom_all_reduce=True`` for tp_size > 1, and what a CPU needs).
@@ -340,8 +343,6 @@ class Colocation:
             probe.close()
             if server is not None:
                 launch.clean_up()
-                if log_path is None:
-                    server.remove_log()
 
         context = SliceContext(
             group=self._slice,
@@ -352,6 +353,7 @@ class Colocation:
             sync=sync,
             owned=owned,
         )
+        context.client.http.evidence = launch.evidence(server)
         engine = Engine(
             context,
             sglang_version=result.sglang_version,
@@ -403,7 +405,7 @@ def connect(job: str | None = None, *, slice_index: int | None = None) -> Client
         check_integer("slice_index", slice_index, at_least=0, at_most=_MOST_RANKS)
     found = rendezvous.discover(job)
     if slice_index is not None:
-        found = [(path, a) for path, a in found if path == rendezvous.path_for(a.job, slice_index)]
+        found = [(path, a) for path, a in found if a.slice_index == slice_index]
     if len(found) != 1:
         number = "no running server" if not found else f"{len(found)} running servers"
         listed = "\n".join(f"  job {a.job}, ranks {','.join(map(str, a.slice_ranks))}: {a.url}" for _, a in found)
@@ -427,7 +429,9 @@ def connect(job: str | None = None, *, slice_index: int | None = None) -> Client
             hint="see the output of its owner rank",
             url=announcement.url,
         )
-    return Client(announcement.url, api_key=announcement.api_key)
+    client = Client(announcement.url, api_key=announcement.api_key)
+    client.http.evidence = Evidence(Path(announcement.log_path), found[0][0].with_name("processes.json"))
+    return client
 
 
 __all__ = ["Colocation", "connect", "init"]

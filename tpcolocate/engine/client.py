@@ -39,6 +39,7 @@ class Health(StrEnum):
     READY = "ready"
     PAUSED = "paused"
     ASLEEP = "asleep"
+    STOPPED = "stopped"
     DEAD = "dead"
 
 
@@ -199,11 +200,13 @@ class Client:
                 self.num_in_flight -= 1
 
     def health(self) -> Health:
-        """Return ``ready`` if the server answers, else ``dead``.
+        """Return ``ready`` if the server answers, ``stopped`` if a process of it is (by SIGSTOP), else ``dead``.
 
         Only that: whether it is asleep is known inside the job alone, and a token generated to find out would touch
         memory that a sleeping server has released.
         """
+        if self.http.is_stopped:
+            return Health.STOPPED
         return Health.READY if self.http.is_listening(timeout_s=HEALTH_TIMEOUT_S) else Health.DEAD
 
 

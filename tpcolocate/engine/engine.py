@@ -582,10 +582,15 @@ class Engine:
     # --- life ------------------------------------------------------------------------------------------------------
 
     def health(self) -> Health:
-        """Return ``starting``, ``ready``, ``paused``, ``asleep`` or ``dead``, on any rank; the last three without a forward."""
+        """Return ``starting``, ``ready``, ``paused``, ``asleep``, ``stopped`` or ``dead``, on any rank.
+
+        The last four without a forward.
+        """
         state, owned = self._lifecycle.state, self._context.owned
         if state.closed or (owned is not None and owned.process.exited()):
             return Health.DEAD
+        if self._client.is_stopped:
+            return Health.STOPPED
         # No token comes out of a paused server.  A sync pauses it too, until its weights are the trainer's again.
         is_paused = state.paused is not None or state.weights is not WeightsState.CURRENT
         if state.not_awake or is_paused:

@@ -29,11 +29,13 @@ from urllib.parse import urlencode
 import httpx
 import urllib3
 
-from tpcolocate.errors import ConfigError, DeadlineError, EngineDeadError, EngineError, RequestError, TpColocateError
+from tpcolocate.errors import ConfigError, DeadlineError, EngineDeadError, RequestError, TpColocateError
 from tpcolocate.server.connections import LOOK_S, Connections
+from tpcolocate.server.evidence import Evidence, Finding
 
 T = TypeVar("T")
 
+_PROBES = ("/model_info", "/health")
 _CONNECT_TIMEOUT_S = 5.0
 _LOOK_TIMEOUT_S = 10.0
 # A server that ends closes its connections a little before its port.
@@ -72,11 +74,13 @@ class ServerClient:
 
     Attributes:
         check: Called before every `post`, with the path and all names in body and query; raises if they must not be sent.
+        evidence: Of why the server does not answer; None if nothing is known of its processes.
     """
 
     def __init__(self, url: str, *, api_key: str | None = None) -> None:
         self.url = url
         self.check: Callable[[str, Mapping[str, Any]], None] | None = None
+        self.evidence: Evidence | None = None
         _quiet.add(url)
         self._closed = False
         logging.getLogger("httpx").addFilter(_quiet)
@@ -89,6 +93,11 @@ class ServerClient:
             self._closed = True
             _quiet.remove(self.url)  # other clients of the same server may go on
         self._connections.close()
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether a process of the server is stopped, by SIGSTOP or a debugger; found without a request."""
+        return self.evidence is not None and bool(self.evidence.stopped())
 
     def get(self, path: str, *, timeout_s: float) -> Any:
         """GET a JSON answer.
@@ -206,7 +215,7 @@ class ServerClient:
                         return
                     if event is not None:
                         yield event
-                raise _ConnectionLost("the stream ended without [DONE]")
+                raise _ConnectionLost(path, "the stream ended without [DONE]")
             finally:
                 response.close()
 
@@ -224,7 +233,7 @@ class ServerClient:
                         return
                     if event is not None:
                         yield event
-                raise _ConnectionLost("the stream ended without [DONE]")
+                raise _ConnectionLost(path, "the stream ended without [DONE]")
 
     def is_listening(self, *, timeout_s: float) -> bool:
         """Return whether the server answers at all; schedules no forward, so it is safe while memory is released."""
@@ -250,77 +259,66 @@ class ServerClient:
 
     def _raise_if_down(self) -> None:
         if not self._is_up():
-            raise EngineDeadError(
-                f"the server does not answer: twice nothing within {_LOOK_TIMEOUT_S:g} s",
-                hint="see the end of the server's log",
-                url=self.url,
-            )
+            found = None if self.evidence is None else self.evidence()
+            raise self._dead(f"the server does not answer: twice nothing within {_LOOK_TIMEOUT_S:g} s", found)
 
     @contextmanager
     def _errors(self, path: str, timeout_s: float | None) -> Iterator[None]:
         try:
-            with self._mapped(path, timeout_s):
+            with _caught(path, timeout_s):
                 yield
-        except _ConnectionLost as lost:
-            raise self._lost(path, lost) from lost.__cause__
+        except _Failure as failure:
+            raise self._explained(failure) from failure.__cause__
 
     @asynccontextmanager
     async def _errors_async(self, path: str, timeout_s: float | None) -> AsyncIterator[None]:
         try:
-            with self._mapped(path, timeout_s):
+            with _caught(path, timeout_s):
                 yield
-        except _ConnectionLost as lost:
-            raise await asyncio.to_thread(self._lost, path, lost) from lost.__cause__
+        except _Failure as failure:
+            # In a thread: to look at the server takes seconds, in which the loop's other requests go on.
+            raise await asyncio.to_thread(self._explained, failure) from failure.__cause__
 
-    @contextmanager
-    def _mapped(self, path: str, timeout_s: float | None) -> Iterator[None]:
-        try:
-            yield
-        except (TpColocateError, _ConnectionLost):
-            raise  # some are connection errors too
-        except (urllib3.exceptions.ConnectTimeoutError, httpx.ConnectTimeout) as error:
-            if isinstance(error, urllib3.exceptions.NewConnectionError):  # refused; for urllib3 a kind of timeout
-                raise self._unreachable(path, error) from error
-            raise EngineDeadError(
-                f"{path}: no connection within {_connect_timeout(timeout_s):g} s", url=self.url
-            ) from error
-        except (urllib3.exceptions.ReadTimeoutError, httpx.TimeoutException) as error:
-            raise DeadlineError(
-                f"{path}: no answer within {timeout_s:g} s",
-                hint="the request may still be carried out; for more time raise timeout_s",
-                url=self.url,
-            ) from error
-        except httpx.ConnectError as error:
-            raise self._unreachable(path, error) from error
-        except (urllib3.exceptions.HTTPError, httpx.TransportError, OSError) as error:
-            if _has_no_descriptors(error):
-                raise self._unreachable(path, error) from error
-            raise _ConnectionLost(f"{type(error).__name__}: {error}") from error
-
-    def _unreachable(self, path: str, error: Exception) -> TpColocateError:
-        if _has_no_descriptors(error):
+    def _explained(self, failure: _Failure) -> TpColocateError:
+        """Return the error of a request that has no answer, with what is known of the server's processes."""
+        path, found = failure.path, None
+        if _has_no_descriptors(failure.__cause__):
             most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
             return ConfigError(
                 f"{path}: this process has no file descriptor left for a connection; its limit is {most}",
                 hint="raise `ulimit -n`, or make fewer requests and open fewer files at once",
                 url=self.url,
             )
-        return EngineDeadError(
-            f"{path}: {type(error).__name__}: {error}", hint="see the end of the server's log", url=self.url
-        )
-
-    def _lost(self, path: str, lost: _ConnectionLost) -> EngineError:
-        """Return the error of a connection that closed before its answer was complete."""
+        # Probes ask whether the server answers, not why it does not.
+        if self.evidence is not None and path not in _PROBES:
+            found = self.evidence()
+        if isinstance(failure, _TimedOut) and (found is None or not found.is_dead):
+            cause = "" if found is None or found.cause is None else f": {found.cause}"
+            hint = "the request may still be carried out; for more time raise timeout_s"
+            return DeadlineError(
+                f"{path}: {failure}{cause}", hint=hint if found is None or not cause else found.hint, url=self.url
+            )
         # Of generation alone: whether weights were taken is unknown then, which EngineDeadError stands for.
-        if path == "/generate" and self._is_up():
-            time.sleep(_ENDING_S)
-            if self._is_up():
+        if isinstance(failure, _ConnectionLost) and path == "/generate" and (found is None or not found.is_dead):
+            if self._is_still_up():
                 return RequestError(
-                    f"{path}: the server is up, but closed the connection without an answer: {lost}",
+                    f"{path}: the server is up, but closed the connection without an answer: {failure}",
                     hint="see the end of the server's log; the request may have been carried out",
                     url=self.url,
                 )
-        return EngineDeadError(f"{path}: {lost}", hint="see the end of the server's log", url=self.url)
+        return self._dead(f"{path}: {failure}", found)
+
+    def _is_still_up(self) -> bool:
+        if not self._is_up():
+            return False
+        time.sleep(_ENDING_S)
+        return self._is_up()
+
+    def _dead(self, what: str, found: Finding | None) -> EngineDeadError:
+        if found is None:
+            return EngineDeadError(what, hint="see the end of the server's log", url=self.url)
+        cause = "" if found.cause is None else f"{found.cause}; "
+        return EngineDeadError(f"{cause}{what}", hint=found.hint, url=self.url, details=found.tail)
 
     def _answer(self, path: str, status: int, reason: str | None, content: bytes) -> Any:
         if status >= 400:
@@ -350,8 +348,48 @@ class ServerClient:
 _DONE = object()
 
 
-class _ConnectionLost(Exception):
+class _Failure(Exception):
+    """A request has no answer; its cause is the error of the library that made it.
+
+    Args:
+        path: Of the endpoint.
+        what: What happened, for the message.
+    """
+
+    def __init__(self, path: str, what: str) -> None:
+        super().__init__(what)
+        self.path = path
+
+
+class _Unreachable(_Failure):
+    """There is no connection."""
+
+
+class _ConnectionLost(_Failure):
     """A connection closed before its answer was complete."""
+
+
+class _TimedOut(_Failure):
+    """There was no answer in time."""
+
+
+@contextmanager
+def _caught(path: str, timeout_s: float | None) -> Iterator[None]:
+    """Raise a `_Failure` for whatever either library raises."""
+    try:
+        yield
+    except (TpColocateError, _Failure):
+        raise  # some are connection errors too
+    except (urllib3.exceptions.ConnectTimeoutError, httpx.ConnectTimeout) as error:
+        if isinstance(error, urllib3.exceptions.NewConnectionError):  # refused; for urllib3 a kind of timeout
+            raise _Unreachable(path, f"{type(error).__name__}: {error}") from error
+        raise _Unreachable(path, f"no connection within {_connect_timeout(timeout_s):g} s") from error
+    except (urllib3.exceptions.ReadTimeoutError, httpx.TimeoutException) as error:
+        raise _TimedOut(path, f"no answer within {timeout_s:g} s") from error
+    except httpx.ConnectError as error:
+        raise _Unreachable(path, f"{type(error).__name__}: {error}") from error
+    except (urllib3.exceptions.HTTPError, httpx.TransportError, OSError) as error:
+        raise _ConnectionLost(path, f"{type(error).__name__}: {error}") from error
 
 
 def _has_no_descriptors(error: BaseException | None) -> bool:
