@@ -26,7 +26,7 @@ VALUES = st.recursive(LEAVES, lambda inner: st.lists(inner) | st.dictionaries(st
 NESTED = "[" * 100_000
 MANY_DIGITS = "9" * 5000
 
-ANNOUNCEMENT = asdict(rendezvous.Announcement("http://127.0.0.1:1", "key", "job", (0, 1), 1, 2, "nonce"))
+ANNOUNCEMENT = asdict(rendezvous.Announcement("http://127.0.0.1:1", "key", "job", 0, (0, 1), 1, 2, "nonce"))
 FACTS = {
     "kind": "cuda", "physical": {"token": "0", "index": 0, "uuid": None}, "order": "PCI_BUS_ID", "job": "1-ab",
     "job_name": None, "gloo": {"address": "127.0.0.1", "origin": "x"}, "version": "1", "shared": False,
