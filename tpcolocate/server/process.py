@@ -298,32 +298,33 @@ class ServerProcess:
         # A fork of the trainer inherits this object; the server is not its own.
         if self._supervisor is None or os.getpid() != self._creator_pid:
             return
-        self._stopped = not self.exited()
-        supervisor, self._supervisor = self._supervisor, None
+        self._stopped = self._stopped or not self.exited()
+        supervisor = self._supervisor
         if self.client is not None:
             self.client.close()
         assert supervisor.stdin is not None and supervisor.stdout is not None
         try:
-            try:
-                supervisor.stdin.write(b"stop\n")
-                supervisor.stdin.close()
-            except BrokenPipeError:
-                pass
-            # The grace after SIGTERM, then the supervisor's own limit for the rest of the tree.
-            try:
-                supervisor.wait(self.spec.grace_s + 15.0)
-            except subprocess.TimeoutExpired:
-                supervisor.kill()  # also kills the server: PR_SET_PDEATHSIG
-                supervisor.wait(5.0)
-                raise EngineError(
-                    f"the supervisor did not confirm the exit of the server (pid {self.pid}) and was killed",
-                    hint="check with ps that the server has exited",
-                ) from None
-            self._supervisor = supervisor
+            supervisor.stdin.write(b"stop\n")
+            supervisor.stdin.close()
+        except (BrokenPipeError, ValueError):
+            pass  # it has exited, or an earlier call was interrupted after this
+        problem: EngineError | None = None
+        # The grace after SIGTERM, then the supervisor's own limit for the rest of the tree.
+        try:
+            supervisor.wait(self.spec.grace_s + 15.0)
             self._read_events()
-            self._supervisor = None
-        finally:
-            supervisor.stdout.close()
+        except subprocess.TimeoutExpired:
+            supervisor.kill()  # also kills the server: PR_SET_PDEATHSIG
+            supervisor.wait(5.0)
+            problem = EngineError(
+                f"the supervisor did not confirm the exit of the server (pid {self.pid}) and was killed",
+                hint="check with ps that the server has exited",
+            )
+        # Not before: a call that was interrupted is made again.
+        self._supervisor = None
+        supervisor.stdout.close()
+        if problem is not None:
+            raise problem
 
 
 def _reason(tail: str) -> str:
