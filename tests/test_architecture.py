@@ -36,7 +36,7 @@ LAYERS = {
     ),
     "engine": (
         {"engine"},
-        {"adapters", "generation", "update_groups"},
+        {"adapters", "generation", "life", "update_groups"},
         {"context"},
         {"client"},
     ),
