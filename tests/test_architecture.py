@@ -49,7 +49,7 @@ LAYERS = {
     ),
     "engine": (
         {"engine"},
-        {"adapters", "generation", "update_groups"},
+        {"adapters", "generation", "life", "update_groups"},
         {"context"},
         {"client"},
         {"requests"},

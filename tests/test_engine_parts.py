@@ -4,6 +4,7 @@ Its ranks agree as ever, being one; the sync is a stand-in, and so is the client
 """
 
 import logging
+import os
 import threading
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -15,12 +16,12 @@ from test_lora import CONFIG, tensors
 
 from tpcolocate.agreement import RankGroup
 from tpcolocate.engine.client import Client, Health
-from tpcolocate.engine.context import OwnedServer, SliceContext
+from tpcolocate.engine.context import OwnedServer, ServerLink, SliceContext
 from tpcolocate.engine.engine import Engine
-from tpcolocate.errors import ConfigError, EngineDeadError, EngineStateError, RequestError, SyncError
+from tpcolocate.errors import ConfigError, EngineDeadError, EngineStateError, LaunchError, RequestError, SyncError
 from tpcolocate.groups import Host, Member
 from tpcolocate.server.api import ServerApi
-from tpcolocate.server.lifecycle import Lifecycle, State, WeightsState
+from tpcolocate.server.lifecycle import Life, Lifecycle, State, WeightsState
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(60)]
 
@@ -98,19 +99,41 @@ def launch():
     """A function that makes an engine; `engine.asked` are the paths that were posted since it was made or read."""
     ended = []
 
-    def make(state=State(), **info):  # noqa: B008  (frozen)
+    def link_to(lifecycle, url, **info):
         http = Http(**info)
-        lifecycle = Lifecycle(state, weight_version="5")
-        process = SimpleNamespace(exited=lambda: bool(ended), stop=lambda: ended.append("stopped"))
+        alive = [True]
+
+        def stop():
+            ended.append("stopped")
+            alive.clear()
+
+        process = SimpleNamespace(exited=lambda: bool(ended) or not alive, stop=stop, alive=alive)
         owned = OwnedServer.of(process, ServerApi(http), lifecycle)
-        client = Client("http://somewhere", api_key="key", check=lambda: lifecycle.state.check_generate())
+        client = Client(url, api_key="key", check=lambda: lifecycle.state.check_generate())
         client.http = http
+        return ServerLink(client, Sync(owned), owned, "0.5.21", lambda: ended.append("released"))
+
+    def make(state=State(), restarts=0, **info):  # noqa: B008  (frozen)
+        lifecycle = Lifecycle(state, weight_version="5")
         group = RankGroup([Member(0, 1, 1, Host.here(), 1, 0)], rank=0, group=None, timeout_s=5)
-        context = SliceContext(group, None, 0, client, lifecycle, Sync(owned), owned)
+        context = SliceContext(group, None, 0, lifecycle, link_to(lifecycle, "http://somewhere", **info))
+
+        def relaunch():
+            assert lifecycle.state.life is Life.RESTARTING
+            if make.launch_error is not None:
+                raise make.launch_error
+            ended.clear()
+            return link_to(lifecycle, "http://elsewhere", **info), state
+
         return Engine(
-            context, sglang_version="0.5.21", model_path="model", on_shutdown=lambda: ended.append("shut down")
+            context,
+            model_path="model",
+            on_shutdown=lambda: ended.append("shut down"),
+            relaunch=relaunch,
+            restarts=restarts,
         )
 
+    make.launch_error = None
     make.ended = ended
     return make
 
@@ -384,7 +407,7 @@ def test_a_shutdown_ends_the_server_once_and_nothing_may_be_asked_for_after_it(l
     with launch() as engine:
         pass
     engine.shutdown()
-    assert launch.ended == ["stopped", "shut down"] and engine._client.closed == 1
+    assert launch.ended == ["stopped", "released", "shut down"] and engine._client.closed == 1
     for call in (
         engine.sleep,
         engine.wake,
@@ -400,3 +423,260 @@ def test_a_shutdown_ends_the_server_once_and_nothing_may_be_asked_for_after_it(l
         with pytest.raises(EngineStateError, match="shut down"):
             call()
     assert asked(engine) == [] and engine.health() is Health.DEAD
+
+
+# --- the end ---------------------------------------------------------------------------------------------------------
+
+
+def interrupted_once(function):
+    """A function that raises KeyboardInterrupt at its first call, before it does anything."""
+    calls = []
+
+    def call(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return function(*args, **kwargs)
+
+    return call
+
+
+@pytest.mark.parametrize("place", ["wait", "stop", "disconnect"])
+@pytest.mark.parametrize("again", [{}, {"wait": False}], ids=["shutdown", "close"])
+def test_a_shutdown_that_was_interrupted_goes_on_where_it_was(launch, monkeypatch, place, again):
+    engine = launch()
+    context = engine._context
+    if place == "wait":
+        monkeypatch.setattr(context.group, "all_gather", interrupted_once(context.group.all_gather))
+    elif place == "stop":
+        context.owned.process.stop = interrupted_once(context.owned.process.stop)
+    else:
+        engine._sync.close = interrupted_once(engine._sync.close)
+    with pytest.raises(KeyboardInterrupt):
+        engine.shutdown()
+    with pytest.raises(EngineStateError, match="being shut down") as caught:
+        engine.sync_weights({})
+    assert "shutdown() again" in caught.value.hint
+    engine.shutdown(**again)
+    assert launch.ended[-2:] == ["released", "shut down"] and "stopped" in launch.ended
+    ended = list(launch.ended)
+    engine.shutdown(**again)
+    assert launch.ended == ended, "the end comes once"
+
+
+def test_the_ranks_are_awaited_once_each_time_however_often_a_shutdown_is_called(launch, monkeypatch):
+    engine = launch()
+    met = []
+
+    def all_gather(value, *, what, timeout_s):
+        met.append(what)
+        if len(met) == 1:
+            raise KeyboardInterrupt  # the others have this rank's part of the meeting already
+
+    monkeypatch.setattr(engine._context.group, "all_gather", all_gather)
+    with pytest.raises(KeyboardInterrupt):
+        engine.shutdown()
+    engine.shutdown()
+    assert met == ["shut the engine down", "end the server"]
+
+
+def test_threads_that_shut_down_at_once_end_the_server_once(launch):
+    engine = launch()
+    stop = engine._context.owned.process.stop
+    entered, may_end = threading.Event(), threading.Event()
+
+    def slowly():
+        entered.set()
+        assert may_end.wait(30)
+        if "stopped" not in launch.ended:
+            stop()
+
+    engine._context.owned.process.stop = slowly
+    threads = [threading.Thread(target=engine.shutdown, kwargs={"wait": wait}) for wait in (True, False, False)]
+    for thread in threads:
+        thread.start()
+    assert entered.wait(30)
+    may_end.set()
+    for thread in threads:
+        thread.join(30)
+    assert launch.ended == ["stopped", "released", "shut down"]
+
+
+def test_a_shutdown_within_a_shutdown_as_by_a_signal_handler_does_not_block(launch):
+    engine = launch()
+    stop = engine._context.owned.process.stop
+
+    def stop_and_be_interrupted():
+        if "stopped" not in launch.ended:
+            stop()
+            engine.shutdown(wait=False)
+
+    engine._context.owned.process.stop = stop_and_be_interrupted
+    engine.shutdown()
+    assert launch.ended == ["stopped", "released", "shut down"]
+
+
+def test_a_forked_child_ends_nothing(launch):
+    engine = launch()
+    child = os.fork()
+    if child == 0:
+        try:
+            engine.shutdown()
+            os._exit(len(launch.ended))
+        finally:
+            os._exit(99)
+    assert os.waitpid(child, 0)[1] == 0
+    engine.generate([[1]])
+
+
+def test_a_shutdown_during_a_call_of_another_thread_stays(launch):
+    engine = launch()
+    engine.sleep()
+    post = engine._client.post
+
+    def post_and_close(path, body=None, **options):
+        if path.endswith(RESUME):
+            engine.shutdown(wait=False)
+        return post(path, body, **options)
+
+    engine._client.post = post_and_close
+    engine.wake()
+    assert engine._lifecycle.state.life is Life.ENDED
+    with pytest.raises(EngineStateError, match="shut down"):
+        engine.generate([[1]])
+
+
+# --- weights that are not the trainer's ---------------------------------------------------------------------------------
+
+
+def test_weights_that_the_server_has_started_with_are_refused_until_a_full_sync(launch):
+    engine = launch(State(weights=WeightsState.UNSYNCED))
+    for call in (lambda: engine.generate([[1]]), engine.continue_generation):
+        with pytest.raises(EngineStateError, match="no full sync has brought the trainer's weights"):
+            call()
+    assert engine.health() is Health.PAUSED
+    engine._sync.missing = ["tower.weight"]
+    [warning] = engine.sync_weights({}, partial=True).warnings
+    assert "tower.weight" in warning and "cpu_backup" not in warning and GO_ON not in asked(engine)
+    with pytest.raises(EngineStateError, match="still missing are tower.weight"):
+        engine.generate([[1]])
+    engine.sync_weights({})
+    assert asked(engine)[-1] == GO_ON
+    engine.generate([[1]])
+
+
+# --- restart ------------------------------------------------------------------------------------------------------------
+
+
+def kill(engine):
+    engine._context.owned.process.alive.clear()
+
+
+@pytest.mark.parametrize("dies", [True, False])
+def test_a_restart_puts_another_server_in_place(launch, dies):
+    engine = launch(enable_lora=True, lora_paths={"first": "path"})
+    engine.sync_weights({})
+    engine.init_weights_update_group(**PLACE)
+    adapter, config = tensors("o_proj"), {**CONFIG, "target_modules": ["o_proj"]}
+    engine.set_lora_from_tensors("a", adapter, config)
+    engine.unload_lora("first")
+    engine.sleep(["kv_cache"])
+    old = engine._context.server
+    if dies:
+        kill(engine)
+        assert engine.health() is Health.DEAD
+    assert engine.restart() is None
+    assert old.client.http.closed and not old.owned.process.alive
+    assert (engine.url, engine.api_key, repr(engine)) == ("http://elsewhere", "key", "Engine('http://elsewhere')")
+    assert asked(engine) == [UNLOAD, UNLOAD, LOAD], "the first one, which it has started with, and the one that was set"
+    with pytest.raises(EngineStateError, match="no full sync"):
+        engine.generate([[1]])
+    with pytest.raises(EngineStateError, match="no update group"):
+        engine.update_weights_from_distributed(**described())
+    assert engine.health() is Health.PAUSED and engine.weight_version == "6"
+    engine.sync_weights({})
+    assert engine.weight_version == "7", "it goes on"
+    assert asked(engine)[-1] == GO_ON and engine.health() is Health.READY
+    engine.generate([[1]])
+    engine.shutdown()
+    assert launch.ended[-3:] == ["stopped", "released", "shut down"]
+
+
+def test_a_restart_with_a_source_ends_with_a_full_sync(launch):
+    engine = launch()
+    kill(engine)
+    assert engine.restart({}, weight_version="40") == Report()
+    assert engine.weight_version == "40"
+    engine.generate([[1]])
+    with pytest.raises(ConfigError, match="partial without weights"):
+        engine.restart(partial=True)
+
+
+def test_a_pause_of_the_users_stays_over_a_restart(launch):
+    engine = launch()
+    engine.pause_generation("abort")
+    engine.restart({})
+    assert GO_ON not in asked(engine) and engine.health() is Health.PAUSED
+    engine.continue_generation()
+    assert asked(engine) == [GO_ON]
+
+
+def test_a_restart_that_fails_can_be_tried_again_or_given_up(launch):
+    engine = launch()
+    launch.launch_error = LaunchError("no memory")
+    with pytest.raises(LaunchError):
+        engine.restart()
+    for call in (lambda: engine.generate([[1]]), lambda: engine.sync_weights({}), engine.sleep):
+        with pytest.raises(EngineStateError, match="being restarted, or could not be"):
+            call()
+    assert engine.health() is Health.DEAD
+    launch.launch_error = None
+    engine.restart({})
+    engine.generate([[1]])
+    engine.shutdown()
+    with pytest.raises(EngineStateError, match="shut down"):
+        engine.restart()
+
+
+def test_an_engine_that_is_shut_down_while_it_restarts_keeps_no_server(launch):
+    engine = launch()
+    started = []
+    relaunch = engine._life._relaunch
+
+    def closing():
+        found = relaunch()
+        started.append(found[0])
+        engine.shutdown(wait=False)  # by another thread
+        return found
+
+    engine._life._relaunch = closing
+    with pytest.raises(EngineStateError, match="shut down"):
+        engine.restart()
+    assert not started[0].owned.process.alive and engine.health() is Health.DEAD
+
+
+def test_an_engine_restarts_by_itself_as_often_as_it_was_launched_to(launch, caplog):
+    engine = launch(restarts=2)
+    engine.sync_weights({})
+    assert engine.url == "http://somewhere"
+    kill(engine)
+    engine.sync_weights({})
+    assert engine.url == "http://elsewhere" and "found dead before 'sync weights': restart 1 of 2" in caplog.text
+    engine.generate([[1]])
+    engine._client.listens = False  # it has not exited yet, but will
+    engine.flush_cache()
+    assert "found dead before 'flush the cache': restart 2 of 2" in caplog.text
+    with pytest.raises(EngineStateError, match="no full sync"):
+        engine.generate([[1]])
+    kill(engine)
+    before = engine._context.server
+    engine.sync_weights({})  # the stand-in does not mind
+    assert engine._context.server is before, "no more"
+
+
+def test_an_engine_does_not_restart_by_itself_unless_asked_to(launch):
+    engine = launch()
+    kill(engine)
+    before = engine._context.server
+    engine.sync_weights({})
+    assert engine._context.server is before

@@ -22,6 +22,7 @@ from tpcolocate.errors import ConfigError, DeadlineError, EngineDeadError, Launc
 from tpcolocate.processes import start_of, this_process
 from tpcolocate.runtime_folder import RuntimeFolder, read_processes
 from tpcolocate.server import process
+from tpcolocate.server.lifecycle import WeightsState
 from tpcolocate.server.process import ServerProcess, ServerSpec, check_host, hold_port
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(120)]
@@ -456,7 +457,7 @@ def test_the_reason_is_the_last_line_that_names_an_error(tail, reason):
 class FailedGroup:
     """A group of live ranks whose collectives fail."""
 
-    ranks, rank = (0, 1), 0
+    ranks, rank, timeout_s = (0, 1), 0, 0.1
     members = ()
 
     def __len__(self):
@@ -484,8 +485,51 @@ def test_after_an_error_no_server_is_left_even_if_the_group_has_failed_too(monke
     monkeypatch.setattr(launch, "read_spec", lambda path: None)
     monkeypatch.setattr(launch.rendezvous, "announce", fail)
     tp_slice = launch.TpSlice(FailedGroup(), 0, torch.device("cpu"), (), False, f"test{os.getpid()}", 0)
-    launched = launch.Launch(tp_slice, launch.LaunchRequest("model", {}, {}, "nonce"))
+    launched = launch.Launch(tp_slice, launch.LaunchRequest("model", {}, {}, "nonce"), health_timeout_s=1.0)
     with pytest.raises(OSError, match="disk full"):
-        launched.start_server(health_timeout_s=1.0, log_path=None)
+        launched.start_server(log_path=None)
     assert server.stopped == (failing == "announce")
     assert not launched.sync_folder.exists()
+
+
+@pytest.mark.parametrize("load_format, expected", [
+    ("auto", WeightsState.CURRENT),
+    ("safetensors", WeightsState.CURRENT),
+    (None, WeightsState.CURRENT),
+    ("dummy", WeightsState.UNSYNCED),
+])  # fmt: skip
+def test_weights_that_were_not_loaded_are_not_the_trainers(load_format, expected):
+    assert launch._initial_state({"load_format": load_format}, "cpu").weights is expected
+
+
+@pytest.mark.parametrize("call", ["supervisor.wait", "stdin.close"])
+def test_a_stop_that_was_interrupted_can_be_made_again(stand_in, monkeypatch, call):
+    start, _ = stand_in
+    server = start(SERVE)
+    place, _, name = call.partition(".")
+    supervisor = server._supervisor
+    target = supervisor if place == "supervisor" else supervisor.stdin
+
+    class Interrupted:
+        def __getattr__(self, attribute):
+            return getattr(target, attribute)
+
+        def interrupt(self, *args):
+            raise KeyboardInterrupt
+
+    instead = Interrupted()
+    setattr(instead, name, instead.interrupt)
+    if place == "supervisor":
+        server._supervisor = instead
+    else:
+        supervisor.stdin = instead
+    with pytest.raises(KeyboardInterrupt):
+        server.stop()
+    if place == "supervisor":
+        server._supervisor = supervisor
+    else:
+        supervisor.stdin = target
+    server.stop()
+    assert server.exited() and server.exit_code is not None
+    server.remove_log()
+    assert not server.spec.log_path.exists()

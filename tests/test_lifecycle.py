@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from tpcolocate.errors import ConfigError, EngineStateError
-from tpcolocate.server.lifecycle import PAUSES, TAGS, Lifecycle, State, WeightsState
+from tpcolocate.server.lifecycle import PAUSES, TAGS, Life, Lifecycle, State, WeightsState
 
 pytestmark = pytest.mark.quick
 
@@ -17,8 +17,8 @@ def states():
     for size in range(len(TAGS) + 1):
         for asleep in itertools.combinations(TAGS, size):
             for weights in WeightsState:
-                for closed in (False, True):
-                    yield State(asleep=frozenset(asleep), weights=weights, closed=closed)
+                for life in Life:
+                    yield State(asleep=frozenset(asleep), weights=weights, life=life)
 
 
 @pytest.mark.parametrize("state", list(states()), ids=str)
@@ -32,7 +32,7 @@ def test_generating_needs_everything_awake_and_the_trainers_weights(state):
 
 @pytest.mark.parametrize("state", list(states()), ids=str)
 def test_syncing_needs_the_weights_memory_and_nothing_else(state):
-    if not state.closed and "weights" not in state.asleep:
+    if state.life is Life.RUNNING and "weights" not in state.asleep:
         state.check_sync()  # also from LOST and UNKNOWN: it is what repairs them
     else:
         with pytest.raises(EngineStateError, match="cannot sync"):
@@ -60,7 +60,7 @@ def test_sleeping_releases_what_is_not_yet_released(asleep, tags, released, now)
 @pytest.mark.parametrize("state", list(states()), ids=str)
 @pytest.mark.parametrize("paused", [None, "abort"])
 def test_the_server_may_generate_while_awake_and_not_paused_with_the_trainers_weights(state, paused):
-    state = replace(state, paused=paused, closed=False)
+    state = replace(state, paused=paused, life=Life.RUNNING)
     assert state.lets_generate is (state == AWAKE)
 
 
@@ -116,7 +116,7 @@ def test_a_failed_sync_is_repaired_by_one_that_succeeds_and_nothing_opens_a_clos
         before = replace(AWAKE, weights=weights)
         assert before.sync_over() == before == before.synced(), "it ended before anything could change"
         assert before.syncing(partial=True).synced() == before, "what was lost or unknown stays so"
-    closed = AWAKE.shut_down()
+    closed = AWAKE.ending().ended()
     for call in (
         lambda: closed.sleeping(None),
         lambda: closed.waking(None),
@@ -155,7 +155,7 @@ def test_unknown_pauses_and_closed_engines_are_refused():
     with pytest.raises(ConfigError, match="unknown mode 'stop'"):
         AWAKE.pausing("stop")
     with pytest.raises(EngineStateError, match="shut down"):
-        AWAKE.shut_down().pausing("abort")
+        AWAKE.ending().ended().pausing("abort")
 
 
 @pytest.mark.parametrize("given, expected", [
@@ -197,7 +197,7 @@ def test_a_shutdown_during_an_update_stays():
     lifecycle = Lifecycle(State())
     with lifecycle.weight_update("1", partial=False) as modified:
         modified()
-        lifecycle.state = lifecycle.state.shut_down()  # by another thread
+        lifecycle.state = lifecycle.state.ending()  # by another thread
     assert lifecycle.state.closed
 
 

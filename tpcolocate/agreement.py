@@ -77,6 +77,11 @@ class RankGroup:
     def __len__(self) -> int:
         return len(self.ranks)
 
+    def replace(self, group: dist.ProcessGroup) -> None:
+        """Use another process group of the same ranks from now on, on every rank, after this one has failed."""
+        self.group = group
+        self._rounds = Rounds(self.members, rank=self.rank, group=group)
+
     def all_gather(self, value: T, *, what: str, timeout_s: float | None = None) -> list[T]:
         """Exchange one picklable value per rank.
 

@@ -15,7 +15,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -35,6 +35,11 @@ logger = logging.getLogger(__name__)
 # When a warning names the ranks that are awaited, and how often it is repeated.
 _WARN_AFTER_S = 10.0
 _WARN_INTERVAL_S = 60.0
+
+_POLL_INTERVAL_S = 0.05
+_FILE_S = 5.0
+# Between ranks that have just met.
+_CONNECT_ANEW_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -332,6 +337,73 @@ def make_group(
     return group
 
 
+def make_group_over_file(
+    path: Path,
+    ranks: Sequence[int],
+    *,
+    rank: int,
+    timeout_s: float,
+    deadline: Deadline,
+    check: Callable[[], None] = lambda: None,
+) -> dist.ProcessGroup:
+    """Create a gloo group of ranks of one host that find each other by a file, without the default process group.
+
+    For when a group of theirs has failed.  torch's own functions (`dist.all_reduce` and so on) do not take this one.
+
+    Collective: over `ranks`, which may come at any time before the deadline.
+
+    Args:
+        path: Of the file, in a folder of this user alone; not used before.  The folder may come to be later.
+        ranks: Global ranks of the group.
+        rank: This one.
+        timeout_s: Timeout of every operation of the group, in seconds.
+        deadline: For all ranks to come.
+        check: Called while this rank waits for the others; what it raises ends the wait.
+
+    Raises:
+        RankLostError: Not all ranks came in time, or they could not connect; the message names those that did not come.
+    """
+    order = sorted(ranks)
+    while not path.parent.is_dir():
+        _wait_on(deadline, check, "no rank has made the folder of the launch", rank)
+    try:
+        store = dist.FileStore(str(path), -1)
+        store.set_timeout(timedelta(seconds=_FILE_S))  # another rank may give up, and remove the folder
+        store.set(f"here/{rank}", "")
+        while missing := [other for other in order if not store.check([f"here/{other}"])]:
+            _wait_on(deadline, check, f"ranks {list_ranks(missing)} did not come", rank)
+        return _gloo(dist.PrefixStore("group", store), order.index(rank), len(order), timeout_s, name=str(path))
+    except RuntimeError as error:
+        if isinstance(error, errors.TpColocateError):
+            raise
+        raise RankLostError(f"the ranks of the slice could not be connected anew: {error}", rank=rank) from error
+
+
+def _wait_on(deadline: Deadline, check: Callable[[], None], problem: str, rank: int) -> None:
+    check()
+    if deadline.has_passed:
+        raise RankLostError(
+            f"the slice's process group has failed and could not be made anew: {problem}",
+            hint="see the output of the other ranks",
+            rank=rank,
+        )
+    time.sleep(_POLL_INTERVAL_S)
+
+
+def _gloo(store: dist.Store, rank: int, size: int, timeout_s: float, *, name: str) -> dist.ProcessGroup:
+    options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+    options._timeout = timedelta(seconds=min(timeout_s, _CONNECT_ANEW_S))
+    options._devices = [loopback_device()]
+    gloo = dist.ProcessGroup.BackendType.GLOO
+    group = dist.ProcessGroup(store, rank, size)
+    group._set_group_name(name)  # type: ignore[arg-type]
+    group._set_default_backend(gloo)
+    backend = dist.ProcessGroupGloo(store, rank, size, options)
+    backend._set_default_timeout(timedelta(seconds=timeout_s))
+    group._register_backend(torch.device("cpu"), gloo, backend)
+    return group
+
+
 def _loopback_backend() -> str:
     """Return the name of a backend of torch that is gloo on the loopback.
 
@@ -388,6 +460,7 @@ __all__ = [
     "exchange",
     "list_ranks",
     "make_group",
+    "make_group_over_file",
     "plan_slices",
     "share_outcome",
 ]

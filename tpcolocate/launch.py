@@ -8,7 +8,7 @@ import logging
 import os
 import secrets
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,10 @@ import torch
 
 from tpcolocate import devices, rendezvous
 from tpcolocate.agreement import RankGroup
-from tpcolocate.checks import check_path, check_text, check_type
-from tpcolocate.deadline import check_timeout
-from tpcolocate.errors import ConfigError, RankLostError, RendezvousError, shown
+from tpcolocate.checks import check_integer, check_path, check_text, check_type
+from tpcolocate.deadline import Deadline, check_timeout
+from tpcolocate.errors import ConfigError, DeadlineError, RankLostError, shown
+from tpcolocate.groups import list_ranks, make_group_over_file
 from tpcolocate.processes import this_process
 from tpcolocate.runtime_folder import RuntimeFolder, folder_of, read_owner, remove_remains
 from tpcolocate.server.api import ServerApi
@@ -28,18 +29,21 @@ from tpcolocate.server.environment import child_environment, compile_cache, sgla
 from tpcolocate.server.evidence import Evidence
 from tpcolocate.server.http import ServerClient
 from tpcolocate.server.installed import find_installed
-from tpcolocate.server.lifecycle import State
+from tpcolocate.server.lifecycle import State, WeightsState
 from tpcolocate.server.process import ServerProcess, ServerSpec
 from tpcolocate.weights.sources.checkpoint import saved_version
 from tpcolocate.weights.sources.model_spec import ModelSpec, check_not_quantised, read_spec
 
 logger = logging.getLogger(__name__)
 
-# While the server loads, the owner sends the clients a heartbeat twice a second; a health request in between can take half
-# a minute.
-_HEARTBEAT_TIMEOUT_S = 90.0
-# How much longer than the owner a client waits for the rendezvous file.
-_RENDEZVOUS_MARGIN_S = 30.0
+# Of SGLang's load formats, those that read no checkpoint.
+_WITHOUT_WEIGHTS = ("dummy",)
+# For a look at the announcement, once its writer has reported that it is there.
+_ANNOUNCEMENT_S = 30.0
+# However little is left of the time for a launch, an error is reported to the other ranks; and the owner, which may end
+# the server, is the first to give up.
+_LEAST_S = 5.0
+_GRACE_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,12 +86,14 @@ class LaunchRequest:
         arguments: All of SGLang's arguments.
         env: Environment variables for the server alone.
         nonce: Identity of this launch; only the owner's counts.
+        restart: How often the engine restarts its server by itself.
     """
 
     model_path: str
     arguments: dict[str, Any]
     env: dict[str, str]
     nonce: str
+    restart: int = 0
 
     def difference(self, other: LaunchRequest) -> str | None:
         """Describe the first difference that matters; None if there is none."""
@@ -97,6 +103,8 @@ class LaunchRequest:
             value, other_value = self.arguments.get(name), other.arguments.get(name)
             if value != other_value:
                 return f"{name}={value!r} and {name}={other_value!r}"
+        if self.restart != other.restart:
+            return f"restart={self.restart!r} and restart={other.restart!r}"
         if self.env != other.env:
             return f"env {_digest(self.env)} and {_digest(other.env)}"
         return None
@@ -116,6 +124,7 @@ def agree_on_launch(
     health_timeout_s: float,
     log_path: str | os.PathLike[str] | None = None,
     closed: bool,
+    restart: int = 0,
 ) -> Launch:
     """Check the arguments of a launch, and that all ranks of the slice pass the same.
 
@@ -129,6 +138,7 @@ def agree_on_launch(
         health_timeout_s: As passed by the user, in seconds.
         log_path: As passed by the user.
         closed: Whether this rank's `Colocation` is closed.
+        restart: How often the engine restarts its server by itself.
 
     Raises:
         ConfigError: An argument is invalid or differs between ranks; the same on every rank.
@@ -145,6 +155,7 @@ def agree_on_launch(
         if log_path is not None:
             check_path("log_path", log_path)
         env = _checked_environment(env)
+        check_integer("restart", restart, at_least=0)
         arguments = server_arguments(
             server_args, tp_size=tp_slice.tp_size, device_type=tp_slice.device.type, shared_device=tp_slice.shared
         )
@@ -158,7 +169,7 @@ def agree_on_launch(
     except BaseException as caught:
         error = caught
     request = (
-        LaunchRequest(str(model_path), arguments, dict(env), f"{os.getpid()}-{secrets.token_hex(8)}")
+        LaunchRequest(str(model_path), arguments, dict(env), f"{os.getpid()}-{secrets.token_hex(8)}", restart)
         if error is None
         else None
     )
@@ -170,7 +181,7 @@ def agree_on_launch(
                 hint="every rank of a slice must pass the same arguments to launch()",
                 slice_ranks=tp_slice.group.ranks,
             )
-    return Launch(tp_slice, requests[0])  # the owner's, because of the nonce
+    return Launch(tp_slice, requests[0], health_timeout_s=health_timeout_s)  # the owner's request, because of the nonce
 
 
 def _checked_environment(env: object) -> dict[str, str]:
@@ -213,14 +224,20 @@ class RunningServer:
 class Launch:
     """One launch on one rank, and the files of it that remain until `clean_up`.
 
+    All ranks have the same time for it, from their agreement on: `health_timeout_s` for the server, and the group's
+    timeout for the ranks.
+
     Args:
         tp_slice: The slice.
         request: Agreed on by all ranks.
+        health_timeout_s: From the start of the process to its first generated token, in seconds.
     """
 
-    def __init__(self, tp_slice: TpSlice, request: LaunchRequest) -> None:
+    def __init__(self, tp_slice: TpSlice, request: LaunchRequest, *, health_timeout_s: float) -> None:
         self.tp_slice = tp_slice
         self.request = request
+        self.health_timeout_s = health_timeout_s
+        self._deadline = Deadline.after(health_timeout_s + tp_slice.group.timeout_s)
         self._announcement_path = rendezvous.path_for(request.nonce)
         self._runtime: RuntimeFolder | None = None
         self.sync_folder = folder_of(request.nonce)
@@ -243,31 +260,137 @@ class Launch:
         log_path = Path("unknown" if owner is None else owner.log_path)
         return Evidence(log_path, self.sync_folder / "processes.json")
 
+    # --- the ranks -------------------------------------------------------------------------------------------------
+
+    def share(self, error: BaseException | None, running: RunningServer | None) -> RunningServer:
+        """Report the owner's server, or its error, to all ranks.
+
+        If the slice's process group fails while all ranks live, they make a new one, which is the slice's from then on,
+        and the clients read the announcement.
+
+        Collective: over the slice.
+
+        Args:
+            error: Of this rank.
+            running: On the owner, unless it has an error.
+
+        Raises:
+            TpColocateError: The first error of any rank, on all of them.
+            DeadlineError: A rank did not come in time.
+            RankLostError: A rank has exited, or the ranks could not be connected anew.
+        """
+        group = self.tp_slice.group
+        what = "launch the server"
+        try:
+            if self._meeting_place.exists():
+                raise RankLostError(f"{what}: another rank has found the slice's process group broken", rank=group.rank)
+            # By itself: a rank that has an error raises that one, also if it could not be reported.
+            group.all_gather(None, what=f"{what}: meet", timeout_s=self._left())
+            return self._server_of(group.agree(error, running, what=what, timeout_s=self._left()))
+        except RankLostError as lost:
+            self._check_members(lost)
+            self._check_deadline(lost)
+            self._make_group_anew(lost if error is None else error, lost)
+        group.agree(error, what=f"{what} with a new process group", timeout_s=self._left())
+        return running if running is not None else self._announced()
+
+    def acknowledge(self, error: BaseException | None) -> None:
+        """Have all ranks confirm that they have what they need of the server; raises as `share`."""
+        try:
+            self.tp_slice.group.agree(error, what="complete the launch", timeout_s=self._left())
+        except RankLostError as lost:
+            self._check_members(lost)
+            self._check_deadline(lost)
+            raise
+
+    @property
+    def _meeting_place(self) -> Path:
+        """The file by which ranks find each other once their group has failed."""
+        return self.sync_folder / "group"
+
+    def _left(self) -> float:
+        grace_s = 0.0 if self.tp_slice.is_owner else _GRACE_S
+        return self._deadline.left(at_least=_LEAST_S) + grace_s
+
+    def _exited(self) -> list[int]:
+        members = self.tp_slice.group.members
+        here = next((member.host for member in members if member.rank == self.tp_slice.group.rank), None)
+        return [m.rank for m in members if here is not None and m.host.sees(here) and not m.is_running()]
+
+    def _check_members(self, lost: RankLostError) -> None:
+        if self._exited():
+            raise lost
+
+    def _check_deadline(self, lost: RankLostError) -> None:
+        if not self._deadline.has_passed:
+            return
+        group = self.tp_slice.group
+        awaited = "a client" if self.tp_slice.is_owner else f"rank {self.tp_slice.owner_rank}, which starts the server,"
+        raise DeadlineError(
+            f"{awaited} did not come within {self._deadline.timeout_s:g} s: health_timeout_s={self.health_timeout_s:g} of "
+            f"launch() and timeout_s={group.timeout_s:g} of init()",
+            hint="look for what that rank is doing, or raise one of the two",
+            rank=group.rank,
+            slice_ranks=group.ranks,
+        ) from lost
+
+    def _make_group_anew(self, error: BaseException, lost: RankLostError) -> None:
+        group = self.tp_slice.group
+        try:
+            new = make_group_over_file(
+                self._meeting_place,
+                group.ranks,
+                rank=group.rank,
+                timeout_s=group.timeout_s,
+                deadline=self._deadline,
+                check=lambda: self._check_members(lost),
+            )
+        except RankLostError as again:
+            error.add_note(f"(the slice's process group could not be made anew: {again.message})")
+            raise error from again
+        group.replace(new)
+        logger.warning("the slice's process group failed during the launch and was made anew: %s", lost)
+
+    def _server_of(self, reported: Sequence[RunningServer | None]) -> RunningServer:
+        server = reported[self.tp_slice.group.ranks.index(self.tp_slice.owner_rank)]
+        assert server is not None
+        return server
+
+    def _announced(self) -> RunningServer:
+        found = rendezvous.wait(
+            self._announcement_path, nonce=self.request.nonce, is_healthy=is_listening, timeout_s=_ANNOUNCEMENT_S
+        )
+        client = ServerClient(found.url, api_key=found.api_key)
+        try:
+            info = client.get("/server_info", timeout_s=_ANNOUNCEMENT_S)
+        finally:
+            client.close()
+        return self._running_server(found.url, found.api_key, info)
+
     # --- the owner -----------------------------------------------------------------------------------------------
 
     def start_server(
-        self, *, health_timeout_s: float, log_path: str | os.PathLike[str] | None
+        self, *, log_path: str | os.PathLike[str] | None
     ) -> tuple[RunningServer, ServerProcess, ServerApi]:
         """Start the server on the owner and report it to the clients; after an error nothing is left running.
 
         Collective: over the slice, whose other ranks call `wait_for_server`.
 
         Args:
-            health_timeout_s: From the start of the process to its first generated token, in seconds.
             log_path: As for `Colocation.launch`.
 
         Raises:
             ConfigError, LaunchError, DeadlineError, RankLostError: As `Colocation.launch`.
         """
-        group = self.tp_slice.group
-        beat = _Heartbeat(group)
         server: ServerProcess | None = None
         api: ServerApi | None = None
         running: RunningServer | None = None
         error: BaseException | None = None
         try:
             spec = self._server_spec(log_path)
-            server = ServerProcess.start(spec, health_timeout_s=health_timeout_s, heartbeat=beat)
+            server = ServerProcess.start(
+                spec, health_timeout_s=self.health_timeout_s, heartbeat=lambda line, elapsed_s: self._look_at_clients()
+            )
             assert server.client is not None
             api = ServerApi(server.client)
             running = self._running_server(server.url, server.api_key, api.info)
@@ -276,24 +399,30 @@ class Launch:
         except BaseException as caught:
             error = caught
         try:
-            beat.finish()
-            if beat.broken is None:
-                group.agree(error, running, what="launch the server")
-            elif error is not None:
-                raise error
+            self.share(error, running)
         except BaseException:
-            if server is not None:
-                server.stop()
-            self.clean_up()
+            self.undo(server)
             raise
         assert running is not None and server is not None and api is not None
-        if beat.broken is not None:
-            logger.warning(
-                "the slice's process group failed while the server loaded; clients read its URL from %s: %s",
-                self._announcement_path,
-                beat.broken,
-            )
         return running, server, api
+
+    def undo(self, server: ServerProcess | None) -> None:
+        """End the server, on the owner, and remove the files of the launch."""
+        try:
+            if server is not None:
+                server.stop()
+        finally:
+            if self.tp_slice.is_owner:
+                self.clean_up()
+
+    def _look_at_clients(self) -> None:
+        """Raise RankLostError if one of them has exited: the server need not be loaded to its end."""
+        if exited := self._exited():
+            raise RankLostError(
+                f"rank {list_ranks(exited)} has exited while the server loaded",
+                hint="the cause is the first error printed by that rank",
+                slice_ranks=self.tp_slice.group.ranks,
+            )
 
     def _server_spec(self, log_path: str | os.PathLike[str] | None) -> ServerSpec:
         tp_slice, request = self.tp_slice, self.request
@@ -343,46 +472,15 @@ class Launch:
 
     # --- clients -------------------------------------------------------------------------------------------------
 
-    def wait_for_server(self, *, health_timeout_s: float) -> RunningServer:
-        """Wait on a client for the owner's report, or for the rendezvous file if the slice's group has failed.
+    def wait_for_server(self) -> RunningServer:
+        """Wait on a client for the owner's report.
 
         Collective: over the slice, whose owner calls `start_server`.
-
-        Args:
-            health_timeout_s: As on the owner, in seconds.
 
         Raises:
             ConfigError, LaunchError, DeadlineError, RankLostError: As `Colocation.launch`.
         """
-        group = self.tp_slice.group
-        try:
-            while group.all_gather("follow", what="wait for the server", timeout_s=_HEARTBEAT_TIMEOUT_S)[0] != "done":
-                pass
-            outcome: list[RunningServer | None] = group.agree(None, None, what="launch the server")
-            assert outcome[0] is not None
-            return outcome[0]
-        except RankLostError as lost:
-            if not group.members[0].is_running():
-                raise
-            try:
-                found = rendezvous.wait(
-                    self._announcement_path,
-                    nonce=self.request.nonce,
-                    is_healthy=is_listening,
-                    timeout_s=health_timeout_s + _RENDEZVOUS_MARGIN_S,
-                )
-            except RendezvousError as error:
-                lost.add_note(f"the rendezvous file cannot be used: {error}")
-                raise lost from error
-            logger.warning(
-                "found the server in %s after the slice's process group failed: %s", self._announcement_path, lost
-            )
-            client = ServerClient(found.url, api_key=found.api_key)
-            try:
-                info = client.get("/server_info", timeout_s=_RENDEZVOUS_MARGIN_S)
-            finally:
-                client.close()
-            return self._running_server(found.url, found.api_key, info)
+        return self.share(None, None)
 
     def _running_server(self, url: str, api_key: str, info: Mapping[str, Any]) -> RunningServer:
         return RunningServer(
@@ -395,36 +493,12 @@ class Launch:
         )
 
 
-class _Heartbeat:
-    """Reports to the clients that the server still loads, and detects when one of them has exited."""
-
-    def __init__(self, group: RankGroup) -> None:
-        self.group = group
-        self.broken: RankLostError | None = None
-
-    def __call__(self, line: str, elapsed_s: float) -> None:
-        self._send("loading")
-
-    def finish(self) -> None:
-        self._send("done")
-
-    def _send(self, status: str) -> None:
-        if self.broken is not None:
-            return
-        try:
-            self.group.all_gather(status, what="wait for the server", timeout_s=_HEARTBEAT_TIMEOUT_S)
-        except RankLostError as error:
-            # A dead client ends the launch.  If all are alive, only the group failed, and clients use the file.
-            if not all(member.is_running() for member in self.group.members):
-                raise
-            self.broken = error
-
-
 def _initial_state(info: Mapping[str, Any], device_type: str) -> State:
     saver = bool(info.get("enable_memory_saver"))
     # SGLang has no memory saver on the CPU: release and resume return 200 there and do nothing.
     on_cpu = device_type == "cpu"
     return State(
+        weights=WeightsState.UNSYNCED if str(info.get("load_format")) in _WITHOUT_WEIGHTS else WeightsState.CURRENT,
         frees_memory=saver or on_cpu,
         keeps_weights=bool(info.get("enable_weights_cpu_backup")) or (on_cpu and not saver),
     )

@@ -6,13 +6,13 @@ the same error; the owner carries them out and reports to the others.
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import logging
 import os
 import secrets
-import weakref
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -26,20 +26,20 @@ from tpcolocate.agreement import RankGroup
 from tpcolocate.checks import check_flag, check_integer
 from tpcolocate.deadline import check_timeout
 from tpcolocate.engine.client import Client
-from tpcolocate.engine.context import OwnedServer, SliceContext
+from tpcolocate.engine.context import OwnedServer, ServerLink, SliceContext
 from tpcolocate.engine.engine import Engine
-from tpcolocate.errors import ConfigError, RendezvousError, shown
-from tpcolocate.groups import Host, Member, error_fields, exchange, make_group, share_outcome
+from tpcolocate.errors import ConfigError, RendezvousError, TpColocateError, shown
+from tpcolocate.groups import Host, Member, error_fields, exchange, list_ranks, make_group, share_outcome
 from tpcolocate.in_server.tpcolocate_receiver import kernels
 from tpcolocate.interfaces import GlooAddress, find_gloo_address
-from tpcolocate.launch import TpSlice, agree_on_launch, is_listening
+from tpcolocate.launch import Launch, RunningServer, TpSlice, agree_on_launch, is_listening
 from tpcolocate.placement import inspect_device, is_on_one_network, plan_roles
 from tpcolocate.processes import this_process
 from tpcolocate.server.api import ServerApi
 from tpcolocate.server.arguments import RECEIVER
 from tpcolocate.server.evidence import Evidence
 from tpcolocate.server.http import ServerClient
-from tpcolocate.server.lifecycle import Lifecycle
+from tpcolocate.server.lifecycle import Lifecycle, State, WeightsState
 from tpcolocate.server.process import ServerProcess
 from tpcolocate.weights.sync.syncer import WeightSyncer
 
@@ -49,6 +49,7 @@ _WARM_UP_S = 30.0
 # How long a rank with a wrong argument waits for the others, which are to get its error.
 _ERROR_S = 600.0
 _MOST_RANKS = 2**20
+_REQUEST_S = 30.0
 # Compiling takes two seconds the first time on a machine, while the server takes a minute to start.
 _KERNEL_S = 10.0
 _JOB_VARIABLE = "TPCOLOCATE_JOB"
@@ -207,6 +208,15 @@ def _check_arguments(
     return None
 
 
+@dataclass(frozen=True, slots=True)
+class _Started:
+    """A server that was started: this rank's end of it, the engine's lifecycle, and the server's own state at its start."""
+
+    link: ServerLink
+    lifecycle: Lifecycle
+    state: State
+
+
 class Colocation:
     """A rank's role in its tp slice; returned by `init`.
 
@@ -260,8 +270,11 @@ class Colocation:
             slice_index=slice_index,
         )
         self._world = world
-        self._engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+        # Not weakly: an engine that the trainer has dropped still has a server.
+        self._engines: list[Engine] = []
+        self._groups = [made.group for made in (group, world) if made is not None and made.group is not None]
         self._closed = False
+        self._pid = os.getpid()
 
     @property
     def group(self) -> dist.ProcessGroup | None:
@@ -279,6 +292,7 @@ class Colocation:
         health_timeout_s: float = 600.0,
         log_path: str | os.PathLike[str] | None = None,
         env: Mapping[str, str] | None = None,
+        restart: int = 0,
         **server_args: Any,
     ) -> Engine:
         """Start the slice's SGLang server and connect every rank to it.
@@ -287,10 +301,13 @@ class Colocation:
 
         Args:
             model_path: Checkpoint folder or hub id, as for SGLang.
-            health_timeout_s: From the start of the process to its first generated token, in seconds.
+            health_timeout_s: From the start of the process to its first generated token, in seconds.  A rank waits for
+                the others this long and the ``timeout_s`` of `init`.
             log_path: File for the server's output; default: one in a private folder in the temporary folder, removed
                 unless the server crashed.
             env: Environment variables for the server alone, added to this rank's environment.
+            restart: How often the engine restarts its server by itself, as `Engine.restart` does: in a collective call
+                that finds it dead.
             server_args: SGLang's server arguments (``mem_fraction_static=0.4``); they override the defaults of this
                 library (``disable_custom_all_reduce=True`` for tp_size > 1, and what a CPU needs).
 
@@ -299,39 +316,109 @@ class Colocation:
 
         Raises:
             ConfigError: Arguments that cannot work, that the installed SGLang lacks, or that differ between the ranks.
-            LaunchError, DeadlineError: The server did not start; the tail of its log is in the error.
+            LaunchError, DeadlineError: The server did not start, and the tail of its log is in the error; or a rank did
+                not come in time.
             RankLostError: A rank of the slice died.
 
             The same error is raised on every rank of the slice; nothing is left running.
         """
-        launch = agree_on_launch(
-            self._tp_slice,
-            model_path,
-            env={} if env is None else env,
-            server_args=server_args,
-            health_timeout_s=health_timeout_s,
-            log_path=log_path,
-            closed=self._closed,
+
+        def start(lifecycle: Lifecycle | None) -> _Started:
+            launch = agree_on_launch(
+                self._tp_slice,
+                model_path,
+                env={} if env is None else env,
+                server_args=server_args,
+                health_timeout_s=health_timeout_s,
+                log_path=log_path,
+                restart=restart,
+                closed=self._closed,
+            )
+            return self._start(launch, log_path, lifecycle)
+
+        if self._engines:
+            logger.warning(
+                "ranks %s launch another server while that of %s runs", list_ranks(self.slice_ranks), self._engines[-1]
+            )
+        started = start(None)
+
+        def relaunch() -> tuple[ServerLink, State]:
+            again = start(started.lifecycle)
+            return again.link, again.state
+
+        context = SliceContext(
+            group=self._slice,
+            world=self._world,
+            owner_rank=self.owner_rank,
+            lifecycle=started.lifecycle,
+            server=started.link,
         )
+        engine = Engine(
+            context,
+            model_path=os.fspath(model_path),
+            on_shutdown=lambda: self._forget(engine),
+            relaunch=relaunch,
+            restarts=restart,
+        )
+        self._engines.append(engine)
+        if len(self._engines) == 1:
+            atexit.register(self._end_at_exit)
+        return engine
+
+    def _start(self, launch: Launch, log_path: str | os.PathLike[str] | None, lifecycle: Lifecycle | None) -> _Started:
+        """Start a server and connect to it, for a new engine or the one with this lifecycle.
+
+        Collective: over the slice; after an error nothing is left running.
+        """
         server: ServerProcess | None = None
         api: ServerApi | None = None
         kernels.prepare(self.device)  # while the server starts
         try:
             if self.is_owner:
-                result, server, api = launch.start_server(health_timeout_s=health_timeout_s, log_path=log_path)
+                running, server, api = launch.start_server(log_path=log_path)
             else:
-                result = launch.wait_for_server(health_timeout_s=health_timeout_s)
+                running = launch.wait_for_server()
         finally:
             kernels.wait_until_prepared(self.device, timeout_s=_KERNEL_S)
-        lifecycle = Lifecycle(result.state, weight_version=result.weight_version)
+        started: _Started | None = None
+        error: BaseException | None = None
+        try:
+            started = self._connect(launch, running, server, api, lifecycle)
+        except BaseException as caught:
+            error = caught
+        try:
+            launch.acknowledge(error)
+        except BaseException:
+            launch.undo(server)
+            raise
+        assert started is not None
+        return started
+
+    def _connect(
+        self,
+        launch: Launch,
+        running: RunningServer,
+        server: ServerProcess | None,
+        api: ServerApi | None,
+        lifecycle: Lifecycle | None,
+    ) -> _Started:
+        if lifecycle is None:
+            lifecycle = Lifecycle(running.state, weight_version=running.weight_version)
+        elif api is not None and running.weight_version != lifecycle.weight_version:
+            # Of what it has started with; but no version is reported that is lower than one that was.
+            api.set_weight_version(lifecycle.weight_version, timeout_s=_REQUEST_S)
+        if api is not None and lifecycle.state.weights is WeightsState.UNSYNCED:
+            # Requests of other processes wait, too, for the first sync.
+            paused = lifecycle.state.paused
+            api.pause_generation("retract" if paused is None else paused, timeout_s=_REQUEST_S)
         owned = None if server is None or api is None else OwnedServer.of(server, api, lifecycle)
-        probe = ServerClient(result.url, api_key=result.api_key)
+        probe = ServerClient(running.url, api_key=running.api_key)
         sync = WeightSyncer(
             self._slice,
             device=self.device,
             owner_rank=self.owner_rank,
             server=None if owned is None else owned.updates,
-            spec=result.spec,
+            spec=running.spec,
             loader=RECEIVER,
             tp_ranks=self._tp_ranks,
             folder=launch.sync_folder,
@@ -339,40 +426,51 @@ class Colocation:
         )
         sync.warm_up(timeout_s=_WARM_UP_S)
 
-        def on_shutdown() -> None:
+        def release() -> None:
             probe.close()
             if server is not None:
                 launch.clean_up()
 
-        context = SliceContext(
-            group=self._slice,
-            world=self._world,
-            owner_rank=self.owner_rank,
-            client=Client(result.url, api_key=result.api_key, check=lambda: lifecycle.state.check_generate()),
-            lifecycle=lifecycle,
-            sync=sync,
-            owned=owned,
-        )
-        context.client.http.evidence = launch.evidence(server)
-        engine = Engine(
-            context,
-            sglang_version=result.sglang_version,
-            model_path=launch.request.model_path,
-            on_shutdown=on_shutdown,
-        )
-        self._engines.add(engine)
-        return engine
+        client = Client(running.url, api_key=running.api_key, check=lambda: lifecycle.state.check_generate())
+        client.http.evidence = launch.evidence(server)
+        link = ServerLink(client, sync, owned, running.sglang_version, release)
+        return _Started(link, lifecycle, running.state)
+
+    def _forget(self, engine: Engine) -> None:
+        if engine in self._engines:
+            self._engines.remove(engine)
+        if not self._engines:
+            atexit.unregister(self._end_at_exit)
+
+    def _end_at_exit(self) -> None:
+        if self.is_owner and os.getpid() == self._pid:
+            for engine in list(self._engines):
+                logger.warning("%s was not shut down before the end of its process", engine)
+                engine.shutdown(wait=False)
 
     def close(self) -> None:
-        """Shut down engines that still run, at once, and destroy the process groups.  Idempotent."""
-        if self._closed:
+        """Shut down engines that still run, at once, and destroy the process groups.
+
+        Idempotent; one that was interrupted can be called again.  In a forked process it does nothing.
+
+        Raises:
+            EngineError: The end of a server could not be confirmed; all else is done.
+        """
+        if os.getpid() != self._pid:
             return
         self._closed = True
+        problem: TpColocateError | None = None
         for engine in list(self._engines):
-            engine.shutdown(wait=False)
-        for group in (self._slice.group, None if self._world is None else self._world.group):
-            if group is not None and dist.is_initialized():
-                dist.destroy_process_group(group)
+            try:
+                engine.shutdown(wait=False)
+            except TpColocateError as error:
+                problem = error if problem is None else problem
+        while self._groups:
+            if dist.is_initialized():
+                dist.destroy_process_group(self._groups[-1])
+            self._groups.pop()
+        if problem is not None:
+            raise problem
 
     def __enter__(self) -> Colocation:
         return self

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
+
+import torch
 
 from tpcolocate.checks import check_text
 from tpcolocate.deadline import check_timeout
@@ -19,6 +22,8 @@ class LoraAdapters:
         self._context = context
         # On the owner those that the server was started with too; only the owner reads it.
         self._names: tuple[str, ...] = () if context.owned is None else tuple(sorted(context.owned.api.loras_at_start))
+        # Likewise: those that were loaded since, for another server.  Full tensors on the CPU.
+        self._loaded: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any]]] = {}
 
     def load(self, name: str, make: Callable[[], Adapter], *, timeout_s: float) -> None:
         """Load an adapter in place of one of that name.
@@ -51,8 +56,31 @@ class LoraAdapters:
             self._forget(name)
             context.on_owner(f"load LoRA adapter {name!r}", act, timeout_s=2 * timeout_s)
             self._names = (*self._names, name)
+            if context.owned is not None:
+                self._loaded[name] = (dict(full), dict(adapter.config_for_server))
 
         context.in_all_slices(f"load LoRA adapter {name!r} in all slices", replace, timeout_s=2 * timeout_s)
+
+    def set_again(self, *, timeout_s: float = 120.0) -> None:
+        """Load the adapters into another server that runs now, and unload those that it starts with and that were unloaded.
+
+        Collective: over the slice.
+
+        Args:
+            timeout_s: For each request to the server, in seconds.
+        """
+        tp_size, names, loaded = len(self._context.group), self._names, self._loaded
+
+        def act(owned: OwnedServer) -> None:
+            for name in sorted(owned.api.loras_at_start - set(names)):
+                owned.api.unload_lora(name, timeout_s=timeout_s)
+            for name, (tensors, config) in loaded.items():
+                owned.api.unload_lora(name, missing_ok=True, timeout_s=timeout_s)
+                owned.api.load_lora(name, tensors, config, tp_size=tp_size, timeout_s=timeout_s)
+
+        self._context.on_owner(
+            "set the LoRA adapters again", act, timeout_s=(2 * len(loaded) + len(names) + 1) * timeout_s
+        )
 
     def _check_limits(self, name: str, adapter: Adapter, api: ServerApi) -> None:
         """Check that the server was started for this adapter, and can hold it beside the others."""
@@ -85,6 +113,7 @@ class LoraAdapters:
 
     def _forget(self, name: str) -> None:
         self._names = tuple(other for other in self._names if other != name)
+        self._loaded.pop(name, None)
 
 
 def _check_name(name: object) -> None:

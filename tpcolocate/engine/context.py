@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -9,6 +10,7 @@ from typing import TypeVar
 from tpcolocate.agreement import RankGroup
 from tpcolocate.engine.client import Client
 from tpcolocate.errors import RankLostError, TpColocateError
+from tpcolocate.ipc_payload import listed
 from tpcolocate.server.api import ServerApi
 from tpcolocate.server.generation import GenerationHold
 from tpcolocate.server.lifecycle import Lifecycle, State
@@ -17,6 +19,12 @@ from tpcolocate.server.weight_updates import WeightUpdates
 from tpcolocate.weights.sync.syncer import WeightSyncer
 
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+# SIGTERM, a bounded wait, SIGKILL: see ServerProcess.stop.
+SERVER_ENDS_S = 40.0
+_LISTENS_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +48,40 @@ class OwnedServer:
         generation = GenerationHold(api, lifecycle)
         return cls(process, api, generation, WeightUpdates(api, generation, lifecycle))
 
+    @property
+    def is_dead(self) -> bool:
+        """Whether the process has exited, or nothing listens any more."""
+        return self.process.exited() or not self.api.client.is_listening(timeout_s=_LISTENS_S)
+
 
 @dataclass(frozen=True, slots=True)
+class ServerLink:
+    """One rank's end of one server process; a restart replaces it as a whole.
+
+    Attributes:
+        client: For requests of this rank.
+        sync: This rank's end of the weight syncs.
+        owned: The server; None on clients.
+        sglang_version: As the server reports it.
+        release: Removes what else is left of the server, once it is gone.
+    """
+
+    client: Client
+    sync: WeightSyncer
+    owned: OwnedServer | None
+    sglang_version: str
+    release: Callable[[], None]
+
+    def disconnect(self) -> None:
+        """Close the connections to a server that has ended, or is about to, and take back what it did not release."""
+        self.client.close()
+        lost = self.sync.close(timeout_s=0.0 if self.owned is not None else SERVER_ENDS_S)
+        if lost:
+            logger.warning("reclaimed handles that the engine never released: %s", listed(lost))
+        self.release()
+
+
+@dataclass(slots=True)
 class SliceContext:
     """One rank's view of its slice's server.
 
@@ -49,19 +89,27 @@ class SliceContext:
         group: The slice.
         world: All ranks of the job, if there are several slices.
         owner_rank: Global rank that owns the server.
-        client: For requests of this rank.
         lifecycle: Of the engine.
-        sync: This rank's end of the weight syncs.
-        owned: The server; None on clients.
+        server: The server that runs now.  Only a restart replaces it.
     """
 
     group: RankGroup
     world: RankGroup | None
     owner_rank: int
-    client: Client
     lifecycle: Lifecycle
-    sync: WeightSyncer
-    owned: OwnedServer | None
+    server: ServerLink
+
+    @property
+    def client(self) -> Client:
+        return self.server.client
+
+    @property
+    def sync(self) -> WeightSyncer:
+        return self.server.sync
+
+    @property
+    def owned(self) -> OwnedServer | None:
+        return self.server.owned
 
     @property
     def state(self) -> State:
@@ -98,4 +146,4 @@ class SliceContext:
         return result
 
 
-__all__ = ["OwnedServer", "SliceContext"]
+__all__ = ["SERVER_ENDS_S", "OwnedServer", "ServerLink", "SliceContext"]

@@ -7,7 +7,6 @@ the server, and every rank returns or raises as it does.
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,13 +21,13 @@ from tpcolocate.checks import check_flag, check_path, check_version
 from tpcolocate.deadline import check_timeout
 from tpcolocate.engine.adapters import LoraAdapters
 from tpcolocate.engine.client import HEALTH_TIMEOUT_S, Health, Prompts, SamplingParams
-from tpcolocate.engine.context import OwnedServer, SliceContext
+from tpcolocate.engine.context import OwnedServer, ServerLink, SliceContext
 from tpcolocate.engine.generation import GenerationControl
+from tpcolocate.engine.life import EngineLife
 from tpcolocate.engine.update_groups import UpdateGroups
 from tpcolocate.errors import ConfigError, EngineStateError, TpColocateError
-from tpcolocate.ipc_payload import listed
 from tpcolocate.report import SyncReport
-from tpcolocate.server.lifecycle import WeightsState
+from tpcolocate.server.lifecycle import Life, State, WeightsState
 from tpcolocate.weights import update_group
 from tpcolocate.weights.lora import adapter_of, make_adapter
 from tpcolocate.weights.sources.checkpoint import Checkpoint, CheckpointWriter, count_shards, save
@@ -37,11 +36,7 @@ from tpcolocate.weights.sources.named_weights import NamedWeights, Rename, Sourc
 from tpcolocate.weights.sync.options import SyncOptions
 from tpcolocate.weights.update_group import UpdateGroup
 
-logger = logging.getLogger(__name__)
-
 _AT_ONCE_S = 5.0
-# SIGTERM, a bounded wait, SIGKILL: see ServerProcess.stop.
-_SERVER_ENDS_S = 40.0
 
 
 class Engine:
@@ -49,11 +44,14 @@ class Engine:
 
     Args:
         context: This rank's view of the server.
+        model_path: What the server was started with.
         on_shutdown: Called once, after the server is gone (owner) or its connections are closed (client).
+        relaunch: Starts another server like the first, on all ranks; see `restart`.
+        restarts: How often the engine restarts by itself.
 
     Attributes:
-        url: Base URL of the server.
-        api_key: Random key of this launch.
+        url: Base URL of the server; another one after a restart.
+        api_key: Random key of its launch; likewise.
         sglang_version: As the server reports it.
         model_path: What the server was started with.
         weight_version: As the server reports it: of the last sync, or what it was started with.
@@ -63,23 +61,28 @@ class Engine:
         self,
         context: SliceContext,
         *,
-        sglang_version: str,
         model_path: str,
         on_shutdown: Callable[[], None],
+        relaunch: Callable[[], tuple[ServerLink, State]],
+        restarts: int = 0,
     ) -> None:
-        self.url = context.client.url
-        self.api_key = context.client.api_key
-        self.sglang_version = sglang_version
         self.model_path = model_path
         self._context = context
-        self._client = context.client.http
         self._lifecycle = context.lifecycle
-        self._sync = context.sync
         self._generation = GenerationControl(context)
         self._adapters = LoraAdapters(context)
         self._update_groups = UpdateGroups(context)
-        self._on_shutdown = on_shutdown
-        self._pid = os.getpid()
+        self._life = EngineLife(context, on_shutdown=on_shutdown, relaunch=relaunch, restarts=restarts)
+        self._use_server()
+
+    def _use_server(self) -> None:
+        """Take the attributes of the server that runs now."""
+        server = self._context.server
+        self.url = server.client.url
+        self.api_key = server.client.api_key
+        self.sglang_version = server.sglang_version
+        self._client = server.client.http
+        self._sync = server.sync
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.url!r})"
@@ -163,6 +166,7 @@ class Engine:
             EngineStateError: Paused in another mode, or the engine is shut down.
             RequestError, EngineDeadError, DeadlineError: The server failed.
         """
+        self._restart_if_dead("pause generation")
         self._generation.pause(mode, timeout_s=timeout_s)
 
     def continue_generation(self, *, timeout_s: float = 60.0) -> None:
@@ -174,6 +178,7 @@ class Engine:
             EngineStateError: Asleep, or the weights are not the trainer's.
             RequestError, EngineDeadError, DeadlineError: The server failed.
         """
+        self._restart_if_dead("continue generation")
         self._generation.go_on(timeout_s=timeout_s)
 
     def abort_request(self, rid: str | None = None, *, timeout_s: float = 30.0) -> None:
@@ -201,6 +206,7 @@ class Engine:
             EngineStateError: Requests are in flight, or the cache's memory is released.
             RequestError, EngineDeadError, DeadlineError: The server failed.
         """
+        self._restart_if_dead("flush the cache")
         self._generation.flush_cache(timeout_s=timeout_s)
 
     # --- weights ---------------------------------------------------------------------------------------------------
@@ -265,6 +271,7 @@ class Engine:
             RankFailedError: Another library's exception on some rank, such as an out-of-memory error in a gather.
             RankLostError: Another rank did not follow.
         """
+        self._restart_if_dead("sync weights")
         # Before the owner holds generation: a rank that is still waiting for tokens would wait until its deadline, and
         # the others for it.  All slices together: the gathers of sharded weights span them, and hang without one.
         with self._context.all_slices.together("sync weights") as must_match:
@@ -397,6 +404,7 @@ class Engine:
             EngineStateError: A group of that name exists, or the engine is shut down.
             RequestError, EngineDeadError, DeadlineError: The server failed, or rank 0 did not come.
         """
+        self._restart_if_dead("join an update group")
         group = UpdateGroup(master_address, master_port, rank_offset, world_size, group_name, backend)
         self._update_groups.join(group, timeout_s=timeout_s)
 
@@ -438,6 +446,7 @@ class Engine:
             SyncError, RequestError, EngineDeadError, DeadlineError: The server failed, or did not get what it waited for.
                 Its weights are unknown: generation is refused until a full sync or update succeeds.
         """
+        self._restart_if_dead("update weights from a group")
         self._update_groups.update(
             lambda: update_group.announced(names, dtypes, shapes),
             group_name=group_name,
@@ -460,6 +469,7 @@ class Engine:
             EngineStateError: There is no group of that name.
             RequestError, EngineDeadError, DeadlineError: The server failed.
         """
+        self._restart_if_dead("leave an update group")
         self._update_groups.leave(group_name, timeout_s=timeout_s)
 
     # --- adapters --------------------------------------------------------------------------------------------------
@@ -486,6 +496,7 @@ class Engine:
             RequestError, EngineDeadError, DeadlineError: The server failed; an adapter of that name may be gone.
             RankFailedError: Another library's exception on some rank.
         """
+        self._restart_if_dead("load a LoRA adapter")
         self._adapters.load(name, lambda: adapter_of(model, adapter_name), timeout_s=timeout_s)
 
     def set_lora_from_tensors(
@@ -501,6 +512,7 @@ class Engine:
             config: PEFT's adapter configuration: ``adapter_config.json`` as a dict, or a `peft.LoraConfig`.
             timeout_s: As `set_lora`.
         """
+        self._restart_if_dead("load a LoRA adapter")
         self._adapters.load(name, lambda: make_adapter(tensors, config), timeout_s=timeout_s)
 
     def unload_lora(self, name: str, *, timeout_s: float = 120.0) -> None:
@@ -512,6 +524,7 @@ class Engine:
             RequestError: The server has no adapter of that name, or failed.
             EngineDeadError, DeadlineError: The server is gone, or its requests take longer.
         """
+        self._restart_if_dead("unload a LoRA adapter")
         self._adapters.unload(name, timeout_s=timeout_s)
 
     # --- memory ----------------------------------------------------------------------------------------------------
@@ -532,6 +545,7 @@ class Engine:
             DeadlineError: Requests from elsewhere still run.
             RequestError, EngineDeadError: The server failed.
         """
+        self._restart_if_dead("sleep")
         context, lifecycle = self._context, self._lifecycle
         try:
             with context.group.together("sleep", timeout_s=_waiting(timeout_s)) as must_match:
@@ -566,6 +580,7 @@ class Engine:
         Collective: over the slice.  After waking ``weights`` they hold garbage, unless the server was launched with
         ``enable_weights_cpu_backup=True``: generation is refused until the next sync.  Raises as `sleep`.
         """
+        self._restart_if_dead("wake")
         with self._context.group.together("wake", timeout_s=_waiting(timeout_s)) as must_match:
             timeout_s = check_timeout(timeout_s)
             chosen, after = self._lifecycle.state.waking(tags)
@@ -587,7 +602,7 @@ class Engine:
         The last four without a forward.
         """
         state, owned = self._lifecycle.state, self._context.owned
-        if state.closed or (owned is not None and owned.process.exited()):
+        if state.life is not Life.RUNNING or (owned is not None and owned.process.exited()):
             return Health.DEAD
         if self._client.is_stopped:
             return Health.STOPPED
@@ -607,8 +622,54 @@ class Engine:
         """Close this side's connections; the server runs on."""
         self._context.client.close()
 
+    def restart(self, source: Source | None = None, **sync_options: Any) -> SyncReport | None:
+        """Start another server in place of this one, dead or alive, with the arguments of the launch.
+
+        Requests in flight end with `EngineDeadError`.  The new server has another URL and key, is awake, has the LoRA
+        adapters that were set, and is in no update group.  A pause of the user's stays, and so do weight versions: they go
+        on from the last one.  Its weights are the checkpoint's: generation is refused until a full sync.
+
+        If it fails, the engine has no server; it can be restarted again, or shut down.
+
+        Collective: over the slice; with a `source`, as `sync_weights`.
+
+        Args:
+            source: Weights for a full sync, as for `sync_weights`.
+            sync_options: As for `sync_weights`; not without a `source`.
+
+        Returns:
+            The report of the sync, if a source was given.
+
+        Raises:
+            ConfigError: Options without a source, or ranks that pass different arguments.
+            EngineStateError: Shut down.
+            EngineError: The end of the old server could not be confirmed; the message names its pid.
+            LaunchError, DeadlineError, RankLostError: As `Colocation.launch`.
+            RequestError, EngineDeadError: The new server failed, or refused an adapter.
+
+            The sync raises as `sync_weights`; the new server runs then.
+        """
+        if source is None and sync_options:
+            raise ConfigError(
+                f"restart() got {', '.join(sorted(sync_options))} without weights to sync",
+                hint="pass the source as well",
+            )
+        self._life.restart(with_source=source is not None)
+        self._use_server()
+        self._update_groups.forget()
+        self._adapters.set_again()
+        return None if source is None else self.sync_weights(source, **sync_options)
+
+    def _restart_if_dead(self, what: str) -> None:
+        """As `launch(restart=...)` has it, before a collective call."""
+        if self._life.must_restart(what):
+            self.restart()
+
     def shutdown(self, *, wait: bool = True, timeout_s: float = 60.0) -> None:
-        """End the server, all of it, and remove what it left in /dev/shm.  Idempotent.
+        """End the server, all of it, and remove what it left in /dev/shm.
+
+        Idempotent.  A call that was interrupted, as by Ctrl-C, can be made again, and goes on where that one was.  In a
+        forked process it does nothing.
 
         Collective: over the slice with ``wait=True``: the owner ends the server once every rank is here, so that no
         rank's request is cut off.
@@ -622,34 +683,7 @@ class Engine:
             EngineError: The end of the server could not be confirmed; the message names its pid.
         """
         wait, timeout_s = check_flag("wait", wait), check_timeout(timeout_s)
-        # A fork of the trainer (a data loader worker) inherits this object, not the engine.
-        if self._lifecycle.state.closed or os.getpid() != self._pid:
-            return
-        self._lifecycle.state = self._lifecycle.state.shut_down()
-        owned = self._context.owned
-        wait = wait and self._wait_for_ranks("shut the engine down", timeout_s)
-        try:
-            if owned is not None:
-                owned.process.stop()
-        finally:
-            if wait:
-                # Not before the server is gone: a counter that is set right while a process still reads would drop below
-                # zero when that reader releases it.
-                self._wait_for_ranks("end the server", timeout_s + _SERVER_ENDS_S)
-            self.close()
-            lost = self._sync.close(timeout_s=0.0 if owned is not None else _SERVER_ENDS_S)
-            if lost:
-                logger.warning("reclaimed handles that the engine never released: %s", listed(lost))
-            self._on_shutdown()
-
-    def _wait_for_ranks(self, what: str, timeout_s: float) -> bool:
-        """Wait for the other ranks; return False if one of them does not come."""
-        try:
-            self._context.group.all_gather(None, what=what, timeout_s=timeout_s)
-            return True
-        except TpColocateError as error:  # or another thread is in a call that they will not come to
-            logger.warning("shutting down without the others: %s", error)
-            return False
+        self._life.shut_down(wait=wait, timeout_s=timeout_s)
 
     def __enter__(self) -> Engine:
         return self

@@ -115,6 +115,10 @@ class UpdateGroups:
                 context.lifecycle.note_missing(spec.missing(names, ignored=context.sync.ignored))
             context.on_owner("update weights from a group", act, timeout_s=timeout_s)
 
+    def forget(self) -> None:
+        """Forget all groups: another server runs, which is in none."""
+        self._names.clear()
+
     def _check_joined(self, group_name: str) -> None:
         check_text("group_name", group_name)
         if group_name not in self._names:

@@ -7,6 +7,7 @@ slice keeps this state, and sends nothing that it forbids.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,10 +21,27 @@ PAUSES = ("retract", "abort", "in_place")
 """What becomes of running requests when generation is paused, as SGLang names it."""
 
 
+class Life(Enum):
+    """Where an engine is between its launch and its end."""
+
+    RUNNING = "running"
+    RESTARTING = "restarting"  # until a new server runs; if it could not be started, until the next attempt
+    ENDING = "ending"  # from the first call of `shutdown`; one that was interrupted can be resumed
+    ENDED = "ended"
+
+
+_NOT_RUNNING = {
+    Life.RESTARTING: ("its server is being restarted, or could not be", "call restart() on every rank"),
+    Life.ENDING: ("it is being shut down", "call shutdown() again if that was interrupted"),
+    Life.ENDED: ("the engine was shut down", "launch() again"),
+}
+
+
 class WeightsState(Enum):
     """What the engine's parameters hold."""
 
     CURRENT = "current"
+    UNSYNCED = "unsynced"  # what the server has started with, and that is not the trainer's
     LOST = "lost"  # released without a copy: the memory came back with arbitrary content
     CHANGING = "changing"  # a sync is in progress: the server holds generation until its end
     UNKNOWN = "unknown"  # a sync failed half-way
@@ -40,7 +58,7 @@ class State:
         weights: See `WeightsState`.
         weights_after_sync: What `weights` will be once the sync in progress succeeds.
         missing: Of weights that are lost or unknown, the names that no sync has brought since; None: all of them.
-        closed: After `shutdown`.
+        life: See `Life`.
         frees_memory: Whether the server was started with a memory saver; without one, sleeping changes nothing in it.
         keeps_weights: Whether released weights come back as they were (CPU backup, or nothing is really released).
         paused: How the user has paused generation; None while it runs.  Pauses for a sync or a sleep do not count.
@@ -51,10 +69,15 @@ class State:
     weights: WeightsState = WeightsState.CURRENT
     weights_after_sync: WeightsState = WeightsState.CURRENT
     missing: frozenset[str] | None = None
-    closed: bool = False
+    life: Life = Life.RUNNING
     frees_memory: bool = True
     keeps_weights: bool = False
     paused: str | None = None
+
+    @property
+    def closed(self) -> bool:
+        """Whether `shutdown` has begun."""
+        return self.life in (Life.ENDING, Life.ENDED)
 
     @property
     def not_awake(self) -> frozenset[str]:
@@ -80,6 +103,12 @@ class State:
                 f"cannot {what} while asleep ({', '.join(sorted(self.not_awake))} released)",
                 hint="call wake() on every rank first",
             )
+        if self.weights is WeightsState.UNSYNCED:
+            raise EngineStateError(
+                f"cannot {what}: no full sync has brought the trainer's weights since the server started"
+                f"{self._still_missing()}",
+                hint="call sync_weights() with the full model",
+            )
         if self.weights is WeightsState.LOST:
             raise EngineStateError(
                 f"cannot {what}: the weights were released and hold garbage{self._still_missing()}",
@@ -95,13 +124,13 @@ class State:
         return "" if self.missing is None else f"; still missing are {some(sorted(self.missing))}"
 
     def warn_of_missing(self) -> str | None:
-        """Return what is still missing after partial syncs of weights that were lost or unknown; None if nothing is."""
-        if self.weights not in (WeightsState.LOST, WeightsState.UNKNOWN) or not self.missing:
+        """Return what is still missing after partial syncs of weights that are not the trainer's; None if nothing is."""
+        if self.weights in (WeightsState.CURRENT, WeightsState.CHANGING) or not self.missing:
             return None
-        return (
-            f"generate is refused until these weights are synced as well: {some(sorted(self.missing))}; launch with "
-            "enable_weights_cpu_backup=True if they are never trained and the engine sleeps"
-        )
+        text = f"generate is refused until these weights are synced as well: {some(sorted(self.missing))}"
+        if self.weights is WeightsState.UNSYNCED:
+            return text
+        return f"{text}; launch with enable_weights_cpu_backup=True if they are never trained and the engine sleeps"
 
     def check_sync(self) -> None:
         """Raise EngineStateError unless weights can be written."""
@@ -112,9 +141,10 @@ class State:
             )
 
     def check_open(self, what: str) -> None:
-        """Raise EngineStateError after `shut_down`."""
-        if self.closed:
-            raise EngineStateError(f"cannot {what}: the engine was shut down", hint="launch() again")
+        """Raise EngineStateError unless the engine runs."""
+        if self.life is not Life.RUNNING:
+            why, hint = _NOT_RUNNING[self.life]
+            raise EngineStateError(f"cannot {what}: {why}", hint=hint)
 
     def sleeping(self, tags: Sequence[str] | None) -> tuple[tuple[str, ...], State]:
         """Return the tags to release now (those that are not yet), and the state until `slept` or `sleep_over`.
@@ -210,8 +240,26 @@ class State:
             return self
         return replace(self, weights=WeightsState.UNKNOWN, missing=None)
 
-    def shut_down(self) -> State:
-        return replace(self, closed=True)
+    def restarting(self) -> State:
+        """Return the state from the end of one server until `restarted`: of the old one, only the user's pause stays.
+
+        Raises:
+            EngineStateError: Shut down.
+        """
+        if self.closed:
+            self.check_open("restart the server")
+        return State(life=Life.RESTARTING, weights=WeightsState.UNSYNCED, paused=self.paused)
+
+    def restarted(self, new: State) -> State:
+        """Return the state once a new server runs, whose own state at its start is `new`."""
+        return replace(new, weights=WeightsState.UNSYNCED, paused=self.paused)
+
+    def ending(self) -> State:
+        """Return the state from the beginning of a shutdown until `ended`."""
+        return self if self.life is Life.ENDED else replace(self, life=Life.ENDING)
+
+    def ended(self) -> State:
+        return replace(self, life=Life.ENDED)
 
     @staticmethod
     def _checked(tags: Sequence[str] | None) -> tuple[str, ...]:
@@ -238,9 +286,22 @@ class Lifecycle:
     """
 
     def __init__(self, state: State, *, weight_version: str = "default") -> None:
-        self.state = state
+        self._state = state
+        self._lock = threading.Lock()
         self.weight_version = weight_version
         self._num_syncs = self._num_before = _number(weight_version, 0)
+
+    @property
+    def state(self) -> State:
+        return self._state
+
+    @state.setter
+    def state(self, new: State) -> None:
+        # What another thread has begun to shut down does not run again at the end of the call that this thread is in.
+        with self._lock:
+            old = self._state
+            went_back = (old.closed and not new.closed) or (old.life is Life.ENDED)
+            self._state = replace(new, life=old.life) if went_back else new
 
     def next_version(self, version: str | None) -> str:
         """Return the version of the next weights: the given one, or the next number.
@@ -291,4 +352,4 @@ def _number(version: str, otherwise: int) -> int:
     return int(version) if version.isdecimal() and version.isascii() else otherwise
 
 
-__all__ = ["PAUSES", "TAGS", "Lifecycle", "State", "WeightsState"]
+__all__ = ["PAUSES", "TAGS", "Life", "Lifecycle", "State", "WeightsState"]

@@ -1,0 +1,145 @@
+"""The engines of a `Colocation`: none is forgotten, whatever the trainer drops or interrupts; no server."""
+
+import gc
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+import tpcolocate
+from tpcolocate import session
+from tpcolocate.engine.context import ServerLink
+from tpcolocate.errors import ConfigError, EngineError
+from tpcolocate.server.lifecycle import Life, Lifecycle, State
+
+pytestmark = [pytest.mark.quick, pytest.mark.timeout(60)]
+
+
+class Process:
+    def __init__(self):
+        self.calls, self.errors = 0, []
+
+    def exited(self):
+        return self.calls > 0
+
+    def stop(self):
+        self.calls += 1
+        if self.errors:
+            raise self.errors.pop(0)
+
+
+@pytest.fixture
+def colo(monkeypatch):
+    """A slice of one rank whose servers are stand-ins; `colo.processes` are theirs."""
+    made = tpcolocate.init(1, device="cpu")
+    made.processes = []
+
+    def start(launch, log_path, lifecycle):
+        process = Process()
+        made.processes.append(process)
+        http = SimpleNamespace(close=lambda: None)
+        client = SimpleNamespace(url=f"http://server{len(made.processes)}", api_key="key", http=http, close=http.close)
+        owned = SimpleNamespace(process=process, api=SimpleNamespace(loras_at_start=frozenset()))
+        sync = SimpleNamespace(close=lambda timeout_s: [])
+        link = ServerLink(client, sync, owned, "0.5.21", lambda: None)
+        return session._Started(link, Lifecycle(State()) if lifecycle is None else lifecycle, State())
+
+    monkeypatch.setattr(session, "agree_on_launch", lambda *args, **kwargs: None)
+    monkeypatch.setattr(made, "_start", start)
+    yield made
+    made.close()
+
+
+def test_an_engine_that_was_dropped_is_ended_by_close(colo):
+    colo.launch("model")
+    gc.collect()
+    colo.close()
+    colo.close()
+    assert [process.calls for process in colo.processes] == [1]
+
+
+def test_an_engine_that_was_shut_down_is_not_kept(colo):
+    engine = colo.launch("model")
+    engine.shutdown()
+    assert colo._engines == []
+    colo.close()
+    assert colo.processes[0].calls == 1
+
+
+def test_a_close_that_was_interrupted_can_be_called_again(colo):
+    engines = [colo.launch("model") for _ in range(2)]
+    colo.processes[0].errors = [KeyboardInterrupt()]
+    with pytest.raises(KeyboardInterrupt):
+        colo.close()
+    colo.close()
+    assert all(engine._lifecycle.state.life is Life.ENDED for engine in engines)
+
+
+def test_an_end_that_is_not_confirmed_does_not_keep_the_others_running(colo):
+    engines = [colo.launch("model") for _ in range(2)]
+    colo.processes[0].errors = [EngineError("pid 7 may still run")]
+    with pytest.raises(EngineError, match="pid 7"):
+        colo.close()
+    assert all(engine._lifecycle.state.life is Life.ENDED for engine in engines) and colo._engines == []
+
+
+def test_a_second_launch_is_a_warning_that_names_the_first(colo, caplog):
+    first = colo.launch("model")
+    assert caplog.text == ""
+    second = colo.launch("model")
+    assert "ranks 0 launch another server while that of Engine('http://server1') runs" in caplog.text
+    second.shutdown()
+    assert first._lifecycle.state.life is Life.RUNNING and colo.processes[0].calls == 0
+
+
+def test_a_forked_child_closes_nothing(colo):
+    colo.launch("model")
+    child = os.fork()
+    if child == 0:
+        try:
+            colo.close()
+            os._exit(colo.processes[0].calls)
+        finally:
+            os._exit(99)
+    assert os.waitpid(child, 0)[1] == 0
+    assert colo._engines != [] and not colo._closed
+
+
+def test_a_restart_after_close_starts_nothing(colo):
+    engine = colo.launch("model")
+    colo.close()
+    with pytest.raises(tpcolocate.errors.EngineStateError, match="shut down"):
+        engine.restart()
+    assert len(colo.processes) == 1
+
+
+@pytest.mark.parametrize("restart", [-1, 1.0, True, "2"])
+def test_the_number_of_restarts_is_checked_before_anything_starts(restart):
+    with tpcolocate.init(1, device="cpu") as colo, pytest.raises(ConfigError, match="restart must be (an integer|at least 0)"):
+        colo.launch("model", restart=restart)
+
+
+AT_EXIT = """
+import test_session, tpcolocate, os
+from pytest import MonkeyPatch
+patch = MonkeyPatch()
+fixture = test_session.colo.__wrapped__ if hasattr(test_session.colo, "__wrapped__") else test_session.colo._fixture_function
+colo = next(made := fixture(patch))
+colo.launch("model")
+process = colo.processes[0]
+process.stop = lambda: os.write(1, b"stopped in %d" % os.getpid())
+child = os.fork()  # ends first, by the same way out
+if child:
+    os.waitpid(child, 0)
+    os.write(1, b"%d " % os.getpid())
+"""
+
+
+def test_an_engine_that_still_runs_is_ended_with_its_process_and_not_with_a_fork():
+    command = [sys.executable, "-c", AT_EXIT]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=os.path.dirname(__file__), timeout=50)
+    pid, _, rest = done.stdout.partition(" ")
+    assert rest == f"stopped in {pid}", done.stdout + done.stderr
+    assert "was not shut down before the end of its process" in done.stderr
