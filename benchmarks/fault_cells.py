@@ -191,8 +191,8 @@ def must_be_reported(cell: Cell) -> bool:
     """Whether some call has to raise: not where the call does its work all the same."""
     if cell.moment == "shutdown":
         return False  # what is to be ended has ended
-    # The supervisor only ends the server; a server that it has not ended yet works.
-    return not (cell.victim == "supervisor" and cell.fault == "SIGSTOP")
+    # The supervisor only ends the server, and not for SIGTERM, which a whole job gets; until then the server works.
+    return not (cell.victim == "supervisor" and cell.fault in ("SIGSTOP", "SIGTERM"))
 
 
 def short(result: Mapping[str, Any]) -> str:

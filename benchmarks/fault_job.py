@@ -297,9 +297,16 @@ class Job:
         ]
         return found
 
+    def logs(self) -> list[str]:
+        """Logs of servers that have been kept, which they are after an end that this library did not cause."""
+        return sorted(path.name for path in (self.folder / "tmp").rglob("*.log"))
+
     def _is_left(self, path: Path) -> bool:
         if _OTHERS.match(path.name):
             return False
+        files = [one for one in path.rglob("*") if not one.is_dir()]
+        if path.is_dir() and files and all(one.suffix == ".log" for one in files):
+            return False  # see `logs`
         if any(rank.is_alive for rank in self.ranks) and path.name.startswith("torch-shm-dir-"):
             return False  # of torch_shm_manager, for the life of the rank
         return True

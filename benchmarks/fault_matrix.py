@@ -467,6 +467,7 @@ def main() -> int:
         return 0
     from tiny_models import make_tiny_model
 
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # not past the clean-up
     load_before = os.getloadavg()
     ends = None if options.until is None else time.monotonic() + 60.0 * options.until
     with tempfile.TemporaryDirectory(prefix="tpf-model-") as folder:
