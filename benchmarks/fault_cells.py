@@ -21,18 +21,18 @@ SERVER_PROCESSES = ("server main process", "TP worker", "detokenizer", "supervis
 VICTIMS = (*RANKS, *SERVER_PROCESSES)
 
 # The timeouts that the ranks pass, in seconds; a survivor may take as long as its call documents, and `MARGIN_S` more.
-GROUP_S, HEALTH_S, GENERATE_S, SYNC_S, SLEEP_S, SHUTDOWN_S = 20.0, 120.0, 20.0, 20.0, 20.0, 20.0
+GROUP_S, HEALTH_S, GENERATE_S, SYNC_S, SLEEP_S, SHUTDOWN_S = 20.0, 240.0, 20.0, 20.0, 20.0, 20.0
 SERVER_ENDS_S = 40.0
 MARGIN_S = 2.0
 LIMITS_S: Mapping[str, float] = {
     "init": GROUP_S,
-    "launch": HEALTH_S,
+    "launch": HEALTH_S + GROUP_S,  # for the server, and for the ranks
     "generate": GENERATE_S,
     # Ranks that have met have the timeout of the sync; those that wait for one that never comes have the group's.
     "sync": SYNC_S,
     "sleep": GROUP_S + SLEEP_S,
     "wake": GROUP_S + SLEEP_S,
-    "restart": HEALTH_S + SERVER_ENDS_S,
+    "restart": SERVER_ENDS_S + HEALTH_S + GROUP_S,
     "shutdown": SHUTDOWN_S + SERVER_ENDS_S,
     "end": SERVER_ENDS_S,
 }  # fmt: skip

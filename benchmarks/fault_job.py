@@ -360,11 +360,17 @@ def _foreign(names: Iterable[str], ours: Collection[int]) -> set[str]:
     found: set[str] = set()
     if not names:
         return found
+    # By inode: a semaphore is mapped under a temporary name, before it gets its own.
+    inodes = {}
+    for name in names:
+        with contextlib.suppress(OSError):
+            inodes[str((SHM / name).stat().st_ino)] = name
     for pid in set(psutil.pids()) - set(ours):
         found |= {name for name in names if pid in Job._numbers(name)}
         with contextlib.suppress(OSError):
-            maps = Path(f"/proc/{pid}/maps").read_text(errors="replace")
-            found |= {name for name in names if f"/dev/shm/{name}" in maps}
+            lines = Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines()
+            mapped = {line.split(maxsplit=5)[4] for line in lines if "/dev/shm/" in line}
+            found |= {inodes[inode] for inode in mapped if inode in inodes}
     # Another job's, which has just ended.
     found |= {name for name in names if name.startswith(("torch_", "sgl_shm_", "tpcolocate"))}
     return found

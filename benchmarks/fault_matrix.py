@@ -21,7 +21,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +38,6 @@ PAGE = ROOT / "docs" / "faults.md"
 # After which a rank is taken to hang; beyond its limit, so that the table has by how much it was exceeded.
 PATIENCE_S = 45.0
 _SECONDS_INTO_GENERATE = 1.0
-# Of a launch that no fault is planted in, on a machine that may be busy.
-_LAUNCH_S = 300.0
 _FOLDERS = re.compile(r"(?<![\w.:/-])/\w[\w.-]*/(?:[\w.-]+/)*(?=\w)")
 
 
@@ -124,7 +122,9 @@ def launch(job: Job, seed: int) -> None:
     Raises:
         AssertionError: Something of it fails.
     """
-    _all_ok(job.call("launch", limit_s=_LAUNCH_S + PATIENCE_S, health_timeout_s=_LAUNCH_S))
+    _all_ok(
+        job.call("launch", limit_s=fault_cells.LIMITS_S["launch"] + PATIENCE_S, health_timeout_s=fault_cells.HEALTH_S)
+    )
     sync_and_check(job, seed)
 
 
@@ -176,7 +176,7 @@ class Attempt:
         # The rank that gets there in the course of its own work; what is started is started by the owner.
         planter = (
             0
-            if cell.rank is None or (cell.moment in ("launch", "publish") and cell.fault != "exception")
+            if cell.rank is None or (cell.moment in ("launch", "publish", "restart") and cell.fault != "exception")
             else cell.rank
         )
         plan = {
@@ -262,7 +262,7 @@ class Attempt:
 
     def _arguments(self, call: str) -> dict[str, Any]:
         if call == "launch":
-            return {"health_timeout_s": fault_cells.LIMITS_S["launch"]}
+            return {"health_timeout_s": fault_cells.HEALTH_S}
         if call == "sync":
             in_phase = self.cell.phase is not None
             return {
@@ -270,6 +270,8 @@ class Attempt:
             }  # fmt: skip
         if call == "end":
             return {}
+        if call == "restart":
+            return {"timeout_s": fault_cells.SYNC_S, "seed": self.seed}
         if call in ("init", "generate"):
             return {"timeout_s": fault_cells.LIMITS_S[call]}
         return {
@@ -278,8 +280,13 @@ class Attempt:
 
     # --- afterwards --------------------------------------------------------------------------------------------------
 
-    def go_on(self, seed: int) -> tuple[str, str]:
-        """Let the job go on as far as it can; return how, and what there is now (see `Runner.has`)."""
+    def go_on(self, seed: int, *, by_restart: bool = False) -> tuple[str, str]:
+        """Let the job go on as far as it can; return how, and what there is now (see `Runner.has`).
+
+        Args:
+            seed: Of the weights of the next sync.
+            by_restart: With `Engine.restart`, where a relaunch would do as well.
+        """
         cell, job = self.cell, self.job
         hang = any(one["outcome"] == "hangs" for one in self.shown)
         if cell.ends_a_rank or hang or len(job.alive) < len(job.ranks):
@@ -287,17 +294,20 @@ class Attempt:
         if cell.moment == "init":
             return self._end_job("job over"), "nothing"
         if cell.leaves_the_server and cell.moment not in ("launch", "publish", "shutdown"):
-            how = self._try("synced again", lambda: self._sync_again(seed))
+            how = self._try(lambda: self._sync_again(seed))
             if how is None:
                 return "synced again", "server"
-        how = self._try("relaunched", lambda: self._relaunch(seed))
+        if by_restart and cell.moment not in ("launch", "publish", "shutdown"):
+            how = self._try(lambda: self._restart(seed))
+            return ("restarted", "server") if how is None else (self._end_job(f"no: {how}"), "nothing")
+        how = self._try(lambda: self._relaunch(seed))
         if how is None:
             return "relaunched", "server"
         if "unusable since" in how or "lost contact" in how or "different calls" in how:
             return self._end_job("job over (the group of the ranks is unusable)"), "nothing"
         return self._end_job(f"no: {how}"), "nothing"
 
-    def _try(self, what: str, action: Any) -> str | None:
+    def _try(self, action: Callable[[], None]) -> str | None:
         try:
             action()
         except AssertionError as error:
@@ -316,6 +326,12 @@ class Attempt:
         self.left = self.job.left()
         self.handles = sum(int(answer.value) for answer in _all_ok(self.job.call("handles", limit_s=30.0)).values())
         launch(self.job, seed)
+
+    def _restart(self, seed: int) -> None:
+        job = self.job
+        _all_ok(job.call("restart", limit_s=fault_cells.LIMITS_S["restart"] + PATIENCE_S, timeout_s=60.0, seed=seed))
+        sync_and_check(job, seed)
+        self.handles = sum(int(answer.value) for answer in _all_ok(job.call("handles", limit_s=30.0)).values())
 
     def _end_job(self, how: str) -> str:
         """Let the survivors leave, end the stopped as a launcher does, and look at what is left."""

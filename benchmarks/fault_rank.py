@@ -44,7 +44,9 @@ PLACES: dict[tuple[str, str], tuple[str, str, str | None]] = {
     ("init", "exception"): ("tpcolocate.session", "exchange", None),
     ("init", "signal"): ("tpcolocate.session", "exchange", None),
     ("launch", "exception"): ("tpcolocate.session", "kernels.prepare", None),
-    ("launch", "signal"): ("tpcolocate.agreement", "RankGroup.all_gather", "wait for the server"),
+    ("launch", "signal"): ("tpcolocate.server.process", "ServerProcess.last_line", None),  # while the server loads
+    ("restart", "exception"): ("tpcolocate.session", "kernels.prepare", None),
+    ("restart", "signal"): ("tpcolocate.server.process", "ServerProcess.last_line", None),
     ("publish", "exception on the client"): ("tpcolocate.weights.sync.syncer", "WeightSyncer.warm_up", None),
     ("publish", "exception"): ("tpcolocate.rendezvous", "announce", None),
     ("publish", "signal"): ("tpcolocate.rendezvous", "announce", None),
@@ -186,7 +188,10 @@ class Fault:
     def _pid(self) -> int | None:
         if self.plan["rank"] is not None:
             # A server is being started: its supervisor is there.
-            if self.plan["moment"] == "launch" and process_of("server main process", self.plan["pids"][0]) is None:
+            if (
+                self.plan["moment"] in ("launch", "restart")
+                and process_of("server main process", self.plan["pids"][0]) is None
+            ):
                 return None
             pid: int = self.plan["pids"][self.plan["rank"]]
             return pid
@@ -324,8 +329,14 @@ class Rank:
     def wake(self, timeout_s: float) -> None:
         self.engine.wake(timeout_s=timeout_s)
 
-    def restart(self, **arguments: Any) -> None:
-        self.engine.restart(**arguments)
+    def restart(self, timeout_s: float, seed: int) -> None:
+        """Another server in place of this one, with other weights."""
+        self.perturb(seed)
+        self.engine.restart(self.model, bucket_bytes=BUCKET_BYTES, timeout_s=timeout_s)
+
+    def can_restart(self) -> bool:
+        """Whether this version of the library can."""
+        return hasattr(self.engine, "restart")
 
     def shutdown(self, timeout_s: float, wait: bool = True) -> None:
         if self.engine is not None:

@@ -127,7 +127,10 @@ class Soak:
                 found.problems.append(f"{cell.name}: {attempt.why_not}")
                 self.runner.close()
                 return
-            how, self.runner.has = attempt.go_on(self._next_seed())
+            # In turns: by another launch, and by a restart of the engine.
+            can_restart = all(answer.value for answer in job.call("can_restart", limit_s=30.0).values())
+            by_restart = can_restart and len(found.faults) % 2 == 0
+            how, self.runner.has = attempt.go_on(self._next_seed(), by_restart=by_restart)
             found.faults.append(cell.name)
             assert struck is not None
             found.recovered_s.append(time.monotonic() - struck)
