@@ -179,7 +179,8 @@ def problems_of(cell: Cell, result: Mapping[str, Any]) -> list[str]:
             "the ranks had different errors: "
             + "; ".join(f"rank {r}: {o['kind']}: {o['message']}" for r, o in survivors.items())
         )
-    found += [f"left behind: {name}" for name in result["left"]]
+    if result["left"]:
+        found.append("left behind: " + ", ".join(name.strip() for name in result["left"]))
     if result["handles"]:
         found.append(f"{result['handles']} handles were not given back")
     if result["goes_on"].startswith("no"):

@@ -21,6 +21,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -355,6 +356,7 @@ def _empty(cell: Cell) -> dict[str, Any]:
     return {
         "moment": cell.moment, "fault": cell.fault, "victim": cell.victim, "status": "not run", "reason": None, "calls": [],
         "left": [], "handles": 0, "goes_on": "", "problems": [], "seconds": 0.0,
+        "commit": record.commit(),
     }  # fmt: skip
 
 
@@ -410,8 +412,8 @@ def page(results: Mapping[str, Any]) -> str:
         "Written by `python benchmarks/fault_matrix.py --docs` from `benchmarks/results/fault_matrix.json`; run the cells with",
         "`make faults`.  Two training ranks, SGLang with tp=2 on the CPU, a tiny model.",
         "",
-        f"Of {counts['sensible']} cells that make sense, {counts['run']} were run on commit `{str(results['commit'])[:12]}`, and "
-        f"{counts['wrong']} of them were not as they should be.  What is not run is marked so.",
+        f"Of {counts['sensible']} cells that make sense, {counts['run']} were run ({_commits(cells)}), and {counts['wrong']} of "
+        "them were not as they should be.  What is not run is marked so.",
         "",
         "A row is the moment of the fault, a column the process that it happens to.  An entry has the error, the rank that",
         "raised it and the seconds from the fault to the error, then how the job went on: *synced again* on the same server,",
@@ -437,6 +439,12 @@ def page(results: Mapping[str, Any]) -> str:
     if unreached:
         lines += ["", "## Cells whose moment was not reached", "", *(f"* {name}: {why}" for name, why in unreached)]
     return "\n".join(lines) + "\n"
+
+
+def _commits(cells: Mapping[str, Mapping[str, Any]]) -> str:
+    """How many cells were run on which commit."""
+    numbers = Counter(str(result["commit"])[:12] for result in cells.values() if result["status"] == "run")
+    return ", ".join(f"{number} on commit `{commit}`" for commit, number in numbers.most_common())
 
 
 def _scope(cells: Sequence[Cell]) -> str:

@@ -117,10 +117,18 @@ def test_the_rank_that_has_the_exception_may_raise_what_it_raised_and_a_shutdown
 
 @pytest.mark.quick
 def test_the_page_has_every_cell_and_names_what_was_not_run():
-    run = {**WELL, "status": "run", "calls": [call(), call(rank=1)], "problems": ["handles"], "reason": None}
-    page = fault_matrix.page({"commit": "abc", "cells": {"idle/SIGKILL/TP worker": run}})
+    run = {
+        **WELL,
+        "status": "run",
+        "calls": [call(), call(rank=1)],
+        "problems": ["handles"],
+        "reason": None,
+        "commit": "abc",
+    }
+    page = fault_matrix.page({"cells": {"idle/SIGKILL/TP worker": run}})
     assert "| **wrong** EngineDeadError (0: 1.0 s; 1: 1.0 s); relaunched |" in page
     assert "* idle/SIGKILL/TP worker: handles" in page
+    assert "1 were run (1 on commit `abc`), and 1 of them" in page
     assert page.count("| not run") == len(SENSIBLE) - 1
     rows = [line for line in page.splitlines() if line.startswith("| ") and not line.startswith("| moment")]
     assert len(rows) == len(fault_cells.FAULTS) * len(fault_cells.MOMENTS)
