@@ -289,7 +289,12 @@ class Attempt:
             by_restart: With `Engine.restart`, where a relaunch would do as well.
         """
         cell, job = self.cell, self.job
-        hang = any(one["outcome"] == "hangs" for one in self.shown)
+        waiting = [one["call"] for one in self.shown if one["outcome"] == "hangs"]
+        if waiting and all(fault_cells.waits_as_documented(cell, call) for call in waiting):
+            for rank in list(job.alive):  # as a launcher would
+                job.kill_rank(rank)
+            return self._end_job("job over (ended from outside)"), "nothing"
+        hang = bool(waiting)
         if cell.ends_a_rank or hang or len(job.alive) < len(job.ranks):
             return self._end_job("no: a rank hangs" if hang else "job over"), "nothing"
         if cell.moment == "init":
@@ -421,6 +426,7 @@ def page(results: Mapping[str, Any]) -> str:
         "each case with the trainer's own greedy tokens, or with nothing left of the job.",
         "",
         f"A survivor may wait as long as its call documents, and {fault_cells.MARGIN_S:.0f} s more: {limits}.",
+        "Only before a collective call begins, ranks wait for a stopped one without a limit, with a warning that names it.",
         "",
     ]  # fmt: skip
     for fault in fault_cells.FAULTS:

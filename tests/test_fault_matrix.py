@@ -116,6 +116,14 @@ def test_the_rank_that_has_the_exception_may_raise_what_it_raised_and_a_shutdown
 
 
 @pytest.mark.quick
+def test_only_before_a_call_begins_a_stopped_rank_is_waited_for():
+    waiting = {**WELL, "calls": [call(outcome="hangs", after_s=65.0)], "goes_on": "job over"}
+    assert fault_cells.problems_of(Cell("idle", "SIGSTOP", "client rank"), waiting) == []
+    for cell in (Cell("sync: open", "SIGSTOP", "client rank"), Cell("idle", "SIGSTOP", "TP worker")):
+        assert any("still waiting" in problem for problem in fault_cells.problems_of(cell, waiting))
+
+
+@pytest.mark.quick
 def test_the_page_has_every_cell_and_names_what_was_not_run():
     run = {
         **WELL,
