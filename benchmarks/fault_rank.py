@@ -9,6 +9,7 @@ import contextlib
 import datetime
 import faulthandler
 import functools
+import gc
 import importlib
 import os
 import random
@@ -342,6 +343,7 @@ class Rank:
         if self.engine is not None:
             self.engine.shutdown(wait=wait, timeout_s=timeout_s)
             self.engine = None
+            gc.collect()  # what an error has left in cycles is no leak
 
     def end(self) -> None:
         """What a script does after an error: it leaves its ``with`` statements."""
@@ -413,8 +415,6 @@ class Rank:
 
     def footprint(self) -> dict[str, int]:
         """Memory and descriptors of this process alone."""
-        import gc
-
         gc.collect()
         process = psutil.Process()
         return {
