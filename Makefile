@@ -10,8 +10,10 @@ PYTEST_ARGS ?=
 # An environment with a CUDA build of torch and SGLang, which .venv is not.
 GPU_PYTHON ?= python3
 GPU_ARGS ?=
+FAULT_ARGS ?=
+SOAK_ARGS ?=
 
-.PHONY: help venv demo test test-loaded quick coverage docs contracts gpu lint clean
+.PHONY: help venv demo test test-loaded quick coverage docs contracts faults soak gpu lint clean
 
 help:
 	@echo 'make demo    GRPO on a real SGLang server, two training ranks, on the CPU; writes a plot to out/'
@@ -20,6 +22,8 @@ help:
 	@echo 'make quick   the tests that need no server, in under 90 seconds'
 	@echo 'make coverage   which lines of weights/ and of the receiver the quick tests run, in all of their processes'
 	@echo 'make contracts  what we rely on in SGLang, asked of the code of its releases; fetches them, the newest too'
+	@echo 'make faults  every fault at every moment in every process; hours on two cores; FAULT_ARGS="--only idle/ --resume"'
+	@echo 'make soak    faults from a seeded schedule under a job that goes on; SOAK_ARGS="--faults 20 --seed 1"'
 	@echo 'make gpu     every kind of trainer on the GPUs of CUDA_VISIBLE_DEVICES, with the python of GPU_PYTHON; GPU_ARGS="--layouts tp2"'
 	@echo 'make docs    the documentation as a site, into out/site'
 	@echo 'make lint    ruff and mypy'
@@ -63,6 +67,12 @@ docs: venv
 contracts: venv
 	$(BIN)/python tests/contracts/fetch.py
 	$(BIN)/python -m pytest -m '' tests/contracts $(PYTEST_ARGS)
+
+faults: venv
+	$(BIN)/python benchmarks/fault_matrix.py $(FAULT_ARGS)
+
+soak: venv
+	$(BIN)/python benchmarks/soak.py $(SOAK_ARGS)
 
 gpu:
 	$(GPU_PYTHON) benchmarks/gpu_matrix.py --record $(GPU_ARGS)

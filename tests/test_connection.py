@@ -35,6 +35,7 @@ class Workers:
         self.greetings = greetings
         self.closed = threading.Event()
         self.num_finished = 0
+        self.limits = []
 
     def greet(self, *, timeout_s):
         return self.greetings
@@ -42,7 +43,8 @@ class Workers:
     def finish(self):
         self.num_finished += 1
 
-    def close(self):
+    def close(self, *, timeout_s):
+        self.limits.append(timeout_s)
         self.closed.set()
 
 
@@ -73,6 +75,7 @@ class Server:
         return self.workers
 
     def cancel_sync(self, *, timeout_s):
+        self.workers.limits.append(timeout_s)
         self.asked.append("cancel_sync")
 
     def end_sync(self, version, *, workers, timeout_s):
@@ -262,6 +265,15 @@ def test_workers_are_not_called_after_the_end():
     with pytest.raises(SyncError, match="given up before the workers were called"):
         connection.wait()
     assert server.asked == ["hold_generation", "cancel_sync"]
+
+
+def test_all_that_is_waited_for_when_a_sync_is_given_up_has_one_limit():
+    server = Server()  # which does not answer
+    connection = opened(server)
+    connection.abandon(timeout_s=0.2)
+    [of_workers, of_server] = server.workers.limits
+    assert of_workers == 0 and of_server == module._LEAST_S, "nothing is left of the time"
+    server.go_on.set()
 
 
 def test_a_socket_that_cannot_be_bound_is_an_error(monkeypatch):

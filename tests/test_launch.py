@@ -279,6 +279,15 @@ def test_a_stopped_process_is_named_by_a_request_that_is_too_slow(stand_in):
     assert server.spec.log_path.exists(), "the log of a server in trouble stays"
 
 
+def test_a_stopped_supervisor_goes_on_for_the_stop(stand_in):
+    start, _ = stand_in
+    server = start(SERVE)
+    os.kill(server._supervision._process.pid, signal.SIGSTOP)
+    server.stop()
+    assert server.exited() and server.exit_code is not None
+    assert not server.spec.runtime.temporary.exists()
+
+
 @pytest.mark.parametrize("mode", [None, 0o644])
 def test_no_log_has_the_key(stand_in, tmp_path, mode):
     start, _ = stand_in

@@ -131,7 +131,7 @@ def without_a_way_back(rank):
     """The group is broken, and the other way as well."""
     with launched(rank, timeout_s=2.0, health_timeout_s=1.0, reset=True) as (made, group, running):
 
-        def fail(*args):
+        def fail(*args, **options):
             raise RuntimeError("no device")
 
         launch.make_group_over_file.__globals__["_gloo"] = fail

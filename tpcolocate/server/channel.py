@@ -158,14 +158,14 @@ class Channel:
             except zmq.ZMQError:
                 pass  # it has left
 
-    def close(self) -> None:
-        """Dismiss the workers, and wait for a bounded time until SGLang has answered."""
+    def close(self, *, timeout_s: float = _LEAVE_S) -> None:
+        """Dismiss the workers, and wait so long until SGLang has answered."""
         if self._socket.closed:
             return
         try:
             self.dismiss()
             if self._request is not None:
-                wait([self._request], _LEAVE_S)
+                wait([self._request], timeout_s)
         finally:
             self._socket.close()
             self._context.term()

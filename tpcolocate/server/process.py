@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import secrets
+import signal
 import socket
 import subprocess
 import sys
@@ -204,6 +205,7 @@ class _Supervision:
                 self._commands.close()
             except BrokenPipeError:
                 pass
+        self._process.send_signal(signal.SIGCONT)  # one that was stopped would not end anything
         try:
             self._process.wait(timeout_s)
             self._read()

@@ -37,8 +37,9 @@ from tpcolocate.worker_errors import raise_worker_errors
 
 T = TypeVar("T")
 
-# The others are to hear of a missed deadline rather than to miss one of their own.
-GRACE_S = 5.0
+# The others are to hear of a missed deadline rather than to miss one of their own.  With it, a call takes at most two
+# seconds longer than its timeout.
+GRACE_S = 1.5
 # From the engine's answer to the return of all handles.  It is milliseconds; what takes longer does not come.
 RELEASE_S = 10.0
 WEIGHTS_UNKNOWN = "the engine's weights are unknown now: sync again in full, or launch() again"

@@ -22,6 +22,9 @@ from tpcolocate.worker_errors import raise_worker_errors
 
 logger = logging.getLogger(__name__)
 
+# However little time is left, a server that still runs is asked to go on.
+_LEAST_S = 0.5
+
 # From the workers' greeting to the answer of a flush that they took up before it: the way back through SGLang's loop, and
 # the turn of our thread.  Where it takes longer for once, the workers are reached a second time, and nothing else.
 _ANSWER_S = 0.25
@@ -38,7 +41,7 @@ class Workers(Protocol):
     def collect(self, number: int, *, timeout_s: float) -> dict[int, Reply]: ...
     def dismiss(self) -> None: ...
     def finish(self) -> None: ...
-    def close(self) -> None: ...
+    def close(self, *, timeout_s: float) -> None: ...
 
 
 class WeightServer(Protocol):
@@ -141,7 +144,7 @@ class OwnerConnection(WorkerConnection):
         with self._lock:
             self._workers = workers
             if self._is_closed:  # abandoned meanwhile
-                workers.close()
+                workers.close(timeout_s=0.0)
         return workers
 
     def _reach(self, workers: Workers) -> Replies:
@@ -194,17 +197,18 @@ class OwnerConnection(WorkerConnection):
     def abandon(self, *, timeout_s: float) -> None:
         if self._opening is None:
             return
-        wait([self._opening], timeout_s)
+        deadline = Deadline.after(timeout_s)
+        wait([self._opening], deadline.left())
         with self._lock:
             self._is_closed = True
             if self._workers is not None:
-                self._workers.close()
+                self._workers.close(timeout_s=deadline.left())
         if self._is_engine_modified:
             return
         if self._opening.done() and isinstance(self._opening.exception(), EngineDeadError):
             return  # there is no server to go on; after a mere deadline there is, and it would stay paused
         try:
-            self._server.cancel_sync(timeout_s=timeout_s)
+            self._server.cancel_sync(timeout_s=deadline.left(at_least=_LEAST_S))
         except TpColocateError as error:
             logger.warning("the engine could not be asked to go on: %s", error)
 

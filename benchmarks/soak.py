@@ -1,0 +1,244 @@
+"""Faults one after another under a job that goes on: rollouts beside every sync, and recovery after each fault.
+
+    python benchmarks/soak.py --faults 20 --seed 1 --record
+
+Each fault is drawn from the seed.  After it the ranks must have an error within their limits, the job must go on (a sync
+again, a relaunch in the same processes, or a new job where a rank is gone), and the engine must generate the trainer's own
+greedy tokens.  Nothing of a server may be left, and the ranks' memory, descriptors and files must not grow.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import fault_cells
+import record
+from fault_cells import Cell
+from fault_job import ROOT, SHM, Job
+from fault_matrix import Attempt, Runner, sync_and_check
+
+sys.path.append(str(ROOT / "tests"))  # the tiny model is the tests'
+
+# Of the ranks, from the second time that a server runs to the last: the first launch loads libraries.
+MOST_RSS_BYTES, MOST_FDS = 64 * 2**20, 8
+_SYNCS_BETWEEN = 3
+# How often: what leaves the server alone, what ends it, what ends a rank.
+_WEIGHTS = {"server stays": 4, "server ends": 3, "rank ends": 1}
+
+
+def kind_of(cell: Cell) -> str:
+    """Which of `_WEIGHTS` a cell counts for."""
+    return "server stays" if cell.leaves_the_server else "rank ends" if cell.ends_a_rank else "server ends"
+
+
+def schedule(num_faults: int, seed: int, *, weights: Mapping[str, int] | None = None) -> list[Cell]:
+    """Draw the faults of a run; the same ones for the same arguments.
+
+    Args:
+        num_faults: How many.
+        seed: Of the draws.
+        weights: How often each of `kind_of` comes, in relation to the others.
+    """
+    weights = _WEIGHTS if weights is None else weights
+    chance = random.Random(seed)
+    pools: dict[str, list[Cell]] = {kind: [] for kind in _WEIGHTS}
+    for cell in fault_cells.all_cells():
+        # While the rollouts run, and no Ctrl-C: after it the ranks need not agree any more.
+        running = cell.moment in ("idle", "generate") or cell.phase is not None
+        if running and cell.fault != "Ctrl-C" and fault_cells.senseless(cell) is None:
+            pools[kind_of(cell)].append(cell)
+    drawn = []
+    for _ in range(num_faults):
+        [kind] = chance.choices(list(weights), weights=list(weights.values()))
+        drawn.append(chance.choice(pools[kind]))
+    return drawn
+
+
+@dataclass(slots=True)
+class Found:
+    """What a run has shown.
+
+    Attributes:
+        recovered_s: From each fault to right tokens, or to the end of the job where a rank had gone.
+        problems: What was wrong, with the fault's name.
+        num_syncs: Syncs beside rollouts whose tokens were compared.
+        num_answers: Of the rollouts.
+        growth: Name -> most growth of any job from its first good sample to its last.
+        faults: Names of the faults that happened.
+    """
+
+    recovered_s: list[float] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    num_syncs: int = 0
+    num_answers: int = 0
+    growth: dict[str, int] = field(default_factory=dict)
+    faults: list[str] = field(default_factory=list)
+
+
+class Soak:
+    """Runs a schedule.
+
+    Args:
+        model_dir: What is served.
+        syncs_between: Syncs beside rollouts before each fault.
+    """
+
+    def __init__(self, model_dir: str, *, syncs_between: int = _SYNCS_BETWEEN) -> None:
+        self.runner = Runner(model_dir)
+        self.syncs_between = syncs_between
+        self.found = Found()
+        self._seed = 0
+        self._first: dict[str, int] | None = None
+        self._job: Job | None = None
+        self._num_samples = 0
+
+    def run(self, cells: Sequence[Cell]) -> Found:
+        """Run all faults of a schedule, whatever goes wrong with one of them."""
+        try:
+            for cell in cells:
+                self._fault(cell)
+            if self.runner.job is not None and self.runner.has == "server":
+                self._roll_out_and_sync(self.runner.job)
+                self._end()
+        finally:
+            self.runner.close()
+        return self.found
+
+    def _fault(self, cell: Cell) -> None:
+        found = self.found
+        try:
+            job = self.runner.ready_for(cell)
+            self._measure(job)
+            self._roll_out_and_sync(job)
+            job.call("start_rollouts", limit_s=30.0)
+            attempt = Attempt(cell, job, seed=self._next_seed())
+            reached = attempt.strike()
+            struck = job.fired_at
+            self._end_rollouts(job)
+            if not reached:
+                found.problems.append(f"{cell.name}: {attempt.why_not}")
+                self.runner.close()
+                return
+            # In turns: by another launch, and by a restart of the engine.
+            can_restart = all(answer.value for answer in job.call("can_restart", limit_s=30.0).values())
+            by_restart = can_restart and len(found.faults) % 2 == 0
+            how, self.runner.has = attempt.go_on(self._next_seed(), by_restart=by_restart)
+            found.faults.append(cell.name)
+            assert struck is not None
+            found.recovered_s.append(time.monotonic() - struck)
+            result = {"calls": attempt.shown, "left": attempt.left, "handles": attempt.handles, "goes_on": how}
+            found.problems += [f"{cell.name}: {problem}" for problem in fault_cells.problems_of(cell, result)]
+            if self.runner.has == "nothing":
+                self.runner.close()
+        except Exception as error:
+            found.problems.append(f"{cell.name}: {type(error).__name__}: {error}")
+            self.runner.close()
+
+    def _roll_out_and_sync(self, job: Job) -> None:
+        job.call("start_rollouts", limit_s=30.0)
+        for _ in range(self.syncs_between):
+            sync_and_check(job, self._next_seed())
+            self.found.num_syncs += 1
+        errors = self._end_rollouts(job)
+        if errors:
+            raise AssertionError(f"rollouts failed beside syncs without a fault: {errors[:3]}")
+
+    def _end_rollouts(self, job: Job) -> list[str]:
+        errors: list[str] = []
+        for answer in job.call("end_rollouts", limit_s=60.0).values():
+            if answer.outcome != "ok" or not answer.value["ended"]:
+                self.found.problems.append(
+                    f"rollouts of rank {answer.rank} do not end: {answer.outcome} {answer.message}"
+                )
+                continue
+            self.found.num_answers += answer.value["answers"]
+            errors += answer.value["errors"]
+        self.found.problems += [error for error in errors if error.startswith("not ours")]
+        return errors
+
+    def _measure(self, job: Job) -> None:
+        """Compare the ranks' footprint with what it was when this job's second server ran."""
+        sample: dict[str, int] = {}
+        for answer in job.call("footprint", limit_s=30.0).values():
+            for name, value in answer.value.items():
+                sample[name] = sample.get(name, 0) + value
+        sample["shm_bytes"] = sum(_size(SHM / name) for name in job.shm_files())
+        sample["shm_files"] = len(job.shm_files())
+        if job is not self._job:
+            self._job, self._first, self._num_samples = job, None, 0
+        self._num_samples += 1
+        if self._num_samples < 3:
+            return
+        if self._first is None:
+            self._first = sample
+        for name, value in sample.items():
+            self.found.growth[name] = max(self.found.growth.get(name, 0), value - self._first[name])
+
+    def _end(self) -> None:
+        job = self.runner.job
+        assert job is not None
+        self._measure(job)
+        job.call("shutdown", limit_s=90.0, timeout_s=20.0)
+        self.found.problems += [f"left behind at the end: {name}" for name in job.left()]
+
+    def _next_seed(self) -> int:
+        self._seed += 1
+        return 1000 + self._seed
+
+
+def too_much(growth: Mapping[str, int]) -> list[str]:
+    """What has grown more than it may."""
+    limits = {"rss": MOST_RSS_BYTES, "fds": MOST_FDS, "threads": 2, "children": 0, "shm_files": 4}
+    return [f"{name} grew by {growth[name]}" for name, limit in limits.items() if growth.get(name, 0) > limit]
+
+
+def _size(path: Any) -> int:
+    try:
+        return int(path.stat().st_size)
+    except OSError:
+        return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--faults", type=int, default=10)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--syncs", type=int, default=_SYNCS_BETWEEN, help="syncs beside rollouts before each fault")
+    parser.add_argument("--record", action="store_true", help="write the result under benchmarks/results")
+    options = parser.parse_args()
+    from tiny_models import make_tiny_model
+
+    load_before = os.getloadavg()
+    cells = schedule(options.faults, options.seed)
+    with tempfile.TemporaryDirectory(prefix="tpf-model-") as folder:
+        found = Soak(str(make_tiny_model(folder)), syncs_between=options.syncs).run(cells)
+    problems = found.problems + too_much(found.growth)
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    if found.recovered_s:
+        result = record.record(
+            "soak_tp2_cpu",
+            metric="from a fault to the trainer's own tokens, or to the end of the job where a rank had gone",
+            unit="s",
+            samples=found.recovered_s,
+            settings={"tp_size": 2, "seed": options.seed, "syncs_between": options.syncs, "model": "tiny random Qwen3"},
+            checks={
+                "faults asked for": options.faults, "faults": found.faults, "syncs with compared tokens": found.num_syncs,
+                "answers to rollouts": found.num_answers, "growth": found.growth, "problems": problems,
+            },
+            load_before=load_before,
+        )  # fmt: skip
+        record.publish(result, write=options.record)
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
