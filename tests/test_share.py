@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import threading
@@ -82,7 +83,7 @@ def launched(rank, *, timeout_s=20.0, health_timeout_s=5.0, reset=False, broken_
         server.shutdown()
         server.server_close()
         if rank == 0:
-            made.clean_up()
+            shutil.rmtree(made.sync_folder, ignore_errors=True)  # which no `start_server` has made here
 
 
 def share(made, rank, running, error=None, *, loads=lambda: True):
