@@ -54,7 +54,7 @@ def largest_gap(model: torch.nn.Module, prompts: list[list[int]], answers: list[
 
 def main() -> None:
     args = parse_args()
-    accelerator = Accelerator()
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())  # on CPUs it looks for other ranks only if asked to
     device = accelerator.device
     on_cpu = device.type == "cpu"
     if on_cpu:
