@@ -11,7 +11,7 @@ PYTEST_ARGS ?=
 GPU_PYTHON ?= python3
 GPU_ARGS ?=
 
-.PHONY: help venv demo test test-loaded quick coverage contracts gpu lint clean
+.PHONY: help venv demo test test-loaded quick coverage docs contracts gpu lint clean
 
 help:
 	@echo 'make demo    GRPO on a real SGLang server, two training ranks, on the CPU; writes a plot to out/'
@@ -21,6 +21,7 @@ help:
 	@echo 'make coverage   which lines of weights/ and of the receiver the quick tests run, in all of their processes'
 	@echo 'make contracts  what we rely on in SGLang, asked of the code of its releases; fetches them, the newest too'
 	@echo 'make gpu     every kind of trainer on the GPUs of CUDA_VISIBLE_DEVICES, with the python of GPU_PYTHON; GPU_ARGS="--layouts tp2"'
+	@echo 'make docs    the documentation as a site, into out/site'
 	@echo 'make lint    ruff and mypy'
 	@echo 'make venv    only the set-up that the others do by themselves'
 	@echo 'make clean   remove .venv and everything else that is not source'
@@ -53,6 +54,11 @@ coverage: venv
 	$(BIN)/python -m coverage run -m pytest -m 'quick and not engine and not gpu' $(PYTEST_ARGS)
 	$(BIN)/python -m coverage combine --quiet
 	$(BIN)/python -m coverage report
+
+# Into out/site; a warning is an error.
+docs: venv
+	$(BIN)/python scripts/errors_page.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 
 contracts: venv
 	$(BIN)/python tests/contracts/fetch.py

@@ -58,6 +58,7 @@ class RunningServer:
     def __init__(self, engine: tpcolocate.Engine, on_healthy: Callable[[], None]) -> None:
         self.url, self.api_key = engine.url, engine.api_key
         self.client: ServerClient | None = None
+        self.evidence = None
         self._on_healthy = on_healthy
         self._random = random.Random(0)
 
@@ -78,9 +79,6 @@ class RunningServer:
     def stop(self) -> None:
         assert self.client is not None
         self.client.close()
-
-    def remove_log(self) -> None:
-        pass
 
 
 def main() -> None:

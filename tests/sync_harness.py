@@ -546,9 +546,9 @@ class Spec(ModelSpec):
 
     __slots__ = ()
 
-    def check(self, tensors):
+    def check(self, tensors, **kwargs):
         reach("check names")
-        super().check(tensors)
+        super().check(tensors, **kwargs)
 
     def check_complete(self, names, **kwargs):
         reach("check that all is sent")
@@ -564,9 +564,10 @@ class Engine:
         habit: Of its loader; see `Served`.
         version: Of SGLang; releases from 0.5.21 on have a session for a weight update.
         shapes: Of the checkpoint that it serves, if it is not that of `Policy`.
+        dtypes: Of the checkpoint, if known.
     """
 
-    def __init__(self, world, *, moe=False, habit=None, version=None, shapes=None):
+    def __init__(self, world, *, moe=False, habit=None, version=None, shapes=None, dtypes=None):
         self.world = world
         self.is_running = True
         _ledgers.clear()  # those of other engines
@@ -579,7 +580,7 @@ class Engine:
             server = make_server(StandIn(version, world.workers))
         self.sync = make_syncer(
             world.group, owner_rank=world.owner_rank, tp_ranks={r: r % world.tp_size for r in range(world.size)},
-            server=server, spec=Spec(shapes_of(moe) if shapes is None else shapes, "the test"), folder=world.folder,
+            server=server, spec=Spec(shapes_of(moe) if shapes is None else shapes, "the test", dtypes or {}), folder=world.folder,
             reader_is_alive=lambda: self.is_running,
         )  # fmt: skip
         world.gather(None)  # faults are planted in new workers
@@ -675,6 +676,7 @@ def _facts(report):
         "tensors": report.num_tensors,
         "ignored": report.ignored,
         "missing": report.missing,
+        "nonfinite": report.nonfinite,
     }
 
 

@@ -1,13 +1,19 @@
 """`RankGroup`: one rank's error is raised on all, dead ranks and ranks in another call are detected."""
 
+import contextlib
+import logging
 import os
+import re
 import signal
+import threading
 import time
+from dataclasses import replace
+from datetime import timedelta
 
 import pytest
 from harness import run_ranks
 
-from tpcolocate import errors
+from tpcolocate import errors, presence, rounds
 from tpcolocate.agreement import RankGroup
 from tpcolocate.groups import Host, Member, make_group
 from tpcolocate.processes import this_process
@@ -225,3 +231,189 @@ def interrupted(rank):
 
 def test_an_interrupt_keeps_its_class_where_it_happened_and_is_reported_elsewhere():
     assert run_ranks(interrupted, 2) == [("KeyboardInterrupt", ""), ("RankFailedError", "KeyboardInterrupt [rank 0]")]
+
+
+def store():
+    import torch.distributed as dist
+
+    return dist.distributed_c10d._get_default_store()
+
+
+class Warnings(logging.Handler):
+    """Collects the warnings about waiting, and reports the first one to the other ranks."""
+
+    def __init__(self, patch, *, after_s=1.2):
+        super().__init__()
+        self.texts = []
+        patch.setattr(rounds, "_WARN_AFTER_S", after_s)
+        patch.setattr(rounds, "_WARN_INTERVAL_S", 1.0)
+        rounds.logger.addHandler(self)
+
+    def emit(self, record):
+        self.texts.append(record.getMessage())
+        if len(self.texts) == 2:
+            store().set("warned twice", "1")
+
+
+def patiently(rank):
+    """Rank 1 comes long after the group's timeout."""
+    with pytest.MonkeyPatch.context() as patch:
+        warnings = Warnings(patch)
+        group = group_of(rank, [0, 1, 2], timeout_s=0.5)
+        if rank == 1:
+            store().wait(["warned twice"], timedelta(seconds=40))
+        return group.all_gather(rank, what="sync weights"), group.all_gather(-rank, what="go on"), warnings.texts
+
+
+def test_a_late_rank_is_waited_for_while_all_members_are_running_and_one_rank_names_it():
+    outcomes = run_ranks(patiently, 3, timeout_s=100)
+    assert [outcome[:2] for outcome in outcomes] == [([0, 1, 2], [0, -1, -2])] * 3
+    first = outcomes[0][2][0]
+    assert re.match(r"sync weights: rank 0 has waited \d+ s: rank 1 is missing; it waits for as long as", first)
+    assert "longer than 0.5 s (timeout_s of init())" in first
+    assert outcomes[1][2] == outcomes[2][2] == [], "one rank warns for all that wait"
+
+
+def stopped(rank):
+    with pytest.MonkeyPatch.context() as patch:
+        warnings = Warnings(patch)
+        group = group_of(rank, [0, 1], timeout_s=0.5)
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+            return group.all_gather(rank, what="sync weights")
+
+        def go_on():
+            store().wait(["warned twice"], timedelta(seconds=40))
+            os.kill(group.members[1].pid, signal.SIGCONT)
+
+        waiting = threading.Thread(target=go_on)
+        waiting.start()
+        found = group.all_gather(rank, what="sync weights")
+        waiting.join()
+        return found, warnings.texts[0]
+
+
+def test_a_stopped_rank_is_named_as_such_and_waited_for():
+    (found, warning), other = run_ranks(stopped, 2, timeout_s=100)
+    assert found == other == [0, 1]
+    assert "rank 1 (its process is stopped) is missing" in warning
+
+
+def giving_up(rank, elsewhere):
+    """Rank 1 comes after the others have given up; all make another call afterwards."""
+    import gc
+
+    import torch.distributed as dist
+
+    group = group_of(rank, [0, 1, 2], timeout_s=0.8 if elsewhere else 60.0)
+    if elsewhere:
+        hosts = [replace(m, host=replace(m.host, pids=f"pid:[{m.rank}]")) for m in group.members]
+        group = RankGroup(hosts, rank=rank, group=group.group, timeout_s=0.8)
+    timeout_s = None if elsewhere else 0.8
+    if rank == 1:
+        store().wait(["0 gave up", "2 gave up"], timedelta(seconds=40))
+    try:
+        group.all_gather(rank, what="sync weights", timeout_s=timeout_s)
+    except errors.RankLostError as error:
+        text = str(error)
+    store().set(f"{rank} gave up", "1")
+    found = group.all_gather(rank, what="sync weights", timeout_s=40.0)
+    if rank != 1:
+        with contextlib.suppress(errors.RankLostError):
+            group.all_gather(rank, what="wait in vain", timeout_s=0.5)
+        started = time.monotonic()
+        dist.destroy_process_group(group.group)
+        del group
+        gc.collect()
+        assert time.monotonic() - started < 5, "deleting the group does not wait for the late rank"
+        store().set(f"{rank} is done", "1")
+    else:
+        store().wait(["0 is done", "2 is done"], timedelta(seconds=40))
+    return text, found
+
+
+@pytest.mark.parametrize("elsewhere, limit", [(False, "timeout_s of this call"), (True, "timeout_s of init()")])
+def test_a_call_that_was_given_up_fails_on_the_late_rank_too_and_the_next_one_works(elsewhere, limit):
+    (text, found), *others = run_ranks(giving_up, 3, elsewhere, timeout_s=100)
+    assert all(other == (text, found) for other in others), "the same on every rank"
+    assert found == [0, 1, 2]
+    assert f"some rank did not join within 0.8 s ({limit}): rank 1 is missing" in text
+
+
+def interrupted_wait(rank):
+    """Rank 0 is interrupted while it waits, and makes the same call again."""
+    group = group_of(rank, [0, 1], timeout_s=40.0)
+    if rank == 0:
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+        signal.signal(signal.SIGALRM, signal.default_int_handler)
+        try:
+            group.all_gather("first", what="shut down")
+        except KeyboardInterrupt:
+            store().set("interrupted", "1")
+        else:
+            raise AssertionError("it was not interrupted")
+    else:
+        store().wait(["interrupted"], timedelta(seconds=40))
+    return [group.all_gather("first", what="shut down"), group.all_gather(rank, what="go on")]
+
+
+def test_a_call_that_was_interrupted_is_resumed_by_the_same_call():
+    assert run_ranks(interrupted_wait, 2, timeout_s=100) == [[["first"] * 2, [0, 1]]] * 2
+
+
+def forked(rank):
+    groups = [group_of(rank, [0, 1]), RankGroup([this_member()], rank=0, group=None, timeout_s=1.0)]
+    calls = [
+        lambda group: group.all_gather(1, what="sync weights"),
+        lambda group: group.agree(None, what="sync weights"),
+        lambda group: group.run_on(0, lambda: 1, what="sync weights"),
+    ]
+    read, write = os.pipe()
+    if (pid := os.fork()) == 0:
+        for group in groups:
+            for call in calls:
+                try:
+                    call(group)
+                    os.write(write, b"called\n")
+                except errors.ConfigError as error:
+                    os.write(write, error.message.encode() + b"\n")
+        os._exit(0)
+    os.waitpid(pid, 0)
+    os.close(write)
+    with os.fdopen(read) as pipe:
+        return pid, os.getpid(), pipe.read().splitlines(), groups[0].all_gather(rank, what="go on")
+
+
+def this_member():
+    return Member(0, 1, 1, Host.here(), *this_process())
+
+
+def test_a_forked_process_is_refused_and_its_parent_goes_on():
+    for rank, (child, parent, texts, found) in enumerate(run_ranks(forked, 2)):
+        words = f"cannot sync weights: process {child} was forked from process {parent} of rank "
+        assert len(texts) == 6 and all(text.startswith(words) for text in texts), texts
+        assert found == [0, 1], rank
+
+
+class DeadStore:
+    """A store whose requests fail, or block without end."""
+
+    def __init__(self, blocks):
+        self.blocks = blocks
+
+    def _request(self, *_):
+        if self.blocks:
+            threading.Event().wait()
+        raise RuntimeError("the store is gone")
+
+    set = check = get = compare_set = _request
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+def test_a_store_that_does_not_answer_costs_seconds_at_most(blocks, monkeypatch):
+    monkeypatch.setattr(presence, "_STORE_S", 0.1)
+    found = presence.Presence(DeadStore(blocks), rank=0)
+    started = time.monotonic()
+    found.publish(1)
+    assert found.absent([0, 1], 1) is None and found.decide(1, "complete") is None
+    assert time.monotonic() - started < 5

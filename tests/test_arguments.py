@@ -1,10 +1,17 @@
 """Server arguments: defaults, the user's, what is rejected, and the command line."""
 
+import os
+from enum import Enum
+from pathlib import Path
+
+import numpy as np
 import pytest
+import torch
 
 from tpcolocate.errors import ConfigError
 from tpcolocate.server import arguments as rules
-from tpcolocate.server.arguments import RECEIVER, server_arguments, to_argv
+from tpcolocate.server.arguments import RECEIVER, check_installed, check_model_path, server_arguments, to_argv
+from tpcolocate.server.installed import find_installed
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(60)]
 
@@ -64,6 +71,72 @@ def test_arguments_that_are_switched_off_are_accepted():
     user = {**dict.fromkeys(rules._MUST_BE_ONE, 1), **dict.fromkeys(rules._UNSUPPORTED), "load_format": "dummy"}
     user["enable_dp_attention"] = False
     assert server_arguments(user, tp_size=2, device_type="cuda").items() >= user.items()
+
+
+def test_what_a_cpu_server_cannot_have_is_left_out_or_replaced(caplog):
+    ours = server_arguments({}, tp_size=1, device_type="cpu")
+    assert server_arguments({"enable_memory_saver": True}, tp_size=1, device_type="cpu") == ours
+    assert "there is none on a CPU" in caplog.text
+    assert server_arguments({"enable_memory_saver": True}, tp_size=1, device_type="cuda")["enable_memory_saver"] is True
+    for lora in ({"enable_lora": True}, {"lora_paths": ["a=b"]}):
+        assert server_arguments(lora, tp_size=1, device_type="cpu")["lora_backend"] == "torch_native"
+        assert "lora_backend" not in server_arguments(lora, tp_size=1, device_type="cuda")
+        theirs = server_arguments(lora | {"lora_backend": "triton"}, tp_size=1, device_type="cpu")
+        assert theirs["lora_backend"] == "triton"
+    assert "lora_backend" not in ours
+
+
+class Kind(Enum):
+    BF16 = torch.bfloat16
+
+
+@pytest.mark.parametrize("value, plain", [
+    (torch.bfloat16, "bfloat16"), (Kind.BF16, "bfloat16"), (Path("/a/b"), "/a/b"), ((1, Path("c")), [1, "c"]),
+    ({"x": torch.float16}, {"x": "float16"}), (torch.tensor(4), 4), (np.float32(0.5), 0.5), (torch.device("cuda:1"), "cuda"),
+    (True, True), (None, None), (0.4, 0.4), ("text", "text"),
+])  # fmt: skip
+def test_values_are_taken_as_they_are_written_in_python(value, plain):
+    found = server_arguments({"some_argument": value}, tp_size=1, device_type="cuda")["some_argument"]
+    assert found == plain and type(found) is type(plain)
+
+
+@pytest.mark.parametrize("value", [object(), lambda: 0, torch.zeros(2), b"bytes"])
+def test_a_value_that_no_argument_can_have_is_refused(value):
+    with pytest.raises(ConfigError, match=f"some_argument=.*is a {type(value).__name__}"):
+        server_arguments({"some_argument": value}, tp_size=1, device_type="cuda")
+
+
+def test_a_weight_cache_is_refused_unless_it_is_off():
+    for off in ("off", None):
+        assert server_arguments({"weight_cache_mode": off}, tp_size=1, device_type="cuda")["weight_cache_mode"] == off
+    for on in ("daemon", "client"):
+        with pytest.raises(ConfigError, match=f"weight_cache_mode='{on}' is not supported"):
+            server_arguments({"weight_cache_mode": on}, tp_size=1, device_type="cuda")
+
+
+@pytest.mark.parametrize("path", ["/no/such/folder", "./nowhere", "../nowhere", "~/nowhere", "a/b/c", "", "~"])
+def test_a_path_that_can_only_be_a_folder_and_is_none_is_refused(path, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    with pytest.raises(ConfigError, match=f"there is no folder {path!r}"):
+        check_model_path(path)
+
+
+def test_folders_and_hub_ids_are_taken(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a" / "b" / "c").mkdir(parents=True)
+    for path in (str(tmp_path), ".", "a/b/c", "gpt2", "Qwen/Qwen3-0.6B", "s3://bucket/a/b"):
+        check_model_path(path)
+
+
+@pytest.mark.parametrize("elsewhere, ours", rules._ELSEWHERE.items())
+def test_names_of_other_engines_are_answered_with_sglangs(elsewhere, ours):
+    """Against the installed release, so that a renamed argument is noticed."""
+    installed = find_installed(os.environ)
+    assert ours.replace("_", "-") in installed.arguments()
+    if elsewhere.replace("_", "-") not in installed.arguments():
+        with pytest.raises(ConfigError, match=f"has no argument {elsewhere}") as caught:
+            check_installed({elsewhere: 1}, installed)
+        assert caught.value.hint == f"this release has {ours}"
 
 
 @pytest.mark.parametrize("arguments, argv", [

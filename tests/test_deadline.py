@@ -1,10 +1,17 @@
 """Deadlines as values."""
 
 import math
+import pickle
+import select
+import socket
+from decimal import Decimal
+from fractions import Fraction
 
+import numpy as np
 import pytest
 
-from tpcolocate.deadline import Deadline
+from tpcolocate.deadline import MAX_TIMEOUT_S, Deadline, check_timeout
+from tpcolocate.errors import ConfigError
 
 pytestmark = pytest.mark.quick
 
@@ -25,3 +32,31 @@ def test_earlier_and_later_ones():
     assert deadline.within(1.0).left() <= 1.0 and deadline.within(1.0).timeout_s == 1.0
     assert deadline.within(100.0).at == deadline.at
     assert deadline.plus(5.0).at == deadline.at + 5.0
+
+
+@pytest.mark.parametrize("timeout_s", [5, 0.25, Fraction(1, 4), np.float32(0.5), np.int64(7), MAX_TIMEOUT_S])
+def test_every_positive_number_is_a_timeout(timeout_s):
+    seconds = check_timeout(timeout_s)
+    assert type(seconds) is float and seconds == timeout_s
+
+
+@pytest.mark.parametrize("timeout_s", [
+    0, -1, -0.5, math.inf, -math.inf, math.nan, None, "5", b"5", True, False, np.bool_(True), [5], {}, object(), 1j,
+    Decimal(5), np.float64("nan"), np.array(5.0), MAX_TIMEOUT_S * 2, 1e300, pytest.param(10**5000, id="digits"),
+])  # fmt: skip
+def test_anything_else_is_refused_by_the_name_of_the_argument(timeout_s):
+    with pytest.raises(ConfigError) as caught:
+        check_timeout(timeout_s, name="health_timeout_s")
+    assert caught.value.message.startswith("health_timeout_s must be a positive number of seconds, got ")
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+
+
+def test_the_longest_timeout_can_be_waited_for():
+    ready, other = socket.socketpair()
+    with ready, other:
+        other.send(b"x")
+        poll = select.poll()
+        poll.register(ready, select.POLLIN)
+        assert poll.poll(2 * MAX_TIMEOUT_S * 1000)  # calls add timeouts of several steps to each other
+        with pytest.raises(OverflowError):
+            poll.poll(3 * MAX_TIMEOUT_S * 1000)

@@ -4,6 +4,7 @@ import ast
 import inspect
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ PAGES = [
     "README.md",
     "CHANGELOG.md",
     "benchmarks/README.md",
-    *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md"))),
+    *(str(p.relative_to(ROOT)) for p in sorted((ROOT / "docs").rglob("*.md"))),
 ]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
@@ -201,6 +202,25 @@ def test_signatures_quoted_in_the_guide_are_those_of_the_code():
 ])  # fmt: skip
 def test_calls_that_do_not_fit_are_found(source, number):
     assert len({fault.split(":")[0] for fault in misfits(source)}) == number
+
+
+@pytest.mark.quick
+def test_the_page_of_errors_is_made_from_the_code():
+    made = runpy.run_path(str(ROOT / "scripts/errors_page.py"))["page"]()
+    assert read("docs/errors.md") == made, "run make docs"
+    assert made.count("\n| ") > 150
+
+
+@pytest.mark.quick
+def test_the_site_builds_without_a_warning(tmp_path):
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(tmp_path / "site")]
+    built = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True, timeout=120
+    )
+    assert (built.returncode, built.stdout, built.stderr) == (0, "", "")
+    pages = {str(page.relative_to(tmp_path / "site").parent) for page in (tmp_path / "site").rglob("index.html")}
+    assert {".", "start", "reference", "errors", "howto/memory", "benchmarks"} <= pages
+    assert "sync_weights" in (tmp_path / "site/reference/index.html").read_text()
 
 
 @pytest.mark.quick

@@ -9,6 +9,7 @@ import gc
 import logging
 import logging.handlers
 import os
+import stat
 import time
 from pathlib import Path
 from unittest import mock
@@ -352,12 +353,28 @@ def trainer_logprobs(world):
     return worst
 
 
+def logprobs_at_a_temperature(world):
+    """As the guide compares them: against the trainer's logits over the temperature."""
+    temperature, [prompt, *_] = 0.5, PROMPTS
+    answer = world.engine.generate(prompt, {"temperature": temperature, "max_new_tokens": 8}, return_logprob=True)
+    pairs = answer["meta_info"]["output_token_logprobs"]
+    tokens = torch.tensor([token for _, token, *_ in pairs])
+    with torch.no_grad():
+        logits = world.model(torch.tensor([[*prompt, *tokens.tolist()]])).logits[0, len(prompt) - 1 : -1]
+    engine = torch.tensor([logprob for logprob, *_ in pairs])
+    scaled, plain = (
+        (logits.float() / by).log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1) for by in (temperature, 1.0)
+    )
+    return (engine - scaled).abs().max().item(), (engine - plain).abs().max().item()
+
+
 def refused_requests(world):
     messages = {}
     for name, call in {
         "unknown_field": lambda e: e.generate("a", GREEDY, max_tokens=3),
         "nothing": lambda e: e.generate(),
         "too_long": lambda e: e.generate([[1] * 300], GREEDY),
+        "too_long_text": lambda e: e.generate(["a", "1 2 3 " * 200], GREEDY),
         "bad_sampling": lambda e: e.generate("a", {"temperature": -1}),
     }.items():
         try:
@@ -365,6 +382,108 @@ def refused_requests(world):
         except errors.TpColocateError as error:
             messages[name] = (type(error).__name__, str(error))
     return messages
+
+
+# Each ended the server, was answered as if nothing were wrong, or was a bare "500: Internal Server Error".
+BAD_CALLS = {
+    "empty ids": ([[]], GREEDY, {}),
+    "empty text": (["a", ""], GREEDY, {}),
+    "outside": ([[5, 6], [512]], GREEDY, {}),
+    "far outside": ([2**40], GREEDY, {}),
+    "negative": (torch.tensor([[5, -1]]), GREEDY, {}),
+    "booleans": ([True, 2], GREEDY, {}),
+    "half a token": ([5], {"max_new_tokens": 1.5}, {}),
+    "many logprobs": ([5], GREEDY, {"return_logprob": True, "top_logprobs_num": 10**6}),
+    "logprobs before": ([5], GREEDY, {"return_logprob": True, "logprob_start_len": -5}),
+    "top_k": ([5], {"top_k": 2**31}, {}),
+    "stop token": ([5], {"min_new_tokens": 2, "stop_token_ids": [5000]}, {}),
+    "penalty": ([5], {"repetition_penalty": 1e-300}, {}),
+    "no samples": ([5], {"n": 0}, {}),
+    "max_tokens": ([5], {"max_tokens": 4}, {}),
+    "seed": ([5], {"seed": 4}, {}),
+    "stop": ([5], {"stop": 5}, {}),
+    "stop_regex": ([5], {"stop_regex": "("}, {}),
+    "too few parameters": ([[5], [6]], [GREEDY], {}),
+    "image": ([5], GREEDY, {"image_data": "a.png"}),
+    "surrogate": ("\ud800", GREEDY, {}),
+    "chat": ([{"role": "user", "content": "a"}], GREEDY, {}),
+}  # fmt: skip
+
+
+def calls_that_ended_servers(world):
+    """Outcome of each at every entry, and whether the server answers right after it as it did before."""
+    engine, found = world.engine, {}
+    expected = engine.generate(PROMPTS[0], GREEDY)["output_ids"]
+
+    client = tpcolocate.connect(world.colo.job, slice_index=world.colo.slice_index)
+    entries = (
+        engine.generate,
+        lambda *args, **fields: asyncio.run(engine.generate_async(*args, **fields)),
+        lambda *args, **fields: list(engine.generate(*args, stream=True, **fields)),
+        client.generate,
+    )
+
+    def outcome(entry, prompts, params, fields):
+        try:
+            return repr(entry(prompts, params, **fields))
+        except errors.ConfigError as error:
+            return error.message
+
+    for name, call in BAD_CALLS.items():
+        outcomes = {outcome(entry, *call) for entry in entries}
+        found[name] = (outcomes, engine.generate(PROMPTS[0], GREEDY)["output_ids"] == expected)
+    client.close()
+    return found
+
+
+def forms_of_prompts(world):
+    """Tensors and arrays, numbers that a division leaves, and one bad prompt among good ones."""
+    engine, two = world.engine, [[5, 6, 7], [17, 18, 19]]
+    expected = [answer["output_ids"] for answer in engine.generate(two, GREEDY)]
+
+    def same(prompts, params=GREEDY):
+        return [answer["output_ids"] for answer in engine.generate(prompts, params)] == expected
+
+    mixed = engine.generate([two[0], [512], two[1], [5] * 249], {**GREEDY, "max_new_tokens": 8.0}, on_error="return")
+    texts = engine.generate(["the quick", "1 2 3 " * 200], GREEDY, on_error="return")
+
+    async def of_async():
+        return await engine.generate_async([two[0], []], {**GREEDY, "n": 2}, on_error="return")
+
+    return {
+        "tensor": same(torch.tensor(two)),
+        "array": same(torch.tensor(two).numpy()),
+        "list of tensors": same([torch.tensor(ids) for ids in two]),
+        "tokenizer": same({"input_ids": [[0, *ids] for ids in two], "attention_mask": [[0, 1, 1, 1]] * 2}),
+        "float": same(two, {**GREEDY, "max_new_tokens": 64 / 8}),
+        "good ones": [mixed[0]["output_ids"], mixed[2]["output_ids"]] == expected,
+        "bad ones": [type(mixed[1]).__name__, type(mixed[3]).__name__] == ["ConfigError", "ConfigError"],
+        "refused by the server": isinstance(texts[0], dict) and isinstance(texts[1], errors.RequestError),
+        "samples": [isinstance(each, errors.ConfigError) for each in asyncio.run(of_async())]
+        == [False, False, True, True],
+    }
+
+
+def requests_after_a_500(world):
+    """SGLang closes a connection after it, a little later; the next request must not meet that."""
+    http, body, statuses = world.engine._client, {"input_ids": [5], "sampling_params": {"max_tokens": 4}}, []
+    for _ in range(20):
+        try:
+            http.post("/generate", body, timeout_s=60)
+        except errors.RequestError as error:
+            statuses.append(error.status)
+        world.engine.generate(PROMPTS[0], {"max_new_tokens": 1})
+
+    async def of_async():
+        for _ in range(20):
+            try:
+                await http.post_async("/generate", body, timeout_s=60)
+            except errors.RequestError as error:
+                statuses.append(error.status)
+            await world.engine.generate_async(PROMPTS[0], {"max_new_tokens": 1})
+
+    asyncio.run(of_async())
+    return statuses
 
 
 def refused_weights(world):
@@ -496,7 +615,14 @@ def key_is_hidden(world):
 
     lines = [" ".join(p.info["cmdline"] or ()) for p in psutil.process_iter(["cmdline"])]
     bare = httpx.post(f"{world.engine.url}/generate", json={"text": "a"}, trust_env=False, timeout=10).status_code
-    return {"in_ps": any(world.engine.api_key in line for line in lines), "without_key": bare}
+    found = {"in_ps": any(world.engine.api_key in line for line in lines), "without_key": bare}
+    if world.colo.is_owner:
+        runtime = world.engine._context.owned.process.spec.runtime
+        log = runtime.log_path.read_text()
+        assert "'***'" in log and world.engine.api_key not in log
+        assert any(stat.S_ISSOCK(path.stat().st_mode) for path in runtime.server_temporary.iterdir())
+        assert not any(runtime.shared.glob("*.yaml"))
+    return found
 
 
 def connect_from_outside(world):
@@ -509,7 +635,7 @@ def connect_from_outside(world):
 
 
 ALL = [
-    warm_up, tokens_before, generate_forms, refused_requests, tokens_after_fsdp2_sync, trainer_logprobs, tokens_after_plain_sync,
+    warm_up, tokens_before, generate_forms, refused_requests, forms_of_prompts, calls_that_ended_servers, requests_after_a_500, logprobs_at_a_temperature, tokens_after_fsdp2_sync, trainer_logprobs, tokens_after_plain_sync,
     tokens_after_ddp_sync, tokens_after_fan_out_sync, tokens_after_generator_sync, partial_sync, refused_weights, lora_is_refused, sleep_and_wake,
     twenty_syncs, dropped_weights, memory_when_free_memory_is_reported, tokens_by_parts, masters_in_other_dtypes, key_is_hidden, connect_from_outside,
 ]  # fmt: skip
@@ -527,7 +653,7 @@ SETUPS = {
         True,
         1,
         2,
-        [*TOKENS, refused_weights, lora_is_refused, key_is_hidden, connect_from_outside],
+        [*TOKENS, calls_that_ended_servers, refused_weights, lora_is_refused, key_is_hidden, connect_from_outside],
     ),
     "llama-untied-tp1": ("llama", False, 1, 1, [*TOKENS, twenty_syncs]),
 }
@@ -686,15 +812,40 @@ def test_generate_takes_and_returns_what_sglang_does(setup):
 
 
 @setups_with(refused_requests)
-def test_bad_requests_are_refused_with_the_servers_own_words(setup):
+def test_bad_requests_are_refused_before_they_are_sent_or_in_the_servers_own_words(setup):
     for messages in results(setup, refused_requests):
         assert messages["unknown_field"][0] == "ConfigError" and "max_tokens" in messages["unknown_field"][1]
         assert messages["nothing"][0] == "ConfigError"
-        assert (
-            messages["too_long"][0] == "RequestError"
-            and "longer than the model's context length" in messages["too_long"][1]
-        )
-        assert messages["bad_sampling"][0] == "RequestError" and "temperature" in messages["bad_sampling"][1]
+        assert messages["too_long"][0] == "ConfigError" and "prompt 0 has 300 tokens" in messages["too_long"][1]
+        assert messages["too_long_text"][0] == "RequestError" and "longer than" in messages["too_long_text"][1]
+        assert messages["bad_sampling"][0] == "ConfigError" and "temperature" in messages["bad_sampling"][1]
+
+
+@setups_with(forms_of_prompts)
+def test_prompts_are_taken_as_users_have_them_and_a_bad_one_leaves_the_others(setup):
+    for found in results(setup, forms_of_prompts):
+        assert all(found.values()), found
+
+
+@setups_with(calls_that_ended_servers)
+def test_no_call_ends_the_server(setup):
+    for found in results(setup, calls_that_ended_servers):
+        assert found.keys() == BAD_CALLS.keys()
+        for name, (outcomes, answers_as_before) in found.items():
+            assert len(outcomes) == 1 and "output_ids" not in str(outcomes), (name, outcomes)
+            assert answers_as_before, name
+
+
+@setups_with(requests_after_a_500)
+def test_a_500_of_the_server_does_not_reach_the_next_request(setup):
+    for statuses in results(setup, requests_after_a_500):
+        assert statuses == [500] * 40
+
+
+@setups_with(logprobs_at_a_temperature)
+def test_log_probabilities_are_those_of_the_sampled_distribution(setup):
+    for scaled, plain in results(setup, logprobs_at_a_temperature):
+        assert scaled < 1e-4 < 1e-2 < plain
 
 
 @setups_with(refused_weights)
@@ -794,13 +945,20 @@ def launch_and_fail(rank, tp_size, kwargs):
             return type(error).__name__, str(error), None if died is None else raised_at - died
 
 
-def test_a_bad_model_path_is_the_same_error_on_every_rank_within_seconds(tmp_path, no_leftovers):
-    kwargs = {"model_path": str(tmp_path / "nowhere"), "log_path": str(tmp_path / "server.log")}
+def test_a_checkpoint_that_cannot_be_read_is_the_same_error_on_every_rank_within_seconds(tmp_path, no_leftovers):
+    (tmp_path / "config.json").write_text('{"model_type": "none"}')
+    kwargs = {"model_path": str(tmp_path), "log_path": str(tmp_path / "server.log")}
     found = run_ranks(launch_and_fail, 2, 2, kwargs, timeout_s=200)
     assert found[0][:2] == found[1][:2]
     kind, text, after_s = found[0]
-    assert kind == "LaunchError" and "nowhere" in text and "server.log" in text
+    assert kind == "LaunchError" and "server.log" in text
     assert all(after < 60 for _, _, after in found), "soon after the last line of the log"
+
+
+def test_a_folder_that_does_not_exist_is_refused_before_anything_starts(tmp_path, no_leftovers):
+    kwargs = {"model_path": str(tmp_path / "nowhere"), "log_path": str(tmp_path / "server.log")}
+    found = run_ranks(launch_and_fail, 2, 2, kwargs, timeout_s=60)
+    assert found[0] == found[1] and found[0][0] == "ConfigError" and f"no folder '{tmp_path}/nowhere'" in found[0][1]
 
 
 def test_a_taken_port_is_the_same_error_on_every_rank_at_once(tmp_path, tiny_model_dir, no_leftovers):
@@ -823,6 +981,8 @@ def test_a_taken_port_is_the_same_error_on_every_rank_at_once(tmp_path, tiny_mod
     ({"api_key": "mine"}, "does not take api_key"),
     ({"enable_dp_attention": True}, "enable_dp_attention=True is not supported"),
     ({"mem_fraction": 0.4}, "has no argument mem_fraction"),
+    ({"max_model_len": 256}, "this release has context_length"),
+    ({"host": "203.0.113.7"}, "on which this machine cannot listen"),
 ])  # fmt: skip
 def test_impossible_arguments_are_refused_before_anything_starts(kwargs, words, tmp_path, no_leftovers):
     kwargs = {"model_path": "anything", "log_path": str(tmp_path / "server.log"), **kwargs}
@@ -850,8 +1010,23 @@ def test_ranks_that_want_different_servers_are_reported_the_difference():
     assert found[0] == found[1] and "mem_fraction_static=0.1 and mem_fraction_static=0.2" in found[0]
 
 
+def generate_while_stopped(engine, process):
+    """What a request says while a process of the server is stopped."""
+    import signal
+
+    if process is not None:
+        process.send_signal(signal.SIGSTOP)
+    started = time.monotonic()
+    while engine.health().value != "stopped" and time.monotonic() - started < 10:  # on the client a moment later
+        time.sleep(0.01)
+    try:
+        engine.generate(PROMPTS, GREEDY, timeout_s=4)
+    except errors.TpColocateError as error:
+        return type(error).__name__, error.message, time.monotonic() - started
+
+
 def die(rank, model_dir):
-    """A TP worker is killed under a running engine; then the owner itself."""
+    """A process of the server is stopped and then killed under a running engine; then the owner itself."""
     import signal
 
     with tpcolocate.init(2, device="cpu", timeout_s=60.0) as colo:
@@ -859,19 +1034,29 @@ def die(rank, model_dir):
         world = World(rank, model_dir, colo)
         engine.sync_weights(world.model)
         message = {"before": engine.health().value}
+        victim = None
         if colo.is_owner:
-            workers = [p for p in psutil.Process().children(recursive=True) if "scheduler" in " ".join(p.cmdline())]
-            message["workers"] = len(workers)
-            workers[-1].kill()
+            [victim] = [
+                p for p in psutil.Process().children(recursive=True) if "sglang::detok" in " ".join(p.cmdline())
+            ]
+        colo._slice.all_gather(None, what="stop a process together")
+        message["stopped"] = generate_while_stopped(engine, victim)
+        colo._slice.all_gather(None, what="continue together", timeout_s=90)
+        if victim is not None:
+            victim.send_signal(signal.SIGCONT)
+            victim.kill()
+            killed = time.monotonic()
             # torch keeps its manager of shared files for the life of the process
             mine = [p for p in psutil.Process().children(recursive=True) if p.name() != "torch_shm_manager"]
-            psutil.wait_procs(mine, timeout=60)
+            gone = [p for p in mine if "supervisor.py" not in " ".join(p.cmdline())]
+            psutil.wait_procs(gone, timeout=60)
+            assert time.monotonic() - killed < 30, "nobody waits for core dumps"
         colo._slice.all_gather(None, what="wait for the end of the server", timeout_s=90)
         message["after"] = engine.health().value
         try:
             engine.generate(PROMPTS, GREEDY, timeout_s=20)
         except errors.TpColocateError as error:
-            message["generate"] = type(error).__name__
+            message["generate"] = type(error).__name__, error.message, error.hint, error.details
         started = time.monotonic()
         try:
             engine.sync_weights(world.model, timeout_s=120)
@@ -889,15 +1074,35 @@ def die(rank, model_dir):
         return message
 
 
-def test_a_dead_worker_and_a_dead_owner_are_reported_and_leave_nothing(tmp_path, no_leftovers):
+def wait_until(condition, timeout_s=30.0):
+    deadline = time.monotonic() + timeout_s
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert condition()
+
+
+def test_a_stopped_and_a_dead_process_and_a_dead_owner_are_reported_and_leave_nothing(tmp_path, no_leftovers):
     from tiny_models import make_tiny_model
 
     model_dir = make_tiny_model(tmp_path / "model", family="qwen3", tie=True)
-    owner, client = run_ranks(die, 2, str(model_dir), timeout_s=300, expect_errors=True)
+    temporary = tmp_path / "t"
+    temporary.mkdir()
+    env = {"TMPDIR": str(temporary)}
+    owner, client = run_ranks(die, 2, str(model_dir), env=env, timeout_s=300, expect_errors=True)
     assert owner.exitcode == -9 and client.error is None, client
     message = client.value
     assert message["before"] == "ready" and message["after"] == "dead"
-    assert message["generate"] == "EngineDeadError"
+    kind, text, seconds = message["stopped"]
+    assert seconds < 15
+    assert kind == "DeadlineError" and "sglang::detokenizer (pid " in text and text.endswith("is stopped")
+    [folder] = temporary.glob("tpcolocate-*")
+    kind, text, hint, tail = message["generate"]
+    assert (
+        kind == "EngineDeadError" and text.startswith("sglang::detokenizer (pid ") and "was killed by SIGKILL" in text
+    )
+    assert str(folder / "server.log") in hint and "[tpcolocate] sglang::detokenizer" in tail
+    wait_until(lambda: sorted(os.listdir(folder)) in (["server.log"], ["server.log", "supervisor.log"]))
+    assert "[tpcolocate] sglang::detokenizer" in (folder / "server.log").read_text(), "the evidence outlives its owner"
     assert message["sync"][0] == "EngineDeadError" and message["seconds"] < 60
     assert "0 has exited" in message["lost"]
     assert f"'sync': {message['sync']!r}" in (model_dir / "message").read_text(), "the same error on both ranks"

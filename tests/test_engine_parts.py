@@ -3,6 +3,7 @@
 Its ranks agree as ever, being one; the sync is a stand-in, and so is the client.
 """
 
+import logging
 import threading
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -36,6 +37,7 @@ class Http(Captured):
         self.may_answer = threading.Event()
         self.may_answer.set()
         self.listens = self.healthy = True
+        self.is_stopped = False
         self.closed = 0
 
     def post(self, path, body=None, **options):
@@ -227,6 +229,27 @@ def test_a_pause_that_the_server_refuses_is_none(launch):
     engine.pause_generation("abort")
 
 
+def test_a_pause_in_place_warns_of_the_watchdog(launch, caplog):
+    engine = launch()
+    engine._context.owned.api.info["watchdog_timeout"] = 300
+    with caplog.at_level(logging.WARNING, logger="tpcolocate"):
+        engine.pause_generation("retract")
+        engine.continue_generation()
+        assert caplog.text == ""
+        engine.pause_generation("in_place")
+    assert "end the server after 300 s without a forward" in caplog.text and "watchdog_timeout" in caplog.text
+
+
+@pytest.mark.parametrize("timeout_s", [0, -1, None, "5", float("nan"), float("inf"), True])
+def test_timeouts_of_pauses_are_checked_before_anything_is_asked_for(launch, timeout_s):
+    engine = launch()
+    before = len(engine._client.asked)
+    for call in (engine.pause_generation, engine.continue_generation, engine.abort_request, engine.flush_cache):
+        with pytest.raises(ConfigError, match="timeout_s must be a positive number of seconds"):
+            call(timeout_s=timeout_s)
+    assert len(engine._client.asked) == before
+
+
 def test_a_cache_that_a_pause_in_place_keeps_is_a_warning(launch):
     engine = launch()
     engine.pause_generation("in_place")
@@ -342,6 +365,9 @@ def test_health(launch):
     engine = launch()
     http = engine._client
     assert engine.health() is Health.READY
+    http.is_stopped = True
+    assert engine.health() is Health.STOPPED
+    http.is_stopped = False
     http.healthy = False
     assert engine.health() is Health.STARTING
     http.listens = False

@@ -2,6 +2,7 @@
 
 import importlib.machinery
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,14 @@ TORCHRUN = {
      {"SGLANG_USE_CPU_ENGINE": "1", "PYTHONPATH": f"{IN_SERVER}:/stub:/new"}),
     ({"PYTHONPATH": "/mine"}, {"device_type": "cuda", "stub": "/stub"}, {"PYTHONPATH": f"{IN_SERVER}:/mine"}),
     ({"PYTHONPATH": "/old"}, {"user": {"PYTHONPATH": "/new"}}, {"PYTHONPATH": f"{IN_SERVER}:/new"}),
+    # its own address, and its own temporary folder
+    ({"HTTP_PROXY": "http://proxy"}, {"host": "10.0.0.7"},
+     {"HTTP_PROXY": "http://proxy", "NO_PROXY": f"{LOOPBACK},10.0.0.7", "no_proxy": f"{LOOPBACK},10.0.0.7"}),
+    ({}, {"host": "0.0.0.0"}, {}),
+    ({"TMPDIR": "/scratch", "TMP": "/x"}, {"temporary": "/private", "compile_cache": "/scratch/cache"},
+     {"TMPDIR": "/private", "TEMP": "/private", "TMP": "/private", "TORCHINDUCTOR_CACHE_DIR": "/scratch/cache"}),
+    ({"TORCHINDUCTOR_CACHE_DIR": "/c"}, {"temporary": "/t", "compile_cache": "/d", "user": {"TMPDIR": "/u"}},
+     {"TMPDIR": "/u", "TEMP": "/t", "TMP": "/t", "TORCHINDUCTOR_CACHE_DIR": "/c"}),
 ])  # fmt: skip
 def test_the_servers_environment(parent, more, expected):
     before = dict(parent)
@@ -86,6 +95,14 @@ def test_the_permitted_loader_is_found_on_the_servers_path(tmp_path):
     assert spec.origin == str(Path(folder) / module / "__init__.py") == tpcolocate_receiver.__file__
     assert callable(getattr(tpcolocate_receiver, function))
     assert os.listdir(folder) and not (Path(folder) / "tpcolocate").exists()
+
+
+def test_compiled_code_stays_where_torch_keeps_it_by_default(tmp_path, monkeypatch):
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert module.compile_cache(str(tmp_path)) == default_cache_dir()
 
 
 @given(cores=st.lists(st.integers(0, 500), min_size=1, max_size=40, unique=True), tp_size=st.integers(1, 8))

@@ -59,3 +59,18 @@ def test_errors_derive_from_standard_ones(cls, standard):
 def test_the_tree_in_the_docstring_names_every_class():
     for cls in ALL:
         assert cls.__name__ in errors.__doc__, cls
+
+
+class Unprintable:
+    def __repr__(self):
+        raise ZeroDivisionError
+
+
+UNUSUAL = [10**5000, "x" * 10**6, [[1] * 1000] * 1000, Unprintable(), [Unprintable()], "\ud800"]
+
+
+@pytest.mark.parametrize("value", UNUSUAL, ids=range(len(UNUSUAL)))
+def test_every_value_can_be_shown_in_a_message(value):
+    text = errors.shown(value)
+    assert 0 < len(text) < 200
+    text.encode()

@@ -3,7 +3,11 @@
 import asyncio
 import json
 import logging
+import multiprocessing
+import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -11,9 +15,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import httpx
 import pytest
 
-from tpcolocate.errors import DeadlineError, EngineDeadError, RequestError
+from tpcolocate.errors import ConfigError, DeadlineError, EngineDeadError, RequestError
 from tpcolocate.parallel import in_background
-from tpcolocate.server import http as client_module
+from tpcolocate.server import connections
+from tpcolocate.server import http as http_module
 from tpcolocate.server.http import ServerClient
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(60)]
@@ -67,6 +72,13 @@ class Handler(BaseHTTPRequestHandler):
         elif path == "/dropped":
             self.close_connection = True
             self.connection.shutdown(socket.SHUT_RDWR)
+        elif path == "/generate":
+            self.generate(json.loads(body))
+        elif path == "/closing":
+            self.answer(500, b"Internal Server Error", "text/plain")
+            self.wfile.flush()
+            self.close_connection = True
+            self.server.over.wait(0.2)  # what comes meanwhile is lost
         elif path == "/slow":
             self.server.over.wait(30)
             self.close_connection = True
@@ -89,6 +101,22 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self.answer(200, json.dumps({"method": self.command, "body": json.loads(body or b"null")}).encode())
 
+    def generate(self, body):
+        if body.get("drop"):
+            self.close_connection = True
+            self.connection.shutdown(socket.SHUT_RDWR)
+            return
+        with self.server.counting:
+            self.server.running += 1
+            self.server.most_running = max(self.server.most_running, self.server.running)
+        self.server.over.wait(body.get("seconds", 0.0))
+        with self.server.counting:
+            self.server.running -= 1
+        if body.get("stream"):
+            self.events([*EVENTS, b"data: [DONE]\n\n"])
+        else:
+            self.answer(200, json.dumps(body).encode())
+
     do_GET = do_POST = handle_any
 
 
@@ -101,6 +129,7 @@ class Server(ThreadingHTTPServer):
 
     def __enter__(self):
         self.requests, self.over = [], threading.Event()
+        self.counting, self.running, self.most_running = threading.Lock(), 0, 0
         self.url = f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         return self
@@ -265,7 +294,7 @@ def test_a_connection_that_the_server_has_closed_is_not_used_again(server, clien
 
 def test_an_old_idle_connection_is_not_used_again(client, accepted, monkeypatch):
     client.get("/x", timeout_s=10.0)
-    monkeypatch.setattr(client_module, "_KEEPALIVE_S", 0.0)
+    monkeypatch.setattr(connections, "_KEEPALIVE_S", 0.0)
     client.get("/x", timeout_s=10.0)
     assert len(accepted) == 2
 
@@ -334,3 +363,246 @@ def test_listening(server, client, path, listening):
         server.server_close()
     assert client.is_listening(timeout_s=5.0) is listening
     assert client.is_healthy(timeout_s=5.0) is listening
+
+
+# --- connections ----------------------------------------------------------------------------------------------------
+
+
+@every_way
+def test_a_connection_that_the_server_closes_after_a_500_is_not_used_again(server, client, accepted, send):
+    for _ in range(3):
+        with pytest.raises(RequestError) as caught:
+            send(client, "/closing")
+        assert caught.value.status == 500
+        assert client.get("/x", timeout_s=10.0)["method"] == "GET"
+
+    async def on_one_loop():
+        for _ in range(3):
+            with pytest.raises(RequestError):
+                await client.post_async("/closing", {}, timeout_s=10.0)
+            assert await client.post_async("/x", {}, timeout_s=10.0)
+
+    asyncio.run(on_one_loop())
+
+
+def generate_blocking(client, body, timeout_s=30.0):
+    return client.post("/generate", body, timeout_s=timeout_s)
+
+
+def generate_async(client, body, timeout_s=30.0):
+    return asyncio.run(client.post_async("/generate", body, timeout_s=timeout_s))
+
+
+def generate_stream(client, body, timeout_s=30.0):
+    return list(client.stream("/generate", {**body, "stream": True}, timeout_s=timeout_s))
+
+
+def generate_stream_async(client, body, timeout_s=30.0):
+    async def collect():
+        events = client.stream_async("/generate", {**body, "stream": True}, timeout_s=timeout_s)
+        return [event async for event in events]
+
+    return asyncio.run(collect())
+
+
+every_generate = pytest.mark.parametrize(
+    "generate", [generate_blocking, generate_async, generate_stream, generate_stream_async]
+)
+
+
+@every_generate
+def test_a_lost_connection_to_a_server_that_is_up_is_no_dead_engine(server, client, generate, monkeypatch):
+    monkeypatch.setattr(http_module, "_ENDING_S", 0.0)
+    with pytest.raises(RequestError, match="the server is up, but closed the connection") as caught:
+        generate(client, {"drop": True})
+    assert caught.value.status is None
+    monkeypatch.setattr(client, "_is_up", lambda: False)
+    with pytest.raises(EngineDeadError, match="/generate: "):
+        generate(client, {"drop": True})
+    sent = [path for _, path, *_ in server.requests]
+    assert sent.count("/generate") == 2, "never sent again"
+
+
+@pytest.fixture
+def few(server, monkeypatch):
+    """A client with four connections for generation."""
+    monkeypatch.setattr(connections, "_MOST_CONNECTIONS", 4)
+    client = ServerClient(server.url)
+    yield client
+    client.close()
+
+
+def test_requests_wait_for_one_of_few_connections_and_others_pass_them(server, few):
+    threads = [
+        in_background(lambda i=i: generate_blocking(few, {"i": i, "seconds": 0.05}), name="test") for i in range(40)
+    ]
+    assert few.get("/x", timeout_s=10.0)["method"] == "GET" and not threads[-1].done()
+    assert [thread.result()["i"] for thread in threads] == list(range(40))
+    assert server.most_running <= 4
+
+    async def many():
+        bodies = [{"i": i, "seconds": 0.05} for i in range(40)]
+        return await asyncio.gather(*(few.post_async("/generate", body, timeout_s=30.0) for body in bodies))
+
+    server.most_running = 0
+    assert [answer["i"] for answer in asyncio.run(many())] == list(range(40))
+    assert server.most_running <= 4
+
+
+def test_a_stream_that_is_left_early_gives_its_place_back(few):
+    for _ in range(10):
+        stream = few.stream("/generate", {"stream": True}, timeout_s=5.0)
+        next(stream)
+        stream.close()
+
+
+def test_no_free_connection_in_time_is_a_deadline_and_nothing_was_sent(server, few):
+    running = [in_background(lambda: generate_blocking(few, {"seconds": 20}), name="test") for _ in range(4)]
+    while server.running < 4:
+        time.sleep(0.01)
+    with pytest.raises(DeadlineError, match="no free connection within 0.1 s: 4 requests of this process"):
+        generate_blocking(few, {}, timeout_s=0.1)
+
+    async def on_one_loop():
+        tasks = [asyncio.create_task(few.post_async("/generate", {"seconds": 20}, timeout_s=60.0)) for _ in range(4)]
+        while server.running < 8:
+            await asyncio.sleep(0.01)
+        with pytest.raises(DeadlineError, match="no free connection within 0.1 s"):
+            await few.post_async("/generate", {}, timeout_s=0.1)
+        server.over.set()
+        await asyncio.gather(*tasks)
+
+    asyncio.run(on_one_loop())
+    for each in running:
+        each.result()
+    assert len(server.requests) == 8
+
+
+UNDER_A_LIMIT = """
+import asyncio, resource, sys, threading
+from concurrent.futures import ThreadPoolExecutor
+from tpcolocate.errors import ConfigError
+from tpcolocate.server.http import ServerClient
+
+resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128))
+client = ServerClient(sys.argv[1])
+with ThreadPoolExecutor(100) as pool:
+    found = list(pool.map(lambda i: client.post("/generate", {"i": i, "seconds": 0.01}, timeout_s=60)["i"], range(300)))
+assert found == list(range(300))
+
+async def many():
+    return await asyncio.gather(*(client.post_async("/generate", {"i": i, "seconds": 0.01}, timeout_s=60) for i in range(300)))
+
+assert [each["i"] for each in asyncio.run(many())] == list(range(300))
+client.close()
+taken = []
+try:
+    while True:
+        taken.append(open("/dev/null"))
+except OSError:
+    pass
+client = ServerClient(sys.argv[1])
+for send in (client.post, lambda path, body, timeout_s: asyncio.run(client.post_async(path, body, timeout_s=timeout_s))):
+    for _ in range(3 if send != client.post else 0):
+        taken.pop().close()  # of an event loop
+    try:
+        send("/generate", {}, timeout_s=10)
+    except ConfigError as error:
+        assert "no file descriptor left for a connection; its limit is 128" in str(error), error
+    else:
+        raise AssertionError("there was one")
+print("done")
+"""
+
+
+def test_hundreds_of_requests_under_a_low_limit_of_descriptors(server):
+    done = subprocess.run(
+        [sys.executable, "-c", UNDER_A_LIMIT, server.url], capture_output=True, text=True, timeout=100
+    )
+    assert done.stdout == "done\n", done.stderr
+
+
+def in_a_child(client, answers):
+    answers.put([generate_blocking(client, {"i": 1})["i"], generate_async(client, {"i": 2})["i"]])
+
+
+def test_a_forked_child_has_connections_of_its_own(server, client, accepted):
+    assert generate_blocking(client, {"i": 0})["i"] == 0
+    context = multiprocessing.get_context("fork")
+    answers = context.Queue()
+    child = context.Process(target=in_a_child, args=(client, answers))
+    child.start()
+    assert answers.get(timeout=30) == [1, 2]
+    child.join(30)
+    assert generate_blocking(client, {"i": 3})["i"] == 3
+    assert len(accepted) >= 3, "the child took none of its parent's"
+    ports = [address[1] for _, address in accepted]
+    assert len(set(ports)) == len(ports)
+
+
+def open_sockets():
+    links = []
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            links.append(os.readlink(f"/proc/self/fd/{name}"))
+        except OSError:
+            pass
+    return sum(link.startswith("socket:") for link in links)
+
+
+def test_an_event_loop_per_step_leaves_no_sockets(server, client):
+    generate_async(client, {})
+    before = open_sockets()
+    for _ in range(10):
+        generate_async(client, {})
+    deadline = time.monotonic() + 10  # until the server's end, in this process, notices as well
+    while open_sockets() > before and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert open_sockets() <= before
+    for _ in range(3):  # not by asyncio.run, which ends generators
+        loop = asyncio.new_event_loop()
+        loop.run_until_complete(client.post_async("/generate", {}, timeout_s=10.0))
+        loop.close()
+    assert len(client._connections._of_process.loops) == 1
+
+
+def test_close_closes_the_connections_of_a_running_loop(client):
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    asyncio.run_coroutine_threadsafe(client.post_async("/generate", {}, timeout_s=10.0), loop).result(10)
+    of_loop = client._connections._of_process.loops[loop]
+    client.close()
+    deadline = time.monotonic() + 10
+    while not of_loop.client.is_closed and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert of_loop.client.is_closed
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join(10)
+    loop.close()
+
+
+@pytest.mark.parametrize("generate", [generate_blocking, generate_async])
+def test_without_a_timeout_a_request_waits_as_long_as_the_server_is_up(server, client, generate, monkeypatch):
+    for module in (connections, http_module):
+        monkeypatch.setattr(module, "LOOK_S", 0.1)
+    assert generate(client, {"i": 1, "seconds": 0.6}, timeout_s=None)["i"] == 1
+    assert "/model_info" in [path for _, path, *_ in server.requests], "it looked"
+    monkeypatch.setattr(client, "_is_up", lambda: False)
+    began = time.monotonic()
+    with pytest.raises(EngineDeadError, match="the server does not answer"):
+        generate(client, {"seconds": 20}, timeout_s=None)
+    assert time.monotonic() - began < 15
+
+
+def test_a_deadline_names_its_argument(client):
+    with pytest.raises(DeadlineError, match="for more time raise timeout_s"):
+        generate_blocking(client, {"seconds": 20}, timeout_s=0.1)
+
+
+@pytest.mark.parametrize("body", [{"a": float("inf")}, {"a": object()}, {"a": "\ud800"}, {"a": b"x"}, {"a": {1, 2}}])
+@every_generate
+def test_what_json_cannot_hold_is_an_error_of_this_library(server, client, generate, body):
+    with pytest.raises(ConfigError, match="the request is no JSON"):
+        generate(client, body)
+    assert server.requests == []

@@ -174,3 +174,103 @@ def twice(rank):
 
 def test_init_can_be_called_again():
     assert run_ranks(twice, 4) == [((0, 1) if rank < 2 else (2, 3), (0, 1, 2, 3), True) for rank in range(4)]
+
+
+def job_of(rank, jobs, world):
+    job = jobs[rank] if isinstance(jobs, list) else jobs
+    with tpcolocate.init(world, device="cpu", timeout_s=TIMEOUT_S, job=job) as colo:
+        return colo.job
+
+
+def test_a_job_has_the_name_that_it_was_given():
+    assert run_ranks(job_of, 2, "my.job-7", 2) == ["my.job-7"] * 2
+    assert run_ranks(job_of, 2, None, 2, env={"TPCOLOCATE_JOB": "from_outside"}) == ["from_outside"] * 2
+    assert run_ranks(job_of, 1, "mine", 1, env={"TPCOLOCATE_JOB": "from_outside"}, init_group=False) == ["mine"]
+
+
+@pytest.mark.parametrize("jobs, words", [
+    (["a", "b"], "ranks 0 and 1 are of different jobs: 'a' and 'b'"),
+    (["a", None], "ranks 0 and 1 are of different jobs: 'a' and None"),
+    (["a", "../a"], "job='../a' is not the name of a job"),
+    ("a" * 65, "is not the name of a job"),
+    ("", "job='' is not the name of a job"),
+    (7, "job=7 is not the name of a job"),
+])  # fmt: skip
+def test_a_job_name_that_cannot_work_is_an_error_on_all_ranks(jobs, words):
+    outcomes = run_ranks(job_of, 2, jobs, 2, expect_errors=True)
+    assert {type(outcome.error) for outcome in outcomes} == {errors.ConfigError}
+    assert len({str(outcome.error) for outcome in outcomes}) == 1 and words in str(outcomes[0].error)
+
+
+def test_several_processes_without_a_process_group_are_refused():
+    [outcome] = run_ranks(place, 1, 1, "cpu", init_group=False, env={"WORLD_SIZE": "2"}, expect_errors=True)
+    assert isinstance(outcome.error, errors.ConfigError)
+    assert "WORLD_SIZE=2, but torch.distributed is not initialised" in str(outcome.error)
+    assert "init_process_group()" in outcome.error.hint
+
+
+def warned(rank):
+    """Rank 1 comes to init() once rank 0 has warned."""
+    import logging
+
+    import torch.distributed as dist
+
+    from tpcolocate import groups
+
+    store = dist.distributed_c10d._get_default_store()
+    texts = []
+
+    class Warnings(logging.Handler):
+        def emit(self, record):
+            texts.append(record.getMessage())
+            store.set("warned", "1")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(groups, "_WARN_AFTER_S", 0.5)
+        groups.logger.addHandler(Warnings())
+        if rank == 1:
+            store.wait(["warned"])
+        tpcolocate.init(2, device="cpu", timeout_s=TIMEOUT_S).close()
+    return texts
+
+
+def test_a_rank_that_waits_in_init_names_those_that_are_missing():
+    texts, none = run_ranks(warned, 2)
+    assert "for ranks 1 to call tpcolocate.init(); it waits until 40 s (timeout_s of init())" in texts[0] and none == []
+
+
+@pytest.fixture
+def announced(monkeypatch, tmp_path):
+    """Return a function that announces a server of a job that listens."""
+    from tpcolocate import rendezvous, runtime_folder, session
+    from tpcolocate.processes import this_process
+
+    monkeypatch.setattr(runtime_folder, "SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr(session, "is_listening", lambda announcement: True)
+
+    def announce(job):
+        announcement = rendezvous.Announcement(f"http://127.0.0.1:1/{job}", "key", job, 0, (0,), *this_process(), job)
+        path = rendezvous.path_for(job)
+        path.parent.mkdir(mode=0o700)
+        rendezvous.announce(path, announcement)
+
+    return announce
+
+
+def test_connect_takes_the_job_that_is_named(announced, monkeypatch, caplog):
+    for job in ("a", "b"):
+        announced(job)
+    with pytest.raises(errors.RendezvousError, match="2 running servers"):
+        tpcolocate.connect()
+    assert tpcolocate.connect("a").url.endswith("/a")
+    monkeypatch.setenv("TPCOLOCATE_JOB", "b")
+    assert tpcolocate.connect().url.endswith("/b") and tpcolocate.connect("a").url.endswith("/a")
+    assert caplog.messages == []
+    with pytest.raises(errors.ConfigError, match="not the name of a job"):
+        tpcolocate.connect("../b")
+
+
+def test_connect_without_a_job_warns_which_server_it_takes(announced, caplog):
+    announced("a")
+    assert tpcolocate.connect().url.endswith("/a")
+    assert "takes the only server of this user, that of job a" in caplog.text

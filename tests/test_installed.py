@@ -3,6 +3,7 @@
 import os
 import sys
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 from harness import run_ranks
@@ -112,7 +113,17 @@ def test_a_source_that_cannot_be_parsed_is_not_checked(tmp_path, source):
 def test_a_missing_source_is_not_checked(tmp_path):
     nowhere = Installed(tmp_path, None)
     assert nowhere.arguments() is None and nowhere.request_fields("X") is None
-    check_installed({"whatever": 1}, None)
+
+
+def test_a_missing_package_is_reported_with_what_to_install():
+    with pytest.raises(ConfigError, match="SGLang is not installed for") as caught:
+        check_installed({"whatever": 1}, None)
+    assert "pip install sglang" in caught.value.hint
+    without = Installed(Path("nowhere"), "0.5.21", has_memory_saver=False)
+    with pytest.raises(ConfigError, match="torch_memory_saver, which is not installed"):
+        check_installed({"enable_memory_saver": True}, without)
+    check_installed({"enable_memory_saver": False}, without)
+    check_installed({"enable_memory_saver": True, "device": "cpu"}, without)
 
 
 def test_request_fields(tmp_path):

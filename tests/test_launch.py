@@ -3,8 +3,13 @@
 import errno
 import json
 import os
+import secrets
+import shutil
+import signal
 import socket
+import subprocess
 import sys
+import tempfile
 import time
 import types
 from pathlib import Path
@@ -13,10 +18,11 @@ import pytest
 import torch
 
 from tpcolocate import launch
-from tpcolocate.errors import ConfigError, DeadlineError, LaunchError, RankLostError
-from tpcolocate.processes import this_process
+from tpcolocate.errors import ConfigError, DeadlineError, EngineDeadError, LaunchError, RankLostError
+from tpcolocate.processes import start_of, this_process
+from tpcolocate.runtime_folder import RuntimeFolder, read_processes
 from tpcolocate.server import process
-from tpcolocate.server.process import ServerProcess, ServerSpec, hold_port
+from tpcolocate.server.process import ServerProcess, ServerSpec, check_host, hold_port
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(120)]
 
@@ -71,9 +77,10 @@ CLASH = "print('ERROR: [Errno 98] error while attempting to bind: address alread
 @pytest.fixture
 def stand_in(monkeypatch, tmp_path, no_leftovers):
     """Replace SGLang's command by one script per try; return a function that starts them, and SGLang's commands."""
-    commands = []
+    commands, runtimes = [], []
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
-    def start(*scripts, health_timeout_s=60.0, **arguments):
+    def start(*scripts, health_timeout_s=60.0, log_path=None, **arguments):
         tries = iter(scripts)
         spawn = ServerProcess._spawn
 
@@ -84,12 +91,15 @@ def stand_in(monkeypatch, tmp_path, no_leftovers):
 
         monkeypatch.setattr(ServerProcess, "_spawn", spawn_instead)
         pid, started = this_process()
-        spec = ServerSpec(
-            "model", arguments, dict(os.environ), tmp_path / "logs" / "server.log", pid, started, grace_s=3.0
-        )
+        runtime = RuntimeFolder.make(f"{pid}-{secrets.token_hex(8)}", log_path=log_path)
+        runtimes.append(runtime)
+        spec = ServerSpec("model", arguments, dict(os.environ), runtime, pid, started, grace_s=3.0)
         return ServerProcess.start(spec, health_timeout_s=health_timeout_s)
 
-    return start, commands
+    yield start, commands
+    for runtime in runtimes:
+        assert not runtime.shared.exists()
+        shutil.rmtree(runtime.temporary, ignore_errors=True)
 
 
 def ports_of(command):
@@ -105,8 +115,7 @@ def test_the_server_starts_answers_and_stops(stand_in):
     server.stop()
     assert server.exited() and server.exit_code is not None
     server.stop()
-    server.remove_log()
-    assert not server.spec.log_path.exists()
+    assert not server.spec.runtime.temporary.exists(), "with the log, because this library ended the server"
 
 
 def test_the_key_is_in_a_private_file_and_not_on_the_command_line(stand_in, monkeypatch):
@@ -129,7 +138,8 @@ def test_the_key_is_in_a_private_file_and_not_on_the_command_line(stand_in, monk
 
 def test_no_key_looks_like_an_option():
     """SGLang turns its config file into command-line arguments; one base64 key in 64 begins with a dash."""
-    spec = ServerSpec("model", {}, {}, Path("unused"), *this_process())
+    unused = Path("unused")
+    spec = ServerSpec("model", {}, {}, RuntimeFolder("0", unused, unused, unused), *this_process())
     keys = {ServerProcess(spec).api_key for _ in range(500)}
     assert len(keys) == 500
     assert all(key.isalnum() and len(key) == 64 for key in keys)
@@ -199,17 +209,231 @@ def test_a_server_that_never_answers_is_stopped_at_the_deadline(stand_in, monkey
     assert caught.value.details.endswith("\nloading")
 
 
-def test_the_tail_of_a_log_never_contains_the_key(tmp_path):
+def test_the_tail_of_a_log_is_its_last_lines(tmp_path):
     pid, started = this_process()
-    server = ServerProcess(ServerSpec("model", {}, {}, tmp_path / "log", pid, started))
+    server = ServerProcess(ServerSpec("model", {}, {}, RuntimeFolder("0", *[tmp_path / "log"] * 3), pid, started))
     assert server.log_tail() == "(no log was written)"
-    for cut in range(len(server.api_key) + 1):
-        rest = "x" * (process._LOG_TAIL_BYTES - cut - 1)
-        server.spec.log_path.write_text(f"key {server.api_key}\n{rest}")
-        assert not any(server.api_key[i:] in server.log_tail() for i in range(len(server.api_key) - 3))
     server.spec.log_path.write_text("".join(f"{i}\n" for i in range(100)))
     assert server.log_tail().splitlines()[1:] == [str(i) for i in range(60, 100)]
     assert server.last_line() == "99"
+
+
+# --- ends ------------------------------------------------------------------------------------------------------------
+
+# Like SGLang: a process whose title names its role, and the arguments with the key on the output.
+SERVE_WITH_CHILD = (
+    """
+import os, sys
+print("server_args={'api_key': '" + sys.argv[3] + "'}", flush=True)
+if os.fork() == 0:
+    os.execv("/bin/sleep", ["sglang::detokenizer", "600"])
+"""
+    + SERVE
+)
+
+
+def processes_of(server, name):
+    listed = []
+    while not listed:
+        listed = [p for p in read_processes(server.spec.runtime.processes) if p["name"] == name]
+        time.sleep(0.02)
+    return listed
+
+
+def test_the_error_after_a_killed_process_names_it_and_the_log_outlives_the_shutdown(stand_in):
+    """Leaving the `with` after the error must not remove the evidence."""
+    start, _ = stand_in
+    server = start(SERVE_WITH_CHILD)
+    [child] = processes_of(server, "sglang::detokenizer")
+    assert server.client.get("/model_info", timeout_s=5.0) == {}
+    os.kill(child["pid"], signal.SIGKILL)
+    began = time.monotonic()
+    while not server.exited():
+        time.sleep(0.01)
+    assert time.monotonic() - began < 5
+    with pytest.raises(EngineDeadError) as caught:
+        while True:  # until its end has begun
+            server.client.get("/x", timeout_s=5.0)
+    assert f"sglang::detokenizer (pid {child['pid']}) was killed by SIGKILL" in caught.value.message
+    assert str(server.spec.log_path) in caught.value.hint
+    server.stop()
+    assert server.exited()
+    log = server.spec.log_path.read_text()
+    assert f"[tpcolocate] sglang::detokenizer (pid {child['pid']}) was killed by SIGKILL" in log
+    assert os.listdir(server.spec.runtime.temporary) == ["server.log"]
+
+
+def test_a_stopped_process_is_named_by_a_request_that_is_too_slow(stand_in):
+    start, _ = stand_in
+    server = start(SERVE_WITH_CHILD)
+    [main] = processes_of(server, "main process")
+    os.kill(main["pid"], signal.SIGSTOP)
+    try:
+        with pytest.raises(DeadlineError, match=rf"main process \(pid {main['pid']}\) is stopped"):
+            server.client.get("/x", timeout_s=0.5)
+        assert not server.exited()
+    finally:
+        os.kill(main["pid"], signal.SIGCONT)
+    server.stop()
+    assert server.spec.log_path.exists(), "the log of a server in trouble stays"
+
+
+@pytest.mark.parametrize("mode", [None, 0o644])
+def test_no_log_has_the_key(stand_in, tmp_path, mode):
+    start, _ = stand_in
+    path = tmp_path / "theirs.log" if mode else None
+    if path is not None:
+        path.touch(mode)
+        path.write_text("an earlier line\n")
+    server = start(SERVE_WITH_CHILD, log_path=path)
+    log = server.spec.log_path.read_text()
+    assert "server_args={'api_key': '***'}" in log and server.api_key not in log
+    assert not log.startswith("an earlier line") or path is not None
+    server.stop()
+    assert path is None or path.exists(), "a log that the user named is the user's"
+
+
+def test_a_trainer_that_is_killed_while_the_server_starts_leaves_nothing(tmp_path, no_leftovers):
+    code = (
+        "import os, sys, secrets\n"
+        "from tpcolocate.processes import this_process\n"
+        "from tpcolocate.runtime_folder import RuntimeFolder\n"
+        "from tpcolocate.server.process import ServerProcess, ServerSpec\n"
+        "spawn = ServerProcess._spawn\n"
+        "def instead(self, command):\n"
+        "    spawn(self, [sys.executable, '-c', 'import time; print(1, flush=True); time.sleep(600)'])\n"
+        "    while '1' not in self.last_line(): pass\n"
+        "    print('ready', flush=True)\n"
+        "ServerProcess._spawn = instead\n"
+        "pid, started = this_process()\n"
+        "runtime = RuntimeFolder.make(f'{pid}-{secrets.token_hex(8)}')\n"
+        "print(runtime.shared, flush=True)\n"
+        "ServerProcess.start(ServerSpec('m', {}, dict(os.environ), runtime, pid, started), health_timeout_s=100)\n"
+    )
+    for sent in (signal.SIGTERM, signal.SIGKILL):
+        trainer = subprocess.Popen(
+            [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env={**os.environ, "TMPDIR": str(tmp_path)}
+        )
+        shared = Path(trainer.stdout.readline().strip())
+        assert trainer.stdout.readline() == "ready\n" and (shared / "server.yaml").exists()
+        trainer.send_signal(sent)
+        trainer.communicate()
+        deadline = time.monotonic() + 60
+        while (shared.exists() or os.listdir(tmp_path)) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert not shared.exists() and os.listdir(tmp_path) == []
+
+
+def test_a_log_that_cannot_be_opened_is_an_error_that_names_it(stand_in, tmp_path):
+    start, _ = stand_in
+    with pytest.raises(LaunchError, match="could not be started: IsADirectoryError") as caught:
+        start(SERVE, log_path=tmp_path)
+    assert str(tmp_path) in caught.value.message and "log_path=" in caught.value.hint
+
+
+def test_a_supervisor_that_cannot_run_is_an_error_with_its_own_words(stand_in, monkeypatch, tmp_path):
+    start, _ = stand_in
+    (tmp_path / "broken.py").write_text("raise RuntimeError('no psutil here')")
+    monkeypatch.setattr(process, "_SUPERVISOR", tmp_path / "broken.py")
+    with pytest.raises(LaunchError, match="supervisor exited with code 1: RuntimeError: no psutil here"):
+        start(SERVE)
+
+
+@pytest.mark.parametrize("code, words", [(errno.EMFILE, "ulimit -n"), (errno.ENOSPC, "make space")])
+def test_a_machine_that_lacks_something_is_an_error_with_what_to_do(stand_in, monkeypatch, code, words):
+    start, _ = stand_in
+
+    def fail(*args, **kwargs):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(process.subprocess, "Popen", fail)
+    with pytest.raises(LaunchError, match=os.strerror(code)) as caught:
+        start(SERVE)
+    assert words in caught.value.hint
+
+
+def test_a_trainer_without_standard_streams_starts_a_server(stand_in, monkeypatch):
+    start, _ = stand_in
+    monkeypatch.setattr(sys, "stderr", None)
+    start(SERVE).stop()
+
+
+def test_a_stop_that_was_interrupted_is_made_again(stand_in, monkeypatch):
+    start, _ = stand_in
+    server = start(SERVE)
+    [main] = processes_of(server, "main process")
+    end = process._Supervision.end
+
+    def interrupted(self, command, *, timeout_s):
+        monkeypatch.undo()
+        self._send(command)
+        self._commands.close()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(process._Supervision, "end", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        server.stop()
+    assert process._Supervision.end is end
+    server.stop()
+    assert start_of(main["pid"]) is None and not server.spec.runtime.temporary.exists()
+
+
+CLOSED = """
+import os, secrets, sys
+for fd in (0, 1, 2):
+    os.close(fd)
+sys.stdin = sys.stdout = sys.stderr = None
+from tpcolocate.processes import start_of, this_process
+from tpcolocate.runtime_folder import RuntimeFolder
+from tpcolocate.server.process import ServerProcess, ServerSpec
+spawn = ServerProcess._spawn
+def instead(self, command):
+    ports = [command[command.index(flag) + 1] for flag in ("--port", "--nccl-port")]
+    spawn(self, [sys.executable, "-c", sys.argv[2], *ports])
+ServerProcess._spawn = instead
+pid, started = this_process()
+runtime = RuntimeFolder.make(f"{pid}-{secrets.token_hex(8)}")
+server = ServerProcess.start(ServerSpec("m", {}, dict(os.environ), runtime, pid, started), health_timeout_s=100)
+answer = server.client.get("/model_info", timeout_s=30)
+server.stop()
+with open(sys.argv[1], "w") as file:
+    file.write(repr((answer, server.exited(), runtime.temporary.exists())))
+"""
+
+
+def test_a_trainer_whose_standard_descriptors_are_closed_starts_a_server(tmp_path, no_leftovers):
+    """The next files that it opens, such as the pipes to the supervisor, get the numbers 0 to 2."""
+    subprocess.run([sys.executable, "-c", CLOSED, str(tmp_path / "answer"), SERVE], timeout=100, check=True)
+    assert (tmp_path / "answer").read_text() == "({}, True, False)"
+
+
+# --- hosts -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("host, reached", [
+    ("127.0.0.1", "127.0.0.1"), ("localhost", "127.0.0.1"), ("0.0.0.0", "127.0.0.1"), ("127.0.0.2", "127.0.0.2"),
+])  # fmt: skip
+def test_the_address_at_which_a_server_is_reached(host, reached):
+    assert check_host(host) == reached
+
+
+@pytest.mark.skipif(not Path("/proc/net/if_inet6").exists(), reason="this machine has no IPv6")
+def test_the_address_of_an_ipv6_server_is_in_brackets():
+    assert check_host("::1") == check_host("::") == "[::1]"
+
+
+@pytest.mark.parametrize("host, words", [
+    ("no.such.host.invalid", "does not resolve"),
+    ("203.0.113.7", "on which this machine cannot listen"),
+    ("1.2.3.4.5", "does not resolve"),
+])  # fmt: skip
+def test_a_host_that_is_not_this_machine_is_refused_before_anything_starts(host, words):
+    with pytest.raises(ConfigError, match=words) as caught:
+        check_host(host)
+    assert repr(host) in caught.value.message
+
+
+# --- reasons ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tail, reason", [

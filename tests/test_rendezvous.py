@@ -13,26 +13,33 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from tpcolocate import rendezvous
-from tpcolocate.errors import RendezvousError
+from tpcolocate import rendezvous, runtime_folder
+from tpcolocate.errors import LaunchError, RendezvousError
 from tpcolocate.processes import start_of, this_process
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(60)]
 
 PID, STARTED = this_process()
-OURS = rendezvous.Announcement("http://127.0.0.1:1", "key", "job7", (2, 3), PID, STARTED, "nonce1")
+OURS = rendezvous.Announcement("http://127.0.0.1:1", "key", "job7", 1, (2, 3), PID, STARTED, "nonce1", "/log")
 as_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
 
 
 @pytest.fixture
 def path(tmp_path):
-    return tmp_path / "tpcolocate-0-job7-1.json"
+    return tmp_path / "announcement.json"
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(rendezvous, "_FOLDER", tmp_path)
+    monkeypatch.setattr(runtime_folder, "SHARED_MEMORY", tmp_path)
     return tmp_path
+
+
+def made(nonce):
+    """The path of an announcement in a folder of its launch."""
+    path = rendezvous.path_for(nonce)
+    path.parent.mkdir(mode=0o700)
+    return path
 
 
 def wait(path, *, healthy=lambda _: True, timeout_s=0.1, nonce="nonce1"):
@@ -66,7 +73,7 @@ def test_a_later_launch_replaces_the_file_of_an_earlier_one(path):
 def test_a_failed_announcement_leaves_the_old_file(path, monkeypatch):
     rendezvous.announce(path, OURS)
     monkeypatch.setattr(rendezvous.json, "dump", lambda *a, **k: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(LaunchError, match=f"cannot write {path}: disk full"):
         rendezvous.announce(path, replace(OURS, nonce="nonce2"))
     assert rendezvous.read(path) == OURS
     assert os.listdir(path.parent) == [path.name]
@@ -125,7 +132,7 @@ def symlink(path):
     (lambda path: (path.touch(0o600), path.write_text(json.dumps(asdict(OURS) | {"more": 1}))), "not an announcement"),
 ], ids=["foreign", "mode", "symlink", "fifo", "folder", "empty", "binary", "list", "incomplete", "newer"])  # fmt: skip
 def test_an_invalid_file_is_rejected_and_not_removed(path, folder, make, words):
-    path = rendezvous.path_for("job7", 1)
+    path = made("nonce1")
     make(path)
     with pytest.raises(RendezvousError, match=words) as caught:
         rendezvous.read(path)
@@ -133,7 +140,6 @@ def test_an_invalid_file_is_rejected_and_not_removed(path, folder, make, words):
     with pytest.raises(RendezvousError, match=words):
         wait(path)
     assert rendezvous.discover() == []
-    rendezvous.withdraw(path, "nonce1")
     assert os.path.lexists(path)
 
 
@@ -193,26 +199,41 @@ def test_wait_continues_until_file_launch_and_server_are_valid(path):
     assert checks == [OURS] * 3
 
 
-def test_withdraw_removes_only_the_file_of_its_launch(path):
-    rendezvous.announce(path, OURS)
-    rendezvous.withdraw(path, "nonce0")
-    assert rendezvous.read(path) == OURS
-    rendezvous.withdraw(path, "nonce1")
-    assert not path.exists()
-    rendezvous.withdraw(path, "nonce1")
-
-
 def test_discover_lists_live_announcements_of_a_job(folder):
-    one, two = replace(OURS, job="a"), replace(OURS, job="b")
-    rendezvous.announce(rendezvous.path_for("a", 0), one)
-    rendezvous.announce(rendezvous.path_for("b", 0), two)
-    announce_by_dead_process(rendezvous.path_for("c", 0)).wait()
+    one, two, three = OURS, replace(OURS, nonce="b", job="other"), replace(OURS, nonce="c", job="other")
+    paths = [made(nonce) for nonce in "abcd"]
+    for path, announcement in zip(paths, (one, two, three)):
+        rendezvous.announce(path, announcement)
+    announce_by_dead_process(paths[3]).wait()
     (folder / "unrelated.json").write_text("{}")
-    assert rendezvous.discover() == [(rendezvous.path_for("a", 0), one), (rendezvous.path_for("b", 0), two)]
-    assert rendezvous.discover("b") == [(rendezvous.path_for("b", 0), two)]
-    assert rendezvous.discover("c") == rendezvous.discover("d") == []
+    assert rendezvous.discover() == [(paths[0], one), (paths[1], two), (paths[2], three)]
+    assert rendezvous.discover("other") == [(paths[1], two), (paths[2], three)], "two engines of one slice"
+    assert rendezvous.discover("another") == []
 
 
-def test_the_path_contains_user_job_and_slice():
-    path = rendezvous.path_for("job7", 3)
-    assert str(path) == f"/dev/shm/tpcolocate-{os.getuid()}-job7-3.json"
+def open_to_others(path):
+    path.parent.chmod(0o755)
+
+
+def of_another_user(path):
+    os.chown(path.parent, 65534, -1)
+
+
+def link(path):
+    path.parent.rename(path.parent.with_name("elsewhere"))
+    path.parent.symlink_to(path.parent.with_name("elsewhere"))
+
+
+@pytest.mark.parametrize(
+    "change", [open_to_others, link, pytest.param(of_another_user, marks=as_root)], ids=["mode", "link", "owner"]
+)
+def test_a_folder_that_another_user_could_have_made_is_ignored(folder, change):
+    path = made("nonce1")
+    rendezvous.announce(path, OURS)
+    assert rendezvous.discover() == [(path, OURS)]
+    change(path)
+    assert rendezvous.discover() == []
+
+
+def test_the_path_contains_user_and_launch():
+    assert str(rendezvous.path_for("12-ab")) == f"/dev/shm/tpcolocate-{os.getuid()}-12-ab/announcement.json"

@@ -17,12 +17,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tpcolocate.processes import this_process
-from tpcolocate.server import process as launch
+from tpcolocate.processes import start_of, this_process
+from tpcolocate.server import supervisor
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(240), pytest.mark.usefixtures("no_leftovers")]
 
-SUPERVISOR = Path(launch.__file__).with_name("supervisor.py")
+SUPERVISOR = Path(supervisor.__file__)
 SOON_S = 60.0  # for what should take a moment
 
 SERVER = """
@@ -39,7 +39,7 @@ if mode == "stubborn":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 if os.fork() == 0:
     note("worker")
-    rest()
+    os.execv("/bin/sleep", ["sglang::detokenizer" if mode != "plain" else "sleep", "600"])
 if os.fork() == 0:
     os.setsid()
     if os.fork() != 0:
@@ -56,7 +56,7 @@ for name in ("worker", "orphan"):
     while not os.path.exists(f"{folder}/{name}"):
         time.sleep(0.005)
 open(f"/dev/shm/sgl_shm_mq_{os.getpid()}_abcd1234", "w").close()
-print("a line in the log", flush=True)
+print("a line in the log, with the key 0123456789abcdef", flush=True)
 note("server")
 if mode == "exits":
     while not os.path.exists(f"{folder}/exit"):
@@ -84,16 +84,24 @@ time.sleep(600)
 class Server:
     """The script under a supervisor, its processes and its files."""
 
-    def __init__(self, folder, mode="honest", grace_s=60.0):
+    def __init__(self, folder, mode="honest", grace_s=60.0, supervisor=(str(SUPERVISOR),)):
         self.folder = folder
-        self.unlinked = folder / "rendezvous.json"
-        self.unlinked.touch()
-        self.log = folder / "server.log"
+        self.unlinked = folder / "nonce1-runtime"
+        self.unlinked.mkdir()
+        self.logs = folder / "nonce1-logs"
+        self.logs.mkdir()
+        self.log = self.logs / "server.log"
+        self.record = self.unlinked / "processes.json"
+        self.command = [sys.executable, "-P", *supervisor]
         self.job = {
             "command": [sys.executable, "-c", SERVER, str(folder), mode],
             "env": dict(os.environ),
             "log_path": str(self.log),
-            "unlink": [str(self.unlinked), str(folder / "never-was-there")],
+            "secrets": ["0123456789abcdef"],
+            "record": str(self.record),
+            "nonce": "nonce1",
+            "unlink": [str(self.unlinked), str(folder / "nonce1-never-was-there")],
+            "unlink_log": [str(self.logs)],
             "grace_s": grace_s,
         }
         self.processes = {}
@@ -103,7 +111,7 @@ class Server:
     def start(self, **job):
         pid, started = this_process()
         self.supervisor = subprocess.Popen(
-            [sys.executable, "-P", str(SUPERVISOR)],
+            self.command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,
@@ -132,15 +140,22 @@ class Server:
     def assert_gone(self, within_s=SOON_S):
         until(lambda: not any(map(alive, self.processes.values())), "all processes have ended", within_s)
         until(lambda: not any(path.exists() for path in self.shm), "its files in /dev/shm are gone", within_s)
-        until(lambda: not self.unlinked.exists(), "the rendezvous file is gone", within_s)
+        until(lambda: not self.unlinked.exists(), "the runtime folder is gone", within_s)
 
     def last_event(self):
-        """Wait for the supervisor to exit and return its last event."""
+        """Wait for the supervisor to exit and return its last event, when it has ended the server."""
         until(lambda: self.supervisor.poll() is not None, "the supervisor has ended")  # communicate() would stop it
         events = [json.loads(line) for line in self.supervisor.stdout]
         assert events[0] == {"event": "started", "pid": self.processes["server"].pid}
         assert len(events) == 2
         return events[1]
+
+    def next_event(self):
+        return json.loads(self.supervisor.stdout.readline())
+
+    def send(self, command):
+        self.supervisor.stdin.write(command)
+        self.supervisor.stdin.flush()
 
 
 def alive(process):
@@ -205,30 +220,124 @@ def test_a_closed_pipe_ends_the_server(make):
     server.assert_gone(0)
 
 
-def test_after_the_server_exits_all_is_removed_and_its_code_is_reported(make, tmp_path):
+def test_an_exit_of_the_server_is_reported_at_once_and_the_files_stay_until_the_trainer_has_seen_them(make, tmp_path):
+    server = make("exits").start()
+    assert server.next_event()["event"] == "started"
+    (tmp_path / "exit").touch()
+    pid = server.processes["server"].pid
+    died = server.next_event()
+    assert died["event"] == "died" and died["processes"][0] == {"name": "main process", "pid": pid, "code": 7}
+    assert server.next_event() == {"event": "exited", "code": 7, "forced": False}
+    assert not any(map(alive, server.processes.values())) and not any(path.exists() for path in server.shm)
+    assert server.record.exists()
+    assert f"[tpcolocate] main process (pid {pid}) exited with code 7\n" in server.log.read_text()
+    server.send(b"stop\n")
+    server.supervisor.wait(SOON_S)
+    server.assert_gone(0)
+    assert server.log.exists(), "the log of a crash stays"
+
+
+WITHOUT_PIDFD = """
+import os, runpy, sys
+{how}
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+HOW = {
+    "refused": "def refuse(*args): raise PermissionError('seccomp')\nos.pidfd_open = refuse",
+    "missing": "del os.pidfd_open",
+}
+
+
+@pytest.mark.parametrize("pidfd", ["there", "refused", "missing"])
+def test_a_killed_process_of_sglangs_is_named_and_ends_the_server(make, pidfd):
+    without = ("-c", WITHOUT_PIDFD.format(how=HOW.get(pidfd)), str(SUPERVISOR))
+    server = make(supervisor=(str(SUPERVISOR),) if pidfd == "there" else without).start()
+    assert server.next_event()["event"] == "started"
+    worker = server.processes["worker"]
+    listed = lambda: json.loads(server.record.read_text())["processes"]  # noqa: E731
+    until(lambda: any(p["name"] == "sglang::detokenizer" for p in listed()), "the supervisor knows the process")
+    worker.kill()
+    began = time.monotonic()
+    assert server.next_event() == {
+        "event": "died", "processes": [{"name": "sglang::detokenizer", "pid": worker.pid, "code": -signal.SIGKILL}]
+    }  # fmt: skip
+    assert time.monotonic() - began < 5
+    assert server.next_event()["event"] == "exited"
+    assert f"[tpcolocate] sglang::detokenizer (pid {worker.pid}) was killed by SIGKILL\n" in server.log.read_text()
+    server.send(b"stop\n")
+    server.supervisor.wait(SOON_S)
+    server.assert_gone(0)
+
+
+@pytest.mark.parametrize("pidfd", ["refused", "missing"])
+@pytest.mark.parametrize("end", ["stop", "owner"])
+def test_without_pidfds_the_server_ends_with_the_owner_or_when_asked_to(make, pidfd, end):
+    server = make(supervisor=("-c", WITHOUT_PIDFD.format(how=HOW[pidfd]), str(SUPERVISOR)))
+    owner = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        server.start(owner_pid=owner.pid, owner_started=start_of(owner.pid))
+        if end == "stop":
+            server.send(b"stop\n")
+        else:
+            owner.kill()
+        assert server.last_event() == {"event": "exited", "code": -signal.SIGTERM, "forced": False}
+        server.assert_gone(0)
+    finally:
+        owner.kill()
+        owner.communicate()
+
+
+@pytest.mark.parametrize("command, log_stays", [(b"stop\n", False), (b"stop keep\n", True), (b"", False)])
+def test_the_log_goes_with_an_end_that_the_trainer_wanted(make, command, log_stays):
+    server = make().start()
+    server.supervisor.stdin.write(command)
+    server.supervisor.stdin.close()
+    server.supervisor.stdin = None
+    server.last_event()
+    server.assert_gone(0)
+    assert server.log.exists() == log_stays
+
+
+def test_the_log_of_a_killed_owners_server_goes_too(make):
+    server = make()
+    owner = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    server.start(owner_pid=owner.pid, owner_started=start_of(owner.pid))
+    owner.kill()
+    owner.communicate()
+    server.last_event()
+    server.assert_gone(0)
+    assert not server.logs.exists()
+
+
+def test_another_try_keeps_the_files(make, tmp_path):
     server = make("exits").start()
     (tmp_path / "exit").touch()
-    assert server.last_event() == {"event": "exited", "code": 7, "forced": False}
-    server.assert_gone(0)
+    server.send(b"retry\n")
+    server.supervisor.wait(SOON_S)
+    assert server.unlinked.exists() and server.log.exists()
 
 
-def test_sigterm_to_the_supervisor_stops_the_server(make):
+def test_sigterm_to_the_supervisor_does_not_end_the_server_of_a_live_trainer(make):
+    """Slurm and timeout send it to all processes of a job, and the trainer may want to finish its step."""
     server = make().start()
-    server.supervisor.terminate()
-    assert server.last_event()["code"] == -signal.SIGTERM
-    assert server.supervisor.returncode == 0
+    for _ in range(3):
+        server.supervisor.terminate()
+        time.sleep(0.1)
+    assert server.supervisor.poll() is None and alive(server.processes["server"])
+    server.send(b"stop\n")
+    assert server.last_event() == {"event": "exited", "code": -signal.SIGTERM, "forced": False}
     server.assert_gone(0)
 
 
-def test_a_second_sigterm_does_not_shorten_the_grace(make):
-    server = make("stubborn", grace_s=1.0).start()
+def test_the_supervisor_of_a_trainer_that_sigterm_ended_ends_the_server(make):
+    server = make()
+    owner = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    server.start(owner_pid=owner.pid, owner_started=start_of(owner.pid))
     server.supervisor.terminate()
-    server.supervisor.stdin.write(b"stop\n")
-    server.supervisor.stdin.flush()
-    while server.supervisor.poll() is None:  # until it exits
-        server.supervisor.terminate()
-        time.sleep(0.02)
-    assert server.last_event()["forced"] is True
+    owner.terminate()
+    owner.communicate()
+    server.last_event()
     server.assert_gone(0)
 
 
@@ -275,13 +384,11 @@ def test_a_process_with_the_owners_pid_and_another_start_is_not_the_owner(make):
     """The owner's pid was reused before the supervisor checked it."""
     pid, started = this_process()
     server = make()
-    supervisor = subprocess.Popen(
+    server.supervisor = subprocess.Popen(
         [sys.executable, "-P", str(SUPERVISOR)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
-    server.supervisor = supervisor
-    supervisor.stdin.write(json.dumps(server.job | {"owner_pid": pid, "owner_started": started - 1}).encode() + b"\n")
-    supervisor.stdin.flush()
-    first, last = (json.loads(line) for line in supervisor.stdout)
+    server.send(json.dumps(server.job | {"owner_pid": pid, "owner_started": started - 1}).encode() + b"\n")
+    first, last = (json.loads(line) for line in server.supervisor.stdout)
     assert last["event"] == "exited" and not psutil.pid_exists(first["pid"])
 
 
@@ -294,13 +401,84 @@ def test_a_command_that_does_not_exist_is_reported(make):
         capture_output=True, text=True, timeout=SOON_S, check=False,
     )  # fmt: skip
     event = json.loads(done.stdout)
-    assert event["event"] == "exited" and event["code"] is None and "/no/such/program" in event["error"]
+    assert event["event"] == "failed" and "/no/such/program" in event["error"]
+
+
+def test_a_log_that_cannot_be_opened_is_reported(make, tmp_path):
+    server = make()
+    pid, started = this_process()
+    done = subprocess.run(
+        [sys.executable, "-P", str(SUPERVISOR)],
+        input=json.dumps(server.job | {"log_path": str(tmp_path), "owner_pid": pid, "owner_started": started}) + "\n",
+        capture_output=True, text=True, timeout=SOON_S, check=False,
+    )  # fmt: skip
+    event = json.loads(done.stdout)
+    assert event["event"] == "failed" and "Is a directory" in event["error"] and str(tmp_path) in event["error"]
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
+def test_a_log_of_another_user_is_not_written_to(tmp_path):
+    (tmp_path / "log").touch()
+    os.chown(tmp_path / "log", 65534, -1)
+    with pytest.raises(PermissionError, match="belongs to user id 65534"):
+        supervisor.Log(str(tmp_path / "log"), [])
+
+
+def test_a_full_disk_costs_the_log_and_not_the_server(make):
+    server = make().start(log_path="/dev/full")
+    server.send(b"stop\n")
+    assert server.last_event()["code"] == -signal.SIGTERM
+    server.assert_gone(0)
+
+
+@pytest.mark.parametrize("text", [
+    b"api_key='0123456789abcdef', x", b"0123456789abcdef", b"0120123456789abcdef0123456789abcdef\n", b"no key 0123\n",
+])  # fmt: skip
+def test_the_key_is_never_in_the_log_wherever_the_output_is_cut(tmp_path, text):
+    for cut in range(len(text) + 1):
+        for second in range(cut, len(text) + 1):
+            path = tmp_path / f"{cut}-{second}"
+            log = supervisor.Log(str(path), ["0123456789abcdef"])
+            read_end, write_end = os.pipe()
+            log.write(text[:cut])
+            log.write(text[cut:second])
+            os.write(write_end, text[second:])
+            os.close(write_end)
+            log.copy_from(read_end)
+            log.close(timeout_s=SOON_S)
+            os.close(read_end)
+            assert path.read_bytes() == text.replace(b"0123456789abcdef", b"***")
+
+
+def test_a_key_that_is_cut_off_by_the_end_is_hidden(tmp_path):
+    log = supervisor.Log(str(tmp_path / "log"), ["0123456789abcdef"])
+    read_end, write_end = os.pipe()
+    os.write(write_end, b"api_key=0123456789abcde")
+    os.close(write_end)
+    log.copy_from(read_end)
+    log.close(timeout_s=SOON_S)
+    os.close(read_end)
+    assert (tmp_path / "log").read_bytes() == b"api_key=***"
+
+
+def test_only_files_of_this_launch_and_this_user_are_removed(tmp_path):
+    for name in ("nonce1-mine", "another", "nonce1-link"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
+    (tmp_path / "nonce1-to-another").symlink_to(tmp_path / "another")
+    for name in ("nonce1-mine", "another", "nonce1-to-another"):
+        supervisor.remove(str(tmp_path / name), "nonce1-")
+    assert not (tmp_path / "nonce1-mine").exists() and (tmp_path / "another" / "file").exists()
+    if os.getuid() == 0:
+        os.chown(tmp_path / "nonce1-link", 65534, -1)
+        supervisor.remove(str(tmp_path / "nonce1-link"), "nonce1-")
+        assert (tmp_path / "nonce1-link" / "file").exists()
 
 
 def test_the_log_is_readable_by_its_user_alone(make):
     server = make().start()
     assert stat.S_IMODE(server.log.stat().st_mode) == 0o600
-    assert server.log.read_text() == "a line in the log\n"
+    until(lambda: server.log.read_text() == "a line in the log, with the key ***\n", "the line is in the log")
 
 
 def test_files_of_other_processes_are_kept(make):

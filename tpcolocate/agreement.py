@@ -2,42 +2,41 @@
 
 Every collective of this library goes through `RankGroup`.  Its calls have a deadline, detect a dead member or one that
 is in another call, and raise one rank's exception on all ranks.
+
+A call is one or two rounds (`tpcolocate.rounds`).
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
+import os
 import pickle
+import struct
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import AllgatherOptions
 
 from tpcolocate.deadline import Deadline
 from tpcolocate.errors import ConfigError, RankFailedError, RankLostError, TpColocateError
-from tpcolocate.groups import Member, list_ranks
+from tpcolocate.groups import Member
+from tpcolocate.rounds import Call, Rounds
 
 T = TypeVar("T")
 
 # One gloo round carries this many bytes per rank.  An ok-or-error or the description of a bucket nearly always fits, so
 # that agreement costs one round (as fast for 16 KiB as for 2) without an exchange of sizes before it.
 _FRAME_BYTES = 8192
-# Before the content: its size and the name of the call, so that ranks in different calls notice it.
-_SIZE_BYTES = 8
-_HEAD_BYTES = 128
-# How long one wait lasts before the members' processes are checked.  gloo itself notices a closed connection; this is
-# for the peer that died before its connection was made.
-_CHECK_INTERVAL_S = 1.0
-_EXIT_S = 0.5
-_BACKEND_MARGIN_S = 30.0
+# Before the content: its size, when the rank began to wait, how long it waits at most, and the name of the call, so that
+# ranks in different calls notice it.
+_HEAD = struct.Struct("<Qdd104s")
 # Characters of a value that an error shows.
 _SHOWN = 200
 
@@ -46,8 +45,10 @@ class RankGroup:
     """A group of ranks that exchange values and agree on errors.
 
     Collective: every method, over all members.  `what` names the call in errors: an imperative such as ``"sync weights"``,
-    the same on all ranks.  `timeout_s` is the longest wait for the others in seconds, by default the group's.  Results are
-    in the order of `ranks`, which is not the order of torch's group ranks.
+    the same on all ranks.  `timeout_s` is the longest wait for the others in seconds.  Without it a rank waits for the
+    group's timeout; while it sees that the processes of all members are running (on one host, in one PID namespace), it
+    waits on, and a warning a minute names the ranks that are awaited.  Results are in the order of `ranks`, which is not
+    the order of torch's group ranks.
 
     Args:
         members: The ranks, in the order of results (tp order for a slice).
@@ -66,10 +67,10 @@ class RankGroup:
         self.rank = rank
         self.group = group
         self.timeout_s = timeout_s
-        self._broken: str | None = None
+        self._pid = os.getpid()
         self._call_lock = threading.Lock()
         self._current_call = ""
-        self._host = self.members[self.ranks.index(rank)].host
+        self._rounds = None if group is None else Rounds(self.members, rank=rank, group=group)
         # torch sorts the ranks of a group and returns results in that order
         self._positions = [sorted(self.ranks).index(r) for r in self.ranks]
 
@@ -86,11 +87,12 @@ class RankGroup:
             Every rank's value.
 
         Raises:
-            RankLostError: A member died or did not join in time; the group is unusable afterwards.  Or the members are
-                in different calls.
-            ConfigError: Another thread of this rank is in a collective call.
+            RankLostError: A member died, and the group is unusable afterwards.  Or one did not join in time, or the
+                members are in different calls; then all of them may make another call.
+            ConfigError: Another thread of this rank is in a collective call, or this is a forked process.
         """
-        if self.group is None:
+        self._check_process(what)
+        if self._rounds is None:
             return [value]
         # Unpickling is safe: only members of this group can have sent these bytes.
         return [pickle.loads(blob) for blob in self._all_gather_bytes(pickle.dumps(value), what, timeout_s)]
@@ -103,21 +105,50 @@ class RankGroup:
                 hint="make collective calls from one thread; generate() may be called from any",
                 rank=self.rank,
             )
+        assert self._rounds is not None
         try:
             self._current_call = what
-            return self._rounds(data, what, Deadline.after(self.timeout_s if timeout_s is None else timeout_s))
+            call = Call(
+                what=what,
+                began=time.time(),
+                deadline=Deadline.after(self.timeout_s if timeout_s is None else timeout_s),
+                limit="timeout_s of init()" if timeout_s is None else "timeout_s of this call",
+                is_patient=timeout_s is None and self._rounds.see_all(),
+            )
+            return self._exchange(data, call, self._rounds)
         finally:
             self._call_lock.release()
 
-    def _rounds(self, data: bytes, what: str, deadline: Deadline) -> list[bytes]:
-        head = len(data).to_bytes(_SIZE_BYTES, "little") + what.encode()[: _HEAD_BYTES - _SIZE_BYTES]
-        inline = _padded(head.ljust(_HEAD_BYTES, b"\0") + data[: _FRAME_BYTES - _HEAD_BYTES], _FRAME_BYTES)
-        frames = [frame.numpy().tobytes() for frame in self._round(inline, what, deadline)]
-        self._check_same_call([frame[_SIZE_BYTES:_HEAD_BYTES].rstrip(b"\0") for frame in frames])
-        sizes = [int.from_bytes(frame[:_SIZE_BYTES], "little") for frame in frames]
-        blobs = [frame[_HEAD_BYTES:] for frame in frames]
-        if (largest := max(sizes)) > _FRAME_BYTES - _HEAD_BYTES:
-            blobs = [blob.numpy().tobytes() for blob in self._round(_padded(data, largest), what, deadline)]
+    def _check_process(self, what: str) -> None:
+        """Refuse calls of a forked process: its copy of the group's connections is the parent's.
+
+        Raises:
+            ConfigError: This is not the process that made the group.
+        """
+        if os.getpid() != self._pid:
+            raise ConfigError(
+                f"cannot {what}: process {os.getpid()} was forked from process {self._pid} of rank {self.rank}, "
+                "which alone can make collective calls",
+                hint="make collective calls in the process that called init(); generate() may be called in any",
+                rank=self.rank,
+            )
+
+    def _exchange(self, data: bytes, call: Call, rounds: Rounds) -> list[bytes]:
+        limit_s = math.inf if call.is_patient else call.deadline.timeout_s
+        head = _HEAD.pack(len(data), call.began, limit_s, call.what.encode())
+        inline = _padded(head + data[: _FRAME_BYTES - _HEAD.size], _FRAME_BYTES)
+        frames = [frame.numpy().tobytes() for frame in rounds.exchange(inline, (call.what, data, 0), call)]
+        heads = [_HEAD.unpack_from(frame) for frame in frames]
+        waits = [(began, limit) for _, began, limit, _ in heads]
+        rounds.check_not_given_up(waits)
+        self._check_same_call([name.rstrip(b"\0") for *_, name in heads])
+        sizes = [size for size, *_ in heads]
+        blobs = [frame[_HEAD.size :] for frame in frames]
+        if (largest := max(sizes)) > _FRAME_BYTES - _HEAD.size:
+            blobs = [
+                blob.numpy().tobytes() for blob in rounds.exchange(_padded(data, largest), (call.what, data, 1), call)
+            ]
+            rounds.check_not_given_up(waits)
         blobs = [blob[:size] for blob, size in zip(blobs, sizes)]
         return [blobs[position] for position in self._positions]
 
@@ -138,66 +169,6 @@ class RankGroup:
             slice_ranks=self.ranks,
         )
 
-    def _round(self, tensor: torch.Tensor, what: str, deadline: Deadline) -> list[torch.Tensor]:
-        if self._broken is not None:
-            raise RankLostError(
-                f"cannot {what}: the group is unusable since {self._broken}",
-                hint="restart the job; see the first error of every rank",
-                rank=self.rank,
-                slice_ranks=self.ranks,
-            )
-        assert self.group is not None
-        started = time.monotonic()
-        outputs = [torch.empty_like(tensor) for _ in self.ranks]
-        try:
-            # Through the group itself: only there an operation takes a timeout of its own.  It is longer than ours, so
-            # that ours decides.
-            options = AllgatherOptions()
-            options.timeout = timedelta(seconds=deadline.left() + _BACKEND_MARGIN_S)
-            work = self.group.allgather([outputs], [tensor], options)
-            while not self._wait(work, min(_CHECK_INTERVAL_S, deadline.left(at_least=0.001))):
-                exited = self._exited()
-                if exited:
-                    raise RuntimeError(f"ranks {list_ranks(exited)} have exited")
-                if deadline.has_passed:
-                    raise RuntimeError("some rank did not join")
-        except RuntimeError as error:
-            elapsed = time.monotonic() - started
-            exited = self._exited_soon()
-            why = f"rank {list_ranks(exited)} has exited" if exited else str(error).strip().splitlines()[0]
-            self._broken = f"{what!r} failed ({why})"
-            raise RankLostError(
-                f"{what}: lost contact with other ranks after {elapsed:.1f} s: {why}",
-                hint="the cause is the first error printed by another rank"
-                if exited
-                else "a rank may be in another call, or slower than timeout_s; every rank of the slice must make the same calls",
-                rank=self.rank,
-                slice_ranks=self.ranks,
-            ) from error
-        return outputs
-
-    def _exited_soon(self) -> list[int]:
-        """Return `_exited`, waiting a moment for it: a socket closes before its process has exited."""
-        deadline = Deadline.after(_EXIT_S)
-        while not (exited := self._exited()) and not deadline.has_passed:
-            time.sleep(0.01)
-        return exited
-
-    def _exited(self) -> list[int]:
-        """Return members of this PID namespace that have exited; elsewhere only the closed socket shows it."""
-        return [m.rank for m in self.members if m.host.sees(self._host) and not m.is_running()]
-
-    @staticmethod
-    def _wait(work: dist.Work, seconds: float) -> bool:
-        try:
-            work.wait(timedelta(seconds=seconds))
-        except RuntimeError:
-            if not work.is_completed():
-                return False  # not complete yet
-            # It failed, or completed after the wait had timed out: wait again to find out.
-            work.wait(timedelta(seconds=seconds))
-        return True
-
     def agree(
         self, error: BaseException | None, value: T | None = None, *, what: str, timeout_s: float | None = None
     ) -> list[T]:
@@ -215,6 +186,7 @@ class RankGroup:
                 are raised as `RankFailedError`.
             RankLostError, ConfigError: As `all_gather`.
         """
+        self._check_process(what)
         report = None if error is None else _Report.of(error, self.rank)
         try:
             data = pickle.dumps((report, value))
@@ -258,10 +230,10 @@ class RankGroup:
         must_match: dict[str, object] = {}
         try:
             yield must_match
+            texts = {name: repr(value) for name, value in must_match.items()}
         except BaseException as error:
             self.agree(error, {}, what=what, timeout_s=timeout_s)
             raise  # not reached unless the group is of one and agree returned
-        texts = {name: repr(value) for name, value in must_match.items()}
         digests = {name: (hashlib.sha256(text.encode()).digest(), text[:_SHOWN]) for name, text in texts.items()}
         views = self.agree(None, digests, what=what, timeout_s=timeout_s)
         for rank, view in zip(self.ranks, views):

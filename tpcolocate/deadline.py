@@ -1,10 +1,16 @@
-"""Deadlines: one absolute point in time, passed to every call that may block."""
+"""Deadlines: one absolute point in time, passed to every call that may block, and the check of timeouts."""
 
 from __future__ import annotations
 
 import math
 import time
 from dataclasses import dataclass
+from numbers import Real
+
+from tpcolocate.errors import ConfigError, shown
+
+# poll() takes milliseconds in a C int, which is 24.8 days; calls add timeouts of several steps to each other.
+MAX_TIMEOUT_S = 1_000_000.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,4 +51,22 @@ class Deadline:
         return Deadline(self.at + seconds, self.timeout_s)
 
 
-__all__ = ["Deadline"]
+def check_timeout(timeout_s: object, *, name: str = "timeout_s") -> float:
+    """Return a timeout that a caller passed as a float, in seconds.
+
+    Args:
+        timeout_s: What was passed.
+        name: Of the argument, for the message.
+
+    Raises:
+        ConfigError: Not a positive number of seconds, or longer than an operating system waits.
+    """
+    if isinstance(timeout_s, Real) and not isinstance(timeout_s, bool) and 0 < timeout_s <= MAX_TIMEOUT_S:  # type: ignore[operator]
+        return float(timeout_s)
+    raise ConfigError(
+        f"{name} must be a positive number of seconds, got {shown(timeout_s)}",
+        hint=f"for no limit in practice, pass the longest: {name}={MAX_TIMEOUT_S:.0f}, which is eleven days",
+    )
+
+
+__all__ = ["MAX_TIMEOUT_S", "Deadline", "check_timeout"]

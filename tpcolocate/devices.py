@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 FASTEST_FIRST = "FASTEST_FIRST"
 PCI_BUS_ID = "PCI_BUS_ID"
 
+_LONG_MAX = 2**63 - 1
 _INTEGER_PREFIX = re.compile(r"[+-]?[0-9]+")
 _WHOLE_INTEGER = re.compile(r"[0-9]+")
 _RANGE = re.compile(r"[0-9]+\s*-\s*[0-9]+")
@@ -410,9 +411,15 @@ def _entry_key(entry: str, form: str, visibility_list: VisibilityList) -> tuple[
     match = _INTEGER_PREFIX.match(entry)
     if match is None or (not visibility_list.trailing_text and match.end() != len(entry)):
         return None, "it is neither an integer nor a device UUID"
-    if int(match[0]) < 0:
-        return None, "it is negative"
-    return int(match[0]), None
+    number = _long(match[0])
+    return (None, "it is negative") if number < 0 else (number, None)
+
+
+def _long(text: str) -> int:
+    """Return an integer as C's strtol does: what does not fit is the largest of its sign."""
+    digits = text.lstrip("+-").lstrip("0")
+    number = int(digits) if 0 < len(digits) < 19 else 0 if digits == "" else _LONG_MAX
+    return -number if text.startswith("-") else number
 
 
 def _same_key(a: int | str, b: int | str) -> bool:

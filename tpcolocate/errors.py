@@ -24,16 +24,27 @@ An error of one rank in a collective call is raised on every rank that takes par
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
 from typing import Any
 
 _SHOWN = 5
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = 80
 
 
 def some(items: Sequence[object], *, between: str = "; ") -> str:
     """List the first few items in a message, and how many more there are."""
     more = f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
     return between.join(map(str, items[:_SHOWN])) + more
+
+
+def shown(value: object) -> str:
+    """Return a value for a message: short however large it is, and without an error of its own."""
+    try:
+        return _repr.repr(value)
+    except Exception:  # such as an int of more digits than Python prints
+        return f"a {type(value).__name__}"
 
 
 class TpColocateError(Exception):

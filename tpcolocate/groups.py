@@ -12,18 +12,29 @@ Three steps, each with its own failure:
 from __future__ import annotations
 
 import json
+import logging
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from tpcolocate import errors
-from tpcolocate.errors import LayoutError, RankLostError
-from tpcolocate.processes import start_of
+from tpcolocate.deadline import Deadline
+from tpcolocate.errors import ConfigError, LayoutError, RankLostError
+from tpcolocate.interfaces import loopback_device
+from tpcolocate.processes import is_stopped, start_of
+
+logger = logging.getLogger(__name__)
+
+# When a warning names the ranks that are awaited, and how often it is repeated.
+_WARN_AFTER_S = 10.0
+_WARN_INTERVAL_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,12 +102,41 @@ class Member:
 
     @classmethod
     def from_json(cls, text: str) -> Member:
-        fields = json.loads(text)
-        return cls(**{**fields, "host": Host(**fields["host"])})
+        """Return the member that another rank has described.
+
+        Raises:
+            ConfigError: It is something else, as from another version of this library.
+        """
+        try:
+            fields = json.loads(text)
+            member = cls(**{**fields, "host": Host(**fields["host"])})
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise _not_understood(f"{type(error).__name__}: {error}") from error
+        numbers = (member.rank, member.world_size, member.tp_size, member.pid)
+        host = member.host
+        texts = host.boot_id, host.network, host.shm, host.name, host.pids
+        if not all(type(number) is int for number in numbers) or not isinstance(member.started, int | float):
+            raise _not_understood(f"rank, world_size, tp_size, pid or started is not a number: {numbers}")
+        if not all(isinstance(text, str) for text in texts) or not isinstance(member.facts, dict):
+            raise _not_understood("host or facts are of another kind")
+        if member.error is not None:
+            error_of(member.error, member.rank)
+        return member
 
     def is_running(self) -> bool:
         """Return whether the process still exists.  Valid in its own PID namespace only (`Host.sees`)."""
         return start_of(self.pid) == self.started
+
+    def is_stopped(self) -> bool:
+        """Return whether the process exists and is stopped, as by SIGSTOP.  Valid as `is_running`."""
+        return self.is_running() and is_stopped(self.pid)
+
+
+def _not_understood(why: str) -> ConfigError:
+    return ConfigError(
+        f"the description of a rank is not understood: {why[:200]}",
+        hint="install one version of tpcolocate on all hosts",
+    )
 
 
 def exchange(store: dist.Store, member: Member, *, timeout_s: float) -> list[Member]:
@@ -116,17 +156,42 @@ def exchange(store: dist.Store, member: Member, *, timeout_s: float) -> list[Mem
         RankLostError: Some ranks did not publish in time; the message names them.
     """
     store.set(str(member.rank), member.to_json())
-    keys = [str(rank) for rank in range(member.world_size)]
-    try:
-        store.wait(keys, timedelta(seconds=timeout_s))
-    except (RuntimeError, dist.DistStoreError) as error:
-        missing = [int(key) for key in keys if not store.check([key])]
-        raise RankLostError(
-            f"ranks {list_ranks(missing)} did not call tpcolocate.init() within {timeout_s:g} s",
-            hint="every rank of the default process group must call init(); look for an earlier error on those ranks",
-            rank=member.rank,
-        ) from error
-    return [Member.from_json(store.get(key).decode()) for key in keys]
+    texts = _wait_for_all(store, member.world_size, timeout_s, member.rank, "call tpcolocate.init()")
+    return [Member.from_json(text) for text in texts]
+
+
+def _wait_for_all(store: dist.Store, world_size: int, timeout_s: float, rank: int, what: str) -> list[str]:
+    """Return what every rank has published, in rank order.
+
+    While it waits, a warning a minute names the ranks that are awaited.
+
+    Raises:
+        RankLostError: Some ranks did not publish in time; the message names them and `what` they did not do.
+    """
+    deadline = Deadline.after(timeout_s)
+    started = time.monotonic()
+    keys = [str(r) for r in range(world_size)]
+    warn_after = _WARN_AFTER_S
+    while True:
+        try:
+            step_s = max(min(deadline.left(), started + warn_after - time.monotonic()), 0.001)
+            store.wait(keys, timedelta(seconds=step_s))
+            return [store.get(key).decode() for key in keys]
+        except (RuntimeError, dist.DistStoreError) as error:
+            missing = [int(key) for key in keys if not store.check([key])]
+            if missing and not deadline.has_passed:
+                warn_after += _WARN_INTERVAL_S
+                if min(set(range(world_size)) - set(missing)) == rank:
+                    logger.warning(
+                        "rank %d has waited %.0f s for ranks %s to %s; it waits until %g s (timeout_s of init())",
+                        rank, time.monotonic() - started, list_ranks(missing), what, timeout_s,
+                    )  # fmt: skip
+            elif missing:
+                raise RankLostError(
+                    f"ranks {list_ranks(missing)} did not {what} within {timeout_s:g} s (timeout_s of init())",
+                    hint="every rank of the default process group must call init(); look for an earlier error on those "
+                    "ranks, or raise timeout_s",
+                ) from error
 
 
 def plan_slices(members: Sequence[Member]) -> list[tuple[int, ...]]:
@@ -145,8 +210,17 @@ def plan_slices(members: Sequence[Member]) -> list[tuple[int, ...]]:
     """
     for member in members:
         if member.error is not None:
-            kind = getattr(errors, str(member.error["kind"]))
-            raise kind(str(member.error["message"]), hint=member.error["hint"], rank=member.rank)
+            raise error_of(member.error, member.rank)
+    for rank, member in enumerate(members):
+        if (member.rank, member.world_size) != (rank, len(members)):
+            raise LayoutError(
+                f"rank {member.rank} of {member.world_size} is listed as rank {rank} of {len(members)}",
+                hint="call init() on every rank of one default process group",
+            )
+        if member.tp_size < 1:
+            raise LayoutError(f"tp_size must be a positive integer, got {member.tp_size}", rank=rank)
+    if not members:
+        raise LayoutError("a job has no ranks")
     sizes: dict[int, list[int]] = {}
     for member in members:
         sizes.setdefault(member.tp_size, []).append(member.rank)
@@ -164,6 +238,27 @@ def plan_slices(members: Sequence[Member]) -> list[tuple[int, ...]]:
     for ranks in slices:
         _check_one_host([members[rank] for rank in ranks])
     return slices
+
+
+def error_fields(error: ConfigError | None) -> dict[str, str | None] | None:
+    """Return an error in JSON types, for `Member.error`."""
+    return None if error is None else {"kind": type(error).__name__, "message": error.message, "hint": error.hint}
+
+
+def error_of(fields: Mapping[str, Any], rank: int) -> ConfigError:
+    """Return the error of a rank from its `error_fields`.
+
+    Raises:
+        ConfigError: They are something else.
+    """
+    try:
+        kind = getattr(errors, fields["kind"], None)
+        message, hint = fields["message"], fields["hint"]
+    except (TypeError, KeyError) as error:
+        raise _not_understood(f"its error has other fields ({error})") from error
+    if not (isinstance(kind, type) and issubclass(kind, ConfigError)) or not isinstance(message, str):
+        raise _not_understood("its error is of another kind")
+    return kind(message, hint=hint if isinstance(hint, str) else None, rank=rank)
 
 
 def _check_one_host(members: Sequence[Member]) -> None:
@@ -190,7 +285,17 @@ def list_ranks(ranks: Sequence[int]) -> str:
     return ", ".join(map(str, ranks)) if ranks else "(none)"
 
 
-def make_group(ranks: Sequence[int], *, timeout_s: float, description: str) -> dist.ProcessGroup | None:
+# A torch backend of this name is gloo on the loopback.
+_LOOPBACK_BACKEND = "tpcolocate_gloo"
+# When a group is made its ranks have just met, so that only its connections are awaited.
+_CONNECT_S = 120.0
+# How much longer than the connections their outcome is awaited.
+_MARGIN_S = 30.0
+
+
+def make_group(
+    ranks: Sequence[int], *, timeout_s: float, description: str, on_loopback: bool = False
+) -> dist.ProcessGroup | None:
     """Create a gloo group, whatever the training backend is.
 
     Collective: over the default process group, members and others alike, in the same order on all ranks.
@@ -199,12 +304,90 @@ def make_group(ranks: Sequence[int], *, timeout_s: float, description: str) -> d
         ranks: Global ranks of the group.
         timeout_s: Timeout of every operation of the group, in seconds.
         description: Shown in torch's errors.
+        on_loopback: Connect the ranks, which are in one network namespace, over its loopback, whatever
+            GLOO_SOCKET_IFNAME is and the host's name resolves to.
 
     Returns:
         The group, or None on ranks that are not members.
+
+    Raises:
+        ConfigError: The ranks could not be connected.
     """
-    group = dist.new_group(sorted(ranks), timeout=timedelta(seconds=timeout_s), backend="gloo", group_desc=description)
-    return group if dist.get_rank() in ranks else None
+    backend = _loopback_backend() if on_loopback else "gloo"
+    connect_s = min(timeout_s, _CONNECT_S)
+    try:
+        group = dist.new_group(
+            sorted(ranks), timeout=timedelta(seconds=connect_s), backend=backend, group_desc=description
+        )
+    except RuntimeError as error:
+        raise ConfigError(
+            f"the ranks of {description!r} could not be connected within {connect_s:g} s: "
+            f"{str(error).strip().splitlines()[0]}",
+            hint="the hosts must reach each other at the addresses of their ranks, on any port",
+            rank=dist.get_rank(),
+        ) from error
+    if dist.get_rank() not in ranks:
+        return None
+    group._get_backend(torch.device("cpu"))._set_default_timeout(timedelta(seconds=timeout_s))
+    return group
 
 
-__all__ = ["Host", "Member", "exchange", "list_ranks", "make_group", "plan_slices"]
+def _loopback_backend() -> str:
+    """Return the name of a backend of torch that is gloo on the loopback.
+
+    ``new_group`` ignores ``pg_options`` for gloo (torch 2.13), whose device it takes from the environment and the host's
+    name.  What it does take is a registered backend; registering one changes no default of torch.
+    """
+    if _LOOPBACK_BACKEND not in dist.Backend.backend_list:
+        dist.Backend.register_backend(_LOOPBACK_BACKEND, _gloo_on_loopback, extended_api=True, devices=["cpu"])
+    return _LOOPBACK_BACKEND
+
+
+def _gloo_on_loopback(distributed: Any, _: object) -> dist.ProcessGroupGloo:
+    options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+    options._devices = [loopback_device()]
+    options._threads = 2  # as torch has for one device
+    options._timeout = distributed.timeout
+    options.global_ranks_in_group = distributed.global_ranks_in_group
+    options.group_name = distributed.group_id
+    return dist.ProcessGroupGloo(distributed.store, distributed.group_rank, distributed.group_size, options)
+
+
+def share_outcome(
+    store: dist.Store, error: errors.ConfigError | None, *, rank: int, world_size: int, timeout_s: float
+) -> None:
+    """Publish whether a step has failed on this rank, and raise the first error on all ranks.
+
+    Collective: over all ranks that share `store`.
+
+    Args:
+        store: One whose prefix nothing else uses.
+        error: This rank's, or None.
+        rank: Global rank of this process.
+        world_size: Number of ranks.
+        timeout_s: How long to wait for the slowest rank, in seconds.
+
+    Raises:
+        ConfigError: Of the rank that failed first.
+        RankLostError: Some ranks did not publish in time; the message names them.
+    """
+    # A rank that failed leaves the others to their timeouts, so that the first error is the cause.
+    outcome = {} if error is None else {"time": time.time(), **(error_fields(error) or {})}
+    store.set(str(rank), json.dumps(outcome))
+    texts = _wait_for_all(store, world_size, timeout_s + _MARGIN_S, rank, "connect its tp slice")
+    failed = [(fields["time"], other, fields) for other, text in enumerate(texts) if (fields := json.loads(text))]
+    if failed:
+        _, other, fields = min(failed, key=lambda item: item[:2])
+        raise error_of(fields, other)
+
+
+__all__ = [
+    "Host",
+    "Member",
+    "error_fields",
+    "exchange",
+    "list_ranks",
+    "make_group",
+    "plan_slices",
+    "share_outcome",
+]

@@ -37,7 +37,7 @@ class GenerationCallback(TrainerCallback):
         every_steps: Optimizer steps from one time to the next.
         sleep: Let the server sleep in between.  It is put to sleep here, for the first time.
         prefix: Put before the names of the figures.
-        timeout_s: For all answers of one time, in seconds.
+        timeout_s: For all answers of one time, in seconds; see `Engine.generate`.
         fields: Any other field of SGLang's ``/generate``, such as ``return_logprob=True``.
 
     Attributes:
@@ -58,7 +58,7 @@ class GenerationCallback(TrainerCallback):
         every_steps: int,
         sleep: bool = False,
         prefix: str = "eval_",
-        timeout_s: float = 3600.0,
+        timeout_s: float | None = None,
         **fields: Any,
     ) -> None:
         if isinstance(prompts, str) or not len(prompts):

@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import secrets
-import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,11 +17,15 @@ import torch
 
 from tpcolocate import devices, rendezvous
 from tpcolocate.agreement import RankGroup
-from tpcolocate.errors import ConfigError, RankLostError, RendezvousError
+from tpcolocate.checks import check_path, check_text, check_type
+from tpcolocate.deadline import check_timeout
+from tpcolocate.errors import ConfigError, RankLostError, RendezvousError, shown
 from tpcolocate.processes import this_process
+from tpcolocate.runtime_folder import RuntimeFolder, folder_of, read_owner, remove_remains
 from tpcolocate.server.api import ServerApi
-from tpcolocate.server.arguments import check_installed, server_arguments
-from tpcolocate.server.environment import child_environment, sglang_stub_needed
+from tpcolocate.server.arguments import check_installed, check_model_path, server_arguments
+from tpcolocate.server.environment import child_environment, compile_cache, sglang_stub_needed
+from tpcolocate.server.evidence import Evidence
 from tpcolocate.server.http import ServerClient
 from tpcolocate.server.installed import find_installed
 from tpcolocate.server.lifecycle import State
@@ -106,11 +109,12 @@ def _digest(env: Mapping[str, str]) -> str:
 
 def agree_on_launch(
     tp_slice: TpSlice,
-    model_path: str,
+    model_path: str | os.PathLike[str],
     *,
-    env: dict[str, str],
+    env: Mapping[str, str],
     server_args: Mapping[str, Any],
     health_timeout_s: float,
+    log_path: str | os.PathLike[str] | None = None,
     closed: bool,
 ) -> Launch:
     """Check the arguments of a launch, and that all ranks of the slice pass the same.
@@ -123,6 +127,7 @@ def agree_on_launch(
         env: Environment variables for the server alone.
         server_args: The user's arguments for SGLang.
         health_timeout_s: As passed by the user, in seconds.
+        log_path: As passed by the user.
         closed: Whether this rank's `Colocation` is closed.
 
     Raises:
@@ -134,8 +139,12 @@ def agree_on_launch(
     try:
         if closed:
             raise ConfigError("launch() after close()", hint="call init() again")
-        if not health_timeout_s > 0:
-            raise ConfigError(f"health_timeout_s must be a positive number of seconds, got {health_timeout_s!r}")
+        check_timeout(health_timeout_s, name="health_timeout_s")
+        check_path("model_path", model_path)
+        model_path = os.fspath(model_path)
+        if log_path is not None:
+            check_path("log_path", log_path)
+        env = _checked_environment(env)
         arguments = server_arguments(
             server_args, tp_size=tp_slice.tp_size, device_type=tp_slice.device.type, shared_device=tp_slice.shared
         )
@@ -144,11 +153,16 @@ def agree_on_launch(
         if version is not None:
             arguments.setdefault("weight_version", version)
         if tp_slice.is_owner:  # its environment is the server's
+            check_model_path(model_path)
             check_installed(arguments, find_installed({**os.environ, **env}))
     except BaseException as caught:
         error = caught
-    request = LaunchRequest(model_path, arguments, env, secrets.token_hex(8))
-    requests = tp_slice.group.agree(error, request, what="agree on the launch")
+    request = (
+        LaunchRequest(str(model_path), arguments, dict(env), f"{os.getpid()}-{secrets.token_hex(8)}")
+        if error is None
+        else None
+    )
+    requests = [one for one in tp_slice.group.agree(error, request, what="agree on the launch") if one is not None]
     for rank, other in zip(tp_slice.group.ranks, requests):
         if (difference := requests[0].difference(other)) is not None:
             raise ConfigError(
@@ -157,6 +171,31 @@ def agree_on_launch(
                 slice_ranks=tp_slice.group.ranks,
             )
     return Launch(tp_slice, requests[0])  # the owner's, because of the nonce
+
+
+def _checked_environment(env: object) -> dict[str, str]:
+    """Return environment variables for the server.
+
+    Raises:
+        ConfigError: Something that no environment can have.
+    """
+    found: Mapping[object, object] = check_type("env", env, Mapping, expected="a mapping of names to values")
+    checked: dict[str, str] = {}
+    for key, value in found.items():
+        name = check_text("a name in env", key)
+        if "=" in name:
+            raise ConfigError(f"env has a name with an equals sign: {shown(name)}")
+        # Not shown: it may be a secret.
+        if not isinstance(value, str):
+            raise ConfigError(f"env[{name!r}] must be a string, got a {type(value).__name__}")
+        try:
+            is_valid = b"\0" not in os.fsencode(value)
+        except UnicodeEncodeError:
+            is_valid = False
+        if not is_valid:
+            raise ConfigError(f"env[{name!r}] cannot be the value of an environment variable")
+        checked[name] = value
+    return checked
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,14 +221,27 @@ class Launch:
     def __init__(self, tp_slice: TpSlice, request: LaunchRequest) -> None:
         self.tp_slice = tp_slice
         self.request = request
-        self._announcement_path = rendezvous.path_for(tp_slice.job, tp_slice.slice_index)
-        self.sync_folder = Path("/dev/shm") / f"tpcolocate-{os.getuid()}-{tp_slice.job}-{request.nonce}"
+        self._announcement_path = rendezvous.path_for(request.nonce)
+        self._runtime: RuntimeFolder | None = None
+        self.sync_folder = folder_of(request.nonce)
         """Sockets and files of weight syncs; readable by this user alone."""
 
     def clean_up(self) -> None:
-        """Remove the files of the launch.  On the owner, once the server has exited."""
-        rendezvous.withdraw(self._announcement_path, self.request.nonce)
-        shutil.rmtree(self.sync_folder, ignore_errors=True)
+        """Remove the files of the launch but the log.  On the owner, once the server has exited."""
+        if self._runtime is not None:
+            self._runtime.remove()
+
+    def evidence(self, server: ServerProcess | None) -> Evidence:
+        """Return the evidence of why the server does not answer, for the time when it does not.
+
+        Args:
+            server: The server on the owner; None on clients, which read the log and the supervisor's record.
+        """
+        if server is not None:
+            return server.evidence
+        owner = read_owner(self.sync_folder)
+        log_path = Path("unknown" if owner is None else owner.log_path)
+        return Evidence(log_path, self.sync_folder / "processes.json")
 
     # --- the owner -----------------------------------------------------------------------------------------------
 
@@ -215,7 +267,6 @@ class Launch:
         error: BaseException | None = None
         try:
             spec = self._server_spec(log_path)
-            self.sync_folder.mkdir(mode=0o700)
             server = ServerProcess.start(spec, health_timeout_s=health_timeout_s, heartbeat=beat)
             assert server.client is not None
             api = ServerApi(server.client)
@@ -246,6 +297,10 @@ class Launch:
 
     def _server_spec(self, log_path: str | os.PathLike[str] | None) -> ServerSpec:
         tp_slice, request = self.tp_slice, self.request
+        remove_remains()
+        self._runtime = runtime = RuntimeFolder.make(
+            request.nonce, log_path=None if log_path is None else Path(log_path)
+        )
         kind = "hip" if torch.version.hip else "npu" if tp_slice.device.type == "npu" else "cuda"
         visibility = devices.server_environment(tp_slice.visible_devices, kind=kind) if tp_slice.visible_devices else {}
         environment, warnings = child_environment(
@@ -256,20 +311,20 @@ class Launch:
             tp_size=tp_slice.tp_size,
             cores=sorted(os.sched_getaffinity(0)),
             stub=sglang_stub_needed() if tp_slice.device.type == "cpu" else None,
+            host=str(request.arguments.get("host", "")),
+            temporary=str(runtime.server_temporary),
+            compile_cache=compile_cache(tempfile.gettempdir()),
         )
         for warning in warnings:
             logger.warning("%s", warning)
-        name = f"{tp_slice.job}-{tp_slice.slice_index}-{request.nonce}.log"
-        default_log_path = Path(tempfile.gettempdir()) / f"tpcolocate-{os.getuid()}" / name
         pid, started = this_process()
         return ServerSpec(
             model_path=request.model_path,
             arguments=request.arguments,
             environment=environment,
-            log_path=default_log_path if log_path is None else Path(log_path),
+            runtime=runtime,
             owner_pid=pid,
             owner_started=started,
-            unlink=(str(self._announcement_path), str(self.sync_folder)),
         )
 
     def _announcement(self, running: RunningServer) -> rendezvous.Announcement:
@@ -278,10 +333,12 @@ class Launch:
             url=running.url,
             api_key=running.api_key,
             job=self.tp_slice.job,
+            slice_index=self.tp_slice.slice_index,
             slice_ranks=self.tp_slice.group.ranks,
             pid=pid,
             started=started,
             nonce=self.request.nonce,
+            log_path="" if self._runtime is None else str(self._runtime.log_path),
         )
 
     # --- clients -------------------------------------------------------------------------------------------------

@@ -10,13 +10,12 @@ from typing import Any
 import torch
 
 from tpcolocate import devices, roles
-from tpcolocate.errors import ConfigError, DeviceError, LayoutError
+from tpcolocate.errors import ConfigError, DeviceError, LayoutError, shown
 from tpcolocate.groups import Member, plan_slices
+from tpcolocate.interfaces import GlooAddress, check_reachable, is_address
 
-
-def error_fields(error: ConfigError | None) -> dict[str, str | None] | None:
-    """Return an error in JSON types, for `Member.error`."""
-    return None if error is None else {"kind": type(error).__name__, "message": error.message, "hint": error.hint}
+# What a rank reports of itself.
+_FACTS = {"kind", "physical", "order", "job", "job_name", "gloo", "version", "shared"}
 
 
 def inspect_device(device: torch.device | str | None) -> tuple[torch.device, dict[str, Any], ConfigError | None]:
@@ -43,9 +42,18 @@ def inspect_device(device: torch.device | str | None) -> tuple[torch.device, dic
         facts.update(kind=kind, physical=asdict(physical), order=devices.device_order(os.environ))
     except ConfigError as error:
         return found, facts, error
-    except (RuntimeError, ValueError, AssertionError) as error:  # raised by torch for an invalid device
+    except (
+        TypeError,
+        OverflowError,
+        RuntimeError,
+        ValueError,
+        AssertionError,
+    ) as error:  # raised by torch for an invalid device
         hint = 'pass for example torch.device("cuda", local_rank)'
-        return found, facts, DeviceError(f"device {device!r}: {error}", hint=hint)
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        return found, facts, DeviceError(f"device {shown(device)}: {shown(why)}", hint=hint)
+    except Exception:  # of an object that is no device
+        return found, facts, DeviceError(f"device {shown(device)} is none", hint="pass a torch.device or its name")
     return found, facts, None
 
 
@@ -70,13 +78,66 @@ def plan_roles(members: Sequence[Member]) -> list[roles.Roles]:
         ConfigError, LayoutError, DeviceError: See `init`.
     """
     slices = plan_slices(members)
+    _check_facts(members)
     rank_devices = [_rank_device(member) for member in members]
     shared = all(member.facts["shared"] for member in members)
+    _check_equal_jobs(members)
     if members[0].tp_size > 1:
         _check_equal_facts(members)
+        check_reachable({m.rank: (_network(m), GlooAddress(**m.facts["gloo"])) for m in members})
     if not shared:
         roles.check_exclusive(rank_devices)
     return [roles.assign([rank_devices[rank] for rank in ranks], allow_shared_devices=shared) for ranks in slices]
+
+
+def _check_facts(members: Sequence[Member]) -> None:
+    """Check that this version of the library understands what the ranks have exchanged.
+
+    Raises:
+        LayoutError: Another version has sent something else.
+    """
+    _check_equal(members, "version", "versions of tpcolocate", "install one version on all hosts")
+    for member in members:
+        facts = member.facts
+        physical, gloo = facts.get("physical"), facts.get("gloo")
+        if (
+            not _FACTS <= facts.keys()
+            or not (physical is None or _is_device(physical))
+            or not (isinstance(gloo, dict) and gloo.keys() == {"address", "origin"} and is_address(gloo["address"]))
+        ):
+            raise LayoutError(
+                f"the description of rank {member.rank} is not understood",
+                hint="install one version of tpcolocate on all hosts",
+                rank=member.rank,
+            )
+
+
+def _is_device(value: object) -> bool:
+    return (
+        isinstance(value, dict)
+        and value.keys() == {"token", "index", "uuid"}
+        and isinstance(value["token"], str)
+        and isinstance(value["index"], int | None)
+        and isinstance(value["uuid"], str | None)
+    )
+
+
+def is_on_one_network(members: Sequence[Member]) -> bool:
+    """Return whether all ranks are in one network namespace of one host, where the loopback connects them."""
+    return len({_network(member) for member in members}) == 1
+
+
+def _network(member: Member) -> str:
+    return f"{member.host.boot_id}/{member.host.network}"
+
+
+def _check_equal_jobs(members: Sequence[Member]) -> None:
+    for member in members:
+        if (name := member.facts["job_name"]) != members[0].facts["job_name"]:
+            raise ConfigError(
+                f"ranks 0 and {member.rank} are of different jobs: {members[0].facts['job_name']!r} and {name!r}",
+                hint="pass the same job to init() on every rank, or set the same TPCOLOCATE_JOB for all",
+            )
 
 
 def _rank_device(member: Member) -> roles.RankDevice:
@@ -90,7 +151,6 @@ def _rank_device(member: Member) -> roles.RankDevice:
 
 def _check_equal_facts(members: Sequence[Member]) -> None:
     for fact, what, hint in (
-        ("version", "versions of tpcolocate", "install one version on all hosts"),
         ("kind", "kinds of device", "train on one kind of device"),
         (
             "order",
@@ -98,12 +158,14 @@ def _check_equal_facts(members: Sequence[Member]) -> None:
             "set CUDA_DEVICE_ORDER=PCI_BUS_ID for all ranks: otherwise one number means different GPUs",
         ),
     ):
-        values = {str(member.facts[fact]): member.rank for member in reversed(members)}
-        if len(values) > 1:
-            views = ", ".join(
-                f"{value} on rank {rank}" for value, rank in sorted(values.items(), key=lambda item: item[1])
-            )
-            raise LayoutError(f"the ranks have different {what}: {views}", hint=hint)
+        _check_equal(members, fact, what, hint)
 
 
-__all__ = ["error_fields", "inspect_device", "plan_roles"]
+def _check_equal(members: Sequence[Member], fact: str, what: str, hint: str) -> None:
+    values = {str(member.facts.get(fact)): member.rank for member in reversed(members)}
+    if len(values) > 1:
+        views = ", ".join(f"{value} on rank {rank}" for value, rank in sorted(values.items(), key=lambda item: item[1]))
+        raise LayoutError(f"the ranks have different {what}: {views}", hint=hint)
+
+
+__all__ = ["inspect_device", "is_on_one_network", "plan_roles"]

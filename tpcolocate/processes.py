@@ -18,12 +18,31 @@ def start_of(pid: int) -> int | None:
 
     Not in seconds since the epoch: those change whenever the clock is set.  Field 22 of /proc/PID/stat; see proc(5).
     """
+    fields = _stat_of(pid)
+    return None if fields is None or fields[0] in (b"Z", b"X") else int(fields[19])
+
+
+def is_stopped(pid: int) -> bool:
+    """Return whether a process is stopped, by a signal such as SIGSTOP or by a debugger."""
+    fields = _stat_of(pid)
+    return fields is not None and fields[0] in (b"T", b"t")
+
+
+def _stat_of(pid: int) -> list[bytes] | None:
+    """Return the fields of /proc/PID/stat from the third on, the state; None if there is no such process."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as stat:
-            fields = stat.read().rpartition(b")")[2].split()  # the name before it may contain spaces and brackets
+            return stat.read().rpartition(b")")[2].split()  # the name before it may contain spaces and brackets
     except OSError:
         return None
-    return None if fields[0] in (b"Z", b"X") else int(fields[19])
 
 
-__all__ = ["start_of", "this_process"]
+def pid_namespace() -> str:
+    """Return the identity of this process's pid namespace: containers may share /dev/shm and not their pids."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return "unknown"
+
+
+__all__ = ["is_stopped", "pid_namespace", "start_of", "this_process"]

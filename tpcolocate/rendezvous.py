@@ -1,14 +1,16 @@
 """Rendezvous file: how processes find the server's URL without the slice's process group.
 
 The owner broadcasts the URL over that group (`tpcolocate.launch`); the file is the fallback when the group fails, and
-for processes outside of it.  It is in /dev/shm, belongs to one user and one launch, is readable by that user alone, is
-written atomically, and is valid only while the process that wrote it is alive and its server answers.
+for processes outside of it.  It is in the launch's private folder in /dev/shm (`tpcolocate.runtime_folder`), so no other
+user can read it, replace it or make one first.  It is written atomically, and is valid only while the process that wrote
+it is alive and its server answers.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 import tempfile
 import time
@@ -16,13 +18,16 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from tpcolocate.deadline import Deadline
-from tpcolocate.errors import RendezvousError
+from tpcolocate.errors import ConfigError, LaunchError, RendezvousError, shown
 from tpcolocate.processes import start_of
+from tpcolocate.runtime_folder import folder_of, private_folders
 
-_FOLDER = Path("/dev/shm")
+_NAME = "announcement.json"
 _POLL_INTERVAL_S = 0.05
+_JOB = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,42 +38,63 @@ class Announcement:
         url: Base URL of the server.
         api_key: Its key; the reason why only its user may read the file.
         job: Identity of the job.
+        slice_index: Number of the slice in its job.
         slice_ranks: Global ranks in tp order.
         pid: The owner's process.
         started: Its start in clock ticks since boot, see `start_of`.
-        nonce: New for every launch, to reject announcements of earlier ones.
+        nonce: Identity of the launch.
+        log_path: The server's log.
     """
 
     url: str
     api_key: str
     job: str
+    slice_index: int
     slice_ranks: tuple[int, ...]
     pid: int
     started: int
     nonce: str
+    log_path: str = ""
 
     def writer_is_running(self) -> bool:
         return start_of(self.pid) == self.started
 
 
-def path_for(job: str, slice_index: int) -> Path:
-    """Return the path of a slice's announcement; the user id keeps the jobs of two users apart."""
-    return _FOLDER / f"tpcolocate-{os.getuid()}-{job}-{slice_index}.json"
+def check_job(job: object) -> None:
+    """Check the name of a job, which is part of file names.
+
+    Raises:
+        ConfigError: It is empty, too long or has other characters.
+    """
+    if not isinstance(job, str) or _JOB.fullmatch(job) is None:
+        raise ConfigError(
+            f"job={shown(job)} is not the name of a job",
+            hint="use 1 to 64 letters, digits, dots, hyphens and underscores, the first a letter or a digit",
+        )
+
+
+def path_for(nonce: str) -> Path:
+    """Return the path of a launch's announcement."""
+    return folder_of(nonce) / _NAME
 
 
 def announce(path: Path, announcement: Announcement) -> None:
-    """Write the file atomically, with mode 0600, replacing that of an earlier launch.
+    """Write the file atomically, with mode 0600.
 
     Raises:
-        OSError: /dev/shm is full or not writable.
+        LaunchError: /dev/shm is full or not writable.
     """
-    handle, temporary = tempfile.mkstemp(prefix=path.name + ".", dir=path.parent)  # mode 0600
+    temporary: str | None = None
     try:
+        handle, temporary = tempfile.mkstemp(prefix=path.name + ".", dir=path.parent)  # mode 0600
         with os.fdopen(handle, "w") as file:
             json.dump(asdict(announcement), file)
         os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+    except BaseException as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise LaunchError(f"cannot write {path}: {error}", hint=f"make space in {path.parent.parent}") from error
         raise
 
 
@@ -79,7 +105,7 @@ def read(path: Path) -> Announcement | None:
         RendezvousError: The file belongs to another user, is readable by others, or has another format.
     """
     try:
-        # Any user can create any file of this name in /dev/shm: without O_NONBLOCK, opening a pipe would block.
+        # Whatever is in the folder: without O_NONBLOCK, opening a pipe would block.
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         return None
@@ -101,13 +127,35 @@ def read(path: Path) -> Announcement | None:
                 hint="its mode was changed; remove it",
             )
         try:
-            fields: dict[str, Any] = json.load(file)
-            return Announcement(**{**fields, "slice_ranks": tuple(fields["slice_ranks"])})
-        except (ValueError, TypeError, KeyError) as error:
+            return parse(file.read())
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise RendezvousError(
                 f"{path} is not an announcement of this version: {error}",
                 hint="remove it, or use one version of tpcolocate",
             ) from error
+
+
+def parse(text: str) -> Announcement:
+    """Return the announcement in a file's text.
+
+    Raises:
+        ValueError, TypeError, KeyError, RecursionError: It is something else.
+    """
+    fields: dict[str, Any] = json.loads(text)
+    found = Announcement(**{**fields, "slice_ranks": tuple(fields["slice_ranks"])})
+    for name in ("url", "api_key", "job", "nonce"):
+        value = getattr(found, name)
+        if not (isinstance(value, str) and value.isascii() and value.isprintable()):
+            raise TypeError(f"{name} is not text of one line")
+    for number in (found.pid, found.started, found.slice_index, *found.slice_ranks):
+        if type(number) is not int or not 0 <= number < 2**63:
+            raise TypeError("pid, started, slice_index or slice_ranks are not numbers")
+    if not isinstance(found.log_path, str) or "\0" in found.log_path:
+        raise TypeError("log_path is not a path")
+    address = urlsplit(found.url)
+    if address.scheme != "http" or not address.hostname or not address.port:
+        raise ValueError("url is not the address of a server")
+    return found
 
 
 def wait(
@@ -150,13 +198,14 @@ def wait(
 
 
 def discover(job: str | None = None) -> list[tuple[Path, Announcement]]:
-    """Return this user's announcements whose writers are alive.
+    """Return this user's announcements whose writers are alive; folders that others can enter are ignored.
 
     Args:
         job: Return those of one job only.
     """
     found = []
-    for path in sorted(_FOLDER.glob(f"tpcolocate-{os.getuid()}-*.json")):
+    for folder in private_folders():
+        path = folder / _NAME
         try:
             announcement = read(path)
         except RendezvousError:
@@ -166,14 +215,4 @@ def discover(job: str | None = None) -> list[tuple[Path, Announcement]]:
     return found
 
 
-def withdraw(path: Path, nonce: str) -> None:
-    """Remove the announcement of one launch, but not that of a later one."""
-    try:
-        announcement = read(path)
-    except RendezvousError:
-        return
-    if announcement is not None and announcement.nonce == nonce:
-        path.unlink(missing_ok=True)
-
-
-__all__ = ["Announcement", "announce", "discover", "path_for", "read", "wait", "withdraw"]
+__all__ = ["Announcement", "announce", "check_job", "discover", "parse", "path_for", "read", "wait"]

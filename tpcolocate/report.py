@@ -14,13 +14,14 @@ class RankReport:
 
     Attributes:
         rank: Global rank.
-        seconds: Seconds per phase, phases that did not run left out: ``prepare`` (arguments and agreement), ``open``
-            (connect to the TP workers), ``preflight``, ``trace`` (dry run of the engine's loader), ``compare``
-            (sums of replicas), ``map`` (map parameters
-            into the workers), ``plan`` (transfer plan), ``gather`` (weights into staging memory), ``export`` (checksums and
-            handles), ``push`` (copy in the workers), ``release`` (wait until handles are released), ``verify`` (compare
-            the engine's parameters), ``finish`` (close the session, set the weight version).  A sync that repeats the
-            last one has no ``trace``, ``map`` and ``plan``.
+        seconds: Seconds per phase, phases that did not run left out: ``prepare`` (read and check the weights), ``open``
+            (hold generation, reach the TP workers, agree), ``preflight`` (try a handle), ``trace`` (dry run of the engine's
+            loader), ``compare`` (sums of replicas), ``map`` (map memory into the workers), ``plan`` (transfer plan),
+            ``gather`` (weights into staging memory, checksums of what is not staged), ``export`` (checksums and handles of
+            buckets), ``push`` (copy in the workers, which report sums of what has arrived), ``release`` (wait until
+            handles are released), ``verify`` (compare sums, and samples on the first sync), ``finish`` (close the session,
+            set the weight version).  A phase includes the wait for other ranks at its agreements.  A sync that repeats
+            the last one has no ``trace``, ``map`` and ``plan``.
         num_exported: Handles that this rank exported for this sync.
         num_returned: Those that were released; equal to `num_exported` after a good sync.
         num_mapped: Handles of this rank's own parameters that the engine keeps open from sync to sync.
@@ -66,14 +67,16 @@ class SyncReport:
         num_bytes: Bytes of weights, counted once however many TP ranks read them.
         num_tensors: Tensors sent.
         num_buckets: Commands that they were sent in.
-        seconds: From the call to its return on this rank.
+        seconds: Of this rank, from when all ranks had called `sync_weights` to the end of the sync in this slice.  How long
+            a rank waits for the others to call, and for other slices to end, is not in it.
         transport: ``"ipc"`` or ``"file"``.
         checked_against: Source of the names and shapes that the weights were checked against.
         num_replayed: Tensors copied by the plan of an earlier sync, without the engine's loader.
-        worker_seconds: Seconds per step in the slowest TP worker: ``map`` and ``open`` (map the handles), ``define``
-            (build the copy plan), ``check`` (checksums), ``bring`` (fetch a bucket from another GPU), ``load``,
-            ``compare`` (read the parameters back); with a transfer plan, ``load`` and in it ``one_pass`` (fused copy and
-            checksum) or ``copy`` (torch's copies and sums).
+        worker_seconds: Seconds per step in the slowest TP worker.  For buckets of full tensors: ``open`` (map the handle),
+            ``bring`` (fetch a bucket from another GPU), ``check`` (its checksum), ``load``, ``compare`` (read the
+            parameters back).  ``map``: to map memory for later syncs.  With a transfer plan: ``open`` (map staging memory),
+            ``define`` (prepare copies that a plan is new to), ``load``, and in it ``one_pass`` (one kernel copies and sums
+            up) or ``copy`` (torch's copies and sums).
         num_verified: Tensors whose values were read back from every TP rank's parameters and equal what was sent.
         unverified: Names for which that cannot be checked (the engine transforms them while loading).
         bucket_bytes: Size of the buckets, planned from the least free memory of the slice.
@@ -83,6 +86,9 @@ class SyncReport:
         missing: Names that the loader reads and that were not sent, which only `partial` permits; None if it is not known
             what the served model has.
         ranks: Every rank's part, in tp order.
+        nonfinite: Names of weights that hold a NaN or an infinite number in the engine, sorted; the experts of a layer are
+            one name, with a ``*``.  A GPU that repeats the last sync looks for them at every eighth sync, unless
+            ``nonfinite="refuse"``; all other syncs look at all they bring.
     """
 
     rank: int
@@ -102,6 +108,7 @@ class SyncReport:
     ignored: tuple[str, ...]
     missing: tuple[str, ...] | None
     ranks: tuple[RankReport, ...]
+    nonfinite: tuple[str, ...] = ()
 
     @property
     def num_proven(self) -> int:

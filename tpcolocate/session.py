@@ -7,10 +7,13 @@ the same error; the owner carries them out and reports to the others.
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import secrets
 import weakref
 from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -20,25 +23,35 @@ import torch.distributed as dist
 from tpcolocate import rendezvous, roles
 from tpcolocate._version import __version__
 from tpcolocate.agreement import RankGroup
+from tpcolocate.checks import check_flag, check_integer
+from tpcolocate.deadline import check_timeout
 from tpcolocate.engine.client import Client
 from tpcolocate.engine.context import OwnedServer, SliceContext
 from tpcolocate.engine.engine import Engine
-from tpcolocate.errors import ConfigError, RendezvousError
-from tpcolocate.groups import Host, Member, exchange, make_group
+from tpcolocate.errors import ConfigError, RendezvousError, shown
+from tpcolocate.groups import Host, Member, error_fields, exchange, make_group, share_outcome
 from tpcolocate.in_server.tpcolocate_receiver import kernels
+from tpcolocate.interfaces import GlooAddress, find_gloo_address
 from tpcolocate.launch import TpSlice, agree_on_launch, is_listening
-from tpcolocate.placement import error_fields, inspect_device, plan_roles
+from tpcolocate.placement import inspect_device, is_on_one_network, plan_roles
 from tpcolocate.processes import this_process
 from tpcolocate.server.api import ServerApi
 from tpcolocate.server.arguments import RECEIVER
+from tpcolocate.server.evidence import Evidence
 from tpcolocate.server.http import ServerClient
 from tpcolocate.server.lifecycle import Lifecycle
 from tpcolocate.server.process import ServerProcess
 from tpcolocate.weights.sync.syncer import WeightSyncer
 
+logger = logging.getLogger(__name__)
+
 _WARM_UP_S = 30.0
+# How long a rank with a wrong argument waits for the others, which are to get its error.
+_ERROR_S = 600.0
+_MOST_RANKS = 2**20
 # Compiling takes two seconds the first time on a machine, while the server takes a minute to start.
 _KERNEL_S = 10.0
+_JOB_VARIABLE = "TPCOLOCATE_JOB"
 _inits = itertools.count()
 
 
@@ -48,6 +61,7 @@ def init(
     device: torch.device | str | None = None,
     timeout_s: float = 600.0,
     allow_shared_devices: bool = False,
+    job: str | None = None,
 ) -> Colocation:
     """Divide the ranks of the job into tp slices and return this rank's role.
 
@@ -58,14 +72,19 @@ def init(
         tp_size: GPUs per SGLang server.  1 gives every rank a server of its own and creates no process group.
         device: Training device of this rank; an index counts within this process's CUDA_VISIBLE_DEVICES.  Default:
             the current CUDA device, or the CPU where there is none.
-        timeout_s: How long a rank waits for the others of its slice in one call, in seconds.
+        timeout_s: How long a rank waits for the others in one call, in seconds.  After `init`, ranks that see each other's
+            processes wait longer, with a warning a minute, while all of them are running.
         allow_shared_devices: Allow all ranks of a slice to share one GPU.  For test rigs.
+        job: Name by which other processes find the servers with `connect`, the same on all ranks; of one running job of
+            this user at a time.  Default: the environment variable TPCOLOCATE_JOB, else a name of its own.
 
     Returns:
         This rank's role; close it (or use it as a context manager) when done.
 
     Raises:
-        ConfigError: `tp_size` or `timeout_s` is not positive, or `tp_size` > 1 without torch.distributed.
+        ConfigError: `tp_size` or `timeout_s` is not positive; `job` is not a name, or differs between the ranks; there is
+            no torch.distributed, but `tp_size` > 1 or WORLD_SIZE > 1; the ranks cannot be connected, as with a wrong
+            GLOO_SOCKET_IFNAME.
         LayoutError: The ranks cannot be divided into slices: they disagree on `tp_size`, it does not divide their
             number, or a slice would span hosts or containers.
         DeviceError: A device is invalid, not visible, or used by two ranks.
@@ -74,48 +93,74 @@ def init(
         All are raised on every rank, before anything is started.
     """
     distributed = dist.is_available() and dist.is_initialized()
-    error = _check_arguments(tp_size, timeout_s)
+    job = os.environ.get(_JOB_VARIABLE) if job is None else job
+    error = _check_arguments(tp_size, timeout_s, allow_shared_devices, job)
+    if error is not None:  # which the other ranks are to get, whatever was passed
+        tp_size, timeout_s, allow_shared_devices, job = 1, _ERROR_S, False, None
     if not distributed:
         if error is not None:
             raise error
-        if tp_size > 1:
-            raise ConfigError(
-                f"tp_size={tp_size} needs torch.distributed, which is not initialised",
-                hint="start the script with torchrun and call torch.distributed.init_process_group() before init()",
-            )
+        _check_alone(tp_size, os.environ)
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
     torch_device, facts, device_error = inspect_device(device)
+    gloo = GlooAddress("", "")
+    try:
+        if tp_size > 1:
+            gloo = find_gloo_address(os.environ, host_name=os.uname().nodename)
+    except ConfigError as caught:
+        error = caught if error is None else error
     pid, started = this_process()
+    own_job = f"{pid}-{secrets.token_hex(4)}"
     member = Member(
         rank=rank,
         world_size=world_size,
-        tp_size=tp_size if isinstance(tp_size, int) else -1,
+        tp_size=tp_size,
         host=Host.here(),
         pid=pid,
         started=started,
-        facts={**facts, "job": f"{pid}-{secrets.token_hex(4)}", "version": __version__, "shared": allow_shared_devices},
+        facts={
+            **facts,
+            "job": own_job,
+            "job_name": job,
+            "gloo": asdict(gloo),
+            "version": __version__,
+            "shared": allow_shared_devices,
+        },
         error=error_fields(error if error is not None else device_error),
     )
+    # A fresh prefix per call: the entries of an earlier init() must not be read as this one's.
+    prefix = f"tpcolocate/init/{next(_inits)}"
     if world_size == 1:
         members = [member]
     else:
-        # A fresh prefix per call: the entries of an earlier init() must not be read as this one's.
-        store = dist.PrefixStore(f"tpcolocate/init/{next(_inits)}", dist.distributed_c10d._get_default_store())
-        members = exchange(store, member, timeout_s=timeout_s)
+        members = exchange(_store(prefix), member, timeout_s=timeout_s)
     slices = plan_roles(members)
     index = next(i for i, r in enumerate(slices) if rank in r.ranks)
     group = world = None
     if tp_size > 1:
-        for i, slice_roles in enumerate(slices):
-            made = make_group(slice_roles.ranks, timeout_s=timeout_s, description=f"tpcolocate slice {i}")
-            group = made if i == index else group
-        world = make_group(range(world_size), timeout_s=timeout_s, description="tpcolocate all slices")
+        failure: ConfigError | None = None
+        try:
+            for i, slice_roles in enumerate(slices):
+                made = make_group(
+                    slice_roles.ranks, timeout_s=timeout_s, description=f"tpcolocate slice {i}", on_loopback=True
+                )
+                group = made if i == index else group
+            world = make_group(
+                range(world_size),
+                timeout_s=timeout_s,
+                description="tpcolocate all slices",
+                on_loopback=is_on_one_network(members),
+            )
+        except ConfigError as caught:
+            failure = caught
+            failure.message += f" ({gloo.origin})"
+        share_outcome(_store(f"{prefix}/groups"), failure, rank=rank, world_size=world_size, timeout_s=timeout_s)
     own = slices[index]
     return Colocation(
         roles=own,
         slice_index=index,
         device=torch_device,
-        job=members[0].facts["job"],
+        job=members[0].facts["job"] if job is None else job,
         tp_ranks={r: tp_rank for slice_roles in slices for tp_rank, r in enumerate(slice_roles.ranks)},
         group=RankGroup([members[r] for r in own.ranks], rank=rank, group=group, timeout_s=timeout_s),
         world=None if world is None else RankGroup(members, rank=rank, group=world, timeout_s=timeout_s),
@@ -123,11 +168,42 @@ def init(
     )
 
 
-def _check_arguments(tp_size: object, timeout_s: object) -> ConfigError | None:
-    if not isinstance(tp_size, int) or isinstance(tp_size, bool) or tp_size < 1:
-        return ConfigError(f"tp_size must be a positive integer, got {tp_size!r}", hint="GPUs per server: 1, 2, 4, ...")
-    if not isinstance(timeout_s, (int, float)) or not timeout_s > 0:
-        return ConfigError(f"timeout_s must be a positive number of seconds, got {timeout_s!r}")
+def _store(prefix: str) -> dist.Store:
+    return dist.PrefixStore(prefix, dist.distributed_c10d._get_default_store())
+
+
+def _check_alone(tp_size: int, environ: Mapping[str, str]) -> None:
+    """Check that a process without a process group is the only one of its job.
+
+    Raises:
+        ConfigError: It is not.
+    """
+    hint = "start the script with torchrun and call torch.distributed.init_process_group() before init()"
+    if tp_size > 1:
+        raise ConfigError(f"tp_size={tp_size} needs torch.distributed, which is not initialised", hint=hint)
+    world_size = environ.get("WORLD_SIZE", "")
+    if world_size.isdecimal() and int(world_size) > 1:
+        raise ConfigError(
+            f"WORLD_SIZE={world_size}, but torch.distributed is not initialised: every process would be rank 0 of a job "
+            "of its own",
+            hint="call torch.distributed.init_process_group() before init(), or unset WORLD_SIZE for separate jobs",
+        )
+
+
+def _check_arguments(
+    tp_size: object, timeout_s: object, allow_shared_devices: object, job: object
+) -> ConfigError | None:
+    if not isinstance(tp_size, int) or isinstance(tp_size, bool) or not 1 <= tp_size <= _MOST_RANKS:
+        return ConfigError(
+            f"tp_size must be a positive integer, got {shown(tp_size)}", hint="GPUs per server: 1, 2, 4, ..."
+        )
+    try:
+        check_timeout(timeout_s)
+        check_flag("allow_shared_devices", allow_shared_devices)
+        if job is not None:
+            rendezvous.check_job(job)
+    except ConfigError as error:
+        return error
     return None
 
 
@@ -146,7 +222,7 @@ class Colocation:
         device: Training device of this rank.
         visible_devices: Device tokens of the slice in tp order, set in the environment of the server alone.
         group: The slice's process group (gloo); None with tp_size 1.
-        job: Identity of the job, the same on all ranks: the pid of rank 0 and a random suffix.
+        job: Name of the job, the same on all ranks: that passed to `init`, or the pid of rank 0 and a random suffix.
     """
 
     def __init__(
@@ -212,7 +288,8 @@ class Colocation:
         Args:
             model_path: Checkpoint folder or hub id, as for SGLang.
             health_timeout_s: From the start of the process to its first generated token, in seconds.
-            log_path: File for the server's output; default: one in the temporary folder, removed after a clean shutdown.
+            log_path: File for the server's output; default: one in a private folder in the temporary folder, removed
+                unless the server crashed.
             env: Environment variables for the server alone, added to this rank's environment.
             server_args: SGLang's server arguments (``mem_fraction_static=0.4``); they override the defaults of this
                 library (``disable_custom_all_reduce=True`` for tp_size > 1, and what a CPU needs).
@@ -229,10 +306,11 @@ class Colocation:
         """
         launch = agree_on_launch(
             self._tp_slice,
-            os.fspath(model_path),
-            env=dict(env or {}),
+            model_path,
+            env={} if env is None else env,
             server_args=server_args,
             health_timeout_s=health_timeout_s,
+            log_path=log_path,
             closed=self._closed,
         )
         server: ServerProcess | None = None
@@ -265,8 +343,6 @@ class Colocation:
             probe.close()
             if server is not None:
                 launch.clean_up()
-                if log_path is None:
-                    server.remove_log()
 
         context = SliceContext(
             group=self._slice,
@@ -277,6 +353,7 @@ class Colocation:
             sync=sync,
             owned=owned,
         )
+        context.client.http.evidence = launch.evidence(server)
         engine = Engine(
             context,
             sglang_version=result.sglang_version,
@@ -310,18 +387,25 @@ def connect(job: str | None = None, *, slice_index: int | None = None) -> Client
     """Connect to a running server of this user, from any process of the machine.
 
     Args:
-        job: `Colocation.job`; optional while only one server is running.
-        slice_index: `Colocation.slice_index`; likewise.
+        job: Name that was passed to `init`, or else `Colocation.job`.  Default: the environment variable TPCOLOCATE_JOB,
+            else, with a warning, the job of the only server that is running.
+        slice_index: `Colocation.slice_index`; optional while the job has one server.
 
     Returns:
         A client of the server.
 
     Raises:
+        ConfigError: An argument of a wrong type, or `job` is not the name of a job.
         RendezvousError: No such server, several of them, or it does not answer.
     """
+    job = os.environ.get(_JOB_VARIABLE) if job is None else job
+    if job is not None:
+        rendezvous.check_job(job)
+    if slice_index is not None:
+        check_integer("slice_index", slice_index, at_least=0, at_most=_MOST_RANKS)
     found = rendezvous.discover(job)
     if slice_index is not None:
-        found = [(path, a) for path, a in found if path == rendezvous.path_for(a.job, slice_index)]
+        found = [(path, a) for path, a in found if a.slice_index == slice_index]
     if len(found) != 1:
         number = "no running server" if not found else f"{len(found)} running servers"
         listed = "\n".join(f"  job {a.job}, ranks {','.join(map(str, a.slice_ranks))}: {a.url}" for _, a in found)
@@ -331,13 +415,23 @@ def connect(job: str | None = None, *, slice_index: int | None = None) -> Client
             details=listed if found else None,
         )
     announcement = found[0][1]
+    if job is None:
+        logger.warning(
+            "connect() without a job takes the only server of this user, that of job %s (ranks %s); name the job with "
+            "init(job=...) and connect(job), or with %s",
+            announcement.job,
+            ",".join(map(str, announcement.slice_ranks)),
+            _JOB_VARIABLE,
+        )
     if not is_listening(announcement):
         raise RendezvousError(
             f"the server at {announcement.url} does not answer",
             hint="see the output of its owner rank",
             url=announcement.url,
         )
-    return Client(announcement.url, api_key=announcement.api_key)
+    client = Client(announcement.url, api_key=announcement.api_key)
+    client.http.evidence = Evidence(Path(announcement.log_path), found[0][0].with_name("processes.json"))
+    return client
 
 
 __all__ = ["Colocation", "connect", "init"]

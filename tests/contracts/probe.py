@@ -31,8 +31,8 @@ from pathlib import Path
 import torch
 
 from tpcolocate import ipc_payload
-from tpcolocate.engine.client import KNOWN_FIELDS
 from tpcolocate.engine.context import OwnedServer
+from tpcolocate.engine.requests import KNOWN_FIELDS
 from tpcolocate.in_server import tpcolocate_receiver
 from tpcolocate.server.api import ServerApi
 from tpcolocate.server.arguments import RECEIVER, check_installed, server_arguments, to_argv

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from tpcolocate.checks import check_text
+from tpcolocate.deadline import check_timeout
 from tpcolocate.engine.context import OwnedServer, SliceContext
 from tpcolocate.errors import ConfigError, EngineStateError
 from tpcolocate.server.api import ServerApi
@@ -29,8 +31,8 @@ class LoraAdapters:
         context = self._context
         with context.all_slices.together("load a LoRA adapter") as must_match:
             context.state.check_open("load a LoRA adapter")
-            if not name:
-                raise ConfigError("an adapter needs a name", hint="for generate(..., lora_path=name)")
+            timeout_s = check_timeout(timeout_s)
+            _check_name(name)
             adapter = check_adapter(make(), context.sync.spec)
             if context.owned is not None:
                 self._check_limits(name, adapter, context.owned.api)
@@ -69,6 +71,11 @@ class LoraAdapters:
             )
 
     def unload(self, name: str, *, timeout_s: float) -> None:
+        with self._context.group.together("unload a LoRA adapter") as must_match:
+            self._context.state.check_open("unload a LoRA adapter")
+            timeout_s = check_timeout(timeout_s)
+            _check_name(name)
+            must_match["name"] = name
         self._context.on_owner(
             f"unload LoRA adapter {name!r}",
             lambda owned: owned.api.unload_lora(name, timeout_s=timeout_s),
@@ -78,6 +85,12 @@ class LoraAdapters:
 
     def _forget(self, name: str) -> None:
         self._names = tuple(other for other in self._names if other != name)
+
+
+def _check_name(name: object) -> None:
+    if isinstance(name, str) and not name:
+        raise ConfigError("an adapter needs a name", hint="for generate(..., lora_path=name)")
+    check_text("name", name)
 
 
 __all__ = ["LoraAdapters"]

@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from typing import Any
 
-from tpcolocate.errors import ConfigError
+import torch
+
+from tpcolocate.deadline import check_timeout
+from tpcolocate.engine.limits import ServerLimits
+from tpcolocate.engine.requests import KNOWN_FIELDS, GenerateCall, check_call
+from tpcolocate.errors import ConfigError, TpColocateError, shown
+from tpcolocate.parallel import in_background
 from tpcolocate.server.http import ServerClient
 
-Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
+Prompts = (
+    str
+    | Sequence[str]
+    | Sequence[int]
+    | Sequence[Sequence[int]]
+    | torch.Tensor
+    | Sequence[torch.Tensor]
+    | Mapping[str, Any]
+)
 SamplingParams = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
 HEALTH_TIMEOUT_S = 30.0
-# Fields of /generate in every supported release; any other is looked up in the server's own description, because
-# SGLang ignores silently what it does not know.
-KNOWN_FIELDS = frozenset(
-    "text input_ids input_embeds image_data sampling_params rid return_logprob logprob_start_len top_logprobs_num "
-    "token_ids_logprob return_text_in_logprobs stream lora_path return_hidden_states session_params".split()
-)
 
 
 class Health(StrEnum):
@@ -30,6 +39,7 @@ class Health(StrEnum):
     READY = "ready"
     PAUSED = "paused"
     ASLEEP = "asleep"
+    STOPPED = "stopped"
     DEAD = "dead"
 
 
@@ -54,6 +64,7 @@ class Client:
         self._check = check
         self._lock = threading.Lock()
         self._described_fields: frozenset[str] | None = None
+        self._limits: ServerLimits | None = None
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.url!r})"
@@ -68,7 +79,8 @@ class Client:
         sampling_params: SamplingParams | None = None,
         *,
         stream: bool = False,
-        timeout_s: float = 600.0,
+        on_error: str = "raise",
+        timeout_s: float | None = None,
         **fields: Any,
     ) -> Any:
         """Generate on the server; arguments, return value and errors as for `Engine.generate`.
@@ -76,13 +88,18 @@ class Client:
         A client of `connect` does not know the state of the engine: while that is paused or asleep, requests wait in the
         server.
         """
-        body = self._body(prompts, sampling_params, fields, stream)
-        if body is None:
+        self._check()
+        seconds = _check_options(stream, on_error, timeout_s)
+        call = self._checked(prompts, sampling_params, fields, stream)
+        if len(call.prompts) == 0:
             return iter(()) if stream else []
+        if on_error == "return":
+            return self._each_in_a_loop(call, timeout_s=seconds)
+        body = call.body()
         if stream:
-            return self._stream(body, timeout_s=timeout_s)
+            return self._stream(body, timeout_s=seconds)
         with self._counted():
-            return self.http.post("/generate", body, timeout_s=timeout_s)
+            return self.http.post("/generate", body, timeout_s=seconds)
 
     async def generate_async(
         self,
@@ -90,61 +107,78 @@ class Client:
         sampling_params: SamplingParams | None = None,
         *,
         stream: bool = False,
-        timeout_s: float = 600.0,
+        on_error: str = "raise",
+        timeout_s: float | None = None,
         **fields: Any,
     ) -> Any:
         """`generate` for asyncio; with ``stream=True`` the awaited value is an asynchronous iterator."""
-        body = self._body(prompts, sampling_params, fields, stream)
-        if body is None:
+        self._check()
+        seconds = _check_options(stream, on_error, timeout_s)
+        if self._limits is None or not KNOWN_FIELDS.issuperset(fields):
+            # The server is asked first, which must not hold the event loop.
+            call = await asyncio.to_thread(self._checked, prompts, sampling_params, fields, stream)
+        else:
+            call = self._checked(prompts, sampling_params, fields, stream)
+        if len(call.prompts) == 0:
             return _nothing() if stream else []
+        if on_error == "return":
+            return await self._each(call, timeout_s=seconds)
+        body = call.body()
         if stream:
-            return self._stream_async(body, timeout_s=timeout_s)
+            return self._stream_async(body, timeout_s=seconds)
         with self._counted():
-            return await self.http.post_async("/generate", body, timeout_s=timeout_s)
+            return await self.http.post_async("/generate", body, timeout_s=seconds)
 
-    def _stream(self, body: Mapping[str, Any], *, timeout_s: float) -> Iterator[Any]:
+    def _checked(self, prompts: Any, sampling_params: Any, fields: Mapping[str, Any], stream: bool) -> GenerateCall:
+        return check_call(
+            prompts, sampling_params, fields, stream=stream, limits=self._server_limits(), known=self._server_fields
+        )
+
+    def _each_in_a_loop(self, call: GenerateCall, *, timeout_s: float | None) -> Any:
+        """`_each` for a caller that blocks, which may be one inside an event loop, as in a notebook."""
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            return asyncio.run(self._each(call, timeout_s=timeout_s))
+        return in_background(
+            lambda: asyncio.run(self._each(call, timeout_s=timeout_s)), name="tpcolocate generate"
+        ).result()
+
+    async def _each(self, call: GenerateCall, *, timeout_s: float | None) -> Any:
+        """Make one request per prompt; an error is the answer of its prompt."""
+
+        async def answers(index: int) -> list[Any]:
+            item = call.prompts.items[index]
+            if isinstance(item, TpColocateError):
+                return [item] * call.samples
+            try:
+                answer = await self.http.post_async("/generate", call.body_of(index), timeout_s=timeout_s)
+            except TpColocateError as error:
+                return [error] * call.samples
+            return answer if isinstance(answer, list) else [answer]
+
+        with self._counted():
+            found = await asyncio.gather(*(answers(index) for index in range(len(call.prompts))))
+        flat = [answer for of_prompt in found for answer in of_prompt]
+        return flat[0] if call.prompts.is_single and call.samples == 1 else flat
+
+    def _stream(self, body: Mapping[str, Any], *, timeout_s: float | None) -> Iterator[Any]:
         """Yield the events of a request, which is made when the first one is asked for."""
         with self._counted():
             yield from self.http.stream("/generate", body, timeout_s=timeout_s)
 
-    async def _stream_async(self, body: Mapping[str, Any], *, timeout_s: float) -> AsyncIterator[Any]:
+    async def _stream_async(self, body: Mapping[str, Any], *, timeout_s: float | None) -> AsyncIterator[Any]:
         with self._counted():
             async for event in self.http.stream_async("/generate", body, timeout_s=timeout_s):
                 yield event
 
-    def _body(
-        self,
-        prompts: Prompts | None,
-        sampling_params: SamplingParams | None,
-        fields: Mapping[str, Any],
-        stream: bool,
-    ) -> dict[str, Any] | None:
-        """Return the body of a request; None if there is no prompt to generate from."""
-        self._check()
-        body = dict(fields)
-        if prompts is not None:
-            if "text" in body or "input_ids" in body:
-                raise ConfigError("prompts are given twice", hint="pass prompts, or text=, or input_ids=")
-            body["text" if _is_text(prompts) else "input_ids"] = prompts if isinstance(prompts, str) else list(prompts)
-        given = body.get("text", body.get("input_ids"))
-        if given is None and body.get("input_embeds") is None:
-            raise ConfigError(
-                "there is nothing to generate from", hint="pass prompts, or text=, input_ids= or input_embeds="
+    def _server_limits(self) -> ServerLimits:
+        if self._limits is None:
+            info, model_info = (
+                self.http.get(path, timeout_s=HEALTH_TIMEOUT_S) for path in ("/server_info", "/model_info")
             )
-        if given is not None and not isinstance(given, str) and len(given) == 0:
-            return None
-        unknown = set(body) - KNOWN_FIELDS
-        if unknown and (unknown := unknown - self._server_fields()):
-            raise ConfigError(
-                f"this server's /generate has no field {', '.join(sorted(unknown))}",
-                hint="SGLang would ignore it silently; sampling parameters go into sampling_params",
-                url=self.url,
-            )
-        if sampling_params is not None:
-            body["sampling_params"] = sampling_params
-        if stream:
-            body["stream"] = True
-        return body
+            self._limits = ServerLimits.of(info, model_info)
+        return self._limits
 
     def _server_fields(self) -> frozenset[str]:
         if self._described_fields is None:
@@ -166,18 +200,22 @@ class Client:
                 self.num_in_flight -= 1
 
     def health(self) -> Health:
-        """Return ``ready`` if the server answers, else ``dead``.
+        """Return ``ready`` if the server answers, ``stopped`` if a process of it is (by SIGSTOP), else ``dead``.
 
         Only that: whether it is asleep is known inside the job alone, and a token generated to find out would touch
         memory that a sleeping server has released.
         """
+        if self.http.is_stopped:
+            return Health.STOPPED
         return Health.READY if self.http.is_listening(timeout_s=HEALTH_TIMEOUT_S) else Health.DEAD
 
 
-def _is_text(prompts: Prompts) -> bool:
-    if isinstance(prompts, str):
-        return True
-    return len(prompts) > 0 and isinstance(prompts[0], str)
+def _check_options(stream: object, on_error: object, timeout_s: object) -> float | None:
+    if not isinstance(on_error, str) or on_error not in ("raise", "return"):
+        raise ConfigError(f"on_error is {shown(on_error)}", hint='"raise" or "return"')
+    if on_error == "return" and stream:
+        raise ConfigError('on_error="return" with stream=True', hint="a stream raises its error where it ends")
+    return None if timeout_s is None else check_timeout(timeout_s)
 
 
 async def _nothing() -> AsyncIterator[Any]:
@@ -185,4 +223,4 @@ async def _nothing() -> AsyncIterator[Any]:
     yield
 
 
-__all__ = ["HEALTH_TIMEOUT_S", "KNOWN_FIELDS", "Client", "Health", "Prompts", "SamplingParams"]
+__all__ = ["HEALTH_TIMEOUT_S", "Client", "Health", "Prompts", "SamplingParams"]

@@ -12,13 +12,14 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import nn
 
+from tpcolocate.checks import check_flag, check_path, check_version
+from tpcolocate.deadline import check_timeout
 from tpcolocate.engine.adapters import LoraAdapters
 from tpcolocate.engine.client import HEALTH_TIMEOUT_S, Health, Prompts, SamplingParams
 from tpcolocate.engine.context import OwnedServer, SliceContext
@@ -32,7 +33,7 @@ from tpcolocate.weights import update_group
 from tpcolocate.weights.lora import adapter_of, make_adapter
 from tpcolocate.weights.sources.checkpoint import Checkpoint, CheckpointWriter, count_shards, save
 from tpcolocate.weights.sources.model_spec import local_folder
-from tpcolocate.weights.sources.named_weights import NamedWeights, Rename, Source
+from tpcolocate.weights.sources.named_weights import NamedWeights, Rename, Source, check_rename
 from tpcolocate.weights.sync.options import SyncOptions
 from tpcolocate.weights.update_group import UpdateGroup
 
@@ -95,28 +96,39 @@ class Engine:
         sampling_params: SamplingParams | None = None,
         *,
         stream: bool = False,
-        timeout_s: float = 600.0,
+        on_error: str = "raise",
+        timeout_s: float | None = None,
         **fields: Any,
     ) -> Any:
         """Generate on the slice's server; any rank, any time, any number at once.
 
+        What would end the server, hang, or be ignored by it is refused before anything is sent.
+
         Args:
-            prompts: Text, token ids, or a list of either.
+            prompts: A text, token ids, or a list of either.  Token ids may be tensors or arrays of integers, of shape
+                (tokens,) or (prompts, tokens), on any device; a tokenizer's output is taken without its padding.
             sampling_params: SGLang's; one for all prompts, or one each.
             stream: Return an iterator over SGLang's events instead of the finished answer.
-            timeout_s: Longest wait for the answer (streaming: for the next event), in seconds.
-            fields: Any other field of SGLang's ``/generate``, such as ``return_logprob=True`` or ``lora_path="name"``.
+            on_error: ``"raise"``: one bad prompt is the error of the call.  ``"return"``: each prompt is a request of its
+                own, and its error takes the place of its answer: compare with ``isinstance(answer, TpColocateError)``.
+            timeout_s: Longest wait for the answer (streaming: for the next event), in seconds, a wait for one of this
+                process's connections included.  Default: as long as the server is up.
+            fields: Any other field of SGLang's ``/generate``, such as ``return_logprob=True`` or ``lora_path="name"``; a
+                list has one value per prompt.
 
         Returns:
             SGLang's response dict; a list for a list of prompts, with ``n > 1`` all samples of the first prompt first.
 
         Raises:
-            ConfigError: A field that this server does not know.
+            ConfigError: A prompt, a sampling parameter or a field that SGLang has not, or that it would not survive.
+                Or this process has no file descriptor left.
             EngineStateError: Asleep, or the weights are not the trainer's.
-            RequestError: The server refused; the message is its own.
+            RequestError: The server refused, and the message is its own; or it closed the connection and is up.
             EngineDeadError, DeadlineError: The server is gone, or too slow.
         """
-        return self._context.client.generate(prompts, sampling_params, stream=stream, timeout_s=timeout_s, **fields)
+        return self._context.client.generate(
+            prompts, sampling_params, stream=stream, on_error=on_error, timeout_s=timeout_s, **fields
+        )
 
     async def generate_async(
         self,
@@ -124,12 +136,13 @@ class Engine:
         sampling_params: SamplingParams | None = None,
         *,
         stream: bool = False,
-        timeout_s: float = 600.0,
+        on_error: str = "raise",
+        timeout_s: float | None = None,
         **fields: Any,
     ) -> Any:
         """`generate` for asyncio; with ``stream=True`` the awaited value is an asynchronous iterator."""
         return await self._context.client.generate_async(
-            prompts, sampling_params, stream=stream, timeout_s=timeout_s, **fields
+            prompts, sampling_params, stream=stream, on_error=on_error, timeout_s=timeout_s, **fields
         )
 
     def pause_generation(self, mode: str = "retract", *, timeout_s: float = 120.0) -> None:
@@ -196,7 +209,7 @@ class Engine:
         self,
         model_or_named_tensors: Source,
         *,
-        weight_version: str | None = None,
+        weight_version: str | int | None = None,
         bucket_bytes: int = 512 * 2**20,
         payloads: str = "per_rank",
         transport: str = "auto",
@@ -204,6 +217,7 @@ class Engine:
         rename: Rename | None = None,
         partial: bool = False,
         parts: bool = True,
+        nonfinite: str = "warn",
         timeout_s: float = 600.0,
     ) -> SyncReport:
         """Update the server's weights in place.
@@ -214,8 +228,9 @@ class Engine:
         Args:
             model_or_named_tensors: An `nn.Module` (plain, DDP, FSDP2, DTensor-parallel, peft), a state dict, or an
                 iterable of (checkpoint name, full tensor or DTensor), in the same order on every rank.
-            weight_version: Reported by the server with every sequence from then on; default: that of a `Checkpoint`, else
-                a count of the syncs, which goes on from a version that is a number.
+            weight_version: Reported by the server with every sequence from then on, as a string of at most 1024 characters;
+                default: that of a `Checkpoint`, else a count of the syncs, which goes on from a version that is a number.
+                A sync that is refused does not count.
             bucket_bytes: Most staging memory per rank, less where less is free; a larger tensor travels by itself.
             payloads: ``"per_rank"``: every rank exports from its own device.  ``"fan_out"``: the owner exports one
                 copy per TP rank; for when other ranks cannot reach their TP rank's device.
@@ -228,6 +243,9 @@ class Engine:
                 a sync that failed), partial syncs that together bring all of them count as a full one.
             parts: Send only the parts of tensors that each TP worker reads, once the first sync has shown which, instead
                 of full tensors.
+            nonfinite: What becomes of weights that are NaN or infinite.  ``"warn"``: they are synced and named in
+                `SyncReport.nonfinite` and a warning.  ``"refuse"``: every rank looks for them first, which reads all
+                weights once more, and nothing is sent if there are any.
             timeout_s: For the whole sync, in seconds, from when all ranks have come.  How long one waits for the others, which
                 may still be generating, is the ``timeout_s`` of `init`.
 
@@ -235,30 +253,35 @@ class Engine:
             What was done; see `SyncReport`.
 
         Raises:
-            WeightsMismatchError: Names or shapes are not the served model's, or differ between ranks.  Nothing was sent,
-                unless the source is a generator, which can only be checked as it comes.
+            WeightsMismatchError: Names, shapes or kinds of dtype are not the served model's, or differ between ranks, or
+                weights are not finite and ``nonfinite="refuse"``.  Nothing was sent, unless the source is a generator, which
+                can only be checked as it comes.
             EngineStateError: The weights are released, the engine is shut down, or its release cannot sync while requests
                 are in flight (0.5.10 to 0.5.20).
-            ConfigError: An option that does not exist, or not enough memory for the largest tensor.
+            ConfigError: An option of a wrong type, out of range or unknown, a folder that cannot be written to, tensors
+                without data or in a form that cannot be sent, or not enough memory for the largest tensor.
             SyncError, RequestError, EngineDeadError, DeadlineError: The engine failed.  If that was after the first
                 bucket had left, its weights are unknown: generation is refused until a full sync succeeds.
             RankFailedError: Another library's exception on some rank, such as an out-of-memory error in a gather.
             RankLostError: Another rank did not follow.
         """
-        if weight_version is None and isinstance(model_or_named_tensors, Checkpoint):
-            weight_version = model_or_named_tensors.weight_version
         # Before the owner holds generation: a rank that is still waiting for tokens would wait until its deadline, and
         # the others for it.  All slices together: the gathers of sharded weights span them, and hang without one.
         with self._context.all_slices.together("sync weights") as must_match:
             self._lifecycle.state.check_sync()
+            timeout_s = check_timeout(timeout_s)
+            if weight_version is None and isinstance(model_or_named_tensors, Checkpoint):
+                weight_version = model_or_named_tensors.weight_version
+            weight_version = check_version(weight_version)
             options = SyncOptions(
                 bucket_bytes=bucket_bytes,
                 payloads=payloads,
                 transport=transport,
                 partial=partial,
-                folder=None if folder is None else Path(folder),
+                folder=None if folder is None else check_path("folder", folder),
                 parts=parts,
                 rename=rename,
+                nonfinite=nonfinite,
             )
             # Functions of one name need not be one function; the names that they make are compared with the weights.
             must_match |= {**asdict(replace(options, rename=None)), "weight_version": weight_version}
@@ -313,6 +336,9 @@ class Engine:
         writer: CheckpointWriter | None = None
         try:
             with ranks.together("get ready to save the weights"):
+                timeout_s = check_timeout(timeout_s)
+                check_rename(rename)
+                folder = check_path("folder", folder)
                 spec = self._sync.spec
                 expected = None if spec is None else spec.shapes
                 weights = NamedWeights.of(model_or_named_tensors, expected=expected, rename=rename)
@@ -320,7 +346,8 @@ class Engine:
                 if weights.items is None:
                     raise ConfigError("cannot save a generator", hint="pass the module, a mapping or a list")
                 if spec is not None:
-                    spec.check([(name, tensor.shape) for name, tensor in weights.items])
+                    spec.check([(name, tensor.shape) for name, tensor in weights.items], hint=rename is None)
+                    spec.check_dtypes([(name, tensor.dtype) for name, tensor in weights.items])
                     names = [*(name for name, _ in weights.items), *weights.aliases]
                     spec.check_complete(names, ignored=self._sync.ignored)
                 if ranks.rank == 0:
@@ -380,7 +407,7 @@ class Engine:
         dtypes: Sequence[str | torch.dtype],
         shapes: Sequence[Sequence[int]],
         group_name: str = update_group.DEFAULT_NAME,
-        weight_version: str | None = None,
+        weight_version: str | int | None = None,
         bucket_bytes: int = 512 * 2**20,
         partial: bool = False,
         timeout_s: float = 600.0,
@@ -507,7 +534,8 @@ class Engine:
         """
         context, lifecycle = self._context, self._lifecycle
         try:
-            with context.group.together("sleep", timeout_s=timeout_s) as must_match:
+            with context.group.together("sleep", timeout_s=_waiting(timeout_s)) as must_match:
+                timeout_s = check_timeout(timeout_s)
                 chosen, after = lifecycle.state.sleeping(tags)
                 must_match["tags"] = None if tags is None else sorted(tags)
                 if not after.frees_memory:
@@ -538,7 +566,8 @@ class Engine:
         Collective: over the slice.  After waking ``weights`` they hold garbage, unless the server was launched with
         ``enable_weights_cpu_backup=True``: generation is refused until the next sync.  Raises as `sleep`.
         """
-        with self._context.group.together("wake", timeout_s=timeout_s) as must_match:
+        with self._context.group.together("wake", timeout_s=_waiting(timeout_s)) as must_match:
+            timeout_s = check_timeout(timeout_s)
             chosen, after = self._lifecycle.state.waking(tags)
             must_match["tags"] = None if tags is None else sorted(tags)
 
@@ -553,10 +582,15 @@ class Engine:
     # --- life ------------------------------------------------------------------------------------------------------
 
     def health(self) -> Health:
-        """Return ``starting``, ``ready``, ``paused``, ``asleep`` or ``dead``, on any rank; the last three without a forward."""
+        """Return ``starting``, ``ready``, ``paused``, ``asleep``, ``stopped`` or ``dead``, on any rank.
+
+        The last four without a forward.
+        """
         state, owned = self._lifecycle.state, self._context.owned
         if state.closed or (owned is not None and owned.process.exited()):
             return Health.DEAD
+        if self._client.is_stopped:
+            return Health.STOPPED
         # No token comes out of a paused server.  A sync pauses it too, until its weights are the trainer's again.
         is_paused = state.paused is not None or state.weights is not WeightsState.CURRENT
         if state.not_awake or is_paused:
@@ -584,8 +618,10 @@ class Engine:
             timeout_s: How long to wait for the others; the server is ended anyway.
 
         Raises:
+            ConfigError: An argument of a wrong type; the server runs on.
             EngineError: The end of the server could not be confirmed; the message names its pid.
         """
+        wait, timeout_s = check_flag("wait", wait), check_timeout(timeout_s)
         # A fork of the trainer (a data loader worker) inherits this object, not the engine.
         if self._lifecycle.state.closed or os.getpid() != self._pid:
             return
@@ -622,6 +658,14 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.shutdown(wait=error is None)
+
+
+def _waiting(timeout_s: object) -> float | None:
+    """Return how long to wait for the other ranks: as long as usual with a timeout that all of them are to refuse."""
+    try:
+        return check_timeout(timeout_s)
+    except ConfigError:
+        return None
 
 
 __all__ = ["Engine"]

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import logging
 
-from tpcolocate.engine.context import SliceContext
+from tpcolocate.checks import check_text
+from tpcolocate.deadline import check_timeout
+from tpcolocate.engine.context import OwnedServer, SliceContext
 from tpcolocate.errors import ConfigError, EngineStateError
 
 logger = logging.getLogger(__name__)
+
+_MAX_RID = 2**16
 
 
 class GenerationControl:
@@ -19,17 +23,23 @@ class GenerationControl:
     def pause(self, mode: str, *, timeout_s: float) -> None:
         context, what = self._context, "pause generation"
         with context.group.together(what) as must_match:
-            must_match["mode"] = mode
+            timeout_s = check_timeout(timeout_s)
             after = context.state.pausing(mode)
+            must_match["mode"] = mode
+
+        def act(owned: OwnedServer) -> None:
+            owned.api.pause_generation(mode, timeout_s=timeout_s)
+            if mode == "in_place":
+                _warn_of_watchdog(owned.api.info.get("watchdog_timeout"))
+
         if after != context.state:
-            context.on_owner(
-                what, lambda owned: owned.api.pause_generation(mode, timeout_s=timeout_s), timeout_s=timeout_s
-            )
+            context.on_owner(what, act, timeout_s=timeout_s)
         context.lifecycle.state = after
 
     def go_on(self, *, timeout_s: float) -> None:
         context, what = self._context, "continue generation"
         with context.group.together(what):
+            timeout_s = check_timeout(timeout_s)
             after = context.state.continuing()
         if after != context.state:
             context.on_owner(
@@ -39,14 +49,18 @@ class GenerationControl:
 
     def abort(self, rid: str | None, *, timeout_s: float) -> None:
         self._context.state.check_open("abort requests")
-        if rid == "":
+        timeout_s = check_timeout(timeout_s)
+        if isinstance(rid, str) and not rid:
             raise ConfigError("rid is empty", hint="leave it out to abort all requests")
+        if rid is not None:
+            check_text("rid", rid, max_length=_MAX_RID)
         body = {"abort_all": True} if rid is None else {"rid": rid}
         self._context.client.http.post("/abort_request", body, timeout_s=timeout_s)
 
     def flush_cache(self, *, timeout_s: float) -> None:
         context, what = self._context, "flush the cache"
         with context.group.together(what):
+            timeout_s = check_timeout(timeout_s)
             if "kv_cache" in context.state.asleep:
                 raise EngineStateError(
                     "cannot flush the cache while its memory is released", hint='call wake(["kv_cache"]) first'
@@ -65,6 +79,16 @@ class GenerationControl:
         text = "requests paused in place go on with the cache of the old weights, and others may meet it too, until flush_cache()"
         logger.warning("%s", text)
         return text
+
+
+def _warn_of_watchdog(seconds: object) -> None:
+    """SGLang counts forwards while it has a batch, which requests paused in place remain."""
+    if isinstance(seconds, (int, float)):
+        logger.warning(
+            "requests paused in place end the server after %g s without a forward, by SGLang's watchdog: "
+            "continue_generation() before, or pause with another mode, or launch(watchdog_timeout=...)",
+            seconds,
+        )
 
 
 __all__ = ["GenerationControl"]

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict
 
-from tpcolocate.deadline import Deadline
+import torch
+
+from tpcolocate.checks import check_flag, check_positive_integer, check_text, check_version
+from tpcolocate.deadline import Deadline, check_timeout
 from tpcolocate.engine.context import OwnedServer, SliceContext
-from tpcolocate.errors import ConfigError, EngineStateError
+from tpcolocate.errors import EngineStateError
 from tpcolocate.weights import update_group
 from tpcolocate.weights.update_group import UpdateGroup, Weight
 
@@ -22,10 +25,13 @@ class UpdateGroups:
         self._names: set[str] = set()
 
     def join(self, group: UpdateGroup, *, timeout_s: float) -> None:
-        context, what, fields = self._context, "join an update group", asdict(group)
+        context, what = self._context, "join an update group"
         with context.group.together(what) as must_match:
-            must_match |= fields
+            context.state.check_open(what)
+            timeout_s = check_timeout(timeout_s)
             group.check(len(context.group))
+            fields = asdict(group)
+            must_match |= fields
             if group.group_name in self._names:
                 raise EngineStateError(
                     f"the server is in an update group named {group.group_name!r}",
@@ -39,9 +45,10 @@ class UpdateGroups:
     def leave(self, group_name: str, *, timeout_s: float) -> None:
         context, what = self._context, "leave an update group"
         with context.group.together(what) as must_match:
-            must_match["group_name"] = group_name
             context.state.check_open(what)
+            timeout_s = check_timeout(timeout_s)
             self._check_joined(group_name)
+            must_match["group_name"] = group_name
         context.on_owner(
             what,
             lambda owned: owned.api.destroy_weights_update_group(timeout_s=timeout_s, group_name=group_name),
@@ -54,7 +61,7 @@ class UpdateGroups:
         announce: Callable[[], list[Weight]],
         *,
         group_name: str,
-        weight_version: str | None,
+        weight_version: str | int | None,
         bucket_bytes: int,
         partial: bool,
         timeout_s: float,
@@ -68,13 +75,16 @@ class UpdateGroups:
         context, spec = self._context, self._context.sync.spec
         with context.group.together("update weights from a group") as must_match:
             context.state.check_sync()
+            timeout_s = check_timeout(timeout_s)
+            weight_version = check_version(weight_version)
+            check_flag("partial", partial)
+            check_positive_integer("bucket_bytes", bucket_bytes)
             self._check_joined(group_name)
             weights = announce()
-            if bucket_bytes <= 0:
-                raise ConfigError(f"bucket_bytes={bucket_bytes} is not positive")
             names = [name for name, _, _ in weights]
             if spec is not None:
-                spec.check([(name, shape) for name, shape, _ in weights])
+                spec.check([(name, shape) for name, shape, _ in weights], hint=False)
+                spec.check_dtypes([(name, getattr(torch, dtype)) for name, _, dtype in weights])
                 if not partial:
                     spec.check_complete(names, ignored=context.sync.ignored)
             must_match |= {
@@ -88,11 +98,6 @@ class UpdateGroups:
             }
         version = context.lifecycle.next_version(weight_version)
         deadline = Deadline.after(timeout_s)
-        context.on_owner(
-            "open an update of weights",
-            lambda owned: owned.updates.begin_sync(timeout_s=timeout_s),
-            timeout_s=timeout_s,
-        )
 
         def act(owned: OwnedServer) -> None:
             for request in update_group.requests(weights, bucket_bytes):
@@ -100,12 +105,18 @@ class UpdateGroups:
             owned.updates.end_sync(version, timeout_s=deadline.left(at_least=_LEAST_S))
 
         with context.lifecycle.weight_update(version, partial=partial) as modified:
+            context.on_owner(
+                "open an update of weights",
+                lambda owned: owned.updates.begin_sync(timeout_s=timeout_s),
+                timeout_s=timeout_s,
+            )
             modified()
             if spec is not None:
                 context.lifecycle.note_missing(spec.missing(names, ignored=context.sync.ignored))
             context.on_owner("update weights from a group", act, timeout_s=timeout_s)
 
     def _check_joined(self, group_name: str) -> None:
+        check_text("group_name", group_name)
         if group_name not in self._names:
             raise EngineStateError(
                 f"the server is in no update group named {group_name!r}", hint="init_weights_update_group() first"

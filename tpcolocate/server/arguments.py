@@ -1,15 +1,27 @@
-"""SGLang's server arguments for one slice: defaults, what is rejected, and what the installed release supports.  Pure."""
+"""SGLang's server arguments for one slice: defaults, what is rejected, and what the installed release supports.
+
+Pure except for `check_model_path`.
+"""
 
 from __future__ import annotations
 
 import difflib
 import json
+import logging
+import os
+import sys
 from collections.abc import Mapping
+from enum import Enum
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from tpcolocate.errors import ConfigError
 from tpcolocate.server.installed import Installed
 from tpcolocate.server.releases import check_draft_model, other_spelling, release
+
+logger = logging.getLogger(__name__)
 
 RECEIVER = "tpcolocate_receiver.receive"
 """Dotted name by which the server's workers import our weight loader."""
@@ -30,6 +42,8 @@ _CPU_ARGUMENTS: dict[str, Any] = {
 _REFUSED = {
     "tp": "pass tp_size to tpcolocate.init()",
     "tensor_parallel_size": "pass tp_size to tpcolocate.init()",
+    "tensor_model_parallel_size": "pass tp_size to tpcolocate.init()",
+    "num_gpus": "pass tp_size to tpcolocate.init()",
     "nnodes": "a slice is on one host",
     "node_rank": "a slice is on one host",
     "dist_init_addr": "a slice is on one host",
@@ -66,6 +80,35 @@ _UNSUPPORTED = {
     "rl_quant_profile": _QUANTISED,
     "speculative_algorithm": _NO_DRAFT,
     "speculative_draft_model_path": _NO_DRAFT,
+    "weight_cache_mode": "SGLang shares cached weights between servers and refuses to change them",
+}
+# Values that leave them off, beside None and False.
+_OFF = {"weight_cache_mode": "off"}
+# Names of other engines, and SGLang's for the same.
+_ELSEWHERE = {
+    "max_model_len": "context_length",
+    "max_seq_len": "context_length",
+    "max_sequence_length": "context_length",
+    "gpu_memory_utilization": "mem_fraction_static",
+    "free_gpu_memory_fraction": "mem_fraction_static",
+    "mem_fraction": "mem_fraction_static",
+    "cache_max_entry_count": "mem_fraction_static",
+    "max_num_seqs": "max_running_requests",
+    "max_batch_size": "max_running_requests",
+    "max_num_batched_tokens": "chunked_prefill_size",
+    "max_num_tokens": "max_total_tokens",
+    "enforce_eager": "disable_cuda_graph",
+    "enable_sleep_mode": "enable_memory_saver",
+    "block_size": "page_size",
+    "seed": "random_seed",
+    "tokenizer": "tokenizer_path",
+    "max_loras": "max_loras_per_batch",
+    "max_cpu_loras": "max_loaded_loras",
+    "lora_modules": "lora_paths",
+    "hf_overrides": "json_model_override_args",
+    "guided_decoding_backend": "grammar_backend",
+    "disable_custom_allreduce": "disable_custom_all_reduce",
+    "compilation_config": "enable_torch_compile",
 }
 _QUANTISED_FORMATS = ("bitsandbytes", "gguf", "flash_rl")
 
@@ -86,6 +129,7 @@ def server_arguments(
     Raises:
         ConfigError: An argument is set by this library, or cannot work with it.
     """
+    user = {name: _plain(name, value) for name, value in user.items()}
     for name, value in user.items():
         if name in _REFUSED:
             raise ConfigError(f"launch() does not take {name}={value!r}: {_REFUSED[name]}")
@@ -94,7 +138,7 @@ def server_arguments(
                 f"{name}={value!r} is not supported: weights are addressed by tensor-parallel rank",
                 hint="use tp_size alone",
             )
-        if name in _UNSUPPORTED and value is not None and value is not False:
+        if name in _UNSUPPORTED and value not in (None, False, _OFF.get(name)):
             raise ConfigError(f"{name}={value!r} is not supported: {_UNSUPPORTED[name]}", hint=f"leave out {name}")
         if name == "load_format" and value in _QUANTISED_FORMATS:
             raise ConfigError(
@@ -108,6 +152,11 @@ def server_arguments(
     arguments: dict[str, Any] = {}
     if device_type == "cpu":
         arguments.update(_CPU_ARGUMENTS)
+        if user.pop("enable_memory_saver", None):
+            # SGLang has no memory saver there and exits; `sleep` works without.
+            logger.warning("enable_memory_saver=True is left out: there is none on a CPU, and sleep() needs none there")
+        if user.get("enable_lora") or user.get("lora_paths"):
+            arguments["lora_backend"] = "torch_native"  # the default needs a GPU
     if tp_size > 1:
         # Custom all-reduce fails on single ranks without peer access or in separate IPC namespaces, and conflicts with
         # the memory saver; users can enable it where it works.
@@ -123,6 +172,54 @@ def server_arguments(
     return arguments
 
 
+def _plain(name: str, value: Any) -> Any:
+    """Return a value as it is written on a command line: ``torch.bfloat16`` as ``"bfloat16"``, a path as text.
+
+    Raises:
+        ConfigError: It is of a type that no argument of SGLang has.
+    """
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    if isinstance(value, Enum):
+        return _plain(name, value.value)
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_plain(name, item) for item in value]
+    if isinstance(value, Mapping):
+        return {key: _plain(name, item) for key, item in value.items()}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:  # a number of numpy's or torch's
+        return value.item()
+    if isinstance(value, torch.device):
+        return value.type
+    raise ConfigError(
+        f"{name}={value!r} is a {type(value).__name__}, which is no value of a server argument",
+        hint="pass a number, a text, a list or a dict",
+    )
+
+
+def check_model_path(model_path: str) -> None:
+    """Check that a model path which can only be a folder is one.
+
+    Raises:
+        ConfigError: There is no such folder.
+    """
+    path = Path(model_path)
+    is_hub_id = not path.is_absolute() and model_path.count("/") <= 1 and not model_path.startswith((".", "~"))
+    if model_path and (path.exists() or "://" in model_path or is_hub_id):
+        return
+    expanded = path.expanduser()
+    raise ConfigError(
+        f"there is no folder {model_path!r}"
+        + ("" if path.is_absolute() or model_path.startswith("~") else f" in {os.getcwd()}"),
+        hint=f"pass {str(expanded)!r}: SGLang does not expand ~"
+        if model_path.startswith("~") and expanded.exists()
+        else "launch() takes a checkpoint folder or a hub id (organisation/name)",
+    )
+
+
 def check_installed(arguments: Mapping[str, Any], installed: Installed | None) -> None:
     """Check that the installed SGLang supports the arguments, before anything is started.
 
@@ -131,10 +228,16 @@ def check_installed(arguments: Mapping[str, Any], installed: Installed | None) -
         installed: From `find_installed`.  What cannot be read from it is left to the server.
 
     Raises:
-        ConfigError: The release is too old, lacks an argument, or accepts and ignores it.
+        ConfigError: There is no SGLang, it is too old, lacks an argument, or accepts and ignores it; or the memory saver
+            is not installed.
     """
     if installed is None:
-        return
+        raise ConfigError(f"SGLang is not installed for {sys.executable}", hint="pip install sglang in its environment")
+    if arguments.get("enable_memory_saver") and arguments.get("device") != "cpu" and not installed.has_memory_saver:
+        raise ConfigError(
+            "enable_memory_saver=True needs the package torch_memory_saver, which is not installed",
+            hint="pip install torch-memory-saver",
+        )
     row = None if installed.version is None else release(installed.version)
     if (algorithm := arguments.get("speculative_algorithm")) is not None:
         fields = installed.request_fields("UpdateWeightsFromTensorReqInput")
@@ -149,6 +252,9 @@ def check_installed(arguments: Mapping[str, Any], installed: Installed | None) -
         plain = name.replace("_", "-")
         if plain not in supported:
             spelling = other_spelling(name, supported)
+            elsewhere = _ELSEWHERE.get(name)
+            if spelling is None and elsewhere is not None and elsewhere.replace("_", "-") in supported:
+                spelling = elsewhere
             if spelling is None:
                 close = difflib.get_close_matches(plain, supported, n=3)
                 spelling = " or ".join(word.replace("-", "_") for word in close) if close else None
@@ -192,4 +298,4 @@ def to_argv(arguments: Mapping[str, Any]) -> list[str]:
     return argv
 
 
-__all__ = ["RECEIVER", "check_installed", "server_arguments", "to_argv"]
+__all__ = ["RECEIVER", "check_installed", "check_model_path", "server_arguments", "to_argv"]

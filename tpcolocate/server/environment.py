@@ -1,8 +1,11 @@
-"""The server's environment: the trainer's, cleaned and extended.  Pure except for `sglang_stub_needed`."""
+"""The server's environment: the trainer's, cleaned and extended.  Pure except for `compile_cache` and
+`sglang_stub_needed`."""
 
 from __future__ import annotations
 
+import getpass
 import os
+import re
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +19,7 @@ LOOPBACK = "127.0.0.1"
 _SCRUBBED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS",
              "NCCL_ASYNC_ERROR_HANDLING", "TORCH_NCCL_ASYNC_ERROR_HANDLING")  # fmt: skip
 _SCRUBBED_PREFIXES = ("TORCHELASTIC_", "GROUP_", "ROLE_", "PET_")
+_ALL_ADDRESSES = ("0.0.0.0", "::")
 _ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 
 
@@ -28,6 +32,9 @@ def child_environment(
     tp_size: int = 1,
     cores: Sequence[int] = (),
     stub: str | None = None,
+    host: str = "",
+    temporary: str | None = None,
+    compile_cache: str | None = None,
 ) -> tuple[dict[str, str], list[str]]:
     """Return the server's environment, derived from the trainer's.  Pure.
 
@@ -39,6 +46,9 @@ def child_environment(
         tp_size: Number of CPU core groups to bind.
         cores: Usable CPU cores, for the CPU engine.
         stub: Folder that replaces the CUDA kernel package on a CPU, on PYTHONPATH after our receiver's.
+        host: Address that the server listens on; requests to it must not go to a proxy either.
+        temporary: The server's temporary folder, removed after its end.
+        compile_cache: Folder that torch.compile keeps its results in, which would be in the temporary folder.
 
     Returns:
         The environment, and warnings for the user about variables that were removed.
@@ -69,7 +79,13 @@ def child_environment(
     for name in ("NO_PROXY", "no_proxy"):
         # The server sends requests to itself over loopback while it warms up; they must not go to a proxy.
         entries = [entry for entry in environment.get(name, "").split(",") if entry]
-        environment[name] = ",".join(dict.fromkeys([*entries, "localhost", LOOPBACK, "::1"]))
+        own = ["localhost", LOOPBACK, "::1", *([host] if host and host not in _ALL_ADDRESSES else [])]
+        environment[name] = ",".join(dict.fromkeys([*entries, *own]))
+    if temporary is not None:
+        # Python takes the first of these that is set.
+        environment.update(dict.fromkeys(("TMPDIR", "TEMP", "TMP"), temporary))
+        if compile_cache is not None:
+            environment.setdefault("TORCHINDUCTOR_CACHE_DIR", compile_cache)
     if device_type == "cpu":
         environment["SGLANG_USE_CPU_ENGINE"] = "1"
         if cores:
@@ -93,9 +109,18 @@ def _bind(cores: Sequence[int], tp_size: int) -> str:
     return "|".join(",".join(map(str, cores[i * size : (i + 1) * size])) for i in range(tp_size))
 
 
+def compile_cache(temporary: str) -> str | None:
+    """Return where torch.compile keeps its results by default, in a temporary folder; None for a user without a name."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):
+        return None
+    return os.path.join(temporary, "torchinductor_" + re.sub(r'[\\/:*?"<>|]', "_", user))
+
+
 def sglang_stub_needed() -> str | None:
     """Return the folder of the stub for SGLang's CUDA kernels; None if the kernels are installed."""
     return str(_CPU_STUB) if find_spec("sgl_kernel") is None else None
 
 
-__all__ = ["LOOPBACK", "child_environment", "sglang_stub_needed"]
+__all__ = ["LOOPBACK", "child_environment", "compile_cache", "sglang_stub_needed"]

@@ -7,35 +7,39 @@ Two libraries, because each lacks what the other has.  httpx serves asyncio: url
 hundreds of requests that a rollout makes at once.  urllib3 serves blocking calls: through httpx each one took 1.2 ms more
 than a bare connection, 12 % of a short generation, and through urllib3 0.2 ms (``benchmarks/generate_overhead.py``).
 `ServerClient._errors` maps both to the same errors, and the tests run against both.
+
+Requests of `/generate` can be hundreds at once, and take as many connections as `most_connections` permits; the rest
+wait for one.  All other requests go past them.
 """
 
 from __future__ import annotations
 
 import asyncio
-import functools
+import errno
 import json
 import logging
-import ssl
-import threading
+import resource
 import time
-import weakref
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any, TypeVar
 from urllib.parse import urlencode
 
 import httpx
 import urllib3
 
-from tpcolocate.errors import DeadlineError, EngineDeadError, RequestError, TpColocateError
+from tpcolocate.errors import ConfigError, DeadlineError, EngineDeadError, RequestError, TpColocateError
+from tpcolocate.server.connections import LOOK_S, Connections
+from tpcolocate.server.evidence import Evidence, Finding
 
+T = TypeVar("T")
+
+_PROBES = ("/model_info", "/health")
 _CONNECT_TIMEOUT_S = 5.0
-# uvicorn closes idle connections after 5 s; one that is older than this is not used again, so that no request
-# races the close and has to be repeated.
-_KEEPALIVE_S = 2.0
-_MAX_IDLE = 64
-_LIMITS = httpx.Limits(max_connections=None, max_keepalive_connections=_MAX_IDLE, keepalive_expiry=_KEEPALIVE_S)
+_LOOK_TIMEOUT_S = 10.0
+# A server that ends closes its connections a little before its port.
+_ENDING_S = 1.0
 _encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
@@ -62,7 +66,7 @@ _quiet = _HideOwnRequests()
 
 
 class ServerClient:
-    """Blocking and asyncio access to one server.  Thread-safe; one asyncio connection pool per event loop.
+    """Blocking and asyncio access to one server.  Thread-safe; connections per process, and for asyncio per event loop.
 
     Args:
         url: ``http://host:port``.
@@ -70,31 +74,30 @@ class ServerClient:
 
     Attributes:
         check: Called before every `post`, with the path and all names in body and query; raises if they must not be sent.
+        evidence: Of why the server does not answer; None if nothing is known of its processes.
     """
 
     def __init__(self, url: str, *, api_key: str | None = None) -> None:
         self.url = url
         self.check: Callable[[str, Mapping[str, Any]], None] | None = None
+        self.evidence: Evidence | None = None
         _quiet.add(url)
         self._closed = False
         logging.getLogger("httpx").addFilter(_quiet)
         self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
-        self._lock = threading.Lock()
-        self._pool: urllib3.HTTPConnectionPool | None = None
-        self._used = 0.0
-        self._async: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, httpx.AsyncClient] = (
-            weakref.WeakKeyDictionary()
-        )
+        self._connections = Connections(url, headers=self._headers, look=self._raise_if_down)
 
     def close(self) -> None:
-        """Close the idle connections of the blocking side; asyncio pools go with their loops."""
+        """Close the idle connections of this process; those of requests in flight close with them."""
         if not self._closed:
             self._closed = True
             _quiet.remove(self.url)  # other clients of the same server may go on
-        with self._lock:
-            pool, self._pool = self._pool, None
-        if pool is not None:
-            pool.close()
+        self._connections.close()
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether a process of the server is stopped, by SIGSTOP or a debugger; found without a request."""
+        return self.evidence is not None and bool(self.evidence.stopped())
 
     def get(self, path: str, *, timeout_s: float) -> Any:
         """GET a JSON answer.
@@ -111,7 +114,7 @@ class ServerClient:
         path: str,
         body: Mapping[str, Any] | None = None,
         *,
-        timeout_s: float,
+        timeout_s: float | None,
         params: Mapping[str, Any] | None = None,
         sent: Callable[[], None] | None = None,
     ) -> Any:
@@ -120,7 +123,7 @@ class ServerClient:
         Args:
             path: Of the endpoint.
             body: Its fields.
-            timeout_s: In seconds.
+            timeout_s: In seconds; None waits as long as the server is up.
             params: Of the query.
             sent: Called once the whole request has left, before the answer is awaited.
         """
@@ -134,14 +137,14 @@ class ServerClient:
         path: str,
         body: Mapping[str, Any] | None,
         *,
-        timeout_s: float,
+        timeout_s: float | None,
         params: Mapping[str, Any] | None = None,
         sent: Callable[[], None] | None = None,
     ) -> Any:
         target = f"{path}?{urlencode(params)}" if params else path
-        data = None if body is None else _encode(body)
-        with self._errors(path, timeout_s):
-            response = self._send(method, target, data, timeout_s, whole=True, sent=sent)
+        data = None if body is None else encode(body)
+        with self._connections.slot(path, timeout_s) as left_s, self._errors(path, timeout_s):
+            response = self._send(method, target, data, left_s, whole=True, sent=sent)
         return self._answer(path, response.status, response.reason, response.data)
 
     def _send(
@@ -149,7 +152,7 @@ class ServerClient:
         method: str,
         target: str,
         data: bytes | None,
-        timeout_s: float,
+        timeout_s: float | None,
         *,
         whole: bool,
         sent: Callable[[], None] | None = None,
@@ -159,40 +162,50 @@ class ServerClient:
         if data is not None and sent is not None:
             headers["Content-Length"] = str(len(data))  # without it, it would be chunked
             body = _reporting_sent(data, sent)
-        return self._fresh_pool().urlopen(
+        return self._connections.pool().urlopen(
             method,
             target,
             body=body,
             headers=headers,
-            timeout=urllib3.Timeout(connect=min(_CONNECT_TIMEOUT_S, timeout_s), read=timeout_s),
+            timeout=urllib3.Timeout(connect=_connect_timeout(timeout_s), read=timeout_s),
             retries=False,
             redirect=False,
             preload_content=whole,
         )
 
-    def _fresh_pool(self) -> urllib3.HTTPConnectionPool:
-        with self._lock:
-            now = time.monotonic()
-            if self._pool is not None and now - self._used > _KEEPALIVE_S:
-                # Requests in flight keep their connections; the idle ones may be about to be closed by the server.
-                self._pool.close()
-                self._pool = None
-            if self._pool is None:
-                more = {"ssl_context": certificates()} if self.url.startswith("https") else {}
-                self._pool = urllib3.connection_from_url(self.url, maxsize=_MAX_IDLE, **more)
-            self._used = now
-            return self._pool
-
-    async def post_async(self, path: str, body: Mapping[str, Any], *, timeout_s: float) -> Any:
+    async def post_async(self, path: str, body: Mapping[str, Any], *, timeout_s: float | None) -> Any:
         """`post` on the running event loop."""
-        with self._errors(path, timeout_s):
-            response = await self._async_http().post(path, content=_encode(body), timeout=_timeout(timeout_s))
+        content = encode(body)
+        async with self._connections.slot_async(path, timeout_s) as left_s, self._errors_async(path, timeout_s):
+            sent = self._send_async(path, content, left_s)
+            response = await (self._while_up(sent) if timeout_s is None else sent)
         return self._answer(path, response.status_code, response.reason_phrase, response.content)
 
-    def stream(self, path: str, body: Mapping[str, Any], *, timeout_s: float) -> Iterator[Any]:
+    async def _send_async(self, path: str, content: bytes, timeout_s: float | None) -> httpx.Response:
+        of_loop = await self._connections.of_loop()
+        async with of_loop.client.stream("POST", path, content=content, timeout=_timeout(timeout_s)) as response:
+            await response.aread()
+            if response.status_code >= 500:
+                # As for `_Response`.  It is idle and none of ours waits in httpx for one, so that it is not taken again.
+                await response.extensions["network_stream"].aclose()
+        return response
+
+    async def _while_up(self, sent: Awaitable[T]) -> T:
+        """Await an answer for as long as the server is up."""
+        task = asyncio.ensure_future(sent)
+        try:
+            while True:
+                done, _ = await asyncio.wait({task}, timeout=LOOK_S)
+                if done:
+                    return task.result()
+                await asyncio.to_thread(self._raise_if_down)
+        finally:
+            task.cancel()
+
+    def stream(self, path: str, body: Mapping[str, Any], *, timeout_s: float | None) -> Iterator[Any]:
         """POST and yield each server-sent JSON event; `timeout_s` bounds the wait for each."""
-        with self._errors(path, timeout_s):
-            response = self._send("POST", path, _encode(body), timeout_s, whole=False)
+        with self._connections.slot(path, timeout_s), self._errors(path, timeout_s):
+            response = self._send("POST", path, encode(body), timeout_s, whole=False)
             try:
                 if response.status >= 400:
                     self._answer(path, response.status, response.reason, response.read())
@@ -202,16 +215,16 @@ class ServerClient:
                         return
                     if event is not None:
                         yield event
-                raise self._cut(path)
+                raise _ConnectionLost(path, "the stream ended without [DONE]")
             finally:
                 response.close()
 
-    async def stream_async(self, path: str, body: Mapping[str, Any], *, timeout_s: float) -> AsyncIterator[Any]:
+    async def stream_async(self, path: str, body: Mapping[str, Any], *, timeout_s: float | None) -> AsyncIterator[Any]:
         """`stream` on the running event loop."""
-        with self._errors(path, timeout_s):
-            async with self._async_http().stream(
-                "POST", path, content=_encode(body), timeout=_timeout(timeout_s)
-            ) as response:
+        content = encode(body)
+        async with self._connections.slot_async(path, timeout_s), self._errors_async(path, timeout_s):
+            of_loop = await self._connections.of_loop()
+            async with of_loop.client.stream("POST", path, content=content, timeout=_timeout(timeout_s)) as response:
                 if response.is_error:
                     self._answer(path, response.status_code, response.reason_phrase, await response.aread())
                 async for line in response.aiter_lines():
@@ -220,12 +233,7 @@ class ServerClient:
                         return
                     if event is not None:
                         yield event
-                raise self._cut(path)
-
-    def _cut(self, path: str) -> EngineDeadError:
-        return EngineDeadError(
-            f"{path}: the stream ended without [DONE]", hint="see the end of the server's log", url=self.url
-        )
+                raise _ConnectionLost(path, "the stream ended without [DONE]")
 
     def is_listening(self, *, timeout_s: float) -> bool:
         """Return whether the server answers at all; schedules no forward, so it is safe while memory is released."""
@@ -245,44 +253,72 @@ class ServerClient:
             return False
         return True
 
-    def _async_http(self) -> httpx.AsyncClient:
-        loop = asyncio.get_running_loop()
-        client = self._async.get(loop)
-        if client is None:
-            # trust_env off: a proxy from the environment must not get requests to this machine
-            client = httpx.AsyncClient(
-                base_url=self.url,
-                headers={**self._headers, "Content-Type": "application/json"},
-                trust_env=False,
-                verify=certificates(),
-                limits=_LIMITS,
-            )
-            self._async[loop] = client
-        return client
+    def _is_up(self) -> bool:
+        """Return whether the server answers on a connection of its own."""
+        return any(self.is_listening(timeout_s=_LOOK_TIMEOUT_S) for _ in range(2))
+
+    def _raise_if_down(self) -> None:
+        if not self._is_up():
+            found = None if self.evidence is None else self.evidence()
+            raise self._dead(f"the server does not answer: twice nothing within {_LOOK_TIMEOUT_S:g} s", found)
 
     @contextmanager
-    def _errors(self, path: str, timeout_s: float) -> Iterator[None]:
+    def _errors(self, path: str, timeout_s: float | None) -> Iterator[None]:
         try:
-            yield
-        except TpColocateError:
-            raise  # some are connection errors too
-        except (urllib3.exceptions.ConnectTimeoutError, httpx.ConnectTimeout) as error:
-            if isinstance(error, urllib3.exceptions.NewConnectionError):  # refused; for urllib3 a kind of timeout
-                raise self._unreachable(path, error) from error
-            raise EngineDeadError(
-                f"{path}: no connection within {min(_CONNECT_TIMEOUT_S, timeout_s):g} s", url=self.url
-            ) from error
-        except (urllib3.exceptions.ReadTimeoutError, httpx.TimeoutException) as error:
-            raise DeadlineError(
-                f"{path}: no answer within {timeout_s:g} s", hint="the request may still be carried out", url=self.url
-            ) from error
-        except (urllib3.exceptions.HTTPError, httpx.TransportError, OSError) as error:
-            raise self._unreachable(path, error) from error
+            with _caught(path, timeout_s):
+                yield
+        except _Failure as failure:
+            raise self._explained(failure) from failure.__cause__
 
-    def _unreachable(self, path: str, error: Exception) -> EngineDeadError:
-        return EngineDeadError(
-            f"{path}: {type(error).__name__}: {error}", hint="see the end of the server's log", url=self.url
-        )
+    @asynccontextmanager
+    async def _errors_async(self, path: str, timeout_s: float | None) -> AsyncIterator[None]:
+        try:
+            with _caught(path, timeout_s):
+                yield
+        except _Failure as failure:
+            # In a thread: to look at the server takes seconds, in which the loop's other requests go on.
+            raise await asyncio.to_thread(self._explained, failure) from failure.__cause__
+
+    def _explained(self, failure: _Failure) -> TpColocateError:
+        """Return the error of a request that has no answer, with what is known of the server's processes."""
+        path, found = failure.path, None
+        if _has_no_descriptors(failure.__cause__):
+            most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+            return ConfigError(
+                f"{path}: this process has no file descriptor left for a connection; its limit is {most}",
+                hint="raise `ulimit -n`, or make fewer requests and open fewer files at once",
+                url=self.url,
+            )
+        # Probes ask whether the server answers, not why it does not.
+        if self.evidence is not None and path not in _PROBES:
+            found = self.evidence()
+        if isinstance(failure, _TimedOut) and (found is None or not found.is_dead):
+            cause = "" if found is None or found.cause is None else f": {found.cause}"
+            hint = "the request may still be carried out; for more time raise timeout_s"
+            return DeadlineError(
+                f"{path}: {failure}{cause}", hint=hint if found is None or not cause else found.hint, url=self.url
+            )
+        # Of generation alone: whether weights were taken is unknown then, which EngineDeadError stands for.
+        if isinstance(failure, _ConnectionLost) and path == "/generate" and (found is None or not found.is_dead):
+            if self._is_still_up():
+                return RequestError(
+                    f"{path}: the server is up, but closed the connection without an answer: {failure}",
+                    hint="see the end of the server's log; the request may have been carried out",
+                    url=self.url,
+                )
+        return self._dead(f"{path}: {failure}", found)
+
+    def _is_still_up(self) -> bool:
+        if not self._is_up():
+            return False
+        time.sleep(_ENDING_S)
+        return self._is_up()
+
+    def _dead(self, what: str, found: Finding | None) -> EngineDeadError:
+        if found is None:
+            return EngineDeadError(what, hint="see the end of the server's log", url=self.url)
+        cause = "" if found.cause is None else f"{found.cause}; "
+        return EngineDeadError(f"{cause}{what}", hint=found.hint, url=self.url, details=found.tail)
 
     def _answer(self, path: str, status: int, reason: str | None, content: bytes) -> Any:
         if status >= 400:
@@ -312,24 +348,85 @@ class ServerClient:
 _DONE = object()
 
 
+class _Failure(Exception):
+    """A request has no answer; its cause is the error of the library that made it.
+
+    Args:
+        path: Of the endpoint.
+        what: What happened, for the message.
+    """
+
+    def __init__(self, path: str, what: str) -> None:
+        super().__init__(what)
+        self.path = path
+
+
+class _Unreachable(_Failure):
+    """There is no connection."""
+
+
+class _ConnectionLost(_Failure):
+    """A connection closed before its answer was complete."""
+
+
+class _TimedOut(_Failure):
+    """There was no answer in time."""
+
+
+@contextmanager
+def _caught(path: str, timeout_s: float | None) -> Iterator[None]:
+    """Raise a `_Failure` for whatever either library raises."""
+    try:
+        yield
+    except (TpColocateError, _Failure):
+        raise  # some are connection errors too
+    except (urllib3.exceptions.ConnectTimeoutError, httpx.ConnectTimeout) as error:
+        if isinstance(error, urllib3.exceptions.NewConnectionError):  # refused; for urllib3 a kind of timeout
+            raise _Unreachable(path, f"{type(error).__name__}: {error}") from error
+        raise _Unreachable(path, f"no connection within {_connect_timeout(timeout_s):g} s") from error
+    except (urllib3.exceptions.ReadTimeoutError, httpx.TimeoutException) as error:
+        raise _TimedOut(path, f"no answer within {timeout_s:g} s") from error
+    except httpx.ConnectError as error:
+        raise _Unreachable(path, f"{type(error).__name__}: {error}") from error
+    except (urllib3.exceptions.HTTPError, httpx.TransportError, OSError) as error:
+        raise _ConnectionLost(path, f"{type(error).__name__}: {error}") from error
+
+
+def _has_no_descriptors(error: BaseException | None) -> bool:
+    """Return whether an error comes from the limit of open files, of the process or the machine."""
+    if error is None:
+        return False
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        return True
+    if isinstance(error, BaseExceptionGroup):
+        return any(_has_no_descriptors(each) for each in error.exceptions)
+    return _has_no_descriptors(error.__cause__ if error.__cause__ is not None else error.__context__)
+
+
 def _reporting_sent(data: bytes, sent: Callable[[], None]) -> Iterator[bytes]:
     """Yield a body in one chunk; urllib3 asks for the next one once it has left."""
     yield data
     sent()
 
 
-def _encode(body: Mapping[str, Any]) -> bytes:
-    return _encoder.encode(body).encode()
+def encode(body: Mapping[str, Any]) -> bytes:
+    """Return a body as JSON.
+
+    Raises:
+        ConfigError: JSON cannot hold it.
+    """
+    try:
+        return _encoder.encode(body).encode()
+    except (TypeError, ValueError, RecursionError) as error:  # of another type, not finite, circular, or no text
+        raise ConfigError(f"the request is no JSON: {error}") from error
 
 
-@functools.cache
-def certificates() -> ssl.SSLContext:
-    """Load them once for all clients: that takes tens of milliseconds, and most servers use plain HTTP."""
-    return httpx.create_ssl_context(trust_env=False)
+def _connect_timeout(timeout_s: float | None) -> float:
+    return _CONNECT_TIMEOUT_S if timeout_s is None else min(_CONNECT_TIMEOUT_S, timeout_s)
 
 
-def _timeout(timeout_s: float) -> httpx.Timeout:
-    return httpx.Timeout(timeout_s, connect=min(_CONNECT_TIMEOUT_S, timeout_s))
+def _timeout(timeout_s: float | None) -> httpx.Timeout:
+    return httpx.Timeout(timeout_s, connect=_connect_timeout(timeout_s))
 
 
 def _message(content: bytes, reason: str | None) -> str:
@@ -349,4 +446,4 @@ def _message(content: bytes, reason: str | None) -> str:
     return json.dumps(body)
 
 
-__all__ = ["ServerClient"]
+__all__ = ["ServerClient", "encode"]

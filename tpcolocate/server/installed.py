@@ -9,9 +9,9 @@ import ast
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata, util
-from importlib.machinery import PathFinder
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 
 # All releases have these: without them the source was not parsed correctly.
@@ -25,10 +25,12 @@ class Installed:
     Attributes:
         folder: Of the package ``sglang``.
         version: As it reports it; None for a checkout that was never built.
+        has_memory_saver: Whether torch_memory_saver is installed beside it.
     """
 
     folder: Path
     version: str | None
+    has_memory_saver: bool = field(default=True, compare=False)
 
     @property
     def name(self) -> str:
@@ -78,16 +80,25 @@ def find_installed(environment: Mapping[str, str]) -> Installed | None:
     entries = [] if environment.get("PYTHONSAFEPATH") else [""]  # -m searches the current folder first
     entries += [entry for entry in environment.get("PYTHONPATH", "").split(os.pathsep) if entry]
     entries += sys.path
-    spec = PathFinder.find_spec("sglang", entries)
-    if spec is None or spec.origin is None:
-        try:
-            spec = util.find_spec("sglang")  # an editable install may have its own finder
-        except ValueError:
-            return None
+    spec = _find("sglang", entries)
     if spec is None or spec.origin is None:
         return None
     folder = Path(spec.origin).parent
-    return Installed(folder, _version(folder))
+    return Installed(folder, _version(folder), _is_installed("torch_memory_saver", entries))
+
+
+def _find(name: str, entries: Sequence[str]) -> ModuleSpec | None:
+    spec = PathFinder.find_spec(name, entries)
+    if spec is None or spec.origin is None:
+        try:
+            spec = util.find_spec(name)  # an editable install may have its own finder
+        except ValueError:
+            return None
+    return spec
+
+
+def _is_installed(name: str, entries: Sequence[str]) -> bool:
+    return _find(name, entries) is not None
 
 
 def _version(folder: Path) -> str | None:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from tpcolocate.errors import ConfigError, EngineStateError, some
+from tpcolocate.errors import ConfigError, EngineStateError, shown, some
 
 TAGS = ("kv_cache", "weights", "cuda_graph")
 """What can be released, as SGLang names it."""
@@ -153,8 +153,8 @@ class State:
             EngineStateError: Shut down, or paused in another mode.
         """
         self.check_open("pause generation")
-        if mode not in PAUSES:
-            raise ConfigError(f"unknown mode {mode!r}", hint=f"one of {', '.join(PAUSES)}")
+        if not isinstance(mode, str) or mode not in PAUSES:
+            raise ConfigError(f"unknown mode {shown(mode)}", hint=f"one of {', '.join(PAUSES)}")
         if self.paused not in (None, mode):
             raise EngineStateError(
                 f"cannot pause with mode {mode!r}: generation is paused with {self.paused!r}",
@@ -219,9 +219,11 @@ class State:
             return TAGS
         if isinstance(tags, str):
             raise ConfigError(f"tags must be a list, not the string {tags!r}", hint=f"for example [{tags!r}]")
-        unknown = sorted(set(tags) - set(TAGS))
+        if not isinstance(tags, (list, tuple, set, frozenset)):
+            raise ConfigError(f"tags must be a list of strings, got {shown(tags)}", hint=f"of {', '.join(TAGS)}")
+        unknown = [tag for tag in tags if not isinstance(tag, str) or tag not in TAGS]
         if unknown:
-            raise ConfigError(f"unknown tags {unknown}", hint=f"SGLang knows {', '.join(TAGS)}")
+            raise ConfigError(f"unknown tags {shown(unknown)}", hint=f"SGLang knows {', '.join(TAGS)}")
         return tuple(tag for tag in TAGS if tag in tags)
 
 
@@ -238,10 +240,14 @@ class Lifecycle:
     def __init__(self, state: State, *, weight_version: str = "default") -> None:
         self.state = state
         self.weight_version = weight_version
-        self._num_syncs = _number(weight_version, 0)
+        self._num_syncs = self._num_before = _number(weight_version, 0)
 
     def next_version(self, version: str | None) -> str:
-        """Return the version of the next weights: the given one, or the next number."""
+        """Return the version of the next weights: the given one, or the next number.
+
+        It counts, unless the `weight_update` that follows is refused or fails before weights may have changed.
+        """
+        self._num_before = self._num_syncs
         self._num_syncs = self._num_syncs + 1 if version is None else _number(version, self._num_syncs + 1)
         return str(self._num_syncs) if version is None else version
 
@@ -261,13 +267,21 @@ class Lifecycle:
             A function to call before the first byte may change in the engine.
         """
 
+        may_have_changed = False
+
         def modified() -> None:
+            nonlocal may_have_changed
+            may_have_changed = True
             self.state = self.state.syncing(partial=partial)
 
         try:
             yield modified
             self.state = self.state.synced()
             self.weight_version = version
+        except BaseException:
+            if not may_have_changed:
+                self._num_syncs = self._num_before
+            raise
         finally:
             self.state = self.state.sync_over()
 

@@ -6,6 +6,8 @@ theirs sends SIGQUIT to the caller.
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import logging
 import os
@@ -13,7 +15,6 @@ import secrets
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -25,21 +26,25 @@ from tqdm import tqdm
 
 from tpcolocate.deadline import Deadline
 from tpcolocate.errors import ConfigError, DeadlineError, EngineError, LaunchError
+from tpcolocate.runtime_folder import RuntimeFolder
 from tpcolocate.server.arguments import to_argv
 from tpcolocate.server.environment import LOOPBACK
+from tpcolocate.server.evidence import Evidence
 from tpcolocate.server.http import ServerClient
+from tpcolocate.server.supervisor import describe_deaths
 
 logger = logging.getLogger(__name__)
 
 _SUPERVISOR = Path(__file__).with_name("supervisor.py")
-_LOCAL_HOSTS = (LOOPBACK, "localhost", "0.0.0.0", "::")
+# Where a server is reached that listens on all addresses, or on a name for this machine.
+_LOCAL_HOSTS = {"localhost": LOOPBACK, "0.0.0.0": LOOPBACK, "": LOOPBACK, "::": "::1"}
 _LAUNCH_TRIES = 3
-_LOG_TAIL_BYTES = 16_384
-_LOG_TAIL_LINES = 40
 # Connecting to a closed port is cheap; a health request takes the server's time while it warms up.
 _LISTENING_INTERVAL_S = 0.05
 _HEALTH_INTERVAL_S = 0.25
 _PROGRESS_INTERVAL_S = 10.0
+# From the report of a death until all processes are gone.
+_CLEANED_UP_S = 20.0
 
 
 def hold_port(port: int = 0) -> socket.socket:
@@ -65,26 +70,151 @@ def hold_port(port: int = 0) -> socket.socket:
     return reserved
 
 
+def check_host(host: str) -> str:
+    """Return the URL part of the address at which a server that listens on `host` is reached.
+
+    Raises:
+        ConfigError: The name does not resolve, or the address is not one of this machine.
+    """
+    try:
+        found = socket.getaddrinfo(host or LOOPBACK, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"host={host!r} does not resolve: {error}", hint="leave out host= for loopback") from error
+    for family, kind, protocol, _, address in found:
+        with socket.socket(family, kind, protocol) as probe:
+            try:
+                probe.bind(address)
+            except OSError as error:
+                raise ConfigError(
+                    f"host={host!r} is {address[0]}, on which this machine cannot listen: {error}",
+                    hint="leave out host= for loopback",
+                ) from error
+    reached = _LOCAL_HOSTS.get(host, host)
+    return f"[{reached}]" if ":" in reached else reached
+
+
 @dataclass(frozen=True, slots=True)
 class ServerSpec:
     """Everything that a server is started from; the same for all tries except for the ports.
 
     Attributes:
         arguments: SGLang's, by name.
-        log_path: File that the output is appended to.
+        runtime: The folders of the launch; the supervisor removes them.
         owner_pid: Process whose exit ends the server; with `owner_started`, see `start_of`.
-        unlink: Files and folders that the supervisor removes at the end.
         grace_s: Between SIGTERM and SIGKILL, in seconds.
     """
 
     model_path: str
     arguments: Mapping[str, Any]
     environment: Mapping[str, str]
-    log_path: Path
+    runtime: RuntimeFolder
     owner_pid: int
     owner_started: int
-    unlink: tuple[str, ...] = ()
     grace_s: float = 15.0
+
+    @property
+    def log_path(self) -> Path:
+        """File that the output is appended to."""
+        return self.runtime.log_path
+
+
+class _Supervision:
+    """The supervisor as its owner sees it: what it has reported, and what it is sent.
+
+    Attributes:
+        pid: The server's main process; None until it is started.
+        deaths: Processes of the server that died before it was asked to end.
+        exit: The last report, once all processes are gone.
+        failure: Why the server could not be started.
+    """
+
+    def __init__(self, spec: ServerSpec, job: Mapping[str, Any]) -> None:
+        self.pid: int | None = None
+        self.deaths: list[dict[str, Any]] = []
+        self.exit: dict[str, Any] | None = None
+        self.failure: str | None = None
+        self._rest = b""
+        errors = os.open(spec.runtime.supervisor_log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", str(_SUPERVISOR)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                env=dict(spec.environment),
+                start_new_session=True,
+            )
+        finally:
+            os.close(errors)
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._commands, self._reports = self._process.stdin, self._process.stdout
+        os.set_blocking(self._reports.fileno(), False)
+        self._send(json.dumps(job).encode())
+
+    def _send(self, line: bytes) -> None:
+        try:
+            self._commands.write(line + b"\n")
+            self._commands.flush()
+        except BrokenPipeError:
+            pass  # it has exited; its reports say why
+
+    def exit_code(self) -> int | None:
+        """Return the exit code of the supervisor itself; None while it runs."""
+        return self._process.poll()
+
+    def server_exited(self) -> bool:
+        """Return whether the server has exited, or has lost a process and is being ended; never blocks."""
+        exited = self._process.poll() is not None  # before its last reports are read, not after
+        self._read()
+        return exited or bool(self.deaths) or self.exit is not None or self.failure is not None
+
+    def wait_for_exit(self, timeout_s: float) -> None:
+        """Wait until the processes of a server that has died are gone, for a bounded time."""
+        deadline = Deadline.after(timeout_s)
+        while self.exit is None and self._process.poll() is None and not deadline.has_passed:
+            time.sleep(_LISTENING_INTERVAL_S)
+            self._read()
+
+    def _read(self) -> None:
+        if self._reports.closed:
+            return
+        while (chunk := self._reports.read(65536)) is not None and chunk:
+            self._rest += chunk
+        *lines, self._rest = self._rest.split(b"\n")
+        for line in lines:
+            event = json.loads(line)
+            if event["event"] == "started":
+                self.pid = event["pid"]
+            elif event["event"] == "died":
+                self.deaths = event["processes"]
+            elif event["event"] == "failed":
+                self.failure = event["error"]
+            else:
+                self.exit = event
+
+    def end(self, command: bytes, *, timeout_s: float) -> None:
+        """Send the last command, and wait for the supervisor to exit.
+
+        Raises:
+            EngineError: It did not in time and was killed.
+        """
+        if not self._commands.closed:  # an earlier call was interrupted after this
+            self._send(command)
+            try:
+                self._commands.close()
+            except BrokenPipeError:
+                pass
+        try:
+            self._process.wait(timeout_s)
+            self._read()
+        except subprocess.TimeoutExpired:
+            self._process.kill()  # also kills the server: PR_SET_PDEATHSIG
+            self._process.wait(5.0)
+            raise EngineError(
+                f"the supervisor did not confirm the exit of the server (pid {self.pid}) and was killed",
+                hint="check with ps that the server has exited",
+            ) from None
+        self._reports.close()
 
 
 class ServerProcess:
@@ -98,14 +228,11 @@ class ServerProcess:
         # Hexadecimal: SGLang turns its config file into arguments, where a leading dash would make the key an option.
         self.api_key = secrets.token_hex(32)
         self.url = ""
-        self.pid: int | None = None
         self.client: ServerClient | None = None
-        self._supervisor: subprocess.Popen[bytes] | None = None
-        self._events = b""
-        self._exit: dict[str, Any] | None = None
-        self._stopped = False
+        self._supervision: _Supervision | None = None
+        self._is_stopped = False
         self._creator_pid = os.getpid()
-        self._log_start = 0  # earlier tries or servers may have written to the same file
+        self.evidence = Evidence(spec.log_path, spec.runtime.processes, self._died)
 
     @classmethod
     def start(
@@ -123,8 +250,8 @@ class ServerProcess:
             heartbeat: Called twice a second with the log's last line and the elapsed seconds.
 
         Raises:
-            ConfigError: A port that the user chose is taken.
-            LaunchError: The server exited; with the tail of its log.
+            ConfigError: A port that the user chose is taken, or the host is not of this machine.
+            LaunchError: The server exited, with the tail of its log; or it could not be started.
             DeadlineError: It was not healthy in time; with the tail of its log.
         """
         deadline = Deadline.after(health_timeout_s)
@@ -134,9 +261,12 @@ class ServerProcess:
                 server._start_once(deadline, heartbeat)
                 return server
             except BaseException as error:
-                server.stop()
                 retry = isinstance(error, LaunchError) and server.met_port_clash() and "port" not in spec.arguments
-                if not retry or attempt == _LAUNCH_TRIES:
+                is_last = not retry or attempt == _LAUNCH_TRIES
+                server.stop(keep_log=isinstance(error, (LaunchError, DeadlineError)), keep_folder=not is_last)
+                if is_last and isinstance(error, OSError) and error.errno is not None:
+                    raise _start_failure(error) from error
+                if is_last:
                     raise
                 logger.warning("a port was taken while the server loaded: try %d of %d", attempt + 1, _LAUNCH_TRIES)
         raise AssertionError("unreachable")
@@ -144,46 +274,43 @@ class ServerProcess:
     def _start_once(self, deadline: Deadline, heartbeat: Callable[[str, float], None] | None) -> None:
         spec = self.spec
         with ExitStack() as stack:
+            host = str(spec.arguments.get("host", LOOPBACK))
+            address = check_host(host)
             http = stack.enter_context(hold_port(int(spec.arguments.get("port", 0))))
             internal = stack.enter_context(hold_port(int(spec.arguments.get("nccl_port", 0))))
-            # Not on the command line, which every user of the machine can read.
-            config = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tpcolocate-"))) / "server.yaml"
-            config.touch(mode=0o600)
-            config.write_text(json.dumps({"api-key": self.api_key, "admin-api-key": self.api_key}))  # JSON is YAML
-            host, port = spec.arguments.get("host", LOOPBACK), http.getsockname()[1]
+            # Not on the command line, which every user of the machine can read.  JSON is YAML.
+            keys = json.dumps({"api-key": self.api_key, "admin-api-key": self.api_key})
+            config = spec.runtime.write("server.yaml", keys)
+            stack.callback(config.unlink, missing_ok=True)
+            port = http.getsockname()[1]
             arguments = {**spec.arguments, "host": host, "port": port, "nccl_port": internal.getsockname()[1]}
-            self.url = f"http://{LOOPBACK if host in _LOCAL_HOSTS else host}:{port}"
+            self.url = f"http://{address}:{port}"
             self.client = ServerClient(self.url, api_key=self.api_key)
             command = [sys.executable, "-m", "sglang.launch_server", "--model-path", spec.model_path]
             self._spawn([*command, "--config", str(config), *to_argv(arguments)])
             self._wait_healthy(deadline, heartbeat)
+            self.client.evidence = self.evidence
 
     def _spawn(self, command: list[str]) -> None:
-        spec = self.spec
-        spec.log_path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if spec.log_path.exists():
-            self._log_start = spec.log_path.stat().st_size
-        self._supervisor = subprocess.Popen(
-            [sys.executable, "-P", str(_SUPERVISOR)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=dict(spec.environment),
-            start_new_session=True,
-        )
+        spec, runtime = self.spec, self.spec.runtime
+        all_of_it = str(runtime.temporary)
         job = {
             "command": command,
             "env": dict(spec.environment),
             "log_path": str(spec.log_path),
+            "secrets": [self.api_key],
+            "record": str(runtime.processes),
             "owner_pid": spec.owner_pid,
             "owner_started": spec.owner_started,
-            "unlink": list(spec.unlink),
+            "nonce": runtime.nonce,
+            "unlink": [
+                str(runtime.shared),
+                str(runtime.server_temporary) if runtime.has_default_log else all_of_it,
+            ],
+            "unlink_log": [all_of_it] if runtime.has_default_log else [],
             "grace_s": spec.grace_s,
         }
-        assert self._supervisor.stdin is not None and self._supervisor.stdout is not None
-        os.set_blocking(self._supervisor.stdout.fileno(), False)
-        self._supervisor.stdin.write(json.dumps(job).encode() + b"\n")
-        self._supervisor.stdin.flush()
+        self._supervision = _Supervision(spec, job)
 
     def _wait_healthy(self, deadline: Deadline, heartbeat: Callable[[str, float], None] | None) -> None:
         assert self.client is not None
@@ -194,16 +321,11 @@ class ServerProcess:
             bar_format="{desc} [{elapsed}] {postfix}",
             disable=None,
             leave=False,
-            file=sys.stderr,
+            file=io.StringIO() if sys.stderr is None else sys.stderr,  # None where it was closed from the start
         ) as progress:
             while True:
                 if self.exited():
-                    raise LaunchError(
-                        f"the SGLang server exited with code {self.exit_code} while it started"
-                        f"{_reason(self.log_tail())}",
-                        hint=f"the full log is {self.spec.log_path}",
-                        details=self.log_tail(),
-                    )
+                    raise self._launch_error()
                 listening = listening or self.client.is_listening(timeout_s=1.0)
                 if listening and self.client.is_healthy(timeout_s=30.0):
                     logger.info("SGLang is ready at %s after %.1f s", self.url, time.monotonic() - started)
@@ -227,103 +349,120 @@ class ServerProcess:
                         logger.info("starting SGLang, %.0f s: %s", now - started, line)
                 time.sleep(_HEALTH_INTERVAL_S if listening else _LISTENING_INTERVAL_S)
 
+    def _launch_error(self) -> LaunchError:
+        """Return why the server has exited while it started."""
+        supervision = self._supervision
+        assert supervision is not None
+        if supervision.failure is not None:
+            return LaunchError(
+                f"the SGLang server could not be started: {supervision.failure}",
+                hint=f"the log was to be {self.spec.log_path}; log_path= puts it elsewhere",
+            )
+        if not supervision.deaths:
+            errors = self._supervisor_errors()
+            return LaunchError(
+                f"the server's supervisor exited with code {supervision.exit_code()}{_reason(errors)}",
+                hint=f"the server's log is {self.spec.log_path}",
+                details=errors or self.log_tail(),
+            )
+        [first, *_] = supervision.deaths
+        who = "the SGLang server" if first["name"] == "main process" else f"the SGLang server's {first['name']}"
+        supervision.wait_for_exit(_CLEANED_UP_S)  # the server's last words may name the reason
+        return LaunchError(
+            f"{who} {_ended(first['code'])} while it started{_reason(self.log_tail())}",
+            hint=f"the full log is {self.spec.log_path}",
+            details=self.log_tail(),
+        )
+
     def exited(self) -> bool:
-        """Return whether the server has exited; never blocks."""
-        if self._supervisor is None:
-            return True
-        exited = self._supervisor.poll() is not None  # before its last events are read, not after
-        self._read_events()
-        return exited or self._exit is not None
+        """Return whether the server has exited, or has lost a process and is being ended; never blocks."""
+        return self._supervision is None or self._supervision.server_exited()
+
+    @property
+    def pid(self) -> int | None:
+        """The server's main process."""
+        return None if self._supervision is None else self._supervision.pid
 
     @property
     def exit_code(self) -> int | None:
         """The server's exit code (negative: a signal); None while it runs or if unknown."""
-        return None if self._exit is None else self._exit["code"]
+        supervision = self._supervision
+        return None if supervision is None or supervision.exit is None else supervision.exit["code"]
 
-    def _read_events(self) -> None:
-        assert self._supervisor is not None and self._supervisor.stdout is not None
-        if self._supervisor.stdout.closed:
-            return
-        while (chunk := self._supervisor.stdout.read(65536)) is not None and chunk:
-            self._events += chunk
-        *lines, self._events = self._events.split(b"\n")
-        for line in lines:
-            event = json.loads(line)
-            if event["event"] == "started":
-                self.pid = event["pid"]
-            else:
-                self._exit = event
+    def _died(self) -> str | None:
+        if not self.exited():
+            return None
+        if self._supervision is not None and self._supervision.deaths:
+            return describe_deaths(self._supervision.deaths)
+        is_ended = self._supervision is None or self._supervision.exit is not None
+        return "the server was shut down" if is_ended else "the server's supervisor was killed"
+
+    def _supervisor_errors(self) -> str:
+        try:
+            return self.spec.runtime.supervisor_log.read_text(errors="replace").replace(self.api_key, "***")
+        except OSError:
+            return ""
 
     def log_tail(self) -> str:
         """Return the last lines of the server's output, for messages."""
-        if not self.spec.log_path.exists():
-            return "(no log was written)"
-        return "\n".join(["--- last lines of the server's log ---", *self._log_lines()[-_LOG_TAIL_LINES:]])
-
-    def _log_lines(self) -> list[str]:
-        with open(self.spec.log_path, "rb") as log:
-            end = log.seek(0, os.SEEK_END)
-            start = log.seek(max(end - _LOG_TAIL_BYTES, self._log_start))
-            text = log.read().decode(errors="replace")
-        if start > self._log_start:
-            text = text.partition("\n")[2]  # an incomplete line, which may begin with half of the key
-        return text.replace(self.api_key, "***").splitlines()
+        return self.evidence.tail()
 
     def met_port_clash(self) -> bool:
         """Return whether this server's output reports an address in use."""
-        if not self.spec.log_path.exists():
-            return False
-        text = "\n".join(self._log_lines()).lower()
+        text = "\n".join(self.evidence.lines()).lower()
         return "address already in use" in text or "eaddrinuse" in text
 
     def last_line(self) -> str:
         """Return the log's last line, shown while the server loads."""
         return self.log_tail().splitlines()[-1].strip()
 
-    def remove_log(self) -> None:
-        """Remove the log after a clean stop; that of a crash or a forced end is kept."""
-        if self._stopped and self._exit is not None and not self._exit["forced"]:
-            self.spec.log_path.unlink(missing_ok=True)
-            try:
-                self.spec.log_path.parent.rmdir()
-            except OSError:
-                pass  # it contains logs of other servers
+    def stop(self, *, keep_log: bool = False, keep_folder: bool = False) -> None:
+        """Stop the server: SIGTERM, bounded wait, SIGKILL; removes its process tree and its files.  Idempotent.
 
-    def stop(self) -> None:
-        """Stop the server: SIGTERM, bounded wait, SIGKILL; removes its process tree and files in /dev/shm.  Idempotent.
+        Args:
+            keep_log: Keep the log even if the server did not crash.
+            keep_folder: Keep the runtime folder for another try.
 
         Raises:
             EngineError: The supervisor did not confirm the exit of the server in time; the message has its pid.
         """
         # A fork of the trainer inherits this object; the server is not its own.
-        if self._supervisor is None or os.getpid() != self._creator_pid:
+        if os.getpid() != self._creator_pid or self._is_stopped:
             return
-        self._stopped = not self.exited()
-        supervisor, self._supervisor = self._supervisor, None
         if self.client is not None:
             self.client.close()
-        assert supervisor.stdin is not None and supervisor.stdout is not None
+        command = b"retry" if keep_folder else b"stop keep" if keep_log or self.evidence.was_in_trouble else b"stop"
         try:
-            try:
-                supervisor.stdin.write(b"stop\n")
-                supervisor.stdin.close()
-            except BrokenPipeError:
-                pass
-            # The grace after SIGTERM, then the supervisor's own limit for the rest of the tree.
-            try:
-                supervisor.wait(self.spec.grace_s + 15.0)
-            except subprocess.TimeoutExpired:
-                supervisor.kill()  # also kills the server: PR_SET_PDEATHSIG
-                supervisor.wait(5.0)
-                raise EngineError(
-                    f"the supervisor did not confirm the exit of the server (pid {self.pid}) and was killed",
-                    hint="check with ps that the server has exited",
-                ) from None
-            self._supervisor = supervisor
-            self._read_events()
-            self._supervisor = None
-        finally:
-            supervisor.stdout.close()
+            if self._supervision is not None:
+                # The grace after SIGTERM, then the supervisor's own limit for the rest of the tree.
+                self._supervision.end(command, timeout_s=self.spec.grace_s + 15.0)
+        except EngineError:
+            self._has_ended(keep_folder)
+            raise
+        self._has_ended(keep_folder)
+
+    def _has_ended(self, keep_folder: bool) -> None:
+        # Not before: a call that was interrupted is made again.
+        self._is_stopped = True
+        if not keep_folder:
+            self.spec.runtime.remove()  # what a supervisor that was killed has left
+
+
+def _ended(code: int | None) -> str:
+    return "exited" if code is None else f"exited with code {code}"
+
+
+def _start_failure(error: OSError) -> LaunchError:
+    """Return the error for a server that this machine could not start."""
+    hints = {
+        errno.EMFILE: "close files, or raise the limit of open files (ulimit -n)",
+        errno.ENFILE: "the machine has no file descriptors left",
+        errno.ENOSPC: "make space in the temporary folder and in /dev/shm",
+        errno.EDQUOT: "make space in the temporary folder and in /dev/shm",
+        errno.ENOMEM: "the machine has no memory left",
+        errno.EAGAIN: "raise the limit of processes (ulimit -u)",
+    }
+    return LaunchError(f"the server could not be started: {error}", hint=hints.get(error.errno or 0))
 
 
 def _reason(tail: str) -> str:
@@ -336,4 +475,4 @@ def _reason(tail: str) -> str:
     return ""
 
 
-__all__ = ["ServerProcess", "ServerSpec", "hold_port"]
+__all__ = ["ServerProcess", "ServerSpec", "check_host", "hold_port"]

@@ -1,34 +1,46 @@
 """Supervisor of the server: a small process between the trainer and SGLang that outlives both.
 
-Run as a script, by path, so that it imports nothing of this package and nothing heavy.  It starts the server, and ends
-it (the whole process tree, and the files that it leaves in /dev/shm) when
+Run as a script, by path, so that it imports nothing of this package and nothing heavy.  It starts the server, copies its
+output to the log without the API key, and ends it (the whole process tree, the files that it leaves in /dev/shm, and the
+runtime folder of the launch) when
 
 * the trainer sends ``stop`` through the pipe on standard input,
 * the trainer has exited: the pipe reads end-of-file, or its process is gone.  The second check is for forks of the
   trainer (data loader workers) that keep the pipe open,
-* the server's main process has exited.
+* the server's main process or one of SGLang's own child processes (scheduler, detokenizer, ...) has exited.
 
-If this process is killed, the kernel kills the server (PR_SET_PDEATHSIG), and SGLang's own parent-death signals end its
-workers.
+SIGTERM does not end it: Slurm and ``timeout`` send it to all processes of a job, and the trainer may want to finish its
+step.  If this process is killed, the kernel kills the server (PR_SET_PDEATHSIG), and SGLang's own parent-death signals
+end its workers.
 
-Protocol: one JSON object on standard input (see `main`), then a line ``stop``; JSON lines on standard output:
-``{"event": "started", "pid": ...}``, then ``{"event": "exited", "code": ..., "forced": ...}`` once all processes and
-files of the server are gone.
+Protocol: one JSON object on standard input (see `main`), then a line: ``stop``; ``stop keep`` to keep the log; ``retry``
+to keep all files for another try.  JSON lines on standard output:
+
+* ``{"event": "started", "pid": ...}``, or ``{"event": "failed", "error": ...}`` as the last one,
+* ``{"event": "died", "processes": [{"name": ..., "pid": ..., "code": ...}]}`` at once, before anything is cleaned up, if
+  the server was not asked to end; a code is negative for a signal and None if unknown.  The runtime folder then stays
+  until the trainer sends its line or exits,
+* ``{"event": "exited", "code": ..., "forced": ...}`` once all processes of the server, and otherwise all files, are gone.
 """
 
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import json
 import os
 import select
 import shutil
 import signal
+import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import psutil
 
@@ -41,8 +53,21 @@ _libc = ctypes.CDLL(None, use_errno=True)
 # multiprocessing.
 _LEFTOVER_PREFIXES = ("sgl_shm_", "sglang_", "sem.mp-")
 _SHM = "/dev/shm/"
-# Between scans of the process tree; exits of the server and of the trainer are noticed at once.
-_SCAN_INTERVAL_MS = 2000
+# SGLang's processes set their titles to this and their role, once they have imported what they need.
+_TITLE = "sglang::"
+# Between scans of the process tree, which read all of /proc.
+_SCAN_INTERVAL_S = 2.0
+# Between looks at the processes that matter.  With pidfds, which old kernels, seccomp profiles and gVisor lack, their
+# exits are noticed at once.
+_LOOK_INTERVAL_MS = 1000
+_LOOK_INTERVAL_WITHOUT_PIDFD_MS = 200
+# A server that has lost a process may still write why, and cannot end gracefully.
+_LAST_WORDS_S = 1.0
+_GRACE_AFTER_DEATH_S = 1.0
+_PIPE_BYTES = 1 << 20
+_HIDDEN = b"***"
+# A beginning of the key that is cut off at the end of the output is hidden from this length on.
+_KEY_BEGINNING = 8
 
 
 def report(**event: object) -> None:
@@ -51,6 +76,43 @@ def report(**event: object) -> None:
         print(json.dumps(event), flush=True)
     except (BrokenPipeError, ValueError):
         pass
+
+
+@dataclass(frozen=True)
+class Stat:
+    """Of /proc/PID/stat: state, start in clock ticks since boot, and wait status of a zombie (0 if not permitted)."""
+
+    state: str
+    started: int
+    status: int
+
+    @property
+    def has_exited(self) -> bool:
+        return self.state in "ZX"
+
+
+def stat_of(pid: int) -> Stat | None:
+    """Return the state of a process; None if there is none.  See `tpcolocate.processes.start_of`."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+    except OSError:
+        return None
+    return Stat(fields[0].decode(), int(fields[19]), int(fields[49]) if len(fields) > 49 else 0)
+
+
+def is_running(pid: int, started: int) -> bool:
+    """Return whether the process exists and is not a zombie."""
+    found = stat_of(pid)
+    return found is not None and found.started == started and not found.has_exited
+
+
+def pidfd(pid: int) -> int | None:
+    """Return a descriptor that becomes readable when the process exits; None where there are none."""
+    try:
+        return os.pidfd_open(pid)
+    except (OSError, AttributeError):
+        return None
 
 
 def shm_files(pids: Iterable[int]) -> set[str]:
@@ -74,30 +136,151 @@ def shm_files(pids: Iterable[int]) -> set[str]:
     return {name for name in found if name.startswith(_LEFTOVER_PREFIXES)}
 
 
-def owner_is_running(pid: int, started: int) -> bool:
-    """Return whether the process exists and is not a zombie; see `tpcolocate.processes.start_of`."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as stat:
-            fields = stat.read().rpartition(b")")[2].split()
-    except OSError:
-        return False
-    return fields[0] not in (b"Z", b"X") and int(fields[19]) == started
+class Log:
+    """The server's output on its way to a file, without the secrets in it.
+
+    Args:
+        path: Appended to; made with mode 0600.
+        secrets: Replaced by ``***``: SGLang prints its arguments with the API key.
+
+    Raises:
+        OSError: The file cannot be opened, or belongs to another user.
+    """
+
+    def __init__(self, path: str, secrets: list[str]) -> None:
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        status = os.fstat(self._file)
+        if stat.S_ISREG(status.st_mode) and status.st_uid != os.getuid():
+            os.close(self._file)
+            raise PermissionError(f"it belongs to user id {status.st_uid}, not to {os.getuid()}: {path!r}")
+        self._secrets = [secret.encode() for secret in secrets]
+        self._rest = b""
+        self._last = b"\n"
+        self._copier: threading.Thread | None = None
+
+    def copy_from(self, output: int) -> None:
+        """Copy all that comes out of a pipe, in a thread of its own: the server must never wait for a full pipe."""
+        self._copier = threading.Thread(target=self._copy, args=(output,), daemon=True)
+        self._copier.start()
+
+    def _copy(self, output: int) -> None:
+        while chunk := os.read(output, 65536):
+            self.write(chunk)
+        self._write(self._redacted(b"", is_last=True))
+
+    def write(self, chunk: bytes) -> None:
+        self._write(self._redacted(chunk))
+
+    def _redacted(self, chunk: bytes, *, is_last: bool = False) -> bytes:
+        text = self._rest + chunk
+        for secret in self._secrets:
+            text = text.replace(secret, _HIDDEN)
+        # What could be the beginning of a secret waits for the rest of it.
+        waiting = max((_beginning(text, secret) for secret in self._secrets), default=0)
+        text, self._rest = text[: len(text) - waiting], text[len(text) - waiting :]
+        if is_last:
+            text, self._rest = text + (_HIDDEN if len(self._rest) >= _KEY_BEGINNING else self._rest), b""
+        return text
+
+    def _write(self, text: bytes) -> None:
+        self._last = text[-1:] or self._last
+        try:
+            while text:
+                text = text[os.write(self._file, text) :]
+        except OSError:
+            pass  # a full disk costs the log, not the server
+
+    def add_line(self, line: str) -> None:
+        """Append a line of this process, whatever the server's has not ended."""
+        self._write(("" if self._last == b"\n" else "\n").encode() + f"[tpcolocate] {line}\n".encode())
+
+    def close(self, *, timeout_s: float) -> None:
+        """Wait until all output is copied."""
+        if self._copier is not None:
+            self._copier.join(timeout_s)
+
+
+def _beginning(text: bytes, secret: bytes) -> int:
+    """Return the length of the longest end of the text that is a beginning of the secret."""
+    return next((n for n in range(min(len(text), len(secret) - 1), 0, -1) if text.endswith(secret[:n])), 0)
+
+
+@dataclass
+class Watched:
+    """A process whose exit ends the server."""
+
+    name: str
+    pid: int
+    started: int
+    pidfd: int | None
 
 
 class Tree:
-    """The server and all processes that it started, orphans included."""
+    """The server and all processes that it started, orphans included.
 
-    def __init__(self, server: subprocess.Popen[bytes]) -> None:
+    Args:
+        server: Its main process.
+        record: File that names the processes, for errors that name a stopped one, and for the next launch if this process is
+            killed; None for none.
+    """
+
+    def __init__(self, server: subprocess.Popen[bytes], record: str | None = None) -> None:
         self.server = server
         self.pids: set[int] = {server.pid}
         self.files: set[str] = set()
+        self.watched: dict[int, Watched] = {}
+        self._record = record
+        self._recorded: object = None
+        self.scan()
 
     def scan(self) -> list[psutil.Process]:
         """Return the live processes.  As the subreaper, this process inherits orphans, so none is missed."""
         alive = psutil.Process().children(recursive=True)
         self.pids.update(process.pid for process in alive)
         self.files |= shm_files(process.pid for process in alive)
+        self._write_record([entry for process in alive if (entry := self._describe(process.pid)) is not None])
         return alive
+
+    def _describe(self, pid: int) -> dict[str, Any] | None:
+        found = stat_of(pid)
+        if found is None or found.has_exited:
+            return None
+        name = "main process" if pid == self.server.pid else _title(pid)
+        if pid != self.server.pid and name.startswith(_TITLE):
+            if pid not in self.watched:
+                self.watched[pid] = Watched(name, pid, found.started, pidfd(pid))
+            self.watched[pid].name = name  # the rank comes into a scheduler's title later
+        return {"name": name, "pid": pid, "started": found.started}
+
+    def _write_record(self, processes: list[dict[str, Any]]) -> None:
+        own = stat_of(os.getpid())
+        content = {
+            "supervisor": {"name": "supervisor", "pid": os.getpid(), "started": own.started if own is not None else 0},
+            "processes": processes,
+            "files": sorted(self.files),
+        }
+        if self._record is None or content == self._recorded:
+            return
+        self._recorded = content
+        try:
+            with open(os.open(self._record + ".new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+                json.dump(content, file)
+            os.rename(self._record + ".new", self._record)
+        except OSError:
+            pass  # the folder is gone or full; the server runs without
+
+    def deaths(self) -> list[dict[str, Any]]:
+        """Return the processes that matter and have exited."""
+        found = []
+        for child in self.watched.values():
+            now = stat_of(child.pid)
+            if now is None or now.started != child.started:
+                found.append({"name": child.name, "pid": child.pid, "code": None})
+            elif now.has_exited:
+                found.append({"name": child.name, "pid": child.pid, "code": os.waitstatus_to_exitcode(now.status)})
+        if self.server.poll() is not None:
+            found.insert(0, {"name": "main process", "pid": self.server.pid, "code": self.server.returncode})
+        return found
 
     def end(self, grace_s: float) -> bool:
         """Send SIGTERM, wait, SIGKILL the rest, remove files.  Return whether the server had to be killed."""
@@ -134,15 +317,45 @@ class Tree:
         return alive
 
 
-def _woken_by_sigterm() -> int:
-    """Return a descriptor that becomes readable on SIGTERM, so that a clean-up by name or job ends the server too.
+def _title(pid: int) -> str:
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            return file.read(256).split(b"\0")[0].decode(errors="replace").strip()
+    except OSError:
+        return ""
 
-    Not an exception, which could interrupt the code that ends the server.
-    """
-    read_end, write_end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-    signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
-    signal.signal(signal.SIGTERM, lambda signum, frame: None)
-    return read_end
+
+def describe_deaths(deaths: list[dict[str, Any]]) -> str:
+    """Return ``sglang::detokenizer (pid 7) was killed by SIGKILL``, the first one first."""
+    return "; ".join(f"{death['name']} (pid {death['pid']}) {_how(death['code'])}" for death in deaths)
+
+
+def _how(code: int | None) -> str:
+    if code is None:
+        return "has exited, with an unknown code"
+    if code >= 0:
+        return f"exited with code {code}"
+    try:
+        return f"was killed by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"was killed by signal {-code}"
+
+
+def remove(path: str, nonce: str) -> None:
+    """Remove a file or folder of this launch, but nothing of another user or another launch."""
+    try:
+        status = os.lstat(path)
+    except OSError:
+        return
+    if status.st_uid != os.getuid() or nonce not in path:
+        return
+    if stat.S_ISDIR(status.st_mode):
+        shutil.rmtree(path, ignore_errors=True)
+        return
+    try:
+        os.unlink(path)
+    except OSError:
+        pass
 
 
 def _die_with(parent: int) -> None:
@@ -152,53 +365,113 @@ def _die_with(parent: int) -> None:
         os._exit(1)
 
 
-def main() -> int:
-    # The terminal sends these to all processes of the job; only the trainer decides.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    terminated = _woken_by_sigterm()
-    _libc.prctl(PR_SET_CHILD_SUBREAPER, 1)
-    job = json.loads(sys.stdin.buffer.readline())
-    owner_pid, owner_started = job["owner_pid"], job["owner_started"]
-    log = os.open(job["log_path"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+def _start(job: dict[str, Any]) -> tuple[subprocess.Popen[bytes], Log]:
+    log = Log(job["log_path"], job.get("secrets", []))
+    read_end, write_end = os.pipe2(os.O_CLOEXEC)
+    try:
+        fcntl.fcntl(read_end, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+    except OSError:
+        pass  # beyond this user's limit
     try:
         server = subprocess.Popen(
             job["command"],
             env=job["env"],
             stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
+            stdout=write_end,
+            stderr=write_end,
             preexec_fn=partial(_die_with, os.getpid()),
             process_group=0,
         )
-    except OSError as error:
-        report(event="exited", code=None, forced=False, error=str(error))
-        return 1
-    tree = Tree(server)
-    report(event="started", pid=server.pid)
+    finally:
+        os.close(write_end)
+    log.copy_from(read_end)
+    return server, log
 
+
+def _wait(tree: Tree, owner: tuple[int, int]) -> tuple[str, list[dict[str, Any]]]:
+    """Wait for a reason to end the server: a command, ``owner`` or ``died``, and which processes died."""
+    fixed = [pidfd(tree.server.pid), pidfd(owner[0])]
+    scanned = time.monotonic()
+    while True:
+        if deaths := tree.deaths():
+            return "died", deaths
+        command = _next_command(owner, [*fixed, *(child.pidfd for child in tree.watched.values())])
+        if command is not None:
+            return command, []
+        if time.monotonic() - scanned >= _SCAN_INTERVAL_S:
+            scanned = time.monotonic()
+            tree.scan()
+
+
+def _wait_for_owner(owner: tuple[int, int]) -> str:
+    fd = pidfd(owner[0])
+    while (command := _next_command(owner, [fd])) is None:
+        pass
+    return command
+
+
+def _next_command(owner: tuple[int, int], pidfds: list[int | None]) -> str | None:
+    """Wait a while, or until one of the processes exits, and return a command of the owner.
+
+    Returns:
+        ``stop``, ``stop keep``, ``retry``; ``owner`` if it has died; None if there is nothing yet.
+    """
+    if not is_running(*owner):
+        return "owner"
     commands = sys.stdin.fileno()
     poller = select.poll()
     poller.register(commands, select.POLLIN | select.POLLHUP)
-    poller.register(terminated, select.POLLIN)
-    poller.register(os.pidfd_open(server.pid), select.POLLIN)
+    for fd in pidfds:
+        if fd is not None:
+            poller.register(fd, select.POLLIN)
+    ready = poller.poll(_LOOK_INTERVAL_WITHOUT_PIDFD_MS if None in pidfds else _LOOK_INTERVAL_MS)
+    if commands not in {fd for fd, _ in ready}:
+        return None
+    # End-of-file: the trainer closed its end or died.
+    return os.read(commands, 256).decode().strip() or "owner"
+
+
+def main() -> int:
+    # The terminal, Slurm and others send these to all processes of the job; only the trainer decides.  A handler and not
+    # SIG_IGN for SIGTERM, because the server would inherit that.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda signum, frame: None)
+    _libc.prctl(PR_SET_CHILD_SUBREAPER, 1)
+    with open(sys.stdin.fileno(), "rb", buffering=0, closefd=False) as commands:  # unbuffered: poll() must see the rest
+        job = json.loads(commands.readline())
+    nonce = job.get("nonce", "")
     try:
-        poller.register(os.pidfd_open(owner_pid), select.POLLIN)
-    except OSError:
-        pass  # exited already; the check below sees it
-    while server.poll() is None and owner_is_running(owner_pid, owner_started):
-        ready = {fd for fd, _ in poller.poll(_SCAN_INTERVAL_MS)}
-        if commands in ready or terminated in ready:
-            break  # "stop", or end-of-file: the trainer closed its end or died
-        tree.scan()
-    forced = tree.end(job["grace_s"])
-    for path in job["unlink"]:  # in case the trainer could not
-        shutil.rmtree(path, ignore_errors=True)
+        server, log = _start(job)
+    except OSError as error:
+        report(event="failed", error=f"{type(error).__name__}: {error}")
+        return 1
+    tree = Tree(server, job.get("record"))
+    report(event="started", pid=server.pid)
+    owner = (job["owner_pid"], job["owner_started"])
+    command, deaths = _wait(tree, owner)
+    grace_s = job["grace_s"]
+    if deaths:
+        report(event="died", processes=deaths)
+        log.add_line(describe_deaths(deaths))
+        grace_s = min(grace_s, _GRACE_AFTER_DEATH_S)
         try:
-            os.unlink(path)
-        except OSError:
+            server.wait(_LAST_WORDS_S)
+        except subprocess.TimeoutExpired:
             pass
-    report(event="exited", code=server.returncode, forced=forced)
+    forced = tree.end(grace_s)
+    log.close(timeout_s=2.0)
+    exited = partial(report, event="exited", code=server.returncode, forced=forced)
+    if deaths:
+        # The files are the evidence: of what, and where, others of this user can still read.
+        exited()
+        command = _wait_for_owner(owner)
+    if command != "retry":
+        is_crash = bool(deaths) or forced or command == "stop keep"
+        for path in [*job["unlink"], *([] if is_crash else job.get("unlink_log", []))]:
+            remove(path, nonce)
+    if not deaths:
+        exited()
     return 0
 
 

@@ -29,7 +29,7 @@ class Engines:
         *,
         tp_size: int | None,
         model_path: str | os.PathLike[str] | None,
-        generate_timeout_s: float,
+        generate_timeout_s: float | None,
         timeout_s: float,
         launch: Mapping[str, Any],
     ) -> None:
@@ -108,7 +108,7 @@ def use_sglang(
     *,
     tp_size: int | None = None,
     model_path: str | os.PathLike[str] | None = None,
-    generate_timeout_s: float = 3600.0,
+    generate_timeout_s: float | None = None,
     timeout_s: float = 1800.0,
     **launch: Any,
 ) -> Iterator[Engines]:
@@ -125,7 +125,7 @@ def use_sglang(
     Args:
         tp_size: GPUs per server.  Default: ``vllm_tensor_parallel_size`` of the trainer.
         model_path: What is served.  Default: where the trainer's model was loaded from.
-        generate_timeout_s: For all completions of one call, in seconds.
+        generate_timeout_s: For all completions of one call, in seconds; see `Engine.generate`.
         timeout_s: How long a rank waits for the others, in seconds; see `tpcolocate.init`.  The default is that of
             ``ddp_timeout``.
         launch: Arguments of `Colocation.launch`, such as ``log_path`` or SGLang's own; they override what follows from

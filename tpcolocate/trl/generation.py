@@ -45,7 +45,7 @@ class SGLangGeneration:
         sampling_params: Mapping[str, Any],
         logprobs: int | None,
         sleeps: bool,
-        timeout_s: float,
+        timeout_s: float | None,
     ) -> None:
         self.engine = engine
         self.report: Any = None

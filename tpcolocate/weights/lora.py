@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from tpcolocate.errors import ConfigError, WeightsMismatchError, some
+from tpcolocate.errors import ConfigError, WeightsMismatchError, shown, some
 from tpcolocate.weights.sources.lazy_tensor import Item, LazyTensor, full_tensor
-from tpcolocate.weights.sources.model_spec import ModelSpec
+from tpcolocate.weights.sources.model_spec import FLOATS, ModelSpec
 from tpcolocate.weights.sources.named_weights import gathered_state
 from tpcolocate.weights.sources.wrapper_names import unwrapped, without_wrappers
 
+_MOST = 2**31
 _PREFIX = "base_model.model."
 _NAME = re.compile(r"^(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.weight$")
 # SGLang serves these as one projection.  It fails on an adapter with only some of them, or drops those.
@@ -188,7 +189,7 @@ def check_adapter(adapter: Adapter, spec: ModelSpec | None) -> Adapter:
             continue
         for side, tensor in sorted(sides.items()):
             expected = _shape(module, side, adapter.rank, spec)
-            if not tensor.dtype.is_floating_point or tensor.device.type == "meta":
+            if tensor.dtype not in FLOATS or tensor.device.type == "meta":
                 wrong.append(f"{module}.lora_{side} is {tensor.dtype} on {tensor.device}, expected floating-point data")
             elif len(tensor.shape) != 2 or any(w not in (None, n) for w, n in zip(expected, tensor.shape)):
                 want = ", ".join("any" if n is None else str(n) for n in expected)
@@ -236,9 +237,9 @@ def _check_config(config: Mapping[str, Any]) -> None:
         raise ConfigError(f"peft_type must be 'LORA', got {kind!r}", hint="SGLang serves LoRA adapters only")
     for name in ("r", "lora_alpha"):
         value = config.get(name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < _MOST:
             raise ConfigError(
-                f"the adapter's configuration has {name}={value!r}",
+                f"the adapter's configuration has {name}={shown(value)}",
                 hint="pass a positive number, as in adapter_config.json",
             )
     if config["r"] != int(config["r"]):

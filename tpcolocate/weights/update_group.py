@@ -12,10 +12,13 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from tpcolocate.errors import ConfigError, WeightsMismatchError
+from tpcolocate.checks import check_choice, check_integer, check_text, check_type
+from tpcolocate.errors import ConfigError, WeightsMismatchError, shown
 from tpcolocate.weights.buckets import split_into_buckets
 
 DEFAULT_NAME = "weight_update_group"
+BACKENDS = ("nccl", "gloo")
+_MAX_SIZE = 2**48
 Weight = tuple[str, torch.Size, str]
 """Name, full shape, name of the dtype (``bfloat16``)."""
 
@@ -46,10 +49,12 @@ class UpdateGroup:
         Raises:
             ConfigError: It cannot.
         """
-        if not self.group_name or not self.master_address:
-            raise ConfigError("group_name and master_address must not be empty")
-        if not 0 < self.master_port < 65536:
-            raise ConfigError(f"master_port must be between 1 and 65535, got {self.master_port}")
+        for name in ("group_name", "master_address"):
+            check_text(name, getattr(self, name))
+        check_choice("backend", self.backend, BACKENDS)
+        check_integer("master_port", self.master_port, at_least=1, at_most=65535)
+        for name in ("rank_offset", "world_size"):
+            check_integer(name, getattr(self, name), at_least=0, at_most=2**31 - 1)
         if self.rank_offset < 1:
             raise ConfigError(
                 f"rank_offset must be at least 1, got {self.rank_offset}", hint="rank 0 of the group is the sender"
@@ -140,18 +145,22 @@ def announced(
         ConfigError: Lists of different lengths, an unknown dtype, an invalid shape.
         WeightsMismatchError: A repeated name.
     """
-    if isinstance(names, str) or not len(names) == len(dtypes) == len(shapes) or not len(names):
+    for what, given in (("names", names), ("dtypes", dtypes), ("shapes", shapes)):
+        check_type(what, given, Sequence, expected="a list")
+    if isinstance(names, (str, bytes)) or not len(names) == len(dtypes) == len(shapes) or not len(names):
         raise ConfigError(
             f"got {len(names)} names, {len(dtypes)} dtypes and {len(shapes)} shapes", hint="pass one of each per weight"
         )
     weights: list[Weight] = []
     seen: set[str] = set()
     for name, dtype, shape in zip(names, dtypes, shapes):
-        text = str(dtype).removeprefix("torch.")
+        check_text("a name", name)
+        text = str(dtype).removeprefix("torch.") if isinstance(dtype, (str, torch.dtype)) else ""
         if not isinstance(getattr(torch, text, None), torch.dtype):
-            raise ConfigError(f"{name} has dtype {dtype!r}, which is not torch's", hint='for example "bfloat16"')
-        if any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in shape):
-            raise ConfigError(f"{name} has shape {tuple(shape)!r}", hint="pass integers of at least 0")
+            raise ConfigError(f"{name} has dtype {shown(dtype)}, which is not torch's", hint='for example "bfloat16"')
+        check_type(f"the shape of {name}", shape, Sequence, expected="a list of integers")
+        if any(not isinstance(n, int) or isinstance(n, bool) or not 0 <= n < _MAX_SIZE for n in shape):
+            raise ConfigError(f"{name} has shape {shown(tuple(shape))}", hint="pass integers of at least 0")
         if name in seen:
             raise WeightsMismatchError(f"{name} is given twice", hint="names must be unique")
         seen.add(name)

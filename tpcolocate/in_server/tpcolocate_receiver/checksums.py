@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 
 _ROW_WORDS = 1024
@@ -99,3 +102,34 @@ def word_view(tensor: torch.Tensor) -> torch.Tensor | None:
         if stride * size % 8:
             return None
     return tensor.view(torch.int64)
+
+
+def are_finite(tensors: Sequence[torch.Tensor]) -> list[bool]:
+    """Return for each tensor whether all its numbers are finite; integers are.
+
+    One pass over each of them.  Waits for the device.
+
+    Args:
+        tensors: Any shapes, on any devices.
+    """
+    # A sum is infinite or NaN if one of its numbers is.  What it says otherwise is checked: large numbers overflow.
+    sums: dict[torch.device, list[tuple[int, torch.Tensor]]] = {}
+    for number, one in enumerate(tensors):
+        if one.dtype in _SUMMED_AS and one.numel():
+            total = one.sum(dtype=_SUMMED_AS[one.dtype]).double()
+            sums.setdefault(one.device, []).append((number, total))
+    found = [True] * len(tensors)
+    for pairs in sums.values():
+        totals = torch.stack([total for _, total in pairs]).tolist()
+        for (number, _), total in zip(pairs, totals):
+            if not math.isfinite(total):
+                found[number] = bool(torch.isfinite(tensors[number]).all())
+    return found
+
+
+_SUMMED_AS = {
+    torch.float64: torch.float64,
+    torch.float32: torch.float32,
+    torch.bfloat16: torch.float32,
+    torch.float16: torch.float32,
+}

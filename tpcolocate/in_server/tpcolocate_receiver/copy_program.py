@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import kernels
-from .checksums import word_sum
+from .checksums import are_finite, word_sum
 from .copy_plan import CopyPlan
 from .kernel_tables import ORDER, Cast, CopyTable, Layout, Slices
 from .replay import Lanes, Replay
@@ -49,6 +49,25 @@ class _ByTorch(NamedTuple):
     weights: torch.Tensor
 
 
+class _Found(NamedTuple):
+    """What a run finds, read in one go.
+
+    Attributes:
+        memory: Of both.
+        sums: Of the slots.
+        flags: Of the slots: 1 if one of their targets is not finite.
+    """
+
+    memory: torch.Tensor
+    sums: torch.Tensor
+    flags: torch.Tensor
+
+    @classmethod
+    def new(cls, num_sums: int, device: torch.device) -> _Found:
+        memory = torch.zeros(2 * num_sums, dtype=torch.int64, device=device)
+        return cls(memory, memory[:num_sums], memory[num_sums:])
+
+
 class CopyProgram:
     """Copies out of mapped memory, prepared once and run at every sync.
 
@@ -60,6 +79,9 @@ class CopyProgram:
         plan: Of the model.
         order: In which the kernels read; see `kernel_tables.ordered`.
 
+    Attributes:
+        nonfinite: Slots of the last run whose targets hold a NaN or an infinite number, if it has looked for them.
+
     Raises:
         ValueError: A slice lies outside of what its copy writes, or has no such slot or weight.
     """
@@ -69,7 +91,8 @@ class CopyProgram:
         self._names = list(dict.fromkeys(one[0] for one in slices))
         self._slices, self._targets, self._ends = _defined(num_sums, slices, plan)
         device = self._targets[0].device if self._targets else torch.device("cpu")
-        self._sums = torch.zeros(num_sums, dtype=torch.int64, device=device)
+        self._found = _Found.new(num_sums, device)
+        self.nonfinite: list[int] = []
         self._table: CopyTable | None = None
         self._rest = list(range(len(self._targets)))
         """Numbers of the slices that torch copies."""
@@ -80,7 +103,7 @@ class CopyProgram:
 
     @property
     def _device(self) -> torch.device:
-        return self._sums.device
+        return self._found.sums.device
 
     @property
     def regions(self) -> set[str]:
@@ -93,7 +116,7 @@ class CopyProgram:
         return self._slices.casts
 
     def run(
-        self, plan: CopyPlan, regions: Mapping[str, torch.Tensor], *, keep_views: bool
+        self, plan: CopyPlan, regions: Mapping[str, torch.Tensor], *, keep_views: bool, flags: bool = True
     ) -> tuple[list[int], dict[str, float]]:
         """Copy, and sum up what the parameters hold afterwards; both are done when it returns.
 
@@ -101,6 +124,7 @@ class CopyProgram:
             plan: Of the model.
             regions: What is mapped, by name.
             keep_views: Whether the regions stay mapped, so that their views can be used again.
+            flags: Whether to look for numbers that are not finite.
 
         Returns:
             The sums: `word_sum` of every slice's target times its weight, added up slot by slot modulo 2^64 and signed; and
@@ -110,8 +134,9 @@ class CopyProgram:
             KeyError: A region is not mapped.
             ValueError: A region is too short, lies on another device, or holds a slice where its dtype cannot start.
         """
+        self.nonfinite = []
         if not self._targets:
-            return self._sums.tolist(), {}
+            return self._found.sums.tolist(), {}
         launch = kernels.ready(self._device)
         casts = None if launch is None else self.wanted_casts & kernels.casts(self._device)
         by_torch = self._by_torch
@@ -120,11 +145,11 @@ class CopyProgram:
             by_torch = self._prepare(regions, casts)
             self._by_torch = by_torch if keep_views else None
         views = by_torch.views
-        started = _mark(self._sums)
+        started = _mark(self._found.sums)
         plan.write_constants(self._names)
-        self._sums.zero_()
+        self._found.memory.zero_()
         if self._table is not None:
-            self._table.run(launch, self._sums)
+            self._table.run(launch, self._found.memory, flags=flags)
         if views:
             if keep_views:
                 self._replay.run(lambda: self._queue(views))
@@ -133,10 +158,22 @@ class CopyProgram:
             for view in views:
                 if view.words is None and view.target is not None:
                     view.sum.copy_(word_sum(view.target))
-            self._sums.index_add_(0, by_torch.slots, by_torch.sums * by_torch.weights)
-        ended = _mark(self._sums)
-        found = self._sums.tolist()
+            self._found.sums.index_add_(0, by_torch.slots, by_torch.sums * by_torch.weights)
+            if flags:
+                self._flag(views, by_torch.slots)
+        ended = _mark(self._found.sums)
+        numbers = self._found.memory.tolist()
+        found, flagged = numbers[: len(numbers) // 2], numbers[len(numbers) // 2 :]
+        self.nonfinite = [slot for slot, flag in enumerate(flagged) if flag]
         return found, {"copy" if views else "one_pass": _between(started, ended)}
+
+    def _flag(self, views: Sequence[_View], slots: torch.Tensor) -> None:
+        """Flag the slots of what torch has copied and is not finite."""
+        layouts = [self._slices.layouts[self._slices.layout_of[i]] for i in self._rest]
+        there = [view.dst.view(layout.target) for view, layout in zip(views, layouts, strict=True)]
+        flagged = [number for number, is_finite in enumerate(are_finite(there)) if not is_finite]
+        if flagged:
+            self._found.flags[slots[flagged]] = 1
 
     def forget_views(self) -> None:
         """Drop the views, so that the regions can be unmapped."""
@@ -159,7 +196,14 @@ class CopyProgram:
         if casts != self._casts or not (self._table is None or self._table.rebase(regions)):
             self._table, self._rest = None, list(range(len(self._targets)))
             if casts is not None:
-                self._table = CopyTable(self._slices, regions, self._device, casts=casts, order=self._order)
+                self._table = CopyTable(
+                    self._slices,
+                    regions,
+                    self._device,
+                    casts=casts,
+                    order=self._order,
+                    first_flag=len(self._found.sums),
+                )
                 self._rest = self._table.rest
             self._casts = casts
             self._replay.forget()  # which may have captured other slices

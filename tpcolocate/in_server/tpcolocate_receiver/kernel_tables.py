@@ -23,8 +23,10 @@ TILE = 8192
 """Words that one program of a kernel copies, in whole rows where they are shorter; twice as many elements that it casts."""
 BLOCKS = (256, 1024, 4096)
 """Words of a row that are copied at once, together with as many rows as fill the largest block; for casts see `TILE`."""
-PART_FIELDS = 9
+PART_FIELDS = 12
 TILE_FIELDS = 3
+SUM, COPY, COPY_AND_FLAG = 0, 1, 2
+"""What a kernel does; see `triton_kernel.launch`."""
 ORDER = "interleaved"
 """See `ordered`."""
 
@@ -138,6 +140,8 @@ class CopyTable:
         device: To run on.
         casts: That the kernels may do.
         order: See `ordered`; the holder of a region is its name in front of the first ``/``.
+        first_flag: Element of the sums that becomes 1 if a target of the first slot holds a NaN or an infinite number; the
+            flags of the other slots follow.  None: there are no flags.
 
     Attributes:
         rest: Numbers of the slices that the kernels cannot copy, in order.
@@ -151,6 +155,7 @@ class CopyTable:
         *,
         casts: frozenset[Cast] = frozenset(),
         order: str = ORDER,
+        first_flag: int | None = None,
     ) -> None:
         import numpy
 
@@ -162,6 +167,8 @@ class CopyTable:
         parts, self.rest = _parts_of(slices, starts[region_of], casts)
         self._region_of = region_of[parts.slice_of]
         self._rows = parts.rows
+        if first_flag is not None:
+            self._rows[:, 11] = self._rows[:, 7] + first_flag
         """Rows of the kernels' table; their sources count from the start of their region."""
         self._sizes = {names[i]: regions[names[i]].numel() for i in numpy.unique(self._region_of)}
         self._names = names
@@ -188,16 +195,18 @@ class CopyTable:
         self._parts = _on(rows, self._device)
         return True
 
-    def run(self, launch: Any, sums: torch.Tensor) -> None:
+    def run(self, launch: Any, sums: torch.Tensor, *, flags: bool = False) -> None:
         """Queue the copies on the current stream.
 
         Args:
             launch: From `kernels.ready`.
             sums: int64, contiguous.  `word_sum` of what each slice's target then holds, times its weight, is added to the
                 element of its slot.
+            flags: Whether to set flags, too, which takes more registers and no more memory.
         """
+        more = {"copies": COPY_AND_FLAG} if flags else {}
         for variant, tiles in self._tiles.items():
-            launch(self._parts, tiles, sums, variant)
+            launch(self._parts, tiles, sums, variant, **more)
 
 
 class ChecksumTable:
@@ -239,7 +248,32 @@ class ChecksumTable:
         """
         with torch.cuda.device_of(sums):  # Triton launches on the current one
             for variant, tiles in self._tiles.items():
-                launch(self._parts, tiles, sums, variant, copies=False)
+                launch(self._parts, tiles, sums, variant, copies=SUM)
+
+
+def finite_masks(dtype: torch.dtype) -> tuple[int, int]:
+    """Return two words that find numbers which are not finite: the bits of their exponents, and the lowest of these.
+
+    ``(word & first) + second`` carries into the highest bit of every element whose exponent has all bits set: of a NaN and
+    of an infinite number, and of no other.  Nothing is carried further.
+
+    Returns:
+        Two zeros for integers, all of which are finite.
+    """
+    exponent = _EXPONENTS.get(dtype)
+    if exponent is None:
+        return 0, 0
+    bits = dtype.itemsize * 8
+    copies = sum(1 << shift for shift in range(0, 64, bits))
+    return exponent * copies, (exponent & -exponent) * copies
+
+
+_EXPONENTS = {
+    torch.float64: 0x7FF0 << 48,
+    torch.float32: 0x7F80 << 16,
+    torch.bfloat16: 0x7F80,
+    torch.float16: 0x7C00,
+}
 
 
 def ordered(holders: Any, order: str) -> Any:
@@ -289,7 +323,8 @@ class _Parts(NamedTuple):
 
     Attributes:
         rows: int64 array of the shape (number of parts, PART_FIELDS): addresses of source and target; number of rows; units
-            in each; units from row to row in the source and in the target; rows that one program copies; slot; weight.
+            in each; units from row to row in the source and in the target; rows that one program copies; slot; weight;
+            `finite_masks` of the target's dtype; element of the sums that is its flag, -1 for none.
         slice_of: Part -> number of its slice.
         variant_of: Part -> number of its variant.
         variants: All that occur.
@@ -359,6 +394,8 @@ def _parts_of(slices: Slices, starts: Any, casts: frozenset[Cast]) -> tuple[_Par
         of_layout[..., 2:7] = shape.num_rows, shape.width, shape.source_stride, shape.target_stride, shape.rows_at_once
         of_layout[..., 7] = slots[numbers, None]
         of_layout[..., 8] = weights[numbers, None]
+        of_layout[..., 9:11] = finite_masks(layout.target)
+        of_layout[..., 11] = -1
         rows.append(of_layout.reshape(-1, PART_FIELDS))
         slice_of.append(numpy.repeat(numbers, len(shape.source_offsets)))
         variant_of.append(numpy.full(len(rows[-1]), variants.setdefault(shape.variant, len(variants))))

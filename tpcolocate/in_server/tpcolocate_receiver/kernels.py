@@ -13,8 +13,9 @@ do what the hardware does), so that sums of it, taken in different ways, may dif
 from __future__ import annotations
 
 import logging
+import math
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -125,6 +126,8 @@ def verify(launch: Any, device: torch.device) -> None:
     if not all(map(torch.equal, targets[:-1], sources)):
         raise RuntimeError("the kernel failed its test (copies)")
     _try_sums(launch, sources, torch.int64, None)
+    _try_copies(launch, targets, sources, None, flags=True)  # another form of the kernel: compiled here, not in a sync
+    _try_flags(launch, device)
 
 
 def verify_cast(launch: Any, device: torch.device, cast: Cast) -> None:
@@ -148,9 +151,12 @@ def verify_cast(launch: Any, device: torch.device, cast: Cast) -> None:
     if not all(torch.equal(dst, src.to(target)) for dst, src in zip(targets[:-1], sources)):
         raise RuntimeError(f"the kernel failed its test ({source} to {target})")
     _try_sums(launch, sources, target, cast)
+    _try_copies(launch, targets, sources, cast, flags=True)
 
 
-def _try_copies(launch: Any, targets: list[torch.Tensor], sources: list[torch.Tensor], cast: Cast | None) -> None:
+def _try_copies(
+    launch: Any, targets: list[torch.Tensor], sources: list[torch.Tensor], cast: Cast | None, *, flags: bool = False
+) -> None:
     slices, device = Slices(), sources[0].device
     for number, (dst, src) in enumerate(zip(targets, sources)):
         layout = Layout(tuple(dst.shape), src.stride(), dst.stride(), src.dtype, dst.dtype)
@@ -160,10 +166,38 @@ def _try_copies(launch: Any, targets: list[torch.Tensor], sources: list[torch.Te
         {str(number): source for number, source in enumerate(sources)},
         device,
         casts=frozenset() if cast is None else frozenset([cast]),
+        first_flag=len(sources),
     )
-    sums = torch.zeros(len(sources), dtype=torch.int64, device=device)
-    table.run(launch, sums)
-    _compare(table.rest, sums, targets, cast)
+    found = torch.zeros(2 * len(sources), dtype=torch.int64, device=device)
+    table.run(launch, found if flags else found[: len(sources)], flags=flags)
+    _compare(table.rest, found[: len(sources)], targets, cast)
+    if flags:
+        _check_flags(found[len(sources) :], targets)
+
+
+def _try_flags(launch: Any, device: torch.device) -> None:
+    """Copy numbers of every dtype that are finite, and some of which one is not."""
+    slices, sources, targets = Slices(), [], []
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        largest = torch.finfo(dtype).max
+        for last in (largest, -largest, math.inf, -math.inf, math.nan):
+            source = torch.zeros(2 * TILE + 64, dtype=dtype)
+            source[-2] = last
+            sources.append(source.to(device))
+            targets.append(torch.empty_like(sources[-1]))
+    for number, (dst, src) in enumerate(zip(targets, sources)):
+        layout = Layout(tuple(dst.shape), src.stride(), dst.stride(), src.dtype, dst.dtype)
+        slices.add(layout, 0, dst.data_ptr(), slot=number, region=str(number))
+    regions = {str(number): source for number, source in enumerate(sources)}
+    table = CopyTable(slices, regions, device, first_flag=len(sources))
+    sums = torch.zeros(2 * len(sources), dtype=torch.int64, device=device)
+    table.run(launch, sums, flags=True)
+    _check_flags(sums[len(sources) :], sources)
+
+
+def _check_flags(flags: torch.Tensor, tensors: Sequence[torch.Tensor]) -> None:
+    if flags.tolist() != [int(not bool(torch.isfinite(one).all())) for one in tensors]:
+        raise RuntimeError(f"the kernel failed its test (numbers that are not finite: {flags.tolist()})")
 
 
 def _try_sums(launch: Any, sources: list[torch.Tensor], target: torch.dtype, cast: Cast | None) -> None:

@@ -125,6 +125,7 @@ class RunProgram:
         program: Name of the program to run.
         keep_views: Whether the regions that it reads stay mapped after this.
         is_last: Leave the session after the reply.
+        flags: Whether to look for numbers that are not finite.
     """
 
     release: Sequence[str] = ()
@@ -133,6 +134,7 @@ class RunProgram:
     program: str | None = None
     keep_views: bool = True
     is_last: bool = False
+    flags: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,6 +269,7 @@ class BucketResult:
         traced: The copies of the tensors that can be planned; None if they were planned before and not asked for.
         deviating: Tensors that the loader treated differently than planned; None unless it was watched for that.
         step_seconds: Step -> seconds.
+        nonfinite: Tensors that left a NaN or an infinite number in the parameters; None if there are none.
     """
 
     differing: Sequence[str]
@@ -276,6 +279,7 @@ class BucketResult:
     traced: TracedCopies | None
     deviating: Sequence[str] | None
     step_seconds: Mapping[str, float]
+    nonfinite: Sequence[str] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,10 +289,12 @@ class ProgramResult:
     Attributes:
         checksums: The program's sums; None if no program was run.
         step_seconds: Step -> seconds.
+        nonfinite: Numbers of the sums whose parameters hold a NaN or an infinite number; None if there are none.
     """
 
     checksums: Sequence[int] | None
     step_seconds: Mapping[str, float]
+    nonfinite: Sequence[int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -417,7 +423,7 @@ _REQUIRED = {cls: tuple(field.name for field in fields(cls) if field.default is 
 def _loads(text: str | bytes) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ProtocolError(f"a message is not JSON: {error}") from None
 
 
@@ -427,7 +433,9 @@ def _decoded(parts: Any, classes: Iterable[type[Any]]) -> Any:
         if kind == cls.__name__:
             return _filled(cls, {name: value for name, value in parts.items() if name != "kind"})
     kinds = ", ".join(cls.__name__ for cls in classes)
-    raise ProtocolError(f"kind {kind!r} is none of {kinds}" if kind is not None else f"{_short(parts)} is no message")
+    raise ProtocolError(
+        f"kind {_short(kind)} is none of {kinds}" if kind is not None else f"{_short(parts)} is no message"
+    )
 
 
 def _filled(cls: type[Any], values: Any) -> Any:
@@ -442,4 +450,7 @@ def _filled(cls: type[Any], values: Any) -> Any:
 
 
 def _short(value: Any) -> str:
-    return repr(value)[:60]
+    try:
+        return repr(value)[:60]
+    except RecursionError:
+        return f"a nested {type(value).__name__}"

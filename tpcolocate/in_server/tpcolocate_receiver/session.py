@@ -20,13 +20,13 @@ from typing import Any
 import torch
 
 from . import kernels, protocol
-from .checksums import checksum, load_kernels
+from .checksums import are_finite, checksum, load_kernels
 from .copy_plan import CopyPlan
 from .copy_program import CopyProgram
 from .dry_run import Handling, dry_run
 from .handles import device_uuid, is_elsewhere, open_handle
-from .load_bucket import load_bucket
-from .loader_trace import differing
+from .load_bucket import LoadedBucket, load_bucket
+from .loader_trace import differing, views
 from .protocol import Envelope, OpenSession, Reply, WorkerError
 
 logger = logging.getLogger(__name__)
@@ -277,6 +277,7 @@ class Session:
                 traced=self._traced(entries) if not loaded.replayed or command.report_trace else None,
                 deviating=loaded.deviating,
                 step_seconds=clock.seconds,
+                nonfinite=sorted(entries[i][0] for i in _nonfinite(loaded, flat, entries)) or None,
             )
         finally:
             if device.type == "cuda":
@@ -348,17 +349,21 @@ class Session:
             }
         clock.lap("define")
         checksums: list[int] | None = None
+        nonfinite: list[int] = []
         if command.program is not None:
             if not state.plan.is_current():
                 raise RuntimeError("the parameters moved during a sync")
             program = state.programs[command.program]
             with torch.no_grad():
-                checksums, seconds = program.run(state.plan, state.regions, keep_views=command.keep_views)
+                checksums, seconds = program.run(
+                    state.plan, state.regions, keep_views=command.keep_views, flags=command.flags
+                )
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)
+            nonfinite = program.nonfinite
             clock.lap("load")
             clock.seconds.update(seconds)
-        return protocol.ProgramResult(checksums, clock.seconds)
+        return protocol.ProgramResult(checksums, clock.seconds, nonfinite or None)
 
     def _release_staging(self, command: protocol.ReleaseStaging) -> None:
         if command.mapped:
@@ -367,6 +372,15 @@ class Session:
 
     def _find_unwritten(self, command: protocol.FindUnwritten) -> protocol.UnwrittenParameters:
         return protocol.UnwrittenParameters(self._state.plan.unwritten(self._model))
+
+
+def _nonfinite(loaded: LoadedBucket, flat: torch.Tensor, entries: Sequence[Sequence[Any]]) -> set[int]:
+    """Return the entries that left what is not finite in the parameters, or that were sent so and cannot be read back."""
+    seen = [(copy.entry, copy.dst) for copy in loaded.copies if copy.entry not in loaded.unverified]
+    if loaded.unverified:
+        sent = views(flat, entries)
+        seen += [(number, sent[number][1]) for number in loaded.unverified]
+    return {number for (number, _), is_finite in zip(seen, are_finite([one for _, one in seen])) if not is_finite}
 
 
 _HANDLERS: dict[type[Any], Callable[[Session, Any], Any]] = {

@@ -7,7 +7,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from .kernel_tables import PART_FIELDS, TILE_FIELDS, Variant
+from .kernel_tables import COPY, PART_FIELDS, TILE_FIELDS, Variant
 
 NUM_WARPS = 8
 
@@ -45,6 +45,10 @@ def _copy_and_sum(
     rows = tl.arange(0, block_rows)[:, None]
     words = tl.max_contiguous(tl.arange(0, block_words), block_words)[None, :]
     found = tl.zeros((block_rows, block_words), dtype=tl.int64)
+    if copies == 2:
+        exponent = tl.load(part + 9)
+        one = tl.load(part + 10)
+        carried = tl.zeros((block_rows, block_words), dtype=tl.int64)
     for begin_row in range(0, row_count, block_rows):
         for begin in range(0, word_count, block_words):
             row = begin_row + rows
@@ -56,10 +60,19 @@ def _copy_and_sum(
                 tl.store(at, given, mask=mask)
                 # No thread reads what another has yet to write; volatile, so that memory is read and not a register.
                 tl.debug_barrier()
-                found += tl.load(at, mask=mask, other=0, volatile=True)
+                there = tl.load(at, mask=mask, other=0, volatile=True)
+                found += there
+                if copies == 2:
+                    # See `finite_masks`.
+                    carried |= (there & exponent) + one
             else:
                 found += given
     tl.atomic_add(sums + tl.load(part + 7), tl.sum(tl.sum(found, axis=1), axis=0) * tl.load(part + 8))
+    if copies == 2:
+        flag = tl.load(part + 11)
+        is_flagged = ((carried & (exponent + one)) != 0).to(tl.int32)
+        if (tl.max(tl.max(is_flagged, axis=1), axis=0) != 0) & (flag >= 0):
+            tl.store(sums + flag, 1)
 
 
 @triton.jit
@@ -133,6 +146,10 @@ def _cast_and_sum(
         found = tl.zeros((block_rows, block_elements // per_word), dtype=tl.int64)
     else:
         found = tl.zeros((block_rows, block_elements), dtype=tl.int64)
+    if copies == 2:
+        exponent = tl.load(part + 9)
+        one = tl.load(part + 10)
+        carried = tl.zeros((block_rows, block_elements // per_word), dtype=tl.int64)
     for begin_row in range(0, row_count, block_rows):
         for begin in range(0, element_count, block_elements):
             row = begin_row + rows
@@ -146,30 +163,39 @@ def _cast_and_sum(
                 # As words, which other threads have written in part: behind the barrier they are complete.
                 word = begin // per_word + words
                 at = dst_words + row * word_stride + word
-                found += tl.load(at, mask=(row < row_count) & (word < word_count), other=0, volatile=True)
+                there = tl.load(at, mask=(row < row_count) & (word < word_count), other=0, volatile=True)
+                found += there
+                if copies == 2:
+                    carried |= (there & exponent) + one
             else:
                 # Element i of a word, the lowest first.  What the mask leaves out is zero in every dtype.
                 found += cast.to(tl.int64) << ((element % per_word) * (64 // per_word)).to(tl.int64)
     tl.atomic_add(sums + tl.load(part + 7), tl.sum(tl.sum(found, axis=1), axis=0) * tl.load(part + 8))
+    if copies == 2:
+        flag = tl.load(part + 11)
+        is_flagged = ((carried & (exponent + one)) != 0).to(tl.int32)
+        if (tl.max(tl.max(is_flagged, axis=1), axis=0) != 0) & (flag >= 0):
+            tl.store(sums + flag, 1)
 
 
 _BITS = {"float32": tl.uint32, "bfloat16": tl.uint16, "float16": tl.uint16}
 """Names of dtypes that are cast -> the unsigned integer of the same size."""
 
 
-def launch(parts: Any, tiles: Any, sums: Any, variant: Variant, *, copies: bool = True) -> None:
+def launch(parts: Any, tiles: Any, sums: Any, variant: Variant, *, copies: int = COPY) -> None:
     """Queue a kernel on the current stream.
 
     Args:
         parts, tiles: See `kernel_tables`; the tiles are of the variant.
         sums: int64, contiguous.  The weighted sum of every part is added to the element of its slot.
         variant: Of the tiles.
-        copies: Whether sources are copied to targets and these are summed up; otherwise what would be copied is.
+        copies: `COPY`: sources are copied to targets, and these are summed up.  `COPY_AND_FLAG`: and the flag of a part
+            becomes 1 if its target then holds a number that is not finite.  `SUM`: what would be copied is summed up.
     """
     grid = (len(tiles),)
     shape = (PART_FIELDS, TILE_FIELDS, variant.tile, variant.block_rows, variant.block)
     if variant.cast is None:
-        _copy_and_sum[grid](parts, tiles, sums, *shape, copies, num_warps=NUM_WARPS)
+        _copy_and_sum[grid](parts, tiles, sums, *shape, int(copies), num_warps=NUM_WARPS)
         return
     source, target = (str(dtype).removeprefix("torch.") for dtype in variant.cast)
     per_word = 8 // variant.cast[1].itemsize
@@ -183,6 +209,6 @@ def launch(parts: Any, tiles: Any, sums: Any, variant: Variant, *, copies: bool 
         _BITS[source],
         _BITS[target],
         per_word,
-        copies,
+        int(copies),
         num_warps=NUM_WARPS,
     )

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from tpcolocate.in_server.tpcolocate_receiver.regions import Region, whole
 from tpcolocate.weights.plan.sharding import Shards, mesh_groups, shard_regions
 from tpcolocate.weights.plan.slices import (
+    ALIGNMENT,
     Block,
     Read,
     ReadsOfRanks,
@@ -345,7 +346,8 @@ def plan_transfer(
     readers = {request.layout.rank: None}
     for group, of_group in costs.items():
         # Two halves and, where something is sent, memory to send it from.
-        limit = staging_bytes // (3 if any(cost.is_sent for cost in of_group.values()) else 2)
+        # However little that is, a slice at a time fits.
+        limit = max(staging_bytes // (3 if any(cost.is_sent for cost in of_group.values()) else 2), ALIGNMENT)
         sizes = {name: cost.num_bytes for name, cost in of_group.items()}
         for names in cut([name for name in of_group if sizes[name]], sizes, limit):
             is_sent = any(of_group[name].is_sent for name in names)

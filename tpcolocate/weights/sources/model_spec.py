@@ -1,4 +1,4 @@
-"""The names and shapes that the served model expects, so that wrong ones are refused before they are sent.
+"""The names, shapes and dtypes that the served model expects, so that wrong ones are refused before they are sent.
 
 SGLang answers 200 to an unknown name (with a warning in its log), to a projection with too few rows (padded with
 zeros) and to one with too many (truncated): see /update_weights_from_tensor in releases 0.5.9 to 0.5.23.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
@@ -17,6 +17,26 @@ from safetensors import safe_open
 
 from tpcolocate.errors import ConfigError, WeightsMismatchError, some
 from tpcolocate.weights.sources.hf_names import to_checkpoint
+from tpcolocate.weights.sources.rename_hint import rename_hint
+
+FLOATS = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))
+"""Dtypes of weights; they are cast to each other as they are copied."""
+# As safetensors names them.
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "C64": torch.complex64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,18 +46,25 @@ class ModelSpec:
     Attributes:
         shapes: Name -> full shape.
         origin: Where they were read, for messages.
+        dtypes: Name -> dtype, as far as is known.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
     origin: str
+    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
 
-    def check(self, tensors: Iterable[tuple[str, torch.Size]]) -> None:
+    def check(self, tensors: Iterable[tuple[str, torch.Size]], *, hint: bool = True) -> None:
         """Check names and shapes that are about to be sent.
+
+        Args:
+            tensors: Names and full shapes.
+            hint: Whether the names are the source's own, so that the error may have the `rename` that mends them.
 
         Raises:
             WeightsMismatchError: An unknown name, or a wrong shape.
         """
         unknown, wrong = [], []
+        tensors = list(tensors)
         for name, shape in tensors:
             expected = self.shapes.get(name)
             if expected is None:
@@ -50,9 +77,37 @@ class ModelSpec:
                 hint="the trainer's model differs from the served one; SGLang would pad or truncate these without an error",
             )
         if unknown:
+            rename = rename_hint([(name, tuple(shape)) for name, shape in tensors], self.shapes) if hint else None
             raise WeightsMismatchError(
                 f"the served model has no {some(unknown)} (according to {self.origin})",
-                hint="use the names of the checkpoint that the server loaded; SGLang would ignore these without an error",
+                hint="use the names of the checkpoint that the server loaded; SGLang would ignore these without an error"
+                if rename is None
+                else f"pass {rename}",
+            )
+
+    def check_dtypes(self, tensors: Iterable[tuple[str, torch.dtype]]) -> None:
+        """Check dtypes that are about to be sent: `FLOATS` are cast to each other, and nothing else is.
+
+        Args:
+            tensors: Names that `check` has passed, and dtypes.
+
+        Raises:
+            WeightsMismatchError: A dtype that is another kind than the model's.
+        """
+        wrong = []
+        for name, dtype in tensors:
+            expected = self.dtypes.get(name)
+            if expected is None:
+                fits = not dtype.is_complex
+            else:
+                fits = dtype == expected or (dtype in FLOATS and expected in FLOATS)
+            if not fits:
+                wrong.append(f"{name} is {dtype}" + ("" if expected is None else f", the model expects {expected}"))
+        if wrong:
+            raise WeightsMismatchError(
+                f"{some(wrong)} (according to {self.origin})",
+                hint="send weights in float32, bfloat16, float16 or float64, and all else in the dtype of the checkpoint; "
+                "SGLang would convert the numbers without an error",
             )
 
     def missing(self, names: Iterable[str], *, ignored: Collection[str] = ()) -> list[str]:
@@ -102,11 +157,15 @@ def read_spec(model_path: str) -> ModelSpec | None:
     files = safetensors_files(folder)
     if files:
         shapes: dict[str, tuple[int, ...]] = {}
+        dtypes: dict[str, torch.dtype] = {}
         for file in files:
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():
-                    shapes[name] = tuple(tensors.get_slice(name).get_shape())
-        return ModelSpec(shapes, f"{len(files)} safetensors files in {folder}")
+                    header = tensors.get_slice(name)
+                    shapes[name] = tuple(header.get_shape())
+                    if (dtype := _DTYPES.get(header.get_dtype())) is not None:
+                        dtypes[name] = dtype
+        return ModelSpec(shapes, f"{len(files)} safetensors files in {folder}", dtypes)
     return _from_architecture(folder)
 
 
@@ -186,7 +245,8 @@ def _from_architecture(folder: Path) -> ModelSpec | None:
         weights.setdefault(id(tensor), (name, tensor))
     served = to_checkpoint(model, list(weights.values()), is_served=lambda name: False)
     shapes = {name: tuple(item.shape) for name, item in served}
-    return ModelSpec(shapes, f"the architecture {type(model).__name__} of {folder / 'config.json'}")
+    dtypes = {name: item.dtype for name, item in served}
+    return ModelSpec(shapes, f"the architecture {type(model).__name__} of {folder / 'config.json'}", dtypes)
 
 
-__all__ = ["ModelSpec", "check_not_quantised", "local_folder", "read_spec", "safetensors_files"]
+__all__ = ["FLOATS", "ModelSpec", "check_not_quantised", "local_folder", "read_spec", "safetensors_files"]

@@ -9,8 +9,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torch.distributed.tensor import DTensor
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from tpcolocate.errors import ConfigError, WeightsMismatchError, some
+from tpcolocate.checks import check_text
+from tpcolocate.errors import ConfigError, WeightsMismatchError, shown, some
 from tpcolocate.garbage import collector_paused
 from tpcolocate.in_server.tpcolocate_receiver.checksums import word_sum
 from tpcolocate.weights.sources import fsdp1, peft_merge, zero3
@@ -148,15 +151,43 @@ def _renamed(weights: Iterable[tuple[str, Item]], rename: Rename | None) -> Iter
             yield served_name, item
 
 
-def _served_name(name: str, rename: Rename | None) -> str | None:
+def check_rename(rename: object) -> None:
+    """Check a `rename` as far as that is possible before it is used.
+
+    Raises:
+        ConfigError: It is neither None nor callable nor a mapping, or it maps from or to something that is no name.
+    """
     if rename is None:
-        return name
-    served = rename.get(name, name) if isinstance(rename, Mapping) else rename(name)
-    if not (served is None or isinstance(served, str)):
+        return
+    if isinstance(rename, Mapping):
+        for name, served in rename.items():
+            if not isinstance(name, str):
+                raise ConfigError(f"rename maps from {shown(name)}", hint="its keys are names of the source")
+            _check_served(name, served)
+    elif not callable(rename):
+        raise ConfigError(
+            f"rename must be a function or a mapping, got {shown(rename)}",
+            hint='for example rename={"policy.lm_head.weight": "lm_head.weight", "value_head.weight": None}',
+        )
+
+
+def _check_served(name: str, served: object) -> None:
+    if served is None:
+        return
+    if not isinstance(served, str):
         raise ConfigError(
             f"rename returned {type(served).__name__} for {name}",
             hint="return a name of the served checkpoint, or None to leave the weight out",
         )
+    check_text(f"what rename returns for {name}", served)
+
+
+def _served_name(name: str, rename: Rename | None) -> str | None:
+    if rename is None:
+        return name
+    served = rename.get(name, name) if isinstance(rename, Mapping) else rename(name)
+    if not isinstance(rename, Mapping):
+        _check_served(name, served)  # a mapping's values have been checked
     return served
 
 
@@ -355,6 +386,17 @@ def _checked(item: object) -> tuple[str, torch.Tensor]:
         )
     if tensor.is_meta:
         raise ConfigError(f"{name} is on the meta device and has no data", hint="materialise the model first")
+    if isinstance(tensor, (UninitializedBuffer, UninitializedParameter)):
+        raise ConfigError(f"{name} is not initialised", hint="run the lazy module once before it is synced")
+    if tensor.is_quantized:
+        raise ConfigError(f"{name} is a quantised tensor ({tensor.dtype})", hint="convert it with dequantize()")
+    if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__ and not isinstance(tensor, DTensor):
+        raise ConfigError(
+            f"{name} is a {type(tensor).__name__}, which has no memory of its own that could be sent",
+            hint="convert it to a plain tensor first",
+        )
+    if tensor.layout is torch.strided and (tensor.is_neg() or tensor.is_conj() or tensor.is_nested):
+        raise ConfigError(f"{name} is a view whose memory holds other values", hint="send a copy of it: tensor.clone()")
     if tensor.layout is not torch.strided:
         raise ConfigError(
             f"{name} has layout {tensor.layout}; only dense tensors can be sent", hint="convert it with to_dense()"
@@ -362,4 +404,4 @@ def _checked(item: object) -> tuple[str, torch.Tensor]:
     return name, tensor
 
 
-__all__ = ["Extra", "NamedWeights", "Rename", "Source", "gathered_state", "may_equal", "tie_hint"]
+__all__ = ["Extra", "NamedWeights", "Rename", "Source", "check_rename", "gathered_state", "may_equal", "tie_hint"]

@@ -9,13 +9,13 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 # Each wrapper inserts a segment of its own into every name below it.
-_WRAPPER_SEGMENTS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
+WRAPPER_SEGMENTS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
 
 
 def without_wrappers(name: str) -> str:
     """Return the name of a weight, or the path of a module, in the model before it was wrapped."""
     name += "."  # a path may end with a wrapper
-    for segment in _WRAPPER_SEGMENTS:
+    for segment in WRAPPER_SEGMENTS:
         name = name.replace(segment, "")
     return name.removesuffix(".")
 
@@ -36,4 +36,4 @@ def _is_wrapper(module: nn.Module) -> bool:
     )
 
 
-__all__ = ["unwrapped", "without_wrappers"]
+__all__ = ["WRAPPER_SEGMENTS", "unwrapped", "without_wrappers"]

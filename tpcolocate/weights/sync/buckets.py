@@ -17,6 +17,7 @@ from tpcolocate.weights.buckets import split_into_buckets
 from tpcolocate.weights.plan.loader_map import TensorEntry
 from tpcolocate.weights.sources.lazy_tensor import Item, Items, LazyTensor, full_bytes, is_collective
 from tpcolocate.weights.sources.named_weights import NamedWeights
+from tpcolocate.weights.sources.nonfinite import refuse_nonfinite
 from tpcolocate.weights.sync.mesh_schedule import gathers
 from tpcolocate.weights.sync.records import BucketsSent
 from tpcolocate.weights.sync.replicas import are_compared, refuse
@@ -85,6 +86,9 @@ def _next_bucket(session: SyncSession, stream: Iterator[Items], error: BaseExcep
                 bucket = next(stream, None)  # a generator may gather, and may fail
                 if bucket is not None and session.context.spec is not None:
                     session.context.spec.check([(name, tensor.shape) for name, tensor in bucket])
+                    session.context.spec.check_dtypes([(name, tensor.dtype) for name, tensor in bucket])
+                if bucket is not None and session.options.nonfinite == "refuse":
+                    refuse_nonfinite(bucket)
             except BaseException as caught:
                 error = caught
         mine = None if bucket is None else [(n, tuple(t.shape), t.dtype) for n, t in bucket]
@@ -156,6 +160,7 @@ def _send(
         session.state.loader_map.update(verdict.traced, entries, session.context.tp_size, loaded=True)
     stats.add_worker_seconds(verdict.step_seconds)
     stats.by_way.staged += num_bytes
+    stats.nonfinite.update(verdict.nonfinite)
     if not is_sample:
         stats.unverified.update(verdict.unverified)
         stats.num_replayed += len(bucket) if verdict.replayed else 0

@@ -10,6 +10,7 @@ from tpcolocate.errors import SyncError, some
 from tpcolocate.in_server.tpcolocate_receiver.protocol import FindUnwritten
 from tpcolocate.report import RankReport, SyncReport
 from tpcolocate.weights.sources.named_weights import NamedWeights
+from tpcolocate.weights.sources.nonfinite import nonfinite_text
 from tpcolocate.weights.sync.completeness import check_at_end, ignored_names, missing_names
 from tpcolocate.weights.sync.session import WEIGHTS_UNKNOWN, SyncSession
 from tpcolocate.weights.transport.bucket_sender import BucketSender
@@ -40,6 +41,8 @@ def finish(
     """
     error: BaseException | None = None
     with session.stats.watch.phase("finish"):
+        if session.options.nonfinite == "refuse":
+            _refuse_nonfinite(session)
         if not repeats:
             session.together("check that all weights were sent", lambda: check_at_end(session, weights))
             if traced and not session.options.partial:
@@ -56,6 +59,13 @@ def finish(
         except BaseException as caught:
             error = caught
     return _report(session, sender, error, bucket_bytes)
+
+
+def _refuse_nonfinite(session: SyncSession) -> None:
+    """Refuse what only its arrival has shown: weights that are computed on the way, or that the engine's dtype cannot hold."""
+    of_ranks = session.agree(None, sorted(session.stats.nonfinite), what="look for weights that are not finite")
+    if names := sorted({name for of_rank in of_ranks for name in of_rank}):
+        raise SyncError(nonfinite_text(names), hint=WEIGHTS_UNKNOWN, rank=session.context.owner_rank)
 
 
 def _find_unwritten(session: SyncSession) -> None:
@@ -100,8 +110,11 @@ def _report(session: SyncSession, sender: BucketSender, error: BaseException | N
         peak_extra_bytes=stats.peak.extra_bytes,
         allocated_bytes=allocated,
     )
-    of_ranks = session.agree(error, (mine, warning), what="finish the weight sync")
-    warnings = [f"rank {one.rank}: {text}" for one, text in of_ranks if text is not None] + stats.warnings
+    of_ranks = session.agree(error, (mine, warning, sorted(stats.nonfinite)), what="finish the weight sync")
+    warnings = [f"rank {one.rank}: {text}" for one, text, _ in of_ranks if text is not None] + stats.warnings
+    nonfinite = sorted({name for *_, names in of_ranks for name in names})
+    if nonfinite:
+        warnings.append(nonfinite_text(nonfinite))
     problem = session.state.handle_problems.get(session.options.payloads)
     if sender.transport == "file" and problem is not None:
         warnings.append(f"weights go through files: {problem}")
@@ -125,7 +138,8 @@ def _report(session: SyncSession, sender: BucketSender, error: BaseException | N
         warnings=tuple(warnings),
         ignored=tuple(ignored_names(session)),
         missing=None if missing is None else tuple(missing),
-        ranks=tuple(one for one, _ in of_ranks),
+        ranks=tuple(one for one, *_ in of_ranks),
+        nonfinite=tuple(nonfinite),
     )
 
 

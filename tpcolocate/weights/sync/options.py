@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from tpcolocate.errors import ConfigError
-from tpcolocate.weights.sources.named_weights import Rename
+from tpcolocate.checks import check_choice, check_flag, check_folder, check_path, check_positive_integer
+from tpcolocate.weights.sources.named_weights import Rename, check_rename
 from tpcolocate.weights.transport.bucket_sender import PAYLOADS, TRANSPORTS
+
+NONFINITE = ("warn", "refuse")
+"""``warn``: name weights that are NaN or infinite in the report.  ``refuse``: look for them first, and send nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +25,10 @@ class SyncOptions:
         folder: Where files go, for the transport ``file``; default: /dev/shm.
         rename: From the source's names to the served checkpoint's; see `NamedWeights`.
         parts: Move only the parts that each TP worker reads, where that is known, instead of full tensors.
+        nonfinite: One of `NONFINITE`.
+
+    Raises:
+        ConfigError: One of them is of another type, out of range or unknown, or files cannot be written to the folder.
     """
 
     bucket_bytes: int = 512 * 2**20
@@ -31,14 +38,20 @@ class SyncOptions:
     folder: Path | None = None
     rename: Rename | None = None
     parts: bool = True
+    nonfinite: str = "warn"
 
     def __post_init__(self) -> None:
-        if self.bucket_bytes <= 0:
-            raise ConfigError(f"bucket_bytes must be positive, got {self.bucket_bytes}")
-        if self.payloads not in PAYLOADS:
-            raise ConfigError(f"payloads={self.payloads!r} is unknown", hint=f"one of {', '.join(PAYLOADS)}")
-        if self.transport not in TRANSPORTS:
-            raise ConfigError(f"transport={self.transport!r} is unknown", hint=f"one of {', '.join(TRANSPORTS)}")
+        check_positive_integer("bucket_bytes", self.bucket_bytes)
+        check_choice("payloads", self.payloads, PAYLOADS)
+        check_choice("transport", self.transport, TRANSPORTS)
+        check_choice("nonfinite", self.nonfinite, NONFINITE)
+        check_flag("partial", self.partial)
+        check_flag("parts", self.parts)
+        check_rename(self.rename)
+        if self.folder is not None:
+            # Where no file will be written it need not exist.
+            check = check_path if self.transport == "ipc" else check_folder
+            object.__setattr__(self, "folder", check("folder", self.folder))
 
 
-__all__ = ["SyncOptions"]
+__all__ = ["NONFINITE", "SyncOptions"]

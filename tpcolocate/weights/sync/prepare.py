@@ -12,6 +12,7 @@ from tpcolocate.errors import ConfigError, WeightsMismatchError
 from tpcolocate.garbage import collector_paused
 from tpcolocate.weights.plan.sharding import CachedShards, LocalShard, Shards, mesh_groups
 from tpcolocate.weights.sources.named_weights import NamedWeights, Source
+from tpcolocate.weights.sources.nonfinite import refuse_nonfinite
 from tpcolocate.weights.sync.buckets import summary
 from tpcolocate.weights.sync.completeness import check_again, check_before_trace
 from tpcolocate.weights.sync.mesh_calls import route_call
@@ -78,8 +79,11 @@ def _check(session: SyncSession, weights: NamedWeights) -> None:
     if repeated is not None:
         raise WeightsMismatchError(f"{repeated} is given twice", hint="names must be unique")
     if spec is not None:
-        spec.check([(name, tensor.shape) for name, tensor in items])
+        spec.check([(name, tensor.shape) for name, tensor in items], hint=session.options.rename is None)
+        spec.check_dtypes([(name, tensor.dtype) for name, tensor in items])
     check_before_trace(session, weights)
+    if session.options.nonfinite == "refuse":
+        refuse_nonfinite(items)
 
 
 def _memory_uses(session: SyncSession, shards: Shards) -> list[str]:
@@ -111,6 +115,8 @@ def prepare_again(session: SyncSession, source: Source, cached: CachedSync) -> P
     _wait_for_trainer(session)
     weights = match.weights
     check_again(session, weights, cached.ties)
+    if session.options.nonfinite == "refuse":
+        refuse_nonfinite(weights.items or ())
     view = replace(
         cached.view, memory_uses=None, repeats=True, has_new_replicas=False, excerpt=excerpt_sum(session, weights)
     )

@@ -197,6 +197,8 @@ class SyncStats:
         self.ignored: set[str] = set()
         """And those that the loader was seen to read nothing of."""
         self.unverified: set[str] = set()
+        self.nonfinite: set[str] = set()
+        """Weights that are NaN or infinite in part, as far as this rank knows."""
         self.warnings: list[str] = []
         self.worker_seconds: dict[str, float] = {}
         self.num_bytes = self.num_buckets = self.num_replayed = 0

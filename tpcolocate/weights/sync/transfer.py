@@ -22,6 +22,10 @@ from tpcolocate.weights.transport.mapped_memory import TRANSIENT_ELSEWHERE
 from tpcolocate.weights.transport.staging import PlannedTransfer, Transfer, half_region, program_definitions
 from tpcolocate.worker_errors import raise_worker_errors
 
+# A GPU that looks for numbers that are not finite while it copies needs more registers.  What that costs has not been
+# measured, so repeated syncs do it now and then: NaNs stay in the weights of a training.
+_LOOK_EVERY = 8
+
 Found = dict[str, dict[int, Any]]
 """On the owner: program -> TP rank -> the checksums that its worker found."""
 
@@ -56,6 +60,7 @@ def transfer(session: SyncSession, prepared: Prepared, opened: Opened, route: Ro
     else:
         cached, current, define = _plan(session, opened, route, traced=traced)
     plan = current.plan
+    looks = _looks_for_nonfinite(session, route)
     found: Found = {}
     expected: list[list[int]] = []
     halves: dict[int, list[Any]] = {}
@@ -77,12 +82,12 @@ def transfer(session: SyncSession, prepared: Prepared, opened: Opened, route: Ro
             except BaseException as caught:
                 error = caught if error is None else error
     if route.repeats:
-        posted, error = _post_same(session, _command(plan, 0, route), error)
+        posted, error = _post_same(session, _command(plan, 0, route, looks=looks), error)
     else:
-        command = replace(_command(plan, 0, route), define=define)
-        posted, error = _post(session, "copy mapped memory", command, None, error, found)
+        command = replace(_command(plan, 0, route, looks=looks), define=define)
+        posted, error = _post(session, "copy mapped memory", command, None, error, found, current)
     for i, stage in enumerate(plan.stages):
-        command = _command(plan, i + 1, route)
+        command = _command(plan, i + 1, route, looks=looks)
         number = session.next_command()
         with session.stats.watch.phase("gather"):
             try:
@@ -92,7 +97,7 @@ def transfer(session: SyncSession, prepared: Prepared, opened: Opened, route: Ro
                     command = replace(command, map=_halves_to_map(session, plan, halves))
             except BaseException as caught:
                 error = caught
-        posted, error = _post(session, f"copy stage {i}", command, posted, error, found, number=number)
+        posted, error = _post(session, f"copy stage {i}", command, posted, error, found, current, number=number)
     _verify(session, current, posted, found, error, expected)
     if not session.schedule.make("done", True):
         session.set_aside({HALVES_ELSEWHERE, TRANSIENT_ELSEWHERE})
@@ -131,11 +136,18 @@ def _plan(
     return planned[1], planned[0], define
 
 
-def _command(plan: TransferPlan, number: int, route: Route) -> RunProgram:
+def _looks_for_nonfinite(session: SyncSession, route: Route) -> bool:
+    """Whether the workers look for numbers that are not finite in this sync; the same on every rank."""
+    if not route.repeats or session.options.nonfinite == "refuse" or session.context.device.type != "cuda":
+        return True
+    return session.state.num_syncs % _LOOK_EVERY == 0
+
+
+def _command(plan: TransferPlan, number: int, route: Route, *, looks: bool) -> RunProgram:
     programs = plan.programs
     # Of a sync that repeats another it is known what it ends with: the workers then leave by themselves.
     is_last = route.repeats and number == len(programs) - 1
-    return RunProgram(program=programs[number], keep_views=number == 0, is_last=is_last)
+    return RunProgram(program=programs[number], keep_views=number == 0, is_last=is_last, flags=looks)
 
 
 def _post_same(
@@ -166,6 +178,7 @@ def _post(
     before: _Posted | None,
     error: BaseException | None,
     found: Found,
+    current: Transfer,
     *,
     number: int | None = None,
 ) -> tuple[_Posted, BaseException | None]:
@@ -186,7 +199,7 @@ def _post(
         mine = Addressed(session.context.tp_rank, command)
         of_ranks = session.agree(error, (mine, replies), what=what)
         if before is not None:
-            _accept(session, before, of_ranks[session.context.owner][1])
+            _accept(session, before, of_ranks[session.context.owner][1], current)
         try:
             session.connection.post({k: of_rank for k, (of_rank, _) in enumerate(of_ranks)}, number)
             error = None
@@ -208,12 +221,25 @@ def _collect(session: SyncSession, posted: _Posted, found: Found) -> Replies:
     return kept
 
 
-def _accept(session: SyncSession, posted: _Posted, replies: Replies) -> None:
+def _accept(session: SyncSession, posted: _Posted, replies: Replies, current: Transfer) -> None:
     """Enter on every rank what the workers replied to a command."""
     # Staging memory is mapped by the command of its first stage.
     session.ledger.note_opened(HALVES, {rank: reply.opened for rank, reply in replies.items()})
     raise_worker_errors(replies, "weights did not arrive", hint=WEIGHTS_UNKNOWN, rank=session.context.owner_rank)
     session.stats.add_worker_seconds(slowest(replies))
+    result = replies[session.context.tp_rank].result
+    if result is not None and result.nonfinite:
+        # Other ranks' workers read other slices, whose names their own ranks know.
+        labels = _labels(current)[current.plan.programs.index(posted.program)]
+        session.stats.nonfinite.update(labels[number] for number in result.nonfinite)
+
+
+def _labels(current: Transfer) -> list[list[str]]:
+    """Return for each program what the sums are of that it reports to this rank."""
+    return [
+        [label for of_source in current.planned.labels for label in of_source],
+        *([one.name for _, one, _ in stage.taken] for stage in current.plan.stages),
+    ]
 
 
 def _verify(
@@ -252,7 +278,7 @@ def _verify(
             error = caught
         of_ranks = session.agree(error, (_digest(expected), replies, arrived), what="copy the weights")
         _, replies, arrived = of_ranks[session.context.owner]
-        _accept(session, posted, replies)
+        _accept(session, posted, replies, current)
     if any(given != arrived[tp_rank] for tp_rank, (given, *_) in enumerate(of_ranks)):
         with session.stats.watch.phase("verify"):
             on_owner = session.on_owner("send the checksums that were found", lambda: found)
@@ -262,13 +288,9 @@ def _verify(
 def _compare(session: SyncSession, current: Transfer, expected: list[list[int]], found: Found) -> None:
     """Name what this rank's worker has that the ranks of the mesh did not give it."""
     tp_rank, plan = session.context.tp_rank, current.plan
-    labels = [
-        [label for of_source in current.planned.labels for label in of_source],
-        *([one.name for _, one, _ in stage.taken] for stage in plan.stages),
-    ]
     wrong = {
         label
-        for program, of_program, sums in zip(plan.programs, labels, expected, strict=True)
+        for program, of_program, sums in zip(plan.programs, _labels(current), expected, strict=True)
         for label, here, there in zip(of_program, sums, found[program][tp_rank], strict=True)
         if here != there
     }

@@ -39,6 +39,7 @@ class Verdict:
         deviating: Tensors that the loader treated differently than traced before.
         step_seconds: Step inside the workers -> seconds, the slowest worker's.
         ignored: Tensors that no worker's loader read anything of, as may be.
+        nonfinite: Tensors that left a NaN or an infinite number in the engine.
     """
 
     opened: dict[int, bool] = field(default_factory=dict)
@@ -50,6 +51,7 @@ class Verdict:
     deviating: tuple[str, ...] = ()
     step_seconds: dict[str, float] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
+    nonfinite: tuple[str, ...] = ()
 
 
 def judge(
@@ -85,6 +87,7 @@ def judge(
         deviating=tuple(sorted({name for result in results.values() for name in result.deviating or ()})),
         step_seconds=slowest(replies),
         ignored=tuple(ignored),
+        nonfinite=tuple(sorted({name for result in results.values() for name in result.nonfinite or ()})),
     )
 
 

@@ -1,0 +1,95 @@
+"""Writes docs/errors.md: every error that the library raises, read from its source.
+
+Run by ``make docs``; a test compares the page with the code.  Standard library only.
+"""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "errors.md"
+PACKAGE = ROOT / "tpcolocate"
+HEAD = """# Errors
+
+Every error that tpcolocate raises, by class. `<name>` stands for what the message has in that place. The classes
+and what to do about each of them in general are in the [guide](guide.md#errors).
+
+This page is made from the source by `scripts/errors_page.py`.
+"""
+
+
+def classes():
+    """Names of the error classes in the order of errors.py, each with its docstring's first line."""
+    tree = ast.parse((PACKAGE / "errors.py").read_text())
+    return {
+        node.name: (ast.get_docstring(node) or "").splitlines()[0]
+        for node in tree.body
+        if isinstance(node, ast.ClassDef)
+    }
+
+
+def text_of(node):
+    """What an expression that makes a message looks like, with <name> for what is filled in; None if it has no text."""
+    if isinstance(node, ast.Constant):
+        return node.value if isinstance(node.value, str) else None
+    if isinstance(node, ast.JoinedStr):
+        return "".join(
+            part.value if isinstance(part, ast.Constant) else f"<{placeholder(part.value)}>" for part in node.values
+        )
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        left, right = text_of(node.left), text_of(node.right)
+        return None if left is None and right is None else (left or "<...>") + (right or "<...>")
+    if isinstance(node, ast.IfExp):
+        found = [text for text in (text_of(node.body), text_of(node.orelse)) if text]
+        return " | ".join(found) if found else None
+    return None
+
+
+def placeholder(node):
+    """A name for a value in a message: the last word of the expression that is not a conversion."""
+    words = re.findall(r"[A-Za-z_]\w*", ast.unparse(node))
+    skipped = {"join", "map", "str", "sorted", "for", "in", "if", "else", "some", "listed", "list_ranks", "self", "len", "type", "name", "__name__", "repr", "and", "or", "not", "is", "None"}  # fmt: skip
+    kept = [word for word in words if word not in skipped and not word.startswith("__")]
+    return (kept[-1] if kept else words[-1] if words else "value").strip("_")
+
+
+def errors_of(tree, known):
+    """Class, message and hint of each error that a module makes with a text of its own."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", None)
+        if called not in known or not node.args or not (message := text_of(node.args[0])):
+            continue
+        hint = next((keyword.value for keyword in node.keywords if keyword.arg == "hint"), None)
+        yield called, message, "" if hint is None else text_of(hint) or ""
+
+
+def cell(text):
+    text = " ".join(text.split())
+    return text.replace("|", "\\|").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def page():
+    known = classes()
+    found = {name: {} for name in known}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for name, message, hint in errors_of(ast.parse(path.read_text()), known):
+            found[name].setdefault(message, hint)
+    parts = [HEAD]
+    for name, summary in known.items():
+        if not found[name]:
+            continue
+        rows = [f"| {cell(message)} | {cell(hint)} |" for message, hint in sorted(found[name].items())]
+        parts.append("\n".join([f"## {name}", "", summary, "", "| Message | What to do |", "|---|---|", *rows, ""]))
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
+    print(
+        f"{PAGE.relative_to(ROOT)}: {PAGE.read_text().count(chr(10) + '| ') - PAGE.read_text().count('| Message')} errors",
+        file=sys.stderr,
+    )

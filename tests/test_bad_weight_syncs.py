@@ -1,0 +1,212 @@
+"""Syncs of weights that are wrong in themselves or lie unusually, without a server, see `sync_harness`."""
+
+import gc
+import math
+import tempfile
+import time
+
+import pytest
+import torch
+from harness import run_ranks
+from sync_harness import Engine, World, record_everything, serve_worker, shapes_of, stop_worker
+from sync_models import policy
+from test_full_syncs import Given, adapted_policy, shared
+
+pytestmark = pytest.mark.timeout(300)
+
+NUM_RANKS = 2
+WEIGHT, OTHER = "layers.0.mlp.down_proj.weight", "layers.0.self_attn.q_proj.weight"
+OTHER_KINDS = [torch.int8, torch.float8_e4m3fn]
+"""The quick tests of `ModelSpec` have all of them."""
+GIVE = {
+    "module": lambda model: model,
+    "state dict": lambda model: model.state_dict(),
+    "generator": lambda model: iter(model.state_dict().items()),
+}
+
+
+def fill(source, value, name=WEIGHT):
+    """Make one number of a weight another one; returns what mends it."""
+    tensor = dict(source.model.named_parameters())[name].data
+    before = tensor.clone()
+    tensor.view(-1)[-1] = value
+
+    def mend():
+        tensor.copy_(before)
+
+    return mend
+
+
+def weights_that_are_not_finite(world):
+    """Three good syncs before, so that those of modules whose memory stays in place are repeated."""
+    found = {}
+    for words, options in [
+        ("module", {}), ("module", {"transport": "file"}), ("state dict", {"parts": False}), ("generator", {}),
+    ]:  # fmt: skip
+        engine, source = Engine(world), Given(shared(policy()), GIVE[words])
+        first = [engine.run(source, **options) for _ in range(3)]
+        mend = fill(source, math.inf)
+        spoiled = [engine.run(source, **options)]
+        fill(source, math.nan, OTHER)
+        spoiled += [engine.run(source, **options), engine.run(source, **options, nonfinite="refuse")]
+        source = Given(policy(), GIVE[words])
+        last = [engine.run(source, **options), engine.run(source, **options, nonfinite="refuse")]
+        mend()
+        found[f"{words} {options}"] = {"good": first, "spoiled": spoiled, "after": last}
+        engine.close()
+    return found
+
+
+def a_first_sync_that_is_not_finite(world):
+    found = []
+    for memory in (lambda model: model, shared):
+        engine, source = Engine(world), Given(memory(policy()))
+        fill(source, -math.inf)
+        found.append(engine.run(source))
+        engine.close()
+    return found
+
+
+def a_merged_weight_that_is_not_finite(world):
+    """It is computed: what is wrong is seen in what it is computed from."""
+    found = {}
+    for words, spoil in [("base", "base_layer"), ("adapter", "lora_B")]:
+        engine, source = Engine(world), Given(adapted_policy())
+        good = [engine.run(source), engine.run(source)]
+        name, parameter = next(one for one in source.model.named_parameters() if spoil in one[0])
+        parameter.data.view(-1)[0] = math.inf
+        found[words] = good, [engine.run(source), engine.run(source, nonfinite="refuse")]
+        engine.close()
+    return found
+
+
+def other_kinds_of_dtype(world):
+    found = {}
+    dtypes = dict.fromkeys(shapes_of(False), torch.float32)
+    for words in ("state dict", "generator"):
+        for dtype in OTHER_KINDS:
+            engine = Engine(world, dtypes=dtypes)
+            model = policy()
+            state = {**model.state_dict(), WEIGHT: model.state_dict()[WEIGHT].to(dtype)}
+            source = Given(
+                model, lambda model, state=state, words=words: state if words == "state dict" else iter(state.items())
+            )
+            found[words, dtype] = [engine.run(source, bucket_bytes=64), engine.run(Given(policy()))]
+            engine.close()
+    return found
+
+
+FORMS = {
+    "one row many times": lambda tensor: tensor[:1].expand(tensor.shape),
+    "one column many times": lambda tensor: tensor[:, :1].expand(tensor.shape),
+    "transposed": lambda tensor: tensor.t().contiguous().t(),
+    "every second": lambda tensor: tensor.repeat(1, 2)[:, ::2],
+    "part of something larger": lambda tensor: torch.cat([tensor, tensor])[: len(tensor)],
+    "with a gradient": lambda tensor: tensor.clone().requires_grad_(),
+    "not a leaf": lambda tensor: tensor.clone().requires_grad_() * 1,
+    "in double precision": lambda tensor: tensor.double(),
+}
+
+
+def unusual_memory(world):
+    """All forms at once, each of a matrix of its own."""
+    found = {}
+    for memory in (lambda model: model, shared):
+        base = memory(policy()).state_dict()
+        matrices = [name for name, tensor in base.items() if tensor.dim() == 2][-len(FORMS) :]
+        state = {**base, **{name: make(base[name]) for name, make in zip(matrices, FORMS.values(), strict=True)}}
+        source = Given(policy(), lambda model, state=state: state, {n: t.detach().float() for n, t in state.items()})
+        engine = Engine(world)
+        found[memory.__name__] = [engine.run(source) for _ in range(3)]
+        engine.close()
+    return found
+
+
+SCENARIOS = [
+    weights_that_are_not_finite,
+    a_first_sync_that_is_not_finite,
+    a_merged_weight_that_is_not_finite,
+    other_kinds_of_dtype,
+    unusual_memory,
+]
+
+
+def on_a_rank(rank, folder):
+    if rank >= NUM_RANKS:
+        serve_worker(folder, rank - NUM_RANKS)
+        return None
+    found = {}
+    record_everything(folder)
+    try:
+        world = World(rank, NUM_RANKS, folder)
+        world.cut(NUM_RANKS)
+        for scenario in SCENARIOS:
+            started = time.monotonic()
+            found[scenario.__name__] = scenario(world)
+            print(f"{scenario.__name__} {time.monotonic() - started:.1f}", flush=True)
+        world.close()
+        gc.collect()
+        return found
+    finally:
+        stop_worker(folder, rank)
+
+
+@pytest.fixture(scope="module")
+def of_ranks():
+    with tempfile.TemporaryDirectory(prefix="tpcs-") as folder:  # a socket's path must be short
+        return run_ranks(on_a_rank, 2 * NUM_RANKS, folder, init_group=False, timeout_s=240)[:NUM_RANKS]
+
+
+def on_all(of_ranks, scenario):
+    return [found[scenario.__name__] for found in of_ranks]
+
+
+def text(names):
+    return f"{len(names)} weights are" if len(names) > 1 else "1 weight is"
+
+
+def test_weights_that_are_not_finite_are_named_or_refused(of_ranks):
+    for found in on_all(of_ranks, weights_that_are_not_finite):
+        for words, syncs in found.items():
+            for one in [*syncs["good"], *syncs["after"]]:
+                assert one.error is None and not one.differing and one.facts["nonfinite"] == (), words
+                assert not any("NaN" in warning for warning in one.facts["warnings"]), words
+            infinite, nan, refused = syncs["spoiled"]
+            for one, names in ((infinite, (WEIGHT,)), (nan, (WEIGHT, OTHER))):
+                assert one.error is None and one.facts["nonfinite"] == names, words
+                [warning] = [warning for warning in one.facts["warnings"] if "NaN" in warning]
+                assert warning == f"{text(names)} NaN or infinite in part: {', '.join(names)}"
+            assert infinite.differing == [], "an infinite number arrives like any other"
+            assert refused.error[0] == "WeightsMismatchError" and WEIGHT in refused.error[1], words
+            assert refused.modified is words.startswith("generator"), words
+    ours, theirs = on_all(of_ranks, weights_that_are_not_finite)
+    for words in ours:
+        assert ours[words]["spoiled"][2].error == theirs[words]["spoiled"][2].error
+
+
+def test_a_first_sync_names_them_as_well(of_ranks):
+    for found in on_all(of_ranks, a_first_sync_that_is_not_finite):
+        assert [one.facts["nonfinite"] for one in found] == [(WEIGHT,)] * 2
+
+
+def test_what_is_computed_is_found_by_what_it_is_computed_from(of_ranks):
+    for found in on_all(of_ranks, a_merged_weight_that_is_not_finite):
+        for good, (named, refused) in found.values():
+            assert [one.facts["nonfinite"] for one in good] == [(), ()]
+            assert len(named.facts["nonfinite"]) == 1 and "k_proj" in named.facts["nonfinite"][0]
+            assert refused.error[0] == "WeightsMismatchError" and "k_proj" in refused.error[1] and not refused.modified
+
+
+def test_other_kinds_of_dtype_are_refused_before_they_are_sent(of_ranks):
+    for found in on_all(of_ranks, other_kinds_of_dtype):
+        for (words, dtype), (refused, good) in found.items():
+            assert refused.error is not None and refused.error[0] == "WeightsMismatchError", (words, dtype)
+            assert f"{WEIGHT} is {dtype}, the model expects torch.float32" in refused.error[1]
+            assert refused.modified is (words == "generator")
+            assert good.error is None and not good.differing
+
+
+def test_unusual_memory_arrives_as_its_values(of_ranks):
+    for found in on_all(of_ranks, unusual_memory):
+        for words, syncs in found.items():
+            assert [(one.error, one.differing) for one in syncs] == [(None, [])] * 3, words

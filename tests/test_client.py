@@ -1,0 +1,162 @@
+"""A client of `generate` against a server that answers at once: what it asks for, keeps, and returns."""
+
+import asyncio
+import json
+
+import pytest
+import torch
+from test_http import Handler, Server
+
+from tpcolocate.engine.client import Client
+from tpcolocate.errors import ConfigError, EngineStateError, RequestError
+
+pytestmark = [pytest.mark.quick, pytest.mark.timeout(60)]
+
+INFO = {"version": "0.5.21", "context_length": 64, "max_req_input_len": 60, "enable_lora": None}
+REFUSED = "9" * 10
+
+
+class Generator(Handler):
+    """Answers with what it was asked for; refuses a prompt of 9s, as a server does whose tokenizer counts too many."""
+
+    def handle_any(self):
+        path = self.path
+        if self.command == "GET":
+            self.server.requests.append(("GET", path))
+            answers = {
+                "/server_info": {**INFO, "model_path": self.server.model_path},
+                "/model_info": {"has_image_understanding": False, "has_audio_understanding": False},
+                "/openapi.json": {"components": {"schemas": {"GenerateReqInput": {"properties": {"new_field": {}}}}}},
+            }
+            return self.answer(200, json.dumps(answers[path]).encode())
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.requests.append(("POST", body))
+        if REFUSED in body.get("text", ()):
+            return self.answer(400, b'{"error": {"message": "too long"}}')
+        if body.get("stream"):
+            return self.events([b"data: " + json.dumps(body).encode() + b"\n\n", b"data: [DONE]\n\n"])
+        samples = (body.get("sampling_params") or {}).get("n", 1)
+        prompts = body.get("text", body.get("input_ids"))
+        is_list = isinstance(prompts, list) and not isinstance(prompts[0], int)
+        answers = [{"of": prompt} for prompt in (prompts if is_list else [prompts]) for _ in range(samples)]
+        return self.answer(200, json.dumps(answers if is_list or samples > 1 else answers[0]).encode())
+
+    do_GET = do_POST = handle_any
+
+
+@pytest.fixture
+def server(tmp_path):
+    (tmp_path / "config.json").write_text('{"vocab_size": 100}')
+    with Server(("127.0.0.1", 0), Generator) as server:
+        server.model_path = str(tmp_path)
+        yield server
+
+
+@pytest.fixture
+def client(server):
+    client = Client(server.url)
+    yield client
+    client.close()
+
+
+def asked(server, kind="POST"):
+    return [what for each, what in server.requests if each == kind]
+
+
+ENTRIES = {
+    "blocking": lambda client, *args, **options: client.generate(*args, **options),
+    "asyncio": lambda client, *args, **options: asyncio.run(client.generate_async(*args, **options)),
+    "inside a loop": lambda client, *args, **options: asyncio.run(inside(client, *args, **options)),
+}
+every_entry = pytest.mark.parametrize("generate", ENTRIES.values(), ids=ENTRIES)
+
+
+async def inside(client, *args, **options):
+    return client.generate(*args, **options)  # as in a notebook
+
+
+@every_entry
+def test_limits_are_asked_for_once(server, client, generate):
+    for _ in range(3):
+        assert generate(client, torch.tensor([1, 2])) == {"of": [1, 2]}
+        with pytest.raises(ConfigError, match="token 0 of the prompt is 100, outside of the vocabulary of 100"):
+            generate(client, [100])
+        with pytest.raises(ConfigError, match="fewer than 60"):
+            generate(client, [1] * 60)
+    assert asked(server, "GET") == ["/server_info", "/model_info"]
+    assert generate(client, [1], new_field=5) and generate(client, [1], new_field=6)
+    with pytest.raises(ConfigError, match="has no field other_field"):
+        generate(client, [1], other_field=5)
+    assert asked(server, "GET") == ["/server_info", "/model_info", "/openapi.json"]
+
+
+@every_entry
+def test_no_prompts_are_no_request(server, client, generate):
+    assert generate(client, []) == [] and asked(server) == []
+    assert list(client.generate([], stream=True)) == []
+
+
+@every_entry
+def test_bad_prompts_are_errors_in_their_place(server, client, generate):
+    answers = generate(client, ["a", "", REFUSED, "b"], {"temperature": 0}, on_error="return")
+    assert [answers[0], answers[3]] == [{"of": "a"}, {"of": "b"}]
+    assert isinstance(answers[1], ConfigError) and "prompt 1 is empty" in str(answers[1])
+    assert isinstance(answers[2], RequestError) and "too long" in str(answers[2]) and answers[2].status == 400
+    assert sorted(body["text"] for body in asked(server)) == sorted(["a", "b", REFUSED]), "each once"
+
+
+@every_entry
+def test_several_samples_of_a_bad_prompt_keep_the_places_of_the_others(client, generate):
+    answers = generate(client, [[1], [-1], [2]], {"n": 2}, on_error="return")
+    assert [answer if isinstance(answer, dict) else type(answer) for answer in answers] == [
+        {"of": [1]}, {"of": [1]}, ConfigError, ConfigError, {"of": [2]}, {"of": [2]},
+    ]  # fmt: skip
+
+
+@every_entry
+def test_a_single_bad_prompt_is_returned_and_a_bad_call_raised(client, generate):
+    assert generate(client, "a", on_error="return") == {"of": "a"}
+    assert isinstance(generate(client, "", on_error="return"), ConfigError)
+    with pytest.raises(ConfigError, match="max_new_tokens"):
+        generate(client, ["a"], {"max_tokens": 5}, on_error="return")
+
+
+@every_entry
+@pytest.mark.parametrize("options, words", [
+    ({"on_error": "ignore"}, "on_error is 'ignore'"),
+    ({"on_error": torch.ones(2)}, "on_error is tensor"),
+    ({"on_error": "return", "stream": True}, "with stream=True"),
+    ({"timeout_s": 0}, "timeout_s must be a positive number of seconds, got 0"),
+    ({"timeout_s": float("inf")}, "timeout_s must be"),
+    ({"timeout_s": "5"}, "timeout_s must be"),
+    ({"stream": 1}, "stream must be True or False"),
+])  # fmt: skip
+def test_options_are_checked(server, client, generate, options, words):
+    with pytest.raises(ConfigError, match=words):
+        generate(client, "a", **options)
+    assert asked(server) == []
+
+
+def test_bad_prompts_of_streams_are_refused_at_once(server, client):
+    with pytest.raises(ConfigError, match="prompt 1 is empty"):
+        client.generate(["a", ""], stream=True)
+
+    async def of_async():
+        return await client.generate_async(["a", ""], stream=True)
+
+    with pytest.raises(ConfigError, match="prompt 1 is empty"):
+        asyncio.run(of_async())
+    assert asked(server) == []
+    assert [event["text"] for event in client.generate("a", stream=True)] == ["a"]
+
+
+def test_requests_are_counted_while_they_run_and_checked_first(server):
+    def check():
+        raise EngineStateError("asleep")
+
+    client = Client(server.url, check=check)
+    for generate in ENTRIES.values():
+        with pytest.raises(EngineStateError):
+            generate(client, "a", on_error="return")
+    assert server.requests == [] and client.num_in_flight == 0
+    client.close()

@@ -1,0 +1,102 @@
+"""What a running server can take in one request, as far as it can be known outside of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from packaging.version import InvalidVersion, Version
+
+from tpcolocate.weights.sources.model_spec import local_folder
+
+# Where the configurations of models with several parts keep the language model's.
+_PARTS = ("text_config", "llm_config", "language_config", "thinker_config")
+
+
+@dataclass(frozen=True, slots=True)
+class ServerLimits:
+    """What a server can take.
+
+    Attributes:
+        version: Of SGLang.
+        vocab_size: Token ids are smaller than it; None if it is not known.
+        hidden_size: Of the embeddings; None if it is not known.
+        prompt_tokens: A prompt has fewer tokens than this; None: no limit is known, or the server shortens prompts.
+        context_tokens: Most tokens of a prompt and its answer; None likewise.
+        has_lora: Whether adapters can be served.
+        media: Kinds of input beside text that the model takes, of ``image``, ``video`` and ``audio``; None if it is not known.
+    """
+
+    version: Version | None = None
+    vocab_size: int | None = None
+    hidden_size: int | None = None
+    prompt_tokens: int | None = None
+    context_tokens: int | None = None
+    has_lora: bool = True
+    media: frozenset[str] | None = None
+
+    @classmethod
+    def of(cls, info: Mapping[str, Any], model_info: Mapping[str, Any]) -> ServerLimits:
+        """Read them from what a server reports of itself, and from its model's configuration.
+
+        Args:
+            info: Of ``/server_info``.
+            model_info: Of ``/model_info``.
+        """
+        shortens = bool(info.get("allow_auto_truncate"))
+        context, longest = _integer(info.get("context_length")), _integer(info.get("max_req_input_len"))
+        lengths = [length for length in (context, longest) if length is not None and not shortens]
+        config = _model_config(info)
+        try:
+            version = Version(str(info.get("version")))
+        except InvalidVersion:
+            version = None
+        return cls(
+            version=version,
+            vocab_size=_integer(_find(config, "vocab_size")),
+            hidden_size=_integer(_find(config, "hidden_size")),
+            prompt_tokens=min(lengths, default=None),
+            context_tokens=None if shortens else context,
+            has_lora=bool(info.get("enable_lora", True)) or bool(info.get("lora_paths")),
+            media=_media(model_info),
+        )
+
+
+def _integer(value: object) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+
+
+def _media(model_info: Mapping[str, Any]) -> frozenset[str] | None:
+    images, audio = model_info.get("has_image_understanding"), model_info.get("has_audio_understanding")
+    if images is None or audio is None:
+        return None
+    return frozenset((["image", "video"] if images else []) + (["audio"] if audio else []))
+
+
+def _model_config(info: Mapping[str, Any]) -> dict[str, Any]:
+    folder = local_folder(str(info.get("model_path")))
+    if folder is None:
+        return {}
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        overrides = json.loads(info.get("json_model_override_args") or "{}")
+    except (OSError, ValueError, TypeError):
+        return {}
+    return {**config, **overrides} if isinstance(config, dict) and isinstance(overrides, dict) else {}
+
+
+def _find(config: Mapping[str, Any], name: str) -> Any:
+    """Return an entry of the language model; None if there is none."""
+    return next((part[name] for part in _parts(config) if part.get(name) is not None), None)
+
+
+def _parts(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    for name in _PARTS:
+        if isinstance(config.get(name), Mapping):
+            yield from _parts(config[name])
+    yield config
+
+
+__all__ = ["ServerLimits"]

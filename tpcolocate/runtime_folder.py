@@ -1,0 +1,271 @@
+"""Private folders of one launch, which hold everything that a launch leaves on the machine while it runs.
+
+Both are made for one launch, under a name that no other user can know before, with mode 0700::
+
+    /dev/shm/tpcolocate-<uid>-<nonce>/     owner.json         who made it
+                                           processes.json     the server's processes, written by the supervisor
+                                           server.yaml        the API key, until SGLang has read it
+                                           announcement.json  for other processes, see `tpcolocate.rendezvous`
+                                           *.sock, *.safetensors  of weight syncs
+    <temporary folder>/tpcolocate-<uid>-<nonce>/
+                                           server.log
+                                           supervisor.log     errors of the supervisor itself
+                                           tmp/               the server's own temporary files
+
+The supervisor removes them when the server has ended; the log stays unless this library ended the server.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import signal
+import stat
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tpcolocate.errors import LaunchError
+from tpcolocate.processes import pid_namespace, start_of, this_process
+
+logger = logging.getLogger(__name__)
+
+SHARED_MEMORY = Path("/dev/shm")
+# sun_path holds 107 bytes; SGLang and multiprocessing append up to this many to the temporary folder.
+_LONGEST_TEMPORARY = 107 - 48
+# A supervisor whose trainer has died gives the server 15 s before it kills it.
+_ENDS_S = 30.0
+_POLL_INTERVAL_S = 0.1
+_LEFTOVER_PREFIXES = ("sgl_shm_", "sglang_", "sem.mp-")
+
+
+def folder_of(nonce: str) -> Path:
+    """Return the folder of a launch in /dev/shm."""
+    return SHARED_MEMORY / f"tpcolocate-{os.getuid()}-{nonce}"
+
+
+@dataclass(frozen=True, slots=True)
+class OwnerRecord:
+    """Contents of ``owner.json``.
+
+    Attributes:
+        pid: The owner's process.
+        started: Its start in clock ticks since boot, see `tpcolocate.processes.start_of`.
+        namespace: Its pid namespace.
+        nonce: Identity of the launch.
+        temporary: Its folder in the temporary folder.
+        log_path: The server's log.
+    """
+
+    pid: int
+    started: int
+    namespace: str
+    nonce: str
+    temporary: str
+    log_path: str
+
+    def is_running(self) -> bool:
+        """Return whether the owner is alive, as far as this process can know."""
+        return self.namespace != pid_namespace() or start_of(self.pid) == self.started
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeFolder:
+    """The folders of one launch, on its owner.
+
+    Attributes:
+        nonce: Identity of the launch.
+        shared: The one in /dev/shm.
+        temporary: The one for the log and the server's temporary files.
+        log_path: The server's log, in `temporary` or where the user wants it.
+    """
+
+    nonce: str
+    shared: Path
+    temporary: Path
+    log_path: Path
+
+    @classmethod
+    def make(cls, nonce: str, *, log_path: Path | None = None) -> RuntimeFolder:
+        """Make the folders of a launch.
+
+        Args:
+            nonce: Identity of the launch; unpredictable.
+            log_path: The server's log; default: in the folder.
+
+        Raises:
+            LaunchError: They cannot be made.
+        """
+        shared = folder_of(nonce)
+        temporary = Path(tempfile.gettempdir()) / shared.name
+        pid, started = this_process()
+        made = cls(nonce, shared, temporary, temporary / "server.log" if log_path is None else log_path.absolute())
+        record = OwnerRecord(pid, started, pid_namespace(), nonce, str(temporary), str(made.log_path))
+        folders: list[Path] = []
+        try:
+            for folder in (shared, temporary, made.server_temporary):
+                folder.mkdir(mode=0o700)  # fails if there is one, even of this user
+                folders.append(folder)
+                folder.chmod(0o700)  # whatever the umask is
+            made.write("owner.json", json.dumps(asdict(record)))
+            made.log_path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            for folder in folders:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise LaunchError(
+                f"cannot make the files of the launch: {error}",
+                hint="make space, or set TMPDIR to a folder of this user"
+                if log_path is None
+                else "log_path must be in a folder that this user can write to",
+            ) from error
+        return made
+
+    @property
+    def server_temporary(self) -> Path:
+        """The server's temporary folder: its sockets are there, so its path must be short."""
+        folder = self.temporary / "tmp"
+        return folder if len(os.fsencode(folder)) <= _LONGEST_TEMPORARY else self.shared / "tmp"
+
+    @property
+    def processes(self) -> Path:
+        return self.shared / "processes.json"
+
+    @property
+    def supervisor_log(self) -> Path:
+        return self.temporary / "supervisor.log"
+
+    @property
+    def has_default_log(self) -> bool:
+        return self.log_path.parent == self.temporary
+
+    def write(self, name: str, text: str) -> Path:
+        """Make a file in `shared` that this user alone can read, and return its path.
+
+        Raises:
+            OSError: It exists, or there is no space.
+        """
+        path = self.shared / name
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600), "w") as file:
+            file.write(text)
+        return path
+
+    def remove(self) -> None:
+        """Remove all but the log; the supervisor does that, unless it was killed or never started."""
+        _remove(self.shared)
+        _remove(self.temporary / "tmp")
+        _remove_if_empty(self.supervisor_log)
+        try:
+            self.temporary.rmdir()
+        except OSError:
+            pass  # the log is in it
+
+
+def is_private(folder: Path) -> bool:
+    """Return whether this is a folder of this user that no other user can enter, and not a link to one."""
+    try:
+        status = os.lstat(folder)
+    except OSError:
+        return False
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o077
+
+
+def private_folders() -> Iterator[Path]:
+    """Yield the folders in /dev/shm of all launches of this user."""
+    for folder in sorted(SHARED_MEMORY.glob(f"tpcolocate-{os.getuid()}-*")):
+        if is_private(folder):
+            yield folder
+
+
+def read_owner(folder: Path) -> OwnerRecord | None:
+    """Read who made a folder; None if that is not recorded."""
+    content = _read_json(folder / "owner.json")
+    try:
+        return None if content is None else OwnerRecord(**content)
+    except TypeError:
+        return None  # of another version
+
+
+def read_processes(path: Path) -> list[dict[str, Any]]:
+    """Read the supervisor and the server's processes, each with ``name``, ``pid`` and ``started``."""
+    content = _read_json(path)
+    return [] if content is None else [content["supervisor"], *content["processes"]]
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), encoding="utf-8") as file:
+            content = json.load(file)
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def remove_remains(*, timeout_s: float = _ENDS_S) -> None:
+    """Remove what launches of this user have left whose owners have died, such as ranks before an elastic restart.
+
+    A supervisor that still ends its server is waited for, because the server holds its GPUs until then.  Processes are
+    identified by pid, start time and pid namespace, so no other process is ended.
+
+    Args:
+        timeout_s: How long to wait for supervisors, in seconds.
+    """
+    deadline = time.monotonic() + timeout_s
+    for folder in private_folders():
+        owner = read_owner(folder)
+        if owner is None or owner.is_running():
+            continue
+        logger.info("removing what the process %d has left in %s", owner.pid, folder)
+        supervisor = read_processes(folder / "processes.json")[:1]
+        while any(map(_runs, supervisor)) and time.monotonic() < deadline:
+            time.sleep(_POLL_INTERVAL_S)
+        _end(read_processes(folder / "processes.json"))
+        for name in (_read_json(folder / "processes.json") or {}).get("files", []):
+            if name.startswith(_LEFTOVER_PREFIXES) and "/" not in name:
+                (SHARED_MEMORY / name).unlink(missing_ok=True)
+        temporary = Path(owner.temporary)
+        if is_private(temporary) and temporary.name == folder.name:
+            _remove(temporary)
+        _remove(folder)
+
+
+def _runs(process: dict[str, Any]) -> bool:
+    return start_of(process["pid"]) == process["started"]
+
+
+def _end(processes: list[dict[str, Any]]) -> None:
+    for process in processes:
+        try:
+            if _runs(process) and os.stat(f"/proc/{process['pid']}").st_uid == os.getuid():
+                os.kill(process["pid"], signal.SIGKILL)
+        except OSError:
+            pass  # it has exited
+
+
+def _remove(folder: Path) -> None:
+    if is_private(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_if_empty(path: Path) -> None:
+    try:
+        if path.stat().st_size == 0:
+            path.unlink()
+    except OSError:
+        pass
+
+
+__all__ = [
+    "OwnerRecord",
+    "RuntimeFolder",
+    "folder_of",
+    "is_private",
+    "private_folders",
+    "read_owner",
+    "read_processes",
+    "remove_remains",
+]
