@@ -19,6 +19,7 @@ PACKAGE = Path(tpcolocate.__file__).parent
 # An `__init__` is above all layers of its package.
 LAYERS = {
     "": (
+        {"trl", "hf"},
         {"session"},
         {"engine", "launch"},
         {"server", "weights", "rendezvous"},
@@ -38,6 +39,11 @@ LAYERS = {
             "garbage",
         },
         {"errors", "in_server", "_version"},
+    ),
+    "trl": (
+        {"engines"},
+        {"generation", "replacement"},
+        {"arguments"},
     ),
     "server": (
         {"weight_updates"},
@@ -376,7 +382,7 @@ def test_the_package_is_marked_as_typed():
 
 IMPORTING = (
     "import sys, threading, tpcolocate\n"
-    "assert not {'sglang', 'transformers'} & set(sys.modules), 'heavy'\n"
+    "assert not {'sglang', 'transformers', 'trl', 'accelerate', 'datasets'} & set(sys.modules), 'heavy'\n"
     "assert 'torch' not in sys.modules or not sys.modules['torch'].cuda.is_initialized(), 'cuda'\n"
     "assert threading.active_count() == 1, threading.enumerate()\n"
 )
@@ -391,6 +397,6 @@ def importing():
     process.communicate()
 
 
-def test_importing_it_brings_neither_sglang_nor_transformers_nor_a_cuda_context(importing):
+def test_importing_it_brings_no_framework_and_no_cuda_context(importing):
     _, errors = importing.communicate(timeout=120)
     assert importing.returncode == 0, errors

@@ -14,6 +14,7 @@ import pytest
 from tiny_models import make_tiny_model
 
 import tpcolocate
+import tpcolocate.trl
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [

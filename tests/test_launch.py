@@ -509,36 +509,3 @@ def test_after_an_error_no_server_is_left_even_if_the_group_has_failed_too(monke
 ])  # fmt: skip
 def test_weights_that_were_not_loaded_are_not_the_trainers(load_format, expected):
     assert launch._initial_state({"load_format": load_format}, "cpu").weights is expected
-
-
-@pytest.mark.parametrize("call", ["supervisor.wait", "stdin.close"])
-def test_a_stop_that_was_interrupted_can_be_made_again(stand_in, monkeypatch, call):
-    start, _ = stand_in
-    server = start(SERVE)
-    place, _, name = call.partition(".")
-    supervisor = server._supervisor
-    target = supervisor if place == "supervisor" else supervisor.stdin
-
-    class Interrupted:
-        def __getattr__(self, attribute):
-            return getattr(target, attribute)
-
-        def interrupt(self, *args):
-            raise KeyboardInterrupt
-
-    instead = Interrupted()
-    setattr(instead, name, instead.interrupt)
-    if place == "supervisor":
-        server._supervisor = instead
-    else:
-        supervisor.stdin = instead
-    with pytest.raises(KeyboardInterrupt):
-        server.stop()
-    if place == "supervisor":
-        server._supervisor = supervisor
-    else:
-        supervisor.stdin = target
-    server.stop()
-    assert server.exited() and server.exit_code is not None
-    server.remove_log()
-    assert not server.spec.log_path.exists()

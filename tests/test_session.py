@@ -117,7 +117,10 @@ def test_a_restart_after_close_starts_nothing(colo):
 
 @pytest.mark.parametrize("restart", [-1, 1.0, True, "2"])
 def test_the_number_of_restarts_is_checked_before_anything_starts(restart):
-    with tpcolocate.init(1, device="cpu") as colo, pytest.raises(ConfigError, match="restart must be (an integer|at least 0)"):
+    with (
+        tpcolocate.init(1, device="cpu") as colo,
+        pytest.raises(ConfigError, match="restart must be (an integer|at least 0)"),
+    ):
         colo.launch("model", restart=restart)
 
 

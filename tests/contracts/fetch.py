@@ -17,36 +17,50 @@ NEWEST = CACHE / "newest"
 PINNED = ("0.5.9", "0.5.12", "0.5.14", "0.5.17")
 INSTALLED = ("0.5.20", "0.5.21")
 """Installed in the environment, because other tests run them; see scripts/make_venv.py."""
+TRL_PINNED = ("1.8.0", "1.14.2", "1.15.0")
+TRL_INSTALLED = "1.16.0"
+"""As requirements/tools.txt pins it."""
 _TIMEOUT_S = 600
 
 
-def folder_of(version: str) -> Path:
+def folder_of(version: str, *, project: str = "sglang") -> Path:
     """Return the folder of a fetched release."""
-    return CACHE / f"sglang-{version}"
+    return CACHE / f"{project}-{version}"
 
 
-def newest() -> str | None:
+def newest(*, project: str = "sglang") -> str | None:
     """Return the version of the newest release that was fetched; None before the first fetch."""
-    return NEWEST.read_text().strip() if NEWEST.exists() else None
+    noted = _newest_file(project)
+    return noted.read_text().strip() if noted.exists() else None
+
+
+def _newest_file(project: str) -> Path:
+    return NEWEST if project == "sglang" else NEWEST.with_name(f"newest-{project}")
 
 
 def main() -> None:
     WHEELS.mkdir(parents=True, exist_ok=True)
-    for version in PINNED:
-        if not folder_of(version).is_dir():
-            _unpack(_download(f"sglang=={version}"))
+    fetch("sglang", PINNED, INSTALLED)
+    fetch("trl", TRL_PINNED, (TRL_INSTALLED,))
+
+
+def fetch(project: str, pinned: tuple[str, ...], installed: tuple[str, ...]) -> None:
+    """Download and unpack the pinned releases of a project, and its newest one."""
+    for version in pinned:
+        if not folder_of(version, project=project).is_dir():
+            _unpack(_download(f"{project}=={version}"))
     try:
-        wheel = _download("sglang")
+        wheel = _download(project)
     except subprocess.SubprocessError as error:
-        if newest() is None:
+        if newest(project=project) is None:
             raise
-        print(f"The index cannot be reached ({error}): using {newest()} as the newest release")
+        print(f"The index cannot be reached ({error}): using {newest(project=project)} as the newest release")
         return
     version = wheel.name.split("-")[1]
-    if version not in INSTALLED:
+    if version not in installed:
         _unpack(wheel)
-    NEWEST.write_text(version + "\n")
-    print(f"Contracts: SGLang {', '.join(dict.fromkeys([*PINNED, *INSTALLED, version]))} ({version} is the newest)")
+    _newest_file(project).write_text(version + "\n")
+    print(f"Contracts: {project} {', '.join(dict.fromkeys([*pinned, *installed, version]))} ({version} is the newest)")
 
 
 def _download(requirement: str) -> Path:
@@ -66,7 +80,8 @@ def _download(requirement: str) -> Path:
 
 
 def _unpack(wheel: Path) -> None:
-    folder = folder_of(wheel.name.split("-")[1])
+    project, version = wheel.name.split("-")[:2]
+    folder = folder_of(version, project=project)
     if folder.is_dir():
         return
     part = folder.with_name(folder.name + ".part")

@@ -113,7 +113,7 @@ def _places(route: Route, uses: Sequence[str]) -> tuple[object, ...]:
     found: list[object] = []
     for one, use in zip(route.shards.values(), uses, strict=True):
         local = one.local
-        found += one.group, one.position, local.dtype
+        found += one.group, one.position, local.dtype, one.compute is None
         if use != STAGED and local.numel():
             found += local.data_ptr(), local.stride()
     return tuple(found)

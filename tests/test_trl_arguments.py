@@ -1,0 +1,430 @@
+"""What `use_sglang` makes of TRL's settings, and what it changes in TRL; no server."""
+
+import os
+import sys
+import types
+from dataclasses import fields
+from importlib import metadata
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+
+import tpcolocate.trl
+from tpcolocate.errors import ConfigError
+from tpcolocate.hf import GenerationCallback, weighted_means
+from tpcolocate.trl import engines
+from tpcolocate.trl.arguments import KEYWORDS, VllmArguments, check_constructor
+from tpcolocate.trl.generation import SGLangGeneration, prepared_module, ranked_logprobs
+from tpcolocate.trl.replacement import replaced
+
+pytestmark = pytest.mark.quick
+
+CPU = torch.device("cpu")
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("given, expected", [
+    ({}, {"max_new_tokens": 16, "temperature": 1.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}),
+    ({"top_k": 5, "min_p": None, "max_completion_length": 64, "temperature": 0.7},
+     {"max_new_tokens": 64, "temperature": 0.7, "top_p": 1.0, "top_k": 5, "repetition_penalty": 1.0}),
+])  # fmt: skip
+def test_sampling_parameters(given, expected):
+    assert VllmArguments(**given).sampling() == (expected, 0)
+
+
+@pytest.mark.parametrize("given, expected", [
+    ({"seed": 3, "min_tokens": 2}, {"sampling_seed": 3, "min_new_tokens": 2}),
+    ({"max_tokens": 9, "temperature": 0.5}, {"max_new_tokens": 9, "temperature": 0.5}),
+    ({"stop": ["\n"], "n": 1}, {"stop": ["\n"]}),
+    ({"top_k": 0}, {"top_k": -1}),
+    ({"structured_outputs": {"json": {"type": "object"}}}, {"json_schema": '{"type": "object"}'}),
+    ({"structured_outputs": {"grammar": "root ::= x"}}, {"ebnf": "root ::= x"}),
+])  # fmt: skip
+def test_generation_kwargs_have_the_last_word_under_sglangs_names(given, expected):
+    params, _ = VllmArguments(generation_kwargs=given).sampling()
+    assert expected.items() <= params.items()
+    assert not {"seed", "max_tokens", "min_tokens", "n", "structured_outputs"} & set(params)
+
+
+def test_the_regex_of_the_config_comes_before_that_of_generation_kwargs():
+    given = {"structured_outputs": {"regex": "b"}}
+    params, _ = VllmArguments(structured_outputs_regex="a", generation_kwargs=given).sampling()
+    assert params["regex"] == "a"
+
+
+@pytest.mark.parametrize(
+    "logprobs, given, expected", [(0, {}, 0), (None, {}, None), (5, {}, 5), (0, {"logprobs": 3}, 3)]
+)
+def test_the_number_of_logprobs(logprobs, given, expected):
+    assert VllmArguments(logprobs=logprobs, generation_kwargs=given).sampling()[1] == expected
+
+
+@pytest.mark.parametrize("given, named", [
+    ({"n": 4}, "n=4"),
+    ({"bad_words": ["x"]}, "bad_words"),
+    ({"structured_outputs": {"choice": ["a", "b"]}}, "choice"),
+    ({"structured_outputs": object()}, "object"),
+])  # fmt: skip
+def test_generation_kwargs_without_a_counterpart_are_named(given, named):
+    with pytest.raises(ConfigError, match=named):
+        VllmArguments(generation_kwargs=given).sampling()
+
+
+def test_server_arguments():
+    arguments = VllmArguments(
+        gpu_memory_utilization=0.4, max_model_length=512, max_num_seqs=32, enable_sleep_mode=True, trust_remote_code=True,
+        model_impl="transformers",
+    )  # fmt: skip
+    assert arguments.server_args(device_type="cuda", seed=3) == {
+        "random_seed": 3, "mem_fraction_static": 0.4, "context_length": 512, "max_running_requests": 32,
+        "trust_remote_code": True, "model_impl": "transformers", "enable_memory_saver": True,
+    }  # fmt: skip
+    left_out = VllmArguments(model_impl="vllm").server_args(device_type="cuda", seed=0)
+    assert {name for name, value in left_out.items() if value is not None} == {"random_seed", "mem_fraction_static"}
+
+
+def test_a_cpu_has_no_memory_saver():
+    assert VllmArguments(enable_sleep_mode=True).server_args(device_type="cpu", seed=0)["enable_memory_saver"] is None
+
+
+@pytest.mark.parametrize("given, named", [({"mode": "server"}, "server"), ({"model_impl": "terratorch"}, "terratorch")])
+def test_settings_that_cannot_work_are_refused(given, named):
+    with pytest.raises(ConfigError, match=named):
+        VllmArguments(**given).check()
+
+
+def test_the_size_of_a_slice():
+    assert VllmArguments(tensor_parallel_size=4).tp_size(None) == 4
+    assert VllmArguments().tp_size(2) == 2
+    with pytest.raises(ConfigError, match="2.*4"):
+        VllmArguments(tensor_parallel_size=4).tp_size(2)
+
+
+# --- answers ----------------------------------------------------------------------------------------------------------
+
+
+def meta(sampled, top=None):
+    return {"output_token_logprobs": sampled, "output_top_logprobs": top}
+
+
+def test_only_the_sampled_tokens_logprobs():
+    assert ranked_logprobs(meta([(-0.5, 7, None), (-1.5, 8, None)]), 0) == [[(-0.5, 7)], [(-1.5, 8)]]
+
+
+@pytest.mark.parametrize("sampled, expected", [
+    ((-3.0, 9, None), [(-0.5, 1), (-1.0, 2), (-3.0, 9)]),
+    ((-1.0, 2, None), [(-0.5, 1), (-1.0, 2)]),
+])  # fmt: skip
+def test_the_sampled_token_is_among_the_top_ones_in_any_case(sampled, expected):
+    assert ranked_logprobs(meta([sampled], [[(-0.5, 1, None), (-1.0, 2, None)]]), 2) == [expected]
+
+
+def test_numbers_that_are_none_become_none():
+    assert ranked_logprobs(meta([(float("nan"), 1, None), (None, 2, None)]), 0) == [[(None, 1)], [(None, 2)]]
+
+
+class Wrapper(torch.nn.Module):
+    def __init__(self, inner, name):
+        super().__init__()
+        self.add_module(name, inner)
+
+
+@pytest.mark.parametrize("name", ["module", "_orig_mod", "_fsdp_wrapped_module"])
+def test_the_weights_are_those_that_accelerate_has_prepared(name):
+    model, other = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    wrapped = Wrapper(Wrapper(model, name), "module")
+    assert prepared_module(SimpleNamespace(_models=[Wrapper(other, name), wrapped, other]), model) is wrapped
+    assert prepared_module(SimpleNamespace(_models=[other]), model) is model
+    assert prepared_module(SimpleNamespace(_models=[]), model) is model
+
+
+class RecordingEngine:
+    def __init__(self):
+        self.calls = []
+
+    def __getattr__(self, name):
+        def call(*args, **kwargs):
+            self.calls.append((name, *args))
+            return (
+                [{"output_ids": [4, 5], "meta_info": meta([(-1.0, 4, None), (-2.0, 5, None)])} for _ in args[0]]
+                if name == "generate"
+                else None
+            )
+
+        return call
+
+
+def generation(engine, *, sleeps, logprobs=0):
+    return SGLangGeneration(
+        engine, model=torch.nn.Linear(1, 1), accelerator=SimpleNamespace(_models=[]), sampling_params={"n": 1},
+        logprobs=logprobs, sleeps=sleeps, timeout_s=9.0,
+    )  # fmt: skip
+
+
+def test_completions_as_the_trainers_unpack_them():
+    made = generation(RecordingEngine(), sleeps=False)
+    assert made.generate(prompts=[[1], [2, 3]], images=None, num_generations=2) == (
+        [[1], [2, 3]], [[4, 5]] * 2, [[[-1.0], [-2.0]]] * 2, [[[4], [5]]] * 2,
+    )  # fmt: skip
+    assert generation(RecordingEngine(), sleeps=False, logprobs=None).generate([[1]], [None], 1) == (
+        [[1]],
+        [[4, 5]],
+        None,
+        None,
+    )
+
+
+def test_images_are_refused():
+    with pytest.raises(ConfigError, match="images"):
+        generation(RecordingEngine(), sleeps=False).generate([[1]], [["image"]], 1)
+
+
+def test_sleep_mode_wakes_for_what_is_needed_and_syncs_once_more_if_the_trainer_does_not():
+    engine = RecordingEngine()
+    made = generation(engine, sleeps=True)
+    made.sync_weights()
+    made.generate([[1]], None, 1)
+    made.generate([[1]], None, 1)  # in the same step: the trainer does not sync again, and the weights are lost
+    names = [call[0] if len(call) == 1 or call[0] in ("generate", "sync_weights") else call for call in engine.calls]
+    asleep_to_answer = [("wake", ["weights"]), "sync_weights", "wake", "generate", "sleep"]
+    assert names == ["sleep", *asleep_to_answer, *asleep_to_answer]
+
+
+def test_without_sleep_mode_the_server_stays_awake():
+    engine = RecordingEngine()
+    made = generation(engine, sleeps=False)
+    made.sync_weights()
+    made.generate([[1]], None, 1)
+    assert [call[0] for call in engine.calls] == ["sync_weights", "generate"]
+
+
+# --- what is changed in TRL -------------------------------------------------------------------------------------------
+
+
+def trl_globals():
+    """Every global of a loaded module of TRL that `replaced` may change."""
+    return {
+        (name, each): vars(module)[each]
+        for name, module in list(sys.modules.items())
+        if name.partition(".")[0] == "trl"
+        for each in ("VLLMGeneration", "is_vllm_available")
+        if each in vars(module)
+    }
+
+
+@pytest.fixture
+def trainers():
+    from trl.trainer import distillation_trainer, grpo_trainer, rloo_trainer
+
+    return grpo_trainer, rloo_trainer, distillation_trainer
+
+
+def test_trainers_build_what_replaces_the_class_and_only_inside_of_the_block(trainers):
+    before, environment = trl_globals(), dict(os.environ)
+    grpo, rloo, distillation = trainers
+
+    def build(**kwargs):
+        raise AssertionError
+
+    with replaced(build):
+        assert {module.VLLMGeneration for module in trainers} == {build}
+        # As those that import it when they are built do.
+        from trl.generation.vllm_generation import VLLMGeneration
+
+        assert VLLMGeneration is build
+    assert trl_globals() == before
+    assert grpo.VLLMGeneration.__module__ == "trl.generation.vllm_generation"
+    assert dict(os.environ) == environment
+
+
+def test_an_exception_in_the_block_restores_trl_too(trainers):
+    before = trl_globals()
+    with pytest.raises(KeyError), replaced(lambda **kwargs: None):
+        raise KeyError
+    assert trl_globals() == before
+
+
+def test_a_module_that_is_imported_inside_of_the_block_is_restored_as_well(trainers):
+    from trl.generation import vllm_generation
+
+    late = types.ModuleType("trl.imported_late")
+    with mock.patch.dict(sys.modules, {late.__name__: late}):
+        with replaced(lambda **kwargs: None):
+            late.VLLMGeneration = vllm_generation.VLLMGeneration
+            late.is_vllm_available = trainers[2].is_vllm_available
+        assert late.VLLMGeneration is vllm_generation.VLLMGeneration
+        assert late.is_vllm_available is sys.modules["trl.import_utils"].is_vllm_available
+
+
+def call_is_available(module):
+    """Ask as a function of the module does."""
+    return eval("is_vllm_available()", vars(module))
+
+
+def test_trainers_do_not_miss_vllm_and_nothing_else_is_made_to_import_it(trainers):
+    from trl import import_utils
+
+    asks = types.ModuleType("trl.asks")
+    with mock.patch.dict(sys.modules, {asks.__name__: asks}):
+        asks.is_vllm_available = import_utils.is_vllm_available
+        assert not call_is_available(trainers[2])
+        with replaced(lambda **kwargs: None):
+            assert call_is_available(trainers[2])
+            assert not call_is_available(asks), "it would import vllm next"
+
+
+def test_an_unknown_keyword_is_refused_with_the_release(trainers):
+    from trl.generation import vllm_generation
+
+    def constructor(self, model, accelerator, processing_class, mode="colocate", speculation=None): ...
+
+    before = trl_globals()
+    with mock.patch.object(vllm_generation.VLLMGeneration, "__init__", constructor):
+        with pytest.raises(ConfigError) as caught, tpcolocate.trl.use_sglang():
+            raise AssertionError
+    assert metadata.version("trl") in str(caught.value) and "speculation" in str(caught.value)
+    assert trl_globals() == before
+    with pytest.raises(ConfigError, match="speculation"):
+        engines.Engines(
+            tp_size=None, model_path=None, generate_timeout_s=1.0, timeout_s=1.0, launch={}
+        ).build(None, None, None, speculation=1)  # fmt: skip
+
+
+def test_a_constructor_may_take_fewer_keywords():
+    check_constructor(lambda self, model, accelerator, processing_class, mode: None, release="1.0")
+    assert {field.name for field in fields(VllmArguments)} < KEYWORDS
+
+
+@pytest.mark.parametrize("hidden, named", [("trl", "not installed"), ("trl.generation.vllm_generation", "has no")])
+def test_no_trl_or_another_one_is_an_error_with_what_to_install(hidden, named):
+    missing = metadata.PackageNotFoundError("trl")
+    version = {"side_effect": missing} if hidden == "trl" else {"return_value": "0.20.0"}
+    with mock.patch.object(metadata, "version", **version), mock.patch.dict(sys.modules, {hidden: None}):
+        with pytest.raises(ConfigError, match=named) as caught, replaced(lambda **kwargs: None):
+            raise AssertionError
+    assert "tpcolocate[trl]" in str(caught.value)
+
+
+# --- launch -----------------------------------------------------------------------------------------------------------
+
+
+class Colo:
+    """In place of a `Colocation`."""
+
+    device, slice_index = CPU, 1
+
+    def __init__(self, engine=None):
+        self.engine, self.launched, self.closed = engine, None, False
+
+    def launch(self, path, **arguments):
+        self.launched = {"path": path, **arguments}
+        if self.engine is None:
+            raise tpcolocate.LaunchError("it did not start")
+        return self.engine
+
+    def close(self):
+        self.closed = True
+
+
+def build(colo, *, model=None, given=None, **options):
+    made = engines.Engines(
+        **{"tp_size": None, "model_path": None, "generate_timeout_s": 1.0, "timeout_s": 1.0, "launch": {}} | options
+    )
+    model = SimpleNamespace(name_or_path="/models/tiny") if model is None else model
+    with mock.patch.object(engines, "init", return_value=colo):
+        return made, made.build(model, SimpleNamespace(device=CPU), None, **(given or {}))
+
+
+def test_what_is_passed_to_use_sglang_overrides_the_trainers_settings():
+    colo = Colo(RecordingEngine())
+    build(
+        colo,
+        launch={"mem_fraction_static": 0.2, "log_path": "x"},
+        given={"gpu_memory_utilization": 0.9, "max_num_seqs": 4},
+    )
+    assert colo.launched["path"] == "/models/tiny"
+    assert (colo.launched["mem_fraction_static"], colo.launched["max_running_requests"]) == (0.2, 4)
+    assert (colo.launched["log_path"], colo.launched["random_seed"]) == ("x", 1)
+
+
+def test_a_launch_that_fails_leaves_nothing_open():
+    colo = Colo()
+    with pytest.raises(tpcolocate.LaunchError):
+        build(colo)
+    assert colo.closed
+
+
+@pytest.mark.parametrize("model, named", [
+    (SimpleNamespace(name_or_path=""), "model_path"),
+    (SimpleNamespace(name_or_path="x", is_quantized=True), "quantised"),
+])  # fmt: skip
+def test_models_that_cannot_be_served_are_refused_before_anything_starts(model, named):
+    colo = Colo(RecordingEngine())
+    with pytest.raises(ConfigError, match=named):
+        build(colo, model=model)
+    assert colo.launched is None
+
+
+def test_engines_end_by_shutdown_once():
+    engine, colo = RecordingEngine(), None
+    colo = Colo(engine)
+    made, _ = build(colo)
+    assert (len(made), list(made), made[0]) == (1, [engine], engine)
+    made.shutdown()
+    made.shutdown()
+    assert [call[0] for call in engine.calls] == ["shutdown"] and colo.closed and len(made) == 0
+
+
+def test_the_servers_outlive_the_block_unless_it_fails(trainers):
+    for error in (None, KeyError):
+        engine = RecordingEngine()
+        with (
+            pytest.raises(KeyError) if error else mock.MagicMock(),
+            mock.patch.object(engines, "init", return_value=Colo(engine)),
+        ):
+            with tpcolocate.trl.use_sglang():
+                trainers[0].VLLMGeneration(
+                    model=SimpleNamespace(name_or_path="x"),
+                    accelerator=SimpleNamespace(device=CPU),
+                    processing_class=None,
+                )
+                if error:
+                    raise error
+        assert ("shutdown" in [call[0] for call in engine.calls]) is (error is not None)
+
+
+# --- the callback -----------------------------------------------------------------------------------------------------
+
+
+def test_means_are_over_prompts_and_ranks_without_any_do_not_count():
+    assert weighted_means([(3, {"a": 1.0}), (1, {"a": 5.0, "b": 2.0}), (0, {})]) == {"a": 2.0, "b": 2.0}
+
+
+@pytest.mark.parametrize(
+    "prompts, every, named",
+    [([], 1, "prompts"), ("text", 1, "prompts"), (["a"], 0, "every_steps"), (["a"], 1.5, "every_steps")],
+)
+def test_a_callback_without_prompts_or_steps_is_refused(prompts, every, named):
+    with pytest.raises(ConfigError, match=named):
+        GenerationCallback(None, None, prompts, score=lambda *_: {}, every_steps=every)
+
+
+def test_a_callback_acts_at_its_steps():
+    engine, logged = RecordingEngine(), []
+    trainer = SimpleNamespace(model_wrapped=object(), log=logged.append)
+    callback = GenerationCallback(
+        trainer,
+        engine,
+        ["a"],
+        {"n": 1},
+        score=lambda prompts, answers: {"length": len(answers[0]["output_ids"])},
+        every_steps=2,
+    )
+    for step in range(1, 5):
+        callback.on_step_end(None, SimpleNamespace(global_step=step), None)
+    assert logged == [{"eval_length": 2.0}] * 2
+    assert [call[:2] for call in engine.calls] == [("sync_weights", trainer.model_wrapped), ("generate", ["a"])] * 2
