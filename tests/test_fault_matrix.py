@@ -1,4 +1,4 @@
-"""The fault matrix: which cells there are, how a result is judged, and the schedule of the soak."""
+"""The fault matrix: which cells there are, how a result is judged, and a spread of the cells on a real server."""
 
 import importlib
 import json
@@ -164,3 +164,44 @@ def test_a_schedule_is_that_of_its_seed():
 def test_growth_is_judged():
     assert soak.too_much({"rss": 2**20, "fds": 1}) == []
     assert soak.too_much({"rss": 2**30, "fds": 1, "children": 1}) == [f"rss grew by {2**30}", "children grew by 1"]
+
+
+# --- on a real server --------------------------------------------------------------------------------------------------
+
+SPREAD = [
+    Cell("sync: transfer", "exception", "client rank"),
+    Cell("sync: finish", "exception", "owner rank"),
+    # From here on each cell ends the server.
+    Cell("generate", "SIGKILL", "TP worker"),
+    Cell("sync: transfer", "SIGKILL", "owner rank"),
+]
+
+
+@pytest.mark.engine
+@pytest.mark.timeout(900)
+def test_a_spread_of_the_matrix(tiny_model_dir, no_leftovers):
+    runner = fault_matrix.Runner(str(tiny_model_dir()))
+    try:
+        results = {cell.name: runner.run(cell) for cell in SPREAD}
+    finally:
+        runner.close()
+    assert {name: (result["status"], result["problems"]) for name, result in results.items()} == {
+        name: ("run", []) for name in results
+    }
+    assert [result["goes_on"] for result in results.values()] == [
+        "synced again",
+        "synced again",
+        "relaunched",
+        "job over",
+    ]
+
+
+@pytest.mark.engine
+@pytest.mark.timeout(900)
+def test_a_short_soak(tiny_model_dir, no_leftovers):
+    drawn = [(0, "server stays"), (6, "server ends"), (7, "server stays")]
+    cells = [cell for seed, kind in drawn for cell in soak.schedule(1, seed, weights={kind: 1})]
+    found = soak.Soak(str(tiny_model_dir()), syncs_between=2).run(cells)
+    assert found.problems == [] and soak.too_much(found.growth) == []
+    assert found.faults == [cell.name for cell in cells]
+    assert found.num_syncs == 2 * (len(cells) + 1) and found.num_answers > 0
