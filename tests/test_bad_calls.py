@@ -20,7 +20,7 @@ from test_lora import CONFIG, tensors
 import tpcolocate
 from tpcolocate.agreement import RankGroup
 from tpcolocate.engine.client import Client
-from tpcolocate.engine.context import OwnedServer, SliceContext
+from tpcolocate.engine.context import OwnedServer, ServerLink, SliceContext
 from tpcolocate.engine.engine import Engine
 from tpcolocate.errors import ConfigError, EngineStateError, RankLostError, TpColocateError
 from tpcolocate.groups import Host, Member, make_group
@@ -81,7 +81,7 @@ CALLS = {
     "health": {},
     "close": {},
 }
-NOT_HERE = {"generate", "generate_async"}
+NOT_HERE = {"generate", "generate_async", "restart"}  # of these, test_requests and test_engine_parts
 CHANGES_NOTHING = {"health", "close", "abort_request", "shutdown"}
 
 
@@ -123,8 +123,9 @@ def make_engine(group):
     owned = OwnedServer.of(process, ServerApi(http), lifecycle) if group.rank == 0 else None
     client = Client("http://somewhere", api_key="key", check=lambda: lifecycle.state.check_generate())
     client.http = http
-    context = SliceContext(group, None, 0, client, lifecycle, ReadingSync(owned, group), owned)
-    engine = Engine(context, sglang_version="0.5.21", model_path="model", on_shutdown=lambda: None)
+    link = ServerLink(client, ReadingSync(owned, group), owned, "0.5.21", lambda: None)
+    context = SliceContext(group, None, 0, lifecycle, link)
+    engine = Engine(context, model_path="model", on_shutdown=lambda: None, relaunch=lambda: None, restarts=0)
     engine._update_groups._names.add("joined")
     return engine
 
