@@ -515,8 +515,20 @@ def _tagged(name: str, value: str) -> Iterator[psutil.Process]:
     wanted = f"{name}={value}".encode()
     for pid in psutil.pids():
         with contextlib.suppress(OSError, psutil.Error):
-            if wanted in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+            if wanted in _environment_of(pid).split(b"\0"):
                 yield psutil.Process(pid)
+
+
+def _environment_of(pid: int) -> bytes:
+    """Return a process's environment; in the middle of an exec it is empty, and has to be read again."""
+    found = Path(f"/proc/{pid}/environ").read_bytes()
+    for _ in range(20):
+        if found:
+            break
+        os.readlink(f"/proc/{pid}/exe")  # fails for what has no program: threads of the kernel, zombies
+        time.sleep(0.01)
+        found = Path(f"/proc/{pid}/environ").read_bytes()
+    return found
 
 
 def _shm_names() -> list[str]:
