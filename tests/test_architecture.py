@@ -19,7 +19,8 @@ PACKAGE = Path(tpcolocate.__file__).parent
 # An `__init__` is above all layers of its package.
 LAYERS = {
     "": (
-        {"session"},
+        {"plot"},
+        {"session", "metrics"},
         {"engine", "launch"},
         {"server", "weights", "rendezvous"},
         {"agreement", "placement"},
@@ -30,6 +31,7 @@ LAYERS = {
             "devices",
             "interfaces",
             "presence",
+            "recorder",
             "report",
             "parallel",
             "processes",
