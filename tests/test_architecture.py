@@ -19,7 +19,8 @@ PACKAGE = Path(tpcolocate.__file__).parent
 # An `__init__` is above all layers of its package.
 LAYERS = {
     "": (
-        {"plot"},
+        {"__main__"},
+        {"doctor", "plot"},
         {"session", "metrics"},
         {"engine", "launch"},
         {"server", "weights", "rendezvous"},
@@ -40,6 +41,12 @@ LAYERS = {
             "garbage",
         },
         {"errors", "in_server", "_version"},
+    ),
+    "doctor": (
+        {"command"},
+        {"page", "gather", "probe"},
+        {"findings", "leftovers"},
+        {"facts"},
     ),
     "server": (
         {"weight_updates"},
