@@ -141,6 +141,7 @@ RAN = {"what": "server", "path": None, "pid": 4711, "started": 1, "num_bytes": 0
     ("leftovers", Leftovers((LEFT,)), "warning", ["/dev/shm/tpcolocate-0-1-a", "--clean"]),
     ("leftovers", Leftovers((LEFT, RAN)), "problem", ["4711", "--clean"]),
     ("leftovers", Leftovers((LEFT,), kept=(("/dev/shm/x", "busy"),)), "warning", ["busy"]),
+    ("leftovers", Leftovers(torch_files=(3, 1 << 30)), "warning", ["3 files", "1024 MiB"]),
     ("leftovers", Leftovers(num_logs=9, log_bytes=2 << 30, log_folder="/tmp/l"), "warning", ["2048 MiB", "/tmp/l"]),
 ])  # fmt: skip
 def test_hazards_are_named_with_their_fix(section, value, level, words):
@@ -226,6 +227,18 @@ def test_ranks_of_a_slice_in_different_containers(changed, level, words):
     hosts = [HOST, replace(HOST, **changed)]
     found = ranks_of(*(member(rank, device=rank, world_size=2, tp_size=2, host=hosts[rank]) for rank in range(2)))
     assert any(words in each.message for each in found_by(judged(*found, world_size=2, tp_size=2), level).values())
+
+
+def test_ranks_in_different_ipc_namespaces():
+    found = ranks_of(*(member(rank, device=rank, world_size=2) for rank in range(2)))
+    found[1] = replace(found[1], kernel=replace(KERNEL, ipc_namespace="ipc:[2]"))
+    messages = [each.message for each in judged(*found, world_size=2).findings if each.level == "warning"]
+    assert messages == ["rank 1 is in another IPC namespace than rank 0 on the same host"]
+
+
+def test_without_devices_no_slices_are_promised():
+    diagnosis = judged(good_facts(devices=None, failures={"devices": "killed"}), tp_size=2)
+    assert diagnosis.slices == () and set(found_by(diagnosis, "problem")) == {"devices"}
 
 
 def test_equal_findings_of_ranks_are_one_line_with_the_ranks():
@@ -369,8 +382,9 @@ def announcement(pid, started):
 class Folders:
     """Stand-ins of /dev/shm and of the temporary folder."""
 
-    def __init__(self, path):
+    def __init__(self, path, patch):
         self.shm, self.temporary = path / "shm", path / "tmp"
+        self.patch, self.supervisors = patch, []  # those of this machine are of other jobs
         self.shm.mkdir()
         self.temporary.mkdir()
 
@@ -391,6 +405,7 @@ class Folders:
         return folder
 
     def found(self):
+        self.patch.setattr(leftovers, "_supervisors", lambda proc: iter(self.supervisors))
         return leftovers.find_leftovers(shm=self.shm, temporary=self.temporary)
 
     def names(self):
@@ -398,8 +413,8 @@ class Folders:
 
 
 @pytest.fixture
-def folders(tmp_path):
-    return Folders(tmp_path)
+def folders(tmp_path, monkeypatch):
+    return Folders(tmp_path, monkeypatch)
 
 
 def test_leftovers_of_a_dead_job_are_found_and_removed(folders):
@@ -442,15 +457,46 @@ def test_files_of_other_users_are_never_listed(folders, monkeypatch):
     assert folders.names() == set()
 
 
-def test_folders_with_open_sockets_are_in_use():
+def test_folders_with_open_sockets_are_in_use(monkeypatch):
     with tempfile.TemporaryDirectory(dir="/tmp") as short:  # paths of sockets have 107 characters at most
-        folders, pid = Folders(Path(short)), ended_pid()
+        folders, pid = Folders(Path(short), monkeypatch), ended_pid()
         folders.plant(pid, 1)
         folder = folders.shm / f"tpcolocate-{os.getuid()}-{pid}-0123abcd-0123456789abcdef"
         with socket.socket(socket.AF_UNIX) as server:
             server.bind(str(folder / "s"))
             assert folder.name not in folders.names()
         assert folder.name in folders.names()
+
+
+def test_files_of_a_job_whose_rank_0_is_on_another_host_are_in_use(folders):
+    pid = ended_pid()  # of another host: here there is no such process
+    names = folders.plant(pid, 1)
+    rendezvous.announce(folders.shm / f"tpcolocate-{os.getuid()}-{pid}-0123abcd-2.json", announcement(*this_process()))
+    assert folders.names() == names - {name for name in names if "0123456789abcdef" in name or "x1y2" in name}
+
+
+def test_files_of_a_job_that_still_launches_are_in_use(folders):
+    names = folders.plant(ended_pid(), 1)
+    folders.supervisors = [time.time() - 3600.0]  # of an older job
+    assert folders.names() == names
+    folders.supervisors = [time.time()]
+    assert not any("0123456789abcdef" in name for name in folders.names())
+
+
+def test_running_supervisors_are_found(tmp_path):
+    script = tmp_path / "tpcolocate" / "server" / "supervisor.py"
+    script.parent.mkdir(parents=True)
+    script.write_text("input()")
+    before = time.time()
+    with subprocess.Popen([sys.executable, str(script)], stdin=subprocess.PIPE) as process:
+        assert any(started > before - 2 for started in leftovers._supervisors(Path("/proc")))
+        process.stdin.close()
+
+
+def test_shared_memory_of_ended_torch_processes_is_counted(folders):
+    (folders.shm / f"torch_{ended_pid()}_123_4").write_bytes(b"x" * 10)
+    (folders.shm / f"torch_{os.getpid()}_123_4").write_bytes(b"x" * 10)
+    assert leftovers.torch_files(shm=folders.shm) == (1, 10) and folders.names() == set()
 
 
 def test_links_are_removed_and_not_followed(folders, tmp_path):
@@ -522,7 +568,12 @@ def test_a_check_that_hangs_and_one_that_raises_are_findings(monkeypatch, capsys
     monkeypatch.setattr(command, "check_kernel", hangs)
     monkeypatch.setattr(command, "check_limits", raises)
     monkeypatch.setattr(command, "probe", no_probe)
+
+    def no_host():
+        raise FileNotFoundError("boot_id")
+
     monkeypatch.setattr(command, "check_leftovers", lambda clean: Leftovers())
+    monkeypatch.setattr(command.Host, "here", no_host)
     started = time.monotonic()
     assert command.run(options(timeout=3.0)) == 1
     assert time.monotonic() - started < 20
@@ -532,6 +583,7 @@ def test_a_check_that_hangs_and_one_that_raises_are_findings(monkeypatch, capsys
         if each["level"] == "problem"
     }
     assert "no answer within 3 s" in problems["kernel"]
+    assert "boot_id" in problems["host"]
     assert "KeyError" in problems["limits"] and "code -11" in problems["devices"]
 
 
@@ -626,11 +678,6 @@ def test_no_peer_access(monkeypatch):
         "0 from 1, 1 from 0"
         in found_by(judged(good_facts(devices=probe._find_devices(None))), "warning")["devices"].message
     )
-
-
-def test_a_handle_goes_to_another_process_and_back():
-    found, handles = probe.probe(dict(os.environ), None, deadline=Deadline.after(90.0))
-    assert (found.kind, found.visible) == ("cpu", ()) and handles.trips == (("cpu", None),)
 
 
 def test_a_handle_that_does_not_open_is_a_result():

@@ -137,7 +137,8 @@ def _gather(
             results["handles"] = handles
         else:
             failures["handles"] = handles.message
-    member = _member(arguments, job, devices)
+    host = _host(failures)
+    member = _member(arguments, job, devices, host)
     return Facts(member=member, job=job, devices=devices, failures=failures, seconds=dict(seconds), **results)
 
 
@@ -196,7 +197,15 @@ def _check_gloo(job: Job, connecting: Future[dist.Store] | None, deadline: Deadl
     return GlooGroup(error=None, seconds=time.monotonic() - started)
 
 
-def _member(arguments: argparse.Namespace, job: Job, devices: Devices | None) -> Member:
+def _host(failures: dict[str, str]) -> Host:
+    try:
+        return Host.here()
+    except OSError as error:
+        failures["host"] = f"this host cannot be described: {_reason(error)}"
+        return Host(boot_id="unknown", network="", shm="", name=os.uname().nodename)
+
+
+def _member(arguments: argparse.Namespace, job: Job, devices: Devices | None, host: Host) -> Member:
     """Describe this rank as `init` would."""
     pid, started = this_process()
     on_device = devices is not None and devices.own is not None and devices.own < len(devices.visible)
@@ -213,7 +222,7 @@ def _member(arguments: argparse.Namespace, job: Job, devices: Devices | None) ->
         rank=job.rank if distributed else 0,
         world_size=job.world_size if distributed else 1,
         tp_size=arguments.tp_size,
-        host=Host.here(),
+        host=host,
         pid=pid,
         started=started,
         facts=facts,

@@ -219,6 +219,7 @@ class Leftovers:
         num_logs: Logs of servers of this user.
         log_bytes: Their size.
         log_folder: Where they are.
+        torch_files: Number and bytes of files of torch's shared memory whose process has exited.
         removed: What ``--clean`` has removed.
         kept: (what, reason) that it could not remove.
     """
@@ -227,6 +228,7 @@ class Leftovers:
     num_logs: int = 0
     log_bytes: int = 0
     log_folder: str = ""
+    torch_files: tuple[int, int] = (0, 0)
     removed: tuple[str, ...] = ()
     kept: tuple[tuple[str, str], ...] = ()
 

@@ -42,6 +42,7 @@ _LITTLE_SHM = 1 << 30
 # A process of torch and SGLang opens some 200 before the first request, and each request in flight takes one more.
 _TOO_FEW_FILES, _FEW_FILES = 512, 1024
 _MANY_LOG_BYTES = 1 << 30
+_MANY_TORCH_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +95,7 @@ def judge(found: Sequence[Facts], *, world_size: int, tp_size: int) -> Diagnosis
         tp_size: As for `init`.
     """
     findings: list[Finding] = []
-    for name in SECTIONS:
+    for name in dict.fromkeys([*SECTIONS, *(name for facts in found for name in facts.failures)]):
         findings += _merged(_of_section(facts, name) for facts in found)
     members = tuple(facts.member for facts in found)
     assumed = world_size == 1 and len(found) == 1
@@ -102,8 +103,9 @@ def judge(found: Sequence[Facts], *, world_size: int, tp_size: int) -> Diagnosis
         members = assumed_members(found[0], tp_size=tp_size)
     missing = sorted(set(range(world_size)) - {facts.member.rank for facts in found})
     findings += judge_ranks(members, missing=missing)
+    findings += judge_namespaces(found)
     slices: tuple[Roles, ...] = ()
-    if not missing:
+    if not missing and all(facts.devices is not None for facts in found):
         slices, placed = judge_placement(members, assumed=assumed)
         findings += placed
     return Diagnosis(tuple(findings), slices, members, assumed)
@@ -114,7 +116,7 @@ def _of_section(facts: Facts, name: str) -> list[Finding]:
     if name in facts.failures:
         fix = "a check that fails is a finding by itself; run it again with a longer --timeout, or report it"
         return [Finding(name, PROBLEM, f"the check has no result: {facts.failures[name]}", fix, rank)]
-    section = getattr(facts, name)
+    section = getattr(facts, name, None)
     if section is None:
         return []
     if name == "handles":
@@ -235,6 +237,24 @@ def judge_ranks(members: Sequence[Member], *, missing: Sequence[int]) -> list[Fi
         names = ", ".join(f"{len(here)} on {here[0].host.name}" for here in hosts.values())
         findings.append(Finding("ranks", OK, names or "none"))
     return findings
+
+
+def judge_namespaces(found: Sequence[Facts]) -> list[Finding]:
+    """Whether the ranks of one host are in one IPC namespace; those that `init` needs are compared by `plan_roles`."""
+    first: dict[str, Facts] = {}
+    for facts in found:
+        here = first.setdefault(facts.member.host.boot_id, facts)
+        if (
+            facts.kernel is not None
+            and here.kernel is not None
+            and facts.kernel.ipc_namespace != here.kernel.ipc_namespace
+        ):
+            message = (
+                f"rank {facts.member.rank} is in another IPC namespace than rank {here.member.rank} on the same host"
+            )
+            fix = "share it (--ipc host): memory of one rank's GPU may not open in the other's server"
+            return [Finding("ranks", WARNING, message, fix)]
+    return []
 
 
 def judge_placement(members: Sequence[Member], *, assumed: bool) -> tuple[tuple[Roles, ...], list[Finding]]:
@@ -510,6 +530,11 @@ def judge_leftovers(leftovers: Leftovers) -> list[Finding]:
             f"{leftovers.num_logs} logs of servers take {leftovers.log_bytes / 2**20:.0f} MiB in {leftovers.log_folder}"
         )
         findings.append(Finding("leftovers", WARNING, message, "remove those that you do not need"))
+    number, num_bytes = leftovers.torch_files
+    if num_bytes > _MANY_TORCH_BYTES:
+        message = f"{number} files of torch processes that have exited take {num_bytes / 2**20:.0f} MiB in /dev/shm"
+        fix = "remove /dev/shm/torch_PID_* of those that no other process uses; they may be of any program"
+        findings.append(Finding("leftovers", WARNING, message, fix))
     if not findings:
         logs = f"; {leftovers.num_logs} logs of servers in {leftovers.log_folder}" if leftovers.num_logs else ""
         findings.append(Finding("leftovers", OK, f"none{logs}"))

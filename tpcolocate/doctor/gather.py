@@ -32,7 +32,7 @@ from tpcolocate.doctor.facts import (
     SharedMemory,
     Software,
 )
-from tpcolocate.doctor.leftovers import SHM, Leftover, find_leftovers, remove
+from tpcolocate.doctor.leftovers import SHM, Leftover, find_leftovers, remove, torch_files
 from tpcolocate.errors import ConfigError
 from tpcolocate.server.environment import LOOPBACK, child_environment, sglang_stub_needed
 from tpcolocate.server.installed import Installed, find_installed
@@ -249,6 +249,7 @@ def check_leftovers(*, clean: bool) -> Leftovers:
         num_logs=len(logs),
         log_bytes=sum(logs),
         log_folder=str(folder),
+        torch_files=torch_files(),
         removed=tuple(f"{each.name}: {each.what}" for each in removed),
         kept=tuple((each.name, reason) for each, reason in kept),
     )

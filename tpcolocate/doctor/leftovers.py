@@ -26,12 +26,14 @@ from tpcolocate.server.arguments import RECEIVER
 
 SHM = Path("/dev/shm")
 _PROC = Path("/proc")
-# As written by `Launch`, `ServerProcess` and `rendezvous`; a job begins with the pid of its rank 0.
-_JOB = r"(?P<pid>\d+)-[0-9a-f]{8}"
+# As written by `Launch`, `ServerProcess` and `rendezvous`; a job begins with the pid of its rank 0, on whichever host.
+_JOB = r"(?P<job>(?P<pid>\d+)-[0-9a-f]{8})"
 _ANNOUNCEMENT = re.compile(rf"tpcolocate-(?P<uid>\d+)-{_JOB}-\d+\.json(?P<temporary>\.\w+)?")
 _SYNC_FOLDER = re.compile(rf"tpcolocate-(?P<uid>\d+)-{_JOB}-[0-9a-f]{{16}}")
 _CONFIG_FOLDER = re.compile(r"tpcolocate-[a-z0-9_]{8}")
 _CONFIG_FILE = "server.yaml"
+_TORCH_FILE = re.compile(r"torch_(?P<pid>\d+)_\d+_\d+")
+_SUPERVISOR = "tpcolocate/server/supervisor.py"
 _SGLANG_FILE = re.compile(r"sgl_shm_\w+?_(?P<pid>\d+)_\w+")
 # A folder is made this long before a process has it on its command line, at most.
 _STARTING_S = 60.0
@@ -76,7 +78,7 @@ def find_leftovers(*, shm: Path = SHM, temporary: Path, proc: Path = _PROC) -> l
         proc: Where processes are listed.
     """
     found = list(_servers(proc))
-    in_use = _open_sockets(proc)
+    in_use = _in_use(shm, proc)
     with os.scandir(shm) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
             if entry.stat(follow_symlinks=False).st_uid == os.getuid():
@@ -85,34 +87,89 @@ def find_leftovers(*, shm: Path = SHM, temporary: Path, proc: Path = _PROC) -> l
     return found
 
 
-def _in_shm(entry: os.DirEntry[str], in_use: frozenset[str]) -> Iterator[Leftover]:
-    path = Path(entry.path)
-    modified = entry.stat(follow_symlinks=False).st_mtime
-    if match := _ANNOUNCEMENT.fullmatch(entry.name):
-        if int(match["uid"]) == os.getuid() and entry.is_file(follow_symlinks=False):
-            writer = _writer(path, temporary=match["temporary"] is not None)
-            ended = not _may_run(int(match["pid"]), modified) if writer is None else start_of(writer[0]) != writer[1]
-            if ended:
-                pid = int(match["pid"]) if writer is None else writer[0]
-                yield Leftover(f"announcement of a server whose trainer (pid {pid}) has exited", str(path))
-    elif match := _SYNC_FOLDER.fullmatch(entry.name):
-        mine = int(match["uid"]) == os.getuid() and entry.is_dir(follow_symlinks=False)
-        if mine and not _may_run(int(match["pid"]), modified) and not any(str(path) in used for used in in_use):
-            yield Leftover(
-                f"sockets and files of a job whose rank 0 (pid {match['pid']}) has exited",
-                str(path),
-                num_bytes=_size(path),
-            )
-    elif (match := _SGLANG_FILE.fullmatch(entry.name)) and entry.is_file(follow_symlinks=False):
-        if not _may_run(int(match["pid"]), modified):
-            num_bytes = entry.stat(follow_symlinks=False).st_size
-            yield Leftover(f"message queue of SGLang's process {match['pid']}, which has exited", str(path), None, None, num_bytes)  # fmt: skip
+@dataclass(frozen=True, slots=True)
+class _InUse:
+    """What protects the files of a job whose rank 0 is not here: it may run on another host.
+
+    Attributes:
+        jobs: Those with an announcement of a running process.
+        sockets: Paths of open sockets.
+        supervisors: Starts of running supervisors; a job that still launches has one and no announcement.
+    """
+
+    jobs: frozenset[str]
+    sockets: frozenset[str]
+    supervisors: tuple[float, ...]
+
+    def covers(self, path: Path, job: str, modified: float) -> bool:
+        """Whether a running job may need a file."""
+        return (
+            job in self.jobs
+            or any(socket.startswith(f"{path}/") for socket in self.sockets)
+            or any(started >= modified - 1.0 for started in self.supervisors)
+        )
 
 
-def _writer(path: Path, *, temporary: bool) -> tuple[int, int] | None:
+def _in_use(shm: Path, proc: Path) -> _InUse:
+    jobs = set()
+    for path in shm.glob("tpcolocate-*.json"):
+        if (match := _ANNOUNCEMENT.fullmatch(path.name)) and (writer := _writer(path)) is not None:
+            if start_of(writer[0]) == writer[1]:
+                jobs.add(match["job"])
+    return _InUse(frozenset(jobs), _open_sockets(proc), tuple(_supervisors(proc)))
+
+
+def _supervisors(proc: Path) -> Iterator[float]:
+    for pid, command in _processes(proc):
+        if any(part.endswith(_SUPERVISOR) for part in command):
+            try:
+                yield psutil.Process(pid).create_time()
+            except psutil.Error:
+                continue
+
+
+def _in_shm(entry: os.DirEntry[str], in_use: _InUse) -> Iterator[Leftover]:
+    path, status = Path(entry.path), entry.stat(follow_symlinks=False)
+    is_file, is_folder = entry.is_file(follow_symlinks=False), entry.is_dir(follow_symlinks=False)
+    if (match := _ANNOUNCEMENT.fullmatch(entry.name)) and is_file and int(match["uid"]) == os.getuid():
+        writer = None if match["temporary"] else _writer(path)
+        if writer is not None and start_of(writer[0]) != writer[1]:
+            yield Leftover(f"announcement of a server whose trainer (pid {writer[0]}) has exited", str(path))
+        elif writer is None and _has_ended(path, match, status.st_mtime, in_use):
+            yield Leftover(f"announcement of a job whose rank 0 (pid {match['pid']}) has exited", str(path))
+    elif (match := _SYNC_FOLDER.fullmatch(entry.name)) and is_folder and int(match["uid"]) == os.getuid():
+        if _has_ended(path, match, status.st_mtime, in_use):
+            what = f"sockets and files of a job whose rank 0 (pid {match['pid']}) has exited"
+            yield Leftover(what, str(path), num_bytes=_size(path))
+    elif (match := _SGLANG_FILE.fullmatch(entry.name)) and is_file:
+        if not _may_run(int(match["pid"]), status.st_mtime):
+            what = f"message queue of SGLang's process {match['pid']}, which has exited"
+            yield Leftover(what, str(path), num_bytes=status.st_size)
+
+
+def _has_ended(path: Path, match: re.Match[str], modified: float, in_use: _InUse) -> bool:
+    return not _may_run(int(match["pid"]), modified) and not in_use.covers(path, match["job"], modified)
+
+
+def torch_files(*, shm: Path = SHM) -> tuple[int, int]:
+    """Return number and bytes of this user's files of torch's shared memory whose process has exited.
+
+    They may be of any program, and another process may still map them; so they are not leftovers to remove.
+    """
+    sizes = []
+    for path in shm.glob("torch_*"):
+        try:
+            status = path.lstat()
+        except OSError:
+            continue
+        match = _TORCH_FILE.fullmatch(path.name)
+        if match and status.st_uid == os.getuid() and not _may_run(int(match["pid"]), status.st_mtime):
+            sizes.append(status.st_size)
+    return len(sizes), sum(sizes)
+
+
+def _writer(path: Path) -> tuple[int, int] | None:
     """Return pid and start of the process that wrote an announcement; None if it cannot be read."""
-    if temporary:
-        return None
     try:
         announcement = rendezvous.read(path)
     except RendezvousError:
@@ -241,4 +298,4 @@ def _end(pid: int, started: int) -> None:
         raise OSError(f"processes {', '.join(str(each.pid) for each in alive)} do not end")
 
 
-__all__ = ["SHM", "Leftover", "find_leftovers", "remove"]
+__all__ = ["SHM", "Leftover", "find_leftovers", "remove", "torch_files"]
