@@ -19,8 +19,9 @@ PACKAGE = Path(tpcolocate.__file__).parent
 # An `__init__` is above all layers of its package.
 LAYERS = {
     "": (
-        {"trl", "hf"},
-        {"session"},
+        {"__main__"},
+        {"doctor", "plot", "trl", "hf"},
+        {"session", "metrics"},
         {"engine", "launch"},
         {"server", "weights", "rendezvous"},
         {"agreement", "placement"},
@@ -31,6 +32,7 @@ LAYERS = {
             "devices",
             "interfaces",
             "presence",
+            "recorder",
             "report",
             "parallel",
             "processes",
@@ -44,6 +46,12 @@ LAYERS = {
         {"engines"},
         {"generation", "replacement"},
         {"arguments"},
+    ),
+    "doctor": (
+        {"command"},
+        {"page", "gather", "probe"},
+        {"findings", "leftovers"},
+        {"facts"},
     ),
     "server": (
         {"weight_updates"},

@@ -342,15 +342,14 @@ def generate_forms(world):
 
 def trainer_logprobs(world):
     """The engine's log-probabilities of its own tokens against the trainer's, for the last sync's weights."""
-    worst = 0.0
-    for prompt, answer in zip(PROMPTS, world.engine.generate(PROMPTS, GREEDY, return_logprob=True)):
-        pairs = answer["meta_info"]["output_token_logprobs"]
-        tokens = [pair[1] for pair in pairs]
+    answers = world.engine.generate(PROMPTS, GREEDY, return_logprob=True)
+    found = []
+    for prompt, answer in zip(PROMPTS, answers):
+        tokens = [pair[1] for pair in answer["meta_info"]["output_token_logprobs"]]
         with torch.no_grad():
-            logits = world.model(torch.tensor([prompt + tokens])).logits[0].log_softmax(-1)
-        for i, (logprob, token, *_) in enumerate(pairs):
-            worst = max(worst, abs(logprob - logits[len(prompt) - 1 + i, token].item()))
-    return worst
+            logits = world.model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
+        found.append(logits.log_softmax(-1).gather(-1, torch.tensor(tokens)[:, None]).squeeze(-1))
+    return {**tpcolocate.summarize(answers, prefix=""), **tpcolocate.logprob_gap(answers, found, prefix="")}
 
 
 def logprobs_at_a_temperature(world):
@@ -763,7 +762,11 @@ def test_a_first_sync_leaves_the_trainings_random_numbers_alone(setup):
 
 @setups_with(trainer_logprobs)
 def test_log_probabilities_equal_the_trainers(setup):
-    assert max(results(setup, trainer_logprobs)) < 1e-3
+    for figures in results(setup, trainer_logprobs):
+        assert figures["gap/max"] < 1e-3 and figures["gap/ratio/ess"] > 0.999
+        assert figures["gap/ratio/tokens"] == figures["rollout/tokens/sum"] == len(PROMPTS) * GREEDY["max_new_tokens"]
+        assert figures["rollout/finish/length"] == figures["rollout/truncated_rate"] == 1.0
+        assert figures["rollout/weight_versions"] == 1 and figures["rollout/mixed_rate"] == 0.0
 
 
 @setups_with(dropped_weights)

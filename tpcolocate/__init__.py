@@ -23,6 +23,14 @@ from tpcolocate.errors import (
     TpColocateError,
     WeightsMismatchError,
 )
+from tpcolocate.metrics import (
+    engine_logprobs,
+    importance_ratios,
+    logprob_gap,
+    summarize,
+    write_prometheus_targets,
+)
+from tpcolocate.recorder import Recorder, Recording
 from tpcolocate.report import RankReport, SyncReport
 from tpcolocate.session import Colocation, connect, init
 from tpcolocate.weights.sources.checkpoint import Checkpoint
@@ -45,6 +53,8 @@ __all__ = [
     "RankFailedError",
     "RankLostError",
     "RankReport",
+    "Recorder",
+    "Recording",
     "RendezvousError",
     "RequestError",
     "SyncError",
@@ -53,6 +63,11 @@ __all__ = [
     "WeightsMismatchError",
     "__version__",
     "connect",
+    "engine_logprobs",
+    "importance_ratios",
     "init",
     "join_update_group",
+    "logprob_gap",
+    "summarize",
+    "write_prometheus_targets",
 ]

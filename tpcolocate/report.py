@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
 
+from torch.profiler import record_function
+
 
 @dataclass(frozen=True, slots=True)
 class RankReport:
@@ -120,6 +122,48 @@ class SyncReport:
         """Former name of `unverified`."""
         return self.unverified
 
+    def metrics(self, prefix: str = "tpcolocate/") -> dict[str, float]:
+        """Return the figures of this sync as a flat dict, for wandb, TensorBoard and the like.
+
+        Args:
+            prefix: Of every key.
+
+        Returns:
+            ``seconds``, ``bytes``, ``bytes_per_second``, ``tensors``, ``buckets``, ``bucket_bytes``, ``replayed``, ``verified``,
+            ``unverified``, ``missing``, ``warnings``; over the ranks of the slice, the sums ``own_bytes``, ``peer_bytes``,
+            ``staged_bytes``, ``handles_exported``, ``handles_returned``, ``handles_mapped``, and the largest of
+            ``peak_extra_bytes``, ``allocated_bytes``, ``latest_return_seconds`` and of every phase as ``phase/NAME``, in seconds;
+            ``worker/STEP``, in seconds of the slowest TP worker; ``weight_version`` if it is a number.
+        """
+        values: dict[str, float] = {
+            "seconds": self.seconds,
+            "bytes": self.num_bytes,
+            "bytes_per_second": self.num_bytes / self.seconds if self.seconds > 0 else 0.0,
+            "tensors": self.num_tensors,
+            "buckets": self.num_buckets,
+            "bucket_bytes": self.bucket_bytes,
+            "replayed": self.num_replayed,
+            "verified": self.num_verified,
+            "unverified": len(self.unverified),
+            "missing": len(self.missing or ()),
+            "warnings": len(self.warnings),
+            "own_bytes": sum(part.own_bytes for part in self.ranks),
+            "peer_bytes": sum(part.peer_bytes for part in self.ranks),
+            "staged_bytes": sum(part.staged_bytes for part in self.ranks),
+            "handles_exported": sum(part.num_exported for part in self.ranks),
+            "handles_returned": sum(part.num_returned for part in self.ranks),
+            "handles_mapped": sum(part.num_mapped for part in self.ranks),
+            "peak_extra_bytes": max(part.peak_extra_bytes for part in self.ranks),
+            "allocated_bytes": max(part.allocated_bytes for part in self.ranks),
+            "latest_return_seconds": max(part.latest_return_s for part in self.ranks),
+        }
+        for phase in dict.fromkeys(name for part in self.ranks for name in part.seconds):
+            values[f"phase/{phase}"] = max(part.seconds.get(phase, 0.0) for part in self.ranks)
+        values.update({f"worker/{step}": seconds for step, seconds in self.worker_seconds.items()})
+        if self.weight_version.isascii() and self.weight_version.isdecimal():
+            values["weight_version"] = int(self.weight_version)
+        return {f"{prefix}sync/{name}": float(value) for name, value in values.items()}
+
     def __str__(self) -> str:
         phases = next(r for r in self.ranks if r.rank == self.rank).seconds
         parts = ", ".join(f"{name} {value * 1e3:.1f}" for name, value in phases.items())
@@ -132,7 +176,10 @@ class SyncReport:
 
 @dataclass(slots=True)
 class Stopwatch:
-    """Seconds per phase.  Repeated phases add up; a nested phase counts as part of the outer one."""
+    """Seconds per phase.  Repeated phases add up; a nested phase counts as part of the outer one.
+
+    A profiler of torch shows each as a range ``tpcolocate/sync/PHASE``.
+    """
 
     seconds: dict[str, float] = field(default_factory=dict)
     started: float = field(default_factory=perf_counter)
@@ -145,7 +192,8 @@ class Stopwatch:
             return
         begun, self._running = perf_counter(), True
         try:
-            yield
+            with record_function(f"tpcolocate/sync/{name}"):
+                yield
         finally:
             self._running = False
             self.seconds[name] = self.seconds.get(name, 0.0) + perf_counter() - begun
