@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import tpcolocate
-from tpcolocate import rendezvous
+from tpcolocate import rendezvous, runtime_folder
 from tpcolocate.processes import this_process
 from tpcolocate.report import RankReport, Stopwatch, SyncReport
 
@@ -165,11 +165,14 @@ def test_shapes_that_differ():
 
 
 def test_running_servers_are_targets(tmp_path, monkeypatch):
-    monkeypatch.setattr(rendezvous, "_FOLDER", tmp_path)
+    monkeypatch.setattr(runtime_folder, "SHARED_MEMORY", tmp_path)
     pid, started = this_process()
     for index, begun in enumerate((started, started, started - 1)):
-        made = rendezvous.Announcement(f"http://127.0.0.1:{3000 + index}", "secret", "9-ab", (0, 1), pid, begun, "n")
-        rendezvous.announce(rendezvous.path_for("9-ab", index), made)
+        nonce = f"{pid}-{9 - index}"  # sorted by slice, not by name
+        url = f"http://127.0.0.1:{3000 + index}"
+        made = rendezvous.Announcement(url, "secret", "9-ab", index, (0, 1), pid, begun, nonce)
+        rendezvous.path_for(nonce).parent.mkdir(mode=0o700)
+        rendezvous.announce(rendezvous.path_for(nonce), made)
     path = tmp_path / "targets.json"
     written = tpcolocate.write_prometheus_targets(path, job="9-ab")
     assert json.loads(path.read_text()) == written and "secret" not in path.read_text()

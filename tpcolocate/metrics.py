@@ -220,10 +220,10 @@ def write_prometheus_targets(path: str | os.PathLike[str], *, job: str | None = 
         OSError: The file cannot be written.
     """
     targets = []
-    for announced, announcement in rendezvous.discover(job):
+    for _, announcement in sorted(rendezvous.discover(job), key=lambda found: (found[1].job, found[1].slice_index)):
         labels = {
             "tpcolocate_job": announcement.job,
-            "tpcolocate_slice": announced.stem.rpartition("-")[2],
+            "tpcolocate_slice": str(announcement.slice_index),
             "tpcolocate_ranks": ",".join(map(str, announcement.slice_ranks)),
         }
         targets.append({"targets": [urlsplit(announcement.url).netloc], "labels": labels})
