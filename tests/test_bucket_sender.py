@@ -189,7 +189,7 @@ def test_a_verdict_on_many_tensors_fits_into_one_round_of_the_ranks(sender):
     assert verdict.problem is None
     made = commands(sender(), bucket()[0], entries)
     sizes = [len(pickle.dumps((None, exchanged))) for exchanged in (verdict, made)]
-    assert all(size < agreement._FRAME_BYTES - agreement._HEAD_BYTES for size in sizes), sizes
+    assert all(size < agreement._FRAME_BYTES - agreement._HEAD.size for size in sizes), sizes
 
 
 def test_fan_out_on_a_cpu_copies_once_per_further_reader(sender):

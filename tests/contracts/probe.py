@@ -697,7 +697,7 @@ def every_argument_parses():
         for tp_size in (1, 2):
             for name, user in USER_ARGUMENTS.items():
                 arguments = server_arguments(user, tp_size=tp_size, device_type=device_type, shared_device=tp_size == 2)
-                check_installed(arguments, find_installed(os.environ))
+                check_installed(arguments, dataclasses.replace(find_installed(os.environ), has_memory_saver=True))
                 arguments |= {"host": "127.0.0.1", "port": 1234, "nccl_port": 1235}
                 with tempfile.TemporaryDirectory() as folder:
                     config = Path(folder) / "server.yaml"
