@@ -1031,7 +1031,9 @@ def generate_while_stopped(engine, process):
 def die(rank, model_dir):
     """A process of the server is stopped and then killed under a running engine; then the owner itself."""
     import signal
+    import tempfile
 
+    tempfile.tempdir = None  # the fork server has looked at its own TMPDIR
     with tpcolocate.init(2, device="cpu", timeout_s=60.0) as colo:
         engine = colo.launch(model_dir, health_timeout_s=HEALTH_S, **ARGS)
         world = World(rank, model_dir, colo)
@@ -1046,12 +1048,12 @@ def die(rank, model_dir):
         message["stopped"] = generate_while_stopped(engine, victim)
         colo._slice.all_gather(None, what="continue together", timeout_s=90)
         if victim is not None:
-            victim.send_signal(signal.SIGCONT)
-            victim.kill()
-            killed = time.monotonic()
             # torch keeps its manager of shared files for the life of the process
             mine = [p for p in psutil.Process().children(recursive=True) if p.name() != "torch_shm_manager"]
             gone = [p for p in mine if "supervisor.py" not in " ".join(p.cmdline())]
+            victim.send_signal(signal.SIGCONT)
+            victim.kill()
+            killed = time.monotonic()
             psutil.wait_procs(gone, timeout=60)
             assert time.monotonic() - killed < 30, "nobody waits for core dumps"
         colo._slice.all_gather(None, what="wait for the end of the server", timeout_s=90)
