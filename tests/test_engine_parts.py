@@ -610,6 +610,11 @@ def test_a_restart_with_a_source_ends_with_a_full_sync(launch):
     engine.generate([[1]])
     with pytest.raises(ConfigError, match="partial without weights"):
         engine.restart(partial=True)
+    old = engine._context.server
+    for wrong in ({"bucket_bytes": 0}, {"weight_version": ""}, {"timeout_s": -1}, {"buckets": 1}, {"folder": b""}):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            engine.restart({}, **wrong)
+    assert engine._context.server is old and old.owned.process.alive, "refused before the old server has ended"
 
 
 def test_a_pause_of_the_users_stays_over_a_restart(launch):

@@ -17,10 +17,10 @@ STEPS = 4
 DEADLINE_S = 600.0
 
 
-def run_demo(out: Path, *options: str) -> dict[str, Any]:
-    """Runs the demo in a session of its own, so that nothing of it outlives the deadline."""
+def run_example(name: str, out: Path, *options: str) -> str:
+    """Run an example as a user does and return what it printed; in a session of its own, so that nothing outlives it."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(ROOT / "examples" / "grpo.py"), "--steps", str(STEPS), "--out", str(out), *options]
+    command += [str(ROOT / "examples" / name), "--out", str(out), *options]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     log = out / "log"
     with log.open("wb") as sink:
@@ -33,7 +33,13 @@ def run_demo(out: Path, *options: str) -> dict[str, Any]:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait(10)
-    assert code == 0, log.read_text(errors="replace")[-4000:]
+    printed = log.read_text(errors="replace")
+    assert code == 0, printed[-4000:]
+    return printed
+
+
+def run_demo(out: Path, *options: str) -> dict[str, Any]:
+    run_example("grpo.py", out, "--steps", str(STEPS), *options)
     (written,) = out.glob("grpo*.json")
     assert written.with_suffix(".png").stat().st_size > 0
     return json.loads(written.read_text())

@@ -7,10 +7,6 @@ starts a server itself is tested by the example.
 import contextlib
 import json
 import logging
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -19,6 +15,7 @@ import pytest
 import torch
 from harness import run_ranks
 from test_engine import HEALTH_S, checked
+from test_examples import run_example
 
 import tpcolocate
 import tpcolocate.trl
@@ -26,7 +23,6 @@ from tpcolocate.trl import engines
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1300)]
 
-ROOT = Path(__file__).resolve().parents[1]
 DEADLINE_S = 600.0
 STEPS = 3
 CONTEXT = 256
@@ -333,26 +329,6 @@ def test_a_callback_logs_what_the_current_weights_generate(found):
 
 
 # --- examples ---------------------------------------------------------------------------------------------------------
-
-
-def run_example(name, out, *options):
-    """Run an example as a user does, in a session of its own, and return what it printed."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(ROOT / "examples" / name), "--out", str(out), *options]
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    log = out / "log"
-    with log.open("wb") as sink:
-        process = subprocess.Popen(
-            command, env={**os.environ, "PYTHONPATH": path}, stdout=sink, stderr=sink, start_new_session=True
-        )
-        try:
-            code = process.wait(DEADLINE_S)
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait(10)
-    assert code == 0, log.read_text(errors="replace")[-4000:]
-    return log.read_text(errors="replace")
 
 
 def test_the_trl_example_starts_its_own_server(tiny_model_dir, tmp_path, no_leftovers):

@@ -391,9 +391,7 @@ def _wait_on(deadline: Deadline, check: Callable[[], None], problem: str, rank: 
 
 
 def _gloo(store: dist.Store, rank: int, size: int, timeout_s: float, *, name: str) -> dist.ProcessGroup:
-    options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-    options._timeout = timedelta(seconds=min(timeout_s, _CONNECT_ANEW_S))
-    options._devices = [loopback_device()]
+    options = _loopback_options(timedelta(seconds=min(timeout_s, _CONNECT_ANEW_S)))
     gloo = dist.ProcessGroup.BackendType.GLOO
     group = dist.ProcessGroup(store, rank, size)
     group._set_group_name(name)  # type: ignore[arg-type]
@@ -416,13 +414,18 @@ def _loopback_backend() -> str:
 
 
 def _gloo_on_loopback(distributed: Any, _: object) -> dist.ProcessGroupGloo:
-    options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-    options._devices = [loopback_device()]
-    options._threads = 2  # as torch has for one device
-    options._timeout = distributed.timeout
+    options = _loopback_options(distributed.timeout)
     options.global_ranks_in_group = distributed.global_ranks_in_group
     options.group_name = distributed.group_id
     return dist.ProcessGroupGloo(distributed.store, distributed.group_rank, distributed.group_size, options)
+
+
+def _loopback_options(timeout: timedelta) -> Any:
+    options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+    options._devices = [loopback_device()]
+    options._threads = 2  # as torch has for one device
+    options._timeout = timeout
+    return options
 
 
 def share_outcome(

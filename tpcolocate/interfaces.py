@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import ipaddress
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import psutil
 import torch.distributed as dist
 
 from tpcolocate.errors import ConfigError, some
@@ -48,7 +49,7 @@ def find_gloo_address(environ: Mapping[str, str], *, host_name: str) -> GlooAddr
         return GlooAddress(addresses[0], f"{VARIABLE}={names!r}, which is {addresses[0] or 'an interface'}")
     found = resolve_name(host_name)
     listed = f"resolves to {some(found, between=', ')}" if found else "does not resolve"
-    usable = [address for address in found if _can_bind(address)]
+    usable = [address for address in found if can_bind(address)]
     origin = f"{VARIABLE} is not set, and host name {host_name!r} {listed}"
     if usable:
         return GlooAddress(usable[0], origin)
@@ -140,31 +141,13 @@ def _address_of_interface(name: str, names: str) -> str:
             f"{VARIABLE}={names!r}: {name!r} {what} ({_first_line(error)})",
             hint=f"unset {VARIABLE}, or set it to one of the interfaces of this host: {', '.join(known)}",
         ) from error
-    return _ipv4_of(name) or _ipv6_of(name)
+    listed = psutil.net_if_addrs().get(name, [])
+    found = [one.address for family in (socket.AF_INET, socket.AF_INET6) for one in listed if one.family == family]
+    return found[0].partition("%")[0] if found else ""
 
 
-def _ipv4_of(interface: str) -> str:
-    import fcntl
-
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        try:
-            reply = fcntl.ioctl(sock, 0x8915, interface.encode()[:15].ljust(256, b"\0"))  # SIOCGIFADDR
-        except OSError:
-            return ""
-    return socket.inet_ntop(socket.AF_INET, reply[20:24])
-
-
-def _ipv6_of(interface: str) -> str:
-    try:
-        with open("/proc/net/if_inet6") as table:
-            rows = [row.split() for row in table]
-    except OSError:
-        return ""
-    found: Sequence[str] = [row[0] for row in rows if row[5] == interface]
-    return str(ipaddress.IPv6Address(int(found[0], 16))) if found else ""
-
-
-def _can_bind(address: str) -> bool:
+def can_bind(address: str) -> bool:
+    """Return whether an address is one of this host."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     try:
         with socket.socket(family, socket.SOCK_STREAM) as sock:
@@ -178,4 +161,12 @@ def _first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0].rpartition("] ")[2]  # without gloo's file and line
 
 
-__all__ = ["GlooAddress", "check_reachable", "find_gloo_address", "is_address", "loopback_device", "resolve_name"]
+__all__ = [
+    "GlooAddress",
+    "can_bind",
+    "check_reachable",
+    "find_gloo_address",
+    "is_address",
+    "loopback_device",
+    "resolve_name",
+]

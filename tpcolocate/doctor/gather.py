@@ -34,6 +34,7 @@ from tpcolocate.doctor.facts import (
 )
 from tpcolocate.doctor.leftovers import SHM, Leftover, find_leftovers, remove, torch_files
 from tpcolocate.errors import ConfigError
+from tpcolocate.interfaces import can_bind
 from tpcolocate.server.environment import LOOPBACK, child_environment, sglang_stub_needed
 from tpcolocate.server.installed import Installed, find_installed
 from tpcolocate.server.process import hold_port
@@ -190,22 +191,12 @@ def check_network(environ: Mapping[str, str]) -> Network:
         addresses=addresses,
         unresolved=unresolved,
         interfaces=tuple(name for _, name in socket.if_nameindex()),
-        local_addresses=tuple(filter(_is_local, addresses)),
+        local_addresses=tuple(filter(can_bind, addresses)),
         chosen={name: environ[name] for name in _INTERFACE_VARIABLES if environ.get(name)},
         loopback=_error_of_loopback(),
         proxies=() if bypassed else tuple(sorted(proxies.keys() & {"HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"})),
         no_proxy=no_proxy,
     )
-
-
-def _is_local(address: str) -> bool:
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    try:
-        with socket.socket(family, socket.SOCK_STREAM) as bound:
-            bound.bind((address, 0))
-    except OSError:
-        return False
-    return True
 
 
 def _error_of_loopback() -> str | None:

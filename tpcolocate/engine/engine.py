@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from types import TracebackType
 from typing import Any
 
@@ -641,7 +641,8 @@ class Engine:
             The report of the sync, if a source was given.
 
         Raises:
-            ConfigError: Options without a source, or ranks that pass different arguments.
+            ConfigError: Options of a sync that cannot work or come without a source, or ranks that pass different
+                arguments.  The old server runs on.
             EngineStateError: Shut down.
             EngineError: The end of the old server could not be confirmed; the message names its pid.
             LaunchError, DeadlineError, RankLostError: As `Colocation.launch`.
@@ -649,12 +650,17 @@ class Engine:
 
             The sync raises as `sync_weights`; the new server runs then.
         """
-        if source is None and sync_options:
-            raise ConfigError(
-                f"restart() got {', '.join(sorted(sync_options))} without weights to sync",
-                hint="pass the source as well",
-            )
-        self._life.restart(with_source=source is not None)
+
+        def check() -> None:
+            if source is not None:
+                _check_sync_options(**sync_options)
+            elif sync_options:
+                raise ConfigError(
+                    f"restart() got {', '.join(sorted(sync_options))} without weights to sync",
+                    hint="pass the source as well",
+                )
+
+        self._life.restart(with_source=source is not None, check=check)
         self._use_server()
         self._update_groups.forget()
         self._adapters.set_again()
@@ -692,6 +698,20 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.shutdown(wait=error is None)
+
+
+def _check_sync_options(*, weight_version: object = None, timeout_s: object = 600.0, **options: Any) -> None:
+    """Check options of `Engine.sync_weights`, ahead of the call that gets them.
+
+    Raises:
+        ConfigError: One of them cannot work, or is none.
+    """
+    check_version(weight_version)
+    check_timeout(timeout_s)
+    unknown = sorted(set(options) - {field.name for field in fields(SyncOptions)})
+    if unknown:
+        raise ConfigError(f"sync_weights() has no option {', '.join(unknown)}")
+    SyncOptions(**options)
 
 
 def _waiting(timeout_s: object) -> float | None:

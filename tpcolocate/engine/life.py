@@ -92,13 +92,14 @@ class EngineLife:
 
     # --- another server ----------------------------------------------------------------------------------------------
 
-    def restart(self, *, with_source: bool) -> None:
+    def restart(self, *, with_source: bool, check: Callable[[], None]) -> None:
         """End the server if it still runs, and start another one like it in its place.
 
         Collective: over the slice.
 
         Args:
             with_source: Whether a sync follows; the same on all ranks.
+            check: Raises if this rank's arguments cannot work, on all ranks, before anything has ended.
 
         Raises:
             TpColocateError: As `Engine.restart`.
@@ -108,6 +109,7 @@ class EngineLife:
             must_match["source"] = "a source" if with_source else "no source"
             if os.getpid() != self._pid:
                 raise ConfigError(f"cannot {what} in a forked process", hint="call it in the process that launched it")
+            check()
             after = lifecycle.state.restarting()
         lifecycle.state = after  # no request from here on
         with context.group.together("end the old server"), self._lock:

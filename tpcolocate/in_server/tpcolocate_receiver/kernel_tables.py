@@ -167,9 +167,9 @@ class CopyTable:
         parts, self.rest = _parts_of(slices, starts[region_of], casts)
         self._region_of = region_of[parts.slice_of]
         self._rows = parts.rows
+        """Rows of the kernels' table; their sources count from the start of their region."""
         if first_flag is not None:
             self._rows[:, 11] = self._rows[:, 7] + first_flag
-        """Rows of the kernels' table; their sources count from the start of their region."""
         self._sizes = {names[i]: regions[names[i]].numel() for i in numpy.unique(self._region_of)}
         self._names = names
         holders = list(dict.fromkeys(_holder(name) for name in names))
