@@ -39,6 +39,12 @@ if mode == "stubborn":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 if os.fork() == 0:
     note("worker")
+    if mode == "forks":  # a subshell has its parent's title, as a compiler that a scheduler starts has for a moment
+        for name in "abc":
+            os.mkfifo(f"{folder}/{name}")
+        forks = "(read x < a) & ((read x < b) &); read x < c"
+        os.chdir(folder)
+        os.execv("/bin/sh", ["sglang::scheduler_TP1", "-c", forks])
     os.execv("/bin/sleep", ["sglang::detokenizer" if mode != "plain" else "sleep", "600"])
 if os.fork() == 0:
     os.setsid()
@@ -265,6 +271,29 @@ def test_a_killed_process_of_sglangs_is_named_and_ends_the_server(make, pidfd):
     assert time.monotonic() - began < 5
     assert server.next_event()["event"] == "exited"
     assert f"[tpcolocate] sglang::detokenizer (pid {worker.pid}) was killed by SIGKILL\n" in server.log.read_text()
+    server.send(b"stop\n")
+    server.supervisor.wait(SOON_S)
+    server.assert_gone(0)
+
+
+def test_what_a_process_of_sglangs_forks_may_exit(make):
+    server = make("forks").start()
+    assert server.next_event()["event"] == "started"
+
+    def schedulers():
+        processes = json.loads(server.record.read_text())["processes"]
+        return {p["pid"] for p in processes if p["name"] == "sglang::scheduler_TP1"}
+
+    until(lambda: len(schedulers()) == 3, "the supervisor has seen the forks, with the title of their parent")
+    worker = server.processes["worker"]
+    for fifo in "ab":
+        with open(server.folder / fifo, "w"):
+            pass
+    until(lambda: schedulers() == {worker.pid}, "the supervisor has seen that they have exited")
+    worker.kill()
+    death = {"name": "sglang::scheduler_TP1", "pid": worker.pid, "code": -signal.SIGKILL}
+    assert server.next_event() == {"event": "died", "processes": [death]}
+    assert server.next_event()["event"] == "exited"
     server.send(b"stop\n")
     server.supervisor.wait(SOON_S)
     server.assert_gone(0)

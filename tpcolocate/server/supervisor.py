@@ -80,9 +80,10 @@ def report(**event: object) -> None:
 
 @dataclass(frozen=True)
 class Stat:
-    """Of /proc/PID/stat: state, start in clock ticks since boot, and wait status of a zombie (0 if not permitted)."""
+    """Of /proc/PID/stat: state, parent, start in clock ticks since boot, wait status of a zombie (0 if not permitted)."""
 
     state: str
+    parent: int
     started: int
     status: int
 
@@ -98,7 +99,7 @@ def stat_of(pid: int) -> Stat | None:
             fields = file.read().rpartition(b")")[2].split()
     except OSError:
         return None
-    return Stat(fields[0].decode(), int(fields[19]), int(fields[49]) if len(fields) > 49 else 0)
+    return Stat(fields[0].decode(), int(fields[1]), int(fields[19]), int(fields[49]) if len(fields) > 49 else 0)
 
 
 def is_running(pid: int, started: int) -> bool:
@@ -246,7 +247,7 @@ class Tree:
         if found is None or found.has_exited:
             return None
         name = "main process" if pid == self.server.pid else _title(pid)
-        if pid != self.server.pid and name.startswith(_TITLE):
+        if pid != self.server.pid and name.startswith(_TITLE) and not _is_copy(name, found.parent):
             if pid not in self.watched:
                 self.watched[pid] = Watched(name, pid, found.started, pidfd(pid))
             self.watched[pid].name = name  # the rank comes into a scheduler's title later
@@ -323,6 +324,14 @@ def _title(pid: int) -> str:
             return file.read(256).split(b"\0")[0].decode(errors="replace").strip()
     except OSError:
         return ""
+
+
+def _is_copy(title: str, parent: int) -> bool:
+    """Return whether a process has its title from the one that forked it, which may be about to run a compiler.
+
+    Such a process may exit at any time.  SGLang's own have a title of their own, and are no orphans while it runs.
+    """
+    return parent == os.getpid() or _title(parent) == title
 
 
 def describe_deaths(deaths: list[dict[str, Any]]) -> str:
