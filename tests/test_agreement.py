@@ -274,6 +274,20 @@ def test_a_late_rank_is_waited_for_while_all_members_are_running_and_one_rank_na
     assert outcomes[1][2] == outcomes[2][2] == [], "one rank warns for all that wait"
 
 
+def expected_to_be_late(rank):
+    """Rank 1 comes after the time from which others are warned of, and within what it is expected to take."""
+    with pytest.MonkeyPatch.context() as patch:
+        warnings = Warnings(patch, after_s=0.3)
+        group = group_of(rank, [0, 1], timeout_s=60.0)
+        if rank == 1:
+            time.sleep(2.5)
+        return group.all_gather(rank, what="launch the server", quiet_s=60.0), warnings.texts
+
+
+def test_a_rank_that_is_expected_to_be_late_is_no_warning():
+    assert run_ranks(expected_to_be_late, 2, timeout_s=100) == [([0, 1], [])] * 2
+
+
 def stopped(rank):
     with pytest.MonkeyPatch.context() as patch:
         warnings = Warnings(patch)

@@ -82,11 +82,15 @@ class RankGroup:
         self.group = group
         self._rounds = Rounds(self.members, rank=self.rank, group=group)
 
-    def all_gather(self, value: T, *, what: str, timeout_s: float | None = None) -> list[T]:
+    def all_gather(self, value: T, *, what: str, timeout_s: float | None = None, quiet_s: float = 0.0) -> list[T]:
         """Exchange one picklable value per rank.
 
         Args:
             value: This rank's.
+            what: Name of the call, the same on all ranks.
+            timeout_s: After which the call is given up, in seconds.  Default: that of the group, while it cannot be seen
+                that all members are running.
+            quiet_s: How long other ranks are expected to take, in seconds: there is no warning before.
 
         Returns:
             Every rank's value.
@@ -100,9 +104,9 @@ class RankGroup:
         if self._rounds is None:
             return [value]
         # Unpickling is safe: only members of this group can have sent these bytes.
-        return [pickle.loads(blob) for blob in self._all_gather_bytes(pickle.dumps(value), what, timeout_s)]
+        return [pickle.loads(blob) for blob in self._all_gather_bytes(pickle.dumps(value), what, timeout_s, quiet_s)]
 
-    def _all_gather_bytes(self, data: bytes, what: str, timeout_s: float | None) -> list[bytes]:
+    def _all_gather_bytes(self, data: bytes, what: str, timeout_s: float | None, quiet_s: float = 0.0) -> list[bytes]:
         if not self._call_lock.acquire(blocking=False):
             # The order of calls from two threads may differ from rank to rank.
             raise ConfigError(
@@ -119,6 +123,7 @@ class RankGroup:
                 deadline=Deadline.after(self.timeout_s if timeout_s is None else timeout_s),
                 limit="timeout_s of init()" if timeout_s is None else "timeout_s of this call",
                 is_patient=timeout_s is None and self._rounds.see_all(),
+                quiet_s=quiet_s,
             )
             return self._exchange(data, call, self._rounds)
         finally:

@@ -285,7 +285,8 @@ class Launch:
             if self._meeting_place.exists():
                 raise RankLostError(f"{what}: another rank has found the slice's process group broken", rank=group.rank)
             # By itself: a rank that has an error raises that one, also if it could not be reported.
-            group.all_gather(None, what=f"{what}: meet", timeout_s=self._left())
+            quiet_s = 0.0 if self.tp_slice.is_owner else self.health_timeout_s  # while the owner starts the server
+            group.all_gather(None, what=f"{what}: meet", timeout_s=self._left(), quiet_s=quiet_s)
             return self._server_of(group.agree(error, running, what=what, timeout_s=self._left()))
         except RankLostError as lost:
             self._check_members(lost)

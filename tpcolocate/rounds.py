@@ -49,6 +49,7 @@ class Call:
         deadline: After which the round is given up, unless `is_patient`.
         limit: The argument that the deadline comes from, for messages.
         is_patient: Wait for as long as the processes of all members are running.
+        quiet_s: How long members may be missing without a warning, in seconds.
     """
 
     what: str
@@ -56,6 +57,7 @@ class Call:
     deadline: Deadline
     limit: str
     is_patient: bool
+    quiet_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +166,7 @@ class Rounds:
             RuntimeError: A member has exited, or gloo has lost a connection.
             RankLostError: The round was given up.
         """
-        warn_after = _WARN_AFTER_S
+        warn_after = max(_WARN_AFTER_S, call.quiet_s)
         is_published = False
         while not self._wait(pending.work, self._interval(call)):
             if exited := self._exited():
