@@ -20,6 +20,7 @@ PACKAGE = Path(tpcolocate.__file__).parent
 LAYERS = {
     "": (
         {"__main__"},
+        {"bench"},
         {"doctor", "plot", "trl", "hf"},
         {"session", "metrics"},
         {"engine", "launch"},
@@ -46,6 +47,11 @@ LAYERS = {
         {"engines"},
         {"generation", "replacement"},
         {"arguments"},
+    ),
+    "bench": (
+        {"command"},
+        {"measure", "page"},
+        {"results", "common_way"},
     ),
     "doctor": (
         {"command"},

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from tpcolocate import devices
+from tpcolocate.__main__ import main
 from tpcolocate.deadline import Deadline
 from tpcolocate.doctor import command, findings, leftovers, probe
 from tpcolocate.doctor.facts import (
@@ -587,9 +588,10 @@ def test_a_driver_that_hangs_or_crashes_ends_the_probe_alone(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("arguments", [["doctor", "--tp-size", "0"], ["doctor", "--timeout", "nan"], ["nothing"], []])
-def test_wrong_options_are_refused(arguments, capsys):
+def test_wrong_options_are_refused(arguments, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["tpcolocate", *arguments])
     with pytest.raises(SystemExit, match="2"):
-        command.main(arguments)
+        main()
     assert "usage" in capsys.readouterr().err
 
 

@@ -1,8 +1,9 @@
-"""Figures of what `Recorder` has recorded, and of sync reports.  Needs matplotlib (``pip install 'tpcolocate[plot]'``)."""
+"""Figures of what `Recorder` has recorded, of sync reports, and of a bench.  Needs matplotlib (``pip install 'tpcolocate[plot]'``)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tpcolocate.errors import ConfigError
@@ -155,16 +156,78 @@ def sync(report: SyncReport) -> Figure:
     return figure
 
 
+def bench(results: Mapping[str, Any]) -> Figure:
+    """Draw what ``python -m tpcolocate bench --json FILE`` has written: each sample, and the median as a bar.
+
+    Args:
+        results: The content of the file.
+
+    Returns:
+        A figure; ``figure.savefig(path)`` writes it.
+
+    Raises:
+        ConfigError: Nothing was measured, or matplotlib is missing.
+    """
+    measured = [one for one in results["measured"] if one["error"] is None]
+    if not measured:
+        raise ConfigError("no size of the server was measured", hint="see the errors in the file")
+    figure, syncs, tokens = _panels()
+    names = [f"tp_size {one['tp_size']}" for one in measured]
+    kinds = [("this library", "sync_s", _COLOURS[0])]
+    if any(one["common_way_s"] for one in measured):
+        kinds.append(("gathered tensors, SGLang's buckets", "common_way_s", _COLOURS[1]))
+    width = 0.8 / len(kinds)
+    for number, (_, key, colour) in enumerate(kinds):
+        for row, one in enumerate(measured):
+            _bar(syncs, row + (number - (len(kinds) - 1) / 2) * width, width, [1e3 * s for s in one[key]], colour)
+    for row, one in enumerate(measured):
+        _bar(tokens, row, 0.5, [one["num_tokens"] / seconds for seconds in one["generate_s"]], _COLOURS[2])
+    for axes, label in ((syncs, "milliseconds"), (tokens, "tokens per second, all ranks")):
+        axes.set_xticks(range(len(names)), names)
+        axes.set(ylabel=label, xlim=(-0.6, len(names) - 0.4))
+        axes.set_ylim(bottom=0)
+        axes.grid(axis="y", alpha=0.3)
+        axes.set_axisbelow(True)
+    syncs.set_title("Weight sync", fontsize=10)
+    tokens.set_title("Generation", fontsize=10)
+    ranks = f"{results['num_ranks']} rank{'' if results['num_ranks'] == 1 else 's'}"
+    figure.suptitle(f"{results['model']}, {results['trainer']} on {ranks}, {results['device']}", fontsize=10)
+    _legend(figure, [(name, colour) for name, _, colour in kinds], where="outside lower left")
+    return figure
+
+
+def _bar(axes: Any, x: float, width: float, samples: Sequence[float], colour: str) -> None:
+    if not samples:
+        return
+    median = statistics.median(samples)
+    axes.bar(x, median, width=0.9 * width, color=colour)
+    axes.plot([x] * len(samples), samples, color="black", marker="_", linestyle="none", markersize=8)
+    axes.annotate(
+        f"{median:.4g}", (x, max(samples)), xytext=(0, 3), textcoords="offset points", ha="center", fontsize=9
+    )
+
+
+def _panels() -> tuple[Figure, Any, Any]:
+    figure = _empty_figure(_MARGIN_IN + 6 * _ROW_IN)
+    left, right = figure.subplots(1, 2)
+    return figure, left, right
+
+
 def _figure(num_rows: int) -> tuple[Figure, Any]:
+    figure = _empty_figure(_MARGIN_IN + _ROW_IN * num_rows)
+    return figure, figure.subplots()
+
+
+def _empty_figure(height_in: float) -> Figure:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ConfigError("figures need matplotlib", hint="pip install 'tpcolocate[plot]'") from error
     # Not by pyplot, which keeps figures and chooses a backend for the whole process.
-    figure = Figure(figsize=(_WIDTH_IN, _MARGIN_IN + _ROW_IN * num_rows), layout="constrained", dpi=120)
+    figure = Figure(figsize=(_WIDTH_IN, height_in), layout="constrained", dpi=120)
     FigureCanvasAgg(figure)
-    return figure, figure.subplots()
+    return figure
 
 
 def _colours(names: Iterable[str]) -> dict[str, str]:
@@ -178,13 +241,15 @@ def _ink(colour: str) -> str:
     return "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else "white"
 
 
-def _legend(figure: Figure, colours: list[tuple[str, str]], *, hatched: str | None = None) -> None:
+def _legend(
+    figure: Figure, colours: list[tuple[str, str]], *, hatched: str | None = None, where: Any = "outside upper left"
+) -> None:
     from matplotlib.patches import Patch
 
     patches = [Patch(facecolor=colour, label=name) for name, colour in colours]
     if hatched is not None:
         patches.append(Patch(facecolor=_WAIT_COLOUR, edgecolor=_WAIT_EDGE, hatch="////", label=hatched))
-    figure.legend(handles=patches, loc="outside upper left", ncols=min(len(patches), 8), frameon=False, fontsize=9)
+    figure.legend(handles=patches, loc=where, ncols=min(len(patches), 8), frameon=False, fontsize=9)
 
 
-__all__ = ["memory", "sync", "timeline"]
+__all__ = ["bench", "memory", "sync", "timeline"]

@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import asdict
 from datetime import timedelta
@@ -278,22 +278,12 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse the command line of ``python -m tpcolocate`` and run it."""
-    parser = argparse.ArgumentParser(prog="python -m tpcolocate", description="Tools of tpcolocate.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    doctor = commands.add_parser(
-        "doctor",
-        help="check whether this machine can train and serve side by side",
-        description="Check this machine, or with torchrun all ranks of a job. Exit status 1 if there is a problem.",
-    )
-    add_arguments(doctor)
-    options = parser.parse_args(arguments)
+def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """End with a usage error if a number is not positive."""
     if options.tp_size < 1:
         parser.error(f"--tp-size must be a positive integer, got {options.tp_size}")
     if not options.timeout > 0:
         parser.error(f"--timeout must be a positive number of seconds, got {options.timeout:g}")
-    return run(options)
 
 
-__all__ = ["main"]
+__all__ = ["add_arguments", "check", "run"]
