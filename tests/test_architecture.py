@@ -110,7 +110,7 @@ LAYERS = {
         {"replicas"},
         {"session"},
         {"records", "mesh_schedule"},
-        {"options"},
+        {"options", "progress"},
     ),
     "in_server": ({"tpcolocate_receiver"},),
     "in_server.tpcolocate_receiver": (

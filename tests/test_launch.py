@@ -1,8 +1,10 @@
 """Ports and the server process; the server itself is replaced by a script."""
 
 import errno
+import io
 import json
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -81,7 +83,7 @@ def stand_in(monkeypatch, tmp_path, no_leftovers):
     commands, runtimes = [], []
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
-    def start(*scripts, health_timeout_s=60.0, log_path=None, **arguments):
+    def start(*scripts, health_timeout_s=60.0, log_path=None, shows_start=True, **arguments):
         tries = iter(scripts)
         spawn = ServerProcess._spawn
 
@@ -94,7 +96,7 @@ def stand_in(monkeypatch, tmp_path, no_leftovers):
         pid, started = this_process()
         runtime = RuntimeFolder.make(f"{pid}-{secrets.token_hex(8)}", log_path=log_path)
         runtimes.append(runtime)
-        spec = ServerSpec("model", arguments, dict(os.environ), runtime, pid, started, grace_s=3.0)
+        spec = ServerSpec("model", arguments, dict(os.environ), runtime, pid, started, 3.0, shows_start)
         return ServerProcess.start(spec, health_timeout_s=health_timeout_s)
 
     yield start, commands
@@ -117,6 +119,22 @@ def test_the_server_starts_answers_and_stops(stand_in):
     assert server.exited() and server.exit_code is not None
     server.stop()
     assert not server.spec.runtime.temporary.exists(), "with the log, because this library ended the server"
+
+
+@pytest.mark.parametrize("shows_start", [True, False])
+def test_one_server_of_a_job_shows_its_start_on_a_terminal(stand_in, monkeypatch, shows_start):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    start, _ = stand_in
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    start(
+        "print('Loading weights', flush=True); import time; time.sleep(1.5)\n" + SERVE, shows_start=shows_start
+    ).stop()
+    shown = re.search(r"Starting SGLang \[00:0\d, Loading weights", terminal.getvalue())
+    assert (shown is not None) is shows_start, terminal.getvalue()
 
 
 def test_the_key_is_in_a_private_file_and_not_on_the_command_line(stand_in, monkeypatch):
@@ -472,7 +490,7 @@ class FailedGroup:
     def __len__(self):
         return len(self.ranks)
 
-    def all_gather(self, value, *, what, timeout_s=None):
+    def all_gather(self, value, *, what, timeout_s=None, quiet_s=0.0):
         raise RankLostError("the connection was reset")
 
 

@@ -455,6 +455,7 @@ class Launch:
             runtime=runtime,
             owner_pid=pid,
             owner_started=started,
+            shows_start=self.tp_slice.slice_index == 0,
         )
 
     def _announcement(self, running: RunningServer) -> rendezvous.Announcement:

@@ -179,23 +179,28 @@ class Stopwatch:
     """Seconds per phase.  Repeated phases add up; a nested phase counts as part of the outer one.
 
     A profiler of torch shows each as a range ``tpcolocate/sync/PHASE``.
+
+    Attributes:
+        seconds: Of the phases that are over.
+        started: In `time.perf_counter`.
+        current: The outer phase that is running; empty between phases.  Other threads may read it.
     """
 
     seconds: dict[str, float] = field(default_factory=dict)
     started: float = field(default_factory=perf_counter)
-    _running: bool = field(default=False, init=False)
+    current: str = field(default="", init=False)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        if self._running:
+        if self.current:
             yield
             return
-        begun, self._running = perf_counter(), True
+        begun, self.current = perf_counter(), name
         try:
             with record_function(f"tpcolocate/sync/{name}"):
                 yield
         finally:
-            self._running = False
+            self.current = ""
             self.seconds[name] = self.seconds.get(name, 0.0) + perf_counter() - begun
 
     def total(self) -> float:

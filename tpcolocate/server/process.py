@@ -103,6 +103,7 @@ class ServerSpec:
         runtime: The folders of the launch; the supervisor removes them.
         owner_pid: Process whose exit ends the server; with `owner_started`, see `start_of`.
         grace_s: Between SIGTERM and SIGKILL, in seconds.
+        shows_start: Whether a line on the terminal shows how the start goes: one server of a job does.
     """
 
     model_path: str
@@ -112,6 +113,7 @@ class ServerSpec:
     owner_pid: int
     owner_started: int
     grace_s: float = 15.0
+    shows_start: bool = True
 
     @property
     def log_path(self) -> Path:
@@ -320,8 +322,8 @@ class ServerProcess:
         listening = False
         with tqdm(
             desc="Starting SGLang",
-            bar_format="{desc} [{elapsed}] {postfix}",
-            disable=None,
+            bar_format="{desc} [{elapsed}{postfix}]",
+            disable=None if self.spec.shows_start else True,
             leave=False,
             file=io.StringIO() if sys.stderr is None else sys.stderr,  # None where it was closed from the start
         ) as progress:

@@ -25,6 +25,7 @@ from tpcolocate.weights.sources.named_weights import Source
 from tpcolocate.weights.sync.mapping import release_commands, wait_unmapped
 from tpcolocate.weights.sync.options import SyncOptions
 from tpcolocate.weights.sync.pipeline import run_sync
+from tpcolocate.weights.sync.progress import shown
 from tpcolocate.weights.sync.session import GRACE_S, EngineState, SliceContext, SyncSession
 from tpcolocate.weights.transport.connection import OwnerConnection, Replies, WeightServer
 from tpcolocate.worker_errors import raise_worker_errors
@@ -108,7 +109,7 @@ class WeightSyncer:
         session = SyncSession(self.context, self.state, options, version, deadline, on_engine_modified, on_sent)
         try:
             # A full collection in a process that has loaded a model and its libraries takes as long as many syncs.
-            with collector_paused():
+            with collector_paused(), shown(session.stats.watch, rank=self.context.group.rank):
                 report = run_sync(session, source)
         except BaseException as error:
             session.give_up()
