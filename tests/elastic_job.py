@@ -2,7 +2,7 @@
 
     torchrun --max-restarts 1 --nproc-per-node 2 elastic_job.py MODEL FOLDER RANK
 
-Writes FOLDER/life-rank.json: the server's processes, its URL and version, and what was generated.
+Writes FOLDER/life-rank.json: the server's processes, the version, and what was generated.
 """
 
 import json
@@ -44,7 +44,7 @@ def main():
             dist.all_gather_object(owners, os.getpid() if colo.is_owner else None)
             owner_pid = next(pid for pid in owners if pid is not None)
             found = {
-                "pid": os.getpid(), "url": engine.url, "version": report.weight_version, "tokens": answer["output_ids"],
+                "pid": os.getpid(), "version": report.weight_version, "tokens": answer["output_ids"],
                 "launches": of_this_job(owner_pid),
             }  # fmt: skip
             (folder / f"{life}-{rank}.json").write_text(json.dumps(found))

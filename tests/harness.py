@@ -129,17 +129,12 @@ def _report(outcomes: list[Outcome], survivors: tuple[str, ...]) -> str:
     failed = sorted((outcome for outcome in outcomes if outcome.error is not None), key=_first_cause_first)
     fine = [str(outcome.rank) for outcome in outcomes if outcome.error is None]
     lines = []
-    if failed:  # with the cause in the first line, which is all that pytest's summary shows
-        first = failed[0]
-        cause = (str(first.error).splitlines() or [""])[0]
-        lines.append(
-            f"{len(failed)} of {len(outcomes)} ranks failed, first rank {first.rank} with "
-            f"{type(first.error).__name__}: {cause}"
-        )
     for outcome in failed:
         text = str(outcome.error).splitlines() or [""]
         lines.append(f"rank {outcome.rank} after {outcome.seconds:.2f} s: {type(outcome.error).__name__}: {text[0]}")
         lines += [f"    {line}" for line in (outcome.details.rstrip() or "\n".join(text[1:])).splitlines()]
+    if failed:  # the first cause in the first line, which is all that pytest's summary shows
+        lines.insert(0, f"{len(failed)} of {len(outcomes)} ranks failed, first {lines[0]}")
     if fine and failed:
         lines.append(f"returned: rank {', '.join(fine)}")
     lines += [f"still running after the ranks had ended (now killed): {survivor}" for survivor in survivors]

@@ -36,8 +36,11 @@ def test_the_life_after_a_lost_rank_is_a_good_one(doomed, tiny_model_dir, tmp_pa
             "--rdzv-endpoint", "localhost:0", "--max-restarts", "1", "--nproc-per-node", "2",
             str(TESTS / "elastic_job.py"), model_path, str(tmp_path), str(doomed),
         ],
-        # Without it torch 2.13 keeps one store for all lives, and the second one reads gloo addresses of the first.
-        env={**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "PYTHONPATH": os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")])},
+        env=os.environ | {
+            "PYTHONPATH": os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")]),
+            # Without it torch 2.13 keeps one store for all lives: the second one reads gloo addresses of the first.
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        },
         capture_output=True,
         text=True,
         timeout=DEADLINE_S,

@@ -171,7 +171,8 @@ def bench(results: Mapping[str, Any]) -> Figure:
     measured = [one for one in results["measured"] if one["error"] is None]
     if not measured:
         raise ConfigError("no size of the server was measured", hint="see the errors in the file")
-    figure, syncs, tokens = _panels()
+    figure = _empty_figure(_MARGIN_IN + 6 * _ROW_IN)
+    syncs, tokens = figure.subplots(1, 2)
     names = [f"tp_size {one['tp_size']}" for one in measured]
     kinds = [("this library", "sync_s", _COLOURS[0])]
     if any(one["common_way_s"] for one in measured):
@@ -205,12 +206,6 @@ def _bar(axes: Any, x: float, width: float, samples: Sequence[float], colour: st
     axes.annotate(
         f"{median:.4g}", (x, max(samples)), xytext=(0, 3), textcoords="offset points", ha="center", fontsize=9
     )
-
-
-def _panels() -> tuple[Figure, Any, Any]:
-    figure = _empty_figure(_MARGIN_IN + 6 * _ROW_IN)
-    left, right = figure.subplots(1, 2)
-    return figure, left, right
 
 
 def _figure(num_rows: int) -> tuple[Figure, Any]:

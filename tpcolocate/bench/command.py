@@ -7,12 +7,12 @@ import json
 import os
 import random
 import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,16 +20,15 @@ from tqdm import tqdm
 
 from tpcolocate import plot
 from tpcolocate._version import __version__
-from tpcolocate.bench.measure import Workload, gather_all, measure, num_steps
+from tpcolocate.bench.measure import Answers, Workload, gather_all, measure, num_steps
 from tpcolocate.bench.page import render
 from tpcolocate.bench.results import Measured, Results
 from tpcolocate.errors import ConfigError, TpColocateError
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
 # Of the memory that the trainer leaves: the rest is for CUDA graphs, NCCL and activations of SGLang.
 _SERVERS_SHARE = 0.8
+# A rank whose server is ready waits for one whose server takes all of its time, and is ended then.
+_LATE_S = 120.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -107,7 +106,7 @@ def _group(device: torch.device, timeout_s: float) -> Iterator[None]:
         yield
         return
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s + _LATE_S))
     try:
         yield
     finally:
@@ -131,11 +130,13 @@ def _results(options: argparse.Namespace, device: torch.device, rank: int) -> Re
         launch_timeout_s=options.launch_timeout,
     )
     measured: list[Measured] = []
+    answers: dict[int, Answers] = {}
     shown = {"desc": "bench", "disable": None if rank == 0 else True, "leave": False, "file": sys.stderr}
     with tqdm(total=len(tp_sizes) * num_steps(work), **shown) as progress:
         for tp_size in tp_sizes:
             progress.set_postfix_str(f"tp_size {tp_size}")
-            measured.append(measure(work, model, tp_size, device=device, progress=progress))
+            one, answers[tp_size] = measure(work, model, tp_size, device=device, progress=progress)
+            measured.append(one)
     return Results(
         model=options.model,
         trainer=trainer,
@@ -146,8 +147,8 @@ def _results(options: argparse.Namespace, device: torch.device, rank: int) -> Re
             "prompts": options.prompts, "prompt_length": options.prompt_length, "rounds": options.rounds,
             "max_new_tokens": options.max_new_tokens, "server_args": server,
         },
-        measured=tuple(replace(one, answers=()) for one in measured),
-        equal_answers=_equal_answers(measured),
+        measured=tuple(measured),
+        equal_answers=_equal_answers({one.tp_size: answers[one.tp_size] for one in measured if one.error is None}),
     )  # fmt: skip
 
 
@@ -203,15 +204,14 @@ def _prompts(options: argparse.Namespace, rank: int, vocabulary: int) -> tuple[t
     )
 
 
-def _equal_answers(measured: list[Measured]) -> dict[int, tuple[int, int]]:
+def _equal_answers(answers: dict[int, Answers]) -> dict[int, tuple[int, int]]:
     """Compare each size with the first.  Collective."""
-    good = [one for one in measured if one.error is None]
-    equal = {one.tp_size: sum(map(tuple.__eq__, good[0].answers, one.answers)) for one in good[1:]}
-    of_ranks = gather_all((equal, len(good[0].answers) if good else 0))
-    return {
-        tp_size: (sum(found[tp_size] for found, _ in of_ranks), sum(number for _, number in of_ranks))
-        for tp_size in equal
-    }
+    if not answers:
+        return {}
+    first, *later = answers
+    equal = {tp_size: sum(map(tuple.__eq__, answers[first], answers[tp_size])) for tp_size in later}
+    of_ranks = gather_all((equal, len(answers[first])))
+    return {tp_size: (sum(found[tp_size] for found, _ in of_ranks), sum(n for _, n in of_ranks)) for tp_size in later}
 
 
 def _software() -> dict[str, str]:

@@ -18,6 +18,9 @@ from tpcolocate.engine.engine import Engine
 from tpcolocate.errors import TpColocateError
 from tpcolocate.session import Colocation, init
 
+Answers = tuple[tuple[int, ...], ...]
+"""Token ids of one rank's answers."""
+
 _GREEDY = {"temperature": 0, "ignore_eos": True}
 
 
@@ -53,7 +56,7 @@ def gather_all(value: Any) -> list[Any]:
 
 def measure(
     work: Workload, model: torch.nn.Module, tp_size: int, *, device: torch.device, progress: tqdm[Any]
-) -> Measured:
+) -> tuple[Measured, Answers]:
     """Measure one size of the server, from its launch to its end.  Collective over all ranks.
 
     Args:
@@ -64,14 +67,14 @@ def measure(
         progress: Advanced after each step.
 
     Returns:
-        The figures, the same on all ranks but for `Measured.answers`; or the error of the first rank whose server did not
-        start.
+        The figures, or the error of the first rank whose server did not start, the same on all ranks; and this rank's
+        answers.
     """
     started = time.perf_counter()
     try:
         colo = init(tp_size, device=device)
     except TpColocateError as error:  # the same on all ranks
-        return Measured(tp_size, error=_text(error))
+        return Measured(tp_size, error=_text(error)), ()
     with colo:
         engine, failure = _launch(work, colo)
         launch_s = time.perf_counter() - started
@@ -80,7 +83,7 @@ def measure(
         if engine is None or first is not None:
             if engine is not None:
                 engine.shutdown()
-            return Measured(tp_size, error=first)
+            return Measured(tp_size, error=first), ()
         progress.update()
         with engine:
             return _measure_engine(
@@ -109,7 +112,7 @@ def _text(error: TpColocateError) -> str:
 def _measure_engine(
     work: Workload, model: torch.nn.Module, colo: Colocation, engine: Engine, launch_s: float,
     *, device: torch.device, progress: tqdm[Any],
-) -> Measured:  # fmt: skip
+) -> tuple[Measured, Answers]:  # fmt: skip
     first_sync_s = _timed(lambda: engine.sync_weights(model), device)
     report = engine.sync_weights(model)  # the first one that repeats another
     progress.update(2)
@@ -136,7 +139,7 @@ def _measure_engine(
         generate_s.append(_timed(lambda: engine.generate(prompts, params), device))
         progress.update()
     tokens = tuple(tuple(answer["output_ids"]) for answer in answers)
-    return Measured(
+    measured = Measured(
         tp_size=colo.tp_size,
         launch_s=launch_s,
         first_sync_s=first_sync_s,
@@ -148,8 +151,8 @@ def _measure_engine(
         num_bytes=report.num_bytes,
         peak_extra_bytes=max(gather_all(max(part.peak_extra_bytes for part in report.ranks))),
         free_bytes=None if device.type == "cpu" else min(gather_all(torch.cuda.mem_get_info(device)[0])),
-        answers=tokens,
     )
+    return measured, tokens
 
 
 def _timed(call: Callable[[], Any], device: torch.device) -> float:
@@ -167,4 +170,4 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-__all__ = ["Workload", "gather_all", "measure", "num_steps"]
+__all__ = ["Answers", "Workload", "gather_all", "measure", "num_steps"]

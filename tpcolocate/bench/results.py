@@ -25,7 +25,6 @@ class Measured:
         num_bytes: Of the weights of one sync.
         peak_extra_bytes: Most memory that a sync took on a rank, in bytes.
         free_bytes: Least memory left on a device beside trainer and servers, in bytes; None on a CPU.
-        answers: Token ids of this rank's answers, to compare sizes; not part of the results.
     """
 
     tp_size: int
@@ -40,7 +39,6 @@ class Measured:
     num_bytes: int = 0
     peak_extra_bytes: int = 0
     free_bytes: int | None = None
-    answers: tuple[tuple[int, ...], ...] = ()
 
     @property
     def tokens_per_second(self) -> float:
@@ -77,7 +75,6 @@ class Results:
         """Return all that can be written as JSON, medians included."""
         content = asdict(self)
         for entry, one in zip(content["measured"], self.measured):
-            del entry["answers"]
             if one.error is None:
                 entry["median_ms"] = {
                     name: 1e3 * statistics.median(values)
@@ -98,9 +95,9 @@ def conclusions(results: Results) -> list[str]:
     sentences = []
     for one in good:
         if one.common_way_s:
-            ratio = statistics.median(one.common_way_s) / statistics.median(one.sync_s)
+            ratio = statistics.median(one.sync_s) / statistics.median(one.common_way_s)
             sentences.append(
-                f"tp_size {one.tp_size}: a sync takes {1 / ratio:.2f} times as long as gathered tensors in SGLang's own buckets"
+                f"tp_size {one.tp_size}: a sync takes {ratio:.2f} times as long as gathered tensors in SGLang's own buckets"
             )
         share = statistics.median(one.sync_s) / (statistics.median(one.sync_s) + statistics.median(one.generate_s))
         sentences.append(f"tp_size {one.tp_size}: {share:.1%} of a sync and a round of generation is the sync")
