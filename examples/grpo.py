@@ -2,6 +2,7 @@
 
     torchrun --standalone --nproc-per-node 2 examples/grpo.py
     torchrun --standalone --nproc-per-node 2 examples/grpo.py --no-sync
+    torchrun --standalone --nproc-per-node 2 examples/grpo.py --device cuda
     torchrun --standalone --nproc-per-node 2 examples/grpo.py --model PATH --device cuda --digits 6
 
 In every step each rank generates answers to its own prompts, trains on them, and syncs the new weights to the
@@ -22,7 +23,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from addition import END, prompt_text, reward, sample_problems, warm_start
+from addition import END, SMALL, TINY, prompt_text, reward, sample_problems, warm_start
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
@@ -30,6 +31,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tpcolocate
 
+PHASES = ("generate", "sleep", "train", "wake", "sync")
 CPU_SERVER = {"max_running_requests": 64, "max_total_tokens": 8192, "context_length": 128}
 CUDA_SERVER = {"dtype": "bfloat16", "mem_fraction_static": 0.4, "enable_memory_saver": True}
 
@@ -45,6 +47,8 @@ class Row:
     sync_bytes: int
     generate_seconds: float
     train_seconds: float
+    sleep_seconds: float
+    wake_seconds: float
     grad_norm: float
 
     HEADER = f"{'step':>4}  {'reward':>6}  {'sync s':>7}  {'gap':>8}  {'generate s':>10}  {'train s':>7}"
@@ -80,11 +84,14 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=16, help="prompts a step, over all ranks")
     parser.add_argument("--group-size", type=int, default=8, help="answers a prompt")
     parser.add_argument("--updates", type=int, default=1, help="optimizer steps on each batch of samples")
-    parser.add_argument("--lr", type=float, default=None, help="default: 3e-4, or 1e-6 with --model")
+    parser.add_argument("--lr", type=float, default=None, help="default: 3e-4, 3e-5 on GPUs, or 1e-6 with --model")
     parser.add_argument("--digits", type=int, default=None, help="of both numbers; default: 2, or 5 with --model")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--model", type=Path, default=None, help="a Hugging Face checkpoint; default: a tiny one, made here"
+        "--model",
+        type=Path,
+        default=None,
+        help="a Hugging Face checkpoint; default: a tiny one, or a small one for GPUs, made here",
     )
     parser.add_argument("--server-args", type=json.loads, default={}, help="more SGLang arguments, as JSON")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -100,10 +107,10 @@ def parse_args() -> argparse.Namespace:
     )
     args = parser.parse_args()
     given = args.model is not None
-    args.lr = (1e-6 if given else 3e-4) if args.lr is None else args.lr
+    args.lr = (1e-6 if given else 3e-5 if args.device == "cuda" else 3e-4) if args.lr is None else args.lr
     args.digits = (5 if given else 2) if args.digits is None else args.digits
     if not given and args.digits != 2:
-        parser.error("the tiny model is trained on numbers of 2 digits only; --digits needs --model")
+        parser.error("the model made here is trained on numbers of 2 digits only; --digits needs --model")
     # Weights do not survive a sleep: without a sync the engine would generate from garbage.
     args.sleep = args.sleep and args.sync
     return args
@@ -205,7 +212,8 @@ def run(args: argparse.Namespace, *, device: torch.device) -> list[Row]:
         raise ValueError(f"--prompts {args.prompts} cannot be shared evenly by {world_size} ranks")
     folder = args.out / "model" if args.model is None else args.model
     if args.model is None and rank == 0:
-        warm_start(folder, seed=args.seed, target=0.25)
+        size = SMALL if args.device == "cuda" else TINY
+        warm_start(folder, seed=args.seed, target=0.25, size=size, device=args.device)
     dist.barrier()
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -231,6 +239,7 @@ def run(args: argparse.Namespace, *, device: torch.device) -> list[Row]:
                 if args.sleep:
                     engine.sleep()
                 begun = time.monotonic()
+                slept = begun - sampled
                 gap, norm = train(model, optimizer, samples, group_size=args.group_size, updates=args.updates)
                 trained = time.monotonic()
                 seconds, num_bytes = 0.0, 0
@@ -241,6 +250,7 @@ def run(args: argparse.Namespace, *, device: torch.device) -> list[Row]:
                     seconds, num_bytes = report.seconds, report.num_bytes
                 if args.sleep:
                     engine.wake()
+                woken = time.monotonic() - trained - seconds if args.sleep else 0.0
                 rows.append(
                     Row(
                         step=step,
@@ -250,6 +260,8 @@ def run(args: argparse.Namespace, *, device: torch.device) -> list[Row]:
                         sync_bytes=num_bytes,
                         generate_seconds=sampled - started,
                         train_seconds=trained - begun,
+                        sleep_seconds=slept,
+                        wake_seconds=woken,
                         grad_norm=norm,
                     )
                 )
@@ -263,20 +275,28 @@ def run(args: argparse.Namespace, *, device: torch.device) -> list[Row]:
 
 
 def plot(rows: list[Row], path: Path, *, title: str) -> None:
-    """Plot reward and gap against the step; the gap on a logarithmic axis."""
+    """Plot reward, gap and seconds against the step; the gap on a logarithmic axis."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 6), layout="constrained")
+    figure = Figure(figsize=(8, 8), layout="constrained")
     FigureCanvasAgg(figure)
-    upper, lower = figure.subplots(2, 1, sharex=True)
+    upper, lower, last = figure.subplots(3, 1, sharex=True)
     steps = [row.step for row in rows]
     upper.plot(steps, [row.reward for row in rows], marker=".")
     upper.set(title=title, ylabel="reward", ylim=(0, 1))
     lower.semilogy(steps, [max(row.gap, 1e-9) for row in rows], marker=".", color="tab:red")
     # Fixed, so that noise looks like noise: a stale engine is off by whole units.
-    lower.set(xlabel="step", ylabel="largest |engine - trainer|\nof a log-probability", ylim=(1e-8, 1e2))
-    for axes in (upper, lower):
+    lower.set(ylabel="largest |engine - trainer|\nof a log-probability", ylim=(1e-8, 1e2))
+    bottom = [0.0] * len(rows)
+    for phase in PHASES:
+        seconds = [getattr(row, f"{phase}_seconds") for row in rows]
+        last.bar(steps, seconds, bottom=bottom, width=1.0, label=phase)
+        bottom = [a + b for a, b in zip(bottom, seconds)]
+    # The first steps compile kernels and trace the loader: they may be cut off.
+    last.set(xlabel="step", ylabel="seconds of a step", ylim=(0, 1.5 * sorted(bottom)[len(bottom) // 2]))
+    last.legend(ncols=5, loc="upper right")
+    for axes in (upper, lower, last):
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
 
@@ -302,6 +322,8 @@ def finish(rows: list[Row], args: argparse.Namespace, *, seconds: float) -> None
     )
     print(f"reward   {summary['first_reward']:.3f} -> {summary['last_reward']:.3f}  (means of {edge} steps)")
     print(f"max gap  {summary['max_gap']:.1e}")
+    phases = {name: sorted(getattr(row, f"{name}_seconds") for row in rows)[len(rows) // 2] for name in PHASES}
+    print("a step   " + ", ".join(f"{name} {found:.2f} s" for name, found in phases.items()) + "  (medians)")
     print(f"seconds  {seconds:.0f}, in total")
     print(f"written  {args.out / name}.json, {args.out / name}.png")
 

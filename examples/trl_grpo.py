@@ -2,7 +2,7 @@
 
     torchrun --standalone --nproc-per-node 2 examples/trl_grpo.py
     torchrun --standalone --nproc-per-node 2 examples/trl_grpo.py --lora --sleep
-    torchrun --standalone --nproc-per-node 2 examples/trl_grpo.py --model PATH --device cuda --sleep
+    torchrun --standalone --nproc-per-node 2 examples/trl_grpo.py --device cuda --sleep
 
 After each step rank 0 prints the reward and the *gap*: the largest difference between the log-probability with which
 a token was sampled and the trainer's, over all ranks.  TRL logs it as ``sampling/sampling_logp_difference/max``.
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
-from addition import prompt_text, reward, sample_problems, warm_start
+from addition import SMALL, TINY, prompt_text, reward, sample_problems, warm_start
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoTokenizer, TrainerCallback
@@ -39,11 +39,14 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--tp-size", type=int, default=2)
-    parser.add_argument("--model", type=Path, default=None, help="default: a tiny one, made here")
+    parser.add_argument(
+        "--model", type=Path, default=None, help="default: a tiny one, or a small one for GPUs, made here"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--lora", action="store_true", help="train an adapter by peft")
     parser.add_argument("--sleep", action="store_true", help="the server releases its memory while the ranks train")
-    parser.add_argument("--out", type=Path, default=Path("out/trl"), help="folder for the tiny model and the log")
+    parser.add_argument("--server-args", type=json.loads, default={}, help="more SGLang arguments, as JSON")
+    parser.add_argument("--out", type=Path, default=Path("out/trl"), help="folder for the model and the log")
     return parser.parse_args()
 
 
@@ -58,7 +61,7 @@ def main() -> None:
         per_device_train_batch_size=32,
         num_generations=8,
         max_completion_length=8,
-        learning_rate=3e-3 if args.lora else 3e-4,
+        learning_rate=(3e-3 if args.lora else 3e-4) / (10 if args.device == "cuda" else 1),
         lr_scheduler_type="constant",
         logging_steps=1,
         save_strategy="no",
@@ -76,7 +79,8 @@ def main() -> None:
     if folder is None:
         folder = args.out / "model"
         if PartialState().is_main_process:
-            warm_start(folder, seed=0, target=0.25)
+            size = SMALL if args.device == "cuda" else TINY
+            warm_start(folder, seed=0, target=0.25, size=size, device=args.device)
         PartialState().wait_for_everyone()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     problems = sample_problems(1024, digits=2, generator=torch.Generator().manual_seed(0))
@@ -85,7 +89,7 @@ def main() -> None:
     def right(completion_ids, problem, **kwargs):
         return [reward(each, ids, tokenizer) for ids, each in zip(completion_ids, problem)]
 
-    with tpcolocate.trl.use_sglang(**(CPU_SERVER if args.device == "cpu" else {})):
+    with tpcolocate.trl.use_sglang(**(CPU_SERVER if args.device == "cpu" else {}), **args.server_args):
         trainer = GRPOTrainer(
             model=str(folder),
             reward_funcs=right,

@@ -88,7 +88,8 @@ LAYERS = {
         {"named_weights", "model_spec"},
         {"peft_merge", "hf_names", "fsdp1", "zero3", "rename_hint"},
         {"low_rank", "nonfinite"},
-        {"coalesced_gather"},
+        {"coalesced_gather", "low_rank_kernel"},
+        {"addition"},
         {"lazy_tensor", "wrapper_names"},
     ),
     "weights.plan": (

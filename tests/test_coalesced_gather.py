@@ -11,7 +11,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from tpcolocate.weights.sources.coalesced_gather import CoalescedGather
-from tpcolocate.weights.sources.lazy_tensor import Ingredients
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -148,7 +147,7 @@ def test_each_mesh_has_its_own_collective(found):
 
 @pytest.mark.quick
 def test_tensors_in_memory_are_read_as_they_are_and_not_kept_alive():
-    gather: Ingredients = CoalescedGather()
+    gather = CoalescedGather()
     tensor = torch.nn.Parameter(torch.ones(3))
     number = gather.add(tensor)
     gather.gather()

@@ -5,7 +5,6 @@ Its speed, and that it reads a GPU's memory back, are tested on GPUs: `test_gpu.
 
 import ctypes
 import functools
-import importlib
 import itertools
 import sys
 import threading
@@ -17,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreted import interpreted
 from loaders import model_of, plain, sent, update
 
 from tpcolocate.in_server.tpcolocate_receiver import copy_program, kernels
@@ -44,22 +44,8 @@ KERNEL = "tpcolocate.in_server.tpcolocate_receiver.triton_kernel"
 
 @pytest.fixture(scope="module")
 def kernel():
-    """The kernel's module, imported so that Triton interprets it.
-
-    Triton decides when it is imported, and may have been imported for other tests: here it is once more, for this file.
-    """
-
-    def taken_out():
-        names = [n for n in sys.modules if n == KERNEL or (n.partition(".")[0] == "triton" and "._C" not in n)]
-        return {name: sys.modules.pop(name) for name in names}
-
-    before = taken_out()
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("TRITON_INTERPRET", "1")
-        module = importlib.import_module(KERNEL)
+    with interpreted(KERNEL) as module:
         yield module
-    taken_out()
-    sys.modules.update(before)
 
 
 def words(shape, seed=1):

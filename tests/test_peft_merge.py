@@ -17,6 +17,7 @@ from tpcolocate.errors import ConfigError
 from tpcolocate.in_server.tpcolocate_receiver.regions import Region, whole
 from tpcolocate.weights.plan.sharding import ShardFinder
 from tpcolocate.weights.sources import low_rank
+from tpcolocate.weights.sources.addition import RANK_MULTIPLE
 from tpcolocate.weights.sources.lazy_tensor import LazyTensor, full_tensor
 from tpcolocate.weights.sources.named_weights import NamedWeights
 
@@ -380,10 +381,24 @@ def test_a_region_takes_memory_for_itself_not_for_the_tensor(name):
 # --- by one multiplication ----------------------------------------------------------------------------------------------
 
 
+def add_by_torch(additions):
+    """Instead of the kernel.  Whether a CPU rounds once depends on the CPU; errors of a second rounding are allowed for."""
+    for one in additions:
+        assert one.left.shape[1] % RANK_MULTIPLE == 0
+        torch.addmm(one.base, one.left, one.right, out=one.out)
+
+
 @pytest.fixture
 def one_multiplication(monkeypatch):
-    """As on a GPU.  Whether a CPU rounds once depends on the CPU; errors of a second rounding are allowed for."""
-    monkeypatch.setattr(low_rank, "rounds_once", lambda device: True)
+    """As on a GPU; returns a list of how many products were added by each call."""
+    calls = []
+
+    def add(additions):
+        calls.append(len(additions))
+        add_by_torch(additions)
+
+    monkeypatch.setattr(low_rank, "adder_for", lambda device: add)
+    return calls
 
 
 def exact_sum(layer, names):
@@ -435,6 +450,7 @@ def test_adapters_are_added_to_any_region_by_one_multiplication(one_multiplicati
             with Allocations() as seen:
                 found = shard.compute(region, out)
             assert seen.sizes == [region.volume], "one operator, whose result is where it is wanted"
+            assert one_multiplication.pop() == 1
             assert found.data_ptr() == out.data_ptr() and memory[0] == memory[-1] == 7
             assert torch.equal(shard.compute(region), found)
             assert off_by(found, narrowed(exact, region), narrowed(magnitude, region)) <= 1
@@ -487,6 +503,32 @@ def test_what_is_prepared_is_of_the_time_of_the_gather_each_layer_with_its_own_s
     with torch.no_grad():
         model.layers[0].lora_B["default"].weight.mul_(3)
     assert agree(found(), expected())
+
+
+def test_regions_that_are_computed_together_are_added_by_one_call(one_multiplication):
+    model = alike()
+    shards = [ShardFinder().find(item) for item in computed(model).values()]
+    ingredients = shards[0].ingredients
+    ingredients.gather()
+    expected = [shard.compute(shard.region) for shard in shards]
+    del one_multiplication[:]
+    outs = [torch.zeros_like(one) for one in expected]
+    with ingredients.together():
+        for shard, out in zip(shards, outs):
+            assert shard.compute(shard.region, out).data_ptr() == out.data_ptr()
+        assert not one_multiplication and not any(out.any() for out in outs)
+        assert torch.equal(shards[0].compute(shards[0].region), expected[0]), "what has no memory yet does not wait"
+        assert one_multiplication == [1]
+    assert one_multiplication == [1, len(shards)] and all(map(torch.equal, outs, expected))
+    with pytest.raises(KeyError), ingredients.together():
+        shards[0].compute(shards[0].region, outs[0].zero_())
+        raise KeyError
+    assert not outs[0].any() and len(one_multiplication) == 2
+    shards[0].compute(shards[0].region, outs[0])
+    assert torch.equal(outs[0], expected[0])
+    with ingredients.together():
+        pass
+    assert len(one_multiplication) == 3
 
 
 def test_what_is_prepared_keeps_nothing_of_the_model_alive(one_multiplication):

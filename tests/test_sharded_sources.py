@@ -8,7 +8,7 @@ import torch.distributed as dist
 from harness import run_ranks
 from test_coalesced_gather import Counted
 from test_hf_names import checkpoint, load
-from test_peft_merge import CONV, EVERY, LAZY, adapted, computed, lora, narrowed, same, wide
+from test_peft_merge import CONV, EVERY, LAZY, adapted, add_by_torch, computed, lora, narrowed, same, wide
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -165,7 +165,7 @@ def offloaded():
 
 def every_region(rank, num_ranks):
     found = by_region(num_ranks, EVERY, saved=["head"]), by_region(num_ranks, CONV), offloaded()
-    low_rank.rounds_once = lambda device: True  # as on a GPU; in this process alone
+    low_rank.adder_for = lambda device: add_by_torch  # as on a GPU; in this process alone
     return *found, by_region(num_ranks, EVERY), by_region(num_ranks, CONV)
 
 

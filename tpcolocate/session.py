@@ -41,6 +41,7 @@ from tpcolocate.server.evidence import Evidence
 from tpcolocate.server.http import ServerClient
 from tpcolocate.server.lifecycle import Lifecycle, State, WeightsState
 from tpcolocate.server.process import ServerProcess
+from tpcolocate.weights.sources import low_rank
 from tpcolocate.weights.sync.syncer import WeightSyncer
 
 logger = logging.getLogger(__name__)
@@ -373,6 +374,7 @@ class Colocation:
         server: ServerProcess | None = None
         api: ServerApi | None = None
         kernels.prepare(self.device)  # while the server starts
+        for_adapters = low_rank.prepare(self.device)
         try:
             if self.is_owner:
                 running, server, api = launch.start_server(log_path=log_path)
@@ -380,6 +382,8 @@ class Colocation:
                 running = launch.wait_for_server()
         finally:
             kernels.wait_until_prepared(self.device, timeout_s=_KERNEL_S)
+            if for_adapters is not None:
+                for_adapters.join(_KERNEL_S)
         started: _Started | None = None
         error: BaseException | None = None
         try:

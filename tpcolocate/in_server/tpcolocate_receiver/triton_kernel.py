@@ -76,7 +76,7 @@ def _copy_and_sum(
 
 
 @triton.jit
-def _float32_of(bits, source: tl.constexpr):
+def float32_of(bits, source: tl.constexpr):
     """The value of a float16, bfloat16 or float32, given as an unsigned integer; exact."""
     if source == "float32":
         return bits.to(tl.float32, bitcast=True)
@@ -87,7 +87,7 @@ def _float32_of(bits, source: tl.constexpr):
 
 
 @triton.jit
-def _bits_of(value, target: tl.constexpr):
+def bits_of(value, target: tl.constexpr):
     """A float32 as torch casts it, rounded to the nearest, to even between two; an unsigned integer."""
     if target == "float32":
         return value.to(tl.uint32, bitcast=True)
@@ -156,7 +156,7 @@ def _cast_and_sum(
             element = begin + elements
             mask = (row < row_count) & (element < element_count)
             given = tl.load(src + row * src_stride + element, mask=mask, other=0, eviction_policy="evict_first")
-            cast = _bits_of(_float32_of(given, source), target)
+            cast = bits_of(float32_of(given, source), target)
             if copies:
                 tl.store(dst + row * dst_stride + element, cast, mask=mask)
                 tl.debug_barrier()
@@ -178,7 +178,7 @@ def _cast_and_sum(
             tl.store(sums + flag, 1)
 
 
-_BITS = {"float32": tl.uint32, "bfloat16": tl.uint16, "float16": tl.uint16}
+BITS = {"float32": tl.uint32, "bfloat16": tl.uint16, "float16": tl.uint16}
 """Names of dtypes that are cast -> the unsigned integer of the same size."""
 
 
@@ -206,8 +206,8 @@ def launch(parts: Any, tiles: Any, sums: Any, variant: Variant, *, copies: int =
         *shape,
         source,
         target,
-        _BITS[source],
-        _BITS[target],
+        BITS[source],
+        BITS[target],
         per_word,
         int(copies),
         num_warps=NUM_WARPS,

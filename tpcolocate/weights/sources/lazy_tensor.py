@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol, TypeGuard
 
@@ -62,6 +63,12 @@ class Ingredients(Protocol):
         """Fetch it anew.  Collective: over the meshes of the source, once in a sync, before anything is computed.
 
         Computed tensors are then made of the values of this time.
+        """
+
+    def together(self) -> AbstractContextManager[None]:
+        """Return what lets regions that are computed into given memory wait for one another, to be computed at once.
+
+        That memory is written when the context ends, on the current stream; if it ends by an exception, perhaps not.
         """
 
     def forget(self) -> None:

@@ -1,4 +1,4 @@
-"""Weights with products of small factors added, each region of them by one multiplication of matrices.
+"""Weights with products of small factors added, many regions of them by one launch of a kernel.
 
 A sum is rounded once, from float32.  Where a base is bfloat16, factors that are not are cut into a high and a low part of
 bfloat16, side by side along the rank:
@@ -6,19 +6,25 @@ bfloat16, side by side along the rank:
     B @ A  =  [B_high  B_low  B_high] @ [A_high; A_high; A_low]
 
 What is left out, the product of both low parts and what these round away, is below 2^-15 of the factors' magnitudes.
+
+A kernel of our own, in Triton, which SGLang depends on: cuBLAS, on a Hopper GPU with torch 2.11, rounds the product before it
+adds the base, and takes a launch for each region.
 """
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import logging
+import sys
+import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from tpcolocate.in_server.tpcolocate_receiver.regions import Region
+from tpcolocate.weights.sources.addition import RANK_MULTIPLE, Adder, Addition
 from tpcolocate.weights.sources.coalesced_gather import CoalescedGather
 from tpcolocate.weights.sources.lazy_tensor import local_of
 
@@ -27,8 +33,6 @@ logger = logging.getLogger(__name__)
 _MOST_WRONGLY_ROUNDED = 0.02
 """What the order of a float32 sum makes is far below, a second rounding far above."""
 _FACTOR_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_RANK_MULTIPLE = 8
-"""The ranks of pairs are filled up to a multiple, so that rows begin where the fast kernels of cuBLAS want them."""
 _PARTS_BYTES = 24
 """The most memory that is taken for each element of a factor while it is cut, in bytes."""
 _BATCH_BYTES = 2**27
@@ -38,40 +42,86 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 """What is multiplied and added to a base: [rows, rank] and [rank, columns]."""
 
 
-@functools.cache
-def rounds_once(device: torch.device) -> bool:
-    """Return whether `torch.addmm` of bfloat16 sums up in float32 there, the base included; tried once for a device.
+_lock = threading.Lock()
+_adders: dict[torch.device, Adder | None] = {}
+"""Those that were tried."""
 
-    cuBLAS does.  `torch.backends.cuda.matmul` may permit it to reduce in bfloat16, which it does between parts of a long sum;
-    the rank of adapters is too short for parts.  On a CPU it depends on the CPU, so it is not tried there.
+
+def adder_for(device: torch.device) -> Adder | None:
+    """Return what adds products there, rounded once; None where that takes several steps.  Tried once for a device.
+
+    On a CPU there is none.
     """
     if device.type != "cuda":
-        return False
+        return None
+    with _lock:
+        if device not in _adders:
+            _adders[device] = _tried(device)
+        return _adders[device]
+
+
+def prepare(device: torch.device) -> threading.Thread | None:
+    """Compile the kernel in a thread, if peft is in use; return it."""
+    if device.type != "cuda" or "peft" not in sys.modules:
+        return None
+    # A daemon: a compiler that hangs must not keep the process.
+    thread = threading.Thread(target=adder_for, args=(device,), name="tpcolocate adapter kernel", daemon=True)
+    thread.start()
+    return thread
+
+
+def _tried(device: torch.device) -> Adder | None:
     try:
-        found = wrongly_rounded(device)
-    except RuntimeError as error:  # slower, with the same result
+        from tpcolocate.weights.sources.low_rank_kernel import launch
+
+        found = max(wrongly_rounded(launch, device, columns) for columns in (192, 101))
+    except Exception as error:  # slower, with the same result
         logger.warning("adapters are merged in several steps: %s", error)
-        return False
+        return None
     if found > _MOST_WRONGLY_ROUNDED:
         logger.warning("adapters are merged in several steps: %.1f %% of a product are rounded twice", 100 * found)
-    return found <= _MOST_WRONGLY_ROUNDED
+        return None
+    return launch
 
 
-def wrongly_rounded(device: torch.device) -> float:
+def wrongly_rounded(adder: Adder, device: torch.device, num_columns: int) -> float:
     """Return how much of a sum with a product is not the exact value, rounded once; laid out as in staging memory."""
     generator = torch.Generator().manual_seed(1)
 
     def randn(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator).to(device, torch.bfloat16)
 
-    base, left, right = randn(320, 192), randn(2, 320, 24), randn(2, 24, 192)
-    region, pair = Region((64, 32), (192, 128)), (left[1], right[1])
-    part = base[64:256, 32:160]
-    memory = torch.zeros(64 + 192 * 128, dtype=torch.bfloat16, device=device)
-    out = memory.as_strided((192, 128), (128, 1), 64)
-    add_product(part, region, pair, out)
-    exact = part.double() + pair[0][64:256].double() @ pair[1][:, 32:160].double()
+    rank = 3 * RANK_MULTIPLE
+    base, left, right = randn(320, num_columns), randn(2, 320, rank), randn(2, rank, num_columns)
+    region, pair = Region((64, 32), (192, num_columns - 64)), (left[1], right[1])
+    part = base[64:256, 32:-32]
+    memory = torch.zeros(64 + part.numel(), dtype=torch.bfloat16, device=device)
+    out = memory[64:].view(part.shape)
+    adder([addition(part, region, pair, out)])
+    exact = part.double() + pair[0][64:256].double() @ pair[1][:, 32:-32].double()
     return float((out != exact.to(torch.bfloat16)).double().mean())
+
+
+def addition(base: torch.Tensor, region: Region, pair: Pair, out: torch.Tensor | None) -> Addition:
+    """Return what adds the product of a pair to a region of a base.
+
+    Args:
+        base: That region.
+        region: Of the full weight.
+        pair: Of the full weight.
+        out: Contiguous; to write into.  None: new memory.
+    """
+    (first_row, first_column), (num_rows, num_columns) = region.starts, region.lengths
+    left, right = pair
+    if num_rows != left.shape[0]:
+        left = left.narrow(0, first_row, num_rows)
+    if num_columns != right.shape[1]:
+        right = right.narrow(1, first_column, num_columns)
+    if out is None:
+        out = torch.empty(region.lengths, dtype=base.dtype, device=base.device)
+    if num_columns > 1 and base.stride(1) != 1:
+        base = base.contiguous()
+    return Addition(base, left, right, out)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +160,7 @@ class _Kind:
         """Of a weight's pair."""
         rank = sum(a[0] * (1 if self.dtype == torch.float32 else 3) for a, *_ in self.terms)
         a, _, b, _, _ = self.terms[0]
-        return -(-rank // _RANK_MULTIPLE) * _RANK_MULTIPLE * (a[1] + b[0]) * self.dtype.itemsize
+        return -(-rank // RANK_MULTIPLE) * RANK_MULTIPLE * (a[1] + b[0]) * self.dtype.itemsize
 
     @property
     def working_bytes(self) -> int:
@@ -136,12 +186,13 @@ class LowRankSums:
         self._kinds: dict[_Kind, list[int]] | None = None
         self._pairs: dict[int, Pair] = {}
         self._keeps_factors = False
+        self._waiting: list[Addition] | None = None
 
     @staticmethod
     def is_possible(base: torch.Tensor, factors: Sequence[torch.Tensor]) -> bool:
         """Return whether a weight's sum can be computed like this, and is rounded once."""
         return (
-            rounds_once(local_of(base).device)
+            adder_for(local_of(base).device) is not None
             and base.dim() == 2
             and base.dtype in (torch.float32, torch.bfloat16)
             and all(one.dim() == 2 and one.dtype in _FACTOR_DTYPES for one in factors)
@@ -192,9 +243,37 @@ class LowRankSums:
         self._pairs.clear()
         self._factors.forget()
 
-    def find(self, number: int) -> Pair | None:
-        """Return a weight's pair; None if it was not prepared."""
-        return self._pairs.get(number)
+    def add_to(
+        self, number: int, base: torch.Tensor, region: Region, out: torch.Tensor | None = None
+    ) -> torch.Tensor | None:
+        """Return a region of a weight's sum; None if the weight was not prepared.
+
+        Args:
+            number: Of the weight.
+            base: That region of the base.
+            region: Of the full weight.
+            out: See `ComputeFrom`; inside of `together` it is written when that ends.
+        """
+        pair = self._pairs.get(number)
+        if pair is None:
+            return None
+        made = addition(base, region, pair, out)
+        if self._waiting is None or out is None:
+            _add([made])
+        else:
+            self._waiting.append(made)
+        return made.out
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Add what has an ``out`` in as few launches as possible, when this ends; not if it ends by an exception."""
+        self._waiting = []
+        try:
+            yield
+            if self._waiting:
+                _add(self._waiting)
+        finally:
+            self._waiting = None
 
     def _planned(self) -> dict[_Kind, list[int]]:
         if self._kinds is None:
@@ -235,11 +314,18 @@ class LowRankSums:
                 lefts += (y for _, y in pairs)
                 rights += (x for x, _ in pairs)
         rank = sum(one.shape[2] for one in lefts)
-        if missing := -rank % _RANK_MULTIPLE:
+        if missing := -rank % RANK_MULTIPLE:
             lefts.append(lefts[0].new_zeros(len(numbers), lefts[0].shape[1], missing))
             rights.append(rights[0].new_zeros(len(numbers), missing, rights[0].shape[2]))
         left, right = torch.cat(lefts, dim=2), torch.cat(rights, dim=1)
         return list(zip(left.unbind(), right.unbind()))
+
+
+def _add(additions: Sequence[Addition]) -> None:
+    adder = adder_for(additions[0].out.device)
+    assert adder is not None  # see `LowRankSums.is_possible`
+    with torch.no_grad():
+        adder(additions)
 
 
 def _split(factor: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -250,25 +336,4 @@ def _split(factor: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
     return [high, (factor.float() - high).to(dtype)]
 
 
-def add_product(base: torch.Tensor, region: Region, pair: Pair, out: torch.Tensor | None) -> torch.Tensor:
-    """Return a region of a base plus the product of a pair.
-
-    Args:
-        base: That region.
-        region: Of the full weight.
-        pair: Of the full weight.
-        out: Contiguous; to write into.  None: new memory.
-    """
-    (first_row, first_column), (num_rows, num_columns) = region.starts, region.lengths
-    left, right = pair
-    if num_rows != left.shape[0]:
-        left = left.narrow(0, first_row, num_rows)
-    if num_columns != right.shape[1]:
-        right = right.narrow(1, first_column, num_columns)
-    if out is None:
-        out = torch.empty(region.lengths, dtype=base.dtype, device=base.device)
-    # With `out`, autocast leaves it alone.
-    return torch.addmm(base, left, right, out=out)
-
-
-__all__ = ["LowRankSums", "Pair", "Term", "add_product", "rounds_once"]
+__all__ = ["LowRankSums", "Pair", "Term", "adder_for", "addition", "prepare"]

@@ -29,7 +29,7 @@ from tpcolocate.weights.sources.lazy_tensor import (
     is_collective,
     reading_bytes,
 )
-from tpcolocate.weights.sources.low_rank import LowRankSums, Term, add_product
+from tpcolocate.weights.sources.low_rank import LowRankSums, Term
 from tpcolocate.weights.sources.wrapper_names import without_wrappers
 
 _MERGE_FIRST = "send a copy that peft has merged: copy.deepcopy(model).merge_and_unload()"
@@ -239,10 +239,8 @@ class _Merge:
 
     def compute(self, base: torch.Tensor, region: Region, out: torch.Tensor | None = None) -> torch.Tensor:
         """Return a region of the sum, from what was gathered; see `ComputeFrom`."""
-        pair = None if self.number is None else self.sums.find(self.number)
-        if pair is not None:
-            return add_product(base, region, pair, out)
-        return self._sum(base, region, self.factors.full, out)
+        found = None if self.number is None else self.sums.add_to(self.number, base, region, out)
+        return self._sum(base, region, self.factors.full, out) if found is None else found
 
     def _sum(
         self,

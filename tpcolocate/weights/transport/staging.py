@@ -6,7 +6,8 @@ workers that reach the rank map; for the others it is sent, by one all-to-all fo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -89,7 +90,7 @@ class Placing:
         checksums = PlacedChecksums([(first, one.num_bytes) for one, first, _ in computed], device)
         return cls(copied, computed, len(placed), checksums, order)
 
-    def put(self, memory: torch.Tensor, shards: Shards) -> torch.Tensor:
+    def put(self, memory: torch.Tensor, shards: Shards, ingredients: Iterable[Ingredients]) -> torch.Tensor:
         """Put the slices into memory; return the checksum of each, not waited for.
 
         Those of copies are taken where they are copied from, so that a copy that goes wrong is found.
@@ -97,6 +98,7 @@ class Placing:
         Args:
             memory: Flat uint8, starting at a multiple of 16 bytes.
             shards: What lies here now.
+            ingredients: Of what is computed.
         """
         typed: dict[torch.dtype, torch.Tensor] = {}
 
@@ -107,14 +109,17 @@ class Placing:
             of_dtype = typed[dtype]
             return of_dtype.as_strided(shape, strides_of(shape), of_dtype.storage_offset() + first // dtype.itemsize)
 
-        for one, first, in_place in self.computed:
-            compute = shards[one.name].compute
-            assert compute is not None
-            out = target(one, first, one.region.lengths)
-            if in_place:
-                compute(one.region, out)
-            else:
-                out.copy_(compute(one.region))  # at once, so that what was computed need not be kept
+        with ExitStack() as together:
+            for made_of in ingredients:
+                together.enter_context(made_of.together())
+            for one, first, in_place in self.computed:
+                compute = shards[one.name].compute
+                assert compute is not None
+                out = target(one, first, one.region.lengths)
+                if in_place:
+                    compute(one.region, out)
+                else:
+                    out.copy_(compute(one.region))  # at once, so that what was computed need not be kept
         sums = self.checksums.begin(memory)
         if self.order is None:
             return sums
@@ -323,8 +328,8 @@ class Transfer:
     def _fill(self, stage: Stage, number: int) -> torch.Tensor:
         """Put this rank's slices into the staging memory, and what is to be sent into its buffer; return that."""
         filling = self.planned.fillings[number]
-        given = filling.given.put(self.halves[number % 2], self._shards)
-        sent = filling.sent.put(self._send_buffer, self._shards)
+        given = filling.given.put(self.halves[number % 2], self._shards, self.ingredients)
+        sent = filling.sent.put(self._send_buffer, self._shards, self.ingredients)
         self._staged[number:] = [torch.cat([given, sent])]
         return self._send_buffer[: sum(stage.send_bytes)]
 

@@ -1,0 +1,114 @@
+"""The kernel of `low_rank`, in a module of its own: importing it imports Triton, which may be missing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from tpcolocate.in_server.tpcolocate_receiver.triton_kernel import BITS, bits_of, float32_of
+from tpcolocate.weights.sources.addition import RANK_MULTIPLE, Addition
+
+BLOCK = 128
+"""Rows and columns that one program computes."""
+NUM_WARPS = 8
+_FIELDS = 11
+_MOST_AT_ONCE = 2**15
+"""Additions of one launch: below the limit of a grid's second axis."""
+_ALIGNMENT = 16
+
+
+@triton.jit
+def _add_products(
+    additions,
+    num_fields: tl.constexpr,
+    block: tl.constexpr,
+    block_rank: tl.constexpr,
+    dtype: tl.constexpr,
+    bits: tl.constexpr,
+    factor: tl.constexpr,
+    is_aligned: tl.constexpr,
+):
+    one = additions + tl.program_id(1) * num_fields
+    base = tl.load(one).to(tl.pointer_type(bits))
+    base_stride = tl.load(one + 1)
+    out = tl.load(one + 2).to(tl.pointer_type(bits))
+    out_stride = tl.load(one + 3)
+    left = tl.load(one + 4).to(tl.pointer_type(factor))
+    left_stride = tl.load(one + 5)
+    right = tl.load(one + 6).to(tl.pointer_type(factor))
+    right_stride = tl.load(one + 7)
+    num_rows = tl.load(one + 8).to(tl.int32)
+    num_columns = tl.load(one + 9).to(tl.int32)
+    rank = tl.load(one + 10).to(tl.int32)
+    if is_aligned:
+        # Without these hints elements would be loaded and stored one by one.
+        base, out = tl.multiple_of(base, 16), tl.multiple_of(out, 16)
+        left, right = tl.multiple_of(left, 16), tl.multiple_of(right, 16)
+        base_stride, out_stride = tl.multiple_of(base_stride, 8), tl.multiple_of(out_stride, 8)
+        right_stride = tl.multiple_of(right_stride, 8)
+        num_columns = tl.multiple_of(num_columns, 8)
+    left_stride = tl.multiple_of(left_stride, 16)
+    across = tl.cdiv(num_columns, block)
+    first_row = tl.program_id(0) // across * block
+    if first_row < num_rows:
+        rows = first_row + tl.arange(0, block)
+        columns = tl.program_id(0) % across * block + tl.max_contiguous(tl.arange(0, block), block)
+        is_row, is_column = rows[:, None] < num_rows, columns[None, :] < num_columns
+        of_rows = rows.to(tl.int64)[:, None]
+        ranks = tl.max_contiguous(tl.arange(0, block_rank), block_rank)
+        found = tl.zeros((block, block), dtype=tl.float32)
+        for first in range(0, rank, block_rank):
+            a = tl.load(left + of_rows * left_stride + (first + ranks)[None, :], mask=is_row, other=0.0)
+            of_ranks = (first + ranks).to(tl.int64)[:, None]
+            b = tl.load(right + of_ranks * right_stride + columns[None, :], mask=is_column, other=0.0)
+            found = tl.dot(a, b, found, input_precision="ieee")
+        mask = is_row & is_column
+        given = tl.load(base + of_rows * base_stride + columns[None, :], mask=mask, other=0)
+        tl.store(
+            out + of_rows * out_stride + columns[None, :], bits_of(float32_of(given, dtype) + found, dtype), mask=mask
+        )
+
+
+_FACTORS = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+
+
+def launch(additions: Sequence[Addition]) -> None:
+    """Queue additions on the current stream; those of one dtype and alignment in one launch.
+
+    Args:
+        additions: On one device.
+    """
+    kinds: dict[tuple[torch.dtype, torch.dtype, bool], list[Addition]] = {}
+    for one in additions:
+        kinds.setdefault((one.out.dtype, one.left.dtype, _is_aligned(one)), []).append(one)
+    for (dtype, factor, is_aligned), of_kind in kinds.items():
+        name = str(dtype).removeprefix("torch.")
+        for first in range(0, len(of_kind), _MOST_AT_ONCE):
+            batch = of_kind[first : first + _MOST_AT_ONCE]
+            table = torch.tensor([_row(one) for one in batch], dtype=torch.int64).to(batch[0].out.device)
+            num_tiles = max(-(-one.out.shape[0] // BLOCK) * -(-one.out.shape[1] // BLOCK) for one in batch)
+            shape = (_FIELDS, BLOCK, RANK_MULTIPLE)
+            with torch.cuda.device_of(table):
+                _add_products[(num_tiles, len(batch))](
+                    table, *shape, name, BITS[name], _FACTORS[factor], is_aligned, num_warps=NUM_WARPS
+                )
+
+
+def _row(one: Addition) -> list[int]:
+    row: list[int] = []
+    for tensor in (one.base, one.out, one.left, one.right):
+        row += (tensor.data_ptr(), tensor.stride(0))
+    return [*row, *one.out.shape, one.left.shape[1]]
+
+
+def _is_aligned(one: Addition) -> bool:
+    """Return whether all rows begin at multiples of 16 bytes, and columns can be read in eights."""
+    tensors = (one.base, one.out, one.left, one.right)
+    addresses = (number for tensor in tensors for number in (tensor.data_ptr(), tensor.stride(0) * tensor.itemsize))
+    return one.out.shape[1] % 8 == 0 and not any(number % _ALIGNMENT for number in addresses)
+
+
+__all__ = ["launch"]
