@@ -23,7 +23,8 @@ from tpcolocate.in_server.tpcolocate_receiver.handles import open_handle
 from tpcolocate.in_server.tpcolocate_receiver.kernel_tables import CASTS, ChecksumTable, CopyTable, Layout, Slices
 from tpcolocate.in_server.tpcolocate_receiver.protocol import Addressed, LoadBucket
 from tpcolocate.server import channel
-from tpcolocate.weights.transport import bucket_sender, staging
+from tpcolocate.weights.transport import bucket_sender
+from tpcolocate.weights.transport.checksums import DirectChecksums
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]
 
@@ -134,23 +135,24 @@ def drive(rank, folder, world):
             dist.barrier()
             found["mapped"] = (set(counts), {handle.count() for handle in mapped}, before - used_mib())
             model.to(device)
-            begin_checksums = staging.Transfer._begin_checksums
+            begin = DirectChecksums.begin
 
-            def spoiled(self):
-                begin_checksums(self)
+            def spoiled(self, shards):
+                sums = begin(self, shards)
                 torch.cuda.synchronize()
                 if rank == 1:
                     model.model.layers[1].mlp.down_proj.weight.data[-1, -1] += 1  # which TP rank 1 reads
                     torch.cuda.synchronize()
+                return sums
 
             for _ in range(2):
                 engine.sync_weights(model, parts=True)
-            staging.Transfer._begin_checksums = spoiled
+            DirectChecksums.begin = spoiled
             try:
                 engine.sync_weights(model, parts=True)
             except errors.SyncError as error:
                 found["spoiled"] = str(error)
-            staging.Transfer._begin_checksums = begin_checksums
+            DirectChecksums.begin = begin
             if rank == 1:
                 model.model.layers[1].mlp.down_proj.weight.data[-1, -1] -= 1
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -61,8 +60,8 @@ def adder_for(device: torch.device) -> Adder | None:
 
 
 def prepare(device: torch.device) -> threading.Thread | None:
-    """Compile the kernel in a thread, if peft is in use; return it."""
-    if device.type != "cuda" or "peft" not in sys.modules:
+    """Start to compile the kernel in a thread, which takes a second or two the first time on a machine; return it."""
+    if device.type != "cuda":
         return None
     # A daemon: a compiler that hangs must not keep the process.
     thread = threading.Thread(target=adder_for, args=(device,), name="tpcolocate adapter kernel", daemon=True)

@@ -59,14 +59,15 @@ def _add_products(
         is_row, is_column = rows[:, None] < num_rows, columns[None, :] < num_columns
         of_rows = rows.to(tl.int64)[:, None]
         ranks = tl.max_contiguous(tl.arange(0, block_rank), block_rank)
+        mask = is_row & is_column
+        # Begun before the products, which take as long as it takes to arrive.
+        given = tl.load(base + of_rows * base_stride + columns[None, :], mask=mask, other=0)
         found = tl.zeros((block, block), dtype=tl.float32)
         for first in range(0, rank, block_rank):
             a = tl.load(left + of_rows * left_stride + (first + ranks)[None, :], mask=is_row, other=0.0)
             of_ranks = (first + ranks).to(tl.int64)[:, None]
             b = tl.load(right + of_ranks * right_stride + columns[None, :], mask=is_column, other=0.0)
             found = tl.dot(a, b, found, input_precision="ieee")
-        mask = is_row & is_column
-        given = tl.load(base + of_rows * base_stride + columns[None, :], mask=mask, other=0)
         tl.store(
             out + of_rows * out_stride + columns[None, :], bits_of(float32_of(given, dtype) + found, dtype), mask=mask
         )
@@ -81,34 +82,42 @@ def launch(additions: Sequence[Addition]) -> None:
     Args:
         additions: On one device.
     """
-    kinds: dict[tuple[torch.dtype, torch.dtype, bool], list[Addition]] = {}
+    kinds: dict[tuple[torch.dtype, torch.dtype, bool], list[tuple[int, ...]]] = {}
     for one in additions:
-        kinds.setdefault((one.out.dtype, one.left.dtype, _is_aligned(one)), []).append(one)
-    for (dtype, factor, is_aligned), of_kind in kinds.items():
+        row = _row(one)
+        kinds.setdefault((one.out.dtype, one.left.dtype, _is_aligned(row)), []).append(row)
+    device = additions[0].out.device
+    for (dtype, factor, is_aligned), rows in kinds.items():
         name = str(dtype).removeprefix("torch.")
-        for first in range(0, len(of_kind), _MOST_AT_ONCE):
-            batch = of_kind[first : first + _MOST_AT_ONCE]
-            table = torch.tensor([_row(one) for one in batch], dtype=torch.int64).to(batch[0].out.device)
-            num_tiles = max(-(-one.out.shape[0] // BLOCK) * -(-one.out.shape[1] // BLOCK) for one in batch)
-            shape = (_FIELDS, BLOCK, RANK_MULTIPLE)
+        shape = (_FIELDS, BLOCK, RANK_MULTIPLE)
+        for first in range(0, len(rows), _MOST_AT_ONCE):
+            batch = rows[first : first + _MOST_AT_ONCE]
+            table = torch.tensor(batch, dtype=torch.int64)
+            if device.type == "cuda":  # from memory that the GPU reads by itself: this process does not wait for it
+                table = table.pin_memory().to(device, non_blocking=True)
+            num_tiles = max(-(-num_rows // BLOCK) * -(-num_columns // BLOCK) for *_, num_rows, num_columns, _ in batch)
             with torch.cuda.device_of(table):
                 _add_products[(num_tiles, len(batch))](
                     table, *shape, name, BITS[name], _FACTORS[factor], is_aligned, num_warps=NUM_WARPS
                 )
 
 
-def _row(one: Addition) -> list[int]:
-    row: list[int] = []
-    for tensor in (one.base, one.out, one.left, one.right):
-        row += (tensor.data_ptr(), tensor.stride(0))
-    return [*row, *one.out.shape, one.left.shape[1]]
+def _row(one: Addition) -> tuple[int, ...]:
+    base, left, right, out = one
+    return (
+        *(base.data_ptr(), base.stride(0), out.data_ptr(), out.stride(0)),
+        *(left.data_ptr(), left.stride(0), right.data_ptr(), right.stride(0)),
+        *out.shape,
+        left.shape[1],
+    )
 
 
-def _is_aligned(one: Addition) -> bool:
-    """Return whether all rows begin at multiples of 16 bytes, and columns can be read in eights."""
-    tensors = (one.base, one.out, one.left, one.right)
-    addresses = (number for tensor in tensors for number in (tensor.data_ptr(), tensor.stride(0) * tensor.itemsize))
-    return one.out.shape[1] % 8 == 0 and not any(number % _ALIGNMENT for number in addresses)
+def _is_aligned(row: tuple[int, ...]) -> bool:
+    """Return whether all rows begin at multiples of 16 bytes and of eight elements, and columns can be read in eights."""
+    base, base_stride, out, out_stride, left, _, right, right_stride, _, num_columns, _ = row
+    return (base_stride | out_stride | right_stride | num_columns) % 8 == 0 and (
+        base | out | left | right
+    ) % _ALIGNMENT == 0
 
 
 __all__ = ["launch"]
