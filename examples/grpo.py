@@ -295,7 +295,7 @@ def plot(rows: list[Row], path: Path, *, title: str) -> None:
         bottom = [a + b for a, b in zip(bottom, seconds)]
     # The first steps compile kernels and trace the loader: they may be cut off.
     last.set(xlabel="step", ylabel="seconds of a step", ylim=(0, 1.5 * sorted(bottom)[len(bottom) // 2]))
-    last.legend(ncols=5, loc="upper right")
+    figure.legend(*last.get_legend_handles_labels(), loc="outside lower center", ncols=len(PHASES))
     for axes in (upper, lower, last):
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)

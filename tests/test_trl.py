@@ -337,6 +337,7 @@ def test_the_trl_example_starts_its_own_server(tiny_model_dir, tmp_path, no_left
     assert [row["step"] for row in rows] == [1, 2]
     assert all(0 < row["sampling/sampling_logp_difference/max"] < NOISE for row in rows)
     assert printed.count("gap ") == 2
+    assert "was not shut down" not in printed, "a TRL script has nothing to shut down"
 
 
 def test_the_accelerate_example_under_fsdp2(tmp_path, no_leftovers):

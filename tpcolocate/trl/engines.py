@@ -65,6 +65,8 @@ class Engines:
             from_trl = arguments.server_args(device_type=colo.device.type, seed=colo.slice_index)
             engine = colo.launch(path, **{**from_trl, **self._launch})
             self._running.append((colo, engine))
+            # Behind the launch, so that it runs before what the launch registers, which warns of a forgotten engine.
+            atexit.register(self.shutdown, wait=False)
             return SGLangGeneration(
                 engine,
                 model=model,
@@ -144,8 +146,7 @@ def use_sglang(
         launch=launch,
     )
     with replaced(engines.build):
-        # Not at the end of the block: a trainer is mostly built inside of it and trained after it.
-        atexit.register(engines.shutdown, wait=False)
+        # Not ended with the block: a trainer is mostly built inside of it and trained after it.
         try:
             yield engines
         except BaseException:
