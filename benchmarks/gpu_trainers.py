@@ -287,6 +287,8 @@ class Bench:
         usable = all(is_usable for _, is_usable in outcomes)
         try:
             if usable and self.engine is not None:
+                if dist.get_world_size() > self.args.tp_size:
+                    self.engine.sync_weights(reference)  # what workers of other slices map comes back with a sync
                 self.engine.wake()  # which takes back what the trainer has dropped
         except errors.TpColocateError as caught:
             usable = False
