@@ -122,7 +122,7 @@ def print_tail():
 
 def build(expected, lock):
     started = time.monotonic()
-    print(f"Setting up .venv (some minutes, about 3 GB; the whole log: {os.path.relpath(LOG, ROOT)})", flush=True)
+    print(f"Setting up .venv (some minutes, 3 GB or more; the whole log: {os.path.relpath(LOG, ROOT)})", flush=True)
     discard_venv()
     os.makedirs(os.path.dirname(LOG), exist_ok=True)
     with open(LOG, "wb") as log:

@@ -200,7 +200,7 @@ def full_tensor(item: Item) -> torch.Tensor:
 
 
 def _is_cut_unevenly_twice(item: DTensor) -> bool:
-    """Return whether FSDP2 has cut rows that tensor parallelism had cut, into pieces of different lengths."""
+    """Return whether FSDP2 has cut rows that tensor parallelism had cut, into shards of different lengths."""
     mesh, placements = item.device_mesh, item.placements
     for axis, placement in enumerate(placements):
         if not isinstance(placement, _StridedShard) or mesh.mesh_dim_names is None:
@@ -224,10 +224,10 @@ def _full_of_uneven(item: DTensor) -> torch.Tensor:
     lengths = [list(item.shape)]
     for axis, dim in cuts:
         size, total = mesh.size(axis), lengths[-1][dim]
-        piece = -(-total // size)  # as torch.chunk cuts
-        start = min(mesh.get_local_rank(axis) * piece, total)
+        longest = -(-total // size)  # as torch.chunk cuts
+        start = min(mesh.get_local_rank(axis) * longest, total)
         lengths.append([*lengths[-1]])
-        lengths[-1][dim] = min(piece, total - start)
+        lengths[-1][dim] = min(longest, total - start)
     tensor = item.to_local()
     for (axis, dim), whole in zip(reversed(cuts), reversed(lengths[:-1])):
         shape = torch.Size(whole)
