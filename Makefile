@@ -1,9 +1,10 @@
-# Needs Python 3.11 and make; every target that wants the environment builds .venv by itself.
-#   make demo DEMO_ARGS=--no-sync      make test PYTEST_ARGS='-k roles'      make venv PYTHON=/path/to/python3.11
+# Needs Python 3.11, 3.12 or 3.13 and make; every target that wants the environment builds .venv by itself.
+#   make demo DEMO_ARGS=--no-sync      make test PYTEST_ARGS='-k roles'      make venv PYTHON=/path/to/python3.12
 
 # Asked by running it: a version manager's shim may be found and still not work.
-PYTHON ?= $(shell for name in python3.11 python3; do \
-	$$name -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null && echo $$name && break; done)
+# That of an existing .venv first, then 3.11: the whole suite runs on it.
+PYTHON ?= $(shell for name in $$(sed -n 's/^executable = //p' .venv/pyvenv.cfg 2>/dev/null) python3.11 python3.12 python3.13 python3; do \
+	$$name -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$name && break; done)
 BIN := .venv/bin
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
@@ -32,8 +33,8 @@ help:
 
 venv:
 	@if [ -z "$(PYTHON)" ]; then \
-		echo 'No Python 3.11 found (tried python3.11 and python3: $(shell python3 --version 2>&1)).'; \
-		echo 'The pinned CPU engine has no wheels for other versions. Install 3.11, or name it: make $(or $(MAKECMDGOALS),venv) PYTHON=/path/to/python3.11'; \
+		echo 'No Python 3.11, 3.12 or 3.13 found (tried python3.11, python3.12, python3.13 and python3: $(shell python3 --version 2>&1)).'; \
+		echo 'Install one, or name it: make $(or $(MAKECMDGOALS),venv) PYTHON=/path/to/python3.12'; \
 		exit 1; \
 	fi
 	@exec "$(PYTHON)" scripts/make_venv.py

@@ -30,8 +30,28 @@ def classes():
     }
 
 
-def text_of(node):
-    """What an expression that makes a message looks like, with <name> for what is filled in; None if it has no text."""
+def assigned(statements):
+    """What names are set to by these statements and by those inside of them, functions left out."""
+    found = {}
+    pending = list(statements)
+    while pending:
+        node = pending.pop(0)
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            found.setdefault(node.targets[0].id, node.value)
+        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)):
+            pending += ast.iter_child_nodes(node)
+    return found
+
+
+def text_of(node, names=()):
+    """What an expression that makes a message looks like, with <name> for what is filled in; None if it has no text.
+
+    Args:
+        node: The expression.
+        names: From `assigned`, for messages and hints that have a name.
+    """
+    if isinstance(node, ast.Name) and node.id in names:
+        return text_of(names[node.id], {name: value for name, value in names.items() if name != node.id})
     if isinstance(node, ast.Constant):
         return node.value if isinstance(node.value, str) else None
     if isinstance(node, ast.JoinedStr):
@@ -39,10 +59,10 @@ def text_of(node):
             part.value if isinstance(part, ast.Constant) else f"<{placeholder(part.value)}>" for part in node.values
         )
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-        left, right = text_of(node.left), text_of(node.right)
+        left, right = text_of(node.left, names), text_of(node.right, names)
         return None if left is None and right is None else (left or "<...>") + (right or "<...>")
     if isinstance(node, ast.IfExp):
-        found = [text for text in (text_of(node.body), text_of(node.orelse)) if text]
+        found = [text for text in (text_of(node.body, names), text_of(node.orelse, names)) if text]
         return " | ".join(found) if found else None
     return None
 
@@ -55,16 +75,17 @@ def placeholder(node):
     return (kept[-1] if kept else words[-1] if words else "value").strip("_")
 
 
-def errors_of(tree, known):
+def errors_of(node, known, names):
     """Class, message and hint of each error that a module makes with a text of its own."""
-    for node in ast.walk(tree):
-        if not isinstance(node, ast.Call):
-            continue
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+        names = {**names, **assigned(node.body)}
+    if isinstance(node, ast.Call):
         called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", None)
-        if called not in known or not node.args or not (message := text_of(node.args[0])):
-            continue
-        hint = next((keyword.value for keyword in node.keywords if keyword.arg == "hint"), None)
-        yield called, message, "" if hint is None else text_of(hint) or ""
+        if called in known and node.args and (message := text_of(node.args[0], names)):
+            hint = next((keyword.value for keyword in node.keywords if keyword.arg == "hint"), None)
+            yield called, message, "" if hint is None else text_of(hint, names) or ""
+    for child in ast.iter_child_nodes(node):
+        yield from errors_of(child, known, names)
 
 
 def cell(text):
@@ -75,8 +96,10 @@ def cell(text):
 def page():
     known = classes()
     found = {name: {} for name in known}
-    for path in sorted(PACKAGE.rglob("*.py")):
-        for name, message, hint in errors_of(ast.parse(path.read_text()), known):
+    trees = [ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))]
+    constants = {name: value for tree in trees for name, value in assigned(tree.body).items()}
+    for tree in trees:
+        for name, message, hint in errors_of(tree, known, {**constants, **assigned(tree.body)}):
             found[name].setdefault(message, hint)
     parts = [HEAD]
     for name, summary in known.items():

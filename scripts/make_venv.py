@@ -1,4 +1,4 @@
-"""Makes .venv: Python 3.11 with a pinned CPU build of the engine, the test tools, and this project.
+"""Makes .venv: a pinned CPU build of the engine, the test tools, and this project, for Python 3.11 to 3.13.
 
 Run by ``make venv`` (and by every target that needs the environment).  Does nothing when the environment
 is current; starts over when the pins, this file or the checkout's path changed.  Standard library only.
@@ -18,7 +18,9 @@ VENV = os.path.join(ROOT, ".venv")
 VENV_PYTHON = os.path.join(VENV, "bin", "python")
 STAMP = os.path.join(VENV, ".stamp")
 OTHER_ENGINE = os.path.join(VENV, "sglang-0.5.20")  # as requirements/engine-other-nodeps.txt pins it
+SITE = os.path.join(VENV, "lib", "python{}.{}".format(*sys.version_info), "site-packages")
 LOG = os.path.join(ROOT, "out", "setup.log")
+PYTHONS = ((3, 11), (3, 12), (3, 13))
 TAIL_LINES = 30
 
 PIP = (VENV_PYTHON, "-m", "pip", "--no-input", "--disable-pip-version-check", "install", "--progress-bar", "off")
@@ -26,7 +28,13 @@ PINNED = PIP + ("-c", "requirements/constraints.txt")
 STEPS = (
     ("virtual environment", (sys.executable, "-m", "venv", VENV)),
     ("torch", PINNED + ("-r", "requirements/torch.txt")),
-    ("sglang, torchvision", PIP + ("--no-deps", "-r", "requirements/engine-nodeps.txt")),
+    ("sglang", PIP + ("--no-deps", "-r", "requirements/engine-nodeps.txt")),
+    (
+        "torchvision",  # a wheel of 3.11 whatever Python this is, which pip does only into a folder
+        PIP
+        + ("--no-deps", "--python-version", "3.11", "--only-binary", ":all:", "--target", SITE)
+        + ("-r", "requirements/torchvision.txt"),
+    ),
     (
         "sglang, another release",
         PIP + ("--no-deps", "--target", OTHER_ENGINE, "-r", "requirements/engine-other-nodeps.txt"),
@@ -34,7 +42,7 @@ STEPS = (
     ("what the engine imports", PINNED + ("-r", "requirements/engine.txt")),
     ("test tools", PINNED + ("-r", "requirements/tools.txt")),
     ("this project", PIP + ("--no-deps", "--no-build-isolation", "-e", ".")),
-    ("import check", (VENV_PYTHON, "-c", "import torch, transformers, sglang, pytest, tpcolocate")),
+    ("import check", (VENV_PYTHON, "-c", "import torch, torchvision, transformers, sglang, pytest, tpcolocate")),
 )
 
 
@@ -64,7 +72,10 @@ def discard_venv():
         sys.exit(f"{VENV} exists and is not a virtual environment: move it away")
     if os.path.exists(STAMP):
         os.unlink(STAMP)  # before the rest, so that an interrupted removal does not look finished
-    shutil.rmtree(VENV)
+    for entry in list(os.scandir(VENV)):
+        if entry.is_dir(follow_symlinks=False):
+            shutil.rmtree(entry.path)
+    shutil.rmtree(VENV)  # with pyvenv.cfg last, so that an interrupted removal can go on
 
 
 def run_step(label, command, log, lock):
@@ -111,7 +122,7 @@ def print_tail():
 
 def build(expected, lock):
     started = time.monotonic()
-    print(f"Setting up .venv (some minutes, about 3 GB; the whole log: {os.path.relpath(LOG, ROOT)})", flush=True)
+    print(f"Setting up .venv (some minutes, 3 GB or more; the whole log: {os.path.relpath(LOG, ROOT)})", flush=True)
     discard_venv()
     os.makedirs(os.path.dirname(LOG), exist_ok=True)
     with open(LOG, "wb") as log:
@@ -127,8 +138,8 @@ def build(expected, lock):
 
 
 def main():
-    if sys.version_info[:2] != (3, 11):
-        sys.exit(f"Python 3.11 is needed (this is {sys.version.split()[0]})")
+    if sys.version_info[:2] not in PYTHONS:
+        sys.exit(f"Python 3.11, 3.12 or 3.13 is needed (this is {sys.version.split()[0]})")
     # Two makes at once would build into each other; the folder itself is the lock, so nothing is left behind.
     lock = os.open(os.path.join(ROOT, "requirements"), os.O_RDONLY)
     try:

@@ -201,7 +201,7 @@ def test_visible_tokens_of_npu(environ, tokens):
         pytest.param(1, {CVD: "GPU-fd,GPU-8f"}, "cuda", ALIKE, ("'GPU-8f'", "ambiguous", "2 matches"), id="ambiguous"),
         pytest.param(0, {CVD: "GPU-ee"}, "cuda", ALIKE, ("'GPU-ee'", "matches no GPU"), id="unmatched"),
         pytest.param(4, {}, "cuda", ALIKE, ("CUDA_VISIBLE_DEVICES unset", "4 devices"), id="unset-past-inventory"),
-        pytest.param(-1, {}, "cuda", None, ("device index -1", "unset"), id="unset-negative"),
+        pytest.param(-1, {}, "cuda", None, ("no cuda device -1", "unset"), id="unset-negative"),
         pytest.param(
             1,
             {ROCR: "6,4", HIP: "1,2"},

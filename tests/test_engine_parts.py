@@ -212,7 +212,7 @@ def test_a_sleep_that_fails_leaves_the_engine_awake(launch, error):
 
 def test_without_a_memory_saver_nothing_sleeps(launch):
     engine = launch(State(frees_memory=False))
-    with pytest.raises(EngineStateError, match="no memory saver"):
+    with pytest.raises(EngineStateError, match="without enable_memory_saver"):
         engine.sleep()
     engine.generate([[1]])
     assert asked(engine) == [GENERATE]

@@ -27,6 +27,10 @@ TORCHRUN = {
 }  # fmt: skip
 
 
+# What every server on a CPU has.
+CPU = {"SGLANG_USE_CPU_ENGINE": "1", "SGLANG_NCCL_SO_PATH": "no-nccl-on-a-cpu"}
+
+
 @pytest.mark.parametrize("parent, more, expected", [
     ({"HOME": "/h"}, {}, {"HOME": "/h"}),
     (TORCHRUN | {"PATH": "/bin"}, {}, {"PATH": "/bin"}),
@@ -39,19 +43,20 @@ TORCHRUN = {
     ({"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:False"}, {}, {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:False"}),
     # CPU engine: a core group per rank
     ({}, {"device_type": "cpu", "tp_size": 1, "cores": [0, 1, 2]},
-     {"SGLANG_USE_CPU_ENGINE": "1", "SGLANG_CPU_OMP_THREADS_BIND": "0,1,2"}),
+     {**CPU, "SGLANG_CPU_OMP_THREADS_BIND": "0,1,2"}),
     ({}, {"device_type": "cpu", "tp_size": 2, "cores": [4, 5, 8, 9, 10]},
-     {"SGLANG_USE_CPU_ENGINE": "1", "SGLANG_CPU_OMP_THREADS_BIND": "4,5|8,9"}),
+     {**CPU, "SGLANG_CPU_OMP_THREADS_BIND": "4,5|8,9"}),
     ({}, {"device_type": "cpu", "tp_size": 3, "cores": [6, 7]},
-     {"SGLANG_USE_CPU_ENGINE": "1", "SGLANG_CPU_OMP_THREADS_BIND": "6|7|6"}),
+     {**CPU, "SGLANG_CPU_OMP_THREADS_BIND": "6|7|6"}),
     ({"SGLANG_CPU_OMP_THREADS_BIND": "all"}, {"device_type": "cpu", "cores": [0]},
-     {"SGLANG_USE_CPU_ENGINE": "1", "SGLANG_CPU_OMP_THREADS_BIND": "all"}),
-    ({}, {"device_type": "cpu"}, {"SGLANG_USE_CPU_ENGINE": "1"}),
+     {**CPU, "SGLANG_CPU_OMP_THREADS_BIND": "all"}),
+    ({"SGLANG_NCCL_SO_PATH": "/lib/libnccl.so"}, {"device_type": "cpu"}, CPU),
+    ({}, {"device_type": "cpu", "user": {"SGLANG_NCCL_SO_PATH": "/x"}}, {**CPU, "SGLANG_NCCL_SO_PATH": "/x"}),
     ({"PYTHONPATH": "/mine"}, {"device_type": "cpu", "stub": "/stub"},
-     {"SGLANG_USE_CPU_ENGINE": "1", "PYTHONPATH": f"{IN_SERVER}:/stub:/mine"}),
-    ({}, {"device_type": "cpu", "stub": "/stub"}, {"SGLANG_USE_CPU_ENGINE": "1", "PYTHONPATH": f"{IN_SERVER}:/stub"}),
+     {**CPU, "PYTHONPATH": f"{IN_SERVER}:/stub:/mine"}),
+    ({}, {"device_type": "cpu", "stub": "/stub"}, {**CPU, "PYTHONPATH": f"{IN_SERVER}:/stub"}),
     ({"PYTHONPATH": "/old"}, {"device_type": "cpu", "stub": "/stub", "user": {"PYTHONPATH": "/new"}},
-     {"SGLANG_USE_CPU_ENGINE": "1", "PYTHONPATH": f"{IN_SERVER}:/stub:/new"}),
+     {**CPU, "PYTHONPATH": f"{IN_SERVER}:/stub:/new"}),
     ({"PYTHONPATH": "/mine"}, {"device_type": "cuda", "stub": "/stub"}, {"PYTHONPATH": f"{IN_SERVER}:/mine"}),
     ({"PYTHONPATH": "/old"}, {"user": {"PYTHONPATH": "/new"}}, {"PYTHONPATH": f"{IN_SERVER}:/new"}),
     # its own address, and its own temporary folder

@@ -1,6 +1,7 @@
 """NamedWeights of a transformers model under the names of its checkpoint."""
 
 import shutil
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -14,6 +15,9 @@ from tpcolocate.weights.sources.named_weights import NamedWeights
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(120)]
 
 FAMILIES = pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+FUSES = pytest.mark.skipif(
+    find_spec("transformers.core_model_loading") is None, reason="transformers 4 keeps experts as its checkpoints do"
+)
 FUSED = "model.layers.0.mlp.experts.gate_up_proj"
 
 
@@ -34,6 +38,7 @@ def build(folder):
     return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
 
 
+@FUSES
 @FAMILIES
 @pytest.mark.parametrize("with_expected", [True, False], ids=["expected names", "no expected names"])
 def test_experts_are_views_of_the_fused_parameters(tiny_model_dir, family, with_expected):
@@ -106,6 +111,7 @@ def test_modules_without_a_transformers_model_are_not_converted():
     assert [name for name, _ in NamedWeights.of(model, expected=["a"])] == ["0.weight", "0.bias"]
 
 
+@FUSES
 def test_a_conversion_that_computes_new_tensors_is_refused(tiny_model_dir):
     from transformers.core_model_loading import Transpose, WeightConverter
 
@@ -118,6 +124,7 @@ def test_a_conversion_that_computes_new_tensors_is_refused(tiny_model_dir):
     assert "pass (name, tensor) pairs" in caught.value.hint
 
 
+@FUSES
 def test_a_conversion_that_returns_a_transposed_view_is_followed(tiny_model_dir):
     from transformers.core_model_loading import ConversionOps, WeightConverter
 
@@ -138,6 +145,7 @@ def test_a_conversion_that_returns_a_transposed_view_is_followed(tiny_model_dir)
     assert torch.equal(sent, layer.weight.t()) and sent.data_ptr() == layer.weight.data_ptr()
 
 
+@FUSES
 def test_a_conversion_that_transformers_cannot_undo_is_refused(tiny_model_dir):
     model = load(tiny_model_dir(family="qwen3_moe"))
     model._weight_conversions[0].quantization_operation = object()  # as loading a quantised checkpoint leaves it
@@ -148,6 +156,7 @@ def test_a_conversion_that_transformers_cannot_undo_is_refused(tiny_model_dir):
     assert "pass (name, tensor) pairs" in caught.value.hint
 
 
+@FUSES
 @pytest.mark.parametrize("layout", ["transposed", "with gaps"])
 def test_parts_of_a_non_contiguous_tensor_are_views_too(tiny_model_dir, layout):
     folder = tiny_model_dir(family="qwen3_moe")
@@ -206,6 +215,7 @@ def transpose_the_last_layer(model):
     model._weight_conversions = [WeightConverter("q_proj.weight", "q_proj.weight", operations=[View()])]
 
 
+@FUSES
 @pytest.mark.parametrize(
     ("change", "sizes"),
     [(lambda model: None, [36]), (rename_one_layer, [58]), (transpose_the_last_layer, [36, 58])],

@@ -105,7 +105,7 @@ def test_tp_2_without_torch_distributed_is_an_error_with_a_hint():
 
 
 ERRORS = [
-    ("world-not-divisible", 3, 2, "cpu", {}, errors.LayoutError, "3 ranks cannot be divided into tp slices of 2"),
+    ("world-not-divisible", 3, 2, "cpu", {}, errors.LayoutError, "tp_size=2 does not divide the 3 ranks"),
     ("disagreement", 2, [1, 2], "cpu", {}, errors.LayoutError, "tp_size=1 on ranks 0; tp_size=2 on ranks 1"),
     ("tp-zero", 2, 0, "cpu", {}, errors.ConfigError, "tp_size must be a positive integer, got 0"),
     ("tp-true", 2, True, "cpu", {}, errors.ConfigError, "tp_size must be a positive integer, got True"),

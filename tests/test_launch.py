@@ -223,7 +223,7 @@ def test_a_server_that_never_answers_is_stopped_at_the_deadline(stand_in, monkey
         wait_healthy(self, *args)
 
     monkeypatch.setattr(ServerProcess, "_wait_healthy", once_it_runs)
-    with pytest.raises(DeadlineError, match="not healthy within 0.8 s") as caught:
+    with pytest.raises(DeadlineError, match="not become healthy within 0.8 s") as caught:
         start("print('loading', flush=True); import time; time.sleep(600)", health_timeout_s=0.8)
     assert caught.value.details.endswith("\nloading")
 
@@ -476,6 +476,17 @@ def test_a_host_that_is_not_this_machine_is_refused_before_anything_starts(host,
 ])  # fmt: skip
 def test_the_reason_is_the_last_line_that_names_an_error(tail, reason):
     assert process._reason(tail) == reason
+
+
+@pytest.mark.parametrize("reason, words", [
+    (": torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.", "lower mem_fraction_static"),
+    (": RuntimeError: Not enough memory. Please try to increase --mem-fraction-static.", "raise mem_fraction_static"),
+    (": ValueError: bad model", None),
+    ("", None),
+])  # fmt: skip
+def test_a_server_that_lacks_memory_comes_with_the_argument_to_change(reason, words):
+    advice = process._advice(reason)
+    assert advice == "" if words is None else words in advice and advice.endswith("; ")
 
 
 # --- the owner ------------------------------------------------------------------------------------------------------

@@ -14,7 +14,17 @@ pytestmark = pytest.mark.quick
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("benchmarks", "docs", "examples", "requirements", "scripts", "tests", "tpcolocate")
-FILES = ("CHANGELOG.md", "LICENSE", "MANIFEST.in", "Makefile", "README.md", "mkdocs.yml", "pyproject.toml", "setup.cfg")
+FILES = (
+    "CHANGELOG.md",
+    "Dockerfile",
+    "LICENSE",
+    "MANIFEST.in",
+    "Makefile",
+    "README.md",
+    "mkdocs.yml",
+    "pyproject.toml",
+    "setup.cfg",
+)
 BUILD = "import sys; from setuptools import build_meta; print(getattr(build_meta, sys.argv[1])(sys.argv[2]))"
 
 

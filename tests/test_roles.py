@@ -124,9 +124,7 @@ def test_allowing_shared_devices_changes_nothing_if_none_is_shared(used, shared)
 @pytest.mark.parametrize(
     "used, allow, words",
     [
-        pytest.param(
-            {0: integer(1), 1: None}, False, ("mixes CPU and GPU", "on the CPU 1", "GPUs 0"), id="cpu-and-gpu"
-        ),
+        pytest.param({0: integer(1), 1: None}, False, ("mix CPU and GPU", "on the CPU 1", "GPUs 0"), id="cpu-and-gpu"),
         pytest.param({4: integer(1), 7: integer(1)}, False, ("'1'", "rank 4", "rank 7", "'h'"), id="used-twice"),
         pytest.param(
             {0: uuid("GPU-8f2a"), 1: uuid(A, None, A)}, False, ("GPU-8f2a", "rank 0", "rank 1"), id="abbreviated"
@@ -135,10 +133,12 @@ def test_allowing_shared_devices_changes_nothing_if_none_is_shared(used, shared)
         pytest.param(
             {0: integer(0), 1: integer(0), 2: integer(1), 3: integer(1)},
             True,
-            ("in part", "rank 3 on 1"),
+            ("share a GPU and others do not", "rank 3 on 1"),
             id="two-and-two",
         ),
-        pytest.param({0: integer(0), 1: integer(0), 2: integer(1)}, True, ("in part",), id="two-and-one"),
+        pytest.param(
+            {0: integer(0), 1: integer(0), 2: integer(1)}, True, ("share a GPU and others do not",), id="two-and-one"
+        ),
         pytest.param(
             own({0: "0", 1: A}), False, ("cannot be ordered", "rank 0 on 0", f"rank 1 on {A}"), id="unplaced-mix"
         ),

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from harness import run_ranks
+from test_hf_names import FUSES
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -123,6 +124,7 @@ def sharded_experts(rank, world, num_experts):
     return found, {name: tensor * 2 for name, tensor in expected.items()}, seen
 
 
+@FUSES
 @pytest.mark.parametrize(("world", "num_experts"), [(2, 4), (2, 5), (4, 5)])
 def test_every_expert_is_a_part_of_the_shards_of_the_fused_tensor(world, num_experts):
     found = run_ranks(sharded_experts, world, world, num_experts, timeout_s=240)

@@ -1,4 +1,7 @@
-"""The documentation's Python blocks are run: on two ranks and one real server, which answers for every launch in them."""
+"""The documentation's Python blocks are run: on two ranks and one real server, which answers for every launch in them.
+
+Those of docs/integrations.md run in test_trl.py.
+"""
 
 import asyncio
 import copy
@@ -66,6 +69,24 @@ class Lasting:
         return None
 
 
+def lasting(real, real_engine, launched):
+    """A `colo` and an engine for blocks: every launch gives this engine, if its arguments would work on GPUs.
+
+    Args:
+        launched: Gets what each launch was called with.
+    """
+
+    def launch(path, **arguments):
+        checked = server_arguments(arguments, tp_size=2, device_type="cuda", shared_device=False)
+        checked.pop("enable_memory_saver", None)  # a package that a CPU cannot use
+        check_installed(checked, find_installed(os.environ))
+        launched.append(os.fspath(path))
+        return engine
+
+    engine = Lasting(real_engine, shutdown=lambda **options: None)
+    return Lasting(real, launch=launch, close=lambda: None), engine
+
+
 def drive(rank, model_dir, folder, blocks):
     from torch.distributed.fsdp import fully_shard
     from transformers import AutoModelForCausalLM
@@ -76,16 +97,7 @@ def drive(rank, model_dir, folder, blocks):
         real.launch(model_dir, health_timeout_s=HEALTH_S, **ARGS, **LORA) as real_engine,
     ):
         launched = []
-
-        def launch(path, **arguments):
-            checked = server_arguments(arguments, tp_size=2, device_type="cuda", shared_device=False)
-            checked.pop("enable_memory_saver", None)  # a package that a CPU cannot use
-            check_installed(checked, find_installed(os.environ))
-            launched.append(os.fspath(path))
-            return engine
-
-        engine = Lasting(real_engine)
-        colo = Lasting(real, launch=launch)
+        colo, engine = lasting(real, real_engine, launched)
         base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
         tpcolocate.init = lambda *arguments, **options: colo  # this process runs nothing else
         failed = []

@@ -1,10 +1,11 @@
-"""TRL's trainers, the Trainer of transformers, and their examples on a real server.
+"""TRL's trainers, the Trainer of transformers, their examples and the blocks of their page on a real server.
 
 One server serves all trainers of `drive`, in order: starting one takes half a minute on two cores.  That `use_sglang`
 starts a server itself is tested by the example.
 """
 
 import contextlib
+import functools
 import json
 import logging
 from pathlib import Path
@@ -14,12 +15,14 @@ from unittest import mock
 import pytest
 import torch
 from harness import run_ranks
+from test_docs import snippets
 from test_engine import HEALTH_S, checked
 from test_examples import run_example
+from test_snippets import lasting
 
 import tpcolocate
 import tpcolocate.trl
-from tpcolocate.trl import engines
+from tpcolocate.trl import engines, use_sglang
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1300)]
 
@@ -57,7 +60,7 @@ class World:
             assert (tp_size, torch.device(device).type) == (self.colo.tp_size, "cpu")
             return SimpleNamespace(device=self.colo.device, slice_index=0, launch=launch, close=lambda: None)
 
-        with mock.patch.object(engines, "init", init), tpcolocate.trl.use_sglang(**arguments) as made:
+        with mock.patch.object(engines, "init", init), use_sglang(**arguments) as made:
             # The server outlives the trainers.
             with mock.patch.object(made, "shutdown", lambda wait=True: None):
                 yield made
@@ -207,9 +210,73 @@ def a_callback_of_the_trainer(world):
 
 
 def grpo_with_sleep(world):
-    """Last: it leaves the server asleep."""
+    """Leaves the server asleep."""
     world.engine.wake()
     return {**trained(world, "grpo", vllm_enable_sleep_mode=True), "launch": world.launches[-1]}
+
+
+def blocks_of_the_pages(world):
+    """Runs what docs/integrations.md and the README show, in order; returns what each has done to the server.
+
+    The configurations that the pages leave to the reader are those of the other checks.
+    """
+    import accelerate
+    import trl
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+
+    rl = settings(world, num_generations=4, max_completion_length=6, vllm_tensor_parallel_size=2)
+    rl["model_init_kwargs"] = {"dtype": "float32"}
+    grpo_config = trl.GRPOConfig
+
+    def config(**given):
+        return grpo_config(**{**rl, **given})
+
+    ids = AutoTokenizer.from_pretrained(world.model_dir)("what is 1 plus 2?")["input_ids"]
+    rows = [{"input_ids": ids, "labels": ids}] * 32
+    found = []
+    for page, line, source in blocks_to_run():
+        world.engine.wake()  # the block before may have left the server asleep
+        launched, before = [], world.engine.weight_version
+        colo, engine = lasting(world.colo, world.engine, launched)
+        model = AutoModelForCausalLM.from_pretrained(world.model_dir, dtype=torch.float32)
+        names = {
+            "tpcolocate": tpcolocate,
+            "path": str(world.model_dir),
+            "model": model,
+            "optimizer": torch.optim.AdamW(model.parameters(), lr=1e-3),
+            "prompts": [[5, 6], [7, 8, 9]],
+            "loader": [{"input_ids": torch.tensor([ids]), "labels": torch.tensor([ids])}] * 2,
+            "dataset": Dataset.from_dict({"prompt": PROMPTS}) if "use_sglang" in source else Dataset.from_list(rows),
+            "reward": num_unique_chars,
+            "GRPOConfig": config,
+            "GRPOTrainer": trl.GRPOTrainer,
+        }
+        with (
+            accelerate_anew(),
+            mock.patch.object(trl, "GRPOConfig", config),
+            # On CPUs it looks for other ranks only if asked to.
+            mock.patch.object(accelerate, "Accelerator", functools.partial(accelerate.Accelerator, cpu=True)),
+            mock.patch.object(tpcolocate, "init", mock.Mock(return_value=colo)),
+            mock.patch.object(tpcolocate.trl, "use_sglang", world.use_sglang),
+        ):
+            # As many steps as the callback of the page waits for.
+            names["args"] = TrainingArguments(**settings(world) | {"max_steps": 100, "logging_steps": 50})
+            exec(compile(source, f"{page}:{line}", "exec"), names)
+        answers = names.get("answers")
+        found.append({
+            "block": source, "launched": launched, "versions": (before, world.engine.weight_version),
+            "logs": names["trainer"].state.log_history if "trainer" in names else None,
+            "num_answers": None if answers is None else len(answers),
+        })  # fmt: skip
+    return found
+
+
+def blocks_to_run():
+    on_page = [("docs/integrations.md", line, source) for line, source in snippets("docs/integrations.md")]
+    in_readme = [("README.md", line, source) for line, source in snippets("README.md") if "use_sglang" in source]
+    assert len(on_page) == 3 and len(in_readme) == 1, "a block is gone, or is not run"
+    return on_page + in_readme
 
 
 CHECKS = (
@@ -220,6 +287,7 @@ CHECKS = (
     top_logprobs_beside_the_sampled_tokens,
     a_callback_of_the_trainer,
     grpo_with_sleep,
+    blocks_of_the_pages,
 )
 
 
@@ -326,6 +394,16 @@ def test_a_callback_logs_what_the_current_weights_generate(found):
         assert row["eval_share"] == pytest.approx((2 * 2 + 1 * 1) / 3)
     assert versions_between(first) == 2
     assert first["health"] == "asleep"
+
+
+def test_the_blocks_of_the_pages_run(found):
+    for trl_on_page, callback, loop, trl_in_readme in found(blocks_of_the_pages):
+        for block in (trl_on_page, trl_in_readme):
+            rewards = [row for row in block["logs"] if "reward" in row]
+            assert len(rewards) == STEPS and versions_between(block) == STEPS
+        assert [row["step"] for row in callback["logs"] if "eval_length" in row] == [100]
+        assert len(callback["launched"]) == 1 and versions_between(callback) == 1
+        assert loop["num_answers"] == 2 and len(loop["launched"]) == 1 and versions_between(loop) == 2
 
 
 # --- examples ---------------------------------------------------------------------------------------------------------

@@ -175,7 +175,8 @@ class RankGroup:
         )
         raise RankLostError(
             f"the ranks make different calls: {calls}",
-            hint="every rank must make the same collective calls in the same order; a rank may have left one with an error",
+            hint="make sleep, wake, sync_weights and the like on every rank, in the same order, never under `if rank == 0`; "
+            "a rank may also have left one with an error of its own",
             slice_ranks=self.ranks,
         )
 

@@ -213,8 +213,10 @@ def resolve(
             return device
         found = "" if reason is None else f"; {reason}"
         raise DeviceError(
-            f"device index {index} is out of range: {', '.join(row.variables)} unset{found}",
+            f"there is no {kind} device {index}: {', '.join(row.variables)} unset{found}",
             device=f"{kind}:{index}",
+            hint="start no more ranks than the host has GPUs (torchrun --nproc-per-node), and pass init() "
+            "torch.device('cuda', local_rank)",
         )
     if 0 <= index < len(reading.devices):
         return reading.devices[index]
@@ -222,7 +224,7 @@ def resolve(
     raise DeviceError(
         "; ".join((message, *reading.reasons)),
         device=f"{kind}:{index}",
-        hint="The index counts the entries of that list in this process, from 0; it is not a physical id.",
+        hint="pass init() the position in that list, from 0, not the number that nvidia-smi shows: torch.device('cuda', local_rank)",
     )
 
 

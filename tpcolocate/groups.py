@@ -236,8 +236,9 @@ def plan_slices(members: Sequence[Member]) -> list[tuple[int, ...]]:
     if world_size % tp_size:
         usable = [size for size in range(1, world_size + 1) if world_size % size == 0]
         raise LayoutError(
-            f"{world_size} ranks cannot be divided into tp slices of {tp_size}",
-            hint=f"tp_size must divide the number of ranks: {list_ranks(usable)}",
+            f"tp_size={tp_size} does not divide the {world_size} ranks of this job",
+            hint=f"every tp_size ranks share one server: pass one of {list_ranks(usable)} to init(), or start another number of "
+            "ranks (torchrun --nproc-per-node)",
         )
     slices = [tuple(range(start, start + tp_size)) for start in range(0, world_size, tp_size)]
     for ranks in slices:
@@ -273,14 +274,15 @@ def _check_one_host(members: Sequence[Member]) -> None:
     if len({member.host.boot_id for member in members}) > 1:
         where = ", ".join(f"rank {m.rank} on {m.host.name}" for m in members)
         raise LayoutError(
-            f"a tp slice would span hosts: {where}",
-            hint="choose a tp_size that divides the number of ranks per host, and start ranks host by host as torchrun does",
+            f"one server would span hosts: {where}",
+            hint="a server uses the GPUs of one host: pass init() a tp_size that divides the number of ranks per host, and number "
+            "the ranks host by host, as torchrun does",
             slice_ranks=ranks,
         )
     what = "network namespaces" if len({m.host.network for m in members}) > 1 else "/dev/shm mounts"
     raise LayoutError(
-        f"the ranks of a tp slice run on one machine but in different {what}",
-        hint="run the ranks of a slice in one container, or share its network and IPC namespaces (for example --network host --ipc host)",
+        f"ranks {list_ranks(ranks)} are to share a server and run on one machine, but in different {what}",
+        hint="run them in one container, or start each container with --network host --ipc host --pid host",
         slice_ranks=ranks,
     )
 

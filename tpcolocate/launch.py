@@ -326,11 +326,13 @@ class Launch:
         if not self._deadline.has_passed:
             return
         group = self.tp_slice.group
-        awaited = "a client" if self.tp_slice.is_owner else f"rank {self.tp_slice.owner_rank}, which starts the server,"
+        awaited = (
+            "another rank" if self.tp_slice.is_owner else f"rank {self.tp_slice.owner_rank}, which starts the server,"
+        )
         raise DeadlineError(
-            f"{awaited} did not come within {self._deadline.timeout_s:g} s: health_timeout_s={self.health_timeout_s:g} of "
+            f"{awaited} did not finish launch() within {self._deadline.timeout_s:g} s: health_timeout_s={self.health_timeout_s:g} of "
             f"launch() and timeout_s={group.timeout_s:g} of init()",
-            hint="look for what that rank is doing, or raise one of the two",
+            hint="see the output of that rank for what holds it up (py-spy dump --pid PID shows it), or raise one of the two",
             rank=group.rank,
             slice_ranks=group.ranks,
         ) from lost

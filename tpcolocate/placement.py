@@ -62,8 +62,9 @@ def _check_uuid(physical: devices.PhysicalDevice, device: torch.device) -> devic
     uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
     if physical.uuid is not None and physical.uuid.startswith("GPU-") and physical.uuid.lower() != uuid.lower():
         raise DeviceError(
-            f"{device} is {uuid}, but by CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES')!r} it is {physical.uuid}",
-            hint="the variable was changed after CUDA was initialised, or CUDA_DEVICE_ORDER differs from PCI order",
+            f"{device} is {uuid} in this process, but {physical.uuid} by CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES')!r}",
+            hint="set CUDA_VISIBLE_DEVICES where the job is started, before the first use of CUDA in the process; if it was, set "
+            "CUDA_DEVICE_ORDER=PCI_BUS_ID there, too",
         )
     return physical if physical.uuid is not None else replace(physical, uuid=uuid)
 

@@ -218,7 +218,7 @@ def _empty_figure(height_in: float) -> Figure:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ConfigError("figures need matplotlib", hint="pip install 'tpcolocate[plot]'") from error
+        raise ConfigError("figures need matplotlib", hint="pip install matplotlib") from error
     # Not by pyplot, which keeps figures and chooses a backend for the whole process.
     figure = Figure(figsize=(_WIDTH_IN, height_in), layout="constrained", dpi=120)
     FigureCanvasAgg(figure)

@@ -191,8 +191,8 @@ def wait(
             return announcement
         if deadline.has_passed:
             raise RendezvousError(
-                f"no usable announcement in {path} within {timeout_s:g} s: {problem}",
-                hint="see the output of the owner rank",
+                f"the server was not found within {timeout_s:g} s: {problem} ({path})",
+                hint="see the output of the owner, the rank on the lowest GPU of the server",
             )
         time.sleep(_POLL_INTERVAL_S)
 

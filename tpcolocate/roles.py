@@ -72,9 +72,9 @@ def assign(members: Sequence[RankDevice], *, allow_shared_devices: bool = False)
     if len(hosts) > 1:
         places = ", ".join(f"rank {member.rank} on {member.host}" for member in members)
         raise LayoutError(
-            f"a tp slice spans {len(hosts)} hosts: {places}",
+            f"one server would span {len(hosts)} hosts: {places}",
             slice_ranks=ranks,
-            hint="One server spans the GPUs of one host: choose a tp_size that divides the ranks of each host.",
+            hint="a server uses the GPUs of one host: pass init() a tp_size that divides the number of ranks per host",
         )
     used = [(member.rank, member.device) for member in members if member.device is not None]
     if not used:
@@ -82,17 +82,18 @@ def assign(members: Sequence[RankDevice], *, allow_shared_devices: bool = False)
     if len(used) != len(members):
         on_cpu = ", ".join(str(member.rank) for member in members if member.device is None)
         raise DeviceError(
-            f"a tp slice mixes CPU and GPU ranks: on the CPU {on_cpu}; on GPUs {', '.join(str(r) for r, _ in used)}",
+            f"one server would mix CPU and GPU ranks: on the CPU {on_cpu}; on GPUs {', '.join(str(r) for r, _ in used)}",
             slice_ranks=ranks,
-            hint="Pass the same kind of device on every rank of the slice.",
+            hint="pass init() the same kind of device on every rank: torch.device('cuda', local_rank), or 'cpu'",
         )
     same = [(a, b) for a, b in combinations(used, 2) if same_device(a[1], b[1])]
     shared = allow_shared_devices and len(same) > 0
     if shared and len(same) != len(used) * (len(used) - 1) // 2:
         raise DeviceError(
-            f"a tp slice shares devices in part: {_list(used)}",
+            f"some ranks of one server share a GPU and others do not: {_list(used)}",
             slice_ranks=ranks,
-            hint="Give every rank its own device, or put all ranks of the slice on one.",
+            hint="pass init() a device of its own on every rank, torch.device('cuda', local_rank), or the same one on all "
+            "ranks of the server",
         )
     if same and not shared:
         (rank, device), (other, _) = same[0]
@@ -169,10 +170,10 @@ def _tokens(used: list[tuple[int, PhysicalDevice]], ranks: tuple[int, ...]) -> d
     forms = {"" if _is_integer(token) else token.partition("-")[0].upper() for token in tokens.values()}
     if len(forms) > 1:
         raise DeviceError(
-            f"the device tokens of this tp slice cannot be in one list: {_list(used)}",
+            f"the GPUs of one server cannot be in one list of visible devices: {_list(used)}",
             slice_ranks=ranks,
-            hint="Name all devices by integers or all by UUIDs; "
-            "CUDA_DEVICE_ORDER=PCI_BUS_ID lets integers be translated to UUIDs.",
+            hint="name them all by numbers or all by UUIDs in CUDA_VISIBLE_DEVICES of every rank; with "
+            "CUDA_DEVICE_ORDER=PCI_BUS_ID numbers can be translated to UUIDs",
         )
     return tokens
 

@@ -227,8 +227,8 @@ class Rounds:
         fields = json.loads(outcome)
         return RankLostError(
             f"{fields['what']}: lost contact with other ranks after {fields['seconds']:.1f} s: {fields['why']}",
-            hint="a rank may be in another call, or slower than timeout_s; every rank must make the same calls, and may "
-            "now make this one again",
+            hint="a rank is in another call (py-spy dump --pid PID shows in which), or slower than timeout_s of this one; every "
+            "rank must make the same calls, and may now make this one again",
             rank=fields["rank"],
             slice_ranks=self._ranks,
         )

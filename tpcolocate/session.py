@@ -180,15 +180,19 @@ def _check_alone(tp_size: int, environ: Mapping[str, str]) -> None:
     Raises:
         ConfigError: It is not.
     """
-    hint = "start the script with torchrun and call torch.distributed.init_process_group() before init()"
+    hint = "start the script with torchrun --nproc-per-node N, and call torch.distributed.init_process_group() before init()"
     if tp_size > 1:
-        raise ConfigError(f"tp_size={tp_size} needs torch.distributed, which is not initialised", hint=hint)
+        raise ConfigError(
+            f"init(tp_size={tp_size}) needs {tp_size} ranks, but torch.distributed is not initialised in this process",
+            hint=hint,
+        )
     world_size = environ.get("WORLD_SIZE", "")
     if world_size.isdecimal() and int(world_size) > 1:
         raise ConfigError(
             f"WORLD_SIZE={world_size}, but torch.distributed is not initialised: every process would be rank 0 of a job "
             "of its own",
-            hint="call torch.distributed.init_process_group() before init(), or unset WORLD_SIZE for separate jobs",
+            hint="call torch.distributed.init_process_group() before init(), or unset WORLD_SIZE for separate jobs of one "
+            "process each",
         )
 
 
@@ -197,7 +201,8 @@ def _check_arguments(
 ) -> ConfigError | None:
     if not isinstance(tp_size, int) or isinstance(tp_size, bool) or not 1 <= tp_size <= _MOST_RANKS:
         return ConfigError(
-            f"tp_size must be a positive integer, got {shown(tp_size)}", hint="GPUs per server: 1, 2, 4, ..."
+            f"tp_size must be a positive integer, got {shown(tp_size)}",
+            hint="it is the number of GPUs, and of ranks, per server: 1, 2, 4, ...",
         )
     try:
         check_timeout(timeout_s)
@@ -513,7 +518,10 @@ def connect(job: str | None = None, *, slice_index: int | None = None) -> Client
         listed = "\n".join(f"  job {a.job}, ranks {','.join(map(str, a.slice_ranks))}: {a.url}" for _, a in found)
         raise RendezvousError(
             f"found {number} of this user" + (f" in job {job}" if job is not None else ""),
-            hint="pass job= and slice_index=" if found else "servers announce themselves once launch() has returned",
+            hint="name one of them: connect(job, slice_index=0)"
+            if found
+            else "connect() finds a server of the same user on the same host, once launch() has returned there; start that "
+            "job first, and look at its output",
             details=listed if found else None,
         )
     announcement = found[0][1]
@@ -527,8 +535,8 @@ def connect(job: str | None = None, *, slice_index: int | None = None) -> Client
         )
     if not is_listening(announcement):
         raise RendezvousError(
-            f"the server at {announcement.url} does not answer",
-            hint="see the output of its owner rank",
+            f"the server at {announcement.url} (job {announcement.job}) does not answer",
+            hint=f"see the output of rank {announcement.slice_ranks[0]} of that job, and start it again if it has ended",
             url=announcement.url,
         )
     client = Client(announcement.url, api_key=announcement.api_key)

@@ -163,7 +163,7 @@ def _load(path: str, trainer: str, device: torch.device) -> Any:
         from transformers import AutoModelForCausalLM
     except ImportError as error:
         raise ConfigError(
-            "the trainer's model is loaded by transformers", hint="pip install 'tpcolocate[hf]'"
+            "the trainer's model is loaded by transformers", hint="pip install transformers accelerate"
         ) from error
     model: Any = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
     if trainer == "plain":

@@ -554,14 +554,14 @@ class Engine:
                 must_match["tags"] = None if tags is None else sorted(tags)
                 if not after.frees_memory:
                     raise EngineStateError(
-                        "sleep() would free nothing: the server has no memory saver",
-                        hint="launch(enable_memory_saver=True)",
+                        "sleep() would free nothing: the server was launched without enable_memory_saver",
+                        hint="pass enable_memory_saver=True to launch(), or do without sleep() and wake()",
                     )
                 lifecycle.state = after  # before requests are looked for: see `Client`
                 if chosen and context.client.num_in_flight:
                     raise EngineStateError(
                         f"cannot sleep: {context.client.num_in_flight} requests of rank {context.group.rank} are in flight",
-                        hint="wait for them first",
+                        hint="wait for the answers of generate() on this rank first, or end them with engine.abort_request()",
                     )
 
             def act(owned: OwnedServer) -> None:

@@ -19,7 +19,7 @@ import torch
 
 from tpcolocate.errors import ConfigError
 from tpcolocate.server.installed import Installed
-from tpcolocate.server.releases import check_draft_model, other_spelling, release
+from tpcolocate.server.releases import OLDEST, check_draft_model, other_spelling, release
 
 logger = logging.getLogger(__name__)
 
@@ -232,11 +232,13 @@ def check_installed(arguments: Mapping[str, Any], installed: Installed | None) -
             is not installed.
     """
     if installed is None:
-        raise ConfigError(f"SGLang is not installed for {sys.executable}", hint="pip install sglang in its environment")
+        raise ConfigError(
+            f"SGLang is not installed for {sys.executable}", hint=f"{sys.executable} -m pip install 'sglang>={OLDEST}'"
+        )
     if arguments.get("enable_memory_saver") and arguments.get("device") != "cpu" and not installed.has_memory_saver:
         raise ConfigError(
-            "enable_memory_saver=True needs the package torch_memory_saver, which is not installed",
-            hint="pip install torch-memory-saver",
+            f"enable_memory_saver=True needs the package torch_memory_saver, which {sys.executable} does not have",
+            hint=f"{sys.executable} -m pip install torch-memory-saver; without enable_memory_saver there is no sleep()",
         )
     row = None if installed.version is None else release(installed.version)
     if (algorithm := arguments.get("speculative_algorithm")) is not None:

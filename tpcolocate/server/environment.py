@@ -19,6 +19,9 @@ LOOPBACK = "127.0.0.1"
 _SCRUBBED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS",
              "NCCL_ASYNC_ERROR_HANDLING", "TORCH_NCCL_ASYNC_ERROR_HANDLING")  # fmt: skip
 _SCRUBBED_PREFIXES = ("TORCHELASTIC_", "GROUP_", "ROLE_", "PET_")
+# At tp_size 2 and above SGLang uses NCCL wherever it finds its library, on a CPU, too: a CUDA build of torch brings it.
+# What cannot be loaded it does without.
+_NO_NCCL = "no-nccl-on-a-cpu"
 _ALL_ADDRESSES = ("0.0.0.0", "::")
 _ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 
@@ -88,6 +91,7 @@ def child_environment(
             environment.setdefault("TORCHINDUCTOR_CACHE_DIR", compile_cache)
     if device_type == "cpu":
         environment["SGLANG_USE_CPU_ENGINE"] = "1"
+        environment["SGLANG_NCCL_SO_PATH"] = _NO_NCCL
         if cores:
             environment.setdefault("SGLANG_CPU_OMP_THREADS_BIND", _bind(cores, tp_size))
     environment.update({} if user is None else user)

@@ -71,8 +71,8 @@ class GenerationHold:
         self.cache_is_stale = not self._api.drop_cache(timeout_s=timeout_s, sent=sent)
         if self.cache_is_stale and self._lifecycle.state.paused != "in_place":
             raise EngineStateError(
-                f"cannot sync weights: SGLang {self._api.release.version} keeps the cache of the old ones while requests wait",
-                hint='wait for the requests in flight, or pause_generation(mode="abort") first',
+                f"cannot sync weights: SGLang {self._api.release.version} keeps the cache of the old ones while requests wait in it",
+                hint='wait for the answers of generate() first, or end them with engine.pause_generation(mode="abort")',
                 url=self._api.client.url,
             )
 
@@ -126,8 +126,9 @@ class GenerationHold:
         while not self._api.drop_cache(timeout_s=deadline.left(at_least=LEAST_S)):
             if deadline.has_passed:
                 raise DeadlineError(
-                    f"requests still run after {deadline.timeout_s:g} s",
-                    hint="finish or abort generation before sleep()",
+                    f"cannot sleep: requests still run after {deadline.timeout_s:g} s (timeout_s of sleep())",
+                    hint="wait for the answers of generate() on all ranks and in connected processes first, or end them with "
+                    "engine.abort_request()",
                     url=self._api.client.url,
                 )
             time.sleep(_IDLE_POLL_S)

@@ -101,23 +101,25 @@ class State:
         if self.not_awake:
             raise EngineStateError(
                 f"cannot {what} while asleep ({', '.join(sorted(self.not_awake))} released)",
-                hint="call wake() on every rank first",
+                hint="call engine.wake() on every rank first",
             )
         if self.weights is WeightsState.UNSYNCED:
             raise EngineStateError(
                 f"cannot {what}: no full sync has brought the trainer's weights since the server started"
                 f"{self._still_missing()}",
-                hint="call sync_weights() with the full model",
+                hint="call engine.sync_weights(model) with the full model on every rank first",
             )
         if self.weights is WeightsState.LOST:
             raise EngineStateError(
-                f"cannot {what}: the weights were released and hold garbage{self._still_missing()}",
-                hint="call sync_weights() after wake(), or launch with enable_weights_cpu_backup=True",
+                f"cannot {what}: sleep() has released the weights, which now hold garbage{self._still_missing()}",
+                hint='call engine.sync_weights(model) on every rank after wake(); engine.sleep(["kv_cache"]) keeps the weights, and '
+                "launch(enable_weights_cpu_backup=True) brings them back",
             )
         if self.weights is WeightsState.UNKNOWN:
             raise EngineStateError(
-                f"cannot {what}: an earlier sync failed half-way and the weights are unknown{self._still_missing()}",
-                hint="call sync_weights() with the full model, or launch again",
+                f"cannot {what}: an earlier weight sync failed half-way, so the engine may hold a mixture of old and new weights"
+                f"{self._still_missing()}",
+                hint="call engine.sync_weights(model) with the full model on every rank, or launch() again",
             )
 
     def _still_missing(self) -> str:
@@ -184,7 +186,7 @@ class State:
         """
         self.check_open("pause generation")
         if not isinstance(mode, str) or mode not in PAUSES:
-            raise ConfigError(f"unknown mode {shown(mode)}", hint=f"one of {', '.join(PAUSES)}")
+            raise ConfigError(f"pause_generation(): unknown mode {shown(mode)}", hint=f"one of {', '.join(PAUSES)}")
         if self.paused not in (None, mode):
             raise EngineStateError(
                 f"cannot pause with mode {mode!r}: generation is paused with {self.paused!r}",

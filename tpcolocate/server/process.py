@@ -336,8 +336,9 @@ class ServerProcess:
                     return
                 if deadline.has_passed:
                     raise DeadlineError(
-                        f"the SGLang server was not healthy within {deadline.timeout_s:g} s",
-                        hint=f"raise health_timeout_s, or see the log {self.spec.log_path}",
+                        f"the SGLang server did not become healthy within {deadline.timeout_s:g} s (health_timeout_s of launch())",
+                        hint=f"if the end of its log, below, shows that it was still loading, raise health_timeout_s; the whole log "
+                        f"is {self.spec.log_path}",
                         url=self.url,
                         details=self.log_tail(),
                     )
@@ -372,9 +373,10 @@ class ServerProcess:
         [first, *_] = supervision.deaths
         who = "the SGLang server" if first["name"] == "main process" else f"the SGLang server's {first['name']}"
         supervision.wait_for_exit(_CLEANED_UP_S)  # the server's last words may name the reason
+        reason = _reason(self.log_tail())
         return LaunchError(
-            f"{who} {_ended(first['code'])} while it started{_reason(self.log_tail())}",
-            hint=f"the full log is {self.spec.log_path}",
+            f"{who} {_ended(first['code'])} while it started{reason}",
+            hint=f"{_advice(reason)}the full log is {self.spec.log_path}",
             details=self.log_tail(),
         )
 
@@ -476,6 +478,18 @@ def _reason(tail: str) -> str:
         is_error = head.endswith(("Error", "Exception")) or ": error: " in line
         if is_error and " " not in head.rsplit(".", 1)[-1].strip():
             return f": {line.strip()}"
+    return ""
+
+
+def _advice(reason: str) -> str:
+    """Return what to do about an error of SGLang's start, ended by a semicolon, or an empty string."""
+    if "out of memory" in reason:
+        return (
+            "the GPU had too little memory beside the trainer: lower mem_fraction_static, or launch() before the trainer "
+            "allocates its optimizer; "
+        )
+    if "Not enough memory" in reason:  # SGLang's, for a KV cache that would be of no size
+        return "raise mem_fraction_static, the share of the GPU for weights and KV cache, or init(tp_size=...); "
     return ""
 
 

@@ -27,7 +27,7 @@ def trl_release() -> str:
     try:
         return metadata.version("trl")
     except metadata.PackageNotFoundError:
-        raise ConfigError("TRL is not installed", hint="pip install 'tpcolocate[trl]'") from None
+        raise ConfigError("TRL is not installed", hint="pip install 'trl>=1.8'") from None
 
 
 @contextmanager
@@ -49,7 +49,7 @@ def replaced(generation: Callable[..., Any]) -> Iterator[None]:
         original = getattr(home, _CLASS)
     except (ModuleNotFoundError, AttributeError) as error:
         raise ConfigError(
-            f"TRL {release} has no {_HOME}.{_CLASS}: {error}", hint="pip install --upgrade 'tpcolocate[trl]'"
+            f"TRL {release} has no {_HOME}.{_CLASS}: {error}", hint="pip install --upgrade 'trl>=1.8'"
         ) from error
     check_constructor(original.__init__, release=release)
     imports = importlib.import_module("trl.import_utils")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Protocol, TypeGuard
+from typing import Protocol, TypeGuard, cast
 
 import torch
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from tpcolocate.in_server.tpcolocate_receiver.regions import Region, region_of, strides_of
 
@@ -200,8 +202,45 @@ def full_tensor(item: Item) -> torch.Tensor:
     with torch.no_grad():
         if item.to_local().device.type != item.device_mesh.device_type:
             # Offloaded by FSDP2's CPUOffloadPolicy.  NCCL gathers from its own devices only.
-            return item.to(item.device_mesh.device_type).full_tensor()  # type: ignore[attr-defined]
-        return item.full_tensor()
+            item = cast(DTensor, item.to(item.device_mesh.device_type))
+        return _full_of_uneven(item) if _is_cut_unevenly_twice(item) else item.full_tensor()
+
+
+def _is_cut_unevenly_twice(item: DTensor) -> bool:
+    """Return whether FSDP2 has cut rows that tensor parallelism had cut, into shards of different lengths."""
+    mesh, placements = item.device_mesh, item.placements
+    for axis, placement in enumerate(placements):
+        if not isinstance(placement, _StridedShard) or mesh.mesh_dim_names is None:
+            continue
+        same = [i for i, other in enumerate(placements) if getattr(other, "dim", None) == placement.dim]
+        is_last_cut = same[0] == axis and math.prod(mesh.size(i) for i in same[1:]) == placement.split_factor
+        if is_last_cut and item.shape[placement.dim] % math.prod(mesh.size(i) for i in same):
+            return all(isinstance(other, (Shard, Replicate, _StridedShard)) for other in placements)
+    return False
+
+
+def _full_of_uneven(item: DTensor) -> torch.Tensor:
+    """Undo one cut after the other, the last one first: torch 2.9's own `full_tensor` gives rows in a wrong order.
+
+    Collective: over each axis of the mesh.
+    """
+    mesh, names = item.device_mesh, item.device_mesh.mesh_dim_names
+    assert names is not None
+    cuts = [(axis, p.dim) for axis, p in enumerate(item.placements) if isinstance(p, (Shard, _StridedShard))]
+    cuts.sort(key=lambda cut: isinstance(item.placements[cut[0]], _StridedShard))  # which come last
+    lengths = [list(item.shape)]
+    for axis, dim in cuts:
+        size, total = mesh.size(axis), lengths[-1][dim]
+        longest = -(-total // size)  # as torch.chunk cuts
+        start = min(mesh.get_local_rank(axis) * longest, total)
+        lengths.append([*lengths[-1]])
+        lengths[-1][dim] = min(longest, total - start)
+    tensor = item.to_local()
+    for (axis, dim), whole in zip(reversed(cuts), reversed(lengths[:-1])):
+        shape = torch.Size(whole)
+        one_axis = mesh[names[axis]]
+        tensor = DTensor.from_local(tensor, one_axis, [Shard(dim)], shape=shape, stride=strides_of(shape)).full_tensor()
+    return tensor
 
 
 def is_plain_tensor(item: Item) -> TypeGuard[torch.Tensor]:

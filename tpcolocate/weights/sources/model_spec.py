@@ -74,13 +74,15 @@ class ModelSpec:
         if wrong:
             raise WeightsMismatchError(
                 f"{some(wrong)} (according to {self.origin})",
-                hint="the trainer's model differs from the served one; SGLang would pad or truncate these without an error",
+                hint="pass launch() the checkpoint that the trainer's model was loaded from, saved again if its embedding was "
+                "resized; SGLang would pad or truncate these without an error",
             )
         if unknown:
             rename = rename_hint([(name, tuple(shape)) for name, shape in tensors], self.shapes) if hint else None
             raise WeightsMismatchError(
                 f"the served model has no {some(unknown)} (according to {self.origin})",
-                hint="use the names of the checkpoint that the server loaded; SGLang would ignore these without an error"
+                hint="map your names to those of the served checkpoint with `rename` of sync_weights(), and what it lacks to "
+                "None; SGLang would ignore unknown names without an error"
                 if rename is None
                 else f"pass {rename}",
             )
@@ -138,7 +140,7 @@ class ModelSpec:
         """Raise what `check_complete` raises."""
         raise WeightsMismatchError(
             f"not all weights were sent: {some(missing)} (according to {self.origin})",
-            hint="send the whole model, or pass partial=True to leave the other weights as they are",
+            hint="pass the whole model to sync_weights(), or partial=True to leave the other weights as they are",
         )
 
 

@@ -141,7 +141,7 @@ def _plan_buckets(
         largest, gathered = largest_bytes(weights.items or ()), weights.reading_bytes
     return plan_bucket(
         session.options.bucket_bytes,
-        [view.free_bytes for view in views],
+        {rank: view.free_bytes for rank, view in zip(session.context.group.ranks, views, strict=True)},
         largest=largest,
         # Ranks of a CPU slice share one /dev/shm.
         copies=session.context.tp_size if session.context.device.type == "cpu" else 1,

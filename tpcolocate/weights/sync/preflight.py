@@ -55,9 +55,9 @@ def choose_sender(session: SyncSession, opened: Opened) -> BucketSender:
         return sender
     if options.transport == "ipc":
         raise SyncError(
-            f"handles of this process do not open in the engine: {problem}",
-            hint="share IPC and PID namespaces and /dev/shm, switch expandable_segments off in PYTORCH_ALLOC_CONF, or use "
-            'transport="auto", which falls back to files',
+            f"the server cannot open memory handles of this process (they do not open in the engine): {problem}",
+            hint="in containers share namespaces (--ipc host --pid host), unset expandable_segments in PYTORCH_ALLOC_CONF, or pass "
+            'sync_weights(transport="auto"), which falls back to files; python -m tpcolocate doctor looks for the cause',
         )
     return replace(sender, transport="file")
 

@@ -30,8 +30,8 @@ _EXCERPT_BYTES = 32 * 2**20
 _MOST_SKIPPED = 64
 """Sharded tensors that are passed over in search of a replicated one, at a later sync."""
 _HINT = (
-    "every rank of a slice must hold the same values, since each TP rank takes its part from its own training rank: "
-    'broadcast them (or initialise with one seed), or pass payloads="fan_out" to send the owner\'s alone'
+    "each TP rank of the server takes its part from its own training rank, so all must be equal: broadcast them from one rank "
+    '(or wrap the model in DDP or FSDP2, or initialise with one seed), or pass payloads="fan_out" to send the owner\'s alone'
 )
 
 Key = tuple[str, str]
@@ -120,7 +120,9 @@ def refuse(session: SyncSession, of_ranks: Sequence[Mapping[Key, int]]) -> None:
             f"rank {rank} and rank {other} differ in {len(names)} of {num} tensors ({some(names, between=', ')})"
             for (other, rank), names in sorted(found.items())
         )
-        raise WeightsMismatchError(f"replicas hold different values: {pairs}", hint=_HINT)
+        raise WeightsMismatchError(
+            f"ranks that share a server hold different values of the same weights: {pairs}", hint=_HINT
+        )
 
 
 def _replicated(source: Source, items: Items) -> list[tuple[Key, torch.Tensor]]:

@@ -42,7 +42,10 @@ T = TypeVar("T")
 GRACE_S = 1.5
 # From the engine's answer to the return of all handles.  It is milliseconds; what takes longer does not come.
 RELEASE_S = 10.0
-WEIGHTS_UNKNOWN = "the engine's weights are unknown now: sync again in full, or launch() again"
+WEIGHTS_UNKNOWN = (
+    "the engine refuses to generate until it has whole weights again: call engine.sync_weights(model) on every rank, or "
+    "engine.shutdown() and launch() again"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,8 +287,8 @@ class SyncSession:
 
     def _too_late(self, what: str) -> DeadlineError:
         return DeadlineError(
-            f"the weight sync took longer than {self.deadline.timeout_s:g} s ({what})",
-            hint="raise timeout_s of sync_weights()",
+            f"the weight sync took longer than {self.deadline.timeout_s:g} s, its timeout_s ({what})",
+            hint="another rank's first error may be the cause; if there is none, pass sync_weights() a larger timeout_s",
         )
 
     # --- the ranks of the slice ------------------------------------------------------------------------------------

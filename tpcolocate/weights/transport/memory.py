@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
@@ -42,12 +42,12 @@ def allocated_bytes(device: torch.device) -> int:
     return total
 
 
-def plan_bucket(limit: int, free: Sequence[int], *, largest: int, copies: int, gathered: int = 0) -> int:
+def plan_bucket(limit: int, free: Mapping[int, int], *, largest: int, copies: int, gathered: int = 0) -> int:
     """Return the bucket size in bytes that fits on every rank.  Pure.
 
     Args:
         limit: The user's `bucket_bytes`.
-        free: Free bytes of every rank of the slice.
+        free: Free bytes of every rank of the slice, by global rank.
         largest: Size of the largest single tensor, which travels alone if need be; 0 if not known in advance.
         copies: How many times a bucket is allocated at once on one rank.
         gathered: Size of the largest tensor that is gathered beside the bucket before it is copied in.
@@ -55,14 +55,15 @@ def plan_bucket(limit: int, free: Sequence[int], *, largest: int, copies: int, g
     Raises:
         ConfigError: Not even the largest tensor fits, or nothing at all.
     """
-    least = min(free)
+    fullest = min(free, key=free.__getitem__)
+    least = free[fullest]
     limit_here = (int(least * _USABLE) - gathered) // copies
     if max(largest, 1) > limit_here:
-        where = list(free).index(least)
         raise ConfigError(
             f"the largest tensor ({largest / 2**20:.0f} MiB, {copies} times at once) does not fit into the {least / 2**20:.0f} MiB "
-            f"that are free on the rank at position {where} of the slice",
-            hint="free memory on that rank: engine.sleep(), a smaller batch, or torch.cuda.empty_cache()",
+            f"that are free on the device of rank {fullest}",
+            hint="before sync_weights() free memory there: del what a training step leaves, torch.cuda.empty_cache(), and "
+            'engine.wake(["weights"]) alone, without the KV cache; or lower mem_fraction_static of launch()',
         )
     return min(limit, limit_here)
 
