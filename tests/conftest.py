@@ -15,9 +15,9 @@ _NO_GPU = "no CUDA device here"
 # begun last would leave the other processes without work.  With seconds of a serial run on two cores.
 LONGEST_FIRST = (
     "test_engine.py",  # 714
-    "test_sync_transcript.py",  # 568
     "test_examples.py",  # 298
     "test_fault_matrix.py",  # 294
+    "test_sync_transcript.py",
     "test_engine_restart.py",  # 224
     "test_engine_calls.py",  # 221
     "test_elastic.py",  # 200
@@ -30,8 +30,9 @@ LONGEST_FIRST = (
     "test_engine_releases.py",  # 91
     "test_docs.py",  # 90
     "test_doctor_command.py",  # 74
+    "test_bad_calls.py",
     "test_transfer.py",
-    "test_agreement.py",
+    "test_kernels.py",
 )
 
 
