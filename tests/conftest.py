@@ -1,5 +1,6 @@
 """Applies to every test: a clean environment, nothing left behind, GPU tests only where there is a GPU."""
 
+import gc
 import os
 
 import harness
@@ -9,7 +10,30 @@ from hypothesis import settings
 _GPU_COMMAND = "make test PYTEST_ARGS='-m gpu', on a machine with CUDA devices and a CUDA build of SGLang"
 # Tests with these run last: the fixtures are processes that import for seconds, started by the first test of their module.
 STARTED_EARLY = {"reader", "fresh_interpreter"}
-_gpu_tests_skipped = pytest.StashKey[int]()
+_NO_GPU = "no CUDA device here"
+# Where processes share the tests, file by file, these go first, the longest one at the head: a long file that was
+# begun last would leave the other processes without work.  With seconds of a serial run on two cores.
+LONGEST_FIRST = (
+    "test_engine.py",  # 714
+    "test_examples.py",  # 298
+    "test_fault_matrix.py",  # 294
+    "test_sync_transcript.py",
+    "test_engine_restart.py",  # 224
+    "test_engine_calls.py",  # 221
+    "test_elastic.py",  # 200
+    "test_trl.py",  # 185
+    "test_bench.py",  # 150
+    "test_peer_reads.py",  # 119
+    "test_faults.py",  # 113
+    "test_trainers.py",  # 104
+    "test_snippets.py",  # 94
+    "test_engine_releases.py",  # 91
+    "test_docs.py",  # 90
+    "test_doctor_command.py",  # 74
+    "test_bad_calls.py",
+    "test_transfer.py",
+    "test_kernels.py",
+)
 
 
 def pytest_configure():
@@ -24,15 +48,24 @@ def pytest_configure():
 @pytest.hookimpl(trylast=True)  # after -m and -k have deselected theirs
 def pytest_collection_modifyitems(config, items):
     items.sort(key=lambda item: bool(STARTED_EARLY & set(item.fixturenames)))
+    if hasattr(config, "workerinput"):  # in a process of pytest-xdist
+        places = {name: place for place, name in enumerate(LONGEST_FIRST)}
+        items.sort(key=lambda item: places.get(item.path.name, len(places)))
     gpu_items = [item for item in items if item.get_closest_marker("gpu") is not None]
     if gpu_items and not _has_cuda():
-        config.stash[_gpu_tests_skipped] = len(gpu_items)
         for item in gpu_items:
-            item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
+            item.add_marker(pytest.mark.skip(reason=_NO_GPU))
 
 
-def pytest_terminal_summary(terminalreporter, config):
-    skipped = config.stash.get(_gpu_tests_skipped, 0)
+def pytest_collection_finish():
+    # What the modules have imported stays: a collection that looks through it takes most of a second.
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_terminal_summary(terminalreporter):
+    skips = terminalreporter.stats.get("skipped", [])
+    skipped = sum(_NO_GPU in str(report.longrepr) for report in skips)
     if skipped:
         terminalreporter.write_line(
             f"GPU tests: {skipped} not run (no CUDA device here); run them with {_GPU_COMMAND}", yellow=True

@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import datetime
 import faulthandler
+import gc
 import multiprocessing
 import os
 import pickle
@@ -389,6 +390,8 @@ def _rank_main(pipe: Connection, task: dict[str, Any]) -> None:
 
             torch.set_num_threads(1)
             fn, args = pickle.loads(task["job"])
+            # What has been imported stays: a collection that looks through it takes most of a second.
+            gc.freeze()
             pipe.send_bytes(pickle.dumps({"kind": "started"}))
             pipe.recv_bytes()
             if task["backend"] is not None:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import conftest
 import pytest
 
 GPU_TESTS = """
@@ -53,13 +54,17 @@ def run_pytest(folder, source, *options, env=None):
     )
 
 
-@pytest.mark.parametrize("options, num_lines", [((), 1), (("-k", "not needs_a_gpu"), 0)])
+@pytest.mark.parametrize("options, num_lines", [((), 1), (("-n", "2"), 1), (("-k", "not needs_a_gpu"), 0)])
 def test_the_summary_counts_gpu_tests_that_did_not_run(tmp_path, options, num_lines):
     done = run_pytest(tmp_path, GPU_TESTS, *options)
     found = [line for line in done.stdout.splitlines() if line.startswith("GPU tests: ")]
     assert len(found) == num_lines
     assert all(line.startswith("GPU tests: 3 not run (no CUDA device here); run them with ") for line in found)
     assert done.returncode == 0 and "1 passed" in done.stdout
+
+
+def test_every_file_that_goes_first_is_there():
+    assert all((Path(__file__).parent / name).is_file() for name in conftest.LONGEST_FIRST)
 
 
 def test_a_run_that_leaves_a_process_fails_and_the_process_is_killed(tmp_path):

@@ -21,7 +21,12 @@ def states():
                     yield State(asleep=frozenset(asleep), weights=weights, life=life)
 
 
-@pytest.mark.parametrize("state", list(states()), ids=str)
+def words(state):
+    """The same in every process, unlike the order in a set: pytest's processes compare what they have collected."""
+    return f"{'+'.join(sorted(state.asleep)) or 'awake'}, {state.weights.value}, {state.life.value}"
+
+
+@pytest.mark.parametrize("state", list(states()), ids=words)
 def test_generating_needs_everything_awake_and_the_trainers_weights(state):
     if state in (AWAKE, AWAKE.syncing()):  # during a sync the server has the request wait
         state.check_generate()
@@ -30,7 +35,7 @@ def test_generating_needs_everything_awake_and_the_trainers_weights(state):
             state.check_generate()
 
 
-@pytest.mark.parametrize("state", list(states()), ids=str)
+@pytest.mark.parametrize("state", list(states()), ids=words)
 def test_syncing_needs_the_weights_memory_and_nothing_else(state):
     if state.life is Life.RUNNING and "weights" not in state.asleep:
         state.check_sync()  # also from LOST and UNKNOWN: it is what repairs them
@@ -57,7 +62,7 @@ def test_sleeping_releases_what_is_not_yet_released(asleep, tags, released, now)
     assert during.sleep_over() == before, "it failed"
 
 
-@pytest.mark.parametrize("state", list(states()), ids=str)
+@pytest.mark.parametrize("state", list(states()), ids=words)
 @pytest.mark.parametrize("paused", [None, "abort"])
 def test_the_server_may_generate_while_awake_and_not_paused_with_the_trainers_weights(state, paused):
     state = replace(state, paused=paused, life=Life.RUNNING)
@@ -140,7 +145,7 @@ def test_a_pause_is_kept_until_generation_goes_on(mode):
             paused.pausing(other)
 
 
-@pytest.mark.parametrize("state", list(states()), ids=str)
+@pytest.mark.parametrize("state", list(states()), ids=words)
 @pytest.mark.parametrize("paused", [None, "retract"])
 def test_generation_goes_on_only_where_it_may(state, paused):
     state = replace(state, paused=paused)
