@@ -29,7 +29,8 @@ from tpcolocate.server.api import ServerApi
 from tpcolocate.server.lifecycle import Lifecycle, State
 from tpcolocate.weights.sources.named_weights import NamedWeights
 
-pytestmark = [pytest.mark.quick, pytest.mark.timeout(240)]
+pytestmark = pytest.mark.timeout(240)
+quick = pytest.mark.quick
 
 
 class Unusual:
@@ -202,6 +203,7 @@ def test_every_wrong_argument_is_an_error_of_ours_on_all_ranks_or_a_value(tmp_pa
     assert not problems, f"{len(problems)}:\n" + "\n".join(problems[:60])
 
 
+@quick
 def test_all_public_calls_are_tried():
     public = {name for name, one in vars(Engine).items() if inspect.isfunction(one) and not name.startswith("_")}
     assert public == set(CALLS) | NOT_HERE
@@ -247,6 +249,7 @@ def test_wrong_arguments_of_the_entry_points(tmp_path):
     assert not problems, f"{len(problems)}:\n" + "\n".join(problems[:60])
 
 
+@quick
 def test_calls_that_differ_between_the_ranks_are_refused_on_both():
     ours, theirs = run_ranks(differing_calls, 2, timeout_s=60)
     for (words, one), (_, other) in zip(ours.items(), theirs.items()):
@@ -279,6 +282,7 @@ def differing_calls(rank):
     return found
 
 
+@quick
 def test_integers_are_versions_and_a_refused_sync_is_none():
     [(versions, counted)] = run_ranks(versions_of_syncs, 1, timeout_s=60, init_group=False)
     assert versions == ["6", "6", "41", "42", "1.5"] and counted == "44", (
@@ -313,6 +317,7 @@ def versions_of_syncs(rank):
     return versions_before, engine.weight_version
 
 
+@quick
 def test_the_requests_that_a_bad_call_must_not_make_are_those_of_a_good_one():
     """Else the test above would see nothing."""
     group = RankGroup([Member(0, 1, 1, Host.here(), 1, 0)], rank=0, group=None, timeout_s=5)
