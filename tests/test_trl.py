@@ -26,7 +26,7 @@ from tpcolocate.trl import engines, use_sglang
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1300)]
 
-DEADLINE_S = 600.0
+DEADLINE_S = 900.0
 STEPS = 3
 CONTEXT = 256
 PROMPTS = [f"what is {n} plus {n + 3}?" for n in range(16)]

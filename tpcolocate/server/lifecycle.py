@@ -117,7 +117,7 @@ class State:
             )
         if self.weights is WeightsState.UNKNOWN:
             raise EngineStateError(
-                f"cannot {what}: an earlier weight sync failed half-way, so the engine may hold a mixture of old and new weights"
+                f"cannot {what}: an earlier weight sync failed half-way and the weights are unknown, perhaps a mixture of old and new"
                 f"{self._still_missing()}",
                 hint="call engine.sync_weights(model) with the full model on every rank, or launch() again",
             )
@@ -186,7 +186,9 @@ class State:
         """
         self.check_open("pause generation")
         if not isinstance(mode, str) or mode not in PAUSES:
-            raise ConfigError(f"pause_generation(): unknown mode {shown(mode)}", hint=f"one of {', '.join(PAUSES)}")
+            raise ConfigError(
+                f"unknown mode {shown(mode)}", hint=f"pause_generation() takes one of {', '.join(PAUSES)}"
+            )
         if self.paused not in (None, mode):
             raise EngineStateError(
                 f"cannot pause with mode {mode!r}: generation is paused with {self.paused!r}",

@@ -55,7 +55,7 @@ def choose_sender(session: SyncSession, opened: Opened) -> BucketSender:
         return sender
     if options.transport == "ipc":
         raise SyncError(
-            f"the server cannot open memory handles of this process (they do not open in the engine): {problem}",
+            f"memory handles of this process do not open in the engine: {problem}",
             hint="in containers share namespaces (--ipc host --pid host), unset expandable_segments in PYTORCH_ALLOC_CONF, or pass "
             'sync_weights(transport="auto"), which falls back to files; python -m tpcolocate doctor looks for the cause',
         )
