@@ -13,9 +13,10 @@ GPU_PYTHON ?= python3
 GPU_ARGS ?=
 FAULT_ARGS ?=
 SOAK_ARGS ?=
-# Two processes take one file of tests after the other, in the order of tests/conftest.py.  Not one for each core: a
-# test has up to eight processes of its own, a server some GiB.  PYTEST_ARGS='-n0 --pdb' runs them in one.
-SIDE_BY_SIDE := -n 2 --dist loadfile --no-loadscope-reorder
+# Two processes: one takes the tests that start servers, the other one file after the other, in the order of
+# tests/conftest.py.  Not one for each core: a test has up to eight processes of its own, a server some GiB.
+# PYTEST_ARGS='-n0 --pdb' runs them in one.
+SIDE_BY_SIDE := -n 2 --dist loadgroup --no-loadscope-reorder
 
 .PHONY: help venv demo test test-loaded quick coverage docs contracts faults soak gpu lint clean
 

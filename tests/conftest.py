@@ -11,29 +11,18 @@ _GPU_COMMAND = "make test PYTEST_ARGS='-m gpu', on a machine with CUDA devices a
 # Tests with these run last: the fixtures are processes that import for seconds, started by the first test of their module.
 STARTED_EARLY = {"reader", "fresh_interpreter"}
 _NO_GPU = "no CUDA device here"
-# Where processes share the tests, file by file, these go first, the longest one at the head: a long file that was
-# begun last would leave the other processes without work.  With seconds of a serial run on two cores.
+# Where two processes share the tests, one takes those that start servers, whose processes are more than two cores have
+# work for, and the other one these, file by file: a long file that was begun last would leave a process without work.
 LONGEST_FIRST = (
-    "test_engine.py",  # 714
-    "test_examples.py",  # 298
-    "test_fault_matrix.py",  # 294
     "test_sync_transcript.py",
-    "test_engine_restart.py",  # 224
-    "test_engine_calls.py",  # 221
-    "test_elastic.py",  # 200
-    "test_trl.py",  # 185
-    "test_bench.py",  # 150
-    "test_peer_reads.py",  # 119
-    "test_faults.py",  # 113
-    "test_trainers.py",  # 104
-    "test_snippets.py",  # 94
-    "test_engine_releases.py",  # 91
-    "test_docs.py",  # 90
-    "test_doctor_command.py",  # 74
+    "test_peer_reads.py",
     "test_bad_calls.py",
     "test_transfer.py",
+    "test_docs.py",
+    "test_doctor_command.py",
     "test_kernels.py",
 )
+_SERVERS = "servers"
 
 
 def pytest_configure():
@@ -45,12 +34,19 @@ def pytest_configure():
     settings.load_profile("tpcolocate")
 
 
+def pytest_itemcollected(item):
+    if hasattr(item.config, "workerinput"):  # in a process of pytest-xdist, which hands out groups (`--dist loadgroup`)
+        starts_server = item.get_closest_marker("engine") is not None
+        item.add_marker(pytest.mark.xdist_group(_SERVERS if starts_server else item.path.stem))
+
+
 @pytest.hookimpl(trylast=True)  # after -m and -k have deselected theirs
 def pytest_collection_modifyitems(config, items):
     items.sort(key=lambda item: bool(STARTED_EARLY & set(item.fixturenames)))
-    if hasattr(config, "workerinput"):  # in a process of pytest-xdist
+    if hasattr(config, "workerinput"):
         places = {name: place for place, name in enumerate(LONGEST_FIRST)}
         items.sort(key=lambda item: places.get(item.path.name, len(places)))
+        items.sort(key=lambda item: item.get_closest_marker("engine") is None)
     gpu_items = [item for item in items if item.get_closest_marker("gpu") is not None]
     if gpu_items and not _has_cuda():
         for item in gpu_items:

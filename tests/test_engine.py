@@ -895,8 +895,8 @@ def test_sleep_and_wake_are_a_state_machine_on_every_rank(setup):
         assert found["messages"] == [
             "ready",
             "asleep",
-            ("EngineStateError", "call wake() on every rank first"),
-            ("EngineStateError", 'call wake(["weights"]) on every rank first'),
+            ("EngineStateError", "call engine.wake() on every rank first"),
+            ("EngineStateError", 'call engine.wake(["weights"]) on every rank first'),
             ("ConfigError", "SGLang knows kv_cache, weights, cuda_graph"),
             "ready",
         ]

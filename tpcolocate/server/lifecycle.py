@@ -139,7 +139,7 @@ class State:
         self.check_open("sync weights")
         if "weights" in self.asleep:
             raise EngineStateError(
-                "cannot sync weights while they are released", hint='call wake(["weights"]) on every rank first'
+                "cannot sync weights while they are released", hint='call engine.wake(["weights"]) on every rank first'
             )
 
     def check_open(self, what: str) -> None:
