@@ -13,18 +13,14 @@ GPU_PYTHON ?= python3
 GPU_ARGS ?=
 FAULT_ARGS ?=
 SOAK_ARGS ?=
-# Two processes: one takes the tests that start servers, the other one file after the other, in the order of
-# tests/conftest.py.  Not one for each core: a test has up to eight processes of its own, a server some GiB.
-# PYTEST_ARGS='-n0 --pdb' runs them in one.
-SIDE_BY_SIDE := -n 2 --dist loadgroup --no-loadscope-reorder
 
 .PHONY: help venv demo test test-loaded quick coverage docs contracts faults soak gpu lint clean
 
 help:
 	@echo 'make demo    GRPO on a real SGLang server, two training ranks, on the CPU; writes a plot to out/'
-	@echo 'make test    every test that this machine can run (without CUDA: all but those marked gpu), in two processes'
-	@echo 'make test-loaded  the same in one process, beside busy ones, two for each core'
-	@echo 'make quick   the tests that need no server, in under 90 seconds'
+	@echo 'make test    every test that this machine can run (without CUDA: all but those marked gpu)'
+	@echo 'make test-loaded  the same beside busy processes, two for each core'
+	@echo 'make quick   the tests that need no server, in two processes; two to three minutes on two cores'
 	@echo 'make coverage   which lines of weights/ and of the receiver the quick tests run, in all of their processes'
 	@echo 'make contracts  what we rely on in SGLang, asked of the code of its releases; fetches them, the newest too'
 	@echo 'make faults  every fault at every moment in every process; hours on two cores; FAULT_ARGS="--only idle/ --resume"'
@@ -48,13 +44,13 @@ demo: venv
 	$(BIN)/torchrun --standalone --nproc-per-node 2 examples/grpo.py $(DEMO_ARGS)
 
 test: venv
-	$(BIN)/python -m pytest $(SIDE_BY_SIDE) --durations 20 --durations-min 20 $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --durations 20 --durations-min 20 $(PYTEST_ARGS)
 
 test-loaded: venv
 	$(BIN)/python scripts/under_load.py $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 quick: venv
-	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m 'quick and not engine and not gpu' $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'quick and not engine and not gpu' $(PYTEST_ARGS)
 
 # Into out/coverage; the sources and what counts are in setup.cfg.
 coverage: venv

@@ -11,18 +11,15 @@ _GPU_COMMAND = "make test PYTEST_ARGS='-m gpu', on a machine with CUDA devices a
 # Tests with these run last: the fixtures are processes that import for seconds, started by the first test of their module.
 STARTED_EARLY = {"reader", "fresh_interpreter"}
 _NO_GPU = "no CUDA device here"
-# Where two processes share the tests, one takes those that start servers, whose processes are more than two cores have
-# work for, and the other one these, file by file: a long file that was begun last would leave a process without work.
+# Where processes share the tests, file by file, these go first, the longest one at the head: a long file that was
+# begun last would leave the other processes without work.
 LONGEST_FIRST = (
     "test_sync_transcript.py",
+    "test_transfer.py",
+    "test_kernels.py",
     "test_peer_reads.py",
     "test_bad_calls.py",
-    "test_transfer.py",
-    "test_docs.py",
-    "test_doctor_command.py",
-    "test_kernels.py",
 )
-_SERVERS = "servers"
 
 
 def pytest_configure():
@@ -34,19 +31,12 @@ def pytest_configure():
     settings.load_profile("tpcolocate")
 
 
-def pytest_itemcollected(item):
-    if hasattr(item.config, "workerinput"):  # in a process of pytest-xdist, which hands out groups (`--dist loadgroup`)
-        starts_server = item.get_closest_marker("engine") is not None
-        item.add_marker(pytest.mark.xdist_group(_SERVERS if starts_server else item.path.stem))
-
-
 @pytest.hookimpl(trylast=True)  # after -m and -k have deselected theirs
 def pytest_collection_modifyitems(config, items):
     items.sort(key=lambda item: bool(STARTED_EARLY & set(item.fixturenames)))
-    if hasattr(config, "workerinput"):
+    if hasattr(config, "workerinput"):  # in a process of pytest-xdist
         places = {name: place for place, name in enumerate(LONGEST_FIRST)}
         items.sort(key=lambda item: places.get(item.path.name, len(places)))
-        items.sort(key=lambda item: item.get_closest_marker("engine") is None)
     gpu_items = [item for item in items if item.get_closest_marker("gpu") is not None]
     if gpu_items and not _has_cuda():
         for item in gpu_items:

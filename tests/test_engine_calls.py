@@ -574,7 +574,7 @@ def test_requests_are_aborted_by_name_or_all_and_the_cache_is_dropped(setup):
             "ended": "abort",
             "cached": 0,
             "empty": ("ConfigError", "rid is empty"),
-            "mode": ("ConfigError", "pause_generation(): unknown mode 'stop'"),
+            "mode": ("ConfigError", "unknown mode 'stop'"),
         }
 
 
