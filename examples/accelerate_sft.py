@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from addition import END, build_model, build_tokenizer, prompt_text, sample_problems
+from addition import END, TINY, build_model, build_tokenizer, prompt_text, sample_problems
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -34,7 +34,7 @@ def parse_args() -> argparse.Namespace:
 
 def make_model(folder: Path) -> Path:
     tokenizer = build_tokenizer()
-    build_model(eos_token_id=tokenizer.eos_token_id).save_pretrained(folder)
+    build_model(TINY, eos_token_id=tokenizer.eos_token_id).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
