@@ -111,9 +111,9 @@ def test_nothing_recorded():
             draw()
 
 
-def test_without_matplotlib_the_extra_is_named(monkeypatch):
+def test_without_matplotlib_that_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ConfigError, match=r"tpcolocate\[plot\]"):
+    with pytest.raises(ConfigError, match="pip install matplotlib"):
         plot.timeline([step(0)])
 
 

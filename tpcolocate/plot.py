@@ -1,4 +1,4 @@
-"""Figures of what `Recorder` has recorded, of sync reports, and of a bench.  Needs matplotlib (``pip install 'tpcolocate[plot]'``)."""
+"""Figures of what `Recorder` has recorded, of sync reports, and of a bench.  Needs matplotlib, as in the extra ``plot``."""
 
 from __future__ import annotations
 

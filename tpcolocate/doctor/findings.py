@@ -284,9 +284,7 @@ def judge_software(software: Software) -> list[Finding]:
     built = "for the CPU" if software.cuda is None else f"for {software.cuda}"
     if software.sglang_folder is None:
         findings.append(
-            Finding(
-                "software", PROBLEM, "SGLang is not installed", "pip install 'tpcolocate[sglang]', in this environment"
-            )
+            Finding("software", PROBLEM, "SGLang is not installed", "pip install sglang, in this environment")
         )
     elif not software.sglang_readable:
         message = f"what is found as sglang in {software.sglang_folder} is not a release of SGLang"
