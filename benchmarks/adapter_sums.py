@@ -1,7 +1,6 @@
 """How fast a LoRA is added to a model, region by region of staging memory, on one GPU and without a server.
 
     python benchmarks/adapter_sums.py --record
-    python benchmarks/adapter_sums.py --blocks 64 128 --num-warps 4 8
     python benchmarks/adapter_sums.py --device cpu --shape tiny --kinds steps addmm
 
 What a TP worker reads of every adapted projection is put into stages of ``--stage-mib`` one after the other, as a sync does,
@@ -50,8 +49,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--lora-rank", type=int, default=16)
     parser.add_argument("--stage-mib", type=int, default=256)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
-    parser.add_argument("--blocks", nargs="+", type=int, default=None, help="rows and columns that a program computes")
-    parser.add_argument("--num-warps", nargs="+", type=int, default=None)
     parser.add_argument("--runs", type=int, default=9)
     parser.add_argument("--record", action="store_true", help="write the result as JSON")
     parser.add_argument("--results", type=Path, default=None)
@@ -177,18 +174,6 @@ def main() -> None:
         for name, parameter in model.named_parameters():
             if ".lora_" in name:  # numbers whose products have to be rounded
                 parameter.data = torch.randn(parameter.shape, device=device) * 0.05
-    if args.blocks or args.num_warps:
-        from tpcolocate.weights.sources import low_rank_kernel
-
-        for block in args.blocks or [low_rank_kernel.BLOCK]:
-            for num_warps in args.num_warps or [low_rank_kernel.NUM_WARPS]:
-                low_rank_kernel.BLOCK, low_rank_kernel.NUM_WARPS = block, num_warps
-                way = Way("together", model, args.stage_mib * 2**20, device)
-                found = sorted(way.run()[1] for _ in range(args.runs + 2))
-                print(
-                    f"block {block:4} warps {num_warps}: {found[len(found) // 2] * 1e3:7.2f} ms, wrong {way.wrongly_rounded(model):.4f}"
-                )
-        return
     ways = {kind: Way(kind, model, args.stage_mib * 2**20, device) for kind in args.kinds}
     samples: dict[str, list[tuple[float, float]]] = {kind: [] for kind in ways}
     for number in range(args.runs + 2):

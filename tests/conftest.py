@@ -18,7 +18,6 @@ LONGEST_FIRST = (
     "test_transfer.py",
     "test_kernels.py",
     "test_peer_reads.py",
-    "test_bad_calls.py",
 )
 
 

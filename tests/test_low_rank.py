@@ -1,6 +1,7 @@
 """Adapters are added by a kernel, rounded once; where one rounds twice or does not compile, in several steps."""
 
 import sys
+import threading
 
 import pytest
 import torch
@@ -38,6 +39,11 @@ def test_a_second_rounding_shows_in_the_trial():
     assert low_rank.wrongly_rounded(twice, CPU, 192) > 2 * low_rank._MOST_WRONGLY_ROUNDED
 
 
+def forget_trials(monkeypatch):
+    monkeypatch.setattr(low_rank, "_adders", {})
+    monkeypatch.setattr(low_rank, "_threads", {})
+
+
 def unsupported(*_):
     raise RuntimeError("not supported")
 
@@ -50,7 +56,7 @@ def unsupported(*_):
 def test_a_gpu_is_tried_before_it_is_used_and_only_once(monkeypatch, caplog, trial, works):
     tried = []
     monkeypatch.setattr(low_rank, "wrongly_rounded", lambda *args: tried.append(args[2]) or trial())
-    monkeypatch.setattr(low_rank, "_adders", {})
+    forget_trials(monkeypatch)
     for _ in range(2):
         assert (low_rank.adder_for(GPU) is not None) is works
     assert tried in ([192, 101], [192])
@@ -58,7 +64,7 @@ def test_a_gpu_is_tried_before_it_is_used_and_only_once(monkeypatch, caplog, tri
 
 
 def test_without_triton_adapters_are_merged_in_several_steps(monkeypatch, caplog):
-    monkeypatch.setattr(low_rank, "_adders", {})
+    forget_trials(monkeypatch)
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.delitem(sys.modules, KERNEL, raising=False)
     assert low_rank.adder_for(GPU) is None
@@ -71,10 +77,24 @@ def test_a_cpu_keeps_to_several_steps():
 
 
 def test_the_kernel_is_compiled_ahead(monkeypatch):
-    asked = []
-    monkeypatch.setattr(low_rank, "adder_for", asked.append)
+    forget_trials(monkeypatch)
+    tried = []
+    monkeypatch.setattr(low_rank, "_tried", lambda device: tried.append(device) or once)
     low_rank.prepare(GPU).join(10)
-    assert asked == [GPU]
+    assert tried == [GPU]
+    assert low_rank.adder_for(GPU) is once and tried == [GPU]
+
+
+def test_a_compiler_that_hangs_is_waited_for_once(monkeypatch, caplog):
+    forget_trials(monkeypatch)
+    goes_on = threading.Event()
+    monkeypatch.setattr(low_rank, "_COMPILE_S", 0.05)
+    monkeypatch.setattr(low_rank, "_tried", lambda device: goes_on.wait(30) and once)
+    assert low_rank.adder_for(GPU) is None and low_rank.adder_for(GPU) is None
+    goes_on.set()
+    low_rank.prepare(GPU).join(10)
+    assert low_rank.adder_for(GPU) is None, "weights of one sync would be merged in two ways"
+    assert caplog.text.count("several steps") == 1
 
 
 # The interpreter has no bfloat16 in products of matrices: there its factors are float32, which hold the same numbers.

@@ -37,13 +37,17 @@ _PARTS_BYTES = 24
 _BATCH_BYTES = 2**27
 """Of which not more is taken at once, unless for one weight."""
 
+_COMPILE_S = 10.0
+"""How long a sync waits for a compiler, in seconds."""
+
 Pair = tuple[torch.Tensor, torch.Tensor]
 """What is multiplied and added to a base: [rows, rank] and [rank, columns]."""
 
-
 _lock = threading.Lock()
+_threads: dict[torch.device, threading.Thread] = {}
+"""Started by `prepare`."""
 _adders: dict[torch.device, Adder | None] = {}
-"""Those that were tried."""
+"""Those that were tried, or waited for in vain."""
 
 
 def adder_for(device: torch.device) -> Adder | None:
@@ -51,22 +55,28 @@ def adder_for(device: torch.device) -> Adder | None:
 
     On a CPU there is none.
     """
-    if device.type != "cuda":
+    thread = prepare(device)
+    if thread is None:
         return None
-    with _lock:
-        if device not in _adders:
-            _adders[device] = _tried(device)
-        return _adders[device]
+    if device not in _adders:
+        thread.join(_COMPILE_S)
+        if _adders.setdefault(device, None) is None and thread.is_alive():
+            logger.warning("adapters are merged in several steps: the kernel was not compiled in %g s", _COMPILE_S)
+    return _adders[device]
 
 
 def prepare(device: torch.device) -> threading.Thread | None:
     """Start to compile the kernel in a thread, which takes a second or two the first time on a machine; return it."""
     if device.type != "cuda":
         return None
-    # A daemon: a compiler that hangs must not keep the process.
-    thread = threading.Thread(target=adder_for, args=(device,), name="tpcolocate adapter kernel", daemon=True)
-    thread.start()
-    return thread
+    with _lock:
+        if device not in _threads:
+            # A daemon: a compiler that hangs must not keep the process.
+            _threads[device] = threading.Thread(
+                target=lambda: _adders.setdefault(device, _tried(device)), name="tpcolocate adapter kernel", daemon=True
+            )
+            _threads[device].start()
+        return _threads[device]
 
 
 def _tried(device: torch.device) -> Adder | None:

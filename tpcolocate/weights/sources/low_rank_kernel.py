@@ -15,8 +15,6 @@ BLOCK = 128
 """Rows and columns that one program computes."""
 NUM_WARPS = 8
 _FIELDS = 11
-_MOST_AT_ONCE = 2**15
-"""Additions of one launch: below the limit of a grid's second axis."""
 _ALIGNMENT = 16
 
 
@@ -87,19 +85,17 @@ def launch(additions: Sequence[Addition]) -> None:
         row = _row(one)
         kinds.setdefault((one.out.dtype, one.left.dtype, _is_aligned(row)), []).append(row)
     device = additions[0].out.device
-    for (dtype, factor, is_aligned), rows in kinds.items():
-        name = str(dtype).removeprefix("torch.")
-        shape = (_FIELDS, BLOCK, RANK_MULTIPLE)
-        for first in range(0, len(rows), _MOST_AT_ONCE):
-            batch = rows[first : first + _MOST_AT_ONCE]
-            table = torch.tensor(batch, dtype=torch.int64)
+    with torch.cuda.device_of(additions[0].out):  # the thread's own may be another
+        for (dtype, factor, is_aligned), rows in kinds.items():
+            name = str(dtype).removeprefix("torch.")
+            table = torch.tensor(rows, dtype=torch.int64)
             if device.type == "cuda":  # from memory that the GPU reads by itself: this process does not wait for it
                 table = table.pin_memory().to(device, non_blocking=True)
-            num_tiles = max(-(-num_rows // BLOCK) * -(-num_columns // BLOCK) for *_, num_rows, num_columns, _ in batch)
-            with torch.cuda.device_of(table):
-                _add_products[(num_tiles, len(batch))](
-                    table, *shape, name, BITS[name], _FACTORS[factor], is_aligned, num_warps=NUM_WARPS
-                )
+            num_tiles = max(-(-num_rows // BLOCK) * -(-num_columns // BLOCK) for *_, num_rows, num_columns, _ in rows)
+            shape = (_FIELDS, BLOCK, RANK_MULTIPLE)
+            _add_products[(num_tiles, len(rows))](
+                table, *shape, name, BITS[name], _FACTORS[factor], is_aligned, num_warps=NUM_WARPS
+            )
 
 
 def _row(one: Addition) -> tuple[int, ...]:
