@@ -14,14 +14,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 from tpcolocate.errors import ConfigError
+from tpcolocate.in_server.tpcolocate_receiver.checksums import word_sum
 from tpcolocate.in_server.tpcolocate_receiver.regions import Region, whole
 from tpcolocate.weights.plan.sharding import ShardFinder
+from tpcolocate.weights.plan.slices import Read, SliceKind, TensorSlice
 from tpcolocate.weights.sources import low_rank
 from tpcolocate.weights.sources.addition import RANK_MULTIPLE
 from tpcolocate.weights.sources.lazy_tensor import LazyTensor, full_tensor
 from tpcolocate.weights.sources.named_weights import NamedWeights
+from tpcolocate.weights.transport.staging import Placing
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(120)]
+
+CPU = torch.device("cpu")
 
 
 class Model(nn.Module):
@@ -529,6 +534,25 @@ def test_regions_that_are_computed_together_are_added_by_one_call(one_multiplica
     with ingredients.together():
         pass
     assert len(one_multiplication) == 3
+
+
+def test_a_stage_is_filled_by_one_call_which_its_checksums_come_after(one_multiplication):
+    model = alike()
+    shards = {name: ShardFinder().find(item) for name, item in NamedWeights.of(model)}
+    ingredients = next(iter(shards.values())).ingredients
+    ingredients.gather()
+    placed, end = [], 0
+    for name, shard in shards.items():
+        read = Read(0, whole(shard.shape), tuple(range(len(shard.shape))), torch.bfloat16)
+        half = Region((0, 0), (shard.shape[0] // 2, shard.shape[1]))
+        placed.append((TensorSlice(name, SliceKind(read, half, 0)), end))
+        end += -(-placed[-1][0].num_bytes // 16) * 16
+    memory = torch.full((end,), 7, dtype=torch.uint8)
+    sums = Placing.of(placed, shards, CPU).put(memory, shards, [ingredients])
+    assert one_multiplication == [len(placed)] == [3]
+    for (one, first), found in zip(placed, sums.tolist(), strict=True):
+        there = memory[first : first + one.num_bytes].view(torch.bfloat16).view(one.shape)
+        assert torch.equal(there, shards[one.name].compute(one.region)) and int(word_sum(there)) == found
 
 
 def test_what_is_prepared_keeps_nothing_of_the_model_alive(one_multiplication):
