@@ -50,36 +50,36 @@ def one_each(*values):
 
 
 CASES = [
-    # id, tp_size, environment and devices, slices in tp order, visible devices of each slice
-    ("unset", 2, 2, ({}, lambda world: ["cuda:0", "cuda:1"]), [(0, 1)], [("0", "1")]),
-    ("shared-3,1", 2, 2, shared_list("3,1"), [(1, 0)], [("1", "3")]),
-    ("shared-0,1", 2, 2, shared_list("0,1"), [(0, 1)], [("0", "1")]),
-    ("one-each-3-1", 2, 2, one_each("3", "1"), [(1, 0)], [("1", "3")]),
-    ("uuids-without-inventory", 2, 2, shared_list(f"{UUIDS[5]},{UUIDS[2]}"), [(1, 0)], [(UUIDS[2], UUIDS[5])]),
-    ("one-uuid-each", 2, 2, one_each(UUIDS[1], UUIDS[0]), [(1, 0)], [(UUIDS[0], UUIDS[1])]),
-    ("swapped-indices", 2, 2, ({"CUDA_VISIBLE_DEVICES": "4,6"}, lambda world: ["cuda:1", "cuda:0"]), [(1, 0)], [("4", "6")]),
-    ("6,4,5,7-tp2", 4, 2, shared_list("6,4,5,7"), [(1, 0), (2, 3)], [("4", "6"), ("5", "7")]),
-    ("6,4,5,7-tp4", 4, 4, shared_list("6,4,5,7"), [(1, 2, 0, 3)], [("4", "5", "6", "7")]),
-    ("unaligned-1,2-3,0", 4, 2, shared_list("1,2,3,0"), [(0, 1), (3, 2)], [("1", "2"), ("0", "3")]),
-    ("eight-tp2", 8, 2, shared_list("7,6,5,4,3,2,1,0"), [(1, 0), (3, 2), (5, 4), (7, 6)], [("6", "7"), ("4", "5"), ("2", "3"), ("0", "1")]),
-    ("eight-tp4-one-each", 8, 4, one_each(*"42617035"), [(3, 1, 0, 2), (5, 6, 7, 4)], [("1", "2", "4", "6"), ("0", "3", "5", "7")]),
-    ("cpu-tp2", 4, 2, ({}, lambda world: ["cpu"] * world), [(0, 1), (2, 3)], [(), ()]),
+    # id, ranks, tp_size, environment and devices, slices in tp order, their owners, visible devices of each slice
+    ("unset", 2, 2, ({}, lambda world: ["cuda:0", "cuda:1"]), [(0, 1)], [0], [("0", "1")]),
+    ("shared-3,1", 2, 2, shared_list("3,1"), [(0, 1)], [1], [("3", "1")]),
+    ("shared-0,1", 2, 2, shared_list("0,1"), [(0, 1)], [0], [("0", "1")]),
+    ("one-each-3-1", 2, 2, one_each("3", "1"), [(0, 1)], [1], [("3", "1")]),
+    ("uuids-without-inventory", 2, 2, shared_list(f"{UUIDS[5]},{UUIDS[2]}"), [(0, 1)], [1], [(UUIDS[5], UUIDS[2])]),
+    ("one-uuid-each", 2, 2, one_each(UUIDS[1], UUIDS[0]), [(0, 1)], [1], [(UUIDS[1], UUIDS[0])]),
+    ("swapped-indices", 2, 2, ({"CUDA_VISIBLE_DEVICES": "4,6"}, lambda world: ["cuda:1", "cuda:0"]), [(0, 1)], [1], [("6", "4")]),
+    ("6,4,5,7-tp2", 4, 2, shared_list("6,4,5,7"), [(0, 1), (2, 3)], [1, 2], [("6", "4"), ("5", "7")]),
+    ("6,4,5,7-tp4", 4, 4, shared_list("6,4,5,7"), [(0, 1, 2, 3)], [1], [("6", "4", "5", "7")]),
+    ("unaligned-1,2-3,0", 4, 2, shared_list("1,2,3,0"), [(0, 1), (2, 3)], [0, 3], [("1", "2"), ("3", "0")]),
+    ("eight-tp2", 8, 2, shared_list("7,6,5,4,3,2,1,0"), [(0, 1), (2, 3), (4, 5), (6, 7)], [1, 3, 5, 7], [("7", "6"), ("5", "4"), ("3", "2"), ("1", "0")]),
+    ("eight-tp4-one-each", 8, 4, one_each(*"42617035"), [(0, 1, 2, 3), (4, 5, 6, 7)], [3, 5], [("4", "2", "6", "1"), ("7", "0", "3", "5")]),
+    ("cpu-tp2", 4, 2, ({}, lambda world: ["cpu"] * world), [(0, 1), (2, 3)], [0, 2], [(), ()]),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    "world, tp_size, setting, slices, visible", [case[1:] for case in CASES], ids=[case[0] for case in CASES]
+    "world, tp_size, setting, slices, owners, visible", [case[1:] for case in CASES], ids=[case[0] for case in CASES]
 )
-def test_slices_owners_and_device_lists(world, tp_size, setting, slices, visible):
+def test_slices_owners_and_device_lists(world, tp_size, setting, slices, owners, visible):
     env, devices = setting
     places = run_ranks(place, world, tp_size, devices(world), env=env)
-    for ranks, tokens in zip(slices, visible, strict=True):
+    for ranks, owner, tokens in zip(slices, owners, visible, strict=True):
         for tp_rank, rank in enumerate(ranks):
             assert places[rank] == {
                 "tp_rank": tp_rank,
                 "slice": ranks,
-                "owner": ranks[0],
-                "is_owner": rank == ranks[0],
+                "owner": owner,
+                "is_owner": rank == owner,
                 "visible": tokens,
                 # the group consists of exactly these ranks
                 "group_sum": sum(10.0**r for r in ranks),

@@ -1,8 +1,8 @@
 """Physical devices -> tp order and owner of a tp slice.
 
-Pure: every rank computes the same roles from devices that were exchanged before.  The server's TP order is the order of
-the slice's devices, so that TP rank k runs on the device of the training rank ``ranks[k]``; the rank on the lowest
-device owns the server.
+Pure: every rank computes the same roles from devices that were exchanged before.  TP rank k runs on the device of the
+training rank ``ranks[k]``, and ``ranks`` ascend whatever the order of the devices: trainers cut rows by rank, so that a
+TP worker finds most of its part on its own device.  The rank on the lowest device owns the server.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Roles:
     """Tp order, owner and devices of one tp slice.
 
     Attributes:
-        ranks: Global ranks in tp order: the rank on TP rank k's device is ``ranks[k]``.
-        owner_rank: Global rank that launches the server, ``ranks[0]``.
+        ranks: Global ranks in tp order, ascending: the rank on TP rank k's device is ``ranks[k]``.
+        owner_rank: Global rank that launches the server: that on the lowest device, the first one on the CPU.
         visible_devices: Device tokens in tp order, for the server's environment only; empty on the CPU.
         shared: All ranks of the slice share one device (test rigs only).
     """
@@ -50,8 +50,8 @@ class Roles:
 def assign(members: Sequence[RankDevice], *, allow_shared_devices: bool = False) -> Roles:
     """Order the ranks of one slice and elect its owner.
 
-    Devices are ordered by physical index; UUIDs without an index, by token; CPU ranks, by rank.  The order of
-    ``members`` does not matter.
+    The lowest device is that with the lowest physical index; of UUIDs without an index, the first by token.  The order
+    of ``members`` does not matter.
 
     Args:
         members: The ranks of one slice.
@@ -101,12 +101,12 @@ def assign(members: Sequence[RankDevice], *, allow_shared_devices: bool = False)
     if shared:
         token = _tokens(used[:1], ranks)[ranks[0]]
         return Roles(ranks=ranks, owner_rank=ranks[0], visible_devices=(token,), shared=True)
-    ordered = tuple(rank for rank, _ in _in_device_order(used, ranks))
+    owner_rank = _on_lowest_device(used, ranks)
     tokens = _tokens(used, ranks)
     return Roles(
-        ranks=ordered,
-        owner_rank=ordered[0],
-        visible_devices=tuple(tokens[rank] for rank in ordered),
+        ranks=ranks,
+        owner_rank=owner_rank,
+        visible_devices=tuple(tokens[rank] for rank in ranks),
         shared=False,
     )
 
@@ -148,9 +148,7 @@ def _is_integer(token: str) -> bool:
     return token.isascii() and token.isdigit()
 
 
-def _in_device_order(
-    used: list[tuple[int, PhysicalDevice]], ranks: tuple[int, ...]
-) -> list[tuple[int, PhysicalDevice]]:
+def _on_lowest_device(used: list[tuple[int, PhysicalDevice]], ranks: tuple[int, ...]) -> int:
     indexed = [device.index is not None for _, device in used]
     if any(indexed) and not all(indexed):
         raise DeviceError(
@@ -159,7 +157,7 @@ def _in_device_order(
             hint="Name all devices by integers or all by UUIDs, or install a driver with NVML on this host.",
         )
     # By token after the index: MIG instances of one GPU share its index.
-    return sorted(used, key=lambda item: (-1 if item[1].index is None else item[1].index, item[1].token.casefold()))
+    return min(used, key=lambda item: (-1 if item[1].index is None else item[1].index, item[1].token.casefold()))[0]
 
 
 def _tokens(used: list[tuple[int, PhysicalDevice]], ranks: tuple[int, ...]) -> dict[int, str]:

@@ -536,7 +536,7 @@ def connect(job: str | None = None, *, slice_index: int | None = None) -> Client
     if not is_listening(announcement):
         raise RendezvousError(
             f"the server at {announcement.url} (job {announcement.job}) does not answer",
-            hint=f"see the output of rank {announcement.slice_ranks[0]} of that job, and start it again if it has ended",
+            hint=f"see the output of process {announcement.pid} of that job, and start the job again if it has ended",
             url=announcement.url,
         )
     client = Client(announcement.url, api_key=announcement.api_key)
