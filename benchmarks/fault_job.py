@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -77,7 +77,8 @@ class _Process:
         temporary = folder / "tmp"
         environment |= {
             "RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world_size),
-            "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "TMPDIR": str(temporary), TAG: tag, "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "TMPDIR": str(temporary), TAG: tag,
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
             "XDG_RUNTIME_DIR": str(temporary),
             # Not in the folder of the job: each would compile everything anew.
             "TORCHINDUCTOR_CACHE_DIR": os.environ.get(
@@ -125,6 +126,7 @@ class Job:
     Args:
         model_dir: What is trained and served.
         world_size: Number of ranks.
+        cores: Which its processes may use; all, if it is empty.
 
     Attributes:
         fired_at: When the last fault happened, on the monotonic clock.
@@ -133,7 +135,7 @@ class Job:
         job_id: `Colocation.job`, once the ranks have it.
     """
 
-    def __init__(self, model_dir: str, *, world_size: int = 2) -> None:
+    def __init__(self, model_dir: str, *, world_size: int = 2, cores: Sequence[int] = ()) -> None:
         self.model_dir = model_dir
         self.tag = uuid.uuid4().hex
         self.shm_before = frozenset(os.listdir(SHM))
@@ -144,6 +146,9 @@ class Job:
         self.stops: int | None = None
         self.seen: set[psutil.Process] = set()
         self.ranks = [_Process(rank, self.folder, model_dir, world_size, self.tag) for rank in range(world_size)]
+        if cores:
+            for process in self.ranks:
+                psutil.Process(process.process.pid).cpu_affinity(list(cores))  # its server inherits it
         self.job_id = ""
         self._wait_started()
 

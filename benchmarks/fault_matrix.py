@@ -3,11 +3,12 @@
     python benchmarks/fault_matrix.py                            # everything; hours on two cores
     python benchmarks/fault_matrix.py --only idle/ generate/     # cells whose name contains one of these
     python benchmarks/fault_matrix.py --resume                   # goes on where the last run was cut off
+    python benchmarks/fault_matrix.py --jobs 6                   # six jobs beside each other: four cores for each
     python benchmarks/fault_matrix.py --docs                     # docs/faults.md, from the results
 
 Two ranks with a real server on the CPU.  Cells that leave the server alone follow one another on one server; where the
 trainer survives, the relaunch by which the job goes on is the server of the next cell.  Each result is written to `--out`
-at once.
+at once.  Jobs beside each other have folders of their own, and tell their processes and files from those of others.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,10 +50,11 @@ class Runner:
     Args:
         model_dir: What is served.
         keep_logs: A folder for the logs of cells in which something was wrong; None to drop them.
+        cores: For the processes of the job; all, if it is empty.
     """
 
-    def __init__(self, model_dir: str, *, keep_logs: Path | None = None) -> None:
-        self.model_dir, self.keep_logs = model_dir, keep_logs
+    def __init__(self, model_dir: str, *, keep_logs: Path | None = None, cores: Sequence[int] = ()) -> None:
+        self.model_dir, self.keep_logs, self.cores = model_dir, keep_logs, cores
         self.job: Job | None = None
         self.has = "nothing"
         self._seed = 0
@@ -103,7 +106,7 @@ class Runner:
         """A job that has what the cell needs, and no more."""
         if self.job is None or (cell.needs == "ranks" and self.has != "ranks"):
             self.close()
-            self.job, self.has = Job(self.model_dir), "ranks"
+            self.job, self.has = Job(self.model_dir, cores=self.cores), "ranks"
         job = self.job
         if self.has == "ranks" and cell.needs != "ranks":
             answers = _all_ok(job.call("init", limit_s=60.0, timeout_s=fault_cells.LIMITS_S["init"]))
@@ -481,6 +484,7 @@ def main() -> int:
     )
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--resume", action="store_true", help="keep the results in --out and leave their cells out")
+    parser.add_argument("--jobs", type=int, default=1, help="run so many beside each other")
     parser.add_argument("--until", type=float, default=None, help="begin no cell after so many minutes")
     parser.add_argument("--logs", type=Path, default=None, help="keep the logs of cells in which something was wrong")
     parser.add_argument("--list", action="store_true", help="print the names of the cells and run nothing")
@@ -498,27 +502,71 @@ def main() -> int:
     from tiny_models import make_tiny_model
 
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # not past the clean-up
-    load_before = os.getloadavg()
     ends = None if options.until is None else time.monotonic() + 60.0 * options.until
     with tempfile.TemporaryDirectory(prefix="tpf-model-") as folder:
-        runner = Runner(str(make_tiny_model(folder)), keep_logs=options.logs)
+        queue = Queue(cells, results, options.out, ends=ends)
+        model, cores = str(make_tiny_model(folder)), sorted(os.sched_getaffinity(0))
+        shares = [cores[i :: options.jobs] for i in range(options.jobs)]
+        runners = [Runner(model, keep_logs=options.logs, cores=share) for share in shares]
+        threads = [threading.Thread(target=queue.serve, args=[runner]) for runner in runners]
         try:
-            for number, cell in enumerate(cells):
-                if ends is not None and time.monotonic() > ends:
-                    break
-                result = run_guarded(runner, cell)
-                results[cell.name] = result
-                write(options.out, results, load_before)
-                print(
-                    f"{number + 1}/{len(cells)} {cell.name}: {fault_cells.short(result)} [{result['seconds']} s]",
-                    flush=True,
-                )
-                for problem in result["problems"]:
-                    print(f"    {problem}", flush=True)
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
         finally:
-            runner.close()
+            queue.stop()
+            for thread in threads:
+                thread.join()
     print(summary(results))
     return 1 if any(result["problems"] for result in results.values()) else 0
+
+
+class Queue:
+    """Cells for several jobs, and their results.
+
+    Args:
+        cells: To run, in order.
+        results: By name of the cell; added to.
+        out: The file that they are written to after each cell.
+        ends: When no more are begun, on the monotonic clock; None for never.
+    """
+
+    def __init__(self, cells: Sequence[Cell], results: dict[str, Any], out: Path, *, ends: float | None) -> None:
+        self.results, self._out, self._ends = results, out, ends
+        self._number, self._left = len(cells), deque(cells)
+        self._load_before = os.getloadavg()
+        self._lock = threading.Lock()
+
+    def stop(self) -> None:
+        """Begin no more cells."""
+        with self._lock:
+            self._left.clear()
+
+    def serve(self, runner: Runner) -> None:
+        """Run cells until none is left; the job of the runner is ended then."""
+        try:
+            while (cell := self._next()) is not None:
+                self._put(cell, run_guarded(runner, cell))
+        finally:
+            runner.close()
+
+    def _next(self) -> Cell | None:
+        with self._lock:
+            is_over = self._ends is not None and time.monotonic() > self._ends
+            return None if is_over or not self._left else self._left.popleft()
+
+    def _put(self, cell: Cell, result: dict[str, Any]) -> None:
+        with self._lock:
+            self.results[cell.name] = result
+            write(self._out, self.results, self._load_before)
+            print(
+                f"{self._number - len(self._left)}/{self._number} {cell.name}: {fault_cells.short(result)} "
+                f"[{result['seconds']} s]",
+                flush=True,
+            )
+            for problem in result["problems"]:
+                print(f"    {problem}", flush=True)
 
 
 def run_guarded(runner: Runner, cell: Cell) -> dict[str, Any]:
