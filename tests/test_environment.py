@@ -119,3 +119,22 @@ def test_cores_are_divided_evenly_and_not_shared_if_there_are_enough(cores, tp_s
     assert set(dealt) <= set(cores)
     if len(cores) >= tp_size:
         assert len(set(dealt)) == len(dealt) > len(cores) - tp_size
+
+
+@pytest.mark.parametrize(
+    "library, is_needed",
+    [(None, True), ("sm90/common_ops.abi3.so", True), ("common_ops.cpython-311-x86_64-linux-gnu.so", False)],
+    ids=["not-installed", "for-cuda", "for-cpus"],
+)
+def test_a_cpu_server_gets_the_stub_unless_the_kernels_for_cpus_are_installed(
+    tmp_path, monkeypatch, library, is_needed
+):
+    if library is not None:
+        path = tmp_path / "sgl_kernel" / library
+        path.parent.mkdir(parents=True)
+        path.touch()
+        (tmp_path / "sgl_kernel" / "__init__.py").write_text(
+            "raise ImportError('could not load any common_ops library')"
+        )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert (module.sglang_stub_needed() is not None) is is_needed

@@ -49,7 +49,7 @@ class Software:
         sglang_torch: Its requirement on torch, such as ``"torch==2.13.0"``; None if unknown.
         torch_fits: Whether the installed torch satisfies it.
         memory_saver: ``torch_memory_saver`` is installed.
-        cpu_stub: SGLang's CUDA kernels are not installed, so a CPU server gets this library's stub for them.
+        cpu_stub: SGLang's kernels for CPUs are not installed, so a CPU server gets this library's stub for them.
     """
 
     python: str

@@ -123,8 +123,15 @@ def compile_cache(temporary: str) -> str | None:
 
 
 def sglang_stub_needed() -> str | None:
-    """Return the folder of the stub for SGLang's CUDA kernels; None if the kernels are installed."""
-    return str(_CPU_STUB) if find_spec("sgl_kernel") is None else None
+    """Return the folder of the stub for SGLang's kernels that a CPU server needs; None if those for CPUs are installed.
+
+    Those for CUDA cannot be imported without a visible GPU, and have none of the names that the CPU's path imports.
+    Both builds are ``sgl_kernel``; only that for CPUs has its library beside the package's modules
+    (``sgl_kernel/load_utils.py``, and ``sgl-kernel/csrc/cpu/CMakeLists.txt``).
+    """
+    spec = find_spec("sgl_kernel")
+    folders = [] if spec is None else list(spec.submodule_search_locations or ())
+    return None if any(list(Path(folder).glob("common_ops.*")) for folder in folders) else str(_CPU_STUB)
 
 
 __all__ = ["LOOPBACK", "child_environment", "compile_cache", "sglang_stub_needed"]

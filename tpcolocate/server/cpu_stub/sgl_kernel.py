@@ -1,6 +1,6 @@
 """Stub of SGLang's CUDA kernel package, for a server on a machine without an accelerator.
 
-This folder is put on the PYTHONPATH of the *server* alone, and only if no real ``sgl_kernel`` is installed.
+This folder is put on the PYTHONPATH of the *server* alone, and only if no ``sgl_kernel`` for CPUs is installed.
 
 SGLang's CPU path imports kernels by name in many places (sampler, activations, grammar), but calls none of them with the
 ``torch_native`` attention and ``pytorch`` sampling back ends.  So every name exists here, and calling one is an error.
