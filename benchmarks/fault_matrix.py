@@ -8,7 +8,7 @@
 
 Two ranks with a real server on the CPU.  Cells that leave the server alone follow one another on one server; where the
 trainer survives, the relaunch by which the job goes on is the server of the next cell.  Each result is written to `--out`
-at once.  Jobs beside each other have folders of their own, and tell their processes and files from those of others.
+at once.  Jobs beside each other have folders of their own, and know their processes and files from those of others.
 """
 
 from __future__ import annotations

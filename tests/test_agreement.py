@@ -379,6 +379,101 @@ def test_a_call_that_was_interrupted_is_resumed_by_the_same_call():
     assert run_ranks(interrupted_wait, 2, timeout_s=100) == [[["first"] * 2, [0, 1]]] * 2
 
 
+# --- ranks that leave a call in the middle ---
+
+STEPS = 4
+
+
+class Interruption:
+    """Raises KeyboardInterrupt once: before a step, while this rank waits in it, or after it."""
+
+    def __init__(self, monkeypatch, group, step, where):
+        self.group, self.step, self.where, self.wait = group, step, where, group._rounds._wait
+        monkeypatch.setattr(group._rounds, "_wait", self._wait)
+
+    def at(self, step, where):
+        if (step, where) == (self.step, self.where):
+            self.step = None
+            raise KeyboardInterrupt
+
+    def _wait(self, work, seconds):
+        self.at(self.now, "in")
+        return self.wait(work, seconds)
+
+    def make(self, number):
+        """A call of several steps, of which the first is agreed on."""
+        self.now = 0
+        first = self.group.agree(None, (number, 0), what="step 0", timeout_s=30.0)
+        with self.group.going_on("count"):
+            rest = []
+            for step in range(1, STEPS):
+                self.now = step
+                self.at(step, "before")
+                rest.append(self.group.agree(None, (number, step), what=f"step {step}", timeout_s=30.0))
+                self.at(step, "after")
+        return [first, *rest]
+
+
+def interrupted_in_a_call(rank, plan):
+    """For each call the outcome on this rank, and how long it took."""
+    group = group_of(rank, [0, 1, 2])
+    outcomes = []
+    for number, (victim, step, where) in enumerate(plan):
+        with pytest.MonkeyPatch.context() as patch:
+            interruption = Interruption(patch, group, step if rank == victim else None, where)
+            began = time.monotonic()
+            try:
+                values = interruption.make(number)
+                assert values == [[(number, step)] * 3 for step in range(STEPS)]
+                outcome = "ok"
+            except KeyboardInterrupt:
+                outcome = "interrupted"
+            except errors.RankFailedError as error:
+                outcome = error.message
+            outcomes.append((outcome, time.monotonic() - began))
+    assert group.all_gather(rank, what="go on") == [0, 1, 2]
+    return outcomes
+
+
+def test_a_rank_that_leaves_a_call_in_the_middle_is_reported_and_the_next_call_works():
+    plan = [
+        (victim, step, where) for victim in (0, 2) for step in range(1, STEPS) for where in ("before", "in", "after")
+    ]
+    plan = [call for one in plan for call in (one, (None, None, None))]
+    of_ranks = run_ranks(interrupted_in_a_call, 3, plan, timeout_s=100)
+    for (victim, step, where), *outcomes in zip(plan, *of_ranks, strict=True):
+        last = step == STEPS - 1 and where != "before"  # the others have all of the call
+        for rank, (outcome, seconds) in enumerate(outcomes):
+            expected = "ok" if victim is None or last else "KeyboardInterrupt"
+            assert outcome == ("interrupted" if rank == victim else expected), (victim, step, where, rank)
+            assert seconds < 5.0, "no rank waits for a deadline"
+
+
+def failing_after_an_agreed_error(rank):
+    """An error that all know is reported by no rank; one of a rank alone, however large, by that rank."""
+    group = group_of(rank, [0, 1])
+    posted = []
+    group._rounds.post, post = lambda tensor: (posted.append(1), post(tensor)), group._rounds.post
+    with contextlib.suppress(errors.TpColocateError), group.going_on("sync weights"):
+        group.agree(ValueError("mine") if rank == 0 else None, what="agree")
+    agreed = len(posted)
+    try:
+        with group.going_on("sync weights"):
+            if rank == 0:
+                raise errors.SyncError("x" * 100_000, hint="y" * 100_000)
+            group.agree(None, what="wait", timeout_s=30.0)
+    except errors.TpColocateError as error:
+        text = error.message
+    return agreed, len(posted), text[:20], group.all_gather(rank, what="go on")
+
+
+def test_only_errors_that_the_others_do_not_know_are_reported():
+    assert run_ranks(failing_after_an_agreed_error, 2) == [
+        (0, 1, "x" * 20, [0, 1]),
+        (0, 0, "SyncError: " + "x" * 9, [0, 1]),
+    ]
+
+
 def forked(rank):
     groups = [group_of(rank, [0, 1]), RankGroup([this_member()], rank=0, group=None, timeout_s=1.0)]
     calls = [

@@ -9,6 +9,7 @@ A call is one or two rounds (`tpcolocate.rounds`).
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import os
 import pickle
@@ -29,6 +30,8 @@ from tpcolocate.errors import ConfigError, RankFailedError, RankLostError, TpCol
 from tpcolocate.groups import Member
 from tpcolocate.rounds import Call, Rounds
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
 
 # One gloo round carries this many bytes per rank.  An ok-or-error or the description of a bucket nearly always fits, so
@@ -37,6 +40,8 @@ _FRAME_BYTES = 8192
 # Before the content: its size, when the rank began to wait, how long it waits at most, and the name of the call, so that
 # ranks in different calls notice it.
 _HEAD = struct.Struct("<Qdd104s")
+# In place of how long a rank waits: it does not, and the content is the error with which it has left the call.
+_HAS_LEFT = -1.0
 # Characters of a value that an error shows.
 _SHOWN = 200
 
@@ -70,6 +75,9 @@ class RankGroup:
         self._pid = os.getpid()
         self._call_lock = threading.Lock()
         self._current_call = ""
+        self._goes_on = False
+        # Whether the last exchange ended with an error that the other ranks raise as well.
+        self._is_known = False
         self._rounds = None if group is None else Rounds(self.members, rank=rank, group=group)
         # torch sorts the ranks of a group and returns results in that order
         self._positions = [sorted(self.ranks).index(r) for r in self.ranks]
@@ -81,6 +89,40 @@ class RankGroup:
         """Use another process group of the same ranks from now on, on every rank, after this one has failed."""
         self.group = group
         self._rounds = Rounds(self.members, rank=self.rank, group=group)
+
+    @contextmanager
+    def going_on(self, what: str) -> Iterator[None]:
+        """The rest of a call whose first step all ranks have agreed on.
+
+        A rank that leaves it with an error that the others cannot know, as with an interrupt between two steps, reports
+        that without waiting for them.  Ranks that are in the rest of the call raise it at once; ranks that have left it pass
+        over the report in their next call, which then is the next call of all again.
+
+        Args:
+            what: Name of the call.
+        """
+        was, self._goes_on = self._goes_on, True
+        self._is_known = False
+        try:
+            yield
+        except BaseException as error:
+            self._report(error, what)
+            raise
+        finally:
+            self._goes_on = was
+
+    def _report(self, error: BaseException, what: str) -> None:
+        if self._rounds is None or self._is_known or os.getpid() != self._pid:
+            return
+        if not self._call_lock.acquire(blocking=False):
+            return  # another thread is in a call, which the others see in place of this one
+        try:
+            self._is_known = True
+            data = _Report.of(error, self.rank).fitting(_FRAME_BYTES - _HEAD.size)
+            head = _HEAD.pack(len(data), time.time(), _HAS_LEFT, what.encode())
+            self._rounds.post(_padded(head + data, _FRAME_BYTES))
+        finally:
+            self._call_lock.release()
 
     def all_gather(self, value: T, *, what: str, timeout_s: float | None = None, quiet_s: float = 0.0) -> list[T]:
         """Exchange one picklable value per rank.
@@ -117,6 +159,7 @@ class RankGroup:
         assert self._rounds is not None
         try:
             self._current_call = what
+            self._is_known = False
             call = Call(
                 what=what,
                 began=time.time(),
@@ -126,6 +169,9 @@ class RankGroup:
                 quiet_s=quiet_s,
             )
             return self._exchange(data, call, self._rounds)
+        except TpColocateError:
+            self._is_known = True
+            raise
         finally:
             self._call_lock.release()
 
@@ -147,10 +193,14 @@ class RankGroup:
         limit_s = math.inf if call.is_patient else call.deadline.timeout_s
         head = _HEAD.pack(len(data), call.began, limit_s, call.what.encode())
         inline = _padded(head + data[: _FRAME_BYTES - _HEAD.size], _FRAME_BYTES)
-        frames = [frame.numpy().tobytes() for frame in rounds.exchange(inline, (call.what, data, 0), call)]
-        heads = [_HEAD.unpack_from(frame) for frame in frames]
-        waits = [(began, limit) for _, began, limit, _ in heads]
-        rounds.check_not_given_up(waits)
+        while True:
+            frames = [frame.numpy().tobytes() for frame in rounds.exchange(inline, (call.what, data, 0), call)]
+            heads = [_HEAD.unpack_from(frame) for frame in frames]
+            waits = [(began, limit) for _, began, limit, _ in heads if limit != _HAS_LEFT]
+            rounds.check_not_given_up(waits)
+            if all(limit != _HAS_LEFT for _, _, limit, _ in heads):
+                break
+            self._raise_reports(heads, frames)
         self._check_same_call([name.rstrip(b"\0") for *_, name in heads])
         sizes = [size for size, *_ in heads]
         blobs = [frame[_HEAD.size :] for frame in frames]
@@ -161,6 +211,18 @@ class RankGroup:
             rounds.check_not_given_up(waits)
         blobs = [blob[:size] for blob, size in zip(blobs, sizes)]
         return [blobs[position] for position in self._positions]
+
+    def _raise_reports(self, heads: Sequence[tuple[int, float, float, bytes]], frames: Sequence[bytes]) -> None:
+        """Raise the first error with which a rank has left the call that this rank is still in, if it is in one."""
+        reports: list[tuple[_Report, bytes]] = [
+            (pickle.loads(frame[_HEAD.size : _HEAD.size + size]), name.rstrip(b"\0"))
+            for (size, _, limit, name), frame in zip(heads, frames)
+            if limit == _HAS_LEFT
+        ]
+        first, name = min(reports, key=lambda report: report[0].order)
+        if self._goes_on:
+            raise first.error
+        logger.warning("rank %d had left %r with an error: %s", first.rank, name.decode(errors="replace"), first.error)
 
     def _check_same_call(self, names: list[bytes]) -> None:
         """Check that all ranks are in the same call.  Pure: every rank raises the same error.
@@ -210,8 +272,8 @@ class RankGroup:
                 outcomes = [(report, value)]
             else:
                 outcomes = [pickle.loads(blob) for blob in self._all_gather_bytes(data, what, timeout_s)]
-        except RankLostError as lost:
-            if error is None:
+        except TpColocateError as lost:
+            if error is None or not self._is_known:
                 raise
             # This rank has the cause: raise that one.
             error.add_note(f"(not reported to the other ranks: {lost.message})")
@@ -219,6 +281,7 @@ class RankGroup:
         first = min((r for r, _ in outcomes if r is not None), key=lambda r: r.order, default=None)
         if first is None:
             return [outcome for _, outcome in outcomes]  # type: ignore[misc]
+        self._is_known = True
         if error is not None and not isinstance(error, Exception):
             raise error  # KeyboardInterrupt and SystemExit keep their class on the rank that got them
         if error is not None and first.rank == self.rank:
@@ -303,6 +366,14 @@ class _Report:
                 details="".join(traceback.format_exception(error)).rstrip(),
             )
         return cls(rank, time.time(), portable)
+
+    def fitting(self, num_bytes: int) -> bytes:
+        """Return it pickled in at most so many bytes, without the error's details and the end of its message if need be."""
+        data = pickle.dumps(self)
+        if len(data) <= num_bytes:
+            return data
+        text = f"{type(self.error).__name__}: {self.error.message}"[: num_bytes // 8]
+        return pickle.dumps(_Report(self.rank, self.time, RankFailedError(text, rank=self.rank)))
 
 
 def _padded(data: bytes, num_bytes: int) -> torch.Tensor:

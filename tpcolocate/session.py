@@ -340,7 +340,8 @@ class Colocation:
                 restart=restart,
                 closed=self._closed,
             )
-            return self._start(launch, log_path, lifecycle)
+            with self._slice.going_on("launch a server"):
+                return self._start(launch, log_path, lifecycle)
 
         if self._engines:
             logger.warning(

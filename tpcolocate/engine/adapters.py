@@ -43,6 +43,11 @@ class LoraAdapters:
                 self._check_limits(name, adapter, context.owned.api)
             tensors = [(n, tuple(t.shape), t.dtype, type(t).__name__) for n, t in adapter.tensors.items()]
             must_match |= {"name": name, "config": adapter.config, "tensors": tensors}
+        with context.going_on("load a LoRA adapter"):
+            self._load(name, adapter, timeout_s=timeout_s)
+
+    def _load(self, name: str, adapter: Adapter, *, timeout_s: float) -> None:
+        context = self._context
         # A rank that fails here leaves the gather of the others; as in any collective of theirs, a deadline ends it.
         with context.all_slices.together("gather a LoRA adapter"):
             full = adapter.gathered(keep=context.owned is not None)
@@ -104,11 +109,12 @@ class LoraAdapters:
             timeout_s = check_timeout(timeout_s)
             _check_name(name)
             must_match["name"] = name
-        self._context.on_owner(
-            f"unload LoRA adapter {name!r}",
-            lambda owned: owned.api.unload_lora(name, timeout_s=timeout_s),
-            timeout_s=timeout_s,
-        )
+        with self._context.going_on("unload a LoRA adapter"):
+            self._context.on_owner(
+                f"unload LoRA adapter {name!r}",
+                lambda owned: owned.api.unload_lora(name, timeout_s=timeout_s),
+                timeout_s=timeout_s,
+            )
         self._forget(name)
 
     def _forget(self, name: str) -> None:

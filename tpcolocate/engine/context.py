@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -119,6 +120,14 @@ class SliceContext:
     def all_slices(self) -> RankGroup:
         """The ranks that the gathers of sharded weights may span: all slices, where a group of them exists."""
         return self.world if self.world is not None and len(self.world) > len(self.group) else self.group
+
+    @contextmanager
+    def going_on(self, what: str) -> Iterator[None]:
+        """The rest of a call, after its first step; see `RankGroup.going_on`."""
+        with ExitStack() as stack:
+            for group in dict.fromkeys((self.all_slices, self.group)):
+                stack.enter_context(group.going_on(what))
+            yield
 
     def on_owner(self, what: str, action: Callable[[OwnedServer], T], *, timeout_s: float = 0.0) -> T:
         """Run `action` on the owner; every rank of the slice returns or raises as it does."""

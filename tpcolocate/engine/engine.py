@@ -293,20 +293,21 @@ class Engine:
             # Functions of one name need not be one function; the names that they make are compared with the weights.
             must_match |= {**asdict(replace(options, rename=None)), "weight_version": weight_version}
         version = self._lifecycle.next_version(weight_version)
-        with self._lifecycle.weight_update(version, partial=partial) as modified:
-            report = self._context.in_all_slices(
-                "finish the weight sync of all slices",
-                lambda: self._sync.run(
-                    model_or_named_tensors,
-                    version=version,
-                    options=options,
+        with self._context.going_on("sync weights"):
+            with self._lifecycle.weight_update(version, partial=partial) as modified:
+                report = self._context.in_all_slices(
+                    "finish the weight sync of all slices",
+                    lambda: self._sync.run(
+                        model_or_named_tensors,
+                        version=version,
+                        options=options,
+                        timeout_s=timeout_s,
+                        on_engine_modified=modified,
+                        on_sent=self._lifecycle.note_missing,
+                    ),
                     timeout_s=timeout_s,
-                    on_engine_modified=modified,
-                    on_sent=self._lifecycle.note_missing,
-                ),
-                timeout_s=timeout_s,
-            )
-        found = (self._lifecycle.state.warn_of_missing(), self._generation.warn_of_stale_cache())
+                )
+            found = (self._lifecycle.state.warn_of_missing(), self._generation.warn_of_stale_cache())
         warnings = [warning for warning in found if warning is not None]
         return replace(report, warnings=(*report.warnings, *warnings)) if warnings else report
 
@@ -564,12 +565,14 @@ class Engine:
                         hint="wait for the answers of generate() on this rank first, or end them with engine.abort_request()",
                     )
 
-            def act(owned: OwnedServer) -> None:
-                if chosen:
-                    owned.generation.release_memory(chosen, timeout_s=timeout_s)
+            with context.going_on("sleep"):
 
-            self._sync.call_back(timeout_s=timeout_s)
-            context.on_owner("sleep", act, timeout_s=timeout_s)
+                def act(owned: OwnedServer) -> None:
+                    if chosen:
+                        owned.generation.release_memory(chosen, timeout_s=timeout_s)
+
+                self._sync.call_back(timeout_s=timeout_s)
+                context.on_owner("sleep", act, timeout_s=timeout_s)
             lifecycle.state = lifecycle.state.slept()
         finally:
             lifecycle.state = lifecycle.state.sleep_over()
@@ -590,8 +593,9 @@ class Engine:
             if chosen:
                 owned.generation.resume_memory(chosen, after, timeout_s=timeout_s)
 
-        self._sync.call_back(timeout_s=timeout_s)
-        self._context.on_owner("wake", act, timeout_s=timeout_s)
+        with self._context.going_on("wake"):
+            self._sync.call_back(timeout_s=timeout_s)
+            self._context.on_owner("wake", act, timeout_s=timeout_s)
         self._lifecycle.state = after
 
     # --- life ------------------------------------------------------------------------------------------------------

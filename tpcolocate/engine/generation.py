@@ -32,8 +32,9 @@ class GenerationControl:
             if mode == "in_place":
                 _warn_of_watchdog(owned.api.info.get("watchdog_timeout"))
 
-        if after != context.state:
-            context.on_owner(what, act, timeout_s=timeout_s)
+        with context.going_on(what):
+            if after != context.state:
+                context.on_owner(what, act, timeout_s=timeout_s)
         context.lifecycle.state = after
 
     def go_on(self, *, timeout_s: float) -> None:
@@ -41,10 +42,11 @@ class GenerationControl:
         with context.group.together(what):
             timeout_s = check_timeout(timeout_s)
             after = context.state.continuing()
-        if after != context.state:
-            context.on_owner(
-                what, lambda owned: owned.generation.continue_generation(timeout_s=timeout_s), timeout_s=timeout_s
-            )
+        with context.going_on(what):
+            if after != context.state:
+                context.on_owner(
+                    what, lambda owned: owned.generation.continue_generation(timeout_s=timeout_s), timeout_s=timeout_s
+                )
         context.lifecycle.state = after
 
     def abort(self, rid: str | None, *, timeout_s: float) -> None:
@@ -65,7 +67,8 @@ class GenerationControl:
                 raise EngineStateError(
                     "cannot flush the cache while its memory is released", hint='call wake(["kv_cache"]) first'
                 )
-        context.on_owner(what, lambda owned: owned.generation.flush_cache(timeout_s=timeout_s), timeout_s=timeout_s)
+        with context.going_on(what):
+            context.on_owner(what, lambda owned: owned.generation.flush_cache(timeout_s=timeout_s), timeout_s=timeout_s)
 
     def warn_of_stale_cache(self) -> str | None:
         """Return, and log, a warning if the last sync could not drop the cache; only a pause in place can keep it.

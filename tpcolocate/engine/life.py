@@ -112,14 +112,15 @@ class EngineLife:
             check()
             after = lifecycle.state.restarting()
         lifecycle.state = after  # no request from here on
-        with context.group.together("end the old server"), self._lock:
-            if context.owned is not None:
-                context.owned.process.stop()
-        # Once it is gone on all ranks, as in a shutdown.
-        context.server.disconnect()
-        link, state = self._relaunch()
-        with context.group.together(what):
-            self._replace(link, state)
+        with context.going_on(what):
+            with context.group.together("end the old server"), self._lock:
+                if context.owned is not None:
+                    context.owned.process.stop()
+            # Once it is gone on all ranks, as in a shutdown.
+            context.server.disconnect()
+            link, state = self._relaunch()
+            with context.group.together(what):
+                self._replace(link, state)
 
     def _replace(self, link: ServerLink, state: State) -> None:
         lifecycle = self._context.lifecycle

@@ -37,9 +37,12 @@ class UpdateGroups:
                     f"the server is in an update group named {group.group_name!r}",
                     hint="destroy_weights_update_group() first, or choose another name",
                 )
-        context.on_owner(
-            what, lambda owned: owned.api.init_weights_update_group(timeout_s=timeout_s, **fields), timeout_s=timeout_s
-        )
+        with context.going_on(what):
+            context.on_owner(
+                what,
+                lambda owned: owned.api.init_weights_update_group(timeout_s=timeout_s, **fields),
+                timeout_s=timeout_s,
+            )
         self._names.add(group.group_name)
 
     def leave(self, group_name: str, *, timeout_s: float) -> None:
@@ -49,11 +52,12 @@ class UpdateGroups:
             timeout_s = check_timeout(timeout_s)
             self._check_joined(group_name)
             must_match["group_name"] = group_name
-        context.on_owner(
-            what,
-            lambda owned: owned.api.destroy_weights_update_group(timeout_s=timeout_s, group_name=group_name),
-            timeout_s=timeout_s,
-        )
+        with context.going_on(what):
+            context.on_owner(
+                what,
+                lambda owned: owned.api.destroy_weights_update_group(timeout_s=timeout_s, group_name=group_name),
+                timeout_s=timeout_s,
+            )
         self._names.remove(group_name)
 
     def update(
@@ -104,7 +108,10 @@ class UpdateGroups:
                 owned.api.receive(request, group_name=group_name, timeout_s=deadline.left(at_least=_LEAST_S))
             owned.updates.end_sync(version, timeout_s=deadline.left(at_least=_LEAST_S))
 
-        with context.lifecycle.weight_update(version, partial=partial) as modified:
+        with (
+            context.going_on("update weights from a group"),
+            context.lifecycle.weight_update(version, partial=partial) as modified,
+        ):
             context.on_owner(
                 "open an update of weights",
                 lambda owned: owned.updates.begin_sync(timeout_s=timeout_s),
