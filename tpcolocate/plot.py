@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -192,7 +193,8 @@ def bench(results: Mapping[str, Any]) -> Figure:
     syncs.set_title("Weight sync", fontsize=10)
     tokens.set_title("Generation", fontsize=10)
     ranks = f"{results['num_ranks']} rank{'' if results['num_ranks'] == 1 else 's'}"
-    figure.suptitle(f"{results['model']}, {results['trainer']} on {ranks}, {results['device']}", fontsize=10)
+    model = os.path.basename(results["model"].rstrip("/"))
+    figure.suptitle(f"{model}, {results['trainer']} on {ranks}, {results['device']}", fontsize=10)
     _legend(figure, [(name, colour) for name, _, colour in kinds], where="outside lower left")
     return figure
 
@@ -204,7 +206,12 @@ def _bar(axes: Any, x: float, width: float, samples: Sequence[float], colour: st
     axes.bar(x, median, width=0.9 * width, color=colour)
     axes.plot([x] * len(samples), samples, color="black", marker="_", linestyle="none", markersize=8)
     axes.annotate(
-        f"{median:.4g}", (x, max(samples)), xytext=(0, 3), textcoords="offset points", ha="center", fontsize=9
+        f"{median:,.0f}" if median >= 1000 else f"{median:.3g}",
+        (x, max(samples)),
+        xytext=(0, 3),
+        textcoords="offset points",
+        ha="center",
+        fontsize=9,
     )
 
 
