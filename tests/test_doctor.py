@@ -215,7 +215,7 @@ def test_slices_and_owners_are_those_of_init():
     diagnosis = judged(*found, world_size=2, tp_size=2)
     assert diagnosis.level == "ok" and not diagnosis.assumed
     assert [(roles.ranks, roles.owner_rank, roles.visible_devices) for roles in diagnosis.slices] == [
-        ((1, 0), 1, ("0", "1"))
+        ((0, 1), 1, ("1", "0"))
     ]
 
 
