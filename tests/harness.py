@@ -14,6 +14,7 @@ import ctypes
 import datetime
 import faulthandler
 import gc
+import json
 import multiprocessing
 import os
 import pickle
@@ -468,6 +469,28 @@ class Footprint:
 def tag_session() -> None:
     """Tag every process that this one will start, directly or not; see ``leftovers``."""
     os.environ[SESSION_TAG] = uuid.uuid4().hex
+
+
+def as_another_user(action: Callable[[], Any]) -> Any:
+    """What an action returns in a process of user 65534, as JSON has it; its exception's name if it raises."""
+    read_end, write_end = os.pipe()
+    if (pid := os.fork()) == 0:
+        try:
+            os.setgroups([])
+            os.setgid(65534)
+            os.setuid(65534)
+            try:
+                answer = action()
+            except Exception as error:
+                answer = type(error).__name__
+            os.write(write_end, json.dumps(answer).encode())
+        finally:
+            os._exit(0)
+    os.close(write_end)
+    with open(read_end) as file:
+        answer = json.loads(file.read())
+    os.waitpid(pid, 0)
+    return answer
 
 
 def leftovers(since: Footprint, *, timeout_s: float = SURVIVORS_TIMEOUT_S) -> list[str]:

@@ -4,13 +4,18 @@ As in test_engine.py, each set-up is started once, its ranks run all checks in o
 """
 
 import copy
+import http.client
+import json
+import os
+import socket
 import threading
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
-from harness import Footprint, leftovers, run_ranks
+from harness import Footprint, as_another_user, leftovers, run_ranks
 from rollout_checks import (
     abort_and_flush,
     another_process_asks_while_the_engine_sleeps,
@@ -373,11 +378,56 @@ def saved_and_resumed(world):
     return found
 
 
+def another_user_intrudes(world):
+    """What another user of the machine gets of a running server, with everything known but the key."""
+    if os.getuid() != 0:
+        return None
+    found = {}
+    if world.colo.is_owner:
+        context = world.engine._context
+        runtime, key = context.owned.process.spec.runtime, context.client.api_key
+        folders = (runtime.shared, runtime.temporary)
+        listed = [line.split()[-1] for line in Path("/proc/net/unix").read_text().splitlines()]
+        sockets = [path for path in listed if any(path.startswith(str(folder)) for folder in folders)]
+        processes = [
+            psutil.Process(context.owned.process.pid),
+            *psutil.Process(context.owned.process.pid).children(True),
+        ]
+
+        def status_of(path):
+            connection = http.client.HTTPConnection("127.0.0.1", int(world.engine.url.rpartition(":")[2]), timeout=20)
+            body = json.dumps({"input_ids": [5, 6], "text": None, "abort_all": True})
+            connection.request("POST", path, body, {"Content-Type": "application/json"})
+            return connection.getresponse().status
+
+        def connect_to(path):
+            with socket.socket(socket.AF_UNIX) as one:
+                one.connect(path)
+
+        def command_lines():
+            return [Path(f"/proc/{process.pid}/cmdline").read_text() for process in processes]
+
+        found = {
+            "folders": [as_another_user(lambda one=one: os.listdir(one)) for one in folders],
+            "log": as_another_user(lambda: runtime.log_path.read_text()),
+            "signals": {as_another_user(lambda one=one: one.terminate()) for one in processes},
+            "environments": {as_another_user(lambda one=one: Path(f"/proc/{one.pid}/environ").read_text()) for one in processes},
+            "sockets": {as_another_user(lambda one=one: connect_to(one)) for one in sockets},
+            "num": (len(processes), len(sockets)),
+            "key in a command line": any(key in line for line in as_another_user(command_lines)),
+            "requests": {as_another_user(lambda one=one: status_of(one))
+                         for one in ("/generate", "/abort_request", "/flush_cache", "/update_weights_from_tensor", "/pause_generation")},
+            "connect": as_another_user(lambda: tpcolocate.connect(world.colo.job)),
+        }  # fmt: skip
+    generates = generates_as(world, world.model)
+    return {**found, "generates": generates}
+
+
 CHECKS = [
     launched_from_a_checkpoint, lora_beside_each_other, lora_in_parts_of_fused_projections, lora_of_wrapped_models, lora_refused,
     lora_on_synced_weights, update_group_guards, update_groups, sync_under_requests,
     request_begun_during_a_sync, crossed_calls, sync_before_the_last_rank_has_its_tokens, rollouts_beside_everything, sleep_beside_rollouts, another_process_asks_while_the_engine_sleeps,
-    sync_under_a_pause, abort_and_flush,
+    sync_under_a_pause, abort_and_flush, another_user_intrudes,
     saved_and_resumed, sender_that_leaves,
 ]  # fmt: skip
 
@@ -576,6 +626,21 @@ def test_requests_are_aborted_by_name_or_all_and_the_cache_is_dropped(setup):
             "empty": ("ConfigError", "rid is empty"),
             "mode": ("ConfigError", "unknown mode 'stop'"),
         }
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="two users: only root can become another one")
+def test_another_user_can_neither_read_nor_stop_nor_use_a_running_server(setup):
+    for found in results(setup, another_user_intrudes):
+        assert found.pop("generates")
+        if not found:
+            continue  # a client
+        num_processes, num_sockets = found.pop("num")
+        assert num_processes >= 4 and num_sockets >= 1
+        assert found == {
+            "folders": ["PermissionError"] * 2, "log": "PermissionError", "signals": {"AccessDenied"},
+            "environments": {"PermissionError"}, "sockets": {"PermissionError"}, "key in a command line": False,
+            "requests": {401}, "connect": "RendezvousError",
+        }  # fmt: skip
 
 
 def test_a_run_is_saved_and_resumed_with_its_version(setup):

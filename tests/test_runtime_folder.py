@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from harness import as_another_user
 
 from tpcolocate import runtime_folder
 from tpcolocate.errors import LaunchError
@@ -92,25 +93,6 @@ def test_a_log_in_a_folder_that_cannot_be_made_is_an_error_that_leaves_nothing(f
         RuntimeFolder.make("1-ab", log_path=Path("/proc/nowhere/server.log"))
     assert "log_path" in caught.value.hint
     assert os.listdir(folders[0]) == os.listdir(folders[1]) == []
-
-
-def as_another_user(action):
-    """Run in a process with another user id, and return what it returns."""
-    read_end, write_end = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            os.setgroups([])
-            os.setgid(65534)
-            os.setuid(65534)
-            os.write(write_end, json.dumps(action()).encode())
-        finally:
-            os._exit(0)
-    os.close(write_end)
-    with open(read_end) as file:
-        answer = json.loads(file.read())
-    os.waitpid(pid, 0)
-    return answer
 
 
 def attempts(*actions):
