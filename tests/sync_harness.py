@@ -288,7 +288,8 @@ def _plant_at(planned, number, what, error):
     if number != planned:
         return what, error
     RECORD.num_planted += 1
-    return what, SyncError(f"planted at {what}")
+    # An interrupt keeps its class where it is, and is an error of the library's elsewhere.
+    return what, (SyncError if number % 2 else KeyboardInterrupt)(f"planted at {what}")
 
 
 class RecordingGroup(RankGroup):
@@ -612,6 +613,9 @@ class Engine:
                 source.given(), version=str(self.num_syncs), options=SyncOptions(**options), timeout_s=timeout_s,
                 on_engine_modified=lambda: modified.append(True),
             )  # fmt: skip
+        except KeyboardInterrupt as caught:
+            error = "RankFailedError", f"KeyboardInterrupt: {caught}"  # as the others have it
+            caught.__traceback__ = None
         except Exception as caught:
             error = type(caught).__name__, caught.message if isinstance(caught, TpColocateError) else str(caught)
             caught.__traceback__ = None  # nothing of the trainer's is to be kept by it

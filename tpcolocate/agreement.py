@@ -37,11 +37,9 @@ T = TypeVar("T")
 # One gloo round carries this many bytes per rank.  An ok-or-error or the description of a bucket nearly always fits, so
 # that agreement costs one round (as fast for 16 KiB as for 2) without an exchange of sizes before it.
 _FRAME_BYTES = 8192
-# Before the content: its size, when the rank began to wait, how long it waits at most, and the name of the call, so that
-# ranks in different calls notice it.
-_HEAD = struct.Struct("<Qdd104s")
-# In place of how long a rank waits: it does not, and the content is the error with which it has left the call.
-_HAS_LEFT = -1.0
+# Before the content: its size, when the rank began to wait, how long it waits at most, whether it is past the first step of
+# a call, and the name of the step, so that ranks in different calls notice it.
+_HEAD = struct.Struct("<Qdd?103s")
 # Characters of a value that an error shows.
 _SHOWN = 200
 
@@ -75,9 +73,12 @@ class RankGroup:
         self._pid = os.getpid()
         self._call_lock = threading.Lock()
         self._current_call = ""
+        # Whether the last call ended with an error that every rank raises.
+        self._is_shared = False
+        # Whether this rank is past the first step of a call of several steps.
         self._goes_on = False
-        # Whether the last exchange ended with an error that the other ranks raise as well.
-        self._is_known = False
+        # Whether it has left one there, in which the others may still wait for it.
+        self._is_behind = False
         self._rounds = None if group is None else Rounds(self.members, rank=rank, group=group)
         # torch sorts the ranks of a group and returns results in that order
         self._positions = [sorted(self.ranks).index(r) for r in self.ranks]
@@ -90,39 +91,28 @@ class RankGroup:
         self.group = group
         self._rounds = Rounds(self.members, rank=self.rank, group=group)
 
+    @property
+    def has_shared_error(self) -> bool:
+        """Whether the last call ended with an error that every rank raises, in its own way."""
+        return self._is_shared
+
     @contextmanager
-    def going_on(self, what: str) -> Iterator[None]:
-        """The rest of a call whose first step all ranks have agreed on.
+    def going_on(self) -> Iterator[None]:
+        """The rest of a call of several steps, of which the ranks have agreed on the first.
 
-        A rank that leaves it with an error that the others cannot know, as with an interrupt between two steps, reports
-        that without waiting for them.  Ranks that are in the rest of the call raise it at once; ranks that have left it pass
-        over the report in their next call, which then is the next call of all again.
-
-        Args:
-            what: Name of the call.
+        A rank that leaves it with an error that the others cannot know, as with an interrupt between two steps, does not
+        come to the round in which they wait for it.  They leave it at their deadline, or when this rank makes its next call.
+        That passes over the round, and is the next call of the others too.
         """
         was, self._goes_on = self._goes_on, True
-        self._is_known = False
+        self._is_shared = False
         try:
             yield
-        except BaseException as error:
-            self._report(error, what)
+        except BaseException:
+            self._is_behind = not self._is_shared
             raise
         finally:
             self._goes_on = was
-
-    def _report(self, error: BaseException, what: str) -> None:
-        if self._rounds is None or self._is_known or os.getpid() != self._pid:
-            return
-        if not self._call_lock.acquire(blocking=False):
-            return  # another thread is in a call, which the others see in place of this one
-        try:
-            self._is_known = True
-            data = _Report.of(error, self.rank).fitting(_FRAME_BYTES - _HEAD.size)
-            head = _HEAD.pack(len(data), time.time(), _HAS_LEFT, what.encode())
-            self._rounds.post(_padded(head + data, _FRAME_BYTES))
-        finally:
-            self._call_lock.release()
 
     def all_gather(self, value: T, *, what: str, timeout_s: float | None = None, quiet_s: float = 0.0) -> list[T]:
         """Exchange one picklable value per rank.
@@ -159,7 +149,7 @@ class RankGroup:
         assert self._rounds is not None
         try:
             self._current_call = what
-            self._is_known = False
+            self._is_shared = False
             call = Call(
                 what=what,
                 began=time.time(),
@@ -169,8 +159,8 @@ class RankGroup:
                 quiet_s=quiet_s,
             )
             return self._exchange(data, call, self._rounds)
-        except TpColocateError:
-            self._is_known = True
+        except RankLostError:
+            self._is_shared = True
             raise
         finally:
             self._call_lock.release()
@@ -191,17 +181,22 @@ class RankGroup:
 
     def _exchange(self, data: bytes, call: Call, rounds: Rounds) -> list[bytes]:
         limit_s = math.inf if call.is_patient else call.deadline.timeout_s
-        head = _HEAD.pack(len(data), call.began, limit_s, call.what.encode())
+        head = _HEAD.pack(len(data), call.began, limit_s, self._goes_on, call.what.encode())
         inline = _padded(head + data[: _FRAME_BYTES - _HEAD.size], _FRAME_BYTES)
         while True:
+            is_behind, self._is_behind = self._is_behind, False
             frames = [frame.numpy().tobytes() for frame in rounds.exchange(inline, (call.what, data, 0), call)]
             heads = [_HEAD.unpack_from(frame) for frame in frames]
-            waits = [(began, limit) for _, began, limit, _ in heads if limit != _HAS_LEFT]
-            rounds.check_not_given_up(waits)
-            if all(limit != _HAS_LEFT for _, _, limit, _ in heads):
+            waits = [(began, limit) for _, began, limit, *_ in heads]
+            others_go_on = any(goes_on for _, _, _, goes_on, _ in heads)
+            try:
+                rounds.check_not_given_up(waits)
+                self._check_same_call([name.rstrip(b"\0") for *_, name in heads])
                 break
-            self._raise_reports(heads, frames)
-        self._check_same_call([name.rstrip(b"\0") for *_, name in heads])
+            except RankLostError as error:
+                if not is_behind or self._goes_on or not others_go_on:
+                    raise
+                logger.info("rank %d passes over a round of a call that it has left: %s", self.rank, error.message)
         sizes = [size for size, *_ in heads]
         blobs = [frame[_HEAD.size :] for frame in frames]
         if (largest := max(sizes)) > _FRAME_BYTES - _HEAD.size:
@@ -211,18 +206,6 @@ class RankGroup:
             rounds.check_not_given_up(waits)
         blobs = [blob[:size] for blob, size in zip(blobs, sizes)]
         return [blobs[position] for position in self._positions]
-
-    def _raise_reports(self, heads: Sequence[tuple[int, float, float, bytes]], frames: Sequence[bytes]) -> None:
-        """Raise the first error with which a rank has left the call that this rank is still in, if it is in one."""
-        reports: list[tuple[_Report, bytes]] = [
-            (pickle.loads(frame[_HEAD.size : _HEAD.size + size]), name.rstrip(b"\0"))
-            for (size, _, limit, name), frame in zip(heads, frames)
-            if limit == _HAS_LEFT
-        ]
-        first, name = min(reports, key=lambda report: report[0].order)
-        if self._goes_on:
-            raise first.error
-        logger.warning("rank %d had left %r with an error: %s", first.rank, name.decode(errors="replace"), first.error)
 
     def _check_same_call(self, names: list[bytes]) -> None:
         """Check that all ranks are in the same call.  Pure: every rank raises the same error.
@@ -260,6 +243,7 @@ class RankGroup:
             RankLostError, ConfigError: As `all_gather`.
         """
         self._check_process(what)
+        self._is_shared = False
         report = None if error is None else _Report.of(error, self.rank)
         try:
             data = pickle.dumps((report, value))
@@ -272,8 +256,8 @@ class RankGroup:
                 outcomes = [(report, value)]
             else:
                 outcomes = [pickle.loads(blob) for blob in self._all_gather_bytes(data, what, timeout_s)]
-        except TpColocateError as lost:
-            if error is None or not self._is_known:
+        except RankLostError as lost:
+            if error is None:
                 raise
             # This rank has the cause: raise that one.
             error.add_note(f"(not reported to the other ranks: {lost.message})")
@@ -281,7 +265,7 @@ class RankGroup:
         first = min((r for r, _ in outcomes if r is not None), key=lambda r: r.order, default=None)
         if first is None:
             return [outcome for _, outcome in outcomes]  # type: ignore[misc]
-        self._is_known = True
+        self._is_shared = True
         if error is not None and not isinstance(error, Exception):
             raise error  # KeyboardInterrupt and SystemExit keep their class on the rank that got them
         if error is not None and first.rank == self.rank:
@@ -366,14 +350,6 @@ class _Report:
                 details="".join(traceback.format_exception(error)).rstrip(),
             )
         return cls(rank, time.time(), portable)
-
-    def fitting(self, num_bytes: int) -> bytes:
-        """Return it pickled in at most so many bytes, without the error's details and the end of its message if need be."""
-        data = pickle.dumps(self)
-        if len(data) <= num_bytes:
-            return data
-        text = f"{type(self.error).__name__}: {self.error.message}"[: num_bytes // 8]
-        return pickle.dumps(_Report(self.rank, self.time, RankFailedError(text, rank=self.rank)))
 
 
 def _padded(data: bytes, num_bytes: int) -> torch.Tensor:

@@ -159,26 +159,6 @@ class Rounds:
             raise
         return pending.outputs
 
-    def post(self, tensor: torch.Tensor) -> None:
-        """Take part in the next round without waiting for it; does nothing if the group is unusable.
-
-        Args:
-            tensor: As for `exchange`.
-        """
-        if self._broken is not None:
-            return
-        self._interrupted = None  # no call resumes what lies before it
-        self._number += 1
-        outputs = [torch.empty_like(tensor) for _ in self._ranks]
-        options = AllgatherOptions()
-        options.timeout = _GLOO_TIMEOUT
-        try:
-            work = self._group.allgather([outputs], [tensor], options)
-        except RuntimeError as error:
-            logger.debug("rank %d could not tell the others that it left a call: %s", self._rank, error)
-            return
-        _keep_alive(self._group, work, outputs, tensor)
-
     def _wait_for_members(self, pending: _Pending, call: Call) -> None:
         """Wait until a round is complete.
 

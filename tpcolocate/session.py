@@ -340,7 +340,7 @@ class Colocation:
                 restart=restart,
                 closed=self._closed,
             )
-            with self._slice.going_on("launch a server"):
+            with self._slice.going_on():
                 return self._start(launch, log_path, lifecycle)
 
         if self._engines:

@@ -43,7 +43,7 @@ class LoraAdapters:
                 self._check_limits(name, adapter, context.owned.api)
             tensors = [(n, tuple(t.shape), t.dtype, type(t).__name__) for n, t in adapter.tensors.items()]
             must_match |= {"name": name, "config": adapter.config, "tensors": tensors}
-        with context.going_on("load a LoRA adapter"):
+        with context.going_on():
             self._load(name, adapter, timeout_s=timeout_s)
 
     def _load(self, name: str, adapter: Adapter, *, timeout_s: float) -> None:
@@ -109,7 +109,7 @@ class LoraAdapters:
             timeout_s = check_timeout(timeout_s)
             _check_name(name)
             must_match["name"] = name
-        with self._context.going_on("unload a LoRA adapter"):
+        with self._context.going_on():
             self._context.on_owner(
                 f"unload LoRA adapter {name!r}",
                 lambda owned: owned.api.unload_lora(name, timeout_s=timeout_s),

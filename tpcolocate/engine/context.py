@@ -122,11 +122,11 @@ class SliceContext:
         return self.world if self.world is not None and len(self.world) > len(self.group) else self.group
 
     @contextmanager
-    def going_on(self, what: str) -> Iterator[None]:
+    def going_on(self) -> Iterator[None]:
         """The rest of a call, after its first step; see `RankGroup.going_on`."""
         with ExitStack() as stack:
             for group in dict.fromkeys((self.all_slices, self.group)):
-                stack.enter_context(group.going_on(what))
+                stack.enter_context(group.going_on())
             yield
 
     def on_owner(self, what: str, action: Callable[[OwnedServer], T], *, timeout_s: float = 0.0) -> T:

@@ -293,7 +293,7 @@ class Engine:
             # Functions of one name need not be one function; the names that they make are compared with the weights.
             must_match |= {**asdict(replace(options, rename=None)), "weight_version": weight_version}
         version = self._lifecycle.next_version(weight_version)
-        with self._context.going_on("sync weights"):
+        with self._context.going_on():
             with self._lifecycle.weight_update(version, partial=partial) as modified:
                 report = self._context.in_all_slices(
                     "finish the weight sync of all slices",
@@ -565,7 +565,7 @@ class Engine:
                         hint="wait for the answers of generate() on this rank first, or end them with engine.abort_request()",
                     )
 
-            with context.going_on("sleep"):
+            with context.going_on():
 
                 def act(owned: OwnedServer) -> None:
                     if chosen:
@@ -593,7 +593,7 @@ class Engine:
             if chosen:
                 owned.generation.resume_memory(chosen, after, timeout_s=timeout_s)
 
-        with self._context.going_on("wake"):
+        with self._context.going_on():
             self._sync.call_back(timeout_s=timeout_s)
             self._context.on_owner("wake", act, timeout_s=timeout_s)
         self._lifecycle.state = after

@@ -112,7 +112,7 @@ class EngineLife:
             check()
             after = lifecycle.state.restarting()
         lifecycle.state = after  # no request from here on
-        with context.going_on(what):
+        with context.going_on():
             with context.group.together("end the old server"), self._lock:
                 if context.owned is not None:
                     context.owned.process.stop()

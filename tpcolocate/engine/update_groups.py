@@ -37,7 +37,7 @@ class UpdateGroups:
                     f"the server is in an update group named {group.group_name!r}",
                     hint="destroy_weights_update_group() first, or choose another name",
                 )
-        with context.going_on(what):
+        with context.going_on():
             context.on_owner(
                 what,
                 lambda owned: owned.api.init_weights_update_group(timeout_s=timeout_s, **fields),
@@ -52,7 +52,7 @@ class UpdateGroups:
             timeout_s = check_timeout(timeout_s)
             self._check_joined(group_name)
             must_match["group_name"] = group_name
-        with context.going_on(what):
+        with context.going_on():
             context.on_owner(
                 what,
                 lambda owned: owned.api.destroy_weights_update_group(timeout_s=timeout_s, group_name=group_name),
@@ -109,7 +109,7 @@ class UpdateGroups:
             owned.updates.end_sync(version, timeout_s=deadline.left(at_least=_LEAST_S))
 
         with (
-            context.going_on("update weights from a group"),
+            context.going_on(),
             context.lifecycle.weight_update(version, partial=partial) as modified,
         ):
             context.on_owner(

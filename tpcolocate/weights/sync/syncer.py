@@ -113,8 +113,10 @@ class WeightSyncer:
                 report = run_sync(session, source)
         except BaseException as error:
             session.give_up()
-            # Ranks of other slices wait in the same collectives.
-            if isinstance(error, TpColocateError) and not isinstance(error, RankLostError):
+            # Ranks of other slices wait in the same collectives.  A rank with an interrupt that the others know makes them
+            # as those do: one that a rank leaves out would meet with a collective of the training's.
+            is_shared = isinstance(error, TpColocateError) or self.context.group.has_shared_error
+            if is_shared and not isinstance(error, RankLostError):
                 session.schedule.finish()
             _clear_frames(error)
             raise
