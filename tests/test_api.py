@@ -393,6 +393,26 @@ def test_a_server_whose_weights_are_lost_goes_on_with_the_sync_that_brings_them(
     assert PAUSE not in client.paths and client.paths.count(GO_ON) == 1 and client.paths[-1] == GO_ON
 
 
+def test_a_sleep_or_wake_that_only_the_server_has_seen_can_be_made_again():
+    """As after a rank was interrupted before it could agree on it: the state of the engine is that of before."""
+    client = Captured("0.5.20")
+    owner = Owner(client)
+    owner.generation.release_memory(["weights", "kv_cache"], timeout_s=1)
+    client.asked.clear()
+    with pytest.raises(EngineStateError, match="has released their memory"):
+        owner.updates.begin_sync(timeout_s=1)
+    assert RELEASE not in client.paths and PAUSE not in client.paths
+    client.asked.clear()
+    owner.sleep(["weights", "kv_cache"])
+    assert client.paths == [], "it is released"
+    _, after = owner.lifecycle.state.waking(None)
+    owner.generation.resume_memory(["weights", "kv_cache"], after, timeout_s=1)
+    owner.wake(None)
+    assert client.paths.count(RESUME) == 1
+    owner.sync()
+    assert client.paths[-1] == GO_ON
+
+
 def test_sleep_leaves_the_users_pause_alone():
     client = Captured()
     owner = Owner(client)

@@ -44,6 +44,21 @@ _HEAD = struct.Struct("<Qdd?103s")
 _SHOWN = 200
 
 
+@dataclass(slots=True)
+class _Place:
+    """Where a rank is among its calls.
+
+    Attributes:
+        goes_on: It is past the first step of a call of several steps.
+        is_behind: It has left one there, in which the others may still wait for it.
+        has_shared_error: Its last call ended with an error that every rank raises.
+    """
+
+    goes_on: bool = False
+    is_behind: bool = False
+    has_shared_error: bool = False
+
+
 class RankGroup:
     """A group of ranks that exchange values and agree on errors.
 
@@ -73,12 +88,7 @@ class RankGroup:
         self._pid = os.getpid()
         self._call_lock = threading.Lock()
         self._current_call = ""
-        # Whether the last call ended with an error that every rank raises.
-        self._is_shared = False
-        # Whether this rank is past the first step of a call of several steps.
-        self._goes_on = False
-        # Whether it has left one there, in which the others may still wait for it.
-        self._is_behind = False
+        self._place = _Place()
         self._rounds = None if group is None else Rounds(self.members, rank=rank, group=group)
         # torch sorts the ranks of a group and returns results in that order
         self._positions = [sorted(self.ranks).index(r) for r in self.ranks]
@@ -94,7 +104,7 @@ class RankGroup:
     @property
     def has_shared_error(self) -> bool:
         """Whether the last call ended with an error that every rank raises, in its own way."""
-        return self._is_shared
+        return self._place.has_shared_error
 
     @contextmanager
     def going_on(self) -> Iterator[None]:
@@ -104,15 +114,15 @@ class RankGroup:
         come to the round in which they wait for it.  They leave it at their deadline, or when this rank makes its next call.
         That passes over the round, and is the next call of the others too.
         """
-        was, self._goes_on = self._goes_on, True
-        self._is_shared = False
+        was, self._place.goes_on = self._place.goes_on, True
+        self._place.has_shared_error = False
         try:
             yield
         except BaseException:
-            self._is_behind = not self._is_shared
+            self._place.is_behind = not self._place.has_shared_error
             raise
         finally:
-            self._goes_on = was
+            self._place.goes_on = was
 
     def all_gather(self, value: T, *, what: str, timeout_s: float | None = None, quiet_s: float = 0.0) -> list[T]:
         """Exchange one picklable value per rank.
@@ -149,7 +159,7 @@ class RankGroup:
         assert self._rounds is not None
         try:
             self._current_call = what
-            self._is_shared = False
+            self._place.has_shared_error = False
             call = Call(
                 what=what,
                 began=time.time(),
@@ -160,7 +170,7 @@ class RankGroup:
             )
             return self._exchange(data, call, self._rounds)
         except RankLostError:
-            self._is_shared = True
+            self._place.has_shared_error = True
             raise
         finally:
             self._call_lock.release()
@@ -181,10 +191,10 @@ class RankGroup:
 
     def _exchange(self, data: bytes, call: Call, rounds: Rounds) -> list[bytes]:
         limit_s = math.inf if call.is_patient else call.deadline.timeout_s
-        head = _HEAD.pack(len(data), call.began, limit_s, self._goes_on, call.what.encode())
+        head = _HEAD.pack(len(data), call.began, limit_s, self._place.goes_on, call.what.encode())
         inline = _padded(head + data[: _FRAME_BYTES - _HEAD.size], _FRAME_BYTES)
         while True:
-            is_behind, self._is_behind = self._is_behind, False
+            is_behind, self._place.is_behind = self._place.is_behind, False
             frames = [frame.numpy().tobytes() for frame in rounds.exchange(inline, (call.what, data, 0), call)]
             heads = [_HEAD.unpack_from(frame) for frame in frames]
             waits = [(began, limit) for _, began, limit, *_ in heads]
@@ -194,7 +204,7 @@ class RankGroup:
                 self._check_same_call([name.rstrip(b"\0") for *_, name in heads])
                 break
             except RankLostError as error:
-                if not is_behind or self._goes_on or not others_go_on:
+                if not is_behind or self._place.goes_on or not others_go_on:
                     raise
                 logger.info("rank %d passes over a round of a call that it has left: %s", self.rank, error.message)
         sizes = [size for size, *_ in heads]
@@ -243,7 +253,7 @@ class RankGroup:
             RankLostError, ConfigError: As `all_gather`.
         """
         self._check_process(what)
-        self._is_shared = False
+        self._place.has_shared_error = False
         report = None if error is None else _Report.of(error, self.rank)
         try:
             data = pickle.dumps((report, value))
@@ -265,7 +275,7 @@ class RankGroup:
         first = min((r for r, _ in outcomes if r is not None), key=lambda r: r.order, default=None)
         if first is None:
             return [outcome for _, outcome in outcomes]  # type: ignore[misc]
-        self._is_shared = True
+        self._place.has_shared_error = True
         if error is not None and not isinstance(error, Exception):
             raise error  # KeyboardInterrupt and SystemExit keep their class on the rank that got them
         if error is not None and first.rank == self.rank:

@@ -27,6 +27,8 @@ class GenerationHold:
     Attributes:
         paused_for_sleep: Whether generation is paused because memory is released, or was and the weights are not back.
         cache_is_stale: Whether a sync had to leave cache entries of older weights in place.
+        released: Tags of the memory that the server has released.  `State` has what all ranks have seen of that: after a
+            `sleep` or `wake` that another rank left in the middle, as by Ctrl-C, it may be behind.
     """
 
     def __init__(self, api: ServerApi, lifecycle: Lifecycle) -> None:
@@ -34,6 +36,7 @@ class GenerationHold:
         self._lifecycle = lifecycle
         self.paused_for_sleep = False
         self.cache_is_stale = False
+        self.released: frozenset[str] = frozenset()
 
     def hold(self, mode: str, *, timeout_s: float) -> bool:
         """Pause generation unless the user has, or it is paused for sleep; return whether it was done now."""
@@ -93,9 +96,14 @@ class GenerationHold:
     def release_memory(self, tags: Sequence[str], *, timeout_s: float) -> None:
         """Release memory once no request runs; later ones wait in the server until all memory is back.
 
+        What is released already stays so: SGLang would end with an assertion.
+
         Raises:
             DeadlineError: Requests still run.
         """
+        tags = [tag for tag in tags if tag not in self.released]
+        if not tags:
+            return
         deadline = Deadline.after(timeout_s)
         self._wait_until_idle(deadline)
         # With ``abort`` new requests wait where they are taken in, and the scheduler stays idle.  One that came since
@@ -108,19 +116,36 @@ class GenerationHold:
             if self.paused_for_sleep:
                 self.continue_if_allowed(self._lifecycle.state, timeout_s=deadline.left(at_least=LEAST_S))
             raise
+        self.released |= set(tags)
 
     def resume_memory(self, tags: Sequence[str], after: State, *, timeout_s: float) -> None:
         """Resume memory, and let generation go on if the state permits it then.
 
         Args:
-            tags: What to resume.
+            tags: What to resume; what has not been released is left as it is.
             after: The state of the engine once that is done.  If it has lost its weights, a sync lets generation go on.
             timeout_s: In seconds.
         """
         deadline = Deadline.after(timeout_s)
-        self._api.resume_memory(tags, timeout_s=timeout_s)
+        released = [tag for tag in tags if tag in self.released]
+        if released:
+            self._api.resume_memory(released, timeout_s=timeout_s)
+            self.released -= set(released)
         if self.paused_for_sleep:
             self.continue_if_allowed(after, timeout_s=deadline.left(at_least=LEAST_S))
+
+    def check_weights(self) -> None:
+        """Check that there is memory that a sync can write to.
+
+        Raises:
+            EngineStateError: It is released, by a `sleep` that a rank left in the middle.
+        """
+        if "weights" in self.released and "weights" not in self._lifecycle.state.not_awake:
+            raise EngineStateError(
+                "cannot sync weights: the server has released their memory, in a sleep() that one rank left before its end",
+                hint="call sleep() again on every rank, then wake()",
+                url=self._api.client.url,
+            )
 
     def _wait_until_idle(self, deadline: Deadline) -> None:
         while not self._api.drop_cache(timeout_s=deadline.left(at_least=LEAST_S)):

@@ -72,6 +72,7 @@ class WeightUpdates:
             for: SGLang takes up one request after the other, and has been sent this one.  If it takes up the update
             first all the same, it drops the cache once that is over.
         """
+        self._generation.check_weights()
         deadline = Deadline.after(timeout_s)
         # Answered before anything else is asked for: while it does not know of a pause, SGLang keeps an update waiting
         # for the requests in flight.
