@@ -60,17 +60,18 @@ class EngineLife:
         if wait:
             self._meet("shut the engine down", timeout_s)
         problem: EngineError | None = None
-        with self._lock:
-            owned = self._context.owned
-            if owned is not None:
-                try:
-                    owned.process.stop()
-                except EngineError as error:
-                    problem = error
-        if wait:
-            # Not before the server is gone: a counter that is set right while a process still reads would drop below
-            # zero when that reader releases it.
-            self._meet("end the server", timeout_s + SERVER_ENDS_S)
+        with self._context.going_on():
+            with self._lock:
+                owned = self._context.owned
+                if owned is not None:
+                    try:
+                        owned.process.stop()
+                    except EngineError as error:
+                        problem = error
+            if wait:
+                # Not before the server is gone: a counter that is set right while a process still reads would drop below
+                # zero when that reader releases it.
+                self._meet("end the server", timeout_s + SERVER_ENDS_S)
         with self._lock:
             if lifecycle.state.life is not Life.ENDED:
                 self._context.server.disconnect()
@@ -80,7 +81,7 @@ class EngineLife:
             raise problem
 
     def _meet(self, what: str, timeout_s: float) -> None:
-        """Wait for the other ranks, once: after an interruption they have this rank's part of the meeting already."""
+        """Wait for the other ranks, once; a wait that was interrupted is taken up again (see `Rounds.exchange`)."""
         if what in self._met or self._is_alone:
             return
         self._met.add(what)
@@ -89,6 +90,9 @@ class EngineLife:
         except TpColocateError as error:  # or another thread is in a call that they will not come to
             self._is_alone = True
             logger.warning("shutting down without the others: %s", error)
+        except BaseException:
+            self._met.discard(what)
+            raise
 
     # --- another server ----------------------------------------------------------------------------------------------
 
