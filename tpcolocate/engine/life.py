@@ -7,12 +7,16 @@ import os
 import threading
 from collections.abc import Callable
 
+from tpcolocate.deadline import Deadline
 from tpcolocate.engine.context import SERVER_ENDS_S, ServerLink, SliceContext
 from tpcolocate.errors import ConfigError, EngineError, TpColocateError
 from tpcolocate.groups import list_ranks
 from tpcolocate.server.lifecycle import Life, State
 
 logger = logging.getLogger(__name__)
+
+# What ranks have for their last meeting, however long the server took to end.
+_LEAST_S = 1.0
 
 
 class EngineLife:
@@ -60,6 +64,7 @@ class EngineLife:
         if wait:
             self._meet("shut the engine down", timeout_s)
         problem: EngineError | None = None
+        deadline = Deadline.after(timeout_s + SERVER_ENDS_S)
         with self._context.going_on():
             with self._lock:
                 owned = self._context.owned
@@ -71,7 +76,7 @@ class EngineLife:
             if wait:
                 # Not before the server is gone: a counter that is set right while a process still reads would drop below
                 # zero when that reader releases it.
-                self._meet("end the server", timeout_s + SERVER_ENDS_S)
+                self._meet("end the server", deadline.left(at_least=_LEAST_S))
         with self._lock:
             if lifecycle.state.life is not Life.ENDED:
                 self._context.server.disconnect()
