@@ -114,6 +114,9 @@ def test_the_server_starts_answers_and_stops(stand_in):
     server = start(SERVE)
     assert server.url == f"http://127.0.0.1:{ports_of(commands[0])[0]}"
     assert server.client.get("/model_info", timeout_s=5.0) == {}
+    ends = time.monotonic() + 20.0
+    while server.pid is None and time.monotonic() < ends:  # the supervisor reports it while the server starts
+        time.sleep(0.01)
     assert not server.exited() and server.pid is not None
     server.stop()
     assert server.exited() and server.exit_code is not None
