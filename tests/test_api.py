@@ -402,6 +402,7 @@ def test_a_sleep_or_wake_that_only_the_server_has_seen_can_be_made_again():
     with pytest.raises(EngineStateError, match="has released their memory"):
         owner.updates.begin_sync(timeout_s=1)
     assert RELEASE not in client.paths and PAUSE not in client.paths
+    assert GO_ON not in client.paths, "a forward without its weights would end the server"
     client.asked.clear()
     owner.sleep(["weights", "kv_cache"])
     assert client.paths == [], "it is released"

@@ -53,7 +53,7 @@ class GenerationHold:
             timeout_s: In seconds.
             sent: Called once the request has left.
         """
-        if state.lets_generate:
+        if state.lets_generate and not self.released:
             self.continue_generation(timeout_s=timeout_s, sent=sent)
 
     def continue_generation(self, *, timeout_s: float, sent: Callable[[], None] | None = None) -> None:
