@@ -109,12 +109,11 @@ class LoraAdapters:
             timeout_s = check_timeout(timeout_s)
             _check_name(name)
             must_match["name"] = name
-        with self._context.going_on():
-            self._context.on_owner(
-                f"unload LoRA adapter {name!r}",
-                lambda owned: owned.api.unload_lora(name, timeout_s=timeout_s),
-                timeout_s=timeout_s,
-            )
+        self._context.on_owner(
+            f"unload LoRA adapter {name!r}",
+            lambda owned: owned.api.unload_lora(name, timeout_s=timeout_s),
+            timeout_s=timeout_s,
+        )
         self._forget(name)
 
     def _forget(self, name: str) -> None:

@@ -130,7 +130,7 @@ class SliceContext:
             yield
 
     def on_owner(self, what: str, action: Callable[[OwnedServer], T], *, timeout_s: float = 0.0) -> T:
-        """Run `action` on the owner; every rank of the slice returns or raises as it does."""
+        """Run `action` on the owner, past the first step of a call; every rank of the slice returns or raises as it does."""
         self.state.check_open(what)
         owned = self.owned
 
@@ -138,7 +138,8 @@ class SliceContext:
             assert owned is not None
             return action(owned)
 
-        return self.group.run_on(self.owner_rank, act, what=what, timeout_s=timeout_s + self.group.timeout_s)
+        with self.group.going_on():
+            return self.group.run_on(self.owner_rank, act, what=what, timeout_s=timeout_s + self.group.timeout_s)
 
     def in_all_slices(self, what: str, action: Callable[[], T], *, timeout_s: float) -> T:
         """Run an action that this slice agrees on, and fail if it failed in another slice."""

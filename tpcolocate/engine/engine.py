@@ -565,12 +565,11 @@ class Engine:
                         hint="wait for the answers of generate() on this rank first, or end them with engine.abort_request()",
                     )
 
+            def act(owned: OwnedServer) -> None:
+                if chosen:
+                    owned.generation.release_memory(chosen, timeout_s=timeout_s)
+
             with context.going_on():
-
-                def act(owned: OwnedServer) -> None:
-                    if chosen:
-                        owned.generation.release_memory(chosen, timeout_s=timeout_s)
-
                 self._sync.call_back(timeout_s=timeout_s)
                 context.on_owner("sleep", act, timeout_s=timeout_s)
             lifecycle.state = lifecycle.state.slept()

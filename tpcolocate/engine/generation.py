@@ -32,9 +32,8 @@ class GenerationControl:
             if mode == "in_place":
                 _warn_of_watchdog(owned.api.info.get("watchdog_timeout"))
 
-        with context.going_on():
-            if after != context.state:
-                context.on_owner(what, act, timeout_s=timeout_s)
+        if after != context.state:
+            context.on_owner(what, act, timeout_s=timeout_s)
         context.lifecycle.state = after
 
     def go_on(self, *, timeout_s: float) -> None:
@@ -42,11 +41,10 @@ class GenerationControl:
         with context.group.together(what):
             timeout_s = check_timeout(timeout_s)
             after = context.state.continuing()
-        with context.going_on():
-            if after != context.state:
-                context.on_owner(
-                    what, lambda owned: owned.generation.continue_generation(timeout_s=timeout_s), timeout_s=timeout_s
-                )
+        if after != context.state:
+            context.on_owner(
+                what, lambda owned: owned.generation.continue_generation(timeout_s=timeout_s), timeout_s=timeout_s
+            )
         context.lifecycle.state = after
 
     def abort(self, rid: str | None, *, timeout_s: float) -> None:
@@ -67,8 +65,7 @@ class GenerationControl:
                 raise EngineStateError(
                     "cannot flush the cache while its memory is released", hint='call wake(["kv_cache"]) first'
                 )
-        with context.going_on():
-            context.on_owner(what, lambda owned: owned.generation.flush_cache(timeout_s=timeout_s), timeout_s=timeout_s)
+        context.on_owner(what, lambda owned: owned.generation.flush_cache(timeout_s=timeout_s), timeout_s=timeout_s)
 
     def warn_of_stale_cache(self) -> str | None:
         """Return, and log, a warning if the last sync could not drop the cache; only a pause in place can keep it.

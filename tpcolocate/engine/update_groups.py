@@ -37,12 +37,11 @@ class UpdateGroups:
                     f"the server is in an update group named {group.group_name!r}",
                     hint="destroy_weights_update_group() first, or choose another name",
                 )
-        with context.going_on():
-            context.on_owner(
-                what,
-                lambda owned: owned.api.init_weights_update_group(timeout_s=timeout_s, **fields),
-                timeout_s=timeout_s,
-            )
+        context.on_owner(
+            what,
+            lambda owned: owned.api.init_weights_update_group(timeout_s=timeout_s, **fields),
+            timeout_s=timeout_s,
+        )
         self._names.add(group.group_name)
 
     def leave(self, group_name: str, *, timeout_s: float) -> None:
@@ -52,12 +51,11 @@ class UpdateGroups:
             timeout_s = check_timeout(timeout_s)
             self._check_joined(group_name)
             must_match["group_name"] = group_name
-        with context.going_on():
-            context.on_owner(
-                what,
-                lambda owned: owned.api.destroy_weights_update_group(timeout_s=timeout_s, group_name=group_name),
-                timeout_s=timeout_s,
-            )
+        context.on_owner(
+            what,
+            lambda owned: owned.api.destroy_weights_update_group(timeout_s=timeout_s, group_name=group_name),
+            timeout_s=timeout_s,
+        )
         self._names.remove(group_name)
 
     def update(
