@@ -244,6 +244,25 @@ def the_trainer_drops_its_model(world, memory):
     return found, alive, expired, after, ended(world, engine)
 
 
+def buckets_take_the_place(world, fails=None):
+    """A full sync that maps nothing, of other weights, after those that were mapped; then these again.
+
+    Args:
+        world: Where.
+        fails: Number of the agreement, in the second slice, at which the sync that maps nothing fails; None: it does not.
+    """
+    engine, sharded, other = Engine(world), Source("FSDP2", KEPT, TP), Source("generator", KEPT, TP)
+    found = [synced(world, engine, sharded, 3)]
+    other.train()
+    fault = ("agreement", fails) if fails is not None and world.rank == 2 else None
+    buckets = engine.run(other, fault=fault)
+    world.gather(None)  # the other slice may be behind
+    engine.sync.state.mappings.forget_released()
+    state = state_of(world, engine)
+    found.append(synced(world, engine, sharded, 4))
+    return {"syncs": found, "buckets": (buckets, state), "out": ended(world, engine)}
+
+
 # --- many syncs ----------------------------------------------------------------------------------------------------------
 
 MANY = [
@@ -297,6 +316,8 @@ SCENARIOS = {
     "failure in a repeated sync": a_repeated_sync_fails_where_ranks_do_not_agree,
     "replaced": some_ranks_replace_their_parameters,
     "another source": the_source_is_another_and_back,
+    "buckets": buckets_take_the_place,
+    **{f"buckets fail at agreement {n}": functools.partial(buckets_take_the_place, fails=n) for n in (0, 4, 8)},
     "called back": memory_is_called_back,
     "dropped": functools.partial(the_trainer_drops_its_model, memory=KEPT),
     "dropped, staged": functools.partial(the_trainer_drops_its_model, memory="staged"),
@@ -530,6 +551,31 @@ def test_another_source_takes_the_place_of_what_was_mapped(seen):
         assert last[0] == last[2] == last[4] and last[1] == last[3]
         assert last[1][2] == 0, "what the other slice and rank gave was let go"
     assert out == (0,) * RANKS
+
+
+@scenarios("buckets")
+def test_a_full_sync_that_maps_nothing_unmaps_everything_in_all_slices(seen):
+    for of_rank in seen:
+        synced, state = of_rank["buckets"]
+        assert synced.error is None and synced.differing == []
+        regions = {key: state[key] for key in ("out", "retired", "regions of this rank", "regions of others")}
+        assert set(regions.values()) == {0}, regions
+    check_good(*(of_rank["syncs"][0] for of_rank in seen))
+    check_good(*(of_rank["syncs"][1] for of_rank in seen))
+    for of_rank in seen:
+        before, after = of_rank["syncs"]
+        assert steady(after[-1][1]) == steady(before[-1][1])
+    assert [of_rank["out"] for of_rank in seen] == [0] * RANKS
+
+
+@scenarios(*(f"buckets fail at agreement {n}" for n in (0, 4, 8)))
+def test_a_slice_that_fails_before_it_unmaps_maps_anew(seen):
+    assert [of_rank["buckets"][0].error is None for of_rank in seen] == [True, True, False, False]
+    check_good(*(of_rank["syncs"][1] for of_rank in seen))
+    for of_rank in seen:
+        before, after = of_rank["syncs"]
+        assert steady(after[-1][1]) == steady(before[-1][1])
+    assert [of_rank["out"] for of_rank in seen] == [0] * RANKS
 
 
 @scenarios("called back")

@@ -372,6 +372,31 @@ def _stop_mapping(session: SyncSession, problem: str) -> None:
     state.mappings.reclaim(layout.slice_ranks)
 
 
+def unmap_all(session: SyncSession) -> None:
+    """Have the workers of this slice unmap what they map from sync to sync: it belongs to other weights than this sync's.
+
+    Collective: over the slice.  The other slices, which sync the same weights, do so by themselves, and what they map of
+    this rank's memory comes back when they have.
+    """
+    state, slice_ranks = session.state, set(session.context.layout.slice_ranks)
+    if not state.mapped.names:
+        return
+    # Ranks of other slices that do not come so far must not take it for mapped: the next mapping is made anew everywhere.
+    was_trusted, state.mapped.is_trusted = state.mapped.is_trusted, False
+    session.ask_all("release the trainer's memory", ReleaseStaging(mapped=True))
+    state.mapped.names = frozenset()
+    state.mapped.peer_regions.clear()
+    mappings = state.mappings
+    mappings.retire(mappings.all())
+    if not was_trusted:
+        for one in mappings.retired:
+            one.reclaim(slice_ranks)  # some may never have been opened
+    released = [one for one in mappings.retired if slice_ranks.issuperset(one.handles)]
+    deadline = session.deadline.within(RELEASE_S)
+    session.together("take the trainer's memory back", lambda: wait_unmapped(session.context, released, deadline))
+    mappings.forget(released)
+
+
 def release_commands(of_ranks: Sequence[Sequence[str]]) -> list[Addressed]:
     """Return commands that release regions, by TP rank."""
     return [Addressed(k, RunProgram(release=names)) for k, names in enumerate(of_ranks)]
@@ -393,4 +418,4 @@ def wait_unmapped(context: SliceContext, old: Sequence[PersistentMapping], deadl
         time.sleep(_POLL_S)
 
 
-__all__ = ["map_and_plan", "release_commands", "wait_unmapped"]
+__all__ = ["map_and_plan", "release_commands", "unmap_all", "wait_unmapped"]

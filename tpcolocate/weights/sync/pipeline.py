@@ -12,6 +12,7 @@ from tpcolocate.weights.sources.named_weights import Source
 from tpcolocate.weights.sync.buckets import largest_bytes, send_buckets, send_stream
 from tpcolocate.weights.sync.completeness import check_after_trace, ties_to_check
 from tpcolocate.weights.sync.finish import finish
+from tpcolocate.weights.sync.mapping import unmap_all
 from tpcolocate.weights.sync.mesh_calls import left_of
 from tpcolocate.weights.sync.opening import open_sync
 from tpcolocate.weights.sync.preflight import choose_sender
@@ -49,6 +50,8 @@ def run_sync(session: SyncSession, source: Source) -> SyncReport:
         route = route if holds else without_transfer(route)
     if not route.shards:
         session.transient.reclaim()  # exported in vain
+        if not session.options.partial:
+            unmap_all(session)
     if route.shards:
         plan = transfer(session, prepared, opened, route, traced=traced)
     if items is None:
