@@ -239,8 +239,9 @@ class Attempt:
             if self._all_are_well("launch"):
                 self._call("sync")
             return
-        if self._all_are_well(None):
-            self._call("sync")
+        for call in ("sync", "generate"):  # a sync needs no detokenizer
+            if self._all_are_well(None):
+                self._call(call)
 
     def _all_are_well(self, call: str | None) -> bool:
         of_call = [one for one in self.shown if call is None or one["call"] == call]
