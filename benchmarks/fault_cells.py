@@ -26,7 +26,7 @@ SERVER_ENDS_S = 40.0
 MARGIN_S = 2.0
 LIMITS_S: Mapping[str, float] = {
     "init": GROUP_S,
-    "launch": HEALTH_S + GROUP_S,  # for the server, and for the ranks
+    "launch": HEALTH_S + GROUP_S + SERVER_ENDS_S,  # for the server, for the ranks, and for the end of what was started
     "generate": GENERATE_S,
     # Ranks that have met have the timeout of the sync; those that wait for one that never comes have the group's.
     "sync": SYNC_S,
