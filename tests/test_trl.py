@@ -154,6 +154,10 @@ def grpo_with_lora(world):
     return trained(world, "grpo", lora=True)
 
 
+def grpo_with_lora_under_fsdp2(world):
+    return trained(world, "grpo", shards=True, lora=True)
+
+
 def top_logprobs_beside_the_sampled_tokens(world):
     """What the trainers that compare with a teacher ask for."""
     from tpcolocate.trl.generation import SGLangGeneration
@@ -284,6 +288,7 @@ CHECKS = (
     grpo_under_fsdp2,
     rloo_under_fsdp2_without_logprobs,
     grpo_with_lora,
+    grpo_with_lora_under_fsdp2,
     top_logprobs_beside_the_sampled_tokens,
     a_callback_of_the_trainer,
     grpo_with_sleep,
@@ -365,6 +370,12 @@ def test_rloo_wants_no_logprobs(found):
 def test_grpo_with_a_lora(found):
     for result in found(grpo_with_lora):
         assert_sampled_as_trained(result)
+
+
+def test_grpo_with_a_lora_under_fsdp2_of_accelerate(found):
+    for result in found(grpo_with_lora_under_fsdp2):
+        assert_sampled_as_trained(result)
+        assert result["sharded"]
 
 
 def test_grpo_with_sleep_mode(found):
