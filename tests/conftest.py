@@ -2,6 +2,7 @@
 
 import gc
 import os
+from pathlib import Path
 
 import harness
 import pytest
@@ -19,6 +20,8 @@ LONGEST_FIRST = (
     "test_kernels.py",
     "test_peer_reads.py",
 )
+# Its sitecustomize.py makes the starts of servers on the CPU three times as fast.
+FORKED_SERVER = Path(__file__).with_name("forked_server")
 
 
 def pytest_configure():
@@ -71,6 +74,7 @@ def _session_ground():
         for name in list(os.environ):
             if harness.is_scrubbed(name) and name != "OMP_NUM_THREADS":
                 patch.delenv(name)
+        patch.setenv("PYTHONPATH", str(FORKED_SERVER), prepend=os.pathsep)
         harness.tag_session()
         before = harness.Footprint.now()
         yield

@@ -43,6 +43,12 @@ def test_others_get_none():
     assert run_ranks(sees, 1, init_group=False) == [[None, None, None, "0"]]
     assert not any(name in os.environ for name in NAMES)
 """
+STARTS_PROCESSES = """
+import gc, multiprocessing, os
+first = gc.isenabled()
+multiprocessing.set_start_method("spawn", force=True)
+print(os.environ.get("PYTHONPATH"), multiprocessing.get_start_method(), first, gc.isenabled())
+"""
 
 
 def run_pytest(folder, source, *options, env=None):
@@ -89,3 +95,21 @@ def test_gpu_tests_keep_to_the_devices_that_the_session_was_given(tmp_path):
     }
     done = run_pytest(tmp_path, GPU_ENVIRONMENT_TESTS, env=given)
     assert done.returncode == 0 and "2 passed" in done.stdout, done.stdout
+
+
+@pytest.mark.parametrize("env, module, expected", [
+    ({"SGLANG_USE_CPU_ENGINE": "1"}, "sglang.launch_server", "fork False True"),
+    ({"SGLANG_USE_CPU_ENGINE": "1", "TPC_TEST_START_METHOD": "spawn"}, "sglang.launch_server", "spawn True True"),
+    ({}, "sglang.launch_server", "spawn True True"),
+    ({"SGLANG_USE_CPU_ENGINE": "1"}, "sglang.other", "spawn True True"),
+])  # fmt: skip
+def test_only_a_cpu_server_of_the_tests_forks_its_processes(tmp_path, env, module, expected):
+    (tmp_path / "sglang").mkdir()
+    (tmp_path / "sglang" / "__init__.py").touch()
+    (tmp_path / "sglang" / f"{module.rpartition('.')[2]}.py").write_text(STARTS_PROCESSES)
+    path = os.pathsep.join([str(tmp_path), os.environ["PYTHONPATH"]])
+    done = subprocess.run(
+        [sys.executable, "-m", module], env=os.environ | env | {"PYTHONPATH": path},
+        capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    assert str(conftest.FORKED_SERVER) in done.stdout and expected in done.stdout

@@ -656,6 +656,8 @@ SETUPS = {
     ),
     "llama-untied-tp1": ("llama", False, 1, 1, [*TOKENS, twenty_syncs]),
 }
+# Its server's processes are started as users have them, not as forks: see forked_server/.
+SPAWNED = "qwen3-untied-tp2"
 
 
 def setups_with(*checks):
@@ -670,7 +672,9 @@ def setup(request, tiny_model_dir):
     """(tp_size, what every rank found, what the set-up left behind)."""
     family, tie, tp_size, world, checks = SETUPS[request.param]
     before = Footprint.now()
-    found = run_ranks(drive, world, str(tiny_model_dir(family=family, tie=tie)), tp_size, checks, timeout_s=1200)
+    model_dir = str(tiny_model_dir(family=family, tie=tie))
+    env = {"TPC_TEST_START_METHOD": "spawn"} if request.param == SPAWNED else None
+    found = run_ranks(drive, world, model_dir, tp_size, checks, env=env, timeout_s=1200)
     return tp_size, found, leftovers(before)
 
 

@@ -635,7 +635,8 @@ def test_another_user_can_neither_read_nor_stop_nor_use_a_running_server(setup):
         if not found:
             continue  # a client
         num_processes, num_sockets = found.pop("num")
-        assert num_processes >= 4 and num_sockets >= 1
+        # its main process, the schedulers, the detokenizer
+        assert num_processes >= 2 + setup[0] and num_sockets >= 1
         assert found == {
             "folders": ["PermissionError"] * 2, "log": "PermissionError", "signals": {"AccessDenied"},
             "environments": {"PermissionError"}, "sockets": {"PermissionError"}, "key in a command line": False,
