@@ -2,10 +2,12 @@
 
 import gc
 import os
+import sys
 from pathlib import Path
 
 import harness
 import pytest
+import pytest_timeout
 from hypothesis import settings
 
 _GPU_COMMAND = "make test PYTEST_ARGS='-m gpu', on a machine with CUDA devices and a CUDA build of SGLang"
@@ -15,10 +17,25 @@ _NO_GPU = "no CUDA device here"
 # Where processes share the tests, file by file, these go first, the longest one at the head: a long file that was
 # begun last would leave the other processes without work.
 LONGEST_FIRST = (
+    "test_engine.py",
     "test_sync_transcript.py",
+    "test_engine_calls.py",
+    "test_examples.py",
+    "test_fault_matrix.py",
+    "test_trl.py",
+    "test_faults.py",
+    "test_elastic.py",
+    "test_snippets.py",
+    "test_peer_reads.py",
+    "test_trainers.py",
+    "test_engine_restart.py",
+    "test_engine_releases.py",
+    "test_bench.py",
+    "test_doctor_command.py",
+    "test_docs.py",
     "test_transfer.py",
     "test_kernels.py",
-    "test_peer_reads.py",
+    "test_engine_checkpoints.py",
 )
 # Its sitecustomize.py makes the starts of servers on the CPU three times as fast.
 FORKED_SERVER = Path(__file__).with_name("forked_server")
@@ -43,6 +60,29 @@ def pytest_collection_modifyitems(config, items):
     if gpu_items and not _has_cuda():
         for item in gpu_items:
             item.add_marker(pytest.mark.skip(reason=_NO_GPU))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_handlecrashitem(crashitem, sched):
+    """Run a test that ended its process no second time: another process gets the rest of the file, not this test.
+
+    pytest-xdist would start it again in one process after the other; a test that hangs ends each at its timeout.
+    """
+    for tests in sched.workqueue.values():
+        if crashitem in tests:
+            tests[crashitem] = True
+
+
+def pytest_sessionstart(session):
+    if hasattr(session.config, "workerinput"):
+        # What it prints before it ends the process: a process of pytest-xdist has no standard output.
+        timeout_timer = pytest_timeout.timeout_timer
+
+        def dump_to_stderr(item, settings):
+            item.config.get_terminal_writer()._file = sys.__stderr__
+            timeout_timer(item, settings)
+
+        pytest_timeout.timeout_timer = dump_to_stderr
 
 
 def pytest_collection_finish():

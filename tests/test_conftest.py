@@ -43,6 +43,13 @@ def test_others_get_none():
     assert run_ranks(sees, 1, init_group=False) == [[None, None, None, "0"]]
     assert not any(name in os.environ for name in NAMES)
 """
+HANGING_TESTS = """
+import time, pytest
+@pytest.mark.timeout(2, method="thread")
+def test_hangs(): time.sleep(60)
+def test_next(): pass
+"""
+
 STARTS_PROCESSES = """
 import gc, multiprocessing, os
 first = gc.isenabled()
@@ -67,6 +74,13 @@ def test_the_summary_counts_gpu_tests_that_did_not_run(tmp_path, options, num_li
     assert len(found) == num_lines
     assert all(line.startswith("GPU tests: 3 not run (no CUDA device here); run them with ") for line in found)
     assert done.returncode == 0 and "1 passed" in done.stdout
+
+
+def test_a_test_that_hangs_ends_its_process_once_with_a_dump_and_the_others_run(tmp_path):
+    done = run_pytest(tmp_path, HANGING_TESTS, "-n", "2", "--dist", "loadfile")
+    assert done.returncode == 1 and "1 failed, 1 passed" in done.stdout, done.stdout
+    assert "crashed while running 'test_some.py::test_hangs'" in done.stdout
+    assert "Timeout" in done.stdout + done.stderr and "time.sleep(60)" in done.stdout + done.stderr
 
 
 def test_every_file_that_goes_first_is_there():
