@@ -254,6 +254,7 @@ def buckets_take_the_place(world, fails=None):
     engine, sharded, other = Engine(world), Source("FSDP2", KEPT, TP), Source("generator", KEPT, TP)
     found = [synced(world, engine, sharded, 3)]
     other.train()
+    world.gather(None)  # it has nothing to do with other slices, which may not have looked at their handles yet
     fault = ("agreement", fails) if fails is not None and world.rank == 2 else None
     buckets = engine.run(other, fault=fault)
     world.gather(None)  # the other slice may be behind
