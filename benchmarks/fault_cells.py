@@ -21,7 +21,7 @@ SERVER_PROCESSES = ("server main process", "TP worker", "detokenizer", "supervis
 VICTIMS = (*RANKS, *SERVER_PROCESSES)
 
 # The timeouts that the ranks pass, in seconds; a survivor may take as long as its call documents, and `MARGIN_S` more.
-GROUP_S, HEALTH_S, GENERATE_S, SYNC_S, SLEEP_S, SHUTDOWN_S = 20.0, 240.0, 20.0, 20.0, 20.0, 20.0
+GROUP_S, HEALTH_S, GENERATE_S, SYNC_S, SLEEP_S, SHUTDOWN_S = 20.0, 100.0, 20.0, 20.0, 20.0, 20.0
 SERVER_ENDS_S = 40.0
 MARGIN_S = 2.0
 LIMITS_S: Mapping[str, float] = {

@@ -357,9 +357,11 @@ def test_a_trainer_that_is_killed_while_the_server_starts_leaves_nothing(tmp_pat
 
 def test_a_log_that_cannot_be_opened_is_an_error_that_names_it(stand_in, tmp_path):
     start, _ = stand_in
-    with pytest.raises(LaunchError, match="could not be started: IsADirectoryError") as caught:
-        start(SERVE, log_path=tmp_path)
-    assert str(tmp_path) in caught.value.message and "log_path=" in caught.value.hint
+    path = tmp_path / "server.log"
+    path.symlink_to("/nowhere/server.log")
+    with pytest.raises(LaunchError, match="could not be started: FileNotFoundError") as caught:
+        start(SERVE, log_path=path)
+    assert str(path) in caught.value.message and "log_path=" in caught.value.hint
 
 
 def test_a_supervisor_that_cannot_run_is_an_error_with_its_own_words(stand_in, monkeypatch, tmp_path):

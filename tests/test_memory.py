@@ -37,13 +37,21 @@ def test_a_bucket_is_what_was_asked_for_or_what_fits(limit, free, largest, copie
 @pytest.mark.parametrize("free, largest, copies, words", [
     ([100 * MIB], 81 * MIB, 1, "largest tensor (81 MiB, 1 times at once) does not fit into the 100 MiB that are free on the device of rank 0"),
     ([GIB, 100 * MIB, GIB], 41 * MIB, 2, "largest tensor (41 MiB, 2 times at once) does not fit into the 100 MiB that are free on the device of rank 1"),
-    ([GIB, 0], 1, 1, "0 MiB that are free on the device of rank 1"),
-    ([GIB, 0], 0, 1, "0 MiB that are free on the device of rank 1"),  # sizes are not known, but nothing fits into nothing
+    ([GIB, 0], 1, 1, "0 KiB that are free on the device of rank 1"),
+    ([GIB, 0], 0, 1, "0 KiB that are free on the device of rank 1"),  # sizes are not known, but nothing fits into nothing
 ])  # fmt: skip
 def test_a_tensor_that_fits_nowhere_is_reported_before_anything_is_sent(free, largest, copies, words):
     with pytest.raises(ConfigError) as caught:
         plan_bucket(512 * MIB, dict(enumerate(free)), largest=largest, copies=copies)
     assert words in caught.value.message and "empty_cache" in caught.value.hint
+    with pytest.raises(ConfigError, match="free in /dev/shm and RAM for rank") as caught:
+        plan_bucket(512 * MIB, dict(enumerate(free)), largest=largest, copies=copies, on_cpu=True)
+    assert "--shm-size" in caught.value.hint and "empty_cache" not in caught.value.hint
+
+
+def test_sizes_below_a_mebibyte_are_not_shown_as_none():
+    with pytest.raises(ConfigError, match=r"largest tensor \(60 KiB, 2 times at once\) does not fit into the 100 KiB"):
+        plan_bucket(512 * MIB, {0: 100 * 1024}, largest=60 * 1024, copies=2)
 
 
 @given(

@@ -95,6 +95,14 @@ def test_a_log_in_a_folder_that_cannot_be_made_is_an_error_that_leaves_nothing(f
     assert os.listdir(folders[0]) == os.listdir(folders[1]) == []
 
 
+@pytest.mark.parametrize("path", ["/dev/full", "/dev/null", "/dev/shm"])
+def test_a_log_that_is_no_file_is_refused(folders, path):
+    with pytest.raises(LaunchError, match=f"cannot be {path}") as caught:
+        RuntimeFolder.make("1-ab", log_path=Path(path))
+    assert "log_path" in caught.value.hint
+    assert os.listdir(folders[0]) == os.listdir(folders[1]) == []
+
+
 def attempts(*actions):
     """Return what each action raised, or its result."""
     found = []

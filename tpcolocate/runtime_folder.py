@@ -99,12 +99,18 @@ class RuntimeFolder:
             log_path: The server's log; default: in the folder.
 
         Raises:
-            LaunchError: They cannot be made.
+            LaunchError: They cannot be made, or the log would not be a file.
         """
         shared = folder_of(nonce)
         temporary = Path(tempfile.gettempdir()) / shared.name
         pid, started = this_process()
         made = cls(nonce, shared, temporary, temporary / "server.log" if log_path is None else log_path.absolute())
+        if made.log_path.exists() and not made.log_path.is_file():
+            # A pipe, a terminal or a device: its end cannot be read, and some have none.
+            raise LaunchError(
+                f"the server's log cannot be {made.log_path}, which is no file",
+                hint="log_path= names a file, new or existing, whose end is shown when the server fails",
+            )
         record = OwnerRecord(pid, started, pid_namespace(), nonce, str(temporary), str(made.log_path))
         folders: list[Path] = []
         try:

@@ -139,13 +139,15 @@ def _plan_buckets(
         largest, gathered = cached.largest_bytes, cached.reading_bytes
     else:
         largest, gathered = largest_bytes(weights.items or ()), weights.reading_bytes
+    on_cpu = session.context.device.type == "cpu"
     return plan_bucket(
         session.options.bucket_bytes,
         {rank: view.free_bytes for rank, view in zip(session.context.group.ranks, views, strict=True)},
         largest=largest,
         # Ranks of a CPU slice share one /dev/shm.
-        copies=session.context.tp_size if session.context.device.type == "cpu" else 1,
+        copies=session.context.tp_size if on_cpu else 1,
         gathered=gathered,
+        on_cpu=on_cpu,
     )
 
 

@@ -42,7 +42,9 @@ def allocated_bytes(device: torch.device) -> int:
     return total
 
 
-def plan_bucket(limit: int, free: Mapping[int, int], *, largest: int, copies: int, gathered: int = 0) -> int:
+def plan_bucket(
+    limit: int, free: Mapping[int, int], *, largest: int, copies: int, gathered: int = 0, on_cpu: bool = False
+) -> int:
     """Return the bucket size in bytes that fits on every rank.  Pure.
 
     Args:
@@ -51,6 +53,7 @@ def plan_bucket(limit: int, free: Mapping[int, int], *, largest: int, copies: in
         largest: Size of the largest single tensor, which travels alone if need be; 0 if not known in advance.
         copies: How many times a bucket is allocated at once on one rank.
         gathered: Size of the largest tensor that is gathered beside the bucket before it is copied in.
+        on_cpu: Whether it is shared memory that is free, and not a GPU's.
 
     Raises:
         ConfigError: Not even the largest tensor fits, or nothing at all.
@@ -59,13 +62,23 @@ def plan_bucket(limit: int, free: Mapping[int, int], *, largest: int, copies: in
     least = free[fullest]
     limit_here = (int(least * _USABLE) - gathered) // copies
     if max(largest, 1) > limit_here:
+        what = f"the largest tensor ({_size(largest)}, {copies} times at once)" if largest else "a bucket"
+        if on_cpu:
+            raise ConfigError(
+                f"{what} does not fit into the {_size(least)} that are free in /dev/shm and RAM for rank {fullest}",
+                hint="before sync_weights() remove from /dev/shm what is left there (ls -l /dev/shm), or make it larger: "
+                "--shm-size of docker run, or mount -o remount,size=8G /dev/shm",
+            )
         raise ConfigError(
-            f"the largest tensor ({largest / 2**20:.0f} MiB, {copies} times at once) does not fit into the {least / 2**20:.0f} MiB "
-            f"that are free on the device of rank {fullest}",
+            f"{what} does not fit into the {_size(least)} that are free on the device of rank {fullest}",
             hint="before sync_weights() free memory there: del what a training step leaves, torch.cuda.empty_cache(), and "
             'engine.wake(["weights"]) alone, without the KV cache; or lower mem_fraction_static of launch()',
         )
     return min(limit, limit_here)
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:.0f} MiB" if num_bytes >= 2**20 else f"{num_bytes / 2**10:.0f} KiB"
 
 
 class PeakMemory:
