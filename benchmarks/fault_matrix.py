@@ -25,6 +25,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -509,16 +510,13 @@ def main() -> int:
         model, cores = str(make_tiny_model(folder)), sorted(os.sched_getaffinity(0))
         shares = [cores[i :: options.jobs] for i in range(options.jobs)]
         runners = [Runner(model, keep_logs=options.logs, cores=share) for share in shares]
-        threads = [threading.Thread(target=queue.serve, args=[runner]) for runner in runners]
-        try:
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-        finally:
-            queue.stop()
-            for thread in threads:
-                thread.join()
+        # Not threads by hand: Python 3.11 takes one for ended whose join() a signal has interrupted, and jobs stay behind.
+        with ThreadPoolExecutor(len(runners)) as pool:
+            try:
+                for served in [pool.submit(queue.serve, runner) for runner in runners]:
+                    served.result()
+            finally:
+                queue.stop()
     print(summary(results))
     return 1 if any(result["problems"] for result in results.values()) else 0
 
