@@ -45,6 +45,10 @@ ALIGNMENT = 256
 """In bytes; every tensor of a bucket starts at a multiple, which suits any dtype's view and any copy kernel."""
 
 _SHM = Path("/dev/shm")
+SHARED_MEMORY_HINT = (
+    "before sync_weights() remove from /dev/shm what is left there (ls -l /dev/shm), or make it larger: --shm-size of docker "
+    "run, or mount -o remount,size=8G /dev/shm"
+)
 _CUDA_COUNTER_HEADER_BYTES = 64
 _POLL_INTERVAL_S = 0.0005
 _EMPTY = torch.empty(0, dtype=torch.uint8)
@@ -91,9 +95,17 @@ def allocate(num_bytes: int, device: torch.device) -> torch.Tensor:
 
     On a GPU it comes from the caching allocator and must not lie inside a torch_memory_saver region.  On the CPU it
     is a shared-memory file of its own.
+
+    Raises:
+        ConfigError: /dev/shm is full.
     """
     if device.type == "cpu":
-        storage = torch.UntypedStorage._new_using_filename_cpu(max(num_bytes, 1))
+        try:
+            storage = torch.UntypedStorage._new_using_filename_cpu(max(num_bytes, 1))
+        except RuntimeError as error:
+            raise ConfigError(
+                f"no shared memory for {num_bytes} bytes: {str(error).splitlines()[0]}", hint=SHARED_MEMORY_HINT
+            ) from error
         return torch.empty(0, dtype=torch.uint8).set_(storage)[:num_bytes]
     if num_bytes == 0:
         # A reader maps the one byte, too, and its checksum has to be that of an empty bucket.

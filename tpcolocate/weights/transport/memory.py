@@ -10,6 +10,7 @@ import psutil
 import torch
 
 from tpcolocate.errors import ConfigError
+from tpcolocate.ipc_payload import SHARED_MEMORY_HINT
 
 _SHM = Path("/dev/shm")
 # Fragmentation, the buffers of the collectives and other users of the device take memory too.
@@ -66,8 +67,7 @@ def plan_bucket(
         if on_cpu:
             raise ConfigError(
                 f"{what} does not fit into the {_size(least)} that are free in /dev/shm and RAM for rank {fullest}",
-                hint="before sync_weights() remove from /dev/shm what is left there (ls -l /dev/shm), or make it larger: "
-                "--shm-size of docker run, or mount -o remount,size=8G /dev/shm",
+                hint=SHARED_MEMORY_HINT,
             )
         raise ConfigError(
             f"{what} does not fit into the {_size(least)} that are free on the device of rank {fullest}",
