@@ -23,7 +23,7 @@ import fault_cells
 import record
 from fault_cells import Cell
 from fault_job import ROOT, SHM, Job
-from fault_matrix import Attempt, Runner, sync_and_check
+from fault_runner import Attempt, Runner, sync_and_check
 
 sys.path.append(str(ROOT / "tests"))  # the tiny model is the tests'
 

@@ -14,6 +14,7 @@ sys.path.append(str(ROOT / "benchmarks"))  # behind everything: its scripts are 
 import fault_cells
 import fault_matrix
 import fault_rank
+import fault_runner
 import soak
 from fault_cells import Cell
 
@@ -180,7 +181,7 @@ SPREAD = [
 @pytest.mark.engine
 @pytest.mark.timeout(900)
 def test_a_spread_of_the_matrix(tiny_model_dir, no_leftovers):
-    runner = fault_matrix.Runner(str(tiny_model_dir()))
+    runner = fault_runner.Runner(str(tiny_model_dir()))
     try:
         results = {cell.name: runner.run(cell) for cell in SPREAD}
     finally:
