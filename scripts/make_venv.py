@@ -18,6 +18,7 @@ VENV = os.path.join(ROOT, ".venv")
 VENV_PYTHON = os.path.join(VENV, "bin", "python")
 STAMP = os.path.join(VENV, ".stamp")
 OTHER_ENGINE = os.path.join(VENV, "sglang-0.5.20")  # as requirements/engine-other-nodeps.txt pins it
+OLDEST_ENGINE = os.path.join(VENV, "sglang-0.5.9")  # as requirements/engine-oldest-nodeps.txt pins it
 SITE = os.path.join(VENV, "lib", "python{}.{}".format(*sys.version_info), "site-packages")
 LOG = os.path.join(ROOT, "out", "setup.log")
 PYTHONS = ((3, 11), (3, 12), (3, 13))
@@ -38,6 +39,10 @@ STEPS = (
     (
         "sglang, another release",
         PIP + ("--no-deps", "--target", OTHER_ENGINE, "-r", "requirements/engine-other-nodeps.txt"),
+    ),
+    (
+        "sglang, the oldest",
+        PIP + ("--no-deps", "--target", OLDEST_ENGINE, "-r", "requirements/engine-oldest-nodeps.txt"),
     ),
     ("what the engine imports", PINNED + ("-r", "requirements/engine.txt")),
     ("test tools", PINNED + ("-r", "requirements/tools.txt")),

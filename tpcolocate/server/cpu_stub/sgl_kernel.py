@@ -4,12 +4,15 @@ This folder is put on the PYTHONPATH of the *server* alone, and only if no ``sgl
 
 SGLang's CPU path imports kernels by name in many places (sampler, activations, grammar), but calls none of them with the
 ``torch_native`` attention and ``pytorch`` sampling back ends.  So every name exists here, and calling one is an error.
+Of submodules there is only the one that old releases import without an alternative.
 
 Every process of the server imports this module, so it also patches torch: SGLang's LoRA code requests page-locked
 memory (``pin_memory=True`` and ``Tensor.pin_memory()`` in ``srt/lora``), which torch refuses without an accelerator.
 """
 
 import functools
+import sys
+import types
 
 import torch
 
@@ -43,6 +46,11 @@ def __getattr__(name):
     kernel = globals()[name] = _absent(name)
     return kernel
 
+
+# 0.5.9; to later ones this module is the sign that there are no kernels for host memory.
+_kvcacheio = types.ModuleType(f"{__name__}.kvcacheio")
+_kvcacheio.__getattr__ = __getattr__
+sys.modules[_kvcacheio.__name__] = _kvcacheio
 
 if not torch.accelerator.is_available():
     for _name in _FACTORIES:
