@@ -45,8 +45,13 @@ _FOLDERS = re.compile(r"(?<![\w.:/-])/\w[\w.-]*/(?:[\w.-]+/)*(?=\w)")
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Results of an earlier run; empty if there are none."""
-    return json.loads(path.read_text()) if path.exists() else {"cells": {}}
+    """Results of an earlier run, judged by the limits of now; empty if there are none."""
+    results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"cells": {}}
+    for result in results["cells"].values():
+        if result["status"] == "run":
+            cell = Cell(result["moment"], result["fault"], result["victim"])
+            result["problems"] = fault_cells.problems_of(cell, result)
+    return results
 
 
 def write(path: Path, cells: Mapping[str, Any], load_before: Sequence[float] | None = None) -> None:

@@ -62,12 +62,12 @@ def main():
     dist.init_process_group("gloo")
     model = AutoModelForCausalLM.from_pretrained(model_path)
     seen = {}
+    shm_before = os.listdir(shm)
     with tpcolocate.init(2, device="cpu", timeout_s=120.0) as colo:
         fill(disk)
         log = disk / "server.log"
-        seen["launch"] = outcome(
-            lambda: colo.launch(model_path, log_path=log, health_timeout_s=240.0, **SERVER).sglang_version
-        )
+        with colo.launch(model_path, log_path=log, health_timeout_s=240.0, **SERVER) as engine:
+            seen["launch"] = engine.sglang_version
         if dist.get_rank() == 0:
             (disk / "filler").unlink()
         dist.barrier()
@@ -86,6 +86,9 @@ def main():
             dist.barrier()
             seen["sync, space"] = engine.sync_weights(model).num_verified
             seen["tokens, space"] = tokens(engine, model)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        seen["left in /dev/shm"] = [name for name in os.listdir(shm) if name not in shm_before]
     (folder / f"{dist.get_rank()}.json").write_text(json.dumps(seen))
     dist.destroy_process_group()
 

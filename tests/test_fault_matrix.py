@@ -1,7 +1,6 @@
 """The fault matrix: which cells there are, how a result is judged, and a spread of the cells on a real server."""
 
 import importlib
-import json
 import sys
 from functools import reduce
 from pathlib import Path
@@ -145,7 +144,7 @@ def test_the_page_has_every_cell_and_names_what_was_not_run():
 
 @pytest.mark.quick
 def test_the_page_in_the_documentation_is_that_of_the_recorded_results():
-    assert fault_matrix.PAGE.read_text() == fault_matrix.page(json.loads(fault_matrix.OUT.read_text()))
+    assert fault_matrix.PAGE.read_text() == fault_matrix.page(fault_matrix.read(fault_matrix.OUT))
 
 
 # --- the soak's schedule -----------------------------------------------------------------------------------------------

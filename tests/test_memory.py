@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tpcolocate import ipc_payload
+from tpcolocate.doctor.probe import _Exporter
 from tpcolocate.errors import ConfigError
 from tpcolocate.weights.transport import memory
 from tpcolocate.weights.transport.memory import SlopeAlarm, allocated_bytes, free_bytes, plan_bucket
@@ -47,6 +48,24 @@ def test_a_tensor_that_fits_nowhere_is_reported_before_anything_is_sent(free, la
     with pytest.raises(ConfigError, match="free in /dev/shm and RAM for rank") as caught:
         plan_bucket(512 * MIB, dict(enumerate(free)), largest=largest, copies=copies, on_cpu=True)
     assert "--shm-size" in caught.value.hint and "empty_cache" not in caught.value.hint
+
+
+def test_full_shared_memory_is_an_error_with_what_to_do_and_another_problem_is_torchs(monkeypatch):
+    def refusing(words):
+        def new(num_bytes):
+            raise RuntimeError(f"unable to allocate shared memory(shm) for file </torch_1_2_3>: {words}")
+
+        return new
+
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(torch.UntypedStorage, "_new_using_filename_cpu", refusing("No space left on device (28)"))
+    with pytest.raises(ConfigError, match="no shared memory for 64 bytes: .*No space left") as caught:
+        ipc_payload.allocate(64, cpu)
+    assert "--shm-size" in caught.value.hint
+    assert "No space left" in _Exporter().answer({"export": "cpu"})["error"], "the doctor goes on"
+    monkeypatch.setattr(torch.UntypedStorage, "_new_using_filename_cpu", refusing("Too many open files (24)"))
+    with pytest.raises(RuntimeError, match="Too many open files"):
+        ipc_payload.allocate(64, cpu)
 
 
 def test_sizes_below_a_mebibyte_are_not_shown_as_none():

@@ -19,7 +19,7 @@ from sync_harness import Engine, World, ask, divergences, record_everything, rep
 from sync_models import Source, local_of
 
 from tpcolocate.errors import SyncError
-from tpcolocate.weights.sync import mapping
+from tpcolocate.weights.sync import mapping, mesh_calls
 from tpcolocate.weights.transport.checksums import DirectChecksums
 
 pytestmark = pytest.mark.timeout(500)
@@ -264,6 +264,48 @@ def buckets_take_the_place(world, fails=None):
     return {"syncs": found, "buckets": (buckets, state), "out": ended(world, engine)}
 
 
+def a_rank_cannot_plan(world):
+    """One rank fails in the sync that maps for good, once the workers have mapped."""
+    engine, sharded, other = Engine(world), Source("FSDP2", KEPT, TP), Source("generator", KEPT, TP)
+    found = [synced(world, engine, sharded, 1)]
+    sharded.train()
+
+    def failing(original):
+        planted = []
+
+        def plan(*args, **more):
+            if not planted:
+                planted.append(True)
+                raise RuntimeError("planted in the plan")
+            return original(*args, **more)  # which it tries again, for the collectives of the other slice
+
+        return plan
+
+    with replaced(mesh_calls, "plan_transfer", failing) if world.rank == 3 else contextlib.nullcontext():
+        failed = engine.run(sharded)
+    found.append(synced(world, engine, other, 2))
+    returned = engine.sync.call_back(timeout_s=20.0)
+    found.append(synced(world, engine, sharded, 3))
+    return {"failed": failed, "syncs": found, "returned": returned, "out": ended(world, engine)}
+
+
+def buckets_after_a_failure(world):
+    """Two syncs that map nothing after one that mapped for good and failed in the second slice, at each agreement of it."""
+    trial, sharded = Engine(world), Source("FSDP2", KEPT, TP)
+    agreed = [len(one.record.of("agree")) for one, _ in synced(world, trial, sharded, 2)][1]
+    trial.close()
+    found = []
+    for number in range(agreed):
+        engine, sharded, other = Engine(world), Source("FSDP2", KEPT, TP), Source("generator", KEPT, TP)
+        synced(world, engine, sharded, 1)
+        sharded.train()
+        engine.run(sharded, fault=("agreement", number) if world.rank == 2 else None)
+        world.gather(None)
+        buckets = synced(world, engine, other, 2)
+        found.append((buckets, synced(world, engine, sharded, 4), ended(world, engine)))
+    return found
+
+
 # --- many syncs ----------------------------------------------------------------------------------------------------------
 
 MANY = [
@@ -319,6 +361,8 @@ SCENARIOS = {
     "another source": the_source_is_another_and_back,
     "buckets": buckets_take_the_place,
     **{f"buckets fail at agreement {n}": functools.partial(buckets_take_the_place, fails=n) for n in (0, 4, 8)},
+    "no plan": a_rank_cannot_plan,
+    "buckets after failures": buckets_after_a_failure,
     "called back": memory_is_called_back,
     "dropped": functools.partial(the_trainer_drops_its_model, memory=KEPT),
     "dropped, staged": functools.partial(the_trainer_drops_its_model, memory="staged"),
@@ -577,6 +621,32 @@ def test_a_slice_that_fails_before_it_unmaps_maps_anew(seen):
         before, after = of_rank["syncs"]
         assert steady(after[-1][1]) == steady(before[-1][1])
     assert [of_rank["out"] for of_rank in seen] == [0] * RANKS
+
+
+@scenarios("no plan")
+def test_a_rank_that_knows_of_other_mappings_than_the_rest_does_not_put_them_out_of_step(seen):
+    assert all(of_rank["failed"].error is not None for of_rank in seen[TP:])
+    for number in range(3):
+        check_good(*(of_rank["syncs"][number] for of_rank in seen))
+    for of_rank in seen:
+        regions = [of_rank["syncs"][1][-1][1][f"regions of {whose}"] for whose in ("this rank", "others")]
+        assert regions == [0, 0]
+    assert [of_rank["out"] for of_rank in seen] == [0] * RANKS
+
+
+@scenarios("buckets after failures")
+def test_after_a_failure_in_another_slice_a_sync_that_maps_nothing_unmaps_everything(seen):
+    for number, of_ranks in enumerate(zip(*seen)):
+        buckets, after, out = zip(*of_ranks)
+        check_good(*after)
+        for of_rank in buckets:
+            synced, state = of_rank[-1]
+            assert synced.error is None and synced.differing == [], number
+            assert state["regions of this rank"] == state["regions of others"] == 0, number
+        for of_rank in after:
+            states = [steady(state) for _, state in of_rank]
+            assert states[-1] == states[-2] and all(states[-1]), number
+        assert out == (0,) * RANKS, number
 
 
 @scenarios("called back")

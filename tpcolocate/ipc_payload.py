@@ -21,8 +21,10 @@ Both are pickled without importing sglang, from classes that the unpicklers of S
 from __future__ import annotations
 
 import base64
+import errno
 import inspect
 import json
+import os
 import pickle
 import secrets
 import time
@@ -98,11 +100,14 @@ def allocate(num_bytes: int, device: torch.device) -> torch.Tensor:
 
     Raises:
         ConfigError: /dev/shm is full.
+        RuntimeError: Another reason, in torch's words.
     """
     if device.type == "cpu":
         try:
             storage = torch.UntypedStorage._new_using_filename_cpu(max(num_bytes, 1))
         except RuntimeError as error:
+            if os.strerror(errno.ENOSPC) not in str(error):
+                raise
             raise ConfigError(
                 f"no shared memory for {num_bytes} bytes: {str(error).splitlines()[0]}", hint=SHARED_MEMORY_HINT
             ) from error

@@ -105,7 +105,7 @@ class RuntimeFolder:
         temporary = Path(tempfile.gettempdir()) / shared.name
         pid, started = this_process()
         made = cls(nonce, shared, temporary, temporary / "server.log" if log_path is None else log_path.absolute())
-        if made.log_path.exists() and not made.log_path.is_file():
+        if os.path.exists(made.log_path) and not os.path.isfile(made.log_path):
             # A pipe, a terminal or a device: its end cannot be read, and some have none.
             raise LaunchError(
                 f"the server's log cannot be {made.log_path}, which is no file",

@@ -232,7 +232,7 @@ class _Exporter:
                 torch.cuda.synchronize(device)
             self._handle = export(flat)
             return {"error": None, "handle": self._handle.describe()}
-        except (RuntimeError, OSError) as error:
+        except (TpColocateError, RuntimeError, OSError) as error:
             return {"error": f"memory of {device} cannot be exported: {_short(error)}"}
 
     def _release(self) -> str | None:

@@ -90,6 +90,7 @@ def map_and_plan(session: SyncSession, opened: Opened, route: Route, *, traced: 
         problem = session.schedule.make("mapped", problem)
         error = None
         if problem is None:
+            state.mapped.names = decision.persistent
             error = _take_back(session, decision, groups)
         else:
             _stop_mapping(session, problem)
@@ -101,7 +102,6 @@ def map_and_plan(session: SyncSession, opened: Opened, route: Route, *, traced: 
     if error is not None:
         return error
     if problem is None:
-        state.mapped.names = decision.persistent
         signature = _signature(session, opened, route, uses, places)  # with the regions that were mapped now
     else:
         signature = object()  # equal to no other
@@ -373,28 +373,28 @@ def _stop_mapping(session: SyncSession, problem: str) -> None:
 
 
 def unmap_all(session: SyncSession) -> None:
-    """Have the workers of this slice unmap what they map from sync to sync: it belongs to other weights than this sync's.
+    """Have the workers of this slice unmap what they map from sync to sync, which this sync has no use for.
 
-    Collective: over the slice.  The other slices, which sync the same weights, do so by themselves, and what they map of
-    this rank's memory comes back when they have.
+    Collective: over the slice.  What workers of other slices map of this rank's memory comes back with a sync of theirs.
     """
     state, slice_ranks = session.state, set(session.context.layout.slice_ranks)
-    if not state.mapped.names:
-        return
     # Ranks of other slices that do not come so far must not take it for mapped: the next mapping is made anew everywhere.
     was_trusted, state.mapped.is_trusted = state.mapped.is_trusted, False
-    session.ask_all("release the trainer's memory", ReleaseStaging(mapped=True))
-    state.mapped.names = frozenset()
-    state.mapped.peer_regions.clear()
-    mappings = state.mappings
-    mappings.retire(mappings.all())
-    if not was_trusted:
-        for one in mappings.retired:
-            one.reclaim(slice_ranks)  # some may never have been opened
-    released = [one for one in mappings.retired if slice_ranks.issuperset(one.handles)]
-    deadline = session.deadline.within(RELEASE_S)
-    session.together("take the trainer's memory back", lambda: wait_unmapped(session.context, released, deadline))
-    mappings.forget(released)
+    with session.stats.watch.phase("release"):
+        session.ask_all("release the trainer's memory", ReleaseStaging(mapped=True))
+        state.mapped.names = frozenset()
+        state.mapped.peer_regions.clear()
+        mappings = state.mappings
+        mappings.retire(mappings.all())
+        if not was_trusted:
+            for one in mappings.retired:
+                one.reclaim(slice_ranks)  # some may never have been opened
+        coming_back = [one for one in mappings.retired if slice_ranks.issuperset(one.handles)]
+        try:
+            wait_unmapped(session.context, coming_back, session.deadline.within(RELEASE_S))
+        except DeadlineError as late:  # this sync can do without
+            session.stats.warnings.append(late.message)
+        mappings.forget_released()
 
 
 def release_commands(of_ranks: Sequence[Sequence[str]]) -> list[Addressed]:

@@ -63,9 +63,10 @@ def open_sync(session: SyncSession, source: Source) -> tuple[Prepared, Opened]:
         of_ranks = session.agree(error, _report(session, prepared, greetings), what="prepare a weight sync")
     assert prepared is not None
     views = [view for view, *_ in of_ranks if view is not None]
+    has_mapped = any(has_mapped for *_, has_mapped in of_ranks)
     check_same_weights(session, [(view.digest, view.summary) for view in views])
     check_excerpts(session, [view.excerpt for view in views])
-    _, name, plan_ids, worker_ids = of_ranks[session.context.owner]
+    _, name, plan_ids, worker_ids, _ = of_ranks[session.context.owner]
     is_current = plan_ids is not None and session.state.loader_map.is_current(plan_ids)
     if not is_current:
         session.state.cached_plan = None  # its programs are gone with what the workers had traced
@@ -81,19 +82,24 @@ def open_sync(session: SyncSession, source: Source) -> tuple[Prepared, Opened]:
         ahead,
         "" if worker_ids is None else worker_ids[session.context.tp_rank],
         has_new_replicas=any(view.has_new_replicas for view in views),
+        has_mapped=has_mapped,
     )
 
 
 def _report(
     session: SyncSession, prepared: Prepared | None, greetings: Replies | None
-) -> tuple[RankView | None, str, list[str] | None, list[str] | None]:
-    """What this rank reports to the others: its view, and from the owner the session, the workers' plans and identities."""
+) -> tuple[RankView | None, str, list[str] | None, list[str] | None, bool]:
+    """What this rank reports to the others: its view, from the owner the session and the workers' plans and identities.
+
+    And whether it knows of memory that is mapped: a rank that failed or was interrupted may know of other memory than they.
+    """
     of_workers = None if greetings is None else [greetings[k].result for k in range(session.context.tp_size)]
     return (
         None if prepared is None else prepared.view,
         session.connection.session,
         None if of_workers is None else [one.plan_id for one in of_workers],
         None if of_workers is None else [one.worker_id for one in of_workers],
+        session.state.has_mapped,
     )
 
 

@@ -41,19 +41,19 @@ def run_sync(session: SyncSession, source: Source) -> SyncReport:
         check_after_trace(session, weights)
     if opened.has_new_replicas and sender.transport == "ipc":
         compare_replicas(session, source, weights)
+    route = choose_route(session, prepared, opened, transport=sender.transport)
+    if not route.shards and opened.has_mapped and not session.options.partial:
+        unmap_all(session)
     session.mark_engine_modified()
 
-    route = choose_route(session, prepared, opened, transport=sender.transport)
     samples, sent, plan = BucketsSent(), BucketsSent(), None
     if route.shards and not route.verified:
         holds, samples = verify_samples(session, prepared, opened, route, sender)
         route = route if holds else without_transfer(route)
-    if not route.shards:
-        session.transient.reclaim()  # exported in vain
-        if not session.options.partial:
-            unmap_all(session)
     if route.shards:
         plan = transfer(session, prepared, opened, route, traced=traced)
+    else:
+        session.transient.reclaim()  # exported in vain
     if items is None:
         sent = send_stream(session, sender, weights, opened.bucket_bytes)
     elif not route.repeats and (left := left_of(session, items, route)):

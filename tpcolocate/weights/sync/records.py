@@ -69,6 +69,7 @@ class Opened:
         ahead: The last transfer, prepared in the hope that this sync repeats it.
         worker_id: Identity of this rank's worker.
         has_new_replicas: Whether any rank holds replicas that have not been compared yet.
+        has_mapped: Whether any rank of the slice knows of memory that is mapped from sync to sync.
     """
 
     session: str
@@ -78,6 +79,7 @@ class Opened:
     ahead: Transfer | None
     worker_id: str
     has_new_replicas: bool = False
+    has_mapped: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -113,7 +113,7 @@ class MappedState:
         worker_ids: Global rank -> identity of its worker, for the ranks of the meshes; another one has mapped nothing yet.
         peer_regions: Global rank -> identity of its mappings, and which of them this rank's worker may have mapped.
         reach: Group -> which workers can map which ranks' memory.
-        names: Of the tensors whose memory is mapped; the same on every rank.
+        names: Of the tensors whose memory is mapped; the same on every rank, unless one was interrupted.
         memory_uses: What the ranks of the slice reported last of the memory of their shards.
         problem: Why the engine cannot map the trainer's own memory, if it cannot.
     """
@@ -170,6 +170,11 @@ class EngineState:
     def num_syncs(self) -> int:
         """How many have begun; the same on every rank."""
         return self.history.num_syncs
+
+    @property
+    def has_mapped(self) -> bool:
+        """Whether this rank knows of memory that workers may have mapped, its own or another's; ranks may differ."""
+        return bool(self.mapped.names or self.mapped.peer_regions or self.mappings.retired or len(self.mappings))
 
     def clear_cache(self) -> None:
         """Discard what the last sync left for the next one."""

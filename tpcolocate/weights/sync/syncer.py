@@ -131,13 +131,11 @@ class WeightSyncer:
     def call_back(self, *, timeout_s: float) -> int:
         """Take back mapped memory that the trainer has dropped; until then torch keeps it for the workers that map it.
 
-        Collective: over the slice; does nothing where nothing is mapped.
+        Collective: over the slice.  What is mapped is not asked first: a rank that failed in a sync may know of other memory.
 
         Returns:
             Bytes that this rank has back.
         """
-        if not self.state.mapped.names:
-            return 0
         mappings, slice_ranks = self.state.mappings, self.context.layout.slice_ranks
         expired = mappings.expired()
         what = "take back memory that the engine still maps"
