@@ -59,7 +59,7 @@ def test_full_shared_memory_is_an_error_with_what_to_do_and_another_problem_is_t
 
     cpu = torch.device("cpu")
     monkeypatch.setattr(torch.UntypedStorage, "_new_using_filename_cpu", refusing("No space left on device (28)"))
-    with pytest.raises(ConfigError, match="no shared memory for 64 bytes: .*No space left") as caught:
+    with pytest.raises(ConfigError, match="has no space for 64 bytes: .*No space left") as caught:
         ipc_payload.allocate(64, cpu)
     assert "--shm-size" in caught.value.hint
     assert "No space left" in _Exporter().answer({"export": "cpu"})["error"], "the doctor goes on"

@@ -21,15 +21,17 @@ Both are pickled without importing sglang, from classes that the unpicklers of S
 from __future__ import annotations
 
 import base64
+import contextlib
 import errno
 import inspect
 import json
 import os
 import pickle
+import re
 import secrets
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -103,19 +105,30 @@ def allocate(num_bytes: int, device: torch.device) -> torch.Tensor:
         RuntimeError: Another reason, in torch's words.
     """
     if device.type == "cpu":
-        try:
+        with _shared_memory(num_bytes):
             storage = torch.UntypedStorage._new_using_filename_cpu(max(num_bytes, 1))
-        except RuntimeError as error:
-            if os.strerror(errno.ENOSPC) not in str(error):
-                raise
-            raise ConfigError(
-                f"no shared memory for {num_bytes} bytes: {str(error).splitlines()[0]}", hint=SHARED_MEMORY_HINT
-            ) from error
         return torch.empty(0, dtype=torch.uint8).set_(storage)[:num_bytes]
     if num_bytes == 0:
         # A reader maps the one byte, too, and its checksum has to be that of an empty bucket.
         return torch.zeros(1, dtype=torch.uint8, device=device)[:0]
     return torch.empty(num_bytes, dtype=torch.uint8, device=device)
+
+
+@contextlib.contextmanager
+def _shared_memory(num_bytes: int) -> Iterator[None]:
+    """Have torch make a file of shared memory; raise ConfigError if there is no space for it, and leave none behind."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        # torch makes the file before it takes the space, and leaves it (2.13, MapAllocator.cpp).
+        if (made := re.search(rf"<?/(torch_{os.getpid()}_\d+_\d+)>?", text)) is not None:
+            (_SHM / made[1]).unlink(missing_ok=True)
+        if os.strerror(errno.ENOSPC) not in text:
+            raise
+        raise ConfigError(
+            f"/dev/shm has no space for {num_bytes} bytes: {text.splitlines()[0]}", hint=SHARED_MEMORY_HINT
+        ) from error
 
 
 def view(flat: torch.Tensor, entry: Entry) -> torch.Tensor:
@@ -168,7 +181,8 @@ class CpuHandle(Handle):
 
     def __init__(self, storage: torch.UntypedStorage) -> None:
         super().__init__(storage)
-        self.manager, self.name, self.num_bytes = storage._share_filename_cpu_()
+        with _shared_memory(storage.nbytes()):
+            self.manager, self.name, self.num_bytes = storage._share_filename_cpu_()
         self._file = _SHM / self.name.decode().lstrip("/")
         # The reader's rebuild takes over one count; the other is the producer's own mapping.
         storage._shared_incref()
