@@ -145,13 +145,18 @@ def an_engine_is_started_anew(world, is_killed):
     return found, ended(world, engine)
 
 
+def agreements_of_the_sync_that_maps(world):
+    """How many agreements a slice makes in the sync that maps for good, the second one."""
+    engine = Engine(world)
+    _, (second, _) = synced(world, engine, Source("FSDP2", KEPT, TP), 2)
+    engine.close()
+    return len(second.record.of("agree"))
+
+
 def syncs_fail_in_between(world):
     """In the second slice, at each agreement of the sync that maps for good; a sync after it that is good, and one more."""
-    trial, source = Engine(world), Source("FSDP2", KEPT, TP)
-    agreed = [len(one.record.of("agree")) for one, _ in synced(world, trial, source, 2)][1]
-    trial.close()
     found = []
-    for number in range(agreed):
+    for number in range(agreements_of_the_sync_that_maps(world)):
         engine, source = Engine(world), Source("FSDP2", KEPT, TP)
         synced(world, engine, source, 1)
         source.train()
@@ -291,11 +296,8 @@ def a_rank_cannot_plan(world):
 
 def buckets_after_a_failure(world):
     """Two syncs that map nothing after one that mapped for good and failed in the second slice, at each agreement of it."""
-    trial, sharded = Engine(world), Source("FSDP2", KEPT, TP)
-    agreed = [len(one.record.of("agree")) for one, _ in synced(world, trial, sharded, 2)][1]
-    trial.close()
     found = []
-    for number in range(agreed):
+    for number in range(agreements_of_the_sync_that_maps(world)):
         engine, sharded, other = Engine(world), Source("FSDP2", KEPT, TP), Source("generator", KEPT, TP)
         synced(world, engine, sharded, 1)
         sharded.train()

@@ -122,8 +122,8 @@ def _shared_memory(num_bytes: int) -> Iterator[None]:
     except RuntimeError as error:
         text = str(error)
         # torch makes the file before it takes the space, and leaves it (2.13, MapAllocator.cpp).
-        if (made := re.search(rf"<?/(torch_{os.getpid()}_\d+_\d+)>?", text)) is not None:
-            (_SHM / made[1]).unlink(missing_ok=True)
+        if (made := re.search(rf"torch_{os.getpid()}_\d+_\d+", text)) is not None:
+            (_SHM / made[0]).unlink(missing_ok=True)
         if os.strerror(errno.ENOSPC) not in text:
             raise
         raise ConfigError(
