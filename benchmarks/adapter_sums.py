@@ -1,6 +1,7 @@
 """How fast a LoRA is added to a model, region by region of staging memory, on one GPU and without a server.
 
     python benchmarks/adapter_sums.py --record
+    python benchmarks/adapter_sums.py --tiles 128x8 128x4 64x8 64x2 32x4 --record    # rows and columns x warps
     python benchmarks/adapter_sums.py --device cpu --shape tiny --kinds steps addmm
 
 What a TP worker reads of every adapted projection is put into stages of ``--stage-mib`` one after the other, as a sync does,
@@ -11,7 +12,8 @@ with the device waited for after each:
 * ``addmm``: `torch.addmm`, one for each region (of bfloat16 it rounds twice on some GPUs);
 * ``steps``: peft's product, scaling, sum and cast.
 
-A sample of the regions is compared with float64: how much of them is not the exact sum, rounded once.
+A sample of the regions is compared with float64: how much of them is not the exact sum, rounded once.  How long the GPU alone
+takes for the first stage is measured with all of its work queued behind a kernel that sleeps.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import functools
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,8 @@ from tpcolocate.weights.sources.lazy_tensor import LazyTensor
 from tpcolocate.weights.sources.named_weights import NamedWeights
 
 KINDS = ("together", "kernel", "addmm", "steps")
+_SLEEP_CYCLES = 20_000_000
+"""Some ten milliseconds, in which Python queues a stage."""
 Placed = list[tuple[str, Region, int]]
 """Weight, region and first element of what one stage holds."""
 
@@ -49,6 +53,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--lora-rank", type=int, default=16)
     parser.add_argument("--stage-mib", type=int, default=256)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
+    parser.add_argument("--tiles", nargs="+", default=[], help="other tiles of the kernel, for comparison")
     parser.add_argument("--runs", type=int, default=9)
     parser.add_argument("--record", action="store_true", help="write the result as JSON")
     parser.add_argument("--results", type=Path, default=None)
@@ -86,11 +91,27 @@ def stages_of(weights: dict[str, LazyTensor], num_bytes: int) -> list[Placed]:
     return stages
 
 
+@contextlib.contextmanager
+def tile_of(kind: str) -> Iterator[None]:
+    """Let the kernel have another tile, where a kind is one."""
+    if kind in KINDS:
+        yield
+        return
+    from tpcolocate.weights.sources import low_rank_kernel as kernel
+
+    before = kernel.BLOCK, kernel.NUM_WARPS
+    kernel.BLOCK, kernel.NUM_WARPS = map(int, kind.split("x"))
+    try:
+        yield
+    finally:
+        kernel.BLOCK, kernel.NUM_WARPS = before
+
+
 class Way:
     """One way to fill all stages.
 
     Args:
-        kind: See the module.
+        kind: See the module; or a tile, for ``together`` with another one.
         model: A peft model.
         stage_bytes: Of staging memory.
         device: Of all.
@@ -98,6 +119,7 @@ class Way:
 
     def __init__(self, kind: str, model: torch.nn.Module, stage_bytes: int, device: torch.device) -> None:
         self.kind, self.device = kind, device
+        self.is_together = kind == "together" or kind not in KINDS
         low_rank.adder_for = lambda _: adder(kind)
         self.weights = {name: item for name, item in NamedWeights.of(model) if isinstance(item, LazyTensor)}
         self.stages = stages_of(self.weights, stage_bytes)
@@ -131,12 +153,30 @@ class Way:
     def fill(self, stage: Placed) -> None:
         low_rank.adder_for = lambda _: adder(self.kind)
         with contextlib.ExitStack() as together:
-            for one in self.ingredients if self.kind == "together" else ():
+            together.enter_context(tile_of(self.kind))
+            for one in self.ingredients if self.is_together else ():
                 together.enter_context(one.together())
             for name, region, first in stage:
                 compute = self.shards[name].compute
                 assert compute is not None
                 compute(region, self.memory[first : first + region.volume].view(region.lengths))
+
+    def alone(self) -> float:
+        """Return the milliseconds that the GPU takes for the first stage, the least of a few runs."""
+        for one in self.ingredients:
+            one.gather()
+        found = []
+        for _ in range(7):
+            began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda._sleep(_SLEEP_CYCLES)
+            began.record()  # type: ignore[no-untyped-call]
+            self.fill(self.stages[0])
+            ended.record()  # type: ignore[no-untyped-call]
+            self.wait()
+            found.append(began.elapsed_time(ended))  # type: ignore[no-untyped-call]
+        for one in self.ingredients:
+            one.forget()
+        return float(min(found))
 
     def wait(self) -> None:
         if self.device.type == "cuda":
@@ -174,7 +214,7 @@ def main() -> None:
         for name, parameter in model.named_parameters():
             if ".lora_" in name:  # numbers whose products have to be rounded
                 parameter.data = torch.randn(parameter.shape, device=device) * 0.05
-    ways = {kind: Way(kind, model, args.stage_mib * 2**20, device) for kind in args.kinds}
+    ways = {kind: Way(kind, model, args.stage_mib * 2**20, device) for kind in (*args.kinds, *args.tiles)}
     samples: dict[str, list[tuple[float, float]]] = {kind: [] for kind in ways}
     for number in range(args.runs + 2):
         for kind, way in ways.items():
@@ -182,6 +222,7 @@ def main() -> None:
             if number >= 2:
                 samples[kind].append(found)
     first = next(iter(ways.values()))
+    alone = {kind: round(way.alone(), 4) for kind, way in ways.items()} if device.type == "cuda" else {}
     wrong = {kind: round(way.wrongly_rounded(model), 6) for kind, way in ways.items()}
     print(f"{first.num_bytes / 2**20:.0f} MiB in {len(first.stages)} stages, {sum(map(len, first.stages))} regions")
     for kind, of_kind in samples.items():
@@ -189,7 +230,8 @@ def main() -> None:
         rate = first.num_bytes / fill["median"] / 1e9
         print(
             f"{kind:10} prepare {prepare['median'] * 1e3:7.2f} ms, fill {fill['median'] * 1e3:7.2f} ms "
-            f"({fill['minimum'] * 1e3:.2f} to {fill['maximum'] * 1e3:.2f}), {rate:6.0f} GB/s written, rounded wrongly {wrong[kind]:.4f}"
+            f"({fill['minimum'] * 1e3:.2f} to {fill['maximum'] * 1e3:.2f}), {rate:6.0f} GB/s written, the GPU alone for a stage "
+            f"{alone.get(kind)} ms, rounded wrongly {wrong[kind]:.4f}"
         )
     ours, baseline = args.kinds[0], args.kinds[-1]
     own, theirs = ([a + b for a, b in samples[kind]] for kind in (ours, baseline))
@@ -204,10 +246,11 @@ def main() -> None:
                 comparison=ratio_of_medians(own, theirs),
                 settings={
                     "shape": args.shape, "lora_rank": args.lora_rank, "stage_mib": args.stage_mib, "mib": first.num_bytes / 2**20,
-                    "num_stages": len(first.stages), "num_regions": sum(map(len, first.stages)), "way": ours,
+                    "num_stages": len(first.stages), "num_regions": sum(map(len, first.stages)), "way": ours, "tiles": args.tiles,
                 },
                 checks={
                     "rounded_wrongly": wrong,
+                    "gpu_alone_ms_for_a_stage": alone,
                     "fill_seconds": {kind: summary([b for _, b in of_kind]) for kind, of_kind in samples.items()},
                     "prepare_seconds": {kind: summary([a for a, _ in of_kind]) for kind, of_kind in samples.items()},
                 },

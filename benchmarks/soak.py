@@ -1,6 +1,7 @@
 """Faults one after another under a job that goes on: rollouts beside every sync, and recovery after each fault.
 
     python benchmarks/soak.py --faults 20 --seed 1 --record
+    python benchmarks/soak.py --faults 200 --seed 3 --until 100 --record    # begins no fault after 100 minutes
 
 Each fault is drawn from the seed.  After it the ranks must have an error within their limits, the job must go on (a sync
 again, a relaunch in the same processes, or a new job where a rank is gone), and the engine must generate the trainer's own
@@ -89,10 +90,12 @@ class Soak:
     Args:
         model_dir: What is served.
         syncs_between: Syncs beside rollouts before each fault.
+        ends: When no more faults are begun, on the monotonic clock; None for never.
     """
 
-    def __init__(self, model_dir: str, *, syncs_between: int = _SYNCS_BETWEEN) -> None:
+    def __init__(self, model_dir: str, *, syncs_between: int = _SYNCS_BETWEEN, ends: float | None = None) -> None:
         self.runner = Runner(model_dir)
+        self.ends = ends
         self.syncs_between = syncs_between
         self.found = Found()
         self._seed = 0
@@ -103,8 +106,13 @@ class Soak:
     def run(self, cells: Sequence[Cell]) -> Found:
         """Run all faults of a schedule, whatever goes wrong with one of them."""
         try:
-            for cell in cells:
+            for number, cell in enumerate(cells, 1):
+                if self.ends is not None and time.monotonic() > self.ends:
+                    break
+                known = len(self.found.problems)
                 self._fault(cell)
+                # One line at a time: a run takes hours.
+                print(f"{number}/{len(cells)} {cell.name}", *self.found.problems[known:], sep="\n    ", flush=True)
             if self.runner.job is not None and self.runner.has == "server":
                 self._roll_out_and_sync(self.runner.job)
                 self._end()
@@ -212,14 +220,16 @@ def main() -> int:
     parser.add_argument("--faults", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--syncs", type=int, default=_SYNCS_BETWEEN, help="syncs beside rollouts before each fault")
+    parser.add_argument("--until", type=float, default=None, help="begin no fault after so many minutes")
     parser.add_argument("--record", action="store_true", help="write the result under benchmarks/results")
     options = parser.parse_args()
     from tiny_models import make_tiny_model
 
     load_before = os.getloadavg()
     cells = schedule(options.faults, options.seed)
+    ends = None if options.until is None else time.monotonic() + 60.0 * options.until
     with tempfile.TemporaryDirectory(prefix="tpf-model-") as folder:
-        found = Soak(str(make_tiny_model(folder)), syncs_between=options.syncs).run(cells)
+        found = Soak(str(make_tiny_model(folder)), syncs_between=options.syncs, ends=ends).run(cells)
     problems = found.problems + too_much(found.growth)
     for problem in problems:
         print(problem, file=sys.stderr)

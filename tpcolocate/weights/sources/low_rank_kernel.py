@@ -11,9 +11,10 @@ import triton.language as tl
 from tpcolocate.in_server.tpcolocate_receiver.triton_kernel import BITS, bits_of, float32_of
 from tpcolocate.weights.sources.addition import RANK_MULTIPLE, Addition
 
-BLOCK = 128
+# Of those tried on an H200 the fastest by a third; see benchmarks/README.md.
+BLOCK = 64
 """Rows and columns that one program computes."""
-NUM_WARPS = 8
+NUM_WARPS = 4
 _FIELDS = 11
 _ALIGNMENT = 16
 
