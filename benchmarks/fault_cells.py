@@ -23,6 +23,8 @@ VICTIMS = (*RANKS, *SERVER_PROCESSES)
 # The timeouts that the ranks pass, in seconds; a survivor may take as long as its call documents, and `MARGIN_S` more.
 GROUP_S, HEALTH_S, GENERATE_S, SYNC_S, SLEEP_S, SHUTDOWN_S = 20.0, 100.0, 20.0, 20.0, 20.0, 20.0
 SERVER_ENDS_S = 40.0
+# A rank that leaves a launch by an exception or Ctrl-C says so; the others end what has started of the server.
+LEFT_S = 10.0
 MARGIN_S = 2.0
 LIMITS_S: Mapping[str, float] = {
     "init": GROUP_S,
@@ -167,7 +169,7 @@ def problems_of(cell: Cell, result: Mapping[str, Any]) -> list[str]:
             continue
         if one["outcome"] == "hangs":
             found.append(f"{who} was still waiting after {one['after_s']:.0f} s")
-        elif one["after_s"] > (limit := LIMITS_S[one["call"]]) + MARGIN_S:
+        elif one["after_s"] > (limit := limit_of(cell, one["call"])) + MARGIN_S:
             found.append(f"{who} took {one['after_s']:.1f} s, its limit is {limit:.0f} s")
         if one["outcome"] == "error" and not one["ours"] and one["rank"] != cell.rank:
             found.append(f"{who}: {one['kind']} is no error of this library: {one['message']}")
@@ -188,6 +190,13 @@ def problems_of(cell: Cell, result: Mapping[str, Any]) -> list[str]:
     if result["goes_on"].startswith("no"):
         found.append(f"the job could not go on: {result['goes_on']}")
     return found
+
+
+def limit_of(cell: Cell, call: str) -> float:
+    """Return the longest that a call may take after a fault, in seconds."""
+    if cell.leaves_the_server and cell.moment in ("launch", "publish", "restart") and call in ("launch", "restart"):
+        return LEFT_S
+    return LIMITS_S[call]
 
 
 def waits_as_documented(cell: Cell, call: str) -> bool:
@@ -240,6 +249,6 @@ def _entry(cell: Cell, results: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 __all__ = [
-    "FAULTS", "LIMITS_S", "MARGIN_S", "MOMENTS", "RANKS", "SERVER_PROCESSES", "SYNC_PHASES", "VICTIMS", "Cell", "all_cells",
-    "in_order", "must_be_reported", "priority", "problems_of", "senseless", "short", "table", "waits_as_documented",
+    "FAULTS", "LEFT_S", "LIMITS_S", "MARGIN_S", "MOMENTS", "RANKS", "SERVER_PROCESSES", "SYNC_PHASES", "VICTIMS", "Cell", "all_cells",
+    "in_order", "limit_of", "must_be_reported", "priority", "problems_of", "senseless", "short", "table", "waits_as_documented",
 ]  # fmt: skip

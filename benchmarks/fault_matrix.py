@@ -107,6 +107,7 @@ def page(results: Mapping[str, Any]) -> str:
         "each case with the trainer's own greedy tokens, or with nothing left of the job.",
         "",
         f"A survivor may wait as long as its call documents, and {fault_cells.MARGIN_S:.0f} s more: {limits}.",
+        f"An exception or Ctrl-C on a rank in a launch or a restart ends it on the others within {fault_cells.LEFT_S:.0f} s.",
         "Only before a collective call begins, ranks wait for a stopped one without a limit, with a warning that names it.",
         "",
     ]  # fmt: skip

@@ -447,6 +447,52 @@ def test_a_rank_that_has_left_a_call_in_the_middle_is_in_step_with_the_next_call
             assert outcome == ("interrupted" if rank == interrupted else others), (step, where, rank)
 
 
+def left_alone(rank, plan, pause_s):
+    """As `interrupted_in_a_call`, with a call that ranks make known to have left, and a late rank; also the longest call."""
+    group = group_of(rank, [0, 1, 2], timeout_s=60.0)
+    outcomes, longest = [], 0.0
+    for number, (victim, step, where, late) in enumerate(plan):
+        group.all_gather(None, what="begin")
+        started = time.monotonic()
+        with pytest.MonkeyPatch.context() as patch:
+            interruption = Interruption(patch, group, step if rank == victim else None, where)
+            try:
+                with group.going_on(f"call {number}"):
+                    for interruption.now in range(1, STEPS):
+                        if rank == late and interruption.now == step:
+                            time.sleep(2.5)
+                        interruption.at(interruption.now, "before")
+                        try:
+                            group.agree(None, what=f"step {interruption.now}", timeout_s=30.0)
+                        except errors.RankLostError as lost:
+                            raise (group.error_of_left() or lost) from None
+                        interruption.at(interruption.now, "after")
+                outcomes.append("ok")
+            except KeyboardInterrupt:
+                outcomes.append("interrupted")
+                time.sleep(pause_s)
+            except errors.TpColocateError as error:
+                outcomes.append(f"{type(error).__name__}: {error.message} of {error.rank}")
+        assert group.error_of_left() is None, "outside of the call"
+        longest = max(longest, time.monotonic() - started)
+    return outcomes, longest, group.all_gather(rank, what="go on")
+
+
+@pytest.mark.parametrize("pause_s", [0.0, 3.0], ids=["next call at once", "later"])
+@pytest.mark.parametrize("late", [None, 2], ids=["", "beside a late rank"])
+def test_a_rank_that_leaves_a_call_that_is_watched_takes_the_others_with_it(pause_s, late):
+    plan = []
+    for step, where in ((1, "before"), (1, "in"), (2, "after"), (STEPS - 1, "before")):
+        plan += [(1, step, where, late), (None, None, None, None)]
+    of_ranks = run_ranks(left_alone, 3, plan, pause_s, timeout_s=150)
+    assert [last for *_, last in of_ranks] == [[0, 1, 2]] * 3
+    for (victim, step, where, _), *outcomes in zip(plan, *(found for found, *_ in of_ranks), strict=True):
+        for rank, outcome in enumerate(outcomes):
+            others = "ok" if victim is None else "RankFailedError: KeyboardInterrupt of 1"
+            assert outcome == ("interrupted" if rank == victim else others), (step, where, rank)
+    assert all(longest < 12.0 for _, longest, _ in of_ranks), "long before the deadline of 30 s"
+
+
 def test_a_next_call_that_meets_the_one_that_was_left_fails_alike_on_all_ranks_and_the_one_after_it_works():
     plan = [call for step, where in MOMENTS for call in ((1, step, where), (None, None, None), (None, None, None))]
     of_ranks = run_ranks(interrupted_in_a_call, 3, plan, 0.0, timeout_s=100)

@@ -506,6 +506,9 @@ class FailedGroup:
     def __len__(self):
         return len(self.ranks)
 
+    def error_of_left(self):
+        return None
+
     def all_gather(self, value, *, what, timeout_s=None, quiet_s=0.0):
         raise RankLostError("the connection was reset")
 

@@ -9,6 +9,7 @@ A call is one or two rounds (`tpcolocate.rounds`).
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import math
 import os
@@ -52,11 +53,13 @@ class _Place:
         goes_on: It is past the first step of a call of several steps.
         is_behind: It has left one there, in which the others may still wait for it.
         has_shared_error: Its last call ended with an error that every rank raises.
+        key: Of the call of several steps that ranks which leave it make known.
     """
 
     goes_on: bool = False
     is_behind: bool = False
     has_shared_error: bool = False
+    key: str | None = None
 
 
 class RankGroup:
@@ -107,22 +110,42 @@ class RankGroup:
         return self._place.has_shared_error
 
     @contextmanager
-    def going_on(self) -> Iterator[None]:
+    def going_on(self, key: str | None = None) -> Iterator[None]:
         """The rest of a call of several steps, of which the ranks have agreed on the first.
 
         A rank that leaves it with an error that the others cannot know, as with an interrupt between two steps, does not
         come to the round in which they wait for it.  They leave it at their deadline, or when this rank makes its next call.
         That passes over the round, and is the next call of the others too.
+
+        Args:
+            key: Of this call, used for no other, the same on all ranks.  With it, a rank that leaves like that makes it known,
+                and the others leave the round within about a second, with RankLostError; see `error_of_left`.
         """
-        was, self._place.goes_on = self._place.goes_on, True
-        self._place.has_shared_error = False
+        place = self._place
+        was, place.goes_on, place.key = (place.goes_on, place.key), True, key
+        place.has_shared_error = False
         try:
             yield
-        except BaseException:
-            self._place.is_behind = not self._place.has_shared_error
+        except BaseException as error:
+            place.is_behind = not place.has_shared_error
+            if place.is_behind and key is not None and self._rounds is not None:
+                why = {"rank": self.rank, "error": _text_of(error), "details": _details_of(error)}
+                self._rounds.leave(key, json.dumps(why))
             raise
         finally:
-            self._place.goes_on = was
+            place.goes_on, place.key = was
+
+    def error_of_left(self) -> RankFailedError | None:
+        """Inside of `going_on` with a key: the error of the rank that was the first to leave; None if none has.
+
+        Not collective.
+        """
+        key = self._place.key
+        text = None if key is None or self._rounds is None else self._rounds.left(key)
+        if text is None:
+            return None
+        why = json.loads(text)
+        return RankFailedError(why["error"], rank=why["rank"], details=why["details"], slice_ranks=self.ranks)
 
     def all_gather(self, value: T, *, what: str, timeout_s: float | None = None, quiet_s: float = 0.0) -> list[T]:
         """Exchange one picklable value per rank.
@@ -167,6 +190,7 @@ class RankGroup:
                 limit="timeout_s of init()" if timeout_s is None else "timeout_s of this call",
                 is_patient=timeout_s is None and self._rounds.see_all(),
                 quiet_s=quiet_s,
+                watched=self._place.key,
             )
             return self._exchange(data, call, self._rounds)
         except RankLostError:
@@ -200,7 +224,7 @@ class RankGroup:
             waits = [(began, limit) for _, began, limit, *_ in heads]
             others_go_on = any(goes_on for _, _, _, goes_on, _ in heads)
             try:
-                rounds.check_not_given_up(waits)
+                rounds.check_not_given_up(waits, is_watched=call.watched is not None)
                 self._check_same_call([name.rstrip(b"\0") for *_, name in heads])
                 break
             except RankLostError as error:
@@ -213,7 +237,7 @@ class RankGroup:
             blobs = [
                 blob.numpy().tobytes() for blob in rounds.exchange(_padded(data, largest), (call.what, data, 1), call)
             ]
-            rounds.check_not_given_up(waits)
+            rounds.check_not_given_up(waits, is_watched=call.watched is not None)
         blobs = [blob[:size] for blob, size in zip(blobs, sizes)]
         return [blobs[position] for position in self._positions]
 
@@ -354,12 +378,16 @@ class _Report:
                 error.rank = rank
             portable: TpColocateError = error
         else:
-            portable = RankFailedError(
-                f"{type(error).__name__}: {error}" if str(error) else type(error).__name__,
-                rank=rank,
-                details="".join(traceback.format_exception(error)).rstrip(),
-            )
+            portable = RankFailedError(_text_of(error), rank=rank, details=_details_of(error))
         return cls(rank, time.time(), portable)
+
+
+def _text_of(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def _details_of(error: BaseException) -> str:
+    return "".join(traceback.format_exception(error)).rstrip()
 
 
 def _padded(data: bytes, num_bytes: int) -> torch.Tensor:

@@ -19,7 +19,7 @@ from tpcolocate import devices, rendezvous
 from tpcolocate.agreement import RankGroup
 from tpcolocate.checks import check_integer, check_path, check_text, check_type
 from tpcolocate.deadline import Deadline, check_timeout
-from tpcolocate.errors import ConfigError, DeadlineError, RankLostError, shown
+from tpcolocate.errors import ConfigError, DeadlineError, RankFailedError, RankLostError, shown
 from tpcolocate.groups import list_ranks, make_group_over_file
 from tpcolocate.processes import this_process
 from tpcolocate.runtime_folder import RuntimeFolder, folder_of, read_owner, remove_remains
@@ -289,6 +289,7 @@ class Launch:
             group.all_gather(None, what=f"{what}: meet", timeout_s=self._left(), quiet_s=quiet_s)
             return self._server_of(group.agree(error, running, what=what, timeout_s=self._left()))
         except RankLostError as lost:
+            self._check_left(lost if error is None else error)
             self._check_members(lost)
             self._check_deadline(lost)
             self._make_group_anew(lost if error is None else error, lost)
@@ -300,6 +301,7 @@ class Launch:
         try:
             self.tp_slice.group.agree(error, what="complete the launch", timeout_s=self._left())
         except RankLostError as lost:
+            self._check_left(lost)
             self._check_members(lost)
             self._check_deadline(lost)
             raise
@@ -317,6 +319,12 @@ class Launch:
         members = self.tp_slice.group.members
         here = next((member.host for member in members if member.rank == self.tp_slice.group.rank), None)
         return [m.rank for m in members if here is not None and m.host.sees(here) and not m.is_running()]
+
+    def _check_left(self, cause: BaseException) -> None:
+        """Raise why a rank has left the launch, if one has: the same on all others; or what was the cause on this one."""
+        left = self.tp_slice.group.error_of_left()
+        if left is not None:
+            raise left if isinstance(cause, (RankLostError, RankFailedError)) else cause
 
     def _check_members(self, lost: RankLostError) -> None:
         if self._exited():
@@ -419,7 +427,9 @@ class Launch:
                 self.clean_up()
 
     def _look_at_clients(self) -> None:
-        """Raise RankLostError if one of them has exited: the server need not be loaded to its end."""
+        """Raise if one of them has exited, or has left the launch: the server need not be loaded to its end."""
+        if (left := self.tp_slice.group.error_of_left()) is not None:
+            raise left
         if exited := self._exited():
             raise RankLostError(
                 f"rank {list_ranks(exited)} has exited while the server loaded",

@@ -1,4 +1,4 @@
-"""Which ranks have come to a call of their group, through the store of the process group.
+"""Which ranks have come to a call of their group, and which have left one, through the store of the process group.
 
 Only calls that wait long use it.  A store may be in a process that is stopped or gone, where a request would block for
 as long as the store's own timeout, so every request here has a deadline.
@@ -45,6 +45,15 @@ class Presence:
             The outcome; None if the store does not answer.
         """
         return self._in_time(lambda: self._store.compare_set(f"round {number}", "", outcome).decode())
+
+    def leave(self, key: str, why: str) -> None:
+        """Make known, once, that a rank has left what a key stands for; the first to say so counts."""
+        self._in_time(lambda: self._store.compare_set(f"left {key}", "", why))
+
+    def left(self, key: str) -> str | None:
+        """Return what `leave` was called with on any rank; None if nowhere, or if the store does not answer."""
+        name = f"left {key}"
+        return self._in_time(lambda: self._store.get(name).decode() if self._store.check([name]) else None)
 
     def _last_round_of(self, rank: int) -> int:
         # get() of a missing key would wait for it

@@ -50,6 +50,7 @@ class Call:
         limit: The argument that the deadline comes from, for messages.
         is_patient: Wait for as long as the processes of all members are running.
         quiet_s: How long members may be missing without a warning, in seconds.
+        watched: What members may leave with `Rounds.leave`, which ends the round for the others; None for nothing.
     """
 
     what: str
@@ -58,6 +59,7 @@ class Call:
     limit: str
     is_patient: bool
     quiet_s: float
+    watched: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +101,14 @@ class Rounds:
         self._broken: str | None = None
         default = dist.distributed_c10d._get_default_store()
         self._presence = Presence(dist.PrefixStore(f"tpcolocate/presence/{group.group_name}", default), rank=rank)
+
+    def leave(self, key: str, why: str) -> None:
+        """Let the others know that this rank comes to no more rounds of what a key stands for.  Not collective."""
+        self._presence.leave(key, why)
+
+    def left(self, key: str) -> str | None:
+        """Return why a rank has left, or None.  Not collective."""
+        return self._presence.left(key)
 
     def see_all(self) -> bool:
         """Return whether this rank sees the processes of all members."""
@@ -178,8 +188,12 @@ class Rounds:
             if waited >= warn_after:
                 self._warn(pending, call, waited)
                 warn_after += _WARN_INTERVAL_S
+            if call.watched is not None and self.left(call.watched) is not None:
+                self._give_up(pending, call, waited, "a rank has left the call")
             if call.deadline.has_passed and not call.is_patient:
-                self._give_up(pending, call, waited)
+                missing = self._awaited(pending.number)[1]
+                why = f"some rank did not join within {call.deadline.timeout_s:g} s ({call.limit}): {missing}"
+                self._give_up(pending, call, waited, why)
 
     @staticmethod
     def _interval(call: Call) -> float:
@@ -208,14 +222,13 @@ class Rounds:
             until = f"for as long as their processes are running{past}"
         logger.warning("%s: rank %d has waited %.0f s: %s; it waits %s", call.what, self._rank, waited, named, until)
 
-    def _give_up(self, pending: _Pending, call: Call, waited: float) -> None:
+    def _give_up(self, pending: _Pending, call: Call, waited: float, why: str) -> None:
         """Give a round up for all ranks, unless it is complete on one.
 
         Raises:
             RankLostError: The round is given up; the same on every rank.
             RuntimeError: The other ranks cannot be informed.
         """
-        why = f"some rank did not join within {call.deadline.timeout_s:g} s ({call.limit}): {self._awaited(pending.number)[1]}"
         ours = json.dumps({"rank": self._rank, "what": call.what, "seconds": waited, "why": why})
         outcome = self._presence.decide(pending.number, ours)
         if outcome is None:
@@ -255,20 +268,21 @@ class Rounds:
             work.wait(timedelta(seconds=seconds))
         return True
 
-    def check_not_given_up(self, waits: Sequence[tuple[float, float]]) -> None:
+    def check_not_given_up(self, waits: Sequence[tuple[float, float]], *, is_watched: bool) -> None:
         """Check that no rank has given up the round that is complete here.
 
         Only when one can have: when it has waited for half of its limit, which leaves the other half for differences
-        between the hosts' clocks.
+        between the hosts' clocks; or at any time in a call that ranks may leave.
 
         Args:
+            is_watched: Whether they may.
             waits: Of each rank, since when it waits and for how long at most.
 
         Raises:
             RankLostError: As on the rank that has given up.
         """
         now = time.time()
-        if not any(abs(now - began) > limit / 2 for began, limit in waits):
+        if not is_watched and not any(abs(now - began) > limit / 2 for began, limit in waits):
             return
         outcome = self._presence.decide(self._number, _COMPLETE)
         if outcome not in (None, _COMPLETE):

@@ -325,6 +325,7 @@ class Colocation:
             LaunchError, DeadlineError: The server did not start, and the tail of its log is in the error; or a rank did
                 not come in time.
             RankLostError: A rank of the slice died.
+            RankFailedError: Another library's exception on a rank, or Ctrl-C on another one, which itself raises that.
 
             The same error is raised on every rank of the slice; nothing is left running.
         """
@@ -340,7 +341,7 @@ class Colocation:
                 restart=restart,
                 closed=self._closed,
             )
-            with self._slice.going_on():
+            with self._slice.going_on(launch.request.nonce):
                 return self._start(launch, log_path, lifecycle)
 
         if self._engines:
