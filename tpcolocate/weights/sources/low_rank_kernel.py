@@ -11,7 +11,7 @@ import triton.language as tl
 from tpcolocate.in_server.tpcolocate_receiver.triton_kernel import BITS, bits_of, float32_of
 from tpcolocate.weights.sources.addition import RANK_MULTIPLE, Addition
 
-# Of those tried on an H200 the fastest by a third; see benchmarks/README.md.
+# Of those tried on an H100 the fastest: a third less time than with the double, see benchmarks/README.md.
 BLOCK = 64
 """Rows and columns that one program computes."""
 NUM_WARPS = 4
