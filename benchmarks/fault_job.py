@@ -338,7 +338,8 @@ class Job:
 
     @staticmethod
     def _numbers(name: str) -> set[int]:
-        return {int(number) for number in re.findall(r"(?<!\d)\d+(?!\d)", name)}
+        # Whole words: digits inside of a random name are some process's pid sooner or later.
+        return {int(word) for word in re.split(r"[-_.]", name) if word.isdecimal()}
 
     def discard(self) -> None:
         """End everything, and remove the folder."""

@@ -18,6 +18,8 @@ from fault_rank import process_of
 # After which a rank is taken to hang; beyond its limit, so that the table has by how much it was exceeded.
 PATIENCE_S = 45.0
 _SECONDS_INTO_GENERATE = 1.0
+# Of SGLang after a SIGTERM, with no request in flight.
+_DRAIN_S = 15.0
 
 
 class Runner:
@@ -214,10 +216,22 @@ class Attempt:
         if self.cell.moment in ("launch", "publish"):
             if self._all_are_well("launch"):
                 self._call("sync")
+                self._look_after_the_drain()
             return
         for call in ("sync", "generate"):  # a sync needs no detokenizer
             if self._all_are_well(None):
                 self._call(call)
+        self._look_after_the_drain()
+
+    def _look_after_the_drain(self) -> None:
+        """SGLang's main process looks for a SIGTERM every five seconds, and works until then: look once more afterwards."""
+        cell, job = self.cell, self.job
+        drains = cell.fault == "SIGTERM" and cell.victim == "server main process" and cell.moment != "shutdown"
+        if drains and self._all_are_well(None):
+            deadline = time.monotonic() + _DRAIN_S
+            while process_of(cell.victim, job.ranks[0].process.pid) is not None and time.monotonic() < deadline:
+                time.sleep(0.2)
+            self._call("generate")
 
     def _all_are_well(self, call: str | None) -> bool:
         of_call = [one for one in self.shown if call is None or one["call"] == call]

@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "benchmarks"))  # behind everything: its scripts are no modules of the tests
 
 import fault_cells
+import fault_job
 import fault_matrix
 import fault_rank
 import fault_runner
@@ -27,6 +28,17 @@ def call(rank=0, outcome="error", kind="EngineDeadError", after_s=1.0, **changes
         "rank": rank, "call": "sync", "outcome": outcome, "kind": kind, "message": "gone", "hint": None, "ours": True,
         "shared": True, "after_s": after_s, **changes,
     }  # fmt: skip
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(("name", "numbers"), [
+    ("torch_916_2124948804_0", {916, 2124948804, 0}),
+    ("sgl_shm_mq_6943_ff784a85", {6943}),
+    ("sglang_loads_4ce10c662eae_9095cbbe.shm", set()),
+    ("tpcolocate-0-6129-6265b159d8bb8740", {0, 6129}),
+])  # fmt: skip
+def test_a_file_is_known_by_pids_in_its_name_and_not_by_digits_of_a_random_part(name, numbers):
+    assert fault_job.Job._numbers(name) == numbers
 
 
 # --- cells ------------------------------------------------------------------------------------------------------------
