@@ -37,6 +37,11 @@ def rest():
         time.sleep(60)
 if mode == "stubborn":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if mode == "idle":  # as SGLang's: it ends after an interrupt, and looks for a SIGTERM now and then
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    signal.signal(signal.SIGINT, lambda *_: os._exit(3))
+if mode == "busy":
+    signal.signal(signal.SIGINT, lambda *_: None)
 if os.fork() == 0:
     note("worker")
     if mode == "forks":  # a subshell has its parent's title, as a compiler that a scheduler starts has for a moment
@@ -215,6 +220,19 @@ def test_a_server_that_ignores_sigterm_is_killed_after_the_grace_and_reported_as
     server.supervisor.stdin.flush()
     assert server.last_event() == {"event": "exited", "code": -signal.SIGKILL, "forced": True}
     assert 0.7 <= time.monotonic() - began
+    server.assert_gone(0)
+
+
+@pytest.mark.parametrize(("mode", "code", "least_s", "most_s"), [
+    ("idle", 3, 0.0, 10.0), ("busy", -signal.SIGTERM, supervisor._INTERRUPT_S, 20.0),
+])  # fmt: skip
+def test_a_server_that_catches_interrupts_is_interrupted_first(make, mode, code, least_s, most_s):
+    server = make(mode, grace_s=30.0).start()
+    began = time.monotonic()
+    server.supervisor.stdin.write(b"stop\n")
+    server.supervisor.stdin.flush()
+    assert server.last_event() == {"event": "exited", "code": code, "forced": False}
+    assert least_s <= time.monotonic() - began < most_s
     server.assert_gone(0)
 
 

@@ -3,6 +3,9 @@
 SGLang spawns its schedulers and its detokenizer, and each of them imports for ten seconds what the main process has
 imported already: half a minute of CPU time for a start at tp=2.  What they run, and whose children they are, is the same.
 
+They also import the modules of all models that SGLang knows, four seconds in each scheduler, to serve one of them.  Here
+they import those that the checkpoint's config names.
+
 This folder is on the PYTHONPATH of the tests' processes (conftest), so that Python runs this file in each of them; it acts
 in the main process of a CPU server alone.  ``TPC_TEST_START_METHOD=spawn`` leaves the server as users have it.
 """
@@ -30,9 +33,27 @@ def _fork_from_here():
     gc.disable()  # a fifth of the time of the imports
 
 
+def _know_the_served_model_alone():
+    """Let SGLang's registry leave out the modules that define none of the checkpoint's architectures."""
+    import importlib.util
+    import json
+    import re
+    from pathlib import Path
+
+    config = Path(sys.orig_argv[sys.orig_argv.index("--model-path") + 1]) / "config.json"
+    if not config.exists():
+        return
+    names = json.loads(config.read_text())["architectures"]
+    served = re.compile(rf"^class (?:{'|'.join(map(re.escape, names))})\b", re.MULTILINE)
+    package = importlib.util.find_spec("sglang").submodule_search_locations[0]
+    others = [one.stem for one in Path(package, "srt", "models").glob("*.py") if not served.search(one.read_text())]
+    os.environ["SGLANG_DISABLED_MODEL_ARCHS"] = ",".join(others)
+
+
 if (
     "sglang.launch_server" in sys.orig_argv[1:4]
     and os.environ.get("SGLANG_USE_CPU_ENGINE") == "1"
     and os.environ.get("TPC_TEST_START_METHOD") != "spawn"
 ):
     _fork_from_here()
+    _know_the_served_model_alone()

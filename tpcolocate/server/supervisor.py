@@ -61,6 +61,8 @@ _SCAN_INTERVAL_S = 2.0
 # exits are noticed at once.
 _LOOK_INTERVAL_MS = 1000
 _LOOK_INTERVAL_WITHOUT_PIDFD_MS = 200
+# An interrupted server may wait for requests without a limit; SGLang's own way, after a SIGTERM, has one.
+_INTERRUPT_S = 2.0
 # A server that has lost a process may still write why, and cannot end gracefully.
 _LAST_WORDS_S = 1.0
 _GRACE_AFTER_DEATH_S = 1.0
@@ -106,6 +108,16 @@ def is_running(pid: int, started: int) -> bool:
     """Return whether the process exists and is not a zombie."""
     found = stat_of(pid)
     return found is not None and found.started == started and not found.has_exited
+
+
+def catches(pid: int, signum: int) -> bool:
+    """Return whether a process has a handler for a signal; see ``SigCgt`` in proc(5)."""
+    try:
+        with open(f"/proc/{pid}/status") as file:
+            masks = [line.split()[1] for line in file if line.startswith("SigCgt:")]
+    except OSError:
+        return False
+    return any(int(mask, 16) >> (signum - 1) & 1 for mask in masks)
 
 
 def pidfd(pid: int) -> int | None:
@@ -284,17 +296,19 @@ class Tree:
         return found
 
     def end(self, grace_s: float) -> bool:
-        """Send SIGTERM, wait, SIGKILL the rest, remove files.  Return whether the server had to be killed."""
-        forced = False
+        """Let the server end, SIGKILL the rest, remove files.  Return whether the server had to be killed.
+
+        SIGINT ends its HTTP server once the requests in flight are answered, at once if there are none; SGLang looks for a
+        SIGTERM every five seconds.  One that still loads ignores SIGINT, and SIGTERM ends it.
+        """
         self.scan()
-        if self.server.poll() is None:
-            self.server.terminate()
-            try:
-                self.server.wait(grace_s)
-            except subprocess.TimeoutExpired:
-                forced = True
-                self.server.kill()
-                self.server.wait()
+        steps = [(signal.SIGTERM, grace_s)]
+        if catches(self.server.pid, signal.SIGINT):
+            steps.insert(0, (signal.SIGINT, min(_INTERRUPT_S, grace_s)))
+        forced = not any(self._ends_after(signum, wait_s) for signum, wait_s in steps)
+        if forced:
+            self.server.kill()
+            self.server.wait()
         deadline = time.monotonic() + 10.0
         while (alive := self._kill_rest()) and time.monotonic() < deadline:
             psutil.wait_procs(alive, timeout=0.2)
@@ -306,6 +320,15 @@ class Tree:
             except FileNotFoundError:
                 pass
         return forced
+
+    def _ends_after(self, signum: signal.Signals, wait_s: float) -> bool:
+        """Send a signal to the main process, and return whether it has exited in time."""
+        self.server.send_signal(signum)  # nothing is sent to one that has been waited for
+        try:
+            self.server.wait(wait_s)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
 
     def _kill_rest(self) -> list[psutil.Process]:
         alive = []
