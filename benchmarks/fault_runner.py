@@ -213,10 +213,7 @@ class Attempt:
         """Make the calls that come next, until one has shown the fault on every rank that lives."""
         if self.cell.moment in ("init", "shutdown"):
             return
-        if self.cell.moment in ("launch", "publish"):
-            if self._all_are_well("launch"):
-                self._call("sync")
-                self._look_after_the_drain()
+        if self.cell.moment in ("launch", "publish") and not self._all_are_well("launch"):
             return
         for call in ("sync", "generate"):  # a sync needs no detokenizer
             if self._all_are_well(None):

@@ -219,6 +219,21 @@ def test_the_remains_of_a_dead_owner_are_removed_and_nothing_else(left, folders)
     assert (shared / "someone's").exists() and (shared.parent / "sgl_shm_y").exists()
 
 
+def test_an_owner_removes_what_its_killed_supervisor_has_left(left, folders):
+    make, start = left
+    supervisor, server, other = (start() for _ in range(3))
+    made = make("1-a", owner=other, supervisor=supervisor, server=server)
+    shared, _ = folders
+    for name in ("sgl_shm_mq_1_x", "someone's"):
+        (shared / name).touch()
+    supervisor.kill()
+    supervisor.wait()
+    made.remove()
+    assert server.wait(30) == -signal.SIGKILL and other.poll() is None
+    assert not made.shared.exists() and not (shared / "sgl_shm_mq_1_x").exists()
+    assert (shared / "someone's").exists() and made.log_path.exists()
+
+
 def test_a_supervisor_that_still_ends_its_server_is_waited_for(left):
     make, start = left
     owner, server = start(), start()

@@ -61,6 +61,16 @@ if os.fork() == 0:
     shared.close()
     semaphore = _multiprocessing.SemLock(0, 1, 1, "/mp-test" + str(os.getpid()), False)
     note("orphan")
+    if mode == "brief":  # a process that makes a file once the server is up, and does not live long
+        while not os.path.exists(f"{folder}/make"):
+            time.sleep(0.005)
+        path = f"/dev/shm/sglang_loads_test_brief_{os.getpid()}.shm"
+        with open(path, "w+b") as file:
+            file.truncate(4096)
+            brief = mmap.mmap(file.fileno(), 4096)
+        note("made")
+        time.sleep(0.8)
+        os._exit(0)
     rest()
 os.wait()
 for name in ("worker", "orphan"):
@@ -234,6 +244,23 @@ def test_a_server_that_catches_interrupts_is_interrupted_first(make, mode, code,
     assert server.last_event() == {"event": "exited", "code": code, "forced": False}
     assert least_s <= time.monotonic() - began < most_s
     server.assert_gone(0)
+
+
+def test_a_file_of_a_process_that_does_not_live_long_is_removed(make, tmp_path):
+    server = make("brief").start()
+    time.sleep(supervisor._SCAN_INTERVAL_S / 4)  # not shortly before a scan of all
+    (tmp_path / "make").touch()
+    orphan = server.processes["orphan"]
+    psutil.wait_procs([orphan], timeout=SOON_S)
+    [path] = Path("/dev/shm").glob(f"sglang_loads_test_brief_{orphan.pid}.shm")
+    server.shm.append(path)
+    assert path.name in json.loads(server.record.read_text())["files"], (
+        "for who comes after a supervisor that is killed"
+    )
+    server.supervisor.stdin.write(b"stop\n")
+    server.supervisor.stdin.flush()
+    server.last_event()
+    assert not path.exists()
 
 
 def test_a_closed_pipe_ends_the_server(make):

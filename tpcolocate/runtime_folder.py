@@ -161,7 +161,8 @@ class RuntimeFolder:
         return path
 
     def remove(self) -> None:
-        """Remove all but the log; the supervisor does that, unless it was killed or never started."""
+        """Remove all but the log, and end what is left of the server; the supervisor does that, unless it was killed."""
+        _remove_server(self.shared)
         _remove(self.shared)
         _remove(self.temporary / "tmp")
         _remove_if_empty(self.supervisor_log)
@@ -229,14 +230,19 @@ def remove_remains(*, timeout_s: float = _ENDS_S) -> None:
         supervisor = read_processes(folder / "processes.json")[:1]
         while any(map(_runs, supervisor)) and time.monotonic() < deadline:
             time.sleep(_POLL_INTERVAL_S)
-        _end(read_processes(folder / "processes.json"))
-        for name in (_read_json(folder / "processes.json") or {}).get("files", []):
-            if name.startswith(_LEFTOVER_PREFIXES) and "/" not in name:
-                (SHARED_MEMORY / name).unlink(missing_ok=True)
+        _remove_server(folder)
         temporary = Path(owner.temporary)
         if is_private(temporary) and temporary.name == folder.name:
             _remove(temporary)
         _remove(folder)
+
+
+def _remove_server(folder: Path) -> None:
+    """End the processes that a supervisor has recorded, and remove SGLang's files in /dev/shm."""
+    _end(read_processes(folder / "processes.json"))
+    for name in (_read_json(folder / "processes.json") or {}).get("files", []):
+        if name.startswith(_LEFTOVER_PREFIXES) and "/" not in name:
+            (SHARED_MEMORY / name).unlink(missing_ok=True)
 
 
 def _runs(process: dict[str, Any]) -> bool:

@@ -46,6 +46,7 @@ import psutil
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
+IN_MOVED_TO, IN_CREATE = 0x80, 0x100  # of inotify(7)
 _libc = ctypes.CDLL(None, use_errno=True)
 
 # Files that SGLang leaves in /dev/shm: scheduler message queues (24 MiB each) and load snapshots even after a graceful
@@ -55,8 +56,10 @@ _LEFTOVER_PREFIXES = ("sgl_shm_", "sglang_", "sem.mp-")
 _SHM = "/dev/shm/"
 # SGLang's processes set their titles to this and their role, once they have imported what they need.
 _TITLE = "sglang::"
-# Between scans of the process tree, which read all of /proc.
+# Between scans of the process tree, which read all of /proc; and after a file was made in /dev/shm, of which only a live
+# process that maps it shows whose it is.
 _SCAN_INTERVAL_S = 2.0
+_SCAN_AFTER_FILE_S = 0.2
 # Between looks at the processes that matter.  With pidfds, which old kernels, seccomp profiles and gVisor lack, their
 # exits are noticed at once.
 _LOOK_INTERVAL_MS = 1000
@@ -420,18 +423,48 @@ def _start(job: dict[str, Any]) -> tuple[subprocess.Popen[bytes], Log]:
     return server, log
 
 
+class NewFiles:
+    """Tells when a file is made in /dev/shm; never, where the kernel has no inotify."""
+
+    def __init__(self) -> None:
+        self._fd = _libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
+        if self._fd >= 0 and _libc.inotify_add_watch(self._fd, _SHM.encode(), IN_CREATE | IN_MOVED_TO) < 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    @property
+    def fds(self) -> list[int | None]:
+        """What becomes readable then."""
+        return [self._fd] if self._fd >= 0 else []
+
+    def seen(self) -> bool:
+        """Return whether there was one since the last call."""
+        try:
+            return self._fd >= 0 and bool(os.read(self._fd, _PIPE_BYTES))
+        except BlockingIOError:
+            return False
+
+
 def _wait(tree: Tree, owner: tuple[int, int]) -> tuple[str, list[dict[str, Any]]]:
     """Wait for a reason to end the server: a command, ``owner`` or ``died``, and which processes died."""
-    fixed = [pidfd(tree.server.pid), pidfd(owner[0])]
-    scanned = time.monotonic()
+    fixed, new_files = [pidfd(tree.server.pid), pidfd(owner[0])], NewFiles()
+    next_scan, has_new = time.monotonic() + _SCAN_INTERVAL_S, False
     while True:
         if deaths := tree.deaths():
             return "died", deaths
-        command = _next_command(owner, [*fixed, *(child.pidfd for child in tree.watched.values())])
+        # A file is scanned for once it is mapped.  Those that are made meanwhile are seen after that, and have a scan too.
+        watched = [] if has_new else new_files.fds
+        command = _next_command(
+            owner,
+            [*fixed, *(child.pidfd for child in tree.watched.values()), *watched],
+            limit_ms=max(0, min(_LOOK_INTERVAL_MS, int(1000 * (next_scan - time.monotonic())) + 1)),
+        )
         if command is not None:
             return command, []
-        if time.monotonic() - scanned >= _SCAN_INTERVAL_S:
-            scanned = time.monotonic()
+        if not has_new and new_files.seen():
+            has_new, next_scan = True, min(next_scan, time.monotonic() + _SCAN_AFTER_FILE_S)
+        if time.monotonic() >= next_scan:
+            next_scan, has_new = time.monotonic() + _SCAN_INTERVAL_S, False
             tree.scan()
 
 
@@ -442,7 +475,7 @@ def _wait_for_owner(owner: tuple[int, int]) -> str:
     return command
 
 
-def _next_command(owner: tuple[int, int], pidfds: list[int | None]) -> str | None:
+def _next_command(owner: tuple[int, int], pidfds: list[int | None], *, limit_ms: int = _LOOK_INTERVAL_MS) -> str | None:
     """Wait a while, or until one of the processes exits, and return a command of the owner.
 
     Returns:
@@ -456,7 +489,7 @@ def _next_command(owner: tuple[int, int], pidfds: list[int | None]) -> str | Non
     for fd in pidfds:
         if fd is not None:
             poller.register(fd, select.POLLIN)
-    ready = poller.poll(_LOOK_INTERVAL_WITHOUT_PIDFD_MS if None in pidfds else _LOOK_INTERVAL_MS)
+    ready = poller.poll(min(limit_ms, _LOOK_INTERVAL_WITHOUT_PIDFD_MS) if None in pidfds else limit_ms)
     if commands not in {fd for fd, _ in ready}:
         return None
     # End-of-file: the trainer closed its end or died.
