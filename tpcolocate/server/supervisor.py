@@ -424,7 +424,7 @@ def _start(job: dict[str, Any]) -> tuple[subprocess.Popen[bytes], Log]:
 
 
 class NewFiles:
-    """Tells when a file is made in /dev/shm; never, where the kernel has no inotify."""
+    """Notices when a file is made in /dev/shm; never, where the kernel has no inotify."""
 
     def __init__(self) -> None:
         self._fd = _libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
