@@ -369,6 +369,23 @@ def test_models_that_cannot_be_served_are_refused_before_anything_starts(model, 
     assert colo.launched is None
 
 
+def test_an_unknown_generation_setting_is_refused_before_anything_starts():
+    colo = Colo(RecordingEngine())
+    with pytest.raises(ConfigError, match="max_tokenz") as caught:
+        build(colo, given={"generation_kwargs": {"max_tokenz": 3}})
+    assert "max_new_tokens" in caught.value.hint and colo.launched is None
+
+
+@pytest.mark.parametrize("is_built", [True, False])
+def test_a_block_in_which_no_trainer_uses_the_engine_says_so(trainers, caplog, is_built):
+    with mock.patch.object(engines, "init", return_value=Colo(RecordingEngine())), tpcolocate.trl.use_sglang():
+        if is_built:
+            trainers[0].VLLMGeneration(
+                model=SimpleNamespace(name_or_path="x"), accelerator=SimpleNamespace(device=CPU), processing_class=None
+            )
+    assert ("use_vllm=True" in caplog.text) is not is_built
+
+
 def test_engines_end_by_shutdown_once():
     engine, colo = RecordingEngine(), None
     colo = Colo(engine)

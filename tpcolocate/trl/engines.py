@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,17 +12,24 @@ from typing import Any
 from torch import nn
 
 from tpcolocate.engine.engine import Engine
+from tpcolocate.engine.limits import ServerLimits
+from tpcolocate.engine.sampling import check_sampling
 from tpcolocate.errors import ConfigError
 from tpcolocate.session import Colocation, init
 from tpcolocate.trl.arguments import VllmArguments, check_keywords
 from tpcolocate.trl.generation import SGLangGeneration
 from tpcolocate.trl.replacement import replaced, trl_release
 
+logger = logging.getLogger(__name__)
+
 
 class Engines:
     """The engines of the trainers that were built under one `use_sglang`, the latest last.
 
     They run until `shutdown`, or until the process ends: a trainer generates after the block, too.
+
+    Attributes:
+        num_built: Trainers that have got an engine.
     """
 
     def __init__(
@@ -39,6 +47,7 @@ class Engines:
         self._timeout_s = timeout_s
         self._launch = dict(launch)
         self._running: list[tuple[Colocation, Engine]] = []
+        self.num_built = 0
 
     def __iter__(self) -> Iterator[Engine]:
         return iter([engine for _, engine in self._running])
@@ -59,12 +68,14 @@ class Engines:
         arguments = VllmArguments(**given)
         arguments.check()
         sampling_params, logprobs = arguments.sampling()
+        check_sampling(sampling_params, ServerLimits())  # before a server is started; its own limits come with it
         path = self._path_of(model)
         colo = init(arguments.tp_size(self._tp_size), device=accelerator.device, timeout_s=self._timeout_s)
         try:
             from_trl = arguments.server_args(device_type=colo.device.type, seed=colo.slice_index)
             engine = colo.launch(path, **{**from_trl, **self._launch})
             self._running.append((colo, engine))
+            self.num_built += 1
             # Behind the launch, so that it runs before what the launch registers, which warns of a forgotten engine.
             atexit.register(self.shutdown, wait=False)
             return SGLangGeneration(
@@ -152,6 +163,11 @@ def use_sglang(
         except BaseException:
             engines.shutdown(wait=False)
             raise
+    if not engines.num_built:
+        logger.warning(
+            "no trainer that was built under use_sglang() generates with SGLang: its arguments need use_vllm=True, and the "
+            "trainer has to be built inside of the block"
+        )
 
 
 __all__ = ["Engines", "use_sglang"]
