@@ -69,6 +69,20 @@ def test_one_ranks_error_is_raised_on_all(errors_by_rank, kind, words):
     assert len({str(outcome.error) for outcome in outcomes}) == 1
 
 
+def own_error(rank, error):
+    """Whether this rank raises its own error, and what is shown above it."""
+    group = group_of(rank, [0, 1])
+    try:
+        group.agree(error if rank == 1 else None, what="load a checkpoint")
+    except errors.TpColocateError as raised:
+        return raised is error, type(raised.__cause__)
+
+
+def test_the_rank_that_fails_shows_its_error_once():
+    assert run_ranks(own_error, 2, errors.SyncError("no answer")) == [(False, type(None)), (True, type(None))]
+    assert run_ranks(own_error, 2, ValueError("no memory")) == [(False, type(None)), (False, ValueError)]
+
+
 def unpicklable(rank):
     group = group_of(rank, [0, 1])
     group.agree(None, (lambda: 0) if rank == 1 else 0, what="exchange functions")

@@ -101,5 +101,5 @@ def test_the_page_and_a_rank_that_does_not_come():
     environ = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     code, out, err = doctor("--timeout", "30", environ=environ)
     assert code == 1, err
-    assert "ranks 1 did not report" in out and out.startswith("tpcolocate ")
+    assert "rank 1 did not report" in out and out.startswith("tpcolocate ")
     assert re.fullmatch(r"\d+ problems?, \d+ warnings?", out.rstrip().splitlines()[-1])

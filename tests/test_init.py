@@ -162,7 +162,7 @@ def test_a_rank_that_never_calls_init_is_named():
     for rank in (0, 2):
         seconds, text = found[rank]
         assert 1.9 < seconds < 60
-        assert "ranks 1 did not call tpcolocate.init() within 2 s" in text
+        assert "rank 1 did not call tpcolocate.init() within 2 s" in text
 
 
 def twice(rank):
@@ -236,7 +236,7 @@ def warned(rank):
 
 def test_a_rank_that_waits_in_init_names_those_that_are_missing():
     texts, none = run_ranks(warned, 2)
-    assert "for ranks 1 to call tpcolocate.init(); it waits until 40 s (timeout_s of init())" in texts[0] and none == []
+    assert "for rank 1 to call tpcolocate.init(); it waits until 40 s (timeout_s of init())" in texts[0] and none == []
 
 
 @pytest.fixture

@@ -303,8 +303,8 @@ class RankGroup:
         if error is not None and not isinstance(error, Exception):
             raise error  # KeyboardInterrupt and SystemExit keep their class on the rank that got them
         if error is not None and first.rank == self.rank:
-            if first.error is error:
-                raise error
+            if isinstance(error, TpColocateError):
+                raise error  # not the copy that came back, which would be shown below it as another error
             raise first.error from error
         raise first.error
 

@@ -188,12 +188,12 @@ def _wait_for_all(store: dist.Store, world_size: int, timeout_s: float, rank: in
                 warn_after += _WARN_INTERVAL_S
                 if min(set(range(world_size)) - set(missing)) == rank:
                     logger.warning(
-                        "rank %d has waited %.0f s for ranks %s to %s; it waits until %g s (timeout_s of init())",
-                        rank, time.monotonic() - started, list_ranks(missing), what, timeout_s,
+                        "rank %d has waited %.0f s for %s to %s; it waits until %g s (timeout_s of init())",
+                        rank, time.monotonic() - started, named_ranks(missing), what, timeout_s,
                     )  # fmt: skip
             elif missing:
                 raise RankLostError(
-                    f"ranks {list_ranks(missing)} did not {what} within {timeout_s:g} s (timeout_s of init())",
+                    f"{named_ranks(missing)} did not {what} within {timeout_s:g} s (timeout_s of init())",
                     hint="every rank of the default process group must call init(); look for an earlier error on those "
                     "ranks, or raise timeout_s",
                 ) from error
@@ -292,6 +292,11 @@ def list_ranks(ranks: Sequence[int]) -> str:
     return ", ".join(map(str, ranks)) if ranks else "(none)"
 
 
+def named_ranks(ranks: Sequence[int]) -> str:
+    """Name ranks in a sentence."""
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {list_ranks(ranks)}"
+
+
 # A torch backend of this name is gloo on the loopback.
 _LOOPBACK_BACKEND = "tpcolocate_gloo"
 # When a group is made its ranks have just met, so that only its connections are awaited.
@@ -373,7 +378,7 @@ def make_group_over_file(
         store.set_timeout(timedelta(seconds=_FILE_S))  # another rank may give up, and remove the folder
         store.set(f"here/{rank}", "")
         while missing := [other for other in order if not store.check([f"here/{other}"])]:
-            _wait_on(deadline, check, f"ranks {list_ranks(missing)} did not come", rank)
+            _wait_on(deadline, check, f"{named_ranks(missing)} did not come", rank)
         return _gloo(dist.PrefixStore("group", store), order.index(rank), len(order), timeout_s, name=str(path))
     except RuntimeError as error:
         if isinstance(error, errors.TpColocateError):
@@ -466,6 +471,7 @@ __all__ = [
     "list_ranks",
     "make_group",
     "make_group_over_file",
+    "named_ranks",
     "plan_slices",
     "share_outcome",
 ]

@@ -22,7 +22,7 @@ from torch.distributed.distributed_c10d import AllgatherOptions
 
 from tpcolocate.deadline import Deadline
 from tpcolocate.errors import RankLostError
-from tpcolocate.groups import Member, list_ranks
+from tpcolocate.groups import Member, list_ranks, named_ranks
 from tpcolocate.presence import Presence
 
 logger = logging.getLogger(__name__)
@@ -180,7 +180,7 @@ class Rounds:
         is_published = False
         while not self._wait(pending.work, self._interval(call)):
             if exited := self._exited():
-                raise RuntimeError(f"ranks {list_ranks(exited)} have exited")
+                raise RuntimeError(f"{named_ranks(exited)} exited")
             waited = time.monotonic() - pending.started
             if not is_published and waited >= min(_CHECK_INTERVAL_S, call.deadline.timeout_s / 2):
                 self._presence.publish(pending.number)

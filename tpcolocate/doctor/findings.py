@@ -25,7 +25,7 @@ from tpcolocate.doctor.facts import (
     Software,
 )
 from tpcolocate.errors import ConfigError, some
-from tpcolocate.groups import Member, list_ranks
+from tpcolocate.groups import Member, named_ranks
 from tpcolocate.placement import plan_roles
 from tpcolocate.roles import Roles
 from tpcolocate.server.releases import release
@@ -214,7 +214,7 @@ def judge_ranks(members: Sequence[Member], *, missing: Sequence[int]) -> list[Fi
             Finding(
                 "ranks",
                 PROBLEM,
-                f"ranks {list_ranks(missing)} did not report in time",
+                f"{named_ranks(missing)} did not report in time",
                 "look for their output; MASTER_ADDR must be reachable from every host",
             )
         )
