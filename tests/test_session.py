@@ -46,7 +46,8 @@ def colo(monkeypatch):
         link = ServerLink(client, sync, owned, "0.5.21", lambda: None)
         return session._Started(link, Lifecycle(State()) if lifecycle is None else lifecycle, State())
 
-    monkeypatch.setattr(session, "agree_on_launch", lambda *args, **kwargs: None)
+    agreed = SimpleNamespace(request=SimpleNamespace(nonce="1-a"))
+    monkeypatch.setattr(session, "agree_on_launch", lambda *args, **kwargs: agreed)
     monkeypatch.setattr(made, "_start", start)
     yield made
     made.close()
