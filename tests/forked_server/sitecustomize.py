@@ -3,8 +3,8 @@
 SGLang spawns its schedulers and its detokenizer, and each of them imports for ten seconds what the main process has
 imported already: half a minute of CPU time for a start at tp=2.  What they run, and whose children they are, is the same.
 
-They also import the modules of all models that SGLang knows, four seconds in each scheduler, to serve one of them.  Here
-they import those that the checkpoint's config names.
+They also import the modules of all models that SGLang knows, in each scheduler, to serve one of them.  Here they
+import those that the checkpoint's config names.
 
 This folder is on the PYTHONPATH of the tests' processes (conftest), so that Python runs this file in each of them; it acts
 in the main process of a CPU server alone.  ``TPC_TEST_START_METHOD=spawn`` leaves the server as users have it.

@@ -299,16 +299,17 @@ class Tree:
         return found
 
     def end(self, grace_s: float) -> bool:
-        """Let the server end, SIGKILL the rest, remove files.  Return whether the server had to be killed.
+        """Let the server end within a grace, SIGKILL the rest, remove files.  Return whether the server had to be killed.
 
         SIGINT ends its HTTP server once the requests in flight are answered, at once if there are none; SGLang looks for a
         SIGTERM every five seconds.  One that still loads ignores SIGINT, and SIGTERM ends it.
         """
         self.scan()
-        steps = [(signal.SIGTERM, grace_s)]
-        if catches(self.server.pid, signal.SIGINT):
-            steps.insert(0, (signal.SIGINT, min(_INTERRUPT_S, grace_s)))
-        forced = not any(self._ends_after(signum, wait_s) for signum, wait_s in steps)
+        interrupt_s = min(_INTERRUPT_S, grace_s / 2) if catches(self.server.pid, signal.SIGINT) else 0.0
+        forced = not (
+            (interrupt_s > 0 and self._ends_after(signal.SIGINT, interrupt_s))
+            or self._ends_after(signal.SIGTERM, grace_s - interrupt_s)
+        )
         if forced:
             self.server.kill()
             self.server.wait()
