@@ -2,6 +2,7 @@
 
     python benchmarks/soak.py --faults 20 --seed 1 --record
     python benchmarks/soak.py --faults 200 --seed 3 --until 100 --record    # begins no fault after 100 minutes
+    python benchmarks/soak.py --faults 200 --seed 3 --jobs 8 --record       # eight jobs share the faults: two cores for each
 
 Each fault is drawn from the seed.  After it the ranks must have an error within their limits, the job must go on (a sync
 again, a relaunch in the same processes, or a new job where a rank is gone), and the engine must generate the trainer's own
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,6 +86,16 @@ class Found:
     growth: dict[str, int] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
 
+    def add(self, other: Found) -> None:
+        """Add what a job beside this one has found."""
+        self.recovered_s += other.recovered_s
+        self.problems += other.problems
+        self.faults += other.faults
+        self.num_syncs += other.num_syncs
+        self.num_answers += other.num_answers
+        for name, value in other.growth.items():
+            self.growth[name] = max(self.growth.get(name, 0), value)
+
 
 class Soak:
     """Runs a schedule.
@@ -92,10 +104,14 @@ class Soak:
         model_dir: What is served.
         syncs_between: Syncs beside rollouts before each fault.
         ends: When no more faults are begun, on the monotonic clock; None for never.
+        label: In front of each line that is printed.
     """
 
-    def __init__(self, model_dir: str, *, syncs_between: int = _SYNCS_BETWEEN, ends: float | None = None) -> None:
+    def __init__(
+        self, model_dir: str, *, syncs_between: int = _SYNCS_BETWEEN, ends: float | None = None, label: str = ""
+    ) -> None:
         self.runner = Runner(model_dir)
+        self.label = label
         self.ends = ends
         self.syncs_between = syncs_between
         self.found = Found()
@@ -113,7 +129,12 @@ class Soak:
                 known = len(self.found.problems)
                 self._fault(cell)
                 # One line at a time: a run takes hours.
-                print(f"{number}/{len(cells)} {cell.name}", *self.found.problems[known:], sep="\n    ", flush=True)
+                print(
+                    f"{self.label}{number}/{len(cells)} {cell.name}",
+                    *self.found.problems[known:],
+                    sep="\n    ",
+                    flush=True,
+                )
             if self.runner.job is not None and self.runner.has == "server":
                 self._roll_out_and_sync(self.runner.job)
                 self._end()
@@ -203,6 +224,24 @@ class Soak:
         return 1000 + self._seed
 
 
+def run_jobs(model_dir: str, cells: Sequence[Cell], *, jobs: int, syncs_between: int, ends: float | None) -> Found:
+    """Run a schedule in several jobs beside each other; each takes the faults that are its turn."""
+    soaks = [
+        Soak(model_dir, syncs_between=syncs_between, ends=ends, label=f"job {i}: " if jobs > 1 else "")
+        for i in range(jobs)
+    ]
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            founds = list(pool.map(lambda i: soaks[i].run(cells[i::jobs]), range(jobs)))
+        except BaseException:
+            for soak in soaks:
+                soak.ends = time.monotonic()  # after the fault in progress
+            raise
+    for other in founds[1:]:
+        founds[0].add(other)
+    return founds[0]
+
+
 def too_much(growth: Mapping[str, int]) -> list[str]:
     """What has grown more than it may."""
     limits = {"rss": MOST_RSS_BYTES, "fds": MOST_FDS, "threads": 2, "children": 0, "shm_files": 4}
@@ -222,6 +261,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--syncs", type=int, default=_SYNCS_BETWEEN, help="syncs beside rollouts before each fault")
     parser.add_argument("--until", type=float, default=None, help="begin no fault after so many minutes")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="run so many jobs beside each other, which share the faults"
+    )
     parser.add_argument("--record", action="store_true", help="write the result under benchmarks/results")
     options = parser.parse_args()
     from tiny_models import make_tiny_model
@@ -231,7 +273,8 @@ def main() -> int:
     cells = schedule(options.faults, options.seed)
     ends = None if options.until is None else time.monotonic() + 60.0 * options.until
     with tempfile.TemporaryDirectory(prefix="tpf-model-") as folder:
-        found = Soak(str(make_tiny_model(folder)), syncs_between=options.syncs, ends=ends).run(cells)
+        model_dir = str(make_tiny_model(folder))
+        found = run_jobs(model_dir, cells, jobs=options.jobs, syncs_between=options.syncs, ends=ends)
     problems = found.problems + too_much(found.growth)
     for problem in problems:
         print(problem, file=sys.stderr)
@@ -241,7 +284,10 @@ def main() -> int:
             metric="from a fault to the trainer's own tokens, or to the end of the job where a rank had gone",
             unit="s",
             samples=found.recovered_s,
-            settings={"tp_size": 2, "seed": options.seed, "syncs_between": options.syncs, "model": "tiny random Qwen3"},
+            settings={
+                "tp_size": 2, "seed": options.seed, "syncs_between": options.syncs, "jobs": options.jobs,
+                "model": "tiny random Qwen3",
+            },
             checks={
                 "faults asked for": options.faults, "faults": found.faults, "syncs with compared tokens": found.num_syncs,
                 "answers to rollouts": found.num_answers, "growth": found.growth, "problems": problems,

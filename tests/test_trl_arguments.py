@@ -358,6 +358,28 @@ def test_a_launch_that_fails_leaves_nothing_open():
     assert colo.closed
 
 
+@pytest.mark.parametrize("message, hint, expected", [
+    ("tp_size=3 does not divide 2", "pass 1 or 2", "pass 1 or 2; the trainer's arguments: vllm_tensor_parallel_size sets tp_size"),
+    ("no memory", "raise mem_fraction_static", "raise mem_fraction_static; the trainer's arguments: "
+     "vllm_gpu_memory_utilization sets mem_fraction_static"),
+    ("max_new_tokens=9 is too much", None, "the trainer's arguments: max_completion_length sets max_new_tokens"),
+    ("max_new_tokens is max_completion_length", None, None),
+    ("it did not start", None, None),
+    ("it did not start", "read its log", "read its log"),
+])  # fmt: skip
+def test_errors_name_the_settings_of_the_trainer(message, hint, expected):
+    colo, engine = Colo(), RecordingEngine()
+    engine.generate = colo.launch = mock.Mock(side_effect=lambda *_, **__: raise_(ConfigError(message, hint=hint)))
+    for call in (lambda: build(colo), lambda: generation(engine, sleeps=False).generate([[1]], None, 1)):
+        with pytest.raises(ConfigError, match=message) as caught:
+            call()
+        assert caught.value.hint == expected
+
+
+def raise_(error):
+    raise error
+
+
 @pytest.mark.parametrize("model, named", [
     (SimpleNamespace(name_or_path=""), "model_path"),
     (SimpleNamespace(name_or_path="x", is_quantized=True), "quantised"),

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
-from tpcolocate.errors import ConfigError
+from tpcolocate.errors import ConfigError, TpColocateError
 
 # vLLM's names on the left.  What both call alike (temperature, stop, ...) is not listed.
 _SAMPLING_NAMES = {"max_tokens": "max_new_tokens", "min_tokens": "min_new_tokens", "seed": "sampling_seed"}
 _STRUCTURED_NAMES = {"regex": "regex", "json": "json_schema", "grammar": "ebnf", "structural_tag": "structural_tag"}
+# What errors call it on the left, what sets it in a script with TRL on the right.
+_SETTINGS = {
+    "tp_size": "vllm_tensor_parallel_size",
+    "mem_fraction_static": "vllm_gpu_memory_utilization",
+    "context_length": "vllm_max_model_length",
+    "enable_memory_saver": "vllm_enable_sleep_mode",
+    "max_new_tokens": "max_completion_length",
+}
 # Of vLLM's SamplingParams, without a counterpart in SGLang's.
 _NO_COUNTERPART = frozenset({
     "allowed_token_ids", "bad_words", "best_of", "detokenize", "extra_args", "flat_logprobs", "guided_decoding",
@@ -145,6 +155,22 @@ class VllmArguments:
         }
 
 
+@contextmanager
+def naming_settings() -> Iterator[None]:
+    """Add to the hint of an error what its arguments are called in the trainer's settings."""
+    try:
+        yield
+    except TpColocateError as error:
+        text = f"{error.message} {error.hint or ''}"
+        known = {
+            ours: theirs for ours, theirs in _SETTINGS.items() if theirs not in text and re.search(rf"\b{ours}\b", text)
+        }
+        if known:
+            said = "the trainer's arguments: " + ", ".join(f"{theirs} sets {ours}" for ours, theirs in known.items())
+            error.hint = said if error.hint is None else f"{error.hint}; {said}"
+        raise
+
+
 OBJECTS = ("model", "accelerator", "processing_class")
 KEYWORDS = frozenset(OBJECTS) | {field.name for field in fields(VllmArguments)}
 
@@ -173,4 +199,4 @@ def check_keywords(names: Iterable[str], *, release: str) -> None:
         )
 
 
-__all__ = ["KEYWORDS", "OBJECTS", "VllmArguments", "check_constructor", "check_keywords"]
+__all__ = ["KEYWORDS", "OBJECTS", "VllmArguments", "check_constructor", "check_keywords", "naming_settings"]

@@ -16,7 +16,7 @@ from tpcolocate.engine.limits import ServerLimits
 from tpcolocate.engine.sampling import check_sampling
 from tpcolocate.errors import ConfigError
 from tpcolocate.session import Colocation, init
-from tpcolocate.trl.arguments import VllmArguments, check_keywords
+from tpcolocate.trl.arguments import VllmArguments, check_keywords, naming_settings
 from tpcolocate.trl.generation import SGLangGeneration
 from tpcolocate.trl.replacement import replaced, trl_release
 
@@ -58,6 +58,7 @@ class Engines:
     def __getitem__(self, index: int) -> Engine:
         return self._running[index][1]
 
+    @naming_settings()
     def build(self, model: nn.Module, accelerator: Any, processing_class: Any, **given: Any) -> SGLangGeneration:
         """Launch a server for a trainer; takes the arguments of TRL's ``VLLMGeneration``.
 
