@@ -271,6 +271,7 @@ def blocks_of_the_pages(world):
         found.append({
             "block": source, "launched": launched, "versions": (before, world.engine.weight_version),
             "logs": names["trainer"].state.log_history if "trainer" in names else None,
+            "steps": names["trainer"].args.max_steps if "trainer" in names else None,
             "num_answers": None if answers is None else len(answers),
         })  # fmt: skip
     return found
@@ -411,7 +412,8 @@ def test_the_blocks_of_the_pages_run(found):
     for trl_on_page, callback, loop, trl_in_readme in found(blocks_of_the_pages):
         for block in (trl_on_page, trl_in_readme):
             rewards = [row for row in block["logs"] if "reward" in row]
-            assert len(rewards) == STEPS and versions_between(block) == STEPS
+            assert len(rewards) == versions_between(block) == block["steps"]
+        assert (trl_on_page["steps"], trl_in_readme["steps"]) == (STEPS, 3)
         assert [row["step"] for row in callback["logs"] if "eval_length" in row] == [100]
         assert len(callback["launched"]) == 1 and versions_between(callback) == 1
         assert loop["num_answers"] == 2 and len(loop["launched"]) == 1 and versions_between(loop) == 2

@@ -1,6 +1,7 @@
 """What `use_sglang` makes of TRL's settings, and what it changes in TRL; no server."""
 
 import os
+import re
 import sys
 import types
 from dataclasses import fields
@@ -15,7 +16,7 @@ import tpcolocate.trl
 from tpcolocate.errors import ConfigError
 from tpcolocate.hf import GenerationCallback, weighted_means
 from tpcolocate.trl import engines
-from tpcolocate.trl.arguments import KEYWORDS, VllmArguments, check_constructor
+from tpcolocate.trl.arguments import CPU_TOKENS, KEYWORDS, VllmArguments, check_constructor
 from tpcolocate.trl.generation import SGLangGeneration, prepared_module, ranked_logprobs
 from tpcolocate.trl.replacement import replaced
 
@@ -81,14 +82,16 @@ def test_server_arguments():
     )  # fmt: skip
     assert arguments.server_args(device_type="cuda", seed=3) == {
         "random_seed": 3, "mem_fraction_static": 0.4, "context_length": 512, "max_running_requests": 32,
-        "trust_remote_code": True, "model_impl": "transformers", "enable_memory_saver": True,
+        "trust_remote_code": True, "model_impl": "transformers", "enable_memory_saver": True, "max_total_tokens": None,
     }  # fmt: skip
     left_out = VllmArguments(model_impl="vllm").server_args(device_type="cuda", seed=0)
     assert {name for name, value in left_out.items() if value is not None} == {"random_seed", "mem_fraction_static"}
 
 
-def test_a_cpu_has_no_memory_saver():
-    assert VllmArguments(enable_sleep_mode=True).server_args(device_type="cpu", seed=0)["enable_memory_saver"] is None
+def test_a_cpu_has_no_memory_saver_and_gets_a_small_cache_whatever_the_share_of_a_gpu():
+    args = VllmArguments(enable_sleep_mode=True, gpu_memory_utilization=0.3).server_args(device_type="cpu", seed=0)
+    given = {name: value for name, value in args.items() if value is not None}
+    assert given == {"random_seed": 0, "max_total_tokens": CPU_TOKENS}
 
 
 @pytest.mark.parametrize("given, named", [({"mode": "server"}, "server"), ({"model_impl": "terratorch"}, "terratorch")])
@@ -330,11 +333,17 @@ class Colo:
         self.closed = True
 
 
+def loaded_from(path):
+    model = torch.nn.Linear(1, 1)
+    model.name_or_path = path
+    return model
+
+
 def build(colo, *, model=None, given=None, **options):
     made = engines.Engines(
         **{"tp_size": None, "model_path": None, "generate_timeout_s": 1.0, "timeout_s": 1.0, "launch": {}} | options
     )
-    model = SimpleNamespace(name_or_path="/models/tiny") if model is None else model
+    model = loaded_from("/models/tiny") if model is None else model
     with mock.patch.object(engines, "init", return_value=colo):
         return made, made.build(model, SimpleNamespace(device=CPU), None, **(given or {}))
 
@@ -359,19 +368,20 @@ def test_a_launch_that_fails_leaves_nothing_open():
 
 
 @pytest.mark.parametrize("message, hint, expected", [
-    ("tp_size=3 does not divide 2", "pass 1 or 2", "pass 1 or 2; the trainer's arguments: vllm_tensor_parallel_size sets tp_size"),
-    ("no memory", "raise mem_fraction_static", "raise mem_fraction_static; the trainer's arguments: "
-     "vllm_gpu_memory_utilization sets mem_fraction_static"),
-    ("max_new_tokens=9 is too much", None, "the trainer's arguments: max_completion_length sets max_new_tokens"),
-    ("max_new_tokens is max_completion_length", None, None),
+    ("tp_size=3 does not divide 2", "pass 1 or 2", "pass 1 or 2; with TRL: vllm_tensor_parallel_size sets tp_size"),
+    ("no memory", "raise mem_fraction_static", "raise mem_fraction_static; with TRL: vllm_gpu_memory_utilization sets "
+     "mem_fraction_static"),
+    ("max_new_tokens=9 is too much", None, "with TRL: max_completion_length sets max_new_tokens"),
+    ("rank 1 did not call tpcolocate.init() within 9 s (timeout_s of init())", None,
+     "with TRL: building the trainer calls init(), on every rank; use_sglang(timeout_s=...) sets its timeout_s"),
     ("it did not start", None, None),
     ("it did not start", "read its log", "read its log"),
 ])  # fmt: skip
-def test_errors_name_the_settings_of_the_trainer(message, hint, expected):
+def test_errors_say_what_they_mean_in_a_script_with_trl(message, hint, expected):
     colo, engine = Colo(), RecordingEngine()
     engine.generate = colo.launch = mock.Mock(side_effect=lambda *_, **__: raise_(ConfigError(message, hint=hint)))
     for call in (lambda: build(colo), lambda: generation(engine, sleeps=False).generate([[1]], None, 1)):
-        with pytest.raises(ConfigError, match=message) as caught:
+        with pytest.raises(ConfigError, match=re.escape(message)) as caught:
             call()
         assert caught.value.hint == expected
 
@@ -395,7 +405,27 @@ def test_an_unknown_generation_setting_is_refused_before_anything_starts():
     colo = Colo(RecordingEngine())
     with pytest.raises(ConfigError, match="max_tokenz") as caught:
         build(colo, given={"generation_kwargs": {"max_tokenz": 3}})
-    assert "max_new_tokens" in caught.value.hint and colo.launched is None
+    assert "max_new_tokens" in caught.value.hint and "generation_kwargs" in caught.value.hint
+    assert colo.launched is None
+
+
+def test_an_adapter_that_no_sync_can_merge_is_refused_before_anything_starts():
+    peft = pytest.importorskip("peft")
+    inner = torch.nn.Sequential()
+    inner.add_module("q", torch.nn.Linear(4, 4))
+    colo = Colo(RecordingEngine())
+    for use_dora in (False, True):
+        model = peft.get_peft_model(inner, peft.LoraConfig(target_modules=["q"], use_dora=use_dora))
+        model.name_or_path = "/models/tiny"
+        if not use_dora:
+            build(colo, model=model)
+            assert colo.launched is not None
+            colo, inner = Colo(RecordingEngine()), model.unload()
+            continue
+        with pytest.raises(ConfigError, match="DoRA") as caught:
+            build(colo, model=model)
+        assert "LoraConfig without DoRA" in caught.value.hint
+        assert colo.launched is None
 
 
 @pytest.mark.parametrize("is_built", [True, False])
@@ -403,7 +433,7 @@ def test_a_block_in_which_no_trainer_uses_the_engine_says_so(trainers, caplog, i
     with mock.patch.object(engines, "init", return_value=Colo(RecordingEngine())), tpcolocate.trl.use_sglang():
         if is_built:
             trainers[0].VLLMGeneration(
-                model=SimpleNamespace(name_or_path="x"), accelerator=SimpleNamespace(device=CPU), processing_class=None
+                model=loaded_from("x"), accelerator=SimpleNamespace(device=CPU), processing_class=None
             )
     assert ("use_vllm=True" in caplog.text) is not is_built
 
@@ -427,7 +457,7 @@ def test_the_servers_outlive_the_block_unless_it_fails(trainers):
         ):
             with tpcolocate.trl.use_sglang():
                 trainers[0].VLLMGeneration(
-                    model=SimpleNamespace(name_or_path="x"),
+                    model=loaded_from("x"),
                     accelerator=SimpleNamespace(device=CPU),
                     processing_class=None,
                 )

@@ -180,7 +180,10 @@ def _check_alone(tp_size: int, environ: Mapping[str, str]) -> None:
     Raises:
         ConfigError: It is not.
     """
-    hint = "start the script with torchrun --nproc-per-node N, and call torch.distributed.init_process_group() before init()"
+    hint = (
+        f"start {tp_size} ranks, or a multiple, with torchrun --nproc-per-node or accelerate launch --num_processes; where no "
+        "trainer does so, call torch.distributed.init_process_group() before init()"
+    )
     if tp_size > 1:
         raise ConfigError(
             f"init(tp_size={tp_size}) needs {tp_size} ranks, but torch.distributed is not initialised in this process",

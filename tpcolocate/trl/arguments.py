@@ -15,19 +15,26 @@ from tpcolocate.errors import ConfigError, TpColocateError
 # vLLM's names on the left.  What both call alike (temperature, stop, ...) is not listed.
 _SAMPLING_NAMES = {"max_tokens": "max_new_tokens", "min_tokens": "min_new_tokens", "seed": "sampling_seed"}
 _STRUCTURED_NAMES = {"regex": "regex", "json": "json_schema", "grammar": "ebnf", "structural_tag": "structural_tag"}
-# What errors call it on the left, what sets it in a script with TRL on the right.
-_SETTINGS = {
-    "tp_size": "vllm_tensor_parallel_size",
-    "mem_fraction_static": "vllm_gpu_memory_utilization",
-    "context_length": "vllm_max_model_length",
-    "enable_memory_saver": "vllm_enable_sleep_mode",
-    "max_new_tokens": "max_completion_length",
+# What errors speak of, and what it is in a script with TRL.
+_IN_TRL = {
+    r"\btp_size\b": "vllm_tensor_parallel_size sets tp_size",
+    r"\bmem_fraction_static\b": "vllm_gpu_memory_utilization sets mem_fraction_static",
+    r"\bcontext_length\b": "vllm_max_model_length sets context_length",
+    r"\benable_memory_saver\b": "vllm_enable_sleep_mode sets enable_memory_saver",
+    r"\bmax_new_tokens\b": "max_completion_length sets max_new_tokens",
+    r"\binit\(\)": "building the trainer calls init(), on every rank",
+    r"\btimeout_s of init\(\)": "use_sglang(timeout_s=...) sets its timeout_s",
+    r"\bmerge_and_unload\(\)": "pass a LoraConfig without DoRA, other variants or biases",
 }
 # Of vLLM's SamplingParams, without a counterpart in SGLang's.
 _NO_COUNTERPART = frozenset({
     "allowed_token_ids", "bad_words", "best_of", "detokenize", "extra_args", "flat_logprobs", "guided_decoding",
     "include_stop_str_in_output", "logits_processors", "output_kind", "prompt_logprobs", "truncate_prompt_tokens",
 })  # fmt: skip
+
+
+CPU_TOKENS = 16_384
+"""Of the KV cache on a CPU, where SGLang takes the fraction of all memory, once for each TP rank."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,12 +99,13 @@ class VllmArguments:
         """Return the server's arguments; None for what SGLang decides itself.
 
         Args:
-            device_type: Of the training ranks; a CPU has no memory saver.
+            device_type: Of the training ranks.  A CPU has no memory saver, and a share of a GPU is none of its memory.
             seed: Differs between servers, so that they do not sample alike.
         """
         return {
             "random_seed": seed,
-            "mem_fraction_static": self.gpu_memory_utilization,
+            "mem_fraction_static": self.gpu_memory_utilization if device_type != "cpu" else None,
+            "max_total_tokens": CPU_TOKENS if device_type == "cpu" else None,
             "context_length": self.max_model_length,
             "max_running_requests": self.max_num_seqs,
             "trust_remote_code": True if self.trust_remote_code else None,
@@ -156,18 +164,14 @@ class VllmArguments:
 
 
 @contextmanager
-def naming_settings() -> Iterator[None]:
-    """Add to the hint of an error what its arguments are called in the trainer's settings."""
+def explained_for_trl() -> Iterator[None]:
+    """Add to the hint of an error what it says in terms of a script with TRL."""
     try:
         yield
     except TpColocateError as error:
         text = f"{error.message} {error.hint or ''}"
-        known = {
-            ours: theirs for ours, theirs in _SETTINGS.items() if theirs not in text and re.search(rf"\b{ours}\b", text)
-        }
-        if known:
-            said = "the trainer's arguments: " + ", ".join(f"{theirs} sets {ours}" for ours, theirs in known.items())
-            error.hint = said if error.hint is None else f"{error.hint}; {said}"
+        if meanings := "; ".join(meaning for pattern, meaning in _IN_TRL.items() if re.search(pattern, text)):
+            error.hint = f"with TRL: {meanings}" if error.hint is None else f"{error.hint}; with TRL: {meanings}"
         raise
 
 
@@ -199,4 +203,12 @@ def check_keywords(names: Iterable[str], *, release: str) -> None:
         )
 
 
-__all__ = ["KEYWORDS", "OBJECTS", "VllmArguments", "check_constructor", "check_keywords", "naming_settings"]
+__all__ = [
+    "CPU_TOKENS",
+    "KEYWORDS",
+    "OBJECTS",
+    "VllmArguments",
+    "check_constructor",
+    "check_keywords",
+    "explained_for_trl",
+]

@@ -16,9 +16,10 @@ from tpcolocate.engine.limits import ServerLimits
 from tpcolocate.engine.sampling import check_sampling
 from tpcolocate.errors import ConfigError
 from tpcolocate.session import Colocation, init
-from tpcolocate.trl.arguments import VllmArguments, check_keywords, naming_settings
+from tpcolocate.trl.arguments import VllmArguments, check_keywords, explained_for_trl
 from tpcolocate.trl.generation import SGLangGeneration
 from tpcolocate.trl.replacement import replaced, trl_release
+from tpcolocate.weights.sources.peft_merge import check_adapters
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ class Engines:
     def __getitem__(self, index: int) -> Engine:
         return self._running[index][1]
 
-    @naming_settings()
+    @explained_for_trl()
     def build(self, model: nn.Module, accelerator: Any, processing_class: Any, **given: Any) -> SGLangGeneration:
         """Launch a server for a trainer; takes the arguments of TRL's ``VLLMGeneration``.
 
@@ -69,8 +70,16 @@ class Engines:
         arguments = VllmArguments(**given)
         arguments.check()
         sampling_params, logprobs = arguments.sampling()
-        check_sampling(sampling_params, ServerLimits())  # before a server is started; its own limits come with it
         path = self._path_of(model)
+        # Before a server is started; its own limits come with it.
+        check_adapters(model)
+        try:
+            check_sampling(sampling_params, ServerLimits())
+        except ConfigError as error:
+            error.hint = (
+                f"{error.hint or 'correct it'}; with TRL: generation_kwargs and the trainer's own settings become these"
+            )
+            raise
         colo = init(arguments.tp_size(self._tp_size), device=accelerator.device, timeout_s=self._timeout_s)
         try:
             from_trl = arguments.server_args(device_type=colo.device.type, seed=colo.slice_index)
@@ -164,7 +173,7 @@ def use_sglang(
         except BaseException:
             engines.shutdown(wait=False)
             raise
-    if not engines.num_built:
+    if not engines.num_built and os.environ.get("RANK", "0") == "0":
         logger.warning(
             "no trainer that was built under use_sglang() generates with SGLang: its arguments need use_vllm=True, and the "
             "trainer has to be built inside of the block"

@@ -14,7 +14,7 @@ from torch import nn
 from tpcolocate.engine.engine import Engine
 from tpcolocate.errors import ConfigError
 from tpcolocate.server.http import ServerClient
-from tpcolocate.trl.arguments import naming_settings
+from tpcolocate.trl.arguments import explained_for_trl
 
 _DESCRIBE_S = 30.0
 Completions = tuple[list[list[int]], list[list[int]], list[Any] | None, list[Any] | None]
@@ -75,7 +75,7 @@ class SGLangGeneration:
         config = SimpleNamespace(max_model_len=self._max_model_len)
         return SimpleNamespace(llm_engine=SimpleNamespace(model_config=config))
 
-    @naming_settings()
+    @explained_for_trl()
     def sync_weights(self) -> None:
         """Update the server's weights.
 
@@ -87,7 +87,7 @@ class SGLangGeneration:
         self.report = self.engine.sync_weights(prepared_module(self._accelerator, self._model))
         self._weights_asleep = False
 
-    @naming_settings()
+    @explained_for_trl()
     def generate(
         self,
         prompts: Sequence[Sequence[int]],

@@ -58,6 +58,17 @@ def inner_model(module: nn.Module) -> nn.Module | None:
     return module.get_base_model()
 
 
+def check_adapters(module: nn.Module) -> None:
+    """Check that a sync can merge the active adapters of a module; reads no weight.
+
+    Raises:
+        ConfigError: As `merged` and `inner_model`.
+    """
+    if "peft" in sys.modules:
+        inner_model(module)
+        _PeftLayers(module).check()
+
+
 def merged(module: nn.Module, weights: Items) -> Items:
     """Return the weights of a module with its active adapters merged; those of a module without peft layers unchanged.
 
@@ -90,6 +101,13 @@ class _PeftLayers:
         self._factors = CoalescedGather()
         self._sums = LowRankSums(self._factors)
 
+    def check(self) -> None:
+        for path, layer in self._layers.items():
+            if isinstance(layer, self._tuner):
+                _active_adapters(layer, [path, "weight"])
+            elif not isinstance(layer, self._copies):
+                raise _cannot_merge(path, layer)
+
     def resolve(self, name: str, tensor: Any) -> tuple[str, Any] | None:
         """Return a weight's name without peft, and its merged value; None if the model does not compute with it."""
         kept: list[str] = []
@@ -115,10 +133,7 @@ class _PeftLayers:
                     if path[-1] != copy:
                         return None
             else:
-                raise ConfigError(
-                    f"{'.'.join(path[:-1])} is a peft {type(layer).__name__}, which cannot be merged during a sync",
-                    hint=_MERGE_FIRST,
-                )
+                raise _cannot_merge(".".join(path[:-1]), layer)
         adapters = [adapter for layer in reversed(around) for adapter in _active_adapters(layer, kept)]
         return ".".join(kept), self._merge(tensor, adapters) if adapters else tensor
 
@@ -152,6 +167,12 @@ class _PeftLayers:
             extra_bytes=sum(map(reading_bytes, inputs)) + 2 * base.shape.numel() * widest - full_bytes(base),
             recipe=recipe,
         )
+
+
+def _cannot_merge(path: str, layer: nn.Module) -> ConfigError:
+    return ConfigError(
+        f"{path} is a peft {type(layer).__name__}, which cannot be merged during a sync", hint=_MERGE_FIRST
+    )
 
 
 class _Settings:
