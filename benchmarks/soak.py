@@ -6,7 +6,8 @@
 
 Each fault is drawn from the seed.  After it the ranks must have an error within their limits, the job must go on (a sync
 again, a relaunch in the same processes, or a new job where a rank is gone), and the engine must generate the trainer's own
-greedy tokens.  Nothing of a server may be left, and the ranks' memory, descriptors and files must not grow.
+greedy tokens.  Nothing of a server may be left, and the ranks' memory, descriptors and files must not grow.  SIGTERM ends
+it after the faults in progress, with the record of what it has found.
 """
 
 from __future__ import annotations
@@ -142,6 +143,10 @@ class Soak:
             self.runner.close()
         return self.found
 
+    def stop(self) -> None:
+        """Begin no more faults."""
+        self.ends = time.monotonic()
+
     def _fault(self, cell: Cell) -> None:
         found = self.found
         try:
@@ -152,7 +157,9 @@ class Soak:
             attempt = Attempt(cell, job, seed=self._next_seed())
             reached = attempt.strike()
             struck = job.fired_at
-            self._end_rollouts(job)
+            if not fault_cells.waits_as_documented(cell, "sync"):
+                self._end_rollouts(job)
+            # Else the rank that lives waits in its sync, without a limit, and answers nothing.
             if not reached:
                 found.problems.append(f"{cell.name}: {attempt.why_not}")
                 self.runner.close()
@@ -231,12 +238,11 @@ def run_jobs(model_dir: str, cells: Sequence[Cell], *, jobs: int, syncs_between:
         for i in range(jobs)
     ]
     with ThreadPoolExecutor(jobs) as pool:
+        before = signal.signal(signal.SIGTERM, lambda *_: [soak.stop() for soak in soaks])
         try:
             founds = list(pool.map(lambda i: soaks[i].run(cells[i::jobs]), range(jobs)))
-        except BaseException:
-            for soak in soaks:
-                soak.ends = time.monotonic()  # after the fault in progress
-            raise
+        finally:
+            signal.signal(signal.SIGTERM, before)
     for other in founds[1:]:
         founds[0].add(other)
     return founds[0]
@@ -268,7 +274,6 @@ def main() -> int:
     options = parser.parse_args()
     from tiny_models import make_tiny_model
 
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # not past the clean-up
     load_before = os.getloadavg()
     cells = schedule(options.faults, options.seed)
     ends = None if options.until is None else time.monotonic() + 60.0 * options.until
