@@ -1,7 +1,10 @@
 """The fault matrix: which cells there are, how a result is judged, and a spread of the cells on a real server."""
 
 import importlib
+import os
+import signal
 import sys
+import time
 from functools import reduce
 from pathlib import Path
 
@@ -176,6 +179,30 @@ def test_a_schedule_is_that_of_its_seed():
 def test_growth_is_judged():
     assert soak.too_much({"rss": 2**20, "fds": 1}) == []
     assert soak.too_much({"rss": 2**30, "fds": 1, "children": 1}) == [f"rss grew by {2**30}", "children grew by 1"]
+
+
+class Quiet(soak.Soak):
+    """Runs faults that do nothing but say so; the first ends the soak, as SIGTERM does."""
+
+    def _fault(self, cell):
+        self.found.faults.append(cell.name)
+        self.found.growth = {"rss": len(cell.name)}
+        if self.ends is None:
+            os.kill(os.getpid(), signal.SIGTERM)
+        while self.ends is None:
+            time.sleep(0.01)
+
+
+@pytest.mark.quick
+def test_jobs_share_the_faults_and_sigterm_ends_them_with_what_they_found(monkeypatch, tmp_path):
+    monkeypatch.setattr(soak, "Soak", Quiet)
+    before = signal.getsignal(signal.SIGTERM)
+    cells = soak.schedule(6, 1)
+    found = soak.run_jobs(str(tmp_path), cells, jobs=2, syncs_between=1, ends=None)
+    # One of the two may have been told before it began.
+    assert found.faults and set(found.faults) <= {cells[0].name, cells[1].name}
+    assert found.growth["rss"] == max(map(len, found.faults))
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 # --- on a real server --------------------------------------------------------------------------------------------------

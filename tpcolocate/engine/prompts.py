@@ -171,9 +171,10 @@ def _ids(row: Any, name: str, limits: ServerLimits) -> list[int]:
         ids = [_token(each, name, i) for i, each in enumerate(ids)]
     _check_vocabulary(ids, name, limits.vocab_size)
     if limits.prompt_tokens is not None and len(ids) >= limits.prompt_tokens:
+        context = "" if limits.context_tokens is None else f"; its context is {limits.context_tokens} tokens"
         raise ConfigError(
-            f"{name} has {len(ids)} tokens, and this server takes fewer than {limits.prompt_tokens}",
-            hint="shorten it, or launch with a larger context_length or more memory for the cache",
+            f"{name} has {len(ids)} tokens, and this server takes fewer than {limits.prompt_tokens}{context}",
+            hint="shorten it, or launch with a larger context_length, as far as the model goes, or more memory for the cache",
         )
     return ids
 
