@@ -66,13 +66,20 @@ def test_a_death_that_is_reported_a_moment_later_is_waited_for(tmp_path, record)
 
 def test_another_process_reads_the_death_from_the_log(tmp_path, record):
     log = tmp_path / "log"
-    log.write_text("[tpcolocate] of an earlier server\n")
-    evidence = Evidence(log, record)
+    mine, other = "[launch 0123abcd]", "[launch ffffffff]"
+    folder = tmp_path / "tpcolocate-0-77-0123abcd89"
+    folder.mkdir()
+    processes = record.rename(folder / "processes.json")
+    log.write_text(f"[tpcolocate] of an earlier server {mine}\n")
+    evidence = Evidence(log, processes)
     with log.open("a") as file:
-        file.write("a line\n[tpcolocate] sglang::detokenizer (pid 7) was killed by SIGKILL\nlast words\n")
+        file.write(f"a line\n[tpcolocate] main process (pid 3) exited with code 1 {other}\n")
+        file.flush()
+        assert not evidence().is_dead, "of the server of another slice, with the same log"
+        file.write(f"[tpcolocate] sglang::detokenizer (pid 7) was killed by SIGKILL {mine}\nlast words\n")
     found = evidence()
     assert found.is_dead and found.cause == "sglang::detokenizer (pid 7) was killed by SIGKILL"
-    assert found.tail.endswith("was killed by SIGKILL\nlast words")
+    assert found.tail.endswith(f"was killed by SIGKILL {mine}\nlast words")
 
 
 def test_another_process_sees_that_the_folder_of_the_launch_is_gone(tmp_path):

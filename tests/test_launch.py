@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from tpcolocate import launch
-from tpcolocate.errors import ConfigError, DeadlineError, EngineDeadError, LaunchError, RankLostError
+from tpcolocate.errors import ConfigError, DeadlineError, EngineDeadError, LaunchError, RankFailedError, RankLostError
 from tpcolocate.processes import start_of, this_process
 from tpcolocate.runtime_folder import RuntimeFolder, read_processes
 from tpcolocate.server import process
@@ -509,8 +509,29 @@ class FailedGroup:
     def error_of_left(self):
         return None
 
+    expects_no_shared_error = False
+
+    def expect_no_shared_error(self):
+        self.expects_no_shared_error = True
+
     def all_gather(self, value, *, what, timeout_s=None, quiet_s=0.0):
         raise RankLostError("the connection was reset")
+
+
+def test_a_rank_that_leaves_while_a_broken_group_is_made_anew_ends_the_launch_on_the_others(monkeypatch, tmp_path):
+    group, left = FailedGroup(), RankFailedError("KeyboardInterrupt: ", rank=1)
+
+    def make(*args, check, **kwargs):
+        assert group.expects_no_shared_error, "so that an interrupt in here is made known to the others"
+        check()
+        group.error_of_left = lambda: left
+        check()
+
+    monkeypatch.setattr(launch, "make_group_over_file", make)
+    tp_slice = launch.TpSlice(group, 0, torch.device("cpu"), (), False, f"test{os.getpid()}", 0)
+    launched = launch.Launch(tp_slice, launch.LaunchRequest("model", {}, {}, "nonce"), health_timeout_s=60.0)
+    with pytest.raises(RankFailedError, match="KeyboardInterrupt"):
+        launched.share(None, None)
 
 
 @pytest.mark.parametrize("failing", ["start", "announce"])

@@ -1,10 +1,15 @@
 """The trainer's memory that workers map: what may be mapped, and that every handle comes back."""
 
+from types import SimpleNamespace
+from unittest import mock
+
 import pytest
 import torch
 
 from tpcolocate import ipc_payload
+from tpcolocate.errors import DeadlineError
 from tpcolocate.in_server.tpcolocate_receiver.handles import open_handle
+from tpcolocate.weights.sync.syncer import WeightSyncer
 from tpcolocate.weights.transport.mapped_memory import (
     MAPPABLE,
     STAGED,
@@ -199,3 +204,40 @@ def test_a_handle_that_was_not_opened_is_named(transient):
     transient.note_opened({1: False})
     [item] = transient.ledger.outstanding()
     assert item.fate is ipc_payload.Fate.NEVER_OPENED and item.tp_rank == 1
+
+
+@pytest.mark.parametrize("is_trusted", [True, False])
+def test_memory_that_no_worker_has_opened_is_called_back_only_where_that_may_be(is_trusted):
+    """A sync that failed on the way may have left exports that the workers never got to open."""
+    counts = {3: 1}
+
+    class Dropped:
+        name, num_bytes, handles = "a", 64, {3: None}
+        is_released = property(lambda self: not any(counts.values()))
+
+        def reclaim(self, readers):
+            counts.update(dict.fromkeys(readers, 0))
+
+    dropped = Dropped()
+    errors = []
+
+    def agree(error, value, **_):
+        errors.append(type(error))
+        if error is not None:
+            raise error
+
+    group = SimpleNamespace(rank=3, timeout_s=1.0, agree=agree, all_gather=lambda mine, **_: [mine])
+    mappings = mock.Mock(expired=lambda: [dropped])
+    syncer = SimpleNamespace(
+        state=SimpleNamespace(mappings=mappings, mapped=SimpleNamespace(is_trusted=is_trusted)),
+        context=SimpleNamespace(group=group, layout=SimpleNamespace(slice_ranks=(3,)), server=None, device=CPU),
+        _release=lambda *_: None,
+    )
+    if is_trusted:
+        with pytest.raises(DeadlineError, match="still mapped"):
+            WeightSyncer.call_back(syncer, timeout_s=0.05)
+        assert errors == [type(None), DeadlineError], "the other ranks raise it as well"
+    else:
+        assert WeightSyncer.call_back(syncer, timeout_s=0.05) == 64
+        assert errors == [type(None)] * 2
+    mappings.retire.assert_called_once_with([dropped])

@@ -283,7 +283,7 @@ def test_an_exit_of_the_server_is_reported_at_once_and_the_files_stay_until_the_
     assert server.next_event() == {"event": "exited", "code": 7, "forced": False}
     assert not any(map(alive, server.processes.values())) and not any(path.exists() for path in server.shm)
     assert server.record.exists()
-    assert f"[tpcolocate] main process (pid {pid}) exited with code 7\n" in server.log.read_text()
+    assert f"[tpcolocate] main process (pid {pid}) exited with code 7 [launch " in server.log.read_text()
     server.send(b"stop\n")
     server.supervisor.wait(SOON_S)
     server.assert_gone(0)
@@ -317,7 +317,9 @@ def test_a_killed_process_of_sglangs_is_named_and_ends_the_server(make, pidfd):
     }  # fmt: skip
     assert time.monotonic() - began < 5
     assert server.next_event()["event"] == "exited"
-    assert f"[tpcolocate] sglang::detokenizer (pid {worker.pid}) was killed by SIGKILL\n" in server.log.read_text()
+    assert (
+        f"[tpcolocate] sglang::detokenizer (pid {worker.pid}) was killed by SIGKILL [launch " in server.log.read_text()
+    )
     server.send(b"stop\n")
     server.supervisor.wait(SOON_S)
     server.assert_gone(0)
@@ -572,3 +574,23 @@ def test_files_of_other_processes_are_kept(make):
         assert own.exists() and name.exists()
     finally:
         own.unlink()
+
+
+def test_only_files_that_a_server_may_leave_are_noticed():
+    """Data loaders of the trainer make files all the time, and each scan looks at every process of the machine."""
+    files, made = supervisor.NewFiles(), []
+    try:
+        for name, is_seen in {"torch_1_2": False, "sglang_loads_1": True, "other": False, "sgl_shm_1": True}.items():
+            path = Path(f"/dev/shm/{name}_{os.getpid()}")
+            path.touch()
+            made.append(path)
+            assert files.seen() == is_seen, name
+        semaphore = Path(f"/dev/shm/sem.mp-{os.getpid()}")
+        os.link(made[0], semaphore)  # as sem_open() gives a semaphore its name
+        made.append(semaphore)
+        assert files.seen() and not files.seen()
+    finally:
+        for path in made:
+            path.unlink()
+        for fd in files.fds:
+            os.close(fd)

@@ -197,6 +197,19 @@ def test_sleep_mode_wakes_for_what_is_needed_and_syncs_once_more_if_the_trainer_
     assert names == ["sleep", *asleep_to_answer, *asleep_to_answer]
 
 
+def test_a_rank_whose_generation_fails_sleeps_as_the_others_do():
+    engine = RecordingEngine()
+    engine.generate = mock.Mock(side_effect=ConfigError("prompt 0 is too long"))
+    made = generation(engine, sleeps=True)
+    made.sync_weights()
+    with pytest.raises(ConfigError, match="too long"):
+        made.generate([[1]], None, 1)
+    assert engine.calls[-1] == ("sleep",) and made._weights_asleep
+    engine.sleep = mock.Mock(side_effect=tpcolocate.EngineDeadError("it is gone"))
+    with pytest.raises(ConfigError, match="too long"):
+        made.generate([[1]], None, 1)
+
+
 def test_without_sleep_mode_the_server_stays_awake():
     engine = RecordingEngine()
     made = generation(engine, sleeps=False)
@@ -374,6 +387,9 @@ def test_a_launch_that_fails_leaves_nothing_open():
     ("max_new_tokens=9 is too much", None, "with TRL: max_completion_length sets max_new_tokens"),
     ("rank 1 did not call tpcolocate.init() within 9 s (timeout_s of init())", None,
      "with TRL: building the trainer calls init(), on every rank; use_sglang(timeout_s=...) sets its timeout_s"),
+    ("ranks were late: timeout_s=600 of init()", None, "with TRL: building the trainer calls init(), on every rank; "
+     "use_sglang(timeout_s=...) sets its timeout_s"),
+    ("tp_size=3", "x; with TRL: explained", "x; with TRL: explained"),
     ("it did not start", None, None),
     ("it did not start", "read its log", "read its log"),
 ])  # fmt: skip

@@ -109,6 +109,10 @@ class RankGroup:
         """Whether the last call ended with an error that every rank raises, in its own way."""
         return self._place.has_shared_error
 
+    def expect_no_shared_error(self) -> None:
+        """Take it that the ranks do not have one: a call goes on after one that they did have."""
+        self._place.has_shared_error = False
+
     @contextmanager
     def going_on(self, key: str | None = None) -> Iterator[None]:
         """The rest of a call of several steps, of which the ranks have agreed on the first.

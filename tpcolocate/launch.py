@@ -19,7 +19,7 @@ from tpcolocate import devices, rendezvous
 from tpcolocate.agreement import RankGroup
 from tpcolocate.checks import check_integer, check_path, check_text, check_type
 from tpcolocate.deadline import Deadline, check_timeout
-from tpcolocate.errors import ConfigError, DeadlineError, RankFailedError, RankLostError, shown
+from tpcolocate.errors import ConfigError, DeadlineError, EngineError, RankFailedError, RankLostError, shown
 from tpcolocate.groups import list_ranks, make_group_over_file
 from tpcolocate.processes import this_process
 from tpcolocate.runtime_folder import RuntimeFolder, folder_of, read_owner, remove_remains
@@ -292,6 +292,7 @@ class Launch:
             self._check_left(lost if error is None else error)
             self._check_members(lost)
             self._check_deadline(lost)
+            group.expect_no_shared_error()  # that of the old group ends here: from now on a rank may leave by itself again
             self._make_group_anew(lost if error is None else error, lost)
         group.agree(error, what=f"{what} with a new process group", timeout_s=self._left())
         return running if running is not None else self._announced()
@@ -330,6 +331,10 @@ class Launch:
         if self._exited():
             raise lost
 
+    def _check_others(self, error: BaseException, lost: RankLostError) -> None:
+        self._check_left(error)
+        self._check_members(lost)
+
     def _check_deadline(self, lost: RankLostError) -> None:
         if not self._deadline.has_passed:
             return
@@ -354,7 +359,7 @@ class Launch:
                 rank=group.rank,
                 timeout_s=group.timeout_s,
                 deadline=self._deadline,
-                check=lambda: self._check_members(lost),
+                check=lambda: self._check_others(error, lost),
             )
         except RankLostError as again:
             error.add_note(f"(the slice's process group could not be made anew: {again.message})")
@@ -411,17 +416,24 @@ class Launch:
             error = caught
         try:
             self.share(error, running)
-        except BaseException:
-            self.undo(server)
+        except BaseException as failed:
+            self.undo(server, failed)
             raise
         assert running is not None and server is not None and api is not None
         return running, server, api
 
-    def undo(self, server: ServerProcess | None) -> None:
-        """End the server, on the owner, and remove the files of the launch."""
+    def undo(self, server: ServerProcess | None, failed: BaseException) -> None:
+        """End the server, on the owner, and remove the files of the launch.
+
+        Args:
+            server: If it was started.
+            failed: Why, the same on all ranks; gets a note if the server does not end.
+        """
         try:
             if server is not None:
                 server.stop()
+        except EngineError as error:
+            failed.add_note(f"(the server that was started: {error.message})")
         finally:
             if self.tp_slice.is_owner:
                 self.clean_up()

@@ -402,8 +402,8 @@ class Colocation:
             error = caught
         try:
             launch.acknowledge(error)
-        except BaseException:
-            launch.undo(server)
+        except BaseException as failed:
+            launch.undo(server, failed)
             raise
         assert started is not None
         return started

@@ -51,8 +51,9 @@ class OwnedServer:
 
     @property
     def is_dead(self) -> bool:
-        """Whether the process has exited, or nothing listens any more."""
-        return self.process.exited() or not self.api.client.is_listening(timeout_s=_LISTENS_S)
+        """Whether the process has exited, or does not answer, twice: a busy one may be late once."""
+        client = self.api.client
+        return self.process.exited() or not any(client.is_listening(timeout_s=_LISTENS_S) for _ in range(2))
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,8 @@ from pathlib import Path
 from tpcolocate.processes import is_stopped, start_of
 from tpcolocate.runtime_folder import read_processes
 
-_VERDICT = "[tpcolocate] "
+# How the supervisor writes what died, and of which launch.
+_VERDICT, _MARK_CHARS = "[tpcolocate] ", 8
 _TAIL_BYTES = 16_384
 _TAIL_LINES = 40
 # The connection to a server that dies is reset before its supervisor has seen the death.
@@ -61,6 +62,8 @@ class Evidence:
         self.log_path = log_path
         self._processes = processes
         self._died = self._verdict_in_log if died is None else died
+        # Servers of several slices may write to one file.
+        self._mark = f" [launch {processes.parent.name.rpartition('-')[2][:_MARK_CHARS]}]"
         self.was_in_trouble = False
         """Whether a look has found a cause."""
         # What an earlier server has written to the same file is not of this one.
@@ -88,9 +91,9 @@ class Evidence:
         ]
 
     def _verdict_in_log(self) -> str | None:
-        lines = [line for line in self.lines(self._verdicts_start) if line.startswith(_VERDICT)]
-        if lines:
-            return lines[0].removeprefix(_VERDICT)
+        for line in self.lines(self._verdicts_start):
+            if line.startswith(_VERDICT) and line.endswith(self._mark):
+                return line.removeprefix(_VERDICT).removesuffix(self._mark)
         return None if self._processes.parent.exists() else "the server was ended"
 
     def lines(self, since: int | None = None) -> list[str]:

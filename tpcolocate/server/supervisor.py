@@ -33,6 +33,7 @@ import select
 import shutil
 import signal
 import stat
+import struct
 import subprocess
 import sys
 import threading
@@ -70,6 +71,8 @@ _INTERRUPT_S = 2.0
 _LAST_WORDS_S = 1.0
 _GRACE_AFTER_DEATH_S = 1.0
 _PIPE_BYTES = 1 << 20
+_MARK_CHARS = 8
+_EVENT, _EVENT_BYTES = struct.Struct("iIII"), 1 << 16  # inotify_event without its name
 _HIDDEN = b"***"
 # A beginning of the key that is cut off at the end of the output is hidden from this length on.
 _KEY_BEGINNING = 8
@@ -425,7 +428,7 @@ def _start(job: dict[str, Any]) -> tuple[subprocess.Popen[bytes], Log]:
 
 
 class NewFiles:
-    """Notices when a file is made in /dev/shm; never, where the kernel has no inotify."""
+    """Notices when a file that a server may leave is made in /dev/shm; never, where the kernel has no inotify."""
 
     def __init__(self) -> None:
         self._fd = _libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -439,11 +442,27 @@ class NewFiles:
         return [self._fd] if self._fd >= 0 else []
 
     def seen(self) -> bool:
-        """Return whether there was one since the last call."""
+        """Return whether there was one since the last call that may be the server's, by its name."""
+        found = False
         try:
-            return self._fd >= 0 and bool(os.read(self._fd, _PIPE_BYTES))
+            while self._fd >= 0:
+                found |= any(map(_may_be_left, _names_of(os.read(self._fd, _EVENT_BYTES))))
         except BlockingIOError:
-            return False
+            pass
+        return found
+
+
+def _names_of(events: bytes) -> Iterable[bytes]:
+    """Yield the names of inotify's events, an empty one where events were lost."""
+    start = 0
+    while start < len(events):
+        _, _, _, length = _EVENT.unpack_from(events, start)
+        start += _EVENT.size + length
+        yield events[start - length : start].rstrip(b"\0")
+
+
+def _may_be_left(name: bytes) -> bool:
+    return not name or name.startswith(tuple(prefix.encode() for prefix in _LEFTOVER_PREFIXES))
 
 
 def _wait(tree: Tree, owner: tuple[int, int]) -> tuple[str, list[dict[str, Any]]]:
@@ -519,7 +538,9 @@ def main() -> int:
     grace_s = job["grace_s"]
     if deaths:
         report(event="died", processes=deaths)
-        log.add_line(describe_deaths(deaths))
+        log.add_line(
+            f"{describe_deaths(deaths)} [launch {nonce.rpartition('-')[2][:_MARK_CHARS]}]"
+        )  # others may write to the same file
         grace_s = min(grace_s, _GRACE_AFTER_DEATH_S)
         try:
             server.wait(_LAST_WORDS_S)

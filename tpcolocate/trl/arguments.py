@@ -15,6 +15,7 @@ from tpcolocate.errors import ConfigError, TpColocateError
 # vLLM's names on the left.  What both call alike (temperature, stop, ...) is not listed.
 _SAMPLING_NAMES = {"max_tokens": "max_new_tokens", "min_tokens": "min_new_tokens", "seed": "sampling_seed"}
 _STRUCTURED_NAMES = {"regex": "regex", "json": "json_schema", "grammar": "ebnf", "structural_tag": "structural_tag"}
+_WITH_TRL = "with TRL: "
 # What errors speak of, and what it is in a script with TRL.
 _IN_TRL = {
     r"\btp_size\b": "vllm_tensor_parallel_size sets tp_size",
@@ -23,7 +24,8 @@ _IN_TRL = {
     r"\benable_memory_saver\b": "vllm_enable_sleep_mode sets enable_memory_saver",
     r"\bmax_new_tokens\b": "max_completion_length sets max_new_tokens",
     r"\binit\(\)": "building the trainer calls init(), on every rank",
-    r"\btimeout_s of init\(\)": "use_sglang(timeout_s=...) sets its timeout_s",
+    r"\btimeout_s(=\S+)? of init\(\)": "use_sglang(timeout_s=...) sets its timeout_s",
+    r"\bset_lora\(": "load the model without quantization_config",
     r"\bmerge_and_unload\(\)": "pass a LoraConfig without DoRA, other variants or biases",
 }
 # Of vLLM's SamplingParams, without a counterpart in SGLang's.
@@ -170,8 +172,10 @@ def explained_for_trl() -> Iterator[None]:
         yield
     except TpColocateError as error:
         text = f"{error.message} {error.hint or ''}"
-        if meanings := "; ".join(meaning for pattern, meaning in _IN_TRL.items() if re.search(pattern, text)):
-            error.hint = f"with TRL: {meanings}" if error.hint is None else f"{error.hint}; with TRL: {meanings}"
+        if _WITH_TRL not in text and (
+            meanings := "; ".join(meaning for pattern, meaning in _IN_TRL.items() if re.search(pattern, text))
+        ):
+            error.hint = f"{_WITH_TRL}{meanings}" if error.hint is None else f"{error.hint}; {_WITH_TRL}{meanings}"
         raise
 
 

@@ -83,7 +83,10 @@ class Engines:
         colo = init(arguments.tp_size(self._tp_size), device=accelerator.device, timeout_s=self._timeout_s)
         try:
             from_trl = arguments.server_args(device_type=colo.device.type, seed=colo.slice_index)
-            engine = colo.launch(path, **{**from_trl, **self._launch})
+            given = {
+                name: value for name, value in from_trl.items() if value is not None
+            }  # the rest is SGLang's, or ours
+            engine = colo.launch(path, **{**given, **self._launch})
             self._running.append((colo, engine))
             self.num_built += 1
             # Behind the launch, so that it runs before what the launch registers, which warns of a forgotten engine.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from tpcolocate.engine.engine import Engine
-from tpcolocate.errors import ConfigError
+from tpcolocate.errors import ConfigError, TpColocateError
 from tpcolocate.server.http import ServerClient
 from tpcolocate.trl.arguments import explained_for_trl
 
@@ -122,13 +122,17 @@ class SGLangGeneration:
         fields: dict[str, Any] = {}
         if self._logprobs is not None:
             fields = {"return_logprob": True, "top_logprobs_num": self._logprobs}
-        with profiler if profiler is not None else nullcontext():
-            answers = self.engine.generate(
-                [list(prompt) for prompt in prompts], self._sampling_params, timeout_s=self._timeout_s, **fields
-            )
-        if self._sleeps:
-            self.engine.sleep()
-            self._weights_asleep = True
+        try:
+            with profiler if profiler is not None else nullcontext():
+                answers = self.engine.generate(
+                    [list(prompt) for prompt in prompts], self._sampling_params, timeout_s=self._timeout_s, **fields
+                )
+        except Exception:
+            # The error may be of this rank alone: the others wait for it in their sleep().
+            with suppress(TpColocateError):
+                self._sleep()
+            raise
+        self._sleep()
         completions = [list(answer["output_ids"]) for answer in answers]
         if self._logprobs is None:
             return [list(prompt) for prompt in prompts], completions, None, None
@@ -136,6 +140,11 @@ class SGLangGeneration:
         values = [[[value for value, _ in token] for token in tokens] for tokens in ranked]
         token_ids = [[[token_id for _, token_id in token] for token in tokens] for tokens in ranked]
         return [list(prompt) for prompt in prompts], completions, values, token_ids
+
+    def _sleep(self) -> None:
+        if self._sleeps:
+            self.engine.sleep()
+            self._weights_asleep = True
 
 
 def ranked_logprobs(meta_info: Mapping[str, Any], num_top: int) -> list[list[tuple[float | None, int]]]:

@@ -153,7 +153,14 @@ class WeightSyncer:
         mappings.retire(expired)
         # What workers of other slices map as well comes back with the next sync.
         released = [one for one in expired if set(slice_ranks).issuperset(one.handles)]
-        wait_unmapped(self.context, released, Deadline.after(timeout_s))
+        try:
+            if not self.state.mapped.is_trusted:
+                for one in released:
+                    one.reclaim(slice_ranks)  # some may never have been opened
+            wait_unmapped(self.context, released, Deadline.after(timeout_s))
+        except BaseException as caught:
+            error = caught
+        group.agree(error, None, what=f"{what}: until it is back", timeout_s=timeout_s + group.timeout_s)
         mappings.forget(released)
         if self.context.device.type == "cuda":
             torch.cuda.ipc_collect()
