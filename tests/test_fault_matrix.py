@@ -199,7 +199,7 @@ def test_jobs_share_the_faults_and_sigterm_ends_them_with_what_they_found(monkey
     before = signal.getsignal(signal.SIGTERM)
     cells = soak.schedule(6, 1)
     found = soak.run_jobs(str(tmp_path), cells, jobs=2, syncs_between=1, ends=None)
-    # One of the two may have been told before it began.
+    # One of the two may have been stopped before it began.
     assert found.faults and set(found.faults) <= {cells[0].name, cells[1].name}
     assert found.growth["rss"] == max(map(len, found.faults))
     assert signal.getsignal(signal.SIGTERM) is before
