@@ -686,3 +686,16 @@ def test_an_engine_does_not_restart_by_itself_unless_asked_to(launch):
     before = engine._context.server
     engine.sync_weights({})
     assert engine._context.server is before
+
+
+@pytest.mark.parametrize("answers, exited, is_dead", [
+    ([True], False, False),
+    ([False, True], False, False),  # it was busy
+    ([False, False], False, True),
+    ([], True, True),
+])  # fmt: skip
+def test_a_server_is_dead_if_it_has_exited_or_does_not_answer_twice(answers, exited, is_dead):
+    listens = iter(answers)
+    api = SimpleNamespace(client=SimpleNamespace(is_listening=lambda *, timeout_s: next(listens)))
+    owned = OwnedServer(SimpleNamespace(exited=lambda: exited), api, None, None)
+    assert owned.is_dead is is_dead and list(listens) == []

@@ -20,7 +20,15 @@ import pytest
 import torch
 
 from tpcolocate import launch
-from tpcolocate.errors import ConfigError, DeadlineError, EngineDeadError, LaunchError, RankFailedError, RankLostError
+from tpcolocate.errors import (
+    ConfigError,
+    DeadlineError,
+    EngineDeadError,
+    EngineError,
+    LaunchError,
+    RankFailedError,
+    RankLostError,
+)
 from tpcolocate.processes import start_of, this_process
 from tpcolocate.runtime_folder import RuntimeFolder, read_processes
 from tpcolocate.server import process
@@ -557,6 +565,17 @@ def test_after_an_error_no_server_is_left_even_if_the_group_has_failed_too(monke
         launched.start_server(log_path=None)
     assert server.stopped == (failing == "announce")
     assert not launched.sync_folder.exists()
+
+
+def test_a_server_that_does_not_end_does_not_hide_why_the_launch_failed():
+    def stop():
+        raise EngineError("process 7 does not end")
+
+    tp_slice = launch.TpSlice(FailedGroup(), 0, torch.device("cpu"), (), False, f"test{os.getpid()}", 0)
+    launched = launch.Launch(tp_slice, launch.LaunchRequest("model", {}, {}, "nonce"), health_timeout_s=1.0)
+    failed = RankFailedError("disk full", rank=1)
+    launched.undo(types.SimpleNamespace(stop=stop), failed)
+    assert failed.__notes__ == ["(the server that was started: process 7 does not end)"]
 
 
 @pytest.mark.parametrize("load_format, expected", [
