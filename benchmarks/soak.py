@@ -58,7 +58,9 @@ def schedule(num_faults: int, seed: int, *, weights: Mapping[str, int] | None = 
     for cell in fault_cells.all_cells():
         # While the rollouts run, and no Ctrl-C: after it the ranks need not agree any more.
         running = cell.moment in ("idle", "generate") or cell.phase is not None
-        if running and cell.fault != "Ctrl-C" and fault_cells.senseless(cell) is None:
+        # SGLang's main process ends after a SIGTERM when no request is left, and there is always one.
+        drains = cell.fault == "SIGTERM" and cell.victim == "server main process"
+        if running and cell.fault != "Ctrl-C" and not drains and fault_cells.senseless(cell) is None:
             pools[kind_of(cell)].append(cell)
     drawn = []
     for _ in range(num_faults):
