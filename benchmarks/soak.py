@@ -276,6 +276,7 @@ def main() -> int:
     options = parser.parse_args()
     from tiny_models import make_tiny_model
 
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # not past the clean-up
     load_before = os.getloadavg()
     cells = schedule(options.faults, options.seed)
     ends = None if options.until is None else time.monotonic() + 60.0 * options.until

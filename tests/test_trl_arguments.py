@@ -390,6 +390,9 @@ def test_a_launch_that_fails_leaves_nothing_open():
     ("ranks were late: timeout_s=600 of init()", None, "with TRL: building the trainer calls init(), on every rank; "
      "use_sglang(timeout_s=...) sets its timeout_s"),
     ("tp_size=3", "x; with TRL: explained", "x; with TRL: explained"),
+    ("q is a quantised weight", "serve it apart: engine.set_lora(name, model)", "serve it apart: engine.set_lora(name, model); "
+     "with TRL: load the model without quantization_config"),
+    ("adapters of FSDP1 cannot be merged", "use set_lora()", "use set_lora()"),
     ("it did not start", None, None),
     ("it did not start", "read its log", "read its log"),
 ])  # fmt: skip

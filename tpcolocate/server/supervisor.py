@@ -446,23 +446,20 @@ class NewFiles:
         found = False
         try:
             while self._fd >= 0:
-                found |= any(map(_may_be_left, _names_of(os.read(self._fd, _EVENT_BYTES))))
+                names = _names_of(os.read(self._fd, _EVENT_BYTES))
+                found |= any(not name or name.startswith(_LEFTOVER_PREFIXES) for name in names)
         except BlockingIOError:
             pass
         return found
 
 
-def _names_of(events: bytes) -> Iterable[bytes]:
+def _names_of(events: bytes) -> Iterable[str]:
     """Yield the names of inotify's events, an empty one where events were lost."""
     start = 0
     while start < len(events):
         _, _, _, length = _EVENT.unpack_from(events, start)
         start += _EVENT.size + length
-        yield events[start - length : start].rstrip(b"\0")
-
-
-def _may_be_left(name: bytes) -> bool:
-    return not name or name.startswith(tuple(prefix.encode() for prefix in _LEFTOVER_PREFIXES))
+        yield os.fsdecode(events[start - length : start].rstrip(b"\0"))
 
 
 def _wait(tree: Tree, owner: tuple[int, int]) -> tuple[str, list[dict[str, Any]]]:
@@ -538,9 +535,8 @@ def main() -> int:
     grace_s = job["grace_s"]
     if deaths:
         report(event="died", processes=deaths)
-        log.add_line(
-            f"{describe_deaths(deaths)} [launch {nonce.rpartition('-')[2][:_MARK_CHARS]}]"
-        )  # others may write to the same file
+        # Supervisors of other launches may write to the same file.
+        log.add_line(f"{describe_deaths(deaths)} [launch {nonce.rpartition('-')[2][:_MARK_CHARS]}]")
         grace_s = min(grace_s, _GRACE_AFTER_DEATH_S)
         try:
             server.wait(_LAST_WORDS_S)

@@ -25,7 +25,7 @@ _IN_TRL = {
     r"\bmax_new_tokens\b": "max_completion_length sets max_new_tokens",
     r"\binit\(\)": "building the trainer calls init(), on every rank",
     r"\btimeout_s(=\S+)? of init\(\)": "use_sglang(timeout_s=...) sets its timeout_s",
-    r"\bset_lora\(": "load the model without quantization_config",
+    r"\bis a quantised weight\b": "load the model without quantization_config",
     r"\bmerge_and_unload\(\)": "pass a LoraConfig without DoRA, other variants or biases",
 }
 # Of vLLM's SamplingParams, without a counterpart in SGLang's.
@@ -98,7 +98,7 @@ class VllmArguments:
         return given
 
     def server_args(self, *, device_type: str, seed: int) -> dict[str, Any]:
-        """Return the server's arguments; None for what SGLang decides itself.
+        """Return the server's arguments; None for what SGLang, or the launch, decides itself.
 
         Args:
             device_type: Of the training ranks.  A CPU has no memory saver, and a share of a GPU is none of its memory.

@@ -83,10 +83,8 @@ class Engines:
         colo = init(arguments.tp_size(self._tp_size), device=accelerator.device, timeout_s=self._timeout_s)
         try:
             from_trl = arguments.server_args(device_type=colo.device.type, seed=colo.slice_index)
-            given = {
-                name: value for name, value in from_trl.items() if value is not None
-            }  # the rest is SGLang's, or ours
-            engine = colo.launch(path, **{**given, **self._launch})
+            chosen = {name: value for name, value in from_trl.items() if value is not None}
+            engine = colo.launch(path, **{**chosen, **self._launch})
             self._running.append((colo, engine))
             self.num_built += 1
             # Behind the launch, so that it runs before what the launch registers, which warns of a forgotten engine.
