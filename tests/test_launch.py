@@ -556,7 +556,7 @@ def test_after_an_error_no_server_is_left_even_if_the_group_has_failed_too(monke
     server = Server()
     info = {"version": "0.5.20"}
     monkeypatch.setattr(ServerProcess, "start", fail if failing == "start" else lambda *args, **kwargs: server)
-    monkeypatch.setattr(launch, "ServerApi", lambda client: types.SimpleNamespace(info=info))
+    monkeypatch.setattr(launch, "ServerApi", lambda client, timeout_s: types.SimpleNamespace(info=info))
     monkeypatch.setattr(launch, "read_spec", lambda path: None)
     monkeypatch.setattr(launch.rendezvous, "announce", fail)
     tp_slice = launch.TpSlice(FailedGroup(), 0, torch.device("cpu"), (), False, f"test{os.getpid()}", 0)
@@ -565,6 +565,34 @@ def test_after_an_error_no_server_is_left_even_if_the_group_has_failed_too(monke
         launched.start_server(log_path=None)
     assert server.stopped == (failing == "announce")
     assert not launched.sync_folder.exists()
+
+
+def test_a_server_has_the_whole_launch_to_report_what_it_is(monkeypatch):
+    """A first forward that compiled for more than 30 seconds, behind which SGLang answers, ended a launch."""
+    limits, stopped = [], []
+
+    def report(client, timeout_s):
+        limits.append(timeout_s)
+        raise DeadlineError("/server_info: no answer")
+
+    def share(self, error, running):
+        raise error
+
+    server = types.SimpleNamespace(
+        client=object(),
+        url="http://127.0.0.1:1",
+        spec=types.SimpleNamespace(log_path="a.log"),
+        stop=lambda: stopped.append(1),
+    )
+    monkeypatch.setattr(ServerProcess, "start", lambda *args, **kwargs: server)
+    monkeypatch.setattr(launch, "ServerApi", report)
+    monkeypatch.setattr(launch.Launch, "share", share)
+    tp_slice = launch.TpSlice(FailedGroup(), 0, torch.device("cpu"), (), False, f"test{os.getpid()}", 0)
+    launched = launch.Launch(tp_slice, launch.LaunchRequest("model", {}, {}, "nonce"), health_timeout_s=300.0)
+    with pytest.raises(DeadlineError, match=r"health_timeout_s=300 of launch\(\)") as caught:
+        launched.start_server(log_path=None)
+    assert 290 < limits[0] < 310 and stopped == [1]
+    assert "raise health_timeout_s" in caught.value.hint and "a.log" in caught.value.hint
 
 
 def test_a_server_that_does_not_end_does_not_hide_why_the_launch_failed():

@@ -407,8 +407,7 @@ class Launch:
             server = ServerProcess.start(
                 spec, health_timeout_s=self.health_timeout_s, heartbeat=lambda line, elapsed_s: self._look_at_clients()
             )
-            assert server.client is not None
-            api = ServerApi(server.client)
+            api = self._api_of(server)
             running = self._running_server(server.url, server.api_key, api.info)
             check_not_quantised(self.request.model_path)  # again: now the server has fetched it from the hub
             rendezvous.announce(self._announcement_path, self._announcement(running))
@@ -421,6 +420,22 @@ class Launch:
             raise
         assert running is not None and server is not None and api is not None
         return running, server, api
+
+    def _api_of(self, server: ServerProcess) -> ServerApi:
+        """Ask the server what it is.
+
+        SGLang answers that behind its first forwards, which compile kernels where a machine has none yet: for a minute
+        and more.
+        """
+        assert server.client is not None
+        try:
+            return ServerApi(server.client, timeout_s=self._left())
+        except DeadlineError as error:
+            raise DeadlineError(
+                f"the SGLang server is up, but did not report what it is within health_timeout_s={self.health_timeout_s:g} of launch()",
+                hint=f"at its first start on a machine it compiles kernels: raise health_timeout_s; its log is {server.spec.log_path}",
+                url=server.url,
+            ) from error
 
     def undo(self, server: ServerProcess | None, failed: BaseException) -> None:
         """End the server, on the owner, and remove the files of the launch.

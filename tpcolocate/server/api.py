@@ -36,15 +36,16 @@ class ServerApi:
 
     Args:
         client: Connected to the server.
+        timeout_s: For what the server reports of itself, in seconds.
 
     Attributes:
         info: What the server reported of itself at the start.
         release: Its row in the table of releases.
     """
 
-    def __init__(self, client: ServerClient) -> None:
+    def __init__(self, client: ServerClient, *, timeout_s: float = 30.0) -> None:
         self.client = client
-        self.info: dict[str, Any] = client.get("/server_info", timeout_s=30.0)
+        self.info: dict[str, Any] = client.get("/server_info", timeout_s=timeout_s)
         self.release: Release = release(str(self.info["version"]))
         check_draft_model(
             f"SGLang {self.release.version}", self.info.get("speculative_algorithm"), self.release.target_only()
