@@ -26,7 +26,6 @@ from multiprocessing.connection import Client, Listener
 from pathlib import Path
 
 import counted_handles
-import harness
 import torch
 import torch.distributed as dist
 from sync_models import Served, differing, policy, served_weights
@@ -48,11 +47,6 @@ from tpcolocate.weights.plan.loader_map import LoaderMap
 from tpcolocate.weights.sources.model_spec import ModelSpec
 from tpcolocate.weights.sync import mesh_calls, mesh_schedule, session, syncer
 from tpcolocate.weights.sync.options import SyncOptions
-
-if "peft" not in harness.PRELOADED:
-    # Seconds for each rank, or once for all of them; transformers comes with it.
-    harness.PRELOADED += ("peft", "transformers.modeling_utils", "transformers.conversion_mapping")
-
 
 # --- What this net knows of the library's inside: to be adapted here, and nowhere else -----------------------------------
 
