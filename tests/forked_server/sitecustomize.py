@@ -4,7 +4,8 @@ SGLang spawns its schedulers and its detokenizer, and each of them imports for t
 imported already: half a minute of CPU time for a start at tp=2.  What they run, and whose children they are, is the same.
 
 They also import the modules of all models that SGLang knows, in each scheduler, to serve one of them.  Here they
-import those that the checkpoint's config names.
+import those that the checkpoint's config names.  And they import a compiler that they are not to use, and read all
+modules of transformers to know their names, which is read once here.
 
 This folder is on the PYTHONPATH of the tests' processes (conftest), so that Python runs this file in each of them; it acts
 in the main process of a CPU server alone.  ``TPC_TEST_START_METHOD=spawn`` leaves the server as users have it.
@@ -15,6 +16,7 @@ import sys
 
 
 def _fork_from_here():
+    import contextlib
     import gc
     import multiprocessing
     import signal
@@ -22,6 +24,9 @@ def _fork_from_here():
     set_start_method = multiprocessing.set_start_method
 
     def set_to_fork(method, force=False):
+        with contextlib.suppress(ImportError):
+            import sglang.srt.model_executor.model_runner  # noqa: F401  that of each scheduler
+
         # Once, for the processes of SGLang that are started next; what is there is not looked through again.
         gc.freeze()
         gc.enable()
@@ -50,6 +55,86 @@ def _know_the_served_model_alone():
     os.environ["SGLANG_DISABLED_MODEL_ARCHS"] = ",".join(others)
 
 
+def _compile_nothing():
+    """Have ``torch.compile`` return what it is given, and leave out the compiler: two seconds of imports.
+
+    It is what TORCHDYNAMO_DISABLE=1 has it do, which the library sets where there is no ``sgl_kernel`` for CPUs.
+    """
+    from importlib.abc import Loader, MetaPathFinder
+    from importlib.machinery import ModuleSpec
+
+    def unchanged(function=None, *args, **kwargs):
+        return function if callable(function) else unchanged
+
+    unchanged.clear_lru_cache = lambda: None  # of trace_rules, by init_process_group
+
+    class NoCompiler(MetaPathFinder, Loader):
+        def find_spec(self, name, path=None, target=None):
+            if name != "torch._dynamo" and not name.startswith("torch._dynamo."):
+                return None
+            sys.modules["torch"].compile = unchanged
+            return ModuleSpec(name, self, is_package=True)
+
+        def exec_module(self, module):
+            def attribute(name):
+                if name.startswith("__"):
+                    raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
+                return type(name, (), {}) if name[0].isupper() else unchanged
+
+            module.__getattr__ = attribute
+
+    sys.meta_path.insert(0, NoCompiler())
+
+
+def _remember_what_transformers_reads():
+    """Keep what transformers finds in its own folder and in the whole environment when it is imported: a second."""
+    import functools
+    import hashlib
+    import importlib.metadata
+    import pickle
+    from importlib.abc import MetaPathFinder
+    from importlib.machinery import PathFinder
+
+    def remembered(find, folders_of):
+        @functools.wraps(find)
+        def found(*args, **kwargs):
+            times = [(folder, os.stat(folder).st_mtime_ns) for folder in folders_of(*args) if os.path.isdir(folder)]
+            key = hashlib.sha256(repr((find.__name__, args, kwargs, times)).encode()).hexdigest()[:16]
+            path = os.path.join(os.path.dirname(__file__), "__pycache__", f"{key}.pickle")
+            try:
+                with open(path, "rb") as file:
+                    return pickle.load(file)
+            except FileNotFoundError:
+                value = find(*args, **kwargs)
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                with open(f"{path}.{os.getpid()}", "wb") as file:
+                    pickle.dump(value, file)
+                os.replace(file.name, path)  # servers may start side by side
+                return value
+
+        return found
+
+    class Remembering(MetaPathFinder):
+        def find_spec(self, name, path=None, target=None):
+            if name != "transformers.utils.import_utils":
+                return None
+            spec = PathFinder.find_spec(name, path)
+            execute = spec.loader.exec_module
+
+            def exec_module(module):
+                execute(module)
+                if hasattr(module, "define_import_structure"):  # transformers 5
+                    module.define_import_structure = remembered(
+                        module.define_import_structure, lambda place: [os.path.dirname(place), str(place)]
+                    )
+
+            spec.loader.exec_module = exec_module
+            return spec
+
+    importlib.metadata.packages_distributions = remembered(importlib.metadata.packages_distributions, lambda: sys.path)
+    sys.meta_path.insert(0, Remembering())
+
+
 if (
     "sglang.launch_server" in sys.orig_argv[1:4]
     and os.environ.get("SGLANG_USE_CPU_ENGINE") == "1"
@@ -57,3 +142,6 @@ if (
 ):
     _fork_from_here()
     _know_the_served_model_alone()
+    _remember_what_transformers_reads()
+    if os.environ.get("TORCHDYNAMO_DISABLE") == "1":
+        _compile_nothing()
