@@ -50,7 +50,7 @@ DEATH_NOTICE_S = 5.0
 SESSION_TAG = "TPC_TEST_SESSION"
 RANKS_TAG = "TPC_TEST_RANKS"
 SHM_FOLDER = Path("/dev/shm")
-SHM_PREFIXES = ("sgl_", "sglang_", "torch_", "tpcolocate")
+SHM_PREFIXES = ("sgl_", "sglang_", "torch_", "tpcolocate", "psm_")
 
 _SCRUBBED_NAMES = frozenset({
     "RANK", "WORLD_SIZE", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "HIP_VISIBLE_DEVICES",

@@ -52,8 +52,8 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 # Files that SGLang leaves in /dev/shm: scheduler message queues (24 MiB each) and load snapshots even after a graceful
 # stop, as sgl_shm_<kind>_<pid>_<random> and sglang_loads_<socket>_<digest>; after a forced one, also semaphores of
-# multiprocessing.
-_LEFTOVER_PREFIXES = ("sgl_shm_", "sglang_", "sem.mp-")
+# multiprocessing.  In old releases, 0.5.9 for one, the queues have multiprocessing's own name, psm_<random>.
+_LEFTOVER_PREFIXES = ("sgl_shm_", "sglang_", "sem.mp-", "psm_")
 _SHM = "/dev/shm/"
 # SGLang's processes set their titles to this and their role, once they have imported what they need.
 _TITLE = "sglang::"
