@@ -1,8 +1,11 @@
 """Applies to every test: a clean environment, nothing left behind, GPU tests only where there is a GPU."""
 
 import gc
+import multiprocessing.util
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import harness
@@ -42,6 +45,7 @@ FORKED_SERVER = Path(__file__).with_name("forked_server")
 
 
 def pytest_configure():
+    gc.disable()  # until all modules are imported: a fifth of the time of that
     # Before any test module imports torch.  Ranks, servers and references share the cores of a small machine: threads
     # that spin while they wait for each other cost several times what they save.
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -89,6 +93,7 @@ def pytest_collection_finish():
     # What the modules have imported stays: a collection that looks through it takes most of a second.
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -107,10 +112,21 @@ def _has_cuda():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _session_ground():
-    """Scrub the environment before any other fixture of the session; look for leftovers at its end."""
+def _session_ground(request, tmp_path_factory):
+    """Scrub the environment before any other fixture of the session; look for leftovers at its end.
+
+    Temporary files go to a folder of the session: servers and launchers that a test kills leave logs there.  It is removed
+    at the end, and kept if a test has failed.
+    """
     harness.keep_gpu_environment(os.environ)
+    # Made before: pytest keeps its own, and multiprocessing removes its own when the process ends.
+    tmp_path_factory.getbasetemp()
+    multiprocessing.util.get_temp_dir()
+    temporary = tempfile.mkdtemp(prefix="tpct-")  # short, because sockets are made in it
+    os.chmod(temporary, 0o1777)  # as that of the system, for tests with several users
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", temporary)
+        patch.setattr(tempfile, "tempdir", temporary)
         for name in list(os.environ):
             if harness.is_scrubbed(name) and name != "OMP_NUM_THREADS":
                 patch.delenv(name)
@@ -121,6 +137,8 @@ def _session_ground():
         found = harness.leftovers(before)
         harness.end_leftovers(before)
         os.environ.pop(harness.SESSION_TAG)
+    if not request.session.testsfailed and not found:
+        shutil.rmtree(temporary, ignore_errors=True)
     if found:
         pytest.fail("the tests have left behind:\n" + "\n".join(found), pytrace=False)
 

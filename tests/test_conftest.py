@@ -50,6 +50,15 @@ def test_hangs(): time.sleep(60)
 def test_next(): pass
 """
 
+TEMPORARY_TESTS = """
+import os, subprocess, sys, tempfile
+def test_writes():
+    open(os.path.join(tempfile.mkdtemp(), "log"), "w").close()
+    subprocess.run([sys.executable, "-c", "import tempfile; tempfile.mkdtemp()"], check=True)
+    assert len(os.listdir(tempfile.gettempdir())) == 2
+def test_fails_if_told_to():
+    assert "FAIL" not in os.environ
+"""
 STARTS_PROCESSES = """
 import gc, multiprocessing, os
 first = gc.isenabled()
@@ -109,6 +118,15 @@ def test_gpu_tests_keep_to_the_devices_that_the_session_was_given(tmp_path):
     }
     done = run_pytest(tmp_path, GPU_ENVIRONMENT_TESTS, env=given)
     assert done.returncode == 0 and "2 passed" in done.stdout, done.stdout
+
+
+@pytest.mark.parametrize("env, kept", [({}, 0), ({"FAIL": "1"}, 1)], ids=["passed", "failed"])
+def test_temporary_files_are_removed_unless_a_test_has_failed(tmp_path, env, kept):
+    temporary = tmp_path / "t"
+    temporary.mkdir()
+    done = run_pytest(tmp_path, TEMPORARY_TESTS, env={"TMPDIR": str(temporary), **env})
+    assert done.returncode == kept, done.stdout
+    assert len(list(temporary.glob("tpct-*"))) == kept
 
 
 @pytest.mark.parametrize("env, module, expected", [
