@@ -42,6 +42,7 @@ def gather_sizes(rank, order):
     return small, [len(text) for text in mixed]
 
 
+@pytest.mark.slow
 def test_values_of_any_size_are_returned_in_the_order_of_the_slice():
     order = [2, 0, 1]
     expected = ([("small", r) for r in order], [3, 3, 100_000])
@@ -284,6 +285,7 @@ def patiently(rank):
         return group.all_gather(rank, what="sync weights"), group.all_gather(-rank, what="go on"), warnings.texts
 
 
+@pytest.mark.slow
 def test_a_late_rank_is_waited_for_while_all_members_are_running_and_one_rank_names_it():
     outcomes = run_ranks(patiently, 3, timeout_s=100)
     assert [outcome[:2] for outcome in outcomes] == [([0, 1, 2], [0, -1, -2])] * 3
@@ -326,6 +328,7 @@ def stopped(rank):
         return found, warnings.texts[0]
 
 
+@pytest.mark.slow
 def test_a_stopped_rank_is_named_as_such_and_waited_for():
     (found, warning), other = run_ranks(stopped, 2, timeout_s=100)
     assert found == other == [0, 1]
@@ -449,6 +452,7 @@ MOMENTS = [(step, where) for step in range(1, STEPS) for where in ("before", "in
 
 
 @pytest.mark.parametrize("victim", [0, 2])
+@pytest.mark.slow
 def test_a_rank_that_has_left_a_call_in_the_middle_is_in_step_with_the_next_call(victim):
     none = (None, None, None)
     plan = [call for step, where in MOMENTS for call in ((victim, step, where), none)]
@@ -494,6 +498,7 @@ def left_alone(rank, plan, pause_s):
 
 @pytest.mark.parametrize("pause_s", [0.0, 3.0], ids=["next call at once", "later"])
 @pytest.mark.parametrize("late", [None, 2], ids=["", "beside a late rank"])
+@pytest.mark.slow
 def test_a_rank_that_leaves_a_call_that_is_watched_takes_the_others_with_it(pause_s, late):
     plan = []
     for step, where in ((1, "before"), (1, "in"), (2, "after"), (STEPS - 1, "before")):

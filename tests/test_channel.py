@@ -184,6 +184,7 @@ def test_a_worker_that_has_left_gets_no_more_commands(opened):
             time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_a_request_that_does_not_end_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_LEAVE_S", 0.1)
     over = threading.Event()

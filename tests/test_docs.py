@@ -216,6 +216,7 @@ def test_the_page_of_errors_is_made_from_the_code():
 
 
 @pytest.mark.quick
+@pytest.mark.slow
 def test_the_site_builds_without_a_warning(tmp_path):
     command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(tmp_path / "site")]
     built = subprocess.run(

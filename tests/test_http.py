@@ -515,6 +515,7 @@ print("done")
 """
 
 
+@pytest.mark.slow
 def test_hundreds_of_requests_under_a_low_limit_of_descriptors(server):
     done = subprocess.run(
         [sys.executable, "-c", UNDER_A_LIMIT, server.url], capture_output=True, text=True, timeout=100

@@ -120,6 +120,7 @@ def test_the_groups_of_one_host_are_on_the_loopback():
 
 
 @pytest.mark.skipif(os.getuid() != 0 or shutil.which("ip") is None, reason="only root can make network namespaces")
+@pytest.mark.slow
 def test_the_groups_of_a_host_that_has_only_ipv6():
     code = (
         "from harness import run_ranks; import test_interfaces as t; "
@@ -148,6 +149,7 @@ def failing_connection(rank):
         tpcolocate.init(2, device="cpu", timeout_s=3.0)
 
 
+@pytest.mark.slow
 def test_a_rank_that_cannot_connect_is_the_error_of_all():
     texts = {str(outcome.error) for outcome in run_ranks(failing_connection, 2, expect_errors=True)}
     assert len(texts) == 1 and "the loopback is down" in texts.pop()

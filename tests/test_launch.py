@@ -270,6 +270,7 @@ def processes_of(server, name):
     return listed
 
 
+@pytest.mark.slow
 def test_the_error_after_a_killed_process_names_it_and_the_log_outlives_the_shutdown(stand_in):
     """Leaving the `with` after the error must not remove the evidence."""
     start, _ = stand_in
@@ -332,6 +333,7 @@ def test_no_log_has_the_key(stand_in, tmp_path, mode):
     assert path is None or path.exists(), "a log that the user named is the user's"
 
 
+@pytest.mark.slow
 def test_a_trainer_that_is_killed_while_the_server_starts_leaves_nothing(tmp_path, no_leftovers):
     code = (
         "import os, sys, secrets\n"
@@ -442,6 +444,7 @@ with open(sys.argv[1], "w") as file:
 """
 
 
+@pytest.mark.slow
 def test_a_trainer_whose_standard_descriptors_are_closed_starts_a_server(tmp_path, no_leftovers):
     """The next files that it opens, such as the pipes to the supervisor, get the numbers 0 to 2."""
     subprocess.run([sys.executable, "-c", CLOSED, str(tmp_path / "answer"), SERVE], timeout=100, check=True)

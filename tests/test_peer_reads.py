@@ -427,7 +427,7 @@ def seen(request):
 
 def scenarios(*names):
     """Run a test for each scenario; marked as quick where that is short."""
-    marked = [pytest.param(name, marks=quick if name in SHORT else ()) for name in names]
+    marked = [pytest.param(name, marks=(quick, pytest.mark.slow) if name in SHORT else ()) for name in names]
     return pytest.mark.parametrize("seen", marked, indirect=True)
 
 
@@ -492,6 +492,7 @@ def test_what_a_worker_cannot_map_is_staged(seen, request):
 
 
 @quick
+@pytest.mark.slow
 def test_bytes_by_way_add_up(short):
     """What is read of its own rank does not depend on whom a worker reaches; all of it is what the loader takes."""
     for rank, of_rank in enumerate(short):

@@ -141,6 +141,7 @@ if child:
 """
 
 
+@pytest.mark.slow
 def test_an_engine_that_still_runs_is_ended_with_its_process_and_not_with_a_fork():
     command = [sys.executable, "-c", AT_EXIT]
     done = subprocess.run(command, capture_output=True, text=True, cwd=os.path.dirname(__file__), timeout=50)

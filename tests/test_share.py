@@ -160,6 +160,7 @@ def stalling(rank, who):
 
 
 @pytest.mark.parametrize("who, awaited", [(0, "rank 0, which starts the server,"), (1, "another rank")])
+@pytest.mark.slow
 def test_a_rank_that_stalls_costs_the_launch_on_every_rank_and_the_limits_are_named(who, awaited):
     found = run_ranks(stalling, 2, who)
     kind, text, seconds = found[1 - who]

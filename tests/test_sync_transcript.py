@@ -41,7 +41,7 @@ from sync_models import MEMORIES, SOURCES, Source
 from tpcolocate.errors import SyncError
 
 pytestmark = pytest.mark.timeout(300)
-quick = pytest.mark.quick
+quick, slow = pytest.mark.quick, pytest.mark.slow
 
 GOLDEN = Path(__file__).parent / "golden" / "sync_transcripts.txt"
 MOST = 4
@@ -415,6 +415,7 @@ def found():
 
 
 @quick
+@slow
 def test_transcripts(found):
     check(found)
 
@@ -431,6 +432,7 @@ def test_transcripts_of_everything(folder):
 
 
 @quick
+@slow
 def test_a_peft_model_in_shared_memory_is_synced_five_times(found):
     """Its base stays mapped and what is merged follows in buckets, so that numbers of commands must go on alike."""
     for of_rank in found[:2]:
@@ -441,6 +443,7 @@ def test_a_peft_model_in_shared_memory_is_synced_five_times(found):
 
 
 @quick
+@slow
 @pytest.mark.parametrize("plant", PLANTS, ids=lambda plant: plant.__name__)
 def test_a_planted_divergence_is_found(found, plant):
     of_ranks = [of_rank["plants"][plant.__name__] for of_rank in found[: PLANTS[plant]]]
@@ -475,6 +478,7 @@ def check_sweeps(found, sweeps):
 
 
 @quick
+@slow
 def test_an_error_on_one_rank_ends_a_sync_alike_everywhere_and_the_next_one_succeeds(found):
     """For errors in every phase: no rank is left in a collective, and no handle stays out."""
     check_sweeps(found, SWEEPS)

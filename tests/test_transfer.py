@@ -225,6 +225,7 @@ def found():
 
 @pytest.mark.parametrize("reach", REACHES)
 @pytest.mark.parametrize("how", WAYS)
+@pytest.mark.slow
 def test_every_worker_gets_what_its_loader_would_have_taken(found, how, reach):
     for rank, of_rank in enumerate(found):
         seen = of_rank[how, reach]
@@ -238,6 +239,7 @@ def test_every_worker_gets_what_its_loader_would_have_taken(found, how, reach):
 
 @pytest.mark.parametrize("reach", REACHES)
 @pytest.mark.parametrize("how", ["fsdp", "plain"])
+@pytest.mark.slow
 def test_little_staging_memory_is_kept_to(found, how, reach):
     of_ranks = [of_rank[f"{how}, little room", reach] for of_rank in found]
     assert len({seen[0]["stages"] for seen in of_ranks}) == 1, "all ranks go through the same steps"
@@ -248,6 +250,7 @@ def test_little_staging_memory_is_kept_to(found, how, reach):
         assert seen[0]["stages"] > (3 if reach == "alone" else 1)
 
 
+@pytest.mark.slow
 def test_a_rank_of_two_moves_half_of_the_bytes(found):
     """Of what is cut in two; norms are read by both."""
     whole = sum(torch.Size(shape).numel() * 2 for shape in SHAPES.values())
