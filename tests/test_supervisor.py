@@ -580,7 +580,7 @@ def test_only_files_that_a_server_may_leave_are_noticed():
     """Data loaders of the trainer make files all the time, and each scan looks at every process of the machine."""
     files, made = supervisor.NewFiles(), []
     try:
-        for name, is_seen in {"torch_1_2": False, "sglang_loads_1": True, "other": False, "sgl_shm_1": True}.items():
+        for name, is_seen in {"torch_1_2": False, "sglang_loads_1": True, "psm_1": False, "sgl_shm_1": True}.items():
             path = Path(f"/dev/shm/{name}_{os.getpid()}")
             path.touch()
             made.append(path)

@@ -52,8 +52,10 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 # Files that SGLang leaves in /dev/shm: scheduler message queues (24 MiB each) and load snapshots even after a graceful
 # stop, as sgl_shm_<kind>_<pid>_<random> and sglang_loads_<socket>_<digest>; after a forced one, also semaphores of
-# multiprocessing.  In old releases, 0.5.9 for one, the queues have multiprocessing's own name, psm_<random>.
-_LEFTOVER_PREFIXES = ("sgl_shm_", "sglang_", "sem.mp-", "psm_")
+# multiprocessing.  In old releases, 0.5.9 for one, the queues have multiprocessing's own name, psm_<random>; data loaders
+# make files of that name as well, often, and so those are only looked for now and then.
+_NOTICED_PREFIXES = ("sgl_shm_", "sglang_", "sem.mp-")
+_LEFTOVER_PREFIXES = (*_NOTICED_PREFIXES, "psm_")
 _SHM = "/dev/shm/"
 # SGLang's processes set their titles to this and their role, once they have imported what they need.
 _TITLE = "sglang::"
@@ -447,7 +449,7 @@ class NewFiles:
         try:
             while self._fd >= 0:
                 names = _names_of(os.read(self._fd, _EVENT_BYTES))
-                found |= any(not name or name.startswith(_LEFTOVER_PREFIXES) for name in names)
+                found |= any(not name or name.startswith(_NOTICED_PREFIXES) for name in names)
         except BlockingIOError:
             pass
         return found
