@@ -1,16 +1,18 @@
-"""Whether a receiver that stays in the TP workers would answer sooner than the one that each sync calls anew.
+"""What a receiver that stays in the TP workers would save, and cost, beside the one that each sync calls anew.
 
     torchrun --standalone --nproc-per-node 2 benchmarks/receiver_thread.py --record
     torchrun --standalone --nproc-per-node 2 benchmarks/receiver_thread.py --device cuda --record
 
-Ranks are one slice.  The owner starts a thread in every TP worker, by a custom weight loader of this script, which echoes
+Ranks are one slice.  The owner starts a thread in every TP worker, by a custom weight loader of this script, which answers
 what it gets over a socket.  Round trips to all workers:
 
 * *thread*: over the sockets, while the server idles, while generation is held as it is in a sync, and while it generates;
 * *request*: an update of the weights whose loader returns at once, while generation is held.  This is how a sync
   reaches the workers today.
 
-A thread of the worker shares Python's lock with SGLang's event loop, which does not sleep while generation is held.
+And the time that a worker needs for 200 small copies, which a sync of many tensors launches from Python: in the thread, while
+generation is held, and inside the update.  A thread shares Python's lock with SGLang's event loop, which does not sleep while
+generation is held; the loader of an update is in the event loop, which waits for it.
 """
 
 from __future__ import annotations
@@ -28,24 +30,49 @@ from pathlib import Path
 from typing import Any
 
 _CONNECT_S, _ANSWER_S = 60.0, 30.0
-_MESSAGE = b"x" * 512
+_MESSAGE_BYTES = 512
+_ECHO, _WORK = b"x" * _MESSAGE_BYTES, b"w" * _MESSAGE_BYTES
+_NUM_COPIES = 200
 
 
 # --- in the worker ----------------------------------------------------------------------------------------------------
 
 
 def receive(model: Any, named_tensors: Any) -> None:
-    """SGLang's custom weight loader hook: connects a thread to the socket that is named, or returns at once."""
+    """SGLang's custom weight loader hook: connects a thread to a socket, works and writes how long, or returns at once."""
     [(command, _)] = named_tensors
-    if path := json.loads(command)["path"]:
-        threading.Thread(target=_echo, args=(path,), daemon=True).start()
+    words = json.loads(command)
+    if words["do"] == "connect":
+        threading.Thread(target=_answer, args=(words["path"], model), daemon=True).start()
+    elif words["do"] == "work":
+        Path(words["path"]).write_text(str(_work(model)))
 
 
-def _echo(path: str) -> None:
+def _answer(path: str, model: Any) -> None:
+    _work(model)  # once for all that a thread prepares at its first use of the device
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.connect(path)
-        while message := connection.recv(len(_MESSAGE), socket.MSG_WAITALL):
+        while message := connection.recv(_MESSAGE_BYTES, socket.MSG_WAITALL):
+            if message == _WORK:
+                message = str(_work(model)).encode().ljust(_MESSAGE_BYTES)
             connection.sendall(message)
+
+
+def _work(model: Any) -> float:
+    """Copy memory of a few bytes, often, and return the seconds that it took."""
+    import torch
+
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    tensors = torch.zeros(2, _NUM_COPIES, 8, device=device)
+    targets, sources = tensors[0].unbind(), tensors[1].unbind()
+    started = time.perf_counter()
+    for target, source in zip(targets, sources, strict=True):
+        target.copy_(source)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
 
 
 # --- on the owner -----------------------------------------------------------------------------------------------------
@@ -104,7 +131,9 @@ def measured(api: Any, engine: Any, tp_size: int, rounds: int) -> dict[str, list
         with held(api):
             connections = connected(api, Path(folder), tp_size, stack)
             found["thread, held"] = timed(lambda: echo(connections), rounds)
-            found["request, held"] = timed(lambda: push(api, [""] * tp_size), rounds)
+            found["request, held"] = timed(lambda: push(api, [{"do": "nothing"}] * tp_size), rounds)
+            found["copies in the thread, held"] = [work(connections) for _ in range(rounds)]
+            found["copies in the update"] = [work_inside(api, Path(folder), tp_size) for _ in range(rounds)]
         time.sleep(1.0)
         found["thread, idle"] = timed(lambda: echo(connections), rounds)
         busy = threading.Thread(
@@ -132,10 +161,10 @@ def held(api: Any) -> Iterator[None]:
     api.continue_generation(timeout_s=_ANSWER_S)
 
 
-def push(api: Any, paths: list[str]) -> None:
+def push(api: Any, commands: list[dict[str, str]]) -> None:
     from tpcolocate import ipc_payload
 
-    payloads = [ipc_payload.command({"path": path}) for path in paths]
+    payloads = [ipc_payload.command(command) for command in commands]
     api.push(payloads, load_format="receiver_thread.receive", timeout_s=_ANSWER_S)
 
 
@@ -148,7 +177,7 @@ def connected(api: Any, folder: Path, tp_size: int, stack: ExitStack) -> list[so
         listener.listen()
         listener.settimeout(_CONNECT_S)
         listeners.append(listener)
-    push(api, [str(folder / str(tp_rank)) for tp_rank in range(tp_size)])
+    push(api, [{"do": "connect", "path": str(folder / str(tp_rank))} for tp_rank in range(tp_size)])
     connections = [stack.enter_context(listener.accept()[0]) for listener in listeners]
     for connection in connections:
         connection.settimeout(_ANSWER_S)
@@ -156,11 +185,26 @@ def connected(api: Any, folder: Path, tp_size: int, stack: ExitStack) -> list[so
 
 
 def echo(connections: list[socket.socket]) -> None:
+    if any(answer != _ECHO for answer in answers(connections, _ECHO)):
+        raise AssertionError("a worker's thread is gone")
+
+
+def work(connections: list[socket.socket]) -> float:
+    """Return the seconds that the slowest worker's thread needed."""
+    return max(float(answer) for answer in answers(connections, _WORK))
+
+
+def work_inside(api: Any, folder: Path, tp_size: int) -> float:
+    """Return the seconds that the slowest worker needed inside an update."""
+    paths = [folder / f"seconds{tp_rank}" for tp_rank in range(tp_size)]
+    push(api, [{"do": "work", "path": str(path)} for path in paths])
+    return max(float(path.read_text()) for path in paths)
+
+
+def answers(connections: list[socket.socket], message: bytes) -> list[bytes]:
     for connection in connections:
-        connection.sendall(_MESSAGE)
-    for connection in connections:
-        if connection.recv(len(_MESSAGE), socket.MSG_WAITALL) != _MESSAGE:
-            raise AssertionError("a worker's thread is gone")
+        connection.sendall(message)
+    return [connection.recv(_MESSAGE_BYTES, socket.MSG_WAITALL) for connection in connections]
 
 
 def timed(call: Callable[[], None], rounds: int) -> list[float]:

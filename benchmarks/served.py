@@ -21,7 +21,7 @@ for _folder in (ROOT, ROOT / "tests"):  # run from a checkout, installed or not;
 
 SERVER = {
     "cpu": {"context_length": 256, "max_total_tokens": 4096, "max_running_requests": 16},
-    "cuda": {"mem_fraction_static": 0.4, "context_length": 1024},
+    "cuda": {"mem_fraction_static": 0.4, "context_length": 512},
 }
 
 

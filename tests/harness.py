@@ -27,6 +27,7 @@ import traceback
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from importlib import metadata
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -35,10 +36,14 @@ from typing import Any
 import psutil
 
 # What only needs to be imported: five seconds of CPU time for each rank, or once for all of them.
-PRELOADED = (
-    "torch", "torch.distributed.fsdp", "pytest", "psutil", "tpcolocate", "transformers.models.auto.modeling_auto",
-    "transformers.models.auto.tokenization_auto", "transformers.models.qwen3.modeling_qwen3", "transformers.conversion_mapping", "peft",
-)  # fmt: skip
+PRELOADED = ("torch", "torch.distributed", "pytest", "psutil", "tpcolocate")
+if metadata.version("torch").endswith(
+    "+cpu"
+):  # with CUDA some of them use it, which no process can that is forked then
+    PRELOADED += (
+        "torch.distributed.fsdp", "transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto",
+        "transformers.models.qwen3.modeling_qwen3", "transformers.conversion_mapping", "peft",
+    )  # fmt: skip
 START_TIMEOUT_S = 120.0  # to start an interpreter and import torch, on a busy machine
 GRACE_S = 20.0  # for the other ranks to finish by themselves after a first failure
 DUMP_TIMEOUT_S = 20.0  # from SIGABRT to a written dump
