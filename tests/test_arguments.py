@@ -68,9 +68,36 @@ def test_unsupported_arguments_are_rejected_by_name_with_the_reason(user, words)
 
 
 def test_arguments_that_are_switched_off_are_accepted():
-    user = {**dict.fromkeys(rules._MUST_BE_ONE, 1), **dict.fromkeys(rules._UNSUPPORTED), "load_format": "dummy"}
-    user["enable_dp_attention"] = False
+    user = {**dict.fromkeys(rules._MUST_BE_ONE, 1), "load_format": "dummy", "enable_dp_attention": False}
     assert server_arguments(user, tp_size=2, device_type="cuda").items() >= user.items()
+
+
+@pytest.mark.parametrize(
+    "name", [*rules._REFUSED, *rules._MUST_BE_ONE, *rules._UNSUPPORTED, "tp_size", "port", "nccl_port", "host", "other"]
+)
+def test_none_leaves_an_argument_out(name):
+    """Also one that is refused, or that has a default here: scripts pass on what their own users have not set."""
+    without = server_arguments({}, tp_size=2, device_type="cpu")
+    assert server_arguments({name: None}, tp_size=2, device_type="cpu") == without
+    assert "disable_overlap_schedule" not in server_arguments(
+        {"disable_overlap_schedule": None}, tp_size=2, device_type="cpu"
+    )
+
+
+@pytest.mark.parametrize("name", ["port", "nccl_port"])
+def test_a_port_is_a_number_of_one(name):
+    assert server_arguments({name: "30000"}, tp_size=1, device_type="cuda")[name] == 30000
+    for value in (-1, 65536, "abc", 1.5, True, ""):
+        with pytest.raises(ConfigError, match=f"{name} must be"):
+            server_arguments({name: value}, tp_size=1, device_type="cuda")
+
+
+def test_a_set_has_the_same_order_in_every_process():
+    """PEFT's target_modules is one; texts have another hash in each process, and the ranks' arguments are compared."""
+    modules = {"q_proj", "v_proj", "k_proj", "o_proj", "up_proj", "down_proj"}
+    for given in (modules, frozenset(modules)):
+        found = server_arguments({"lora_target_modules": given}, tp_size=1, device_type="cuda")
+        assert found["lora_target_modules"] == sorted(modules)
 
 
 def test_what_a_cpu_server_cannot_have_is_left_out_or_replaced(caplog):
@@ -93,7 +120,7 @@ class Kind(Enum):
 @pytest.mark.parametrize("value, plain", [
     (torch.bfloat16, "bfloat16"), (Kind.BF16, "bfloat16"), (Path("/a/b"), "/a/b"), ((1, Path("c")), [1, "c"]),
     ({"x": torch.float16}, {"x": "float16"}), (torch.tensor(4), 4), (np.float32(0.5), 0.5), (torch.device("cuda:1"), "cuda"),
-    (True, True), (None, None), (0.4, 0.4), ("text", "text"),
+    (True, True), (0.4, 0.4), ("text", "text"),
 ])  # fmt: skip
 def test_values_are_taken_as_they_are_written_in_python(value, plain):
     found = server_arguments({"some_argument": value}, tp_size=1, device_type="cuda")["some_argument"]
@@ -107,8 +134,7 @@ def test_a_value_that_no_argument_can_have_is_refused(value):
 
 
 def test_a_weight_cache_is_refused_unless_it_is_off():
-    for off in ("off", None):
-        assert server_arguments({"weight_cache_mode": off}, tp_size=1, device_type="cuda")["weight_cache_mode"] == off
+    assert server_arguments({"weight_cache_mode": "off"}, tp_size=1, device_type="cuda")["weight_cache_mode"] == "off"
     for on in ("daemon", "client"):
         with pytest.raises(ConfigError, match=f"weight_cache_mode='{on}' is not supported"):
             server_arguments({"weight_cache_mode": on}, tp_size=1, device_type="cuda")

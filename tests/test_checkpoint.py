@@ -8,9 +8,16 @@ import torch
 from harness import run_ranks
 from safetensors.torch import load_file, save_file
 
-from tpcolocate.errors import ConfigError
+from tpcolocate.errors import ConfigError, WeightsMismatchError
 from tpcolocate.weights.sources import checkpoint
-from tpcolocate.weights.sources.checkpoint import Checkpoint, CheckpointWriter, count_shards, save, saved_version
+from tpcolocate.weights.sources.checkpoint import (
+    Checkpoint,
+    CheckpointWriter,
+    count_shards,
+    outline,
+    save,
+    saved_version,
+)
 from tpcolocate.weights.sources.model_spec import read_spec
 from tpcolocate.weights.sources.named_weights import NamedWeights
 
@@ -124,6 +131,50 @@ def test_an_interrupt_is_not_kept_for_later(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "full_tensor", fail_first(KeyboardInterrupt())[0])
     with pytest.raises(KeyboardInterrupt):
         save(NamedWeights.of(TENSORS), None)
+
+
+def test_an_interrupt_leaves_no_folder_behind(tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "full_tensor", interrupted)
+    writer = CheckpointWriter(tmp_path / "step", weight_version="1", num_shards=1, like=None)
+    with pytest.raises(KeyboardInterrupt):
+        save(NamedWeights.of({"w": torch.ones(2)}), writer)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_an_earlier_process_of_this_number_has_left_is_in_no_ones_way(tmp_path):
+    for _ in range(2):
+        writer = CheckpointWriter(tmp_path / "step", weight_version="1", num_shards=1, like=None)
+        writer.add({"w": torch.ones(2)})
+    writer.finish()
+    assert [path.name for path in tmp_path.iterdir()] == ["step"] and len(Checkpoint(tmp_path / "step")) == 1
+
+
+def test_a_checkpoint_goes_to_where_a_link_leads(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    writer = CheckpointWriter(tmp_path / "link", weight_version="1", num_shards=1, like=None)
+    writer.add({"w": torch.ones(2)})
+    writer.finish()
+    assert (tmp_path / "link").is_symlink() and len(Checkpoint(tmp_path / "link")) == 1
+
+
+def test_ranks_that_gather_other_weights_or_in_another_order_are_told_apart():
+    a, b = torch.zeros(2, 3), torch.zeros(2, 3)
+    first = outline([("a", a), ("b", b)])
+    assert first == outline([("a", b), ("b", a)]) and first.startswith("2 tensors (")
+    others = [[("b", a), ("a", b)], [("a", a)], [("a", a), ("b", b.bfloat16())], [("a", a), ("b", b.T)]]
+    assert len({first, *map(outline, others)}) == 5
+    with pytest.raises(WeightsMismatchError, match="a is given twice"):
+        outline([("a", a), ("b", b), ("a", b)])
+
+
+@pytest.mark.parametrize("folder", [None, 5, b"a", ""])
+def test_a_folder_is_a_path(folder):
+    with pytest.raises(ConfigError, match="folder"):
+        Checkpoint(folder)
 
 
 def test_a_rank_without_a_writer_writes_nothing(tmp_path, monkeypatch):

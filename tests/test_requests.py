@@ -2,6 +2,7 @@
 
 import json
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -60,6 +61,10 @@ def refusal(*args, **kwargs):
     ([np.int64(5), torch.tensor(6), 7], {"input_ids": IDS}),
     ({"input_ids": IDS, "attention_mask": [1, 1, 1]}, {"input_ids": IDS}),
     ({"input_ids": torch.tensor([[0, 5], [6, 7]]), "attention_mask": torch.tensor([[0, 1], [1, 1]])}, {"input_ids": [[5], [6, 7]]}),
+    ({"input_ids": [torch.tensor([0, 5]), torch.tensor([6, 7])], "attention_mask": [torch.tensor([0, 1]), torch.tensor([1, 1])]},
+     {"input_ids": [[5], [6, 7]]}),
+    ({"input_ids": [np.array([0, 5])], "attention_mask": [np.array([0, 1])]}, {"input_ids": [[5]]}),
+    ([{"input_ids": torch.tensor([[0, 5]]), "attention_mask": torch.tensor([[0, 1]])}], {"input_ids": [[5]]}),
     ([{"input_ids": IDS}, {"input_ids": [1]}], {"input_ids": [IDS, [1]]}),
     ([5, VOCAB - 1], {"input_ids": [5, VOCAB - 1]}),
 ])  # fmt: skip
@@ -260,6 +265,30 @@ def test_a_parameter_of_newer_releases():
 ])  # fmt: skip
 def test_bad_fields_are_refused_by_their_name(fields, words):
     assert words in refusal(**fields)
+
+
+PROCESSOR = json.dumps({"callable": pickle.dumps(len).hex()})
+
+
+@pytest.mark.parametrize("fields, words", [
+    ({"session_params": {"id": ["a"]}}, "session_params['id'] must be a str"),
+    ({"session_params": {"id": 5}}, "session_params['id'] must be a str"),
+    ({"session_params": {"id": "a", "rid": 5}}, "session_params['rid']"),
+    ({"session_params": {"id": "a", "offset": "x"}}, "session_params['offset']"),
+    ({"session_params": {"id": "a", "replace": 1}}, "session_params['replace']"),
+    ({"session_params": {"id": "a", "drop_previous_output": "no"}}, "session_params['drop_previous_output']"),
+    *(({"custom_logit_processor": value}, "CustomLogitProcessor.to_str()")
+      for value in ("abc", "{}", "[]", "5", '{"callable": 5}', '{"callable": "xyz"}', '{"callable": "00"}', PROCESSOR[:-5] + '"}')),
+])  # fmt: skip
+def test_what_would_end_the_scheduler_is_refused(fields, words):
+    """SGLang looks at these in its scheduler alone, where an exception ends the server."""
+    assert words in refusal(known=FIELDS, **fields)
+
+
+def test_sessions_and_logit_processors_are_taken():
+    session = {"id": "a", "rid": None, "offset": -1, "replace": False}
+    assert body(session_params=session)["session_params"] == session
+    assert body(known=FIELDS, custom_logit_processor=PROCESSOR)["custom_logit_processor"] == PROCESSOR
 
 
 def test_an_adapter_needs_a_server_for_it():

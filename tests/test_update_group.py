@@ -134,6 +134,17 @@ def test_a_sender_whose_nccl_could_not_open_the_engines_memory_is_refused(monkey
     assert "start this process with NCCL_CUMEM_ENABLE=0" in str(caught.value)
 
 
+@quick
+@pytest.mark.parametrize("wrong", [
+    {"master_address": 5}, {"master_port": "x"}, {"master_port": 70000}, {"world_size": "2"}, {"world_size": 0}, {"group_name": ["a"]},
+    {"backend": "mpi"}, {"timeout_s": "5"}, {"timeout_s": None}, {"timeout_s": -1},
+])  # fmt: skip
+def test_a_senders_wrong_argument_is_refused_by_its_name(wrong):
+    given = {"master_address": "127.0.0.1", "master_port": 1, "world_size": 2, "backend": "gloo", **wrong}
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        tpcolocate.join_update_group(**given)
+
+
 def one_end(rank, port):
     try:
         join(port, timeout_s=1)

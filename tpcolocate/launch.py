@@ -87,6 +87,7 @@ class LaunchRequest:
         env: Environment variables for the server alone.
         nonce: Identity of this launch; only the owner's counts.
         restart: How often the engine restarts its server by itself.
+        health_timeout_s: How long the server may take to start, in seconds.
     """
 
     model_path: str
@@ -94,6 +95,7 @@ class LaunchRequest:
     env: dict[str, str]
     nonce: str
     restart: int = 0
+    health_timeout_s: float = 0.0
 
     def difference(self, other: LaunchRequest) -> str | None:
         """Describe the first difference that matters; None if there is none."""
@@ -105,6 +107,8 @@ class LaunchRequest:
                 return f"{name}={value!r} and {name}={other_value!r}"
         if self.restart != other.restart:
             return f"restart={self.restart!r} and restart={other.restart!r}"
+        if self.health_timeout_s != other.health_timeout_s:
+            return f"health_timeout_s={self.health_timeout_s:g} and health_timeout_s={other.health_timeout_s:g}"
         if self.env != other.env:
             return f"env {_digest(self.env)} and {_digest(other.env)}"
         return None
@@ -169,7 +173,14 @@ def agree_on_launch(
     except BaseException as caught:
         error = caught
     request = (
-        LaunchRequest(str(model_path), arguments, dict(env), f"{os.getpid()}-{secrets.token_hex(8)}", restart)
+        LaunchRequest(
+            str(model_path),
+            arguments,
+            dict(env),
+            f"{os.getpid()}-{secrets.token_hex(8)}",
+            restart,
+            float(health_timeout_s),
+        )
         if error is None
         else None
     )

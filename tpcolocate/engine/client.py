@@ -30,6 +30,7 @@ Prompts = (
 SamplingParams = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
 HEALTH_TIMEOUT_S = 30.0
+_DESCRIPTION_S = 600.0
 
 
 class Health(StrEnum):
@@ -90,7 +91,7 @@ class Client:
         """
         self._check()
         seconds = _check_options(stream, on_error, timeout_s)
-        call = self._checked(prompts, sampling_params, fields, stream)
+        call = self._checked(prompts, sampling_params, fields, stream, seconds)
         if len(call.prompts) == 0:
             return iter(()) if stream else []
         if on_error == "return":
@@ -116,9 +117,9 @@ class Client:
         seconds = _check_options(stream, on_error, timeout_s)
         if self._limits is None or not KNOWN_FIELDS.issuperset(fields):
             # The server is asked first, which must not hold the event loop.
-            call = await asyncio.to_thread(self._checked, prompts, sampling_params, fields, stream)
+            call = await asyncio.to_thread(self._checked, prompts, sampling_params, fields, stream, seconds)
         else:
-            call = self._checked(prompts, sampling_params, fields, stream)
+            call = self._checked(prompts, sampling_params, fields, stream, seconds)
         if len(call.prompts) == 0:
             return _nothing() if stream else []
         if on_error == "return":
@@ -129,10 +130,11 @@ class Client:
         with self._counted():
             return await self.http.post_async("/generate", body, timeout_s=seconds)
 
-    def _checked(self, prompts: Any, sampling_params: Any, fields: Mapping[str, Any], stream: bool) -> GenerateCall:
-        return check_call(
-            prompts, sampling_params, fields, stream=stream, limits=self._server_limits(), known=self._server_fields
-        )
+    def _checked(
+        self, prompts: Any, sampling_params: Any, fields: Mapping[str, Any], stream: bool, timeout_s: float | None
+    ) -> GenerateCall:
+        limits = self._server_limits(_DESCRIPTION_S if timeout_s is None else timeout_s)
+        return check_call(prompts, sampling_params, fields, stream=stream, limits=limits, known=self._server_fields)
 
     def _each_in_a_loop(self, call: GenerateCall, *, timeout_s: float | None) -> Any:
         """`_each` for a caller that blocks, which may be one inside an event loop, as in a notebook."""
@@ -172,10 +174,12 @@ class Client:
             async for event in self.http.stream_async("/generate", body, timeout_s=timeout_s):
                 yield event
 
-    def _server_limits(self) -> ServerLimits:
+    def _server_limits(self, timeout_s: float) -> ServerLimits:
         if self._limits is None:
             info, model_info = (
-                self.http.get(path, timeout_s=HEALTH_TIMEOUT_S) for path in ("/server_info", "/model_info")
+                # SGLang's schedulers answer the first, which may be in a sync or compile kernels.
+                self.http.get(path, timeout_s=timeout_s)
+                for path in ("/server_info", "/model_info")
             )
             self._limits = ServerLimits.of(info, model_info)
         return self._limits

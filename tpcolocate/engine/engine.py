@@ -30,7 +30,7 @@ from tpcolocate.report import SyncReport
 from tpcolocate.server.lifecycle import Life, State, WeightsState
 from tpcolocate.weights import update_group
 from tpcolocate.weights.lora import adapter_of, make_adapter
-from tpcolocate.weights.sources.checkpoint import Checkpoint, CheckpointWriter, count_shards, save
+from tpcolocate.weights.sources.checkpoint import Checkpoint, CheckpointWriter, count_shards, outline, save
 from tpcolocate.weights.sources.model_spec import local_folder
 from tpcolocate.weights.sources.named_weights import NamedWeights, Rename, Source, check_rename
 from tpcolocate.weights.sync.options import SyncOptions
@@ -343,7 +343,7 @@ class Engine:
         weights: NamedWeights | None = None
         writer: CheckpointWriter | None = None
         try:
-            with ranks.together("get ready to save the weights"):
+            with ranks.together("get ready to save the weights") as must_match:
                 timeout_s = check_timeout(timeout_s)
                 check_rename(rename)
                 folder = check_path("folder", folder)
@@ -353,6 +353,7 @@ class Engine:
                 weights.check_extra()
                 if weights.items is None:
                     raise ConfigError("cannot save a generator", hint="pass the module, a mapping or a list")
+                must_match |= {"folder": str(folder), "weights": outline(weights.items)}
                 if spec is not None:
                     spec.check([(name, tensor.shape) for name, tensor in weights.items], hint=rename is None)
                     spec.check_dtypes([(name, tensor.dtype) for name, tensor in weights.items])
@@ -365,9 +366,11 @@ class Engine:
                         num_shards=count_shards(weights),
                         like=local_folder(self.model_path),
                     )
-        except TpColocateError:
+        except BaseException as error:
+            if writer is not None:
+                writer.abandon()
             # Without a group the other ranks do not know of it, and are in the gathers.
-            if len(ranks) == 1 and weights is not None and weights.is_sharded:
+            if isinstance(error, TpColocateError) and len(ranks) == 1 and weights is not None and weights.is_sharded:
                 save(weights, None)
             raise
         problem = save(weights, writer)

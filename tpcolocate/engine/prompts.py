@@ -93,7 +93,7 @@ def _of_tokenizer(given: Any) -> Any:
     ids, mask = given["input_ids"], given.get("attention_mask")
     if mask is None:
         return ids
-    ids, mask = (each.tolist() if is_array(each) else each for each in (ids, mask))
+    ids, mask = _plain_rows(ids), _plain_rows(mask)
     try:
         if len(ids) > 0 and is_list(ids[0]):
             return [_unpadded(row, row_mask) for row, row_mask in zip(ids, mask, strict=True)]
@@ -102,6 +102,13 @@ def _of_tokenizer(given: Any) -> Any:
         raise ConfigError(
             "input_ids and attention_mask of the prompts have different shapes", hint="pass input_ids alone"
         ) from None
+
+
+def _plain_rows(given: Any) -> Any:
+    """Lists in place of arrays: of all rows, or of each."""
+    if is_array(given):
+        return given.tolist()
+    return [row.tolist() if is_array(row) else row for row in given] if is_list(given) else given
 
 
 def _unpadded(ids: Sequence[Any], mask: Sequence[Any]) -> list[Any]:
@@ -151,6 +158,8 @@ def _ids(row: Any, name: str, limits: ServerLimits) -> list[int]:
         if "input_ids" not in row:
             raise ConfigError(f"{name} is a dict: {shown(dict(row))}", hint=_CHAT_HINT)
         row = _of_tokenizer(row)
+        if is_list(row) and len(row) == 1 and is_list(row[0]):  # of one text, in a batch of its own
+            row = row[0]
     if is_array(row):
         _check_integers(row, name)
         if row.ndim == 2 and len(row) == 1:  # a tokenizer's output for one text, as a tensor

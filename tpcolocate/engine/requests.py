@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import difflib
+import json
+import pickletools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -105,8 +107,23 @@ def _session(value: Any, where: str, limits: ServerLimits) -> dict[str, Any]:
     found = _dict(value, where, limits)
     names = ("id", "rid", "offset", "replace", "drop_previous_output")
     if unknown := set(found) - set(names):
-        raise ConfigError(f"{where} has {', '.join(sorted(unknown))}", hint=f"there are {', '.join(names)}")
-    return found
+        raise ConfigError(f"{where} has {', '.join(sorted(map(str, unknown)))}", hint=f"there are {', '.join(names)}")
+    # SGLang looks them up in its scheduler, which an exception ends.
+    checks = {"id": _text, "rid": _text, "offset": _integer(-(2**31)), "replace": _flag, "drop_previous_output": _flag}
+    given = {name: each for name, each in found.items() if each is not None}
+    return found | {name: checks[name](each, f"{where}[{name!r}]", limits) for name, each in given.items()}
+
+
+def _logit_processor(value: Any, where: str, limits: ServerLimits) -> str:
+    """As ``CustomLogitProcessor.to_str`` of SGLang writes it; its scheduler reads it, which an exception ends."""
+    written = text(value, where)
+    try:
+        parts = json.loads(written)
+        for _ in pickletools.genops(bytes.fromhex(parts["callable"])):  # read, and not carried out
+            pass
+    except (ValueError, TypeError, KeyError, LookupError, RecursionError):
+        raise refuse(where, "what CustomLogitProcessor.to_str() returns", value) from None
+    return written
 
 
 _FLAG, _EACH_TEXT = Field(_flag), Field(_text, per_prompt=True)
@@ -141,7 +158,7 @@ FIELDS: Mapping[str, Field] = {
     "require_reasoning": _FLAG,
     "max_thinking_tokens": Field(_integer(0)),
     "priority": Field(_integer(-(2**31))),
-    "custom_logit_processor": Field(_text, per_prompt=True, may_be_none=True),
+    "custom_logit_processor": Field(_logit_processor, per_prompt=True, may_be_none=True),
     "extra_key": _EACH_TEXT,
     "cache_salt": _EACH_TEXT,
     "session_id": Field(_text),

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from tpcolocate.checks import check_integer
 from tpcolocate.errors import ConfigError
 from tpcolocate.server.installed import Installed
 from tpcolocate.server.releases import OLDEST, check_draft_model, other_spelling, release
@@ -110,6 +111,7 @@ _ELSEWHERE = {
     "disable_custom_allreduce": "disable_custom_all_reduce",
     "compilation_config": "enable_torch_compile",
 }
+_PORTS = ("port", "nccl_port")
 _QUANTISED_FORMATS = ("bitsandbytes", "gguf", "flash_rl")
 
 
@@ -131,6 +133,10 @@ def server_arguments(
     """
     user = {name: _plain(name, value) for name, value in user.items()}
     for name, value in user.items():
+        if value is None:  # leaves the argument out
+            continue
+        if name in _PORTS:
+            user[name] = _port(name, value)
         if name in _REFUSED:
             raise ConfigError(f"launch() does not take {name}={value!r}: {_REFUSED[name]}")
         if name in _MUST_BE_ONE and value != 1:
@@ -144,7 +150,7 @@ def server_arguments(
             raise ConfigError(
                 f"load_format={value!r} is not supported: {_QUANTISED}", hint="serve a checkpoint that is not quantised"
             )
-    if user.get("tp_size", tp_size) != tp_size:
+    if user.get("tp_size") not in (None, tp_size):
         raise ConfigError(
             f"launch(tp_size={user['tp_size']!r}) contradicts init(tp_size={tp_size})",
             hint="pass tp_size to init() only",
@@ -169,7 +175,12 @@ def server_arguments(
     loaders = user.get("custom_weight_loader")
     loaders = [] if loaders is None else [loaders] if isinstance(loaders, str) else loaders
     arguments["custom_weight_loader"] = list(dict.fromkeys([*loaders, RECEIVER]))
-    return arguments
+    return {name: value for name, value in arguments.items() if value is not None}
+
+
+def _port(name: str, value: Any) -> int:
+    number = int(value) if isinstance(value, str) and value.isdecimal() else value
+    return check_integer(name, number, at_least=0, at_most=2**16 - 1)
 
 
 def _plain(name: str, value: Any) -> Any:
@@ -184,7 +195,9 @@ def _plain(name: str, value: Any) -> Any:
         return _plain(name, value.value)
     if isinstance(value, os.PathLike):
         return os.fspath(value)
-    if isinstance(value, (list, tuple, set, frozenset)):
+    if isinstance(value, (set, frozenset)):  # such as PEFT's target_modules: in the same order in every process
+        return sorted((_plain(name, item) for item in value), key=str)
+    if isinstance(value, (list, tuple)):
         return [_plain(name, item) for item in value]
     if isinstance(value, Mapping):
         return {key: _plain(name, item) for key, item in value.items()}

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tpcolocate.checks import check_type
 from tpcolocate.errors import ConfigError, WeightsMismatchError, shown, some
 from tpcolocate.weights.sources.lazy_tensor import Item, LazyTensor, full_tensor
 from tpcolocate.weights.sources.model_spec import FLOATS, ModelSpec
@@ -108,6 +109,7 @@ def make_adapter(tensors: Mapping[str, Item], config: Any) -> Adapter:
             hint="pass PEFT's adapter_config.json as a dict, or a peft.LoraConfig",
         )
     _check_config(plain)
+    check_type("tensors", tensors, Mapping, expected="a mapping of names to tensors")
     if not tensors:
         raise ConfigError("the adapter has no tensors", hint="pass peft.get_peft_model_state_dict(model)")
     named: dict[str, Item] = {}

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from tpcolocate.checks import check_choice, check_integer, check_text, check_type
+from tpcolocate.deadline import check_timeout
 from tpcolocate.errors import ConfigError, WeightsMismatchError, shown
 from tpcolocate.weights.buckets import split_into_buckets
 
@@ -99,6 +100,12 @@ def join_update_group(
         ConfigError: This process has a group of that name, the port is in use, or NCCL_CUMEM_ENABLE is not set for nccl.
         RuntimeError: torch's own errors, for example when a rank does not join.
     """
+    check_text("master_address", master_address)
+    check_integer("master_port", master_port, at_least=0, at_most=2**16 - 1)
+    check_integer("world_size", world_size, at_least=1)
+    check_text("group_name", group_name)
+    check_choice("backend", backend, ("nccl", "gloo"))
+    timeout_s = check_timeout(timeout_s)
     if group_name in distributed_c10d._world.pg_names.values():
         raise ConfigError(
             f"this process already has a group named {group_name!r}",

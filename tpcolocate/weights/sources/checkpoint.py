@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -13,7 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from tpcolocate.errors import ConfigError
+from tpcolocate.checks import check_path
+from tpcolocate.errors import ConfigError, WeightsMismatchError
 from tpcolocate.weights.buckets import split_into_buckets
 from tpcolocate.weights.sources.lazy_tensor import Items, full_bytes, full_tensor
 from tpcolocate.weights.sources.model_spec import safetensors_files
@@ -43,7 +45,7 @@ class Checkpoint(Mapping[str, torch.Tensor]):
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.folder = Path(folder)
+        self.folder = check_path("folder", folder)
         self.weight_version: str | None = None
         self._tensors: dict[str, torch.Tensor] = {}
         files = safetensors_files(self.folder) if self.folder.is_dir() else []
@@ -108,7 +110,7 @@ class CheckpointWriter:
     def __init__(
         self, folder: str | os.PathLike[str], *, weight_version: str, num_shards: int, like: Path | None
     ) -> None:
-        self.folder = Path(os.path.abspath(folder))
+        self.folder = Path(os.path.realpath(folder))  # the end of a link to an empty folder
         if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
             raise ConfigError(
                 f"{folder} exists and is not empty", hint="choose a new or empty folder for the checkpoint"
@@ -120,6 +122,7 @@ class CheckpointWriter:
         self._num_written = 0
         self._like = like
         self._partial = self.folder.with_name(f".{self.folder.name}.{os.getpid()}.partial")
+        shutil.rmtree(self._partial, ignore_errors=True)  # of a process of the same number, before it was ended
         self._partial.mkdir(parents=True)
 
     def add(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -154,6 +157,15 @@ def save(weights: NamedWeights, writer: CheckpointWriter | None, *, shard_bytes:
     Collective: over the meshes of the weights.  A rank that fails goes on gathering, so that the others do not wait for
     it, and returns its first error.
     """
+    try:
+        return _save(weights, writer, shard_bytes)
+    except BaseException:  # an interrupt
+        if writer is not None:
+            writer.abandon()
+        raise
+
+
+def _save(weights: NamedWeights, writer: CheckpointWriter | None, shard_bytes: int) -> Exception | None:
     errors: list[Exception] = []
     for shard in _shards(weights, shard_bytes):
         tensors = {}
@@ -182,6 +194,21 @@ def _collected(errors: list[Exception]) -> Iterator[None]:
         errors.append(error)
 
 
+def outline(items: Items) -> str:
+    """Return what must be alike on all ranks that gather these weights together: their names, shapes and dtypes, in order.
+
+    Raises:
+        WeightsMismatchError: A name is given twice.
+    """
+    digest, seen = hashlib.sha256(), set()
+    for name, item in items:
+        if name in seen:
+            raise WeightsMismatchError(f"{name} is given twice", hint="names must be unique")
+        seen.add(name)
+        digest.update(repr((name, tuple(item.shape), item.dtype)).encode())
+    return f"{len(seen)} tensors ({digest.hexdigest()[:12]}: names, shapes and dtypes, in order)"
+
+
 def count_shards(weights: NamedWeights, *, shard_bytes: int = SHARD_BYTES) -> int:
     """Return the number of files that `save` writes."""
     return sum(1 for _ in _shards(weights, shard_bytes))
@@ -191,4 +218,4 @@ def _shards(weights: NamedWeights, shard_bytes: int) -> Iterator[Items]:
     return split_into_buckets(weights, shard_bytes, num_bytes=lambda named: full_bytes(named[1]))
 
 
-__all__ = ["Checkpoint", "CheckpointWriter", "count_shards", "save", "saved_version"]
+__all__ = ["Checkpoint", "CheckpointWriter", "count_shards", "outline", "save", "saved_version"]
