@@ -11,6 +11,7 @@ import faulthandler
 import functools
 import gc
 import importlib
+import math
 import os
 import random
 import signal
@@ -393,17 +394,20 @@ class Rank:
         """How many handles that this process exported have not come back."""
         return sum(len(ledger.outstanding()) for ledger in list(self._ledgers))
 
-    def tokens(self, timeout_s: float) -> bool:
-        """Whether the engine generates, greedily, what this rank's own model does."""
+    def tokens(self, timeout_s: float) -> float:
+        """How far the engine's greedy tokens are from this rank's own model: see `behind`; the largest of all prompts."""
         answers = self.engine.generate(PROMPTS, GREEDY, timeout_s=timeout_s)
-        return all(self.follows(prompt, answer["output_ids"]) for prompt, answer in zip(PROMPTS, answers, strict=True))
+        return max(self.behind(prompt, answer["output_ids"]) for prompt, answer in zip(PROMPTS, answers, strict=True))
 
-    def follows(self, prompt: list[int], tokens: list[int]) -> bool:
+    def behind(self, prompt: list[int], tokens: list[int]) -> float:
+        """How far the logit of a token is below the largest one, at most; infinite if there are none."""
         import torch
 
+        if not tokens:
+            return math.inf
         with torch.no_grad():
-            logits = self.model(torch.tensor([[*prompt, *tokens[:-1]]])).logits[0]
-        return bool(tokens) and logits.argmax(-1).tolist()[len(prompt) - 1 :] == tokens
+            logits = self.model(torch.tensor([[*prompt, *tokens[:-1]]])).logits[0, len(prompt) - 1 :]
+        return float((logits.amax(-1) - logits[range(len(tokens)), tokens]).max())
 
     def start_rollouts(self) -> None:
         if self.rollouts is None:

@@ -18,6 +18,9 @@ from fault_rank import process_of
 # After which a rank is taken to hang; beyond its limit, so that the table has by how much it was exceeded.
 PATIENCE_S = 45.0
 _SECONDS_INTO_GENERATE = 1.0
+# Of a greedy token's logit below the largest: the engine adds float32 numbers up in another order.  After an update that
+# did not arrive it is a thousand times as much.
+_TIE = 1e-3
 # Of SGLang after a SIGTERM, with no request in flight.
 _DRAIN_S = 15.0
 
@@ -114,8 +117,9 @@ def sync_and_check(job: Job, seed: int) -> None:
     """Sync, and compare what the engine generates with the trainer's own model.  Raises as `launch`."""
     _all_ok(job.call("sync", limit_s=120.0, timeout_s=60.0, seed=seed))
     answers = _all_ok(job.call("tokens", limit_s=120.0, timeout_s=60.0))
-    if not all(answer.value for answer in answers.values()):
-        raise AssertionError("wrong tokens after the sync")
+    behind = max(answer.value for answer in answers.values())
+    if not behind <= _TIE:
+        raise AssertionError(f"wrong tokens after the sync: a logit {behind:.3g} below the largest")
 
 
 def _all_ok(answers: Mapping[int, Answer]) -> Mapping[int, Answer]:
