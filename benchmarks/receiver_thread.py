@@ -1,7 +1,7 @@
 """What a receiver that stays in the TP workers would save, and cost, beside the one that each sync calls anew.
 
     torchrun --standalone --nproc-per-node 2 benchmarks/receiver_thread.py --record
-    torchrun --standalone --nproc-per-node 2 benchmarks/receiver_thread.py --device cuda --record
+    torchrun --standalone --nproc-per-node 1 benchmarks/receiver_thread.py --rounds 60 --record     # each takes seconds
 
 Ranks are one slice.  The owner starts a thread in every TP worker, by a custom weight loader of this script, which answers
 what it gets over a socket.  Round trips to all workers:

@@ -37,9 +37,8 @@ import psutil
 
 # What only needs to be imported: five seconds of CPU time for each rank, or once for all of them.
 PRELOADED = ("torch", "torch.distributed", "pytest", "psutil", "tpcolocate")
-if metadata.version("torch").endswith(
-    "+cpu"
-):  # with CUDA some of them use it, which no process can that is forked then
+# With CUDA some of these use it, and then no process can that is forked.
+if metadata.version("torch").endswith("+cpu"):
     PRELOADED += (
         "torch.distributed.fsdp", "transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto",
         "transformers.models.qwen3.modeling_qwen3", "transformers.conversion_mapping", "peft",

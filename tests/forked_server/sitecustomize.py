@@ -4,8 +4,7 @@ SGLang spawns its schedulers and its detokenizer, and each of them imports for t
 imported already: half a minute of CPU time for a start at tp=2.  What they run, and whose children they are, is the same.
 
 They also import the modules of all models that SGLang knows, in each scheduler, to serve one of them.  Here they
-import those that the checkpoint's config names.  And they import a compiler that they are not to use, and read all
-modules of transformers to know their names, which is read once here.
+import those that the checkpoint's config names.  And they import a compiler that they are not to use.
 
 This folder is on the PYTHONPATH of the tests' processes (conftest), so that Python runs this file in each of them; it acts
 in the main process of a CPU server alone.  ``TPC_TEST_START_METHOD=spawn`` leaves the server as users have it.
@@ -86,55 +85,6 @@ def _compile_nothing():
     sys.meta_path.insert(0, NoCompiler())
 
 
-def _remember_what_transformers_reads():
-    """Keep what transformers finds in its own folder and in the whole environment when it is imported: a second."""
-    import functools
-    import hashlib
-    import importlib.metadata
-    import pickle
-    from importlib.abc import MetaPathFinder
-    from importlib.machinery import PathFinder
-
-    def remembered(find, folders_of):
-        @functools.wraps(find)
-        def found(*args, **kwargs):
-            times = [(folder, os.stat(folder).st_mtime_ns) for folder in folders_of(*args) if os.path.isdir(folder)]
-            key = hashlib.sha256(repr((find.__name__, args, kwargs, times)).encode()).hexdigest()[:16]
-            path = os.path.join(os.path.dirname(__file__), "__pycache__", f"{key}.pickle")
-            try:
-                with open(path, "rb") as file:
-                    return pickle.load(file)
-            except FileNotFoundError:
-                value = find(*args, **kwargs)
-                os.makedirs(os.path.dirname(path), exist_ok=True)
-                with open(f"{path}.{os.getpid()}", "wb") as file:
-                    pickle.dump(value, file)
-                os.replace(file.name, path)  # servers may start side by side
-                return value
-
-        return found
-
-    class Remembering(MetaPathFinder):
-        def find_spec(self, name, path=None, target=None):
-            if name != "transformers.utils.import_utils":
-                return None
-            spec = PathFinder.find_spec(name, path)
-            execute = spec.loader.exec_module
-
-            def exec_module(module):
-                execute(module)
-                if hasattr(module, "define_import_structure"):  # transformers 5
-                    module.define_import_structure = remembered(
-                        module.define_import_structure, lambda place: [os.path.dirname(place), str(place)]
-                    )
-
-            spec.loader.exec_module = exec_module
-            return spec
-
-    importlib.metadata.packages_distributions = remembered(importlib.metadata.packages_distributions, lambda: sys.path)
-    sys.meta_path.insert(0, Remembering())
-
-
 if (
     "sglang.launch_server" in sys.orig_argv[1:4]
     and os.environ.get("SGLANG_USE_CPU_ENGINE") == "1"
@@ -142,6 +92,5 @@ if (
 ):
     _fork_from_here()
     _know_the_served_model_alone()
-    _remember_what_transformers_reads()
     if os.environ.get("TORCHDYNAMO_DISABLE") == "1":
         _compile_nothing()

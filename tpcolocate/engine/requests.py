@@ -104,14 +104,14 @@ def _sampling_logprobs(value: Any, where: str, limits: ServerLimits) -> str:
 
 
 def _session(value: Any, where: str, limits: ServerLimits) -> dict[str, Any]:
-    found = _dict(value, where, limits)
-    names = ("id", "rid", "offset", "replace", "drop_previous_output")
-    if unknown := set(found) - set(names):
-        raise ConfigError(f"{where} has {', '.join(sorted(map(str, unknown)))}", hint=f"there are {', '.join(names)}")
     # SGLang looks them up in its scheduler, which an exception ends.
     checks = {"id": _text, "rid": _text, "offset": _integer(-(2**31)), "replace": _flag, "drop_previous_output": _flag}
-    given = {name: each for name, each in found.items() if each is not None}
-    return found | {name: checks[name](each, f"{where}[{name!r}]", limits) for name, each in given.items()}
+    found = _dict(value, where, limits)
+    if unknown := set(found) - set(checks):
+        raise ConfigError(f"{where} has {', '.join(sorted(map(str, unknown)))}", hint=f"there are {', '.join(checks)}")
+    return {
+        name: None if each is None else checks[name](each, f"{where}[{name!r}]", limits) for name, each in found.items()
+    }
 
 
 def _logit_processor(value: Any, where: str, limits: ServerLimits) -> str:

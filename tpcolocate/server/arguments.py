@@ -52,7 +52,6 @@ _REFUSED = {
     "admin_api_key": "every launch has a random key; read it from engine.api_key",
     "config": "pass SGLang's arguments as keywords",
     "model": "it is the first argument of launch()",
-    "model_path": "it is the first argument of launch()",
 }
 _MUST_BE_ONE = (
     "pp_size",
@@ -71,7 +70,7 @@ _MUST_BE_ONE = (
 )
 _QUANTISED = "a sync would write the trainer's values into quantised parameters"
 _NO_DRAFT = "the draft model's weights are not synced, and no speculative algorithm was tested with a sync"
-# Not tested, or known not to work, with changing weights; None and False leave them off.
+# Not tested, or known not to work, with changing weights; False leaves them off.
 _UNSUPPORTED = {
     "enable_dp_attention": "weights are addressed by tensor-parallel rank",
     "quantization": _QUANTISED,
@@ -83,7 +82,7 @@ _UNSUPPORTED = {
     "speculative_draft_model_path": _NO_DRAFT,
     "weight_cache_mode": "SGLang shares cached weights between servers and refuses to change them",
 }
-# Values that leave them off, beside None and False.
+# Values that leave them off, beside False.
 _OFF = {"weight_cache_mode": "off"}
 # Names of other engines, and SGLang's for the same.
 _ELSEWHERE = {
@@ -144,7 +143,7 @@ def server_arguments(
                 f"{name}={value!r} is not supported: weights are addressed by tensor-parallel rank",
                 hint="use tp_size alone",
             )
-        if name in _UNSUPPORTED and value not in (None, False, _OFF.get(name)):
+        if name in _UNSUPPORTED and value not in (False, _OFF.get(name)):
             raise ConfigError(f"{name}={value!r} is not supported: {_UNSUPPORTED[name]}", hint=f"leave out {name}")
         if name == "load_format" and value in _QUANTISED_FORMATS:
             raise ConfigError(

@@ -280,8 +280,8 @@ class ServerProcess:
         with ExitStack() as stack:
             host = str(spec.arguments.get("host", LOOPBACK))
             address = check_host(host)
-            http = stack.enter_context(hold_port(int(spec.arguments.get("port", 0))))
-            internal = stack.enter_context(hold_port(int(spec.arguments.get("nccl_port", 0))))
+            http = stack.enter_context(hold_port(spec.arguments.get("port", 0)))
+            internal = stack.enter_context(hold_port(spec.arguments.get("nccl_port", 0)))
             # Not on the command line, which every user of the machine can read.  JSON is YAML.
             keys = json.dumps({"api-key": self.api_key, "admin-api-key": self.api_key})
             config = spec.runtime.write("server.yaml", keys)

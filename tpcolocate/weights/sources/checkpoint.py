@@ -15,11 +15,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from tpcolocate.checks import check_path
-from tpcolocate.errors import ConfigError, WeightsMismatchError
+from tpcolocate.errors import ConfigError
 from tpcolocate.weights.buckets import split_into_buckets
 from tpcolocate.weights.sources.lazy_tensor import Items, full_bytes, full_tensor
 from tpcolocate.weights.sources.model_spec import safetensors_files
-from tpcolocate.weights.sources.named_weights import NamedWeights
+from tpcolocate.weights.sources.named_weights import NamedWeights, check_unique
 
 VERSION_KEY = "weight_version"
 _INDEX = "model.safetensors.index.json"
@@ -200,13 +200,10 @@ def outline(items: Items) -> str:
     Raises:
         WeightsMismatchError: A name is given twice.
     """
-    digest, seen = hashlib.sha256(), set()
-    for name, item in items:
-        if name in seen:
-            raise WeightsMismatchError(f"{name} is given twice", hint="names must be unique")
-        seen.add(name)
-        digest.update(repr((name, tuple(item.shape), item.dtype)).encode())
-    return f"{len(seen)} tensors ({digest.hexdigest()[:12]}: names, shapes and dtypes, in order)"
+    check_unique(name for name, _ in items)
+    written = repr([(name, tuple(item.shape), item.dtype) for name, item in items])
+    digest = hashlib.sha256(written.encode()).hexdigest()[:12]
+    return f"{len(items)} tensors ({digest}: names, shapes and dtypes, in order)"
 
 
 def count_shards(weights: NamedWeights, *, shard_bytes: int = SHARD_BYTES) -> int:

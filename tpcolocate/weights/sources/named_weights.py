@@ -151,6 +151,19 @@ def _renamed(weights: Iterable[tuple[str, Item]], rename: Rename | None) -> Iter
             yield served_name, item
 
 
+def check_unique(names: Iterable[str]) -> None:
+    """Check that no name is given twice.
+
+    Raises:
+        WeightsMismatchError: One is.
+    """
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise WeightsMismatchError(f"{name} is given twice", hint="names must be unique")
+        seen.add(name)
+
+
 def check_rename(rename: object) -> None:
     """Check a `rename` as far as that is possible before it is used.
 
@@ -404,4 +417,14 @@ def _checked(item: object) -> tuple[str, torch.Tensor]:
     return name, tensor
 
 
-__all__ = ["Extra", "NamedWeights", "Rename", "Source", "check_rename", "gathered_state", "may_equal", "tie_hint"]
+__all__ = [
+    "Extra",
+    "NamedWeights",
+    "Rename",
+    "Source",
+    "check_rename",
+    "check_unique",
+    "gathered_state",
+    "may_equal",
+    "tie_hint",
+]

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
-from tpcolocate.errors import ConfigError, WeightsMismatchError
+from tpcolocate.errors import ConfigError
 from tpcolocate.garbage import collector_paused
 from tpcolocate.weights.plan.sharding import CachedShards, LocalShard, Shards, mesh_groups
-from tpcolocate.weights.sources.named_weights import NamedWeights, Source
+from tpcolocate.weights.sources.named_weights import NamedWeights, Source, check_unique
 from tpcolocate.weights.sources.nonfinite import refuse_nonfinite
 from tpcolocate.weights.sync.buckets import summary
 from tpcolocate.weights.sync.completeness import check_again, check_before_trace
@@ -75,9 +75,7 @@ def _check(session: SyncSession, weights: NamedWeights) -> None:
     if not items:
         raise ConfigError("there are no weights to sync", hint="pass a module with parameters")
     names = [name for name, _ in items]
-    repeated = _first_repeated(names)
-    if repeated is not None:
-        raise WeightsMismatchError(f"{repeated} is given twice", hint="names must be unique")
+    check_unique(names)
     if spec is not None:
         spec.check([(name, tensor.shape) for name, tensor in items], hint=session.options.rename is None)
         spec.check_dtypes([(name, tensor.dtype) for name, tensor in items])
@@ -137,15 +135,6 @@ def least_memory_uses(session: SyncSession, prepared: Prepared, of_ranks: Sequen
         before if view.memory_uses is None else view.memory_uses for view, before in zip(of_ranks, last, strict=True)
     ]
     return state.mapped.least_memory_uses(prepared.shards)
-
-
-def _first_repeated(names: Iterable[str]) -> str | None:
-    seen: set[str] = set()
-    for name in names:
-        if name in seen:
-            return name
-        seen.add(name)
-    return None
 
 
 __all__ = ["least_memory_uses", "prepare", "prepare_again", "reusable_sync"]
