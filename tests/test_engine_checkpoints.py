@@ -5,6 +5,7 @@ import torch
 from harness import run_ranks
 from safetensors.torch import load_file, save_file
 from test_engine import ARGS, HEALTH_S, World, checked
+from test_engine_calls import described, meet
 from tiny_models import make_tiny_model
 
 import tpcolocate
@@ -51,11 +52,39 @@ def missing_and_untied(world):
     return found, world.generated() == world.expected()
 
 
+def before_the_first_sync(world):
+    """The model as transformers has it can be saved and broadcast, and what is read stays required there, too."""
+    folder = f"{world.model_dir}-saved"
+    weights = list(world.model.named_parameters())
+    refused = []
+    sender = meet(world)
+    for call in (
+        lambda: world.engine.save_weights(dict(weights[1:]), folder=f"{folder}-refused"),
+        lambda: world.engine.update_weights_from_distributed(**described(weights[1:])),
+    ):
+        try:
+            call()
+        except errors.WeightsMismatchError as error:
+            refused.append((error.message, error.hint))
+    world.engine.save_weights(world.model, folder=folder)
+    world.perturb(50)
+    sender.send(tensor for _, tensor in weights)
+    world.engine.update_weights_from_distributed(**described(weights))
+    sender.end()
+    world.engine.destroy_weights_update_group()
+    return (
+        weights[0][0],
+        refused,
+        sorted(load_file(f"{folder}/model.safetensors")),
+        world.generated() == world.expected(),
+    )
+
+
 def drive(rank, model_dir):
     with tpcolocate.init(2, device="cpu", timeout_s=60.0) as colo:
         world = World(rank, model_dir, colo)
         with colo.launch(model_dir, health_timeout_s=HEALTH_S, **ARGS) as world.engine:
-            return checked(world, [missing_and_untied, syncs])
+            return checked(world, [before_the_first_sync, missing_and_untied, syncs])
 
 
 def test_what_the_loader_does_not_read_is_neither_missed_nor_sent(tmp_path):
@@ -63,8 +92,12 @@ def test_what_the_loader_does_not_read_is_neither_missed_nor_sent(tmp_path):
         for value in found.values():
             if isinstance(value, Exception):
                 raise value
+        missing, refused, saved, is_new = found["before_the_first_sync"]
+        assert [message.partition(" (")[0] for message, _ in refused] == [f"weights are missing: {missing}"] * 2
+        assert ["partial=True" in hint for _, hint in refused] == [False, True]
+        assert missing in saved and is_new and not set(STRAYS).intersection(saved)
         messages, is_as_before = found["missing_and_untied"]
-        assert messages[0].startswith("not all weights were sent: model.norm.weight (")
+        assert messages[0].startswith("weights are missing: model.norm.weight (")
         assert "lm_head.weight" in messages[1] and "model.embed_tokens.weight" in messages[1]
         assert is_as_before
         expected = tuple(sorted(("lm_head.weight", *STRAYS)))

@@ -389,8 +389,8 @@ def test_a_trainer_that_does_not_tie_what_the_engine_ties_is_refused_once_its_te
 def test_what_no_loader_reads_is_not_missing_and_what_one_reads_is(of_ranks, engine):
     for of_rank in found(of_ranks, strays_in_the_files):
         refused, *good, again, partial = of_rank[engine]
-        check_refused(refused, "not all weights were sent: norm.weight (according to the test)")
-        check_refused(again, "not all weights were sent: norm.weight (according to the test)")
+        check_refused(refused, "weights are missing: norm.weight (according to the test)")
+        check_refused(again, "weights are missing: norm.weight (according to the test)")
         check_good(good)
         assert [one.facts["ignored"] for one in good] == [tuple(STRAYS)] * 2
         assert [one.facts["missing"] for one in good] == [()] * 2
@@ -401,7 +401,7 @@ def test_what_no_loader_reads_is_not_missing_and_what_one_reads_is(of_ranks, eng
 
 def test_without_a_trace_all_that_the_files_hold_must_come(of_ranks):
     for sync in found(of_ranks, strays_without_a_trace):
-        check_refused(sync, "not all weights were sent: mtp.layers.0.weight; rotary_emb.inv_freq")
+        check_refused(sync, "weights are missing: mtp.layers.0.weight; rotary_emb.inv_freq")
 
 
 def test_what_the_trainer_holds_and_no_loader_reads_is_not_sent(of_ranks):

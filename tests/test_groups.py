@@ -3,9 +3,10 @@
 from dataclasses import replace
 
 import pytest
+import torch.distributed as dist
 
 from tpcolocate import errors
-from tpcolocate.groups import Host, Member, plan_slices
+from tpcolocate.groups import Host, Member, exchange, plan_slices
 
 pytestmark = pytest.mark.quick
 
@@ -44,3 +45,11 @@ def test_hosts_are_not_identified_by_name():
 def test_members_survive_serialisation():
     one = Member(3, 4, 2, HERE, 123, 4.5, {"physical": {"token": "0"}}, None)
     assert Member.from_json(one.to_json()) == one
+
+
+def test_a_store_that_is_gone_is_an_error_of_this_library():
+    server = dist.TCPStore("127.0.0.1", 0, 1, True, wait_for_workers=False)
+    store = dist.TCPStore("127.0.0.1", server.port, 1, False, wait_for_workers=False)
+    del server
+    with pytest.raises(errors.RankLostError, match="the store of the default process group does not answer"):
+        exchange(store, member(0, world=2), timeout_s=20.0)

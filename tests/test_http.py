@@ -94,12 +94,19 @@ class Handler(BaseHTTPRequestHandler):
             self.events(EVENTS[:1], finish=False)
         elif path == "/events_short":
             self.events(EVENTS[:1])
+        elif path == "/events_pausing":
+            self.events(self.pausing([*EVENTS, b"data: [DONE]\n\n"]))
         elif path == "/events_stuck":
             self.events(EVENTS[:1], finish=False)
             self.wfile.flush()
             self.server.over.wait(30)
         else:
             self.answer(200, json.dumps({"method": self.command, "body": json.loads(body or b"null")}).encode())
+
+    def pausing(self, chunks):
+        for chunk in chunks:
+            yield chunk
+            self.server.over.wait(0.3)
 
     def generate(self, body):
         if body.get("drop"):
@@ -594,6 +601,35 @@ def test_without_a_timeout_a_request_waits_as_long_as_the_server_is_up(server, c
     with pytest.raises(EngineDeadError, match="the server does not answer"):
         generate(client, {"seconds": 20}, timeout_s=None)
     assert time.monotonic() - began < 15
+
+
+@pytest.mark.parametrize("send", [send_stream, send_stream_async])
+def test_without_a_timeout_a_stream_that_has_begun_waits_as_long_as_the_server_is_up(server, client, send, monkeypatch):
+    for module in (connections, http_module):
+        monkeypatch.setattr(module, "LOOK_S", 0.1)
+    assert send(client, "/events_pausing", timeout_s=None) == [{"text": "a"}, {"text": "ab"}]
+    assert "/model_info" in [path for _, path, *_ in server.requests], "it looked"
+    monkeypatch.setattr(client, "_is_up", lambda: False)
+    began = time.monotonic()
+    with pytest.raises(EngineDeadError, match="the server does not answer"):
+        send(client, "/events_stuck", timeout_s=None)
+    assert time.monotonic() - began < 15
+    wait_for_the_end_of_lookouts()
+
+
+def test_a_stream_without_a_timeout_that_is_left_early_ends_its_thread(client, monkeypatch):
+    monkeypatch.setattr(http_module, "LOOK_S", 0.05)
+    stream = client.stream("/events_stuck", {}, timeout_s=None)
+    assert next(stream) == {"text": "a"}
+    stream.close()
+    wait_for_the_end_of_lookouts()
+
+
+def wait_for_the_end_of_lookouts():
+    deadline = time.monotonic() + 10
+    while [thread for thread in threading.enumerate() if thread.name == "tpcolocate stream"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_a_deadline_names_its_argument(client):

@@ -165,6 +165,29 @@ def test_a_rank_that_never_calls_init_is_named():
         assert "rank 1 did not call tpcolocate.init() within 2 s" in text
 
 
+def late(rank):
+    """Rank 1 comes once rank 0 has given up; then both come again."""
+    import torch.distributed as dist
+
+    store = dist.distributed_c10d._get_default_store()
+    if rank == 1:
+        store.wait(["rank 0 gave up"])
+    began = time.monotonic()
+    try:
+        tpcolocate.init(2, device="cpu", timeout_s=0.5 if rank == 0 else TIMEOUT_S)
+    except errors.RankLostError as error:
+        text, seconds = str(error), time.monotonic() - began
+    if rank == 0:
+        store.set("rank 0 gave up", "1")
+    return text, seconds, place(rank, 2, "cpu")["slice"]
+
+
+def test_a_rank_that_comes_late_to_init_has_the_error_of_the_others_and_all_may_call_it_again():
+    first, second = run_ranks(late, 2)
+    assert first[0] == second[0] and "rank 1 did not call tpcolocate.init() within 0.5 s" in first[0]
+    assert second[1] < 10 and first[2] == second[2] == (0, 1)
+
+
 def twice(rank):
     """Two jobs in sequence in the same processes, with different slices."""
     first = place(rank, 2, "cpu")

@@ -110,7 +110,7 @@ def with_a_broken_group(rank, how, error):
             loads=lambda: made._meeting_place.exists() or not alone,
         )
         assert group.group is not before
-        made.acknowledge(None)
+        made.acknowledge(None, None)
         # Collective calls work, and again between both ranks.
         return found.weight_version, found.url, group.all_gather(rank, what="meet in a later call")
 
@@ -153,7 +153,7 @@ def stalling(rank, who):
             time.sleep(5.0)
         try:
             share(made, rank, running)
-            made.acknowledge(None)
+            made.acknowledge(None, None)
         except errors.TpColocateError as error:
             return type(error).__name__, str(error), time.monotonic() - began
         return "launched"
@@ -188,7 +188,7 @@ def test_a_client_that_dies_while_the_server_loads_ends_the_launch():
 def failing_client(rank):
     with launched(rank) as (made, group, running):
         share(made, rank, running)
-        made.acknowledge(MemoryError("no memory") if rank == 1 else None)
+        made.acknowledge(MemoryError("no memory") if rank == 1 else None, None)
 
 
 def test_what_a_client_fails_in_after_it_has_the_url_is_raised_on_the_owner_too():

@@ -36,6 +36,11 @@ logger = logging.getLogger(__name__)
 _WARN_AFTER_S = 10.0
 _WARN_INTERVAL_S = 60.0
 
+# How often a rank that waits looks whether another one has given the wait up.
+_LOOK_S = 1.0
+_OUTCOME = "outcome"
+_COMPLETE = "complete"
+
 _POLL_INTERVAL_S = 0.05
 _FILE_S = 5.0
 # Between ranks that have just met.
@@ -160,43 +165,80 @@ def exchange(store: dist.Store, member: Member, *, timeout_s: float) -> list[Mem
     Raises:
         RankLostError: Some ranks did not publish in time; the message names them.
     """
-    store.set(str(member.rank), member.to_json())
-    texts = _wait_for_all(store, member.world_size, timeout_s, member.rank, "call tpcolocate.init()")
+    texts = _publish_and_wait(
+        store, member.to_json(), member.world_size, timeout_s, member.rank, "call tpcolocate.init()"
+    )
     return [Member.from_json(text) for text in texts]
 
 
-def _wait_for_all(store: dist.Store, world_size: int, timeout_s: float, rank: int, what: str) -> list[str]:
-    """Return what every rank has published, in rank order.
+def _publish_and_wait(
+    store: dist.Store, text: str, world_size: int, timeout_s: float, rank: int, what: str
+) -> list[str]:
+    """Publish a text for this rank, and return those of all ranks, in rank order.
 
-    While it waits, a warning a minute names the ranks that are awaited.
+    While it waits, a warning a minute names the ranks that are awaited.  The first rank that is out of time gives the wait
+    up for all, also for those that come later: they have the same error, and meet again in the next one.
 
     Raises:
-        RankLostError: Some ranks did not publish in time; the message names them and `what` they did not do.
+        RankLostError: Some ranks did not publish in time; the message names them and `what` they did not do.  Or the store does
+            not answer.
     """
+    try:
+        store.set(str(rank), text)
+        return _wait_for_all(store, world_size, timeout_s, rank, what)
+    except RuntimeError as error:
+        if isinstance(error, errors.TpColocateError):
+            raise
+        raise RankLostError(
+            f"the store of the default process group does not answer: {str(error).strip().splitlines()[0]}",
+            hint="the process that has it, most often that of rank 0, has ended; look for an earlier error there",
+            rank=rank,
+        ) from error
+
+
+def _wait_for_all(store: dist.Store, world_size: int, timeout_s: float, rank: int, what: str) -> list[str]:
     deadline = Deadline.after(timeout_s)
     started = time.monotonic()
     keys = [str(r) for r in range(world_size)]
     warn_after = _WARN_AFTER_S
     while True:
         try:
-            step_s = max(min(deadline.left(), started + warn_after - time.monotonic()), 0.001)
+            step_s = max(min(deadline.left(), started + warn_after - time.monotonic(), _LOOK_S), 0.001)
             store.wait(keys, timedelta(seconds=step_s))
+            _end_wait(store, _COMPLETE, what)
             return [store.get(key).decode() for key in keys]
-        except (RuntimeError, dist.DistStoreError) as error:
+        except RuntimeError as error:
+            if isinstance(error, errors.TpColocateError):
+                raise
             missing = [int(key) for key in keys if not store.check([key])]
-            if missing and not deadline.has_passed:
+            if store.check([_OUTCOME]):
+                _end_wait(store, _COMPLETE, what)
+            if missing and deadline.has_passed:
+                _end_wait(store, json.dumps({"missing": missing, "timeout_s": timeout_s}), what)
+            elif missing and time.monotonic() - started >= warn_after:
                 warn_after += _WARN_INTERVAL_S
                 if min(set(range(world_size)) - set(missing)) == rank:
                     logger.warning(
                         "rank %d has waited %.0f s for %s to %s; it waits until %g s (timeout_s of init())",
                         rank, time.monotonic() - started, named_ranks(missing), what, timeout_s,
                     )  # fmt: skip
-            elif missing:
-                raise RankLostError(
-                    f"{named_ranks(missing)} did not {what} within {timeout_s:g} s (timeout_s of init())",
-                    hint="every rank of the default process group must call init(); look for an earlier error on those "
-                    "ranks, or raise timeout_s",
-                ) from error
+
+
+def _end_wait(store: dist.Store, outcome: str, what: str) -> None:
+    """End a wait with an outcome, unless another rank has ended it.
+
+    Raises:
+        RankLostError: It is given up; the same on every rank.
+    """
+    found = store.compare_set(_OUTCOME, "", outcome).decode()
+    if found == _COMPLETE:
+        return
+    given_up = json.loads(found)
+    raise RankLostError(
+        f"{named_ranks(given_up['missing'])} did not {what} within {given_up['timeout_s']:g} s (timeout_s of init())",
+        hint="every rank of the default process group must call init(), and may now call it again; look for an earlier error on "
+        "those ranks, or raise timeout_s",
+    )
 
 
 def plan_slices(members: Sequence[Member]) -> list[tuple[int, ...]]:
@@ -455,8 +497,9 @@ def share_outcome(
     """
     # A rank that failed leaves the others to their timeouts, so that the first error is the cause.
     outcome = {} if error is None else {"time": time.time(), **(error_fields(error) or {})}
-    store.set(str(rank), json.dumps(outcome))
-    texts = _wait_for_all(store, world_size, timeout_s + _MARGIN_S, rank, "connect its tp slice")
+    texts = _publish_and_wait(
+        store, json.dumps(outcome), world_size, timeout_s + _MARGIN_S, rank, "connect its tp slice"
+    )
     failed = [(fields["time"], other, fields) for other, text in enumerate(texts) if (fields := json.loads(text))]
     if failed:
         _, other, fields = min(failed, key=lambda item: item[:2])

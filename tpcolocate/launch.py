@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -35,6 +35,7 @@ from tpcolocate.weights.sources.checkpoint import saved_version
 from tpcolocate.weights.sources.model_spec import ModelSpec, check_not_quantised, read_spec
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 # Of SGLang's load formats, those that read no checkpoint.
 _WITHOUT_WEIGHTS = ("dummy",)
@@ -308,10 +309,20 @@ class Launch:
         group.agree(error, what=f"{what} with a new process group", timeout_s=self._left())
         return running if running is not None else self._announced()
 
-    def acknowledge(self, error: BaseException | None) -> None:
-        """Have all ranks confirm that they have what they need of the server; raises as `share`."""
+    def acknowledge(self, error: BaseException | None, value: T) -> T:
+        """Have all ranks confirm that they have what they need of the server; raises as `share`.
+
+        Args:
+            error: Of this rank.
+            value: What else the owner has to let the others know.
+
+        Returns:
+            The owner's value.
+        """
+        group = self.tp_slice.group
         try:
-            self.tp_slice.group.agree(error, what="complete the launch", timeout_s=self._left())
+            of_ranks = group.agree(error, value, what="complete the launch", timeout_s=self._left())
+            return of_ranks[group.ranks.index(self.tp_slice.owner_rank)]
         except RankLostError as lost:
             self._check_left(lost)
             self._check_members(lost)

@@ -395,17 +395,20 @@ class Colocation:
             if for_adapters is not None:
                 for_adapters.join(_KERNEL_S)
         started: _Started | None = None
+        ignored: frozenset[str] | None = None
         error: BaseException | None = None
         try:
             started = self._connect(launch, running, server, api, lifecycle)
+            ignored = started.link.sync.warm_up(timeout_s=_WARM_UP_S)
         except BaseException as caught:
             error = caught
         try:
-            launch.acknowledge(error)
+            ignored = launch.acknowledge(error, ignored)
         except BaseException as failed:
             launch.undo(server, failed)
             raise
         assert started is not None
+        started.link.sync.note_ignored(ignored)
         return started
 
     def _connect(
@@ -438,7 +441,6 @@ class Colocation:
             folder=launch.sync_folder,
             reader_is_alive=lambda: probe.is_listening(timeout_s=5.0) if server is None else not server.exited(),
         )
-        sync.warm_up(timeout_s=_WARM_UP_S)
 
         def release() -> None:
             probe.close()

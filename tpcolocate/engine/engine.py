@@ -358,7 +358,7 @@ class Engine:
                     spec.check([(name, tensor.shape) for name, tensor in weights.items], hint=rename is None)
                     spec.check_dtypes([(name, tensor.dtype) for name, tensor in weights.items])
                     names = [*(name for name, _ in weights.items), *weights.aliases]
-                    spec.check_complete(names, ignored=self._sync.ignored)
+                    spec.check_complete(names, ignored=self._sync.ignored, hint="pass the whole model")
                 if ranks.rank == 0:
                     writer = CheckpointWriter(
                         folder,

@@ -19,10 +19,11 @@ import errno
 import json
 import logging
 import resource
+import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from typing import Any, TypeVar
 from urllib.parse import urlencode
 
@@ -191,7 +192,7 @@ class ServerClient:
         return response
 
     async def _while_up(self, sent: Awaitable[T]) -> T:
-        """Await an answer for as long as the server is up."""
+        """Await an answer, or an event of one, for as long as the server is up."""
         task = asyncio.ensure_future(sent)
         try:
             while True:
@@ -200,12 +201,15 @@ class ServerClient:
                     return task.result()
                 await asyncio.to_thread(self._raise_if_down)
         finally:
-            task.cancel()
+            if not task.done():
+                task.cancel()
+                await asyncio.wait({task})  # what it reads must not be closed under it
 
     def stream(self, path: str, body: Mapping[str, Any], *, timeout_s: float | None) -> Iterator[Any]:
         """POST and yield each server-sent JSON event; `timeout_s` bounds the wait for each."""
         with self._connections.slot(path, timeout_s), self._errors(path, timeout_s):
             response = self._send("POST", path, encode(body), timeout_s, whole=False)
+            lookout = None if timeout_s is not None else _Lookout(self._raise_if_down, response.shutdown)
             try:
                 if response.status >= 400:
                     self._answer(path, response.status, response.reason, response.read())
@@ -216,7 +220,13 @@ class ServerClient:
                     if event is not None:
                         yield event
                 raise _ConnectionLost(path, "the stream ended without [DONE]")
+            except Exception as error:
+                if lookout is not None and lookout.found is not None:
+                    raise lookout.found from error
+                raise
             finally:
+                if lookout is not None:
+                    lookout.end()
                 response.close()
 
     async def stream_async(self, path: str, body: Mapping[str, Any], *, timeout_s: float | None) -> AsyncIterator[Any]:
@@ -224,10 +234,17 @@ class ServerClient:
         content = encode(body)
         async with self._connections.slot_async(path, timeout_s), self._errors_async(path, timeout_s):
             of_loop = await self._connections.of_loop()
-            async with of_loop.client.stream("POST", path, content=content, timeout=_timeout(timeout_s)) as response:
+            request = of_loop.client.build_request("POST", path, content=content, timeout=_timeout(timeout_s))
+            sent = of_loop.client.send(request, stream=True)
+            async with aclosing(await (self._while_up(sent) if timeout_s is None else sent)) as response:
                 if response.is_error:
                     self._answer(path, response.status_code, response.reason_phrase, await response.aread())
-                async for line in response.aiter_lines():
+                lines = response.aiter_lines()
+                while True:
+                    awaited = anext(lines, None)
+                    line = await (self._while_up(awaited) if timeout_s is None else awaited)
+                    if line is None:
+                        break
                     event = self._event(path, line)
                     if event is _DONE:
                         return
@@ -346,6 +363,43 @@ class ServerClient:
 
 
 _DONE = object()
+
+
+class _Lookout:
+    """Looks whether the server is up while a stream without a timeout is read, and ends the reading if it is not.
+
+    A thread, because a read of http.client that has timed out once cannot be gone on with.
+
+    Args:
+        look: Raises if the server is not up.
+        end_reading: Called from the thread then, once.
+
+    Attributes:
+        found: What `look` raised.
+    """
+
+    def __init__(self, look: Callable[[], None], end_reading: Callable[[], None]) -> None:
+        self.found: TpColocateError | None = None
+        self._look = look
+        self._end_reading = end_reading
+        self._is_over = threading.Event()
+        threading.Thread(target=self._run, name="tpcolocate stream", daemon=True).start()
+
+    def _run(self) -> None:
+        while not self._is_over.wait(LOOK_S):
+            try:
+                self._look()
+            except TpColocateError as error:
+                if self._is_over.is_set():
+                    return
+                self.found = error
+                with suppress(RuntimeError, ValueError, OSError):  # it was closed just now
+                    self._end_reading()
+                return
+
+    def end(self) -> None:
+        """End the thread, without waiting for it."""
+        self._is_over.set()
 
 
 class _Failure(Exception):

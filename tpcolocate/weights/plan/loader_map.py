@@ -48,7 +48,7 @@ class LoaderMap:
     Attributes:
         reads: Tensor -> what each TP rank reads of it.
         ignored: Tensors of the checkpoint of which no TP rank reads anything; empty as long as that is not known.
-        read_at_launch: On the owner, what of the checkpoint was seen to be read before the first sync; None if it was not.
+        ignored_at_launch: The same as seen before the first sync; None if it was not.
         is_complete: Whether the workers were asked how the loader handles the whole checkpoint.
     """
 
@@ -56,7 +56,7 @@ class LoaderMap:
         self.reads: dict[str, ReadsOfRanks] = {}
         self.ignored: frozenset[str] = frozenset()
         self.is_complete = False
-        self.read_at_launch: frozenset[str] | None = None
+        self.ignored_at_launch: frozenset[str] | None = None
         self._joined: dict[str, int] = {}
         self._types: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         self._kinds: dict[str, Kind] = {}

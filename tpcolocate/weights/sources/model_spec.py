@@ -21,6 +21,7 @@ from tpcolocate.weights.sources.rename_hint import rename_hint
 
 FLOATS = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))
 """Dtypes of weights; they are cast to each other as they are copied."""
+_INCOMPLETE_HINT = "pass the whole model, or partial=True to leave the other weights as they are"
 # As safetensors names them.
 _DTYPES = {
     "F64": torch.float64,
@@ -123,25 +124,25 @@ class ModelSpec:
         """
         return sorted(set(self.shapes).difference(names, ignored))
 
-    def check_complete(self, names: Iterable[str], *, ignored: Collection[str] = ()) -> None:
+    def check_complete(
+        self, names: Iterable[str], *, ignored: Collection[str] = (), hint: str = _INCOMPLETE_HINT
+    ) -> None:
         """Check that no weight that the engine's loader reads is missing.
 
         Args:
             names, ignored: See `missing`.
+            hint: Of the error.
 
         Raises:
             WeightsMismatchError: One is; the server would have new weights beside old ones.
         """
         missing = self.missing(names, ignored=ignored)
         if missing:
-            self.refuse_incomplete(missing)
+            self.refuse_incomplete(missing, hint=hint)
 
-    def refuse_incomplete(self, missing: Sequence[str]) -> NoReturn:
+    def refuse_incomplete(self, missing: Sequence[str], *, hint: str = _INCOMPLETE_HINT) -> NoReturn:
         """Raise what `check_complete` raises."""
-        raise WeightsMismatchError(
-            f"not all weights were sent: {some(missing)} (according to {self.origin})",
-            hint="pass the whole model to sync_weights(), or partial=True to leave the other weights as they are",
-        )
+        raise WeightsMismatchError(f"weights are missing: {some(missing)} (according to {self.origin})", hint=hint)
 
 
 def read_spec(model_path: str) -> ModelSpec | None:

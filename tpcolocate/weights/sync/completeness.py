@@ -30,8 +30,9 @@ def check_before_trace(session: SyncSession, weights: NamedWeights) -> None:
     if not session.options.partial:
         ignored = state.loader_map.ignored
         if not state.loader_map.is_complete and state.dry_run_problem is None:
-            # What the owner saw at launch; without that everything, until the loader has been traced.
-            ignored = frozenset(spec.shapes).difference(state.loader_map.read_at_launch or ())
+            # What was seen at launch; without that everything, until the loader has been traced.
+            at_launch = state.loader_map.ignored_at_launch
+            ignored = frozenset(spec.shapes) if at_launch is None else at_launch
         spec.check_complete(names, ignored=ignored)
     _check_ties(weights, state.loader_map.ignored)
 

@@ -75,7 +75,8 @@ class WeightSyncer:
     @property
     def ignored(self) -> frozenset[str]:
         """Names in the checkpoint that the engine's loader does not read, as far as is known."""
-        return self.state.loader_map.ignored
+        loader_map = self.state.loader_map
+        return loader_map.ignored if loader_map.is_complete else loader_map.ignored_at_launch or frozenset()
 
     def run(
         self,
@@ -173,31 +174,37 @@ class WeightSyncer:
             return
         raise_worker_errors(self._ask(release_commands(of_ranks), timeout_s), "the trainer's memory was not released")
 
-    def warm_up(self, *, timeout_s: float) -> None:
+    def warm_up(self, *, timeout_s: float) -> frozenset[str] | None:
         """Do what the first sync would have to wait for: load kernels here and in the workers, and trace the loader there.
 
         Not collective: the owner asks the engine.  What goes wrong there is left for the first sync to meet.
 
         Args:
             timeout_s: For the engine's part, in seconds.
+
+        Returns:
+            On the owner, what the loader reads nothing of, for `note_ignored` of all ranks; None if it was not traced.
         """
         with contextlib.suppress(RuntimeError):  # no memory for them: the sync that needs them reports it
             load_kernels(self.context.device)
         if self.context.server is None:
-            return
+            return None
         started = time.monotonic()
         shapes = [] if self.spec is None else [[name, list(shape)] for name, shape in self.spec.shapes.items()]
         try:
             replies = self._ask(list(addressed_to_all(WarmUp(shapes), self.context.tp_size).values()), timeout_s)
         except Exception as error:  # the server would be left running without an owner if this was raised
             logger.debug("the engine was not warmed up: %s", error)
-            return
-        results = [reply.result for reply in replies.values()]
-        if all(result is not None and result.ignored is not None for result in results):
-            ignored = frozenset.intersection(*(frozenset(result.ignored) for result in results))
-            self.state.loader_map.read_at_launch = frozenset(() if self.spec is None else self.spec.shapes) - ignored
+            return None
         problems = "".join(f"; TP rank {k}: {one.error}" for k, one in replies.items() if one.error is not None)
         logger.debug("the engine was warmed up in %.2f s%s", time.monotonic() - started, problems)
+        ignored = [None if reply.result is None else reply.result.ignored for reply in replies.values()]
+        found = [frozenset(one) for one in ignored if one is not None]
+        return frozenset.intersection(*found) if len(found) == len(ignored) else None
+
+    def note_ignored(self, ignored: frozenset[str] | None) -> None:
+        """Enter what `warm_up` returned on the owner."""
+        self.state.loader_map.ignored_at_launch = ignored
 
     def _ask(self, commands: list[Addressed], timeout_s: float) -> Replies:
         """On the owner, outside of a sync: send a command to each worker; the engine goes on with the weights it has."""
