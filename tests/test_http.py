@@ -574,6 +574,39 @@ def test_an_event_loop_per_step_leaves_no_sockets(server, client):
     assert len(client._connections._of_process.loops) == 1
 
 
+def test_threads_with_a_loop_each_do_not_meet_in_the_connections_of_a_loop_that_was_closed(client):
+    class Closed:
+        def is_closed(self):
+            time.sleep(0.1)  # in which the other thread comes
+            return True
+
+    closed = Closed()
+    client._connections._of_process.loops[closed] = None
+
+    async def use():
+        await client._connections.of_loop()
+
+    for thread in [in_background(lambda: asyncio.run(use()), name="test") for _ in range(4)]:
+        thread.result(10)
+    assert closed not in client._connections._of_process.loops
+
+
+@pytest.mark.parametrize("ticks", range(1, 5))
+def test_a_request_that_is_cancelled_as_it_begins_is_cancelled(server, client, ticks):
+    """Python 3.11's `asyncio.wait_for` returns in place of a cancellation that comes with its result."""
+
+    async def cancel():
+        await client._connections.of_loop()
+        task = asyncio.create_task(client.post_async("/generate", {"seconds": 20}, timeout_s=60.0))
+        for _ in range(ticks):
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait({task}, timeout=5)
+        return task.cancelled()
+
+    assert asyncio.run(cancel())
+
+
 def test_close_closes_the_connections_of_a_running_loop(client):
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)

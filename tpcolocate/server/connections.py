@@ -198,7 +198,8 @@ class Connections:
         """`slot` on the running event loop."""
         slots, began = (await self.of_loop()).slots, time.monotonic()
         try:
-            await asyncio.wait_for(slots.acquire(), timeout_s)
+            async with asyncio.timeout(timeout_s):  # wait_for of Python 3.11 may lose a cancellation
+                await slots.acquire()
         except TimeoutError:
             raise _no_connection(path, timeout_s, self._mine().most) from None
         try:
@@ -209,12 +210,18 @@ class Connections:
     async def of_loop(self) -> LoopConnections:
         """Return the connections of the running event loop."""
         connections, loop = self._mine(), asyncio.get_running_loop()
-        found = connections.loops.get(loop)
-        if found is not None:
-            return found
-        for other in list(connections.loops):
-            if other.is_closed():  # not by asyncio.run, which would have ended the closer; its sockets go with it
-                del connections.loops[other]
+        with connections.lock:  # other threads have loops of their own
+            found = connections.loops.get(loop)
+            if found is not None:
+                return found
+            for other in list(connections.loops):
+                if other.is_closed():  # not by asyncio.run, which would have ended the closer; its sockets go with it
+                    del connections.loops[other]
+            found = connections.loops[loop] = self._new_loop_connections(connections.most)
+        await anext(found.closer)
+        return found
+
+    def _new_loop_connections(self, most: int) -> LoopConnections:
         # trust_env off: a proxy from the environment must not get requests to this machine
         client = httpx.AsyncClient(
             base_url=self._url,
@@ -223,10 +230,7 @@ class Connections:
             verify=certificates(),
             limits=_LIMITS,
         )
-        found = LoopConnections(client, asyncio.Semaphore(connections.most), _closing(client))
-        connections.loops[loop] = found
-        await anext(found.closer)
-        return found
+        return LoopConnections(client, asyncio.Semaphore(most), _closing(client))
 
 
 def most_connections() -> int:
