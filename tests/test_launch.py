@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import types
 from pathlib import Path
@@ -29,6 +30,7 @@ from tpcolocate.errors import (
     RankFailedError,
     RankLostError,
 )
+from tpcolocate.parallel import in_background
 from tpcolocate.processes import start_of, this_process
 from tpcolocate.runtime_folder import RuntimeFolder, read_processes
 from tpcolocate.server import process
@@ -239,6 +241,73 @@ def test_a_server_that_never_answers_is_stopped_at_the_deadline(stand_in, monkey
     assert caught.value.details.endswith("\nloading")
 
 
+SLOW = SERVE.replace("self.send_response(200)", "self.path == '/health' and time.sleep(600); self.send_response(200)")
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+def test_a_first_token_that_takes_long_is_not_waited_for_beyond_the_deadline_or_a_client_that_has_left(
+    stand_in, monkeypatch, leaves
+):
+    start, _ = stand_in
+    looks = []
+
+    def look(line, elapsed_s):
+        looks.append(elapsed_s)
+        if leaves and len(looks) > 3:
+            raise RankLostError("rank 1 has exited")
+
+    started, begin = time.monotonic(), ServerProcess.start
+    monkeypatch.setattr(ServerProcess, "start", lambda *args, **kwargs: begin(*args, heartbeat=look, **kwargs))
+    with pytest.raises(RankLostError if leaves else DeadlineError):
+        start("import time\n" + SLOW, health_timeout_s=100.0 if leaves else 3.0)
+    assert time.monotonic() - started < 15 and len(looks) > 3
+
+
+def test_a_server_that_does_not_end_does_not_hide_why_it_did_not_start(stand_in, monkeypatch):
+    start, commands = stand_in
+    end = process._Supervision.end
+
+    def unconfirmed(self, command, *, timeout_s):
+        end(self, command, timeout_s=timeout_s)
+        raise EngineError("the supervisor was killed")
+
+    monkeypatch.setattr(process._Supervision, "end", unconfirmed)
+    with pytest.raises(LaunchError, match="exited with code 3") as caught:
+        start(CLASH, SERVE)
+    assert caught.value.__notes__ == ["(the server that was started: the supervisor was killed)"]
+    assert len(commands) == 1, "nothing is started beside what may still run"
+
+
+def test_threads_that_look_at_once_lose_no_report_of_a_death():
+    class Slow(bytes):
+        """What is left of the last report; another thread comes while it is looked at."""
+
+        def split(self, *args):
+            looked_at.set()
+            read.wait(0.5)
+            return super().split(*args)
+
+    class Reports:
+        closed, chunks = False, [None, b'{"event": "died", "processes": [{"name": "scheduler"}]}\n', None]
+
+        def read(self, size):
+            chunk = self.chunks.pop(0) if self.chunks else None
+            if not self.chunks and not read.is_set():
+                read.set()
+                time.sleep(0.1)  # in which the first thread goes on
+            return chunk
+
+    looked_at, read = threading.Event(), threading.Event()
+    supervision = process._Supervision.__new__(process._Supervision)
+    supervision._lock, supervision._reports, supervision._rest = threading.RLock(), Reports(), Slow()
+    supervision.deaths, supervision.exit = [], None
+    first = in_background(supervision._read, name="test")
+    looked_at.wait(5)
+    supervision._read()
+    first.result(5)
+    assert supervision.deaths == [{"name": "scheduler"}]
+
+
 def test_the_tail_of_a_log_is_its_last_lines(tmp_path):
     pid, started = this_process()
     server = ServerProcess(ServerSpec("model", {}, {}, RuntimeFolder("0", *[tmp_path / "log"] * 3), pid, started))
@@ -426,6 +495,7 @@ import os, secrets, sys
 for fd in (0, 1, 2):
     os.close(fd)
 sys.stdin = sys.stdout = sys.stderr = None
+from tpcolocate.parallel import in_background
 from tpcolocate.processes import start_of, this_process
 from tpcolocate.runtime_folder import RuntimeFolder
 from tpcolocate.server.process import ServerProcess, ServerSpec

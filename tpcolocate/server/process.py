@@ -16,8 +16,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, wait
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +29,7 @@ from tqdm import tqdm
 
 from tpcolocate.deadline import Deadline
 from tpcolocate.errors import ConfigError, DeadlineError, EngineError, LaunchError
+from tpcolocate.parallel import in_background
 from tpcolocate.runtime_folder import RuntimeFolder
 from tpcolocate.server.arguments import to_argv
 from tpcolocate.server.environment import LOOPBACK
@@ -43,6 +46,7 @@ _LAUNCH_TRIES = 3
 # Connecting to a closed port is cheap; a health request takes the server's time while it warms up.
 _LISTENING_INTERVAL_S = 0.05
 _HEALTH_INTERVAL_S = 0.25
+_HEALTH_S = 30.0
 _PROGRESS_INTERVAL_S = 10.0
 # From the report of a death until all processes are gone.
 _CLEANED_UP_S = 20.0
@@ -137,6 +141,8 @@ class _Supervision:
         self.exit: dict[str, Any] | None = None
         self.failure: str | None = None
         self._rest = b""
+        # All threads whose requests fail look for what died; a signal's handler may end what its own thread looks at.
+        self._lock = threading.RLock()
         errors = os.open(spec.runtime.supervisor_log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
         try:
             self._process = subprocess.Popen(
@@ -179,21 +185,22 @@ class _Supervision:
             self._read()
 
     def _read(self) -> None:
-        if self._reports.closed:
-            return
-        while (chunk := self._reports.read(65536)) is not None and chunk:
-            self._rest += chunk
-        *lines, self._rest = self._rest.split(b"\n")
-        for line in lines:
-            event = json.loads(line)
-            if event["event"] == "started":
-                self.pid = event["pid"]
-            elif event["event"] == "died":
-                self.deaths = event["processes"]
-            elif event["event"] == "failed":
-                self.failure = event["error"]
-            else:
-                self.exit = event
+        with self._lock:
+            if self._reports.closed:
+                return
+            while (chunk := self._reports.read(65536)) is not None and chunk:
+                self._rest += chunk
+            *lines, self._rest = self._rest.split(b"\n")
+            for line in lines:
+                event = json.loads(line)
+                if event["event"] == "started":
+                    self.pid = event["pid"]
+                elif event["event"] == "died":
+                    self.deaths = event["processes"]
+                elif event["event"] == "failed":
+                    self.failure = event["error"]
+                else:
+                    self.exit = event
 
     def end(self, command: bytes, *, timeout_s: float) -> None:
         """Send the last command, and wait for the supervisor to exit.
@@ -218,7 +225,8 @@ class _Supervision:
                 f"the supervisor did not confirm the exit of the server (pid {self.pid}) and was killed",
                 hint="check with ps that the server has exited",
             ) from None
-        self._reports.close()
+        with self._lock:
+            self._reports.close()
 
 
 class ServerProcess:
@@ -267,7 +275,12 @@ class ServerProcess:
             except BaseException as error:
                 retry = isinstance(error, LaunchError) and server.met_port_clash() and "port" not in spec.arguments
                 is_last = not retry or attempt == _LAUNCH_TRIES
-                server.stop(keep_log=isinstance(error, (LaunchError, DeadlineError)), keep_folder=not is_last)
+                try:
+                    server.stop(keep_log=isinstance(error, (LaunchError, DeadlineError)), keep_folder=not is_last)
+                except EngineError as unended:
+                    error.add_note(f"(the server that was started: {unended.message})")
+                    is_last = True  # none is started beside one that may still run
+                    spec.runtime.remove()
                 if is_last and isinstance(error, OSError) and error.errno is not None:
                     raise _start_failure(error) from error
                 if is_last:
@@ -318,8 +331,10 @@ class ServerProcess:
 
     def _wait_healthy(self, deadline: Deadline, heartbeat: Callable[[str, float], None] | None) -> None:
         assert self.client is not None
+        client = self.client
         started = last_beat = last_logged = time.monotonic()
         listening = False
+        health: Future[bool] | None = None
         with tqdm(
             desc="Starting SGLang",
             bar_format="{desc} [{elapsed}{postfix}]",
@@ -330,10 +345,15 @@ class ServerProcess:
             while True:
                 if self.exited():
                     raise self._launch_error()
-                listening = listening or self.client.is_listening(timeout_s=1.0)
-                if listening and self.client.is_healthy(timeout_s=30.0):
-                    logger.info("SGLang is ready at %s after %.1f s", self.url, time.monotonic() - started)
-                    return
+                listening = listening or client.is_listening(timeout_s=1.0)
+                if listening and health is None:
+                    # A first token that compiles kernels takes long, beside which the deadline and the clients are watched.
+                    health = in_background(lambda: client.is_healthy(timeout_s=_HEALTH_S), name="tpcolocate health")
+                if health is not None and wait([health], _HEALTH_INTERVAL_S).done:
+                    if health.result():
+                        logger.info("SGLang is ready at %s after %.1f s", self.url, time.monotonic() - started)
+                        return
+                    health = None
                 if deadline.has_passed:
                     raise DeadlineError(
                         f"the SGLang server did not become healthy within {deadline.timeout_s:g} s (health_timeout_s of launch())",
