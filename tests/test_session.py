@@ -86,6 +86,38 @@ def test_an_end_that_is_not_confirmed_does_not_keep_the_others_running(colo):
     assert all(engine._lifecycle.state.life is Life.ENDED for engine in engines) and colo._engines == []
 
 
+@pytest.mark.parametrize("of", ["engine", "colocation"])
+def test_an_end_that_is_not_confirmed_does_not_hide_the_error_that_led_to_it(colo, of):
+    engine = colo.launch("model")
+    colo.processes[0].errors = [EngineError("pid 7 may still run")]
+    with pytest.raises(ZeroDivisionError) as caught:
+        with engine if of == "engine" else colo:
+            raise ZeroDivisionError
+    assert caught.value.__notes__ == ["(after that: pid 7 may still run)"]
+    assert engine._lifecycle.state.life is Life.ENDED
+
+
+def test_an_interrupt_while_kernels_are_compiled_leaves_no_server(monkeypatch):
+    undone, server = [], object()
+
+    def acknowledge(error, value):
+        raise error
+
+    launch = SimpleNamespace(
+        start_server=lambda log_path: (SimpleNamespace(), server, None),
+        acknowledge=acknowledge,
+        undo=lambda server, failed: undone.append((server, type(failed))),
+    )
+
+    def interrupted(device, *, timeout_s):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(session.kernels, "wait_until_prepared", interrupted)
+    with tpcolocate.init(1, device="cpu") as colo, pytest.raises(KeyboardInterrupt):
+        colo._start(launch, None, None)
+    assert undone == [(server, KeyboardInterrupt)]
+
+
 def test_a_second_launch_is_a_warning_that_names_the_first(colo, caplog):
     first = colo.launch("model")
     assert caplog.text == ""

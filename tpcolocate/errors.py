@@ -25,7 +25,8 @@ An error of one rank in a collective call is raised on every rank that takes par
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 _SHOWN = 5
@@ -45,6 +46,21 @@ def shown(value: object) -> str:
         return _repr.repr(value)
     except Exception:  # such as an int of more digits than Python prints
         return f"a {type(value).__name__}"
+
+
+@contextmanager
+def noted_on(first: BaseException | None) -> Iterator[None]:
+    """Clean up after an error, which stays the one that is raised: what goes wrong in here is a note on it.
+
+    Args:
+        first: The error; without one, what goes wrong is raised.
+    """
+    try:
+        yield
+    except TpColocateError as error:
+        if first is None:
+            raise
+        first.add_note(f"(after that: {error.message})")
 
 
 class TpColocateError(Exception):

@@ -28,7 +28,7 @@ from tpcolocate.deadline import check_timeout
 from tpcolocate.engine.client import Client
 from tpcolocate.engine.context import OwnedServer, ServerLink, SliceContext
 from tpcolocate.engine.engine import Engine
-from tpcolocate.errors import ConfigError, RendezvousError, TpColocateError, shown
+from tpcolocate.errors import ConfigError, RendezvousError, TpColocateError, noted_on, shown
 from tpcolocate.groups import Host, Member, error_fields, exchange, list_ranks, make_group, share_outcome
 from tpcolocate.in_server.tpcolocate_receiver import kernels
 from tpcolocate.interfaces import GlooAddress, find_gloo_address
@@ -385,19 +385,25 @@ class Colocation:
         api: ServerApi | None = None
         kernels.prepare(self.device)  # while the server starts
         for_adapters = low_rank.prepare(self.device)
+
+        def wait_for_kernels() -> None:
+            kernels.wait_until_prepared(self.device, timeout_s=_KERNEL_S)
+            if for_adapters is not None:
+                for_adapters.join(_KERNEL_S)
+
         try:
             if self.is_owner:
                 running, server, api = launch.start_server(log_path=log_path)
             else:
                 running = launch.wait_for_server()
-        finally:
-            kernels.wait_until_prepared(self.device, timeout_s=_KERNEL_S)
-            if for_adapters is not None:
-                for_adapters.join(_KERNEL_S)
+        except BaseException:
+            wait_for_kernels()
+            raise
         started: _Started | None = None
         ignored: frozenset[str] | None = None
         error: BaseException | None = None
         try:
+            wait_for_kernels()  # an interrupt here ends the server as well
             started = self._connect(launch, running, server, api, lifecycle)
             ignored = started.link.sync.warm_up(timeout_s=_WARM_UP_S)
         except BaseException as caught:
@@ -494,7 +500,8 @@ class Colocation:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        with noted_on(error):
+            self.close()
 
 
 def connect(job: str | None = None, *, slice_index: int | None = None) -> Client:

@@ -25,7 +25,7 @@ from tpcolocate.engine.context import OwnedServer, ServerLink, SliceContext
 from tpcolocate.engine.generation import GenerationControl
 from tpcolocate.engine.life import EngineLife
 from tpcolocate.engine.update_groups import UpdateGroups
-from tpcolocate.errors import ConfigError, EngineStateError, TpColocateError
+from tpcolocate.errors import ConfigError, EngineStateError, TpColocateError, noted_on
 from tpcolocate.report import SyncReport
 from tpcolocate.server.lifecycle import Life, State, WeightsState
 from tpcolocate.weights import update_group
@@ -703,7 +703,8 @@ class Engine:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.shutdown(wait=error is None)
+        with noted_on(error):
+            self.shutdown(wait=error is None)
 
 
 def _check_sync_options(*, weight_version: object = None, timeout_s: object = 600.0, **options: Any) -> None:
