@@ -576,6 +576,24 @@ def test_files_of_other_processes_are_kept(make):
         own.unlink()
 
 
+def test_what_another_container_has_named_by_the_same_pid_is_kept(make):
+    """Containers that share /dev/shm have pids of their own.  And what cannot be removed must not end the supervisor."""
+    server = make().start()
+    pid = server.processes["server"].pid
+    older, folder = Path(f"/dev/shm/sgl_shm_mq_{pid}_older"), Path(f"/dev/shm/sgl_shm_mq_{pid}_folder")
+    older.touch()
+    os.utime(older, times=(time.time() - 60,) * 2)
+    folder.mkdir()
+    try:
+        server.send(b"stop\n")
+        assert server.last_event()["event"] == "exited"
+        server.assert_gone(0)
+        assert older.exists()
+    finally:
+        older.unlink(missing_ok=True)
+        folder.rmdir()
+
+
 def test_only_files_that_a_server_may_leave_are_noticed():
     """Data loaders of the trainer make files all the time, and each scan looks at every process of the machine."""
     files, made = supervisor.NewFiles(), []

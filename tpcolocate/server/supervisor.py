@@ -72,6 +72,8 @@ _INTERRUPT_S = 2.0
 # A server that has lost a process may still write why, and cannot end gracefully.
 _LAST_WORDS_S = 1.0
 _GRACE_AFTER_DEATH_S = 1.0
+# How long the server has run at most when its first processes are looked for.
+_JUST_BEGUN_S = 1.0
 _PIPE_BYTES = 1 << 20
 _MARK_CHARS = 8
 _EVENT, _EVENT_BYTES = struct.Struct("iIII"), 1 << 16  # inotify_event without its name
@@ -136,8 +138,14 @@ def pidfd(pid: int) -> int | None:
         return None
 
 
-def shm_files(pids: Iterable[int]) -> set[str]:
-    """Return SGLang's files in /dev/shm that these processes map or that have their pid in the name."""
+def shm_files(pids: Iterable[int], since: float) -> set[str]:
+    """Return SGLang's files in /dev/shm that these processes map or that have their pid in the name.
+
+    Args:
+        pids: Of the processes.
+        since: When the first of them began, in `time.time`.  Older files of a name are of another container's process: those
+            share /dev/shm and have their own pids.
+    """
     pids = set(pids)
     mapped = set()
     for pid in pids:
@@ -152,9 +160,17 @@ def shm_files(pids: Iterable[int]) -> set[str]:
         for entry in entries:
             parts = entry.name.split("_")
             is_named = entry.name.startswith("sgl_shm_") and len(parts) >= 4 and parts[-2].isdigit()
-            if entry.inode() in mapped or (is_named and int(parts[-2]) in pids):
+            if entry.inode() in mapped or (is_named and int(parts[-2]) in pids and _is_made_since(entry, since)):
                 found.add(entry.name)
     return {name for name in found if name.startswith(_LEFTOVER_PREFIXES)}
+
+
+def _is_made_since(entry: os.DirEntry[str], since: float) -> bool:
+    try:
+        status = entry.stat(follow_symlinks=False)
+    except OSError:
+        return False
+    return stat.S_ISREG(status.st_mode) and status.st_uid == os.getuid() and status.st_mtime >= since
 
 
 class Log:
@@ -252,13 +268,14 @@ class Tree:
         self.watched: dict[int, Watched] = {}
         self._record = record
         self._recorded: object = None
+        self._began = time.time() - _JUST_BEGUN_S
         self.scan()
 
     def scan(self) -> list[psutil.Process]:
         """Return the live processes.  As the subreaper, this process inherits orphans, so none is missed."""
         alive = psutil.Process().children(recursive=True)
         self.pids.update(process.pid for process in alive)
-        self.files |= shm_files(process.pid for process in alive)
+        self.files |= shm_files((process.pid for process in alive), self._began)
         self._write_record([entry for process in alive if (entry := self._describe(process.pid)) is not None])
         return alive
 
@@ -323,11 +340,11 @@ class Tree:
             psutil.wait_procs(alive, timeout=0.2)
         # The whole tree has exited: a pid that exists now belongs to another process.
         gone = {pid for pid in self.pids if not psutil.pid_exists(pid)}
-        for name in self.files | shm_files(gone):
+        for name in self.files | shm_files(gone, self._began):
             try:
                 os.unlink(_SHM + name)
-            except FileNotFoundError:
-                pass
+            except OSError:
+                pass  # it is gone, or another user's
         return forced
 
     def _ends_after(self, signum: signal.Signals, wait_s: float) -> bool:
