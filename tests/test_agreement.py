@@ -10,14 +10,18 @@ import threading
 import time
 from dataclasses import replace
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 from harness import run_ranks
 
 from tpcolocate import errors, presence, rounds
 from tpcolocate.agreement import RankGroup
+from tpcolocate.engine.context import SliceContext
+from tpcolocate.engine.generation import GenerationControl
 from tpcolocate.groups import Host, Member, make_group
 from tpcolocate.processes import this_process
+from tpcolocate.server.lifecycle import Lifecycle, State
 
 pytestmark = pytest.mark.quick
 
@@ -463,6 +467,45 @@ def test_a_rank_that_has_left_a_call_in_the_middle_is_in_step_with_the_next_call
         for rank, outcome in enumerate(outcomes):
             others = "ok" if interrupted is None or is_last else "given up"
             assert outcome == ("interrupted" if rank == interrupted else others), (step, where, rank)
+
+
+def interrupted_in_a_pause(rank, victim):
+    """One rank is interrupted while the owner pauses; what the ranks know then, and what the owner asked for."""
+    group = group_of(rank, [0, 1], timeout_s=5.0)
+    asked = []
+    owned = SimpleNamespace(
+        api=SimpleNamespace(pause_generation=lambda mode, timeout_s: asked.append(mode), info={}),
+        generation=SimpleNamespace(continue_generation=lambda timeout_s: asked.append("go on")),
+    )
+    server = SimpleNamespace(owned=owned if rank == 0 else None)
+    context = SliceContext(group, None, 0, Lifecycle(State()), server)
+    control, seen = GenerationControl(context), []
+    with pytest.MonkeyPatch.context() as patch:
+        interruption = Interruption(patch, group, 2 if rank == victim else None, "in")
+        agree = group.agree
+
+        def count(*args, **kwargs):
+            interruption.now += 1
+            return agree(*args, **kwargs)
+
+        patch.setattr(group, "agree", count)
+        try:
+            control.pause("in_place", timeout_s=1.0)
+        except KeyboardInterrupt:
+            seen.append("interrupted")
+    seen.append(context.state.paused)
+    control.pause("in_place", timeout_s=1.0)
+    control.go_on(timeout_s=1.0)
+    control.go_on(timeout_s=1.0)
+    return seen, context.state.paused, asked, group.all_gather(rank, what="go on")
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_an_interrupt_in_a_pause_leaves_the_ranks_in_step(victim):
+    of_ranks = run_ranks(interrupted_in_a_pause, 2, victim, timeout_s=60)
+    for rank, found in enumerate(of_ranks):
+        seen = ["interrupted"] * (rank == victim) + ["in_place"]
+        assert found == (seen, None, ["in_place", "go on"] if rank == 0 else [], [0, 1])
 
 
 def left_alone(rank, plan, pause_s):

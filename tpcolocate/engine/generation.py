@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 from tpcolocate.checks import check_text
 from tpcolocate.deadline import check_timeout
 from tpcolocate.engine.context import OwnedServer, SliceContext
-from tpcolocate.errors import ConfigError, EngineStateError
+from tpcolocate.errors import ConfigError, EngineStateError, RankLostError
+from tpcolocate.server.lifecycle import State
 
 logger = logging.getLogger(__name__)
 
@@ -32,20 +34,36 @@ class GenerationControl:
             if mode == "in_place":
                 _warn_of_watchdog(owned.api.info.get("watchdog_timeout"))
 
-        if after != context.state:
-            context.on_owner(what, act, timeout_s=timeout_s)
-        context.lifecycle.state = after
+        self._change(what, after, act, timeout_s=timeout_s)
 
     def go_on(self, *, timeout_s: float) -> None:
         context, what = self._context, "continue generation"
         with context.group.together(what):
             timeout_s = check_timeout(timeout_s)
             after = context.state.continuing()
-        if after != context.state:
-            context.on_owner(
-                what, lambda owned: owned.generation.continue_generation(timeout_s=timeout_s), timeout_s=timeout_s
-            )
+        self._change(
+            what, after, lambda owned: owned.generation.continue_generation(timeout_s=timeout_s), timeout_s=timeout_s
+        )
+
+    def _change(self, what: str, after: State, act: Callable[[OwnedServer], None], *, timeout_s: float) -> None:
+        """Have the owner act, unless the state is what it is to be.
+
+        Whether it is may differ between the ranks, as one may have been interrupted here.  So all come to the owner's action,
+        and only an error of that leaves the state as it was: an interrupt of another rank does not keep the owner from it.
+        """
+        context, before = self._context, self._context.state
         context.lifecycle.state = after
+
+        def act_once(owned: OwnedServer) -> None:
+            if after != before:
+                act(owned)
+
+        try:
+            context.on_owner(what, act_once, timeout_s=timeout_s)
+        except BaseException as error:
+            if context.group.has_shared_error and not isinstance(error, RankLostError):
+                context.lifecycle.state = before
+            raise
 
     def abort(self, rid: str | None, *, timeout_s: float) -> None:
         self._context.state.check_open("abort requests")
