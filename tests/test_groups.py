@@ -1,5 +1,9 @@
 """Layouts of tp slices, and the errors of those that cannot work."""
 
+import multiprocessing
+import os
+import signal
+import time
 from dataclasses import replace
 
 import pytest
@@ -53,3 +57,27 @@ def test_a_store_that_is_gone_is_an_error_of_this_library():
     del server
     with pytest.raises(errors.RankLostError, match="the store of the default process group does not answer"):
         exchange(store, member(0, world=2), timeout_s=20.0)
+
+
+def _serve_and_stop(port):
+    server = dist.TCPStore("127.0.0.1", 0, 1, True, wait_for_workers=False)
+    port.send(server.port)
+    port.recv()
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+@pytest.mark.timeout(120)
+def test_a_store_whose_process_is_stopped_is_waited_for_no_longer_than_asked():
+    here, there = multiprocessing.Pipe()
+    server = multiprocessing.get_context("spawn").Process(target=_serve_and_stop, args=(there,))
+    server.start()
+    try:
+        store = dist.TCPStore("127.0.0.1", here.recv(), 1, False, wait_for_workers=False)
+        here.send("stop")
+        began = time.monotonic()
+        with pytest.raises(errors.RankLostError, match="does not answer within 2 s .timeout_s of init") as caught:
+            exchange(store, member(1, world=2), timeout_s=2.0)
+        assert time.monotonic() - began < 4 and "kill -CONT" in caught.value.hint
+    finally:
+        server.kill()
+        server.join()

@@ -16,6 +16,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import wait
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -28,6 +29,7 @@ from tpcolocate import errors
 from tpcolocate.deadline import Deadline
 from tpcolocate.errors import ConfigError, LayoutError, RankLostError
 from tpcolocate.interfaces import loopback_device
+from tpcolocate.parallel import in_background
 from tpcolocate.processes import is_stopped, start_of
 
 logger = logging.getLogger(__name__)
@@ -41,6 +43,8 @@ _LOOK_S = 1.0
 _OUTCOME = "outcome"
 _COMPLETE = "complete"
 
+# How long a store that answers takes at most.
+_STORE_S = 1.5
 _POLL_INTERVAL_S = 0.05
 _FILE_S = 5.0
 # Between ranks that have just met.
@@ -183,9 +187,21 @@ def _publish_and_wait(
         RankLostError: Some ranks did not publish in time; the message names them and `what` they did not do.  Or the store does
             not answer.
     """
-    try:
+
+    def publish_and_wait() -> list[str]:
         store.set(str(rank), text)
         return _wait_for_all(store, world_size, timeout_s, rank, what)
+
+    # In a thread: a store whose process is stopped keeps a request for as long as that lasts.
+    waiting = in_background(publish_and_wait, name="tpcolocate init")
+    if not wait([waiting], timeout_s + _STORE_S).done:
+        raise RankLostError(
+            f"the store of the default process group does not answer within {timeout_s:g} s (timeout_s of init())",
+            hint="the process that has it, most often that of rank 0, is stopped; kill -CONT PID continues it",
+            rank=rank,
+        )
+    try:
+        return waiting.result()
     except RuntimeError as error:
         if isinstance(error, errors.TpColocateError):
             raise
