@@ -2,8 +2,11 @@
 
 import gc
 import os
+import socket
 import subprocess
 import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -116,6 +119,21 @@ def test_an_interrupt_while_kernels_are_compiled_leaves_no_server(monkeypatch):
     with tpcolocate.init(1, device="cpu") as colo, pytest.raises(KeyboardInterrupt):
         colo._start(launch, None, None)
     assert undone == [(server, KeyboardInterrupt)]
+
+
+def test_a_client_does_not_take_a_stopped_server_for_dead():
+    """What it has mapped would be taken back, and released a second time once it goes on; and each look took 5 s."""
+    evidence = SimpleNamespace(stopped=lambda: ["main process (pid 7) is stopped"])
+    launch = SimpleNamespace(evidence=lambda server: evidence, sync_folder=Path("/nowhere"))
+    with socket.create_server(("127.0.0.1", 0)) as silent, tpcolocate.init(1, device="cpu") as colo:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        running = SimpleNamespace(
+            url=url, api_key="key", state=State(), spec=None, weight_version="0", sglang_version="0"
+        )
+        link = colo._connect(launch, running, None, None, None).link
+        began = time.monotonic()
+        assert link.sync.context.reader_is_alive() and time.monotonic() - began < 1
+        link.client.close()
 
 
 def test_a_second_launch_is_a_warning_that_names_the_first(colo, caplog):

@@ -436,6 +436,7 @@ class Colocation:
             api.pause_generation("retract" if paused is None else paused, timeout_s=_REQUEST_S)
         owned = None if server is None or api is None else OwnedServer.of(server, api, lifecycle)
         probe = ServerClient(running.url, api_key=running.api_key)
+        probe.evidence = launch.evidence(server)
         sync = WeightSyncer(
             self._slice,
             device=self.device,
@@ -445,7 +446,12 @@ class Colocation:
             loader=RECEIVER,
             tp_ranks=self._tp_ranks,
             folder=launch.sync_folder,
-            reader_is_alive=lambda: probe.is_listening(timeout_s=5.0) if server is None else not server.exited(),
+            reader_is_alive=(
+                # One that is stopped does not answer, and has what it had mapped.
+                (lambda: probe.is_stopped or probe.is_listening(timeout_s=5.0))
+                if server is None
+                else lambda: not server.exited()
+            ),
         )
 
         def release() -> None:
@@ -454,7 +460,7 @@ class Colocation:
                 launch.clean_up()
 
         client = Client(running.url, api_key=running.api_key, check=lambda: lifecycle.state.check_generate())
-        client.http.evidence = launch.evidence(server)
+        client.http.evidence = probe.evidence
         link = ServerLink(client, sync, owned, running.sglang_version, release)
         return _Started(link, lifecycle, running.state)
 
