@@ -607,6 +607,17 @@ def test_a_request_that_is_cancelled_as_it_begins_is_cancelled(server, client, t
     assert asyncio.run(cancel())
 
 
+def test_a_signal_whose_handler_closes_a_client_while_it_is_used_does_not_wait_for_its_own_thread(client, monkeypatch):
+    new_pool = client._connections._new_pool
+
+    def interrupted():
+        client.close()  # as a handler of SIGTERM that shuts the engine down
+        return new_pool()
+
+    monkeypatch.setattr(client._connections, "_new_pool", interrupted)
+    assert in_background(client._connections.pool, name="test").result(5) is not None
+
+
 def test_close_closes_the_connections_of_a_running_loop(client):
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)

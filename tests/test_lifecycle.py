@@ -1,6 +1,7 @@
 """What may be asked of the engine in which state; every transition."""
 
 import itertools
+import signal
 from dataclasses import replace
 
 import pytest
@@ -204,6 +205,29 @@ def test_a_shutdown_during_an_update_stays():
         modified()
         lifecycle.state = lifecycle.state.ending()  # by another thread
     assert lifecycle.state.closed
+
+
+def test_a_signal_whose_handler_shuts_down_while_the_state_changes_ends_it():
+    def handle(signum, frame):
+        lifecycle.state = lifecycle.state.ending()
+
+    class Interrupted(State):
+        @property
+        def closed(self):
+            if signals:
+                signal.raise_signal(signals.pop())
+            return State.closed.fget(self)
+
+    signals = [signal.SIGUSR1]
+
+    lifecycle = Lifecycle(State())
+    lifecycle._state = Interrupted()
+    before = signal.signal(signal.SIGUSR1, handle)
+    try:
+        lifecycle.state = State(paused="abort")
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert lifecycle.state == State(paused="abort", life=Life.ENDING)
 
 
 def test_partial_syncs_that_together_bring_everything_repair_what_was_lost():

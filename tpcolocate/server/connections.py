@@ -102,12 +102,13 @@ class _OfProcess:
         pid: Of the process.
         slots: One for each blocking request of `/generate` that may be in flight.
         most: How many there are.
+        lock: Of one thread at a time, but a signal's handler may close what its own thread is about to use.
     """
 
     pid: int
     slots: threading.Semaphore
     most: int
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    lock: threading.RLock = field(default_factory=threading.RLock)
     pool: urllib3.HTTPConnectionPool | None = None
     used: float = 0.0
     loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, LoopConnections] = field(

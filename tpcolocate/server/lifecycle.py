@@ -291,7 +291,7 @@ class Lifecycle:
 
     def __init__(self, state: State, *, weight_version: str = "default") -> None:
         self._state = state
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self.weight_version = weight_version
         self._num_syncs = self._num_before = _number(weight_version, 0)
 
@@ -301,11 +301,15 @@ class Lifecycle:
 
     @state.setter
     def state(self, new: State) -> None:
-        # What another thread has begun to shut down does not run again at the end of the call that this thread is in.
+        # What another thread has begun to shut down, or a signal's handler in here, does not run again at the end of the call
+        # that this thread is in.
         with self._lock:
-            old = self._state
-            went_back = (old.closed and not new.closed) or (old.life is Life.ENDED)
-            self._state = replace(new, life=old.life) if went_back else new
+            old: State | None = None
+            while old is not self._state:
+                old = self._state
+                went_back = (old.closed and not new.closed) or (old.life is Life.ENDED)
+                new = replace(new, life=old.life) if went_back else new
+            self._state = new
 
     def next_version(self, version: str | None) -> str:
         """Return the version of the next weights: the given one, or the next number.
