@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch.distributed as dist
 
 import tpcolocate
 from tpcolocate import session
@@ -79,6 +80,21 @@ def test_a_close_that_was_interrupted_can_be_called_again(colo):
         colo.close()
     colo.close()
     assert all(engine._lifecycle.state.life is Life.ENDED for engine in engines)
+
+
+def test_a_close_after_the_default_group_was_made_anew_closes_the_rest(colo, tmp_path):
+    def begin(name):
+        dist.init_process_group("gloo", init_method=f"file://{tmp_path / name}", rank=0, world_size=1)
+
+    begin("first")
+    colo._groups = [dist.new_group([0])]
+    dist.destroy_process_group()
+    begin("second")
+    try:
+        colo.close()
+    finally:
+        dist.destroy_process_group()
+    assert colo._groups == []
 
 
 def test_an_end_that_is_not_confirmed_does_not_keep_the_others_running(colo):

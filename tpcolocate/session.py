@@ -7,6 +7,7 @@ the same error; the owner carries them out and reports to the others.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import itertools
 import logging
 import os
@@ -494,8 +495,10 @@ class Colocation:
             except TpColocateError as error:
                 problem = error if problem is None else problem
         while self._groups:
+            # One that was made before the default group was destroyed and made anew went with it: torch does not know it.
             if dist.is_initialized():
-                dist.destroy_process_group(self._groups[-1])
+                with contextlib.suppress(ValueError):
+                    dist.destroy_process_group(self._groups[-1])
             self._groups.pop()
         if problem is not None:
             raise problem
