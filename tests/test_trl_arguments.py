@@ -32,6 +32,8 @@ CPU = torch.device("cpu")
     ({}, {"max_new_tokens": 16, "temperature": 1.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}),
     ({"top_k": 5, "min_p": None, "max_completion_length": 64, "temperature": 0.7},
      {"max_new_tokens": 64, "temperature": 0.7, "top_p": 1.0, "top_k": 5, "repetition_penalty": 1.0}),
+    ({"max_completion_length": None, "min_p": None, "repetition_penalty": None},
+     {"max_new_tokens": None, "temperature": 1.0, "top_p": 1.0, "top_k": -1}),
 ])  # fmt: skip
 def test_sampling_parameters(given, expected):
     assert VllmArguments(**given).sampling() == (expected, 0)

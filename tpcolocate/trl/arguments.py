@@ -65,7 +65,7 @@ class VllmArguments:
     top_p: float = 1.0
     top_k: int | None = 0
     min_p: float | None = 0.0
-    max_completion_length: int = 16
+    max_completion_length: int | None = 16
     logprobs: int | None = 0
     generation_kwargs: Mapping[str, Any] | None = None
 
@@ -149,7 +149,10 @@ class VllmArguments:
         merged = {**own, **renamed, **self._constraint(structured)}
         if merged.get("top_k") == 0:
             merged["top_k"] = -1  # all tokens
-        return {name: value for name, value in merged.items() if value is not None}, logprobs
+        # Without a limit an answer may be as long as the context; without the name SGLang ends it after 128 tokens.
+        return {
+            name: value for name, value in merged.items() if value is not None or name == "max_new_tokens"
+        }, logprobs
 
     def _constraint(self, structured: Any) -> dict[str, str]:
         if self.structured_outputs_regex is not None:
