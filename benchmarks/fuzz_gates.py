@@ -188,7 +188,10 @@ def _good_fields(rng: random.Random, count: int | None, *, has_samples: bool) ->
         "session_params": lambda: {"id": "s", "rid": None},
         "no_logs": lambda: True,
     }
-    return {name: makers[name]() for name in rng.sample(sorted(makers), rng.randint(0, 3))}
+    found = {name: makers[name]() for name in rng.sample(sorted(makers), rng.randint(0, 3))}
+    if any("logprob" in name for name in found):  # those are refused without it
+        found["return_logprob"] = True
+    return found
 
 
 def good_call(rng: random.Random) -> Call:

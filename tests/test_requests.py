@@ -246,13 +246,22 @@ def test_a_parameter_of_newer_releases():
     assert body(sampling_params={"beam_width": 2}, limits=ServerLimits(version=Version("0.5.21")))
 
 
+def test_a_seed_needs_a_server_that_uses_it():
+    assert body(sampling_params={"sampling_seed": 4})["sampling_params"] == {"sampling_seed": 4}
+    text = refusal(sampling_params={"sampling_seed": 4}, limits=ServerLimits(has_seeds=False))
+    assert (
+        "sampling_seed is given, and this server would ignore it\n  -> launch(enable_deterministic_inference=True)"
+        in text
+    )
+
+
 # --- fields ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fields, words", [
     ({"top_logprobs_num": 10**6}, "top_logprobs_num must be from 0 to 512, got 1000000"),
     ({"top_logprobs_num": -1}, "top_logprobs_num"), ({"top_logprobs_num": 1.5}, "top_logprobs_num must be an integer"),
-    ({"logprob_start_len": -5}, "logprob_start_len"), ({"logprob_start_len": 4}, "logprob_start_len of the prompt is 4, and it has 3 tokens"),
+    ({"logprob_start_len": -5}, "logprob_start_len"), ({"return_logprob": True, "logprob_start_len": 4}, "logprob_start_len of the prompt is 4, and it has 3 tokens"),
     ({"token_ids_logprob": [VOCAB]}, "token_ids_logprob[0]"), ({"token_ids_logprob": 5}, "a list of token ids"),
     ({"token_ids_logprob": [[1]]}, "for a single prompt"),
     ({"return_logprob": 1}, "return_logprob must be True or False"), ({"return_logprob": [True]}, "for a single prompt"),
@@ -313,12 +322,26 @@ def test_a_list_of_a_field_has_one_value_per_prompt():
         "lora_path": ["a", None],
         "top_logprobs_num": [1, 2],
     }
-    assert body(prompts, token_ids_logprob=[1, 2])["token_ids_logprob"] == [1, 2]
-    assert body(prompts, token_ids_logprob=[[1], []])["token_ids_logprob"] == [[1], []]
+    with_logprobs = {"return_logprob": True}
+    assert body(prompts, token_ids_logprob=[1, 2], **with_logprobs)["token_ids_logprob"] == [1, 2]
+    assert body(prompts, token_ids_logprob=[[1], []], **with_logprobs)["token_ids_logprob"] == [[1], []]
     assert "return_logprob has 1 entries for 2 prompts" in refusal(prompts, return_logprob=[True])
-    assert "top_logprobs_num of prompt 1 must be" in refusal(prompts, top_logprobs_num=[1, -1])
+    assert "top_logprobs_num of prompt 1 must be" in refusal(prompts, top_logprobs_num=[1, -1], **with_logprobs)
     assert "rid 'a' is given to several prompts" in refusal(prompts, rid=["a", "a"])
-    assert "logprob_start_len of prompt 1 is 2" in refusal(prompts, logprob_start_len=2)
+    assert "logprob_start_len of prompt 1 is 2" in refusal(prompts, logprob_start_len=2, **with_logprobs)
+
+
+@pytest.mark.parametrize("fields", [
+    {"top_logprobs_num": 2}, {"logprob_start_len": 0}, {"token_ids_logprob": [1]}, {"return_text_in_logprobs": True},
+    {"top_logprobs_num": [0, 2], "return_logprob": [False, False]}, {"token_ids_logprob": [[], [1]]},
+])  # fmt: skip
+def test_what_is_ignored_without_log_probabilities_is_refused(fields):
+    assert "needs return_logprob=True" in refusal([IDS, IDS], **fields)
+
+
+def test_log_probabilities_that_are_switched_off_take_what_asks_for_nothing():
+    off = {"top_logprobs_num": 0, "logprob_start_len": -1, "return_text_in_logprobs": False}
+    assert off.items() <= body(return_logprob=False, **off).items()
 
 
 def test_several_samples_take_one_value_for_all_prompts():
@@ -385,6 +408,8 @@ def test_limits_come_from_the_server_and_its_models_configuration(tmp_path):
         not limits_of(tmp_path, text, enable_lora=None).has_lora
         and limits_of(tmp_path, text, enable_lora=True).has_lora
     )
+    assert limits_of(tmp_path, text).has_seeds
+    assert not limits_of(tmp_path, text, enable_deterministic_inference=False).has_seeds
     (tmp_path / "config.json").write_text("{")
     assert ServerLimits.of({"model_path": str(tmp_path)}, {}).vocab_size is None
 

@@ -375,6 +375,13 @@ def test_what_is_passed_to_use_sglang_overrides_the_trainers_settings():
     assert (colo.launched["log_path"], colo.launched["random_seed"]) == ("x", 1)
 
 
+def test_a_seed_is_refused_before_a_server_is_started_that_would_ignore_it():
+    seeded = {"generation_kwargs": {"seed": 3}}
+    with pytest.raises(ConfigError, match="enable_deterministic_inference=True"):
+        build(Colo(RecordingEngine()), given=seeded)
+    build(Colo(RecordingEngine()), given=seeded, launch={"enable_deterministic_inference": True})
+
+
 def test_a_launch_that_fails_leaves_nothing_open():
     colo = Colo()
     with pytest.raises(tpcolocate.LaunchError):

@@ -26,6 +26,7 @@ class ServerLimits:
         prompt_tokens: A prompt has fewer tokens than this; None: no limit is known, or the server shortens prompts.
         context_tokens: Most tokens of a prompt and its answer; None likewise.
         has_lora: Whether adapters can be served.
+        has_seeds: Whether a request's seed is used.
         media: Kinds of input beside text that the model takes, of ``image``, ``video`` and ``audio``; None if it is not known.
     """
 
@@ -35,6 +36,7 @@ class ServerLimits:
     prompt_tokens: int | None = None
     context_tokens: int | None = None
     has_lora: bool = True
+    has_seeds: bool = True
     media: frozenset[str] | None = None
 
     @classmethod
@@ -60,6 +62,7 @@ class ServerLimits:
             prompt_tokens=min(lengths, default=None),
             context_tokens=None if shortens else context,
             has_lora=bool(info.get("enable_lora", True)) or bool(info.get("lora_paths")),
+            has_seeds=bool(info.get("enable_deterministic_inference", True)),
             media=_media(model_info),
         )
 

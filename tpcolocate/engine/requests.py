@@ -184,6 +184,13 @@ _NEEDS = {
     "sampling_logprobs_mode": "return_sampling_mask",
     "return_flat_raw_top_logprobs_b64": "return_flat_raw_top_logprobs",
 }
+# What SGLang ignores without ``return_logprob``, and the value of each that asks for nothing.
+_OF_LOGPROBS: Mapping[str, Any] = {
+    "logprob_start_len": -1,
+    "top_logprobs_num": 0,
+    "token_ids_logprob": [],
+    "return_text_in_logprobs": False,
+}
 _NOT_WITH_SAMPLES = (
     "return_logprob",
     "logprob_start_len",
@@ -287,6 +294,7 @@ def check_call(
     for name, needed in _NEEDS.items():
         if (common.get(name) or name in own) and not (common.get(needed) or all(own.get(needed, [False]))):
             raise ConfigError(f"{name} needs {needed}=True")
+    _check_logprobs(common, own)
     if samples > 1:
         _merge_equal(own, common)
     if samples * len(read) > _MOST_SAMPLES:
@@ -420,6 +428,14 @@ def _check_unique(own: Mapping[str, list[Any]]) -> None:
     if len(set(rids)) != len(rids):
         twice = next(rid for rid in rids if rids.count(rid) > 1)
         raise ConfigError(f"rid {shown(twice)} is given to several prompts", hint="a request is aborted by it")
+
+
+def _check_logprobs(common: Mapping[str, Any], own: Mapping[str, list[Any]]) -> None:
+    if common.get("return_logprob") or any(own.get("return_logprob", ())):
+        return
+    for name, nothing in _OF_LOGPROBS.items():
+        if any(value != nothing for value in own.get(name, [common.get(name, nothing)])):
+            raise ConfigError(f"{name} needs return_logprob=True", hint="SGLang would ignore it")
 
 
 def _merge_equal(own: dict[str, list[Any]], common: dict[str, Any]) -> None:

@@ -32,6 +32,7 @@ _LEAST_BIAS = -1e30
 # SGLang divides logits by it; less overflows.
 _LEAST_REPETITION_PENALTY = 0.01
 _LONGEST_TEXT = 2**20
+_SEED_HINT = "launch(enable_deterministic_inference=True); without it leave the seed out: launch(random_seed=...) is that of the server"
 
 
 def _count(low: int, high: int = MAX_INT, hint: str | None = None) -> Check:
@@ -145,6 +146,13 @@ def _custom_params(value: Any, where: str, limits: ServerLimits) -> dict[str, An
     return found
 
 
+def _seed(value: Any, where: str, limits: ServerLimits) -> int:
+    found = integer(value, where, low=-(2**63), high=MAX_INT)
+    if not limits.has_seeds:
+        raise ConfigError(f"{where} is given, and this server would ignore it", hint=_SEED_HINT)
+    return found
+
+
 _PENALTY = _number(-2.0, 2.0)
 PARAMETERS: Mapping[str, Check] = {
     "max_new_tokens": _count(0),
@@ -169,7 +177,7 @@ PARAMETERS: Mapping[str, Check] = {
     "ebnf": _grammar,
     "structural_tag": _json_text,
     "logit_bias": _logit_bias,
-    "sampling_seed": _count(-(2**63)),
+    "sampling_seed": _seed,
     "custom_params": _custom_params,
     "stream_interval": _count(1, 2**31 - 1),
     "beam_width": _count(1, 1024),

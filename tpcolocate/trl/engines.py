@@ -23,6 +23,9 @@ from tpcolocate.weights.sources.peft_merge import check_adapters
 
 logger = logging.getLogger(__name__)
 
+# Arguments of SGLang with which it uses the seed of a request.
+_WITH_SEEDS = ("enable_deterministic_inference", "rl_on_policy_target")
+
 
 class Engines:
     """The engines of the trainers that were built under one `use_sglang`, the latest last.
@@ -71,10 +74,10 @@ class Engines:
         arguments.check()
         sampling_params, logprobs = arguments.sampling()
         path = self._path_of(model)
-        # Before a server is started; its own limits come with it.
+        # Before a server is started; its other limits come with it.
         check_adapters(model)
         try:
-            check_sampling(sampling_params, ServerLimits())
+            check_sampling(sampling_params, ServerLimits(has_seeds=any(map(self._launch.get, _WITH_SEEDS))))
         except ConfigError as error:
             error.hint = (
                 f"{error.hint or 'correct it'}; with TRL: generation_kwargs and the trainer's own settings become these"
