@@ -101,10 +101,16 @@ def test_the_configuration_for_the_server_is_json_with_names_of_modules(config):
     ({"alpha_pattern": {"q_proj": 4}}, "alpha_pattern"),
     ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
     ({"lora_bias": True}, "lora_bias"),
+    *(({"init_lora_weights": how}, "init_lora_weights") for how in ("pissa", "pissa_niter_4", "OLoRA", "corda", "loftq", "lora_ga")),
 ])  # fmt: skip
 def test_configurations_that_sglang_ignores_are_refused(changes, words):
     with pytest.raises(ConfigError, match=words):
         make_adapter(GOOD, {**CONFIG, **changes})
+
+
+@pytest.mark.parametrize("how", [True, False, None, "gaussian", "eva", "orthogonal"])
+def test_initialisations_that_leave_the_base_as_it_was_are_taken(how):
+    assert make_adapter(GOOD, {**CONFIG, "init_lora_weights": how}).rank == R
 
 
 @pytest.mark.parametrize("config", [None, "adapter_config.json", [CONFIG]])

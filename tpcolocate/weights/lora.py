@@ -43,6 +43,8 @@ _MUST_BE_OFF = {
     "use_qalora": "SGLang does not serve QALoRA",
     "alora_invocation_tokens": "SGLang would apply it to all tokens",
 }
+# Ways to initialise an adapter (with a suffix such as ``_niter_4``) that take what is in it out of the base's weights.
+_CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,6 +251,11 @@ def _check_config(config: Mapping[str, Any]) -> None:
     on = {name: reason for name, reason in _MUST_BE_OFF.items() if config.get(name)}
     if config.get("bias", "none") != "none":
         on["bias"] = "SGLang has no biases in adapters"
+    if str(config.get("init_lora_weights")).lower().startswith(_CHANGES_BASE):
+        on["init_lora_weights"] = (
+            "PEFT has changed the base's weights, and SGLang serves the checkpoint's: send the merged ones with "
+            "sync_weights(model), or an adapter that save_pretrained(path_initial_model_for_weight_conversion=...) has converted"
+        )
     for name, reason in on.items():
         raise ConfigError(f"the adapter's configuration has {name}={config[name]!r}", hint=reason)
 
