@@ -100,6 +100,13 @@ def test_a_set_has_the_same_order_in_every_process():
         assert found["lora_target_modules"] == sorted(modules)
 
 
+def test_adapters_may_be_named_as_for_sglangs_engine():
+    one = {"lora_name": "a", "lora_path": "/x"}
+    for given, expected in (({"a": Path("/x")}, [one]), (one, one), ([one], [one]), (["a=/x"], ["a=/x"]), ({}, [])):
+        found = server_arguments({"lora_paths": given}, tp_size=1, device_type="cuda")
+        assert found["lora_paths"] == expected
+
+
 def test_what_a_cpu_server_cannot_have_is_left_out_or_replaced(caplog):
     ours = server_arguments({}, tp_size=1, device_type="cpu")
     assert server_arguments({"enable_memory_saver": True}, tp_size=1, device_type="cpu") == ours
@@ -173,6 +180,8 @@ def test_names_of_other_engines_are_answered_with_sglangs(elsewhere, ours):
     ({"lora_target_modules": ["q_proj", "k_proj"]}, ["--lora-target-modules", "q_proj", "k_proj"]),
     ({"cuda_graph_bs": (1, 2)}, ["--cuda-graph-bs", "1", "2"]),
     ({"json_model_override_args": {"a": [1]}}, ["--json-model-override-args", '{"a": [1]}']),
+    ({"lora_paths": ["a=/x", {"lora_name": "b", "lora_path": "/y"}]},
+     ["--lora-paths", "a=/x", '{"lora_name": "b", "lora_path": "/y"}']),
     ({"served_model_name": "a b"}, ["--served-model-name", "a b"]),
 ])  # fmt: skip
 def test_arguments_become_a_command_line(arguments, argv):

@@ -169,6 +169,9 @@ def server_arguments(
     if shared_device:
         arguments["gpu_id_step"] = 0
     arguments.update(user)
+    if isinstance(adapters := user.get("lora_paths"), dict) and "lora_path" not in adapters:
+        # As SGLang's Engine takes them: name -> path.  Its command line has no such form.
+        arguments["lora_paths"] = [{"lora_name": name, "lora_path": path} for name, path in adapters.items()]
     arguments["tp_size"] = tp_size
     # Permits our loader; SGLang's other loaders are not affected.
     loaders = user.get("custom_weight_loader")
@@ -294,7 +297,7 @@ def check_installed(arguments: Mapping[str, Any], installed: Installed | None) -
 def to_argv(arguments: Mapping[str, Any]) -> list[str]:
     """Return ``["--mem-fraction-static", "0.4", "--enable-lora"]`` for ``mem_fraction_static=0.4, enable_lora=True``.
 
-    True becomes a bare flag, False and None omit the argument, lists become several values, dicts JSON.
+    True becomes a bare flag, False and None omit the argument, lists become several values, dicts (in lists, too) JSON.
     """
     argv: list[str] = []
     for name, value in arguments.items():
@@ -303,12 +306,9 @@ def to_argv(arguments: Mapping[str, Any]) -> list[str]:
             continue
         if value is True:
             argv.append(flag)
-        elif isinstance(value, dict):
-            argv += [flag, json.dumps(value)]
-        elif isinstance(value, (list, tuple)):
-            argv += [flag, *map(str, value)]
         else:
-            argv += [flag, str(value)]
+            values = value if isinstance(value, (list, tuple)) else [value]
+            argv += [flag, *(json.dumps(one) if isinstance(one, dict) else str(one) for one in values)]
     return argv
 
 
