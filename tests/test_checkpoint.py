@@ -196,6 +196,16 @@ def test_folders_that_are_not_checkpoints_are_refused(tmp_path):
         Checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "text", ['{"weight_map": {"a"', "[]", "{}", '{"weight_map": {"a": 1}}', '{"weight_map": null}']
+)
+def test_an_index_that_is_broken_is_refused(tmp_path, text):
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    for read in (Checkpoint, saved_version, read_spec):
+        with pytest.raises(ConfigError, match="index.json cannot be read"):
+            read(str(tmp_path))
+
+
 def test_files_that_do_not_belong_together_are_refused(tmp_path):
     save_file({"a": torch.ones(1)}, tmp_path / "1.safetensors", metadata={"weight_version": "1"})
     assert Checkpoint(tmp_path).weight_version == "1"

@@ -225,11 +225,18 @@ def local_folder(model_path: str) -> Path | None:
 
 
 def safetensors_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of a checkpoint: those in its index if it has one, else all in the folder."""
+    """Return the safetensors files of a checkpoint: those in its index if it has one, else all in the folder.
+
+    Raises:
+        ConfigError: The index is broken.
+    """
     index = folder / "model.safetensors.index.json"
-    if index.exists():
+    if not index.exists():
+        return sorted(folder.glob("*.safetensors"))
+    try:
         return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    return sorted(folder.glob("*.safetensors"))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{index} cannot be read: {error!r}", hint="copy or write it again") from error
 
 
 def _from_architecture(folder: Path) -> ModelSpec | None:
