@@ -4,6 +4,7 @@ import json
 import math
 import os
 
+import numpy as np
 import pytest
 import torch
 
@@ -157,6 +158,32 @@ def test_what_is_not_finite_is_counted_and_left_out():
 def test_tensors_that_do_not_fit_the_answers(answers, trainer, words):
     with pytest.raises(tpcolocate.ConfigError, match=words):
         tpcolocate.logprob_gap(answers, trainer)
+
+
+@pytest.mark.parametrize("trainer", [
+    [[-1.0, -2.5], [-2.0]], [np.array([-1.0, -2.5]), np.array([-2.0])], np.array([[-1.0, -2.5], [-2.0, 0.0]]),
+])  # fmt: skip
+def test_the_trainers_numbers_may_be_lists_and_arrays(trainer):
+    answers = [answer(2, logprobs=[-1.0, -2.0]), answer(1, logprobs=[-3.0])]
+    assert tpcolocate.logprob_gap(answers, trainer, prefix="")["gap/max"] == 1.0
+    assert tpcolocate.importance_ratios([-1.0, -2.0], np.array([-1.0, -2.0]), [1, 0], prefix="")["ratio/tokens"] == 1
+
+
+def test_what_the_server_reports_as_not_finite_is_left_out():
+    """JSON has null for it."""
+    values = tpcolocate.logprob_gap(answer(2, logprobs=[None, -2.0]), torch.tensor([-1.0, -2.5]), prefix="")
+    assert (values["gap/max"], values["gap/ratio/nonfinite"], values["gap/ratio/tokens"]) == (0.5, 1, 1)
+
+
+@pytest.mark.parametrize("call", [
+    lambda: tpcolocate.summarize(None), lambda: tpcolocate.engine_logprobs(5),
+    lambda: tpcolocate.logprob_gap([answer(1, logprobs=[-1.0])], None),
+    lambda: tpcolocate.logprob_gap([answer(1, logprobs=[-1.0])], ["a"]),
+    lambda: tpcolocate.importance_ratios("a", torch.zeros(1)), lambda: tpcolocate.importance_ratios(torch.zeros(1), None),
+])  # fmt: skip
+def test_arguments_of_other_types_are_refused(call):
+    with pytest.raises(tpcolocate.ConfigError, match="must be"):
+        call()
 
 
 def test_shapes_that_differ():

@@ -15,7 +15,9 @@ from urllib.parse import urlsplit
 import torch
 
 from tpcolocate import rendezvous
-from tpcolocate.errors import ConfigError
+from tpcolocate.checks import check_type
+from tpcolocate.engine.values import is_array, is_list
+from tpcolocate.errors import ConfigError, shown
 
 _LENGTH, _ABORT = "length", "abort"
 
@@ -75,7 +77,7 @@ def engine_logprobs(answers: Mapping[str, Any] | Sequence[Mapping[str, Any]]) ->
         answers: Of ``generate(..., return_logprob=True)``: one, or a list.
 
     Returns:
-        One float32 tensor on the CPU per answer, of the shape (generated tokens,).
+        One float32 tensor on the CPU per answer, of the shape (generated tokens,); NaN where the server's is not finite.
 
     Raises:
         ConfigError: An answer has no log-probabilities.
@@ -85,7 +87,9 @@ def engine_logprobs(answers: Mapping[str, Any] | Sequence[Mapping[str, Any]]) ->
         entries = _meta_info(answer, index).get("output_token_logprobs")
         if entries is None:
             raise ConfigError(f"answer {index} has no log-probabilities", hint="pass return_logprob=True to generate()")
-        found.append(torch.tensor([float(entry[0]) for entry in entries], dtype=torch.float32))
+        # JSON has None for what is not finite.
+        values = [math.nan if entry[0] is None else float(entry[0]) for entry in entries]
+        found.append(torch.tensor(values, dtype=torch.float32))
     return found
 
 
@@ -164,6 +168,9 @@ def importance_ratios(
     Raises:
         ConfigError: The shapes differ.
     """
+    engine_logprobs = _tensor(engine_logprobs, "engine_logprobs")
+    trainer_logprobs = _tensor(trainer_logprobs, "trainer_logprobs")
+    mask = None if mask is None else _tensor(mask, "mask")
     if engine_logprobs.shape != trainer_logprobs.shape or (mask is not None and mask.shape != engine_logprobs.shape):
         shapes = ", ".join(str(tuple(t.shape)) for t in (engine_logprobs, trainer_logprobs, mask) if t is not None)
         raise ConfigError(f"log-probabilities and mask have different shapes: {shapes}")
@@ -244,7 +251,9 @@ def write_prometheus_targets(path: str | os.PathLike[str], *, job: str | None = 
 
 
 def _listed(answers: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
-    return [answers] if isinstance(answers, Mapping) else answers
+    if isinstance(answers, Mapping):
+        return [answers]
+    return check_type("answers", answers, Sequence, expected="an answer of generate() or a list of them")
 
 
 def _meta_info(answer: Mapping[str, Any], index: int) -> Mapping[str, Any]:
@@ -274,13 +283,27 @@ def _versions(info: Mapping[str, Any]) -> set[str]:
 
 
 def _rows(logprobs: torch.Tensor | Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    if isinstance(logprobs, torch.Tensor) and logprobs.dim() == 1:
-        return [logprobs]
-    return list(logprobs)
+    name = "trainer_logprobs"
+    if not is_array(logprobs) and not is_list(logprobs):
+        raise ConfigError(f"{name} must be tensors, one for each answer, got {shown(logprobs)}")
+    rows = [logprobs] if _has_dimensions(logprobs, 1) else logprobs
+    return [_tensor(row, name).reshape(-1) for row in rows]
 
 
 def _is_padded(logprobs: torch.Tensor | Sequence[torch.Tensor]) -> bool:
-    return isinstance(logprobs, torch.Tensor) and logprobs.dim() == 2
+    return _has_dimensions(logprobs, 2)
+
+
+def _has_dimensions(values: Any, number: int) -> bool:
+    return is_array(values) and values.ndim == number
+
+
+def _tensor(values: Any, name: str) -> torch.Tensor:
+    """Return numbers that may be a list or an array as a tensor."""
+    try:
+        return torch.as_tensor(values).detach()
+    except (TypeError, ValueError, RuntimeError):
+        raise ConfigError(f"{name} must be a tensor of numbers, got {shown(values)}") from None
 
 
 __all__ = ["engine_logprobs", "importance_ratios", "logprob_gap", "summarize", "write_prometheus_targets"]
