@@ -4,6 +4,7 @@ import os
 import re
 import sys
 import types
+from collections import UserDict
 from dataclasses import fields
 from importlib import metadata
 from types import SimpleNamespace
@@ -503,7 +504,13 @@ def test_means_are_over_prompts_and_ranks_without_any_do_not_count():
 
 @pytest.mark.parametrize(
     "prompts, every, named",
-    [([], 1, "prompts"), ("text", 1, "prompts"), (["a"], 0, "every_steps"), (["a"], 1.5, "every_steps")],
+    [
+        ([], 1, "prompts"),
+        ("text", 1, "prompts"),
+        (UserDict(input_ids=[[1, 2]], attention_mask=[[1, 1]]), 1, "input_ids"),  # as a tokenizer returns it
+        (["a"], 0, "every_steps"),
+        (["a"], 1.5, "every_steps"),
+    ],
 )
 def test_a_callback_without_prompts_or_steps_is_refused(prompts, every, named):
     with pytest.raises(ConfigError, match=named):

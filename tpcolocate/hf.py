@@ -11,7 +11,8 @@ from transformers import TrainerCallback
 
 from tpcolocate.engine.client import SamplingParams
 from tpcolocate.engine.engine import Engine
-from tpcolocate.errors import ConfigError
+from tpcolocate.engine.values import is_array, is_list
+from tpcolocate.errors import ConfigError, shown
 
 Share = tuple[int, Mapping[str, float]]
 Score = Callable[[Sequence[Any], Sequence[Mapping[str, Any]]], Mapping[str, float]]
@@ -61,8 +62,11 @@ class GenerationCallback(TrainerCallback):
         timeout_s: float | None = None,
         **fields: Any,
     ) -> None:
-        if isinstance(prompts, str) or not len(prompts):
-            raise ConfigError(f"prompts must be a list that is not empty, got {prompts!r}")
+        if not (is_list(prompts) or is_array(prompts)) or not len(prompts):
+            raise ConfigError(
+                f"prompts must be a list that is not empty, got {shown(prompts)}",
+                hint="of texts or lists of token ids, such as input_ids of a tokenizer's output",
+            )
         if not isinstance(every_steps, int) or every_steps < 1:
             raise ConfigError(f"every_steps must be a positive integer, got {every_steps!r}")
         self.report: Any = None
