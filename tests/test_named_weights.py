@@ -114,6 +114,12 @@ def test_other_views_of_one_memory_are_not_tied():
     assert [name for name, _ in weights] == list(parts) and weights.aliases == {}
 
 
+def test_the_items_of_a_state_dict_are_known_in_advance():
+    state = torch.nn.Linear(2, 2).state_dict()
+    weights = NamedWeights.of(state.items(), expected=state)
+    assert not weights.is_streamed and [name for name, _ in weights] == list(state)
+
+
 def test_a_generator_is_read_as_it_is_sent():
     taken = []
 

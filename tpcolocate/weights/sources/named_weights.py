@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, ItemsView, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -94,7 +94,7 @@ class NamedWeights:
             with collector_paused():
                 weights, warnings = _of_module(source, expected, rename)
                 return replace(_untied(_renamed(weights, rename), expected), warnings=warnings)
-        if isinstance(source, (Mapping, Sequence)):
+        if isinstance(source, (Mapping, Sequence, ItemsView)):
             given = list(_given(source.items() if isinstance(source, Mapping) else source))
             _check_not_shards(given)
             pairs = _renamed(given, rename)
