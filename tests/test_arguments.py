@@ -140,11 +140,23 @@ def test_a_value_that_no_argument_can_have_is_refused(value):
         server_arguments({"some_argument": value}, tp_size=1, device_type="cuda")
 
 
+def test_a_key_that_json_cannot_have_is_refused():
+    assert server_arguments({"a": {1: 2, None: 3}}, tp_size=1, device_type="cuda")["a"] == {1: 2, None: 3}
+    with pytest.raises(ConfigError, match="is a tuple"):
+        server_arguments({"a": {(1, 2): 3}}, tp_size=1, device_type="cuda")
+
+
 def test_a_weight_cache_is_refused_unless_it_is_off():
     assert server_arguments({"weight_cache_mode": "off"}, tp_size=1, device_type="cuda")["weight_cache_mode"] == "off"
     for on in ("daemon", "client"):
         with pytest.raises(ConfigError, match=f"weight_cache_mode='{on}' is not supported"):
             server_arguments({"weight_cache_mode": on}, tp_size=1, device_type="cuda")
+
+
+@pytest.mark.parametrize("value", ["a\0b", "\ud800", float("nan"), ["a\0b"], {"\ud800": 1}, {"a": "\0"}])
+def test_what_no_command_line_can_have_is_refused(value):
+    with pytest.raises(ConfigError, match="some_argument=.* cannot be written on a command line"):
+        server_arguments({"some_argument": value}, tp_size=1, device_type="cuda")
 
 
 @pytest.mark.parametrize("path", ["/no/such/folder", "./nowhere", "../nowhere", "~/nowhere", "a/b/c", "", "~"])

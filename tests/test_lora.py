@@ -254,7 +254,7 @@ def test_a_models_adapter_has_the_tensors_that_peft_saves(tmp_path):
 def test_one_of_several_adapters_must_be_named():
     model = wrapped(one=lora(), two=lora(r=4))
     assert adapter_of(model, "one").rank == 2 and adapter_of(model, "two").rank == 4
-    for name in (None, "three"):
+    for name in (None, "three", 1, ["one"]):
         with pytest.raises(ConfigError, match="the model has no adapter named") as caught:
             adapter_of(model, name)
         assert "one, two" in caught.value.hint

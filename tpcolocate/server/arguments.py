@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 
 from tpcolocate.checks import check_integer
-from tpcolocate.errors import ConfigError
+from tpcolocate.errors import ConfigError, shown
 from tpcolocate.server.installed import Installed
 from tpcolocate.server.releases import OLDEST, check_draft_model, other_spelling, release
 
@@ -202,15 +203,35 @@ def _plain(name: str, value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(name, item) for item in value]
     if isinstance(value, Mapping):
-        return {key: _plain(name, item) for key, item in value.items()}
+        return {_written(name, key): _plain(name, item) for key, item in value.items()}
     if value is None or isinstance(value, (bool, int, float, str)):
-        return value
+        return _written(name, value)
     if hasattr(value, "item") and getattr(value, "ndim", None) == 0:  # a number of numpy's or torch's
         return value.item()
     if isinstance(value, torch.device):
         return value.type
-    raise ConfigError(
-        f"{name}={value!r} is a {type(value).__name__}, which is no value of a server argument",
+    raise _no_value(name, value)
+
+
+def _written(name: str, value: Any) -> Any:
+    """Return a number or a text that a command line can have, and JSON as the key of a dict."""
+    if isinstance(value, str):
+        try:
+            is_possible = b"\0" not in os.fsencode(value)
+        except UnicodeEncodeError:
+            is_possible = False
+    elif value is None or isinstance(value, (bool, int, float)):
+        is_possible = not isinstance(value, float) or math.isfinite(value)
+    else:
+        raise _no_value(name, value)
+    if not is_possible:
+        raise ConfigError(f"{name}={shown(value)} cannot be written on a command line", hint=f"pass another {name}")
+    return value
+
+
+def _no_value(name: str, value: object) -> ConfigError:
+    return ConfigError(
+        f"{name}={shown(value)} is a {type(value).__name__}, which is no value of a server argument",
         hint="pass a number, a text, a list or a dict",
     )
 

@@ -156,7 +156,7 @@ def adapter_of(model: nn.Module, adapter_name: str | None) -> Adapter:
         )
     if adapter_name is None and len(configs) == 1:
         [adapter_name] = configs
-    if adapter_name is None or adapter_name not in configs:
+    if not isinstance(adapter_name, str) or adapter_name not in configs:
         raise ConfigError(
             f"the model has no adapter named {adapter_name!r}", hint=f"pass adapter_name: one of {', '.join(configs)}"
         )
@@ -335,7 +335,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (set, frozenset)):
-        return sorted(_plain(item) for item in value)
+        return sorted((_plain(item) for item in value), key=str)
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return value if value is None or isinstance(value, (str, int, float, bool)) else type(value).__name__
