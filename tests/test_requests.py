@@ -115,6 +115,7 @@ def test_no_prompts_are_no_request(prompts):
     ("a\ud800", "the prompt cannot be encoded: character 1 is '\\ud800'"),
     (["a", "\udfff"], "prompt 1 cannot be encoded"),
     ([{"role": "user", "content": "a"}], "apply_chat_template"),
+    ([[{"role": "user", "content": "a"}]], "apply_chat_template"),
     ({"role": "user", "content": "a"}, "apply_chat_template"),
     ([5] * 250, "the prompt has 250 tokens, and this server takes fewer than 250"),
     ([IDS, [5] * 300], "prompt 1 has 300 tokens"),

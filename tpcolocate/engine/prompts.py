@@ -191,7 +191,8 @@ def _ids(row: Any, name: str, limits: ServerLimits) -> list[int]:
 def _token(value: Any, name: str, position: int) -> int:
     found = scalar(value)
     if isinstance(found, bool) or not isinstance(found, Integral):
-        raise ConfigError(f"token {position} of {name} is {shown(value)}, not an integer", hint="a prompt is (tokens,)")
+        hint = _CHAT_HINT if isinstance(value, Mapping) else "a prompt is (tokens,)"
+        raise ConfigError(f"token {position} of {name} is {shown(value)}, not an integer", hint=hint)
     return int(found)
 
 
