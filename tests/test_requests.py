@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tpcolocate.engine.limits import ServerLimits
+from tpcolocate.engine.limits import NEEDED, ServerLimits
 from tpcolocate.engine.requests import FIELDS, check_call
 from tpcolocate.engine.sampling import PARAMETERS
 from tpcolocate.errors import ConfigError, TpColocateError
@@ -249,7 +249,7 @@ def test_a_parameter_of_newer_releases():
 
 def test_a_seed_needs_a_server_that_uses_it():
     assert body(sampling_params={"sampling_seed": 4})["sampling_params"] == {"sampling_seed": 4}
-    text = refusal(sampling_params={"sampling_seed": 4}, limits=ServerLimits(has_seeds=False))
+    text = refusal(sampling_params={"sampling_seed": 4}, limits=ServerLimits(ignored=frozenset(["sampling_seed"])))
     assert (
         "sampling_seed is given, and this server would ignore it\n  -> launch(enable_deterministic_inference=True)"
         in text
@@ -293,6 +293,14 @@ PROCESSOR = json.dumps({"callable": pickle.dumps(len).hex()})
 def test_what_would_end_the_scheduler_is_refused(fields, words):
     """SGLang looks at these in its scheduler alone, where an exception ends the server."""
     assert words in refusal(known=FIELDS, **fields)
+
+
+def test_fields_that_this_server_ignores_are_refused():
+    limits = ServerLimits(ignored=frozenset(NEEDED))
+    text = refusal(known=FIELDS, limits=limits, return_routed_experts=True)
+    assert "would ignore it\n  -> launch(enable_return_routed_experts=True), or leave it out" in text
+    assert "priority is given" in refusal(known=FIELDS, limits=limits, priority=1)
+    assert body(known=FIELDS, limits=limits, return_routed_experts=False, priority=None)
 
 
 def test_sessions_and_logit_processors_are_taken():
@@ -409,8 +417,11 @@ def test_limits_come_from_the_server_and_its_models_configuration(tmp_path):
         not limits_of(tmp_path, text, enable_lora=None).has_lora
         and limits_of(tmp_path, text, enable_lora=True).has_lora
     )
-    assert limits_of(tmp_path, text).has_seeds
-    assert not limits_of(tmp_path, text, enable_deterministic_inference=False).has_seeds
+    assert (
+        not limits_of(tmp_path, text).ignored and not limits_of(tmp_path, text, enable_priority_scheduling=True).ignored
+    )
+    found = limits_of(tmp_path, text, enable_deterministic_inference=False, enable_priority_scheduling=False)
+    assert found.ignored == {"sampling_seed", "priority"}
     (tmp_path / "config.json").write_text("{")
     assert ServerLimits.of({"model_path": str(tmp_path)}, {}).vocab_size is None
 

@@ -383,6 +383,11 @@ def test_a_seed_is_refused_before_a_server_is_started_that_would_ignore_it():
     build(Colo(RecordingEngine()), given=seeded, launch={"enable_deterministic_inference": True})
 
 
+def test_a_time_for_answers_is_checked_before_a_trainer_is_built(trainers):
+    with pytest.raises(ConfigError, match="generate_timeout_s"), tpcolocate.trl.use_sglang(generate_timeout_s="1"):
+        raise AssertionError
+
+
 def test_a_launch_that_fails_leaves_nothing_open():
     colo = Colo()
     with pytest.raises(tpcolocate.LaunchError):

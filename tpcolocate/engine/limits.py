@@ -9,10 +9,18 @@ from typing import Any
 
 from packaging.version import InvalidVersion, Version
 
+from tpcolocate.errors import ConfigError
 from tpcolocate.weights.sources.model_spec import local_folder
 
 # Where the configurations of models with several parts keep the language model's.
 _PARTS = ("text_config", "llm_config", "language_config", "thinker_config")
+NEEDED = {
+    "sampling_seed": "enable_deterministic_inference",
+    "priority": "enable_priority_scheduling",
+    "return_routed_experts": "enable_return_routed_experts",
+    "return_indexer_topk": "enable_return_indexer_topk",
+}
+"""Sampling parameters and fields, and the argument of the server without which it ignores them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +34,7 @@ class ServerLimits:
         prompt_tokens: A prompt has fewer tokens than this; None: no limit is known, or the server shortens prompts.
         context_tokens: Most tokens of a prompt and its answer; None likewise.
         has_lora: Whether adapters can be served.
-        has_seeds: Whether a request's seed is used.
+        ignored: Of `NEEDED`, what the server ignores.
         media: Kinds of input beside text that the model takes, of ``image``, ``video`` and ``audio``; None if it is not known.
     """
 
@@ -36,7 +44,7 @@ class ServerLimits:
     prompt_tokens: int | None = None
     context_tokens: int | None = None
     has_lora: bool = True
-    has_seeds: bool = True
+    ignored: frozenset[str] = frozenset()
     media: frozenset[str] | None = None
 
     @classmethod
@@ -62,9 +70,25 @@ class ServerLimits:
             prompt_tokens=min(lengths, default=None),
             context_tokens=None if shortens else context,
             has_lora=bool(info.get("enable_lora", True)) or bool(info.get("lora_paths")),
-            has_seeds=bool(info.get("enable_deterministic_inference", True)),
+            ignored=frozenset(name for name, argument in NEEDED.items() if info.get(argument) is False),
             media=_media(model_info),
         )
+
+    def check_used(self, name: str, what: str) -> None:
+        """Check that the server does not ignore a sampling parameter or field.
+
+        Args:
+            name: Of it.
+            what: The same in messages.
+
+        Raises:
+            ConfigError: It does.
+        """
+        if name in self.ignored:
+            raise ConfigError(
+                f"{what} is given, and this server would ignore it",
+                hint=f"launch({NEEDED[name]}=True), or leave it out",
+            )
 
 
 def _integer(value: object) -> int | None:
@@ -102,4 +126,4 @@ def _parts(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     yield config
 
 
-__all__ = ["ServerLimits"]
+__all__ = ["NEEDED", "ServerLimits"]

@@ -286,6 +286,8 @@ def check_call(
         common["stream"] = True
     samples = _add_sampling(sampling_params, read, limits, common, own)
     for name, value in given.items():
+        if value is not False:
+            limits.check_used(name, name)
         if name == "token_ids_logprob":
             _add_token_ids(value, read, limits, common, own)
         else:

@@ -32,7 +32,6 @@ _LEAST_BIAS = -1e30
 # SGLang divides logits by it; less overflows.
 _LEAST_REPETITION_PENALTY = 0.01
 _LONGEST_TEXT = 2**20
-_SEED_HINT = "launch(enable_deterministic_inference=True); without it leave the seed out: launch(random_seed=...) is that of the server"
 
 
 def _count(low: int, high: int = MAX_INT, hint: str | None = None) -> Check:
@@ -146,13 +145,6 @@ def _custom_params(value: Any, where: str, limits: ServerLimits) -> dict[str, An
     return found
 
 
-def _seed(value: Any, where: str, limits: ServerLimits) -> int:
-    found = integer(value, where, low=-(2**63), high=MAX_INT)
-    if not limits.has_seeds:
-        raise ConfigError(f"{where} is given, and this server would ignore it", hint=_SEED_HINT)
-    return found
-
-
 _PENALTY = _number(-2.0, 2.0)
 PARAMETERS: Mapping[str, Check] = {
     "max_new_tokens": _count(0),
@@ -177,7 +169,7 @@ PARAMETERS: Mapping[str, Check] = {
     "ebnf": _grammar,
     "structural_tag": _json_text,
     "logit_bias": _logit_bias,
-    "sampling_seed": _seed,
+    "sampling_seed": _count(-(2**63)),
     "custom_params": _custom_params,
     "stream_interval": _count(1, 2**31 - 1),
     "beam_width": _count(1, 1024),
@@ -261,7 +253,9 @@ def check_sampling(
         if check is None or (limits.version is not None and limits.version not in _SINCE.get(name, Span())):
             raise _unknown(name, where, limits, fields)
         if value is not None:
-            found[name] = check(value, f"sampling parameter {name}{where}", limits)
+            what = f"sampling parameter {name}{where}"
+            found[name] = check(value, what, limits)
+            limits.check_used(name, what)
         elif name == "max_new_tokens":
             found[name] = None  # as many as fit; without it, 128
     _check_together(found, where)

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from tpcolocate.deadline import check_timeout
 from tpcolocate.engine.engine import Engine
 from tpcolocate.engine.limits import ServerLimits
 from tpcolocate.engine.sampling import check_sampling
@@ -47,7 +48,9 @@ class Engines:
     ) -> None:
         self._tp_size = tp_size
         self._model_path = model_path
-        self._generate_timeout_s = generate_timeout_s
+        self._generate_timeout_s = (
+            None if generate_timeout_s is None else check_timeout(generate_timeout_s, name="generate_timeout_s")
+        )
         self._timeout_s = timeout_s
         self._launch = dict(launch)
         self._running: list[tuple[Colocation, Engine]] = []
@@ -76,8 +79,9 @@ class Engines:
         path = self._path_of(model)
         # Before a server is started; its other limits come with it.
         check_adapters(model)
+        ignored = () if any(map(self._launch.get, _WITH_SEEDS)) else ("sampling_seed",)
         try:
-            check_sampling(sampling_params, ServerLimits(has_seeds=any(map(self._launch.get, _WITH_SEEDS))))
+            check_sampling(sampling_params, ServerLimits(ignored=frozenset(ignored)))
         except ConfigError as error:
             error.hint = (
                 f"{error.hint or 'correct it'}; with TRL: generation_kwargs and the trainer's own settings become these"
