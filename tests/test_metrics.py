@@ -176,6 +176,7 @@ def test_what_the_server_reports_as_not_finite_is_left_out():
 
 
 @pytest.mark.parametrize("call", [
+    lambda: tpcolocate.write_prometheus_targets(3),
     lambda: tpcolocate.summarize(None), lambda: tpcolocate.engine_logprobs(5),
     lambda: tpcolocate.logprob_gap([answer(1, logprobs=[-1.0])], None),
     lambda: tpcolocate.logprob_gap([answer(1, logprobs=[-1.0])], ["a"]),

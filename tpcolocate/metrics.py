@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import torch
 
 from tpcolocate import rendezvous
-from tpcolocate.checks import check_type
+from tpcolocate.checks import check_path, check_type
 from tpcolocate.engine.values import is_array, is_list
 from tpcolocate.errors import ConfigError, shown
 
@@ -224,8 +224,12 @@ def write_prometheus_targets(path: str | os.PathLike[str], *, job: str | None = 
         ``tpcolocate_ranks``.
 
     Raises:
+        ConfigError: `path` is no path, or `job` is not the name of a job.
         OSError: The file cannot be written.
     """
+    path = check_path("path", path)
+    if job is not None:
+        rendezvous.check_job(job)
     targets = []
     for _, announcement in sorted(rendezvous.discover(job), key=lambda found: (found[1].job, found[1].slice_index)):
         labels = {
@@ -234,7 +238,6 @@ def write_prometheus_targets(path: str | os.PathLike[str], *, job: str | None = 
             "tpcolocate_ranks": ",".join(map(str, announcement.slice_ranks)),
         }
         targets.append({"targets": [urlsplit(announcement.url).netloc], "labels": labels})
-    path = Path(path)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(handle, "w") as file:
