@@ -47,11 +47,13 @@ def test_sampling_parameters(given, expected):
     ({"top_k": 0}, {"top_k": -1}),
     ({"structured_outputs": {"json": {"type": "object"}}}, {"json_schema": '{"type": "object"}'}),
     ({"structured_outputs": {"grammar": "root ::= x"}}, {"ebnf": "root ::= x"}),
+    ({"structured_outputs": {"regex": "a", "json": None}}, {"regex": "a"}),
 ])  # fmt: skip
 def test_generation_kwargs_have_the_last_word_under_sglangs_names(given, expected):
     params, _ = VllmArguments(generation_kwargs=given).sampling()
     assert expected.items() <= params.items()
     assert not {"seed", "max_tokens", "min_tokens", "n", "structured_outputs"} & set(params)
+    assert ("json_schema" in params) == ("json_schema" in expected)
 
 
 def test_the_regex_of_the_config_comes_before_that_of_generation_kwargs():
@@ -69,6 +71,7 @@ def test_the_number_of_logprobs(logprobs, given, expected):
 
 @pytest.mark.parametrize("given, named", [
     ({"n": 4}, "n=4"),
+    ({"logprobs": "all"}, "logprobs"), ({"logprobs": -1}, "logprobs"),
     ({"bad_words": ["x"]}, "bad_words"),
     ({"structured_outputs": {"choice": ["a", "b"]}}, "choice"),
     ({"structured_outputs": object()}, "object"),

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
+from tpcolocate.checks import check_integer
 from tpcolocate.errors import ConfigError, TpColocateError
 
 # vLLM's names on the left.  What both call alike (temperature, stop, ...) is not listed.
@@ -134,6 +135,8 @@ class VllmArguments:
         }
         given = dict(self.generation_kwargs or {})
         logprobs = given.pop("logprobs", self.logprobs)
+        if logprobs is not None:
+            check_integer("logprobs", logprobs, at_least=0)
         structured = given.pop("structured_outputs", None) or {}
         if unknown := _NO_COUNTERPART & set(given):
             raise ConfigError(
@@ -165,6 +168,7 @@ class VllmArguments:
         return {
             _STRUCTURED_NAMES[name]: value if isinstance(value, str) else json.dumps(value)
             for name, value in structured.items()
+            if value is not None
         }
 
 
