@@ -90,6 +90,7 @@ def test_what_cannot_be_measured_is_an_error_without_a_traceback(arguments, word
 @pytest.mark.parametrize("arguments", [
     [], ["--model", "m", "--rounds", "0"], ["--model", "m", "--launch-timeout", "nan"],
     ["--model", "m", "--server-args", "[1]"], ["--model", "m", "--server-args", "{"],
+    ["--model", "m", "--json", "/no/such/folder/x.json"], ["--model", "m", "--json", "/"], ["--model", "m", "--plot", "/no/x.png"],
 ])  # fmt: skip
 def test_wrong_options_are_refused(arguments, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["tpcolocate", "bench", *arguments])

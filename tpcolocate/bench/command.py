@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -224,11 +225,17 @@ def _software() -> dict[str, str]:
 
 
 def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """End with a usage error if a number is not positive."""
+    """End with a usage error if a number is not positive, or a file cannot be written."""
     for name in ("prompts", "prompt_length", "max_new_tokens", "rounds", "launch_timeout"):
         value = getattr(options, name)
         if not value > 0:
             parser.error(f"--{name.replace('_', '-')} must be positive, got {value:g}")
+    for name in ("json", "plot") if os.environ.get("RANK", "0") == "0" else ():  # which writes them, at the very end
+        path = getattr(options, name)
+        if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):
+            parser.error(f"--{name}: {path} cannot be written")
+    if options.plot is not None and find_spec("matplotlib") is None:
+        parser.error("--plot needs matplotlib: pip install matplotlib")
 
 
 __all__ = ["add_arguments", "check", "run"]
