@@ -256,9 +256,11 @@ def rollouts_beside_everything(world):
             if mode is not None:
                 engine.pause_generation(mode)
             source = world.sharded() if world.colo.tp_size > 1 and together.random() < 0.3 else world.model
-            engine.sync_weights(source, parts=together.random() < 0.8, timeout_s=60)
-            if mode is not None:
-                engine.continue_generation()
+            try:
+                engine.sync_weights(source, parts=together.random() < 0.8, timeout_s=60)
+            finally:
+                if mode is not None:  # or all checks after this one would wait
+                    engine.continue_generation()
     return generates_as(world, world.model)
 
 

@@ -314,7 +314,7 @@ class RecordingGroup(RankGroup):
 
 # --- What stands in for SGLang -------------------------------------------------------------------------------------------
 
-PATIENCE_S = 200.0
+PATIENCE_S = 560.0
 """For ranks of a world that are still in the one before."""
 MESH_S = 10.0
 """Of collectives over meshes, where the library does not set a deadline."""

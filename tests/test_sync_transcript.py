@@ -3,7 +3,7 @@
 A transcript must be the same on all ranks, and the one of tests/golden/sync_transcripts.txt.  After a change that is
 meant to change it:
 
-    TRANSCRIPTS=write .venv/bin/python -m pytest -m '' -k transcripts_of_everything tests/test_sync_transcript.py
+    TRANSCRIPTS=write .venv/bin/python -m pytest -m '' -k test_transcripts tests/test_sync_transcript.py
 
 and review the difference as code.  `TRANSCRIPTS=<part of a case's name>` runs those cases alone.
 """
@@ -22,6 +22,7 @@ from sync_harness import (
     A_BRANCH,
     COMMAND_COUNTER,
     FINISH_MESH_COLLECTIVES,
+    PATIENCE_S,
     RECORD,
     Engine,
     World,
@@ -40,7 +41,8 @@ from sync_models import MEMORIES, SOURCES, Source
 
 from tpcolocate.errors import SyncError
 
-pytestmark = pytest.mark.timeout(300)
+# The first test runs everything.
+pytestmark = pytest.mark.timeout(600)
 quick, slow = pytest.mark.quick, pytest.mark.slow
 
 GOLDEN = Path(__file__).parent / "golden" / "sync_transcripts.txt"
@@ -88,21 +90,20 @@ EVERYTHING = [
     *(case(layout, kind, "staged", variant)
       for layout in ("tp=2", "two slices of 2") for kind in ("plain", "FSDP2") for variant in VARIANTS if variant),
 ]  # fmt: skip
-QUICK = [
-    *(case("tp=1", kind, memory, num_syncs=3) for kind, memory in [("plain", "staged"), ("plain", "kept mapped"), ("FSDP2", "mixed"), ("peft", "kept mapped")]),
-    *(case("tp=2", kind, memory, num_syncs=3) for kind, memory in [
-        *(("plain", memory) for memory in MEMORIES), ("DDP", "kept mapped"), ("FSDP2", "staged"), ("FSDP2", "mapped once"),
-        ("FSDP2 experts", "mixed"), ("peft", "staged"), ("peft", "mapped once"), ("peft FSDP2", "kept mapped"),
-        ("state dict", "kept mapped"), ("generator", "staged"), ("DTensor TP", "staged"),
-    ]),
-    FIVE,
-    *(case("tp=2", "plain", "staged", variant, num_syncs=2) for variant in VARIANTS if variant),
-    case("tp=4", "plain", "kept mapped", num_syncs=3), case("tp=4", "HSDP", "mixed", num_syncs=3), case("tp=4", "FSDP2 experts", "kept mapped", num_syncs=2),
-    *(case("two slices of 2", kind, memory, num_syncs=3) for kind, memory in [
-        ("plain", "mixed"), ("FSDP2", "kept mapped"), ("FSDP2 experts", "kept mapped"), ("peft FSDP2", "mixed"), ("HSDP", "staged"), ("DTensor TP", "kept mapped"),
-    ]),
-    case("two slices of 2", "FSDP2", "staged", "little memory", num_syncs=2),
-]  # fmt: skip
+
+SWEEPS = [
+    ("tp=2", "peft FSDP2", "kept mapped", 0, False, 3),
+    ("tp=2", "plain", "kept mapped", 2, True, 1),
+    ("two slices of 2", "FSDP2", "staged", 0, False, 3),
+    ("tp=2", "peft FSDP2", "kept mapped", 0, True, 3),
+    ("tp=2", "plain", "mixed", 0, True, 2),
+    ("tp=2", "FSDP2", "kept mapped", 2, True, 2),
+    ("two slices of 2", "FSDP2 experts", "mixed", 0, False, 3),
+    ("two slices of 2", "FSDP2", "kept mapped", 2, False, 2),
+    ("two slices of 2", "FSDP2", "kept mapped", 1, False, 3),
+    ("two slices of 2", "FSDP2 experts", "kept mapped", 2, False, 3),
+]
+"""Arguments of `swept`."""
 
 
 # --- What runs on the ranks ----------------------------------------------------------------------------------------------
@@ -295,16 +296,6 @@ def run_all(folder, *args, timeout_s):
         raise
 
 
-@pytest.fixture
-def folder():
-    with a_folder() as path:
-        yield path
-
-
-def a_folder():
-    return tempfile.TemporaryDirectory(prefix="tpcs-")  # a socket's path must be short
-
-
 # --- Transcripts ---------------------------------------------------------------------------------------------------------
 
 
@@ -414,20 +405,14 @@ def check(found):
 
 @pytest.fixture(scope="module")
 def found():
-    """Of every rank, all that the quick tests need; ranks are started once."""
-    with a_folder() as folder:
-        return run_all(folder, chosen(QUICK), SWEEPS, True, timeout_s=200)
+    """Of every rank, everything; ranks are started once."""
+    with tempfile.TemporaryDirectory(prefix="tpcs-") as folder:  # a socket's path must be short
+        return run_all(folder, chosen(EVERYTHING), SWEEPS, True, timeout_s=PATIENCE_S)
 
 
 @quick
 @slow
 def test_transcripts(found):
-    check(found)
-
-
-@pytest.mark.timeout(600)
-def test_transcripts_of_everything(folder):
-    found = run_all(folder, chosen(EVERYTHING), [], False, timeout_s=560)
     if os.environ.get("TRANSCRIPTS") == "write":
         wrong = problems(found)
         assert not wrong, "\n".join([f"{len(wrong)} problems", *wrong[:10]])
@@ -457,40 +442,12 @@ def test_a_planted_divergence_is_found(found, plant):
     assert any(expected in one for one in words), words
 
 
-SWEEPS = [
-    ("tp=2", "peft FSDP2", "kept mapped", 0, False, 3),
-    ("tp=2", "plain", "kept mapped", 2, True, 1),
-    ("two slices of 2", "FSDP2", "staged", 0, False, 3),
-]
-ALL_SWEEPS = [
-    ("tp=2", "peft FSDP2", "kept mapped", 0, True, 3),
-    ("tp=2", "plain", "mixed", 0, True, 2),
-    ("tp=2", "FSDP2", "kept mapped", 2, True, 2),
-    ("two slices of 2", "FSDP2 experts", "mixed", 0, False, 3),
-    ("two slices of 2", "FSDP2", "kept mapped", 2, False, 2),
-    ("two slices of 2", "FSDP2", "kept mapped", 1, False, 3),
-    ("two slices of 2", "FSDP2 experts", "kept mapped", 2, False, 3),
-]
-
-
-def check_sweeps(found, sweeps):
-    wrong = []
-    for one in sweeps:
-        seen = next(of_rank["sweeps"][one] for of_rank in found if one in of_rank["sweeps"])
-        wrong += [f"{', '.join(one[:3])}: {fault}: {words}" for fault, _, of_fault in seen for words in of_fault]
-        assert len(seen) > 2 or wrong
-    assert not wrong, "\n".join(wrong)
-
-
 @quick
 @slow
-def test_an_error_on_one_rank_ends_a_sync_alike_everywhere_and_the_next_one_succeeds(found):
+@pytest.mark.parametrize("sweep", SWEEPS, ids=lambda sweep: ", ".join(map(str, sweep)))
+def test_an_error_on_one_rank_ends_a_sync_alike_everywhere_and_the_next_one_succeeds(found, sweep):
     """For errors in every phase: no rank is left in a collective, and no handle stays out."""
-    check_sweeps(found, SWEEPS)
-
-
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("sweep", ALL_SWEEPS, ids=lambda sweep: ", ".join(map(str, sweep)))
-def test_errors_on_every_rank(folder, sweep):
-    """One sweep at a time: ranks of other worlds wait for it no longer than `PATIENCE_S`."""
-    check_sweeps(run_all(folder, [], [sweep], False, timeout_s=560), [sweep])
+    seen = next(of_rank["sweeps"][sweep] for of_rank in found if sweep in of_rank["sweeps"])
+    wrong = [f"{', '.join(sweep[:3])}: {fault}: {words}" for fault, _, of_fault in seen for words in of_fault]
+    assert not wrong, "\n".join(wrong)
+    assert len(seen) > 2

@@ -26,8 +26,9 @@ from tpcolocate.in_server.tpcolocate_receiver.protocol import (
 from tpcolocate.parallel import in_background
 
 _POLL_MS = 20
-# A reply may still be on its way through ZeroMQ's threads when SGLang's answer, sent after it, is there.
-_LATE_MS = 1000
+# A reply may still be on its way through ZeroMQ's threads when SGLang's answer, sent after it, is there: on a busy machine
+# for more than a second.
+_LATE_MS = 10_000
 _LEAVE_S = 5.0
 # sun_path holds 108 bytes with its end.
 _LONGEST_PATH = 107
@@ -137,9 +138,10 @@ class Channel:
             if not self._is_asking:
                 if self._failure is not None:
                     raise self._failure
-                if not self._socket.poll(_LATE_MS):
+                left_ms = int(max(deadline - time.monotonic(), 0.0) * 1000)
+                if not self._socket.poll(min(_LATE_MS, left_ms)):
                     raise EngineError(
-                        "the engine ended the weight sync by itself",
+                        f"the engine ended the weight sync by itself: its TP workers did not {what}",
                         hint="see the server's log",
                     )
             elif time.monotonic() >= deadline:
