@@ -11,6 +11,7 @@ a token was sampled and the trainer's, over all ranks.  TRL logs it as ``samplin
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 from pathlib import Path
 
@@ -51,7 +52,13 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
-    args = parse_args()
+    train(parse_args())
+    # The trainer's DDP goes first: if Python drops the last reference to a gloo group with it, torch can wait for ever.
+    gc.collect()
+    dist.destroy_process_group()
+
+
+def train(args: argparse.Namespace) -> None:
     if args.device == "cpu":
         # The ranks and the engine's workers share the cores: more threads only wait for one another.
         torch.set_num_threads(1)
@@ -102,7 +109,6 @@ def main() -> None:
     trainer.train()
     if trainer.is_world_process_zero():
         (args.out / "log.json").write_text(json.dumps(trainer.state.log_history, indent=1))
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
