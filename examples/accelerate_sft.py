@@ -97,7 +97,7 @@ def main() -> None:
             engine.sleep()
             gap = accelerator.gather(torch.tensor([largest_gap(model, prompts, answers, device)], device=device)).max()
             accelerator.print(f"step {step:3d}  loss {loss.item():.3f}  gap {gap.item():.1e}  {report}", flush=True)
-    # Before the process group, which DDP refers to: if Python drops the last reference to one of gloo, torch can wait for ever.
+    # Before the process group, which DDP refers to: if Python drops the last reference to one of gloo, torch may never return.
     model, optimizer = accelerator.free_memory(model, optimizer)
     accelerator.end_training()
 

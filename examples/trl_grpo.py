@@ -53,7 +53,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     train(parse_args())
-    # The trainer's DDP goes first: if Python drops the last reference to a gloo group with it, torch can wait for ever.
+    # The trainer's DDP goes first: if Python drops the last reference to a gloo group with it, torch may never return.
     gc.collect()
     dist.destroy_process_group()
 
