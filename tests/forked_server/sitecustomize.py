@@ -25,8 +25,6 @@ def _fork_from_here():
     def set_to_fork(method, force=False):
         with contextlib.suppress(ImportError):
             import sglang.srt.model_executor.model_runner  # noqa: F401  that of each scheduler
-
-            _rest_while_generation_is_held()
         # Once, for the processes of SGLang that are started next; what is there is not looked through again.
         gc.freeze()
         gc.enable()
@@ -36,23 +34,6 @@ def _fork_from_here():
     # SGLang's handler in the main process, which a spawned process does not have.
     os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGQUIT, signal.SIG_DFL))
     gc.disable()  # a fifth of the time of the imports
-
-
-def _rest_while_generation_is_held():
-    """Have schedulers look for requests every two milliseconds then; they take a core each, also with ``sleep_on_idle``."""
-    import time
-
-    from sglang.srt.managers.scheduler import Scheduler
-
-    name = "_record_scheduler_state_for_paused_engine"  # called in each round of the loop; not in all releases
-    record = getattr(Scheduler, name, None)
-    if record is not None:
-
-        def rest(self):
-            record(self)
-            time.sleep(0.002)
-
-        setattr(Scheduler, name, rest)
 
 
 def _know_the_served_model_alone():
