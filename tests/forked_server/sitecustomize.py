@@ -25,6 +25,7 @@ def _fork_from_here():
     def set_to_fork(method, force=False):
         with contextlib.suppress(ImportError):
             import sglang.srt.model_executor.model_runner  # noqa: F401  that of each scheduler
+
         # Once, for the processes of SGLang that are started next; what is there is not looked through again.
         gc.freeze()
         gc.enable()
