@@ -23,7 +23,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
+from contextlib import aclosing, asynccontextmanager, contextmanager, nullcontext, suppress
 from typing import Any, TypeVar
 from urllib.parse import urlencode
 
@@ -209,24 +209,19 @@ class ServerClient:
         """POST and yield each server-sent JSON event; `timeout_s` bounds the wait for each."""
         with self._connections.slot(path, timeout_s), self._errors(path, timeout_s):
             response = self._send("POST", path, encode(body), timeout_s, whole=False)
-            lookout = None if timeout_s is not None else _Lookout(self._raise_if_down, response.shutdown)
+            ended = nullcontext() if timeout_s is not None else _ended_if_down(self._raise_if_down, response.shutdown)
             try:
-                if response.status >= 400:
-                    self._answer(path, response.status, response.reason, response.read())
-                for line in response:
-                    event = self._event(path, line.decode())
-                    if event is _DONE:
-                        return
-                    if event is not None:
-                        yield event
-                raise _ConnectionLost(path, "the stream ended without [DONE]")
-            except Exception as error:
-                if lookout is not None and lookout.found is not None:
-                    raise lookout.found from error
-                raise
+                with ended:
+                    if response.status >= 400:
+                        self._answer(path, response.status, response.reason, response.read())
+                    for line in response:
+                        event = self._event(path, line.decode())
+                        if event is _DONE:
+                            return
+                        if event is not None:
+                            yield event
+                    raise _ConnectionLost(path, "the stream ended without [DONE]")
             finally:
-                if lookout is not None:
-                    lookout.end()
                 response.close()
 
     async def stream_async(self, path: str, body: Mapping[str, Any], *, timeout_s: float | None) -> AsyncIterator[Any]:
@@ -365,41 +360,41 @@ class ServerClient:
 _DONE = object()
 
 
-class _Lookout:
-    """Looks whether the server is up while a stream without a timeout is read, and ends the reading if it is not.
+@contextmanager
+def _ended_if_down(look: Callable[[], None], end_reading: Callable[[], None]) -> Iterator[None]:
+    """Look now and then whether the server is up while a stream without a timeout is read, and end the reading if it is not.
 
-    A thread, because a read of http.client that has timed out once cannot be gone on with.
+    In a thread, because a read of http.client that has timed out once cannot be gone on with.
 
     Args:
         look: Raises if the server is not up.
         end_reading: Called from the thread then, once.
 
-    Attributes:
-        found: What `look` raised.
+    Raises:
+        TpColocateError: What `look` raised, instead of what the reading ended with.
     """
+    is_over = threading.Event()
+    found: list[TpColocateError] = []
 
-    def __init__(self, look: Callable[[], None], end_reading: Callable[[], None]) -> None:
-        self.found: TpColocateError | None = None
-        self._look = look
-        self._end_reading = end_reading
-        self._is_over = threading.Event()
-        threading.Thread(target=self._run, name="tpcolocate stream", daemon=True).start()
-
-    def _run(self) -> None:
-        while not self._is_over.wait(LOOK_S):
+    def run() -> None:
+        while not is_over.wait(LOOK_S):
             try:
-                self._look()
+                look()
             except TpColocateError as error:
-                if self._is_over.is_set():
-                    return
-                self.found = error
+                found.append(error)
                 with suppress(RuntimeError, ValueError, OSError):  # it was closed just now
-                    self._end_reading()
+                    end_reading()
                 return
 
-    def end(self) -> None:
-        """End the thread, without waiting for it."""
-        self._is_over.set()
+    threading.Thread(target=run, name="tpcolocate stream", daemon=True).start()
+    try:
+        yield
+    except Exception as error:
+        if found:
+            raise found[0] from error
+        raise
+    finally:
+        is_over.set()
 
 
 class _Failure(Exception):
