@@ -34,9 +34,11 @@ START_S = 120.0
 # For what is ended to be gone: the supervisor's grace, and its limit for the rest of the tree.
 GONE_S = 30.0
 FILES_GONE_S = 3.0
+# On GPUs, after all jobs.  A context takes hundreds.
+MOST_LEFT_MIB = 16.0
 # Folders of other libraries that a process may make in the temporary folder and keep.
 _OTHERS = re.compile(r"(torchinductor_|triton|\.cache|pymp-|matplotlib)")
-_PREFIXES = ("sgl_", "sglang_", "torch_", "tpcolocate", "sem.mp-", "psm_")
+_PREFIXES = ("sgl_", "sglang_", "torch_", "tpcolocate", "sem.mp-", "sem.loky-", "psm_")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +66,36 @@ class Answer:
     hint: str | None = None
 
 
+def used_device_mib(device_type: str) -> float:
+    """Memory of all GPUs that is in use, by whomever; 0 for "cpu"."""
+    if device_type == "cpu":
+        return 0.0
+    import torch
+
+    free_and_total = [torch.cuda.mem_get_info(i) for i in range(torch.cuda.device_count())]
+    return sum(total - free for free, total in free_and_total) / 2**20
+
+
+def left_on_gpus(device_type: str, used_before_mib: float, *, timeout_s: float = FILES_GONE_S) -> list[str]:
+    """What the jobs have left on the GPUs; empty if nothing.
+
+    Args:
+        device_type: "cpu" or "cuda".
+        used_before_mib: `used_device_mib` before the first job.
+        timeout_s: For the driver to free what ended processes held.
+    """
+    deadline = time.monotonic() + timeout_s
+    while (left := used_device_mib(device_type) - used_before_mib) > MOST_LEFT_MIB:
+        if time.monotonic() >= deadline:
+            return [f"{left:.0f} MiB of the GPUs are not free again"]
+        time.sleep(0.2)
+    return []
+
+
 class _Process:
     """One rank as the driver sees it."""
 
-    def __init__(self, rank: int, folder: Path, model_dir: str, world_size: int, tag: str) -> None:
+    def __init__(self, rank: int, folder: Path, model_dir: str, device_type: str, world_size: int, tag: str) -> None:
         ours, theirs = socket.socketpair()
         environment = {
             name: value
@@ -89,13 +117,15 @@ class _Process:
         self.log = folder / f"rank-{rank}.log"
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, str(SCRIPT), str(theirs.fileno()), str(folder), str(rank), str(world_size), model_dir],
+                [
+                    sys.executable, str(SCRIPT), str(theirs.fileno()), str(folder), str(rank), str(world_size), model_dir, device_type,
+                ],
                 env=environment,
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-            )
+            )  # fmt: skip
         theirs.close()
         self.pipe = Connection(ours.detach())
         self.pidfd = os.pidfd_open(self.process.pid)
@@ -125,6 +155,7 @@ class Job:
 
     Args:
         model_dir: What is trained and served.
+        device_type: "cpu" or "cuda"; with fewer GPUs than ranks all of them share one.
         world_size: Number of ranks.
         cores: Which its processes may use; all, if it is empty.
 
@@ -135,8 +166,10 @@ class Job:
         job_id: `Colocation.job`, once the ranks have it.
     """
 
-    def __init__(self, model_dir: str, *, world_size: int = 2, cores: Sequence[int] = ()) -> None:
-        self.model_dir = model_dir
+    def __init__(
+        self, model_dir: str, *, device_type: str = "cpu", world_size: int = 2, cores: Sequence[int] = ()
+    ) -> None:
+        self.model_dir, self.device_type = model_dir, device_type
         self.tag = uuid.uuid4().hex
         self.shm_before = frozenset(os.listdir(SHM))
         # Short: sockets are made below it, and the path of a socket is limited to 107 characters.
@@ -145,7 +178,9 @@ class Job:
         self.fired_at: float | None = None
         self.stops: int | None = None
         self.seen: set[psutil.Process] = set()
-        self.ranks = [_Process(rank, self.folder, model_dir, world_size, self.tag) for rank in range(world_size)]
+        self.ranks = [
+            _Process(rank, self.folder, model_dir, device_type, world_size, self.tag) for rank in range(world_size)
+        ]
         if cores:
             for process in self.ranks:
                 psutil.Process(process.process.pid).cpu_affinity(list(cores))  # its server inherits it
@@ -295,12 +330,16 @@ class Job:
             one for one in self._tagged() if one.pid not in ranks and one not in self.seen
         ]
         found = [f"process {one.pid} {_name(one)}" for one in processes if _name(one) != "torch_shm_manager"]
-        found += [f"/dev/shm/{name}" for name in self.shm_files()]
+        found += [f"/dev/shm/{name}" for name in self.shm_files() if not self._counts_handles(name, ranks)]
         temporary = self.folder / "tmp"
         found += [
             f"$TMPDIR/{path.relative_to(temporary)}" for path in sorted(temporary.iterdir()) if self._is_left(path)
         ]
         return found
+
+    def _counts_handles(self, name: str, ranks: Collection[int]) -> bool:
+        """Whether torch counts the CUDA-IPC handles of a rank in it, which it keeps for as long as the rank lives."""
+        return self.device_type == "cuda" and name.startswith("torch_") and not self._numbers(name).isdisjoint(ranks)
 
     def logs(self) -> list[str]:
         """Logs of servers that have been kept, which they are after an end that this library did not cause."""

@@ -4,9 +4,10 @@
     python benchmarks/fault_matrix.py --only idle/ generate/     # cells whose name contains one of these
     python benchmarks/fault_matrix.py --resume                   # goes on where the last run was cut off
     python benchmarks/fault_matrix.py --jobs 6                   # six jobs beside each other: four cores for each
+    python benchmarks/fault_matrix.py --device cuda --jobs 4     # on GPUs; on a single one all ranks share it
     python benchmarks/fault_matrix.py --docs                     # docs/faults.md, from the results
 
-Two ranks with a real server on the CPU.  Cells that leave the server alone follow one another on one server; where the
+Two ranks with a real server.  Cells that leave the server alone follow one another on one server; where the
 trainer survives, the relaunch by which the job goes on is the server of the next cell.  Each result is written to `--out`
 at once.  Jobs beside each other have folders of their own, and know their processes and files from those of others.
 """
@@ -29,6 +30,8 @@ from pathlib import Path
 from typing import Any
 
 import fault_cells
+import fault_job
+import fault_rank
 import record
 from fault_cells import Cell
 from fault_job import ROOT
@@ -54,18 +57,35 @@ def read(path: Path) -> dict[str, Any]:
     return results
 
 
-def write(path: Path, cells: Mapping[str, Any], load_before: Sequence[float] | None = None) -> None:
-    """Write all results as a record, with the cells in it."""
+def write(
+    path: Path,
+    cells: Mapping[str, Any],
+    load_before: Sequence[float] | None = None,
+    *,
+    device_type: str = "cpu",
+    left: Sequence[str] = (),
+) -> None:
+    """Write all results as a record, with the cells in it.
+
+    Args:
+        path: Of the record.
+        cells: Results by name.
+        load_before: ``os.getloadavg()`` before the run.
+        device_type: On what it ran.
+        left: What was left on GPUs after the last cell.
+    """
     samples = [one["after_s"] for result in cells.values() for one in result["calls"] if one["outcome"] == "error"]
     result = record.record(
         path.stem,
         metric="from a fault to the error of a rank that lives",
         unit="s",
         samples=samples if samples else [0.0],
-        settings={"tp_size": 2, "model": "tiny random Qwen3", "limits_s": dict(fault_cells.LIMITS_S)},
-        checks=summary(cells),
+        settings={
+            "tp_size": 2, "device": device_type, "model": "tiny random Qwen3", "limits_s": dict(fault_cells.LIMITS_S),
+        },
+        checks={**summary(cells), **({"left_on_gpus": list(left)} if device_type == "cuda" else {})},
         load_before=load_before,
-    )
+    )  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".new")
     beside.write_text(json.dumps(_without_folders({**result, "cells": dict(cells)}), indent=1) + "\n")
@@ -168,6 +188,7 @@ def main() -> int:
     parser.add_argument("--resume", action="store_true", help="keep the results in --out and leave their cells out")
     parser.add_argument("--jobs", type=int, default=1, help="run so many beside each other")
     parser.add_argument("--until", type=float, default=None, help="begin no cell after so many minutes")
+    parser.add_argument("--device", choices=fault_rank.TARGETS, default="cpu")
     parser.add_argument("--logs", type=Path, default=None, help="keep the logs of cells in which something was wrong")
     parser.add_argument("--list", action="store_true", help="print the names of the cells and run nothing")
     parser.add_argument("--docs", action="store_true", help="write docs/faults.md from --out and run nothing")
@@ -185,11 +206,12 @@ def main() -> int:
 
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # not past the clean-up
     ends = None if options.until is None else time.monotonic() + 60.0 * options.until
+    used_before = fault_job.used_device_mib(options.device)
     with tempfile.TemporaryDirectory(prefix="tpf-model-") as folder:
-        queue = Queue(cells, results, options.out, ends=ends)
+        queue = Queue(cells, results, options.out, ends=ends, device_type=options.device)
         model, cores = str(make_tiny_model(folder)), sorted(os.sched_getaffinity(0))
         shares = [cores[i :: options.jobs] for i in range(options.jobs)]
-        runners = [Runner(model, keep_logs=options.logs, cores=share) for share in shares]
+        runners = [Runner(model, device_type=options.device, keep_logs=options.logs, cores=share) for share in shares]
         # Not threads by hand: Python 3.11 takes one for ended whose join() a signal has interrupted, and jobs stay behind.
         with ThreadPoolExecutor(len(runners)) as pool:
             try:
@@ -197,8 +219,10 @@ def main() -> int:
                     served.result()
             finally:
                 queue.stop()
-    print(summary(results))
-    return 1 if any(result["problems"] for result in results.values()) else 0
+    left = fault_job.left_on_gpus(options.device, used_before)
+    write(options.out, results, queue.load_before, device_type=options.device, left=left)
+    print(summary(results), *left)
+    return 1 if left or any(result["problems"] for result in results.values()) else 0
 
 
 class Queue:
@@ -209,12 +233,18 @@ class Queue:
         results: By name of the cell; added to.
         out: The file that they are written to after each cell.
         ends: When no more are begun, on the monotonic clock; None for never.
+        device_type: On what they run.
+
+    Attributes:
+        load_before: ``os.getloadavg()`` before the first.
     """
 
-    def __init__(self, cells: Sequence[Cell], results: dict[str, Any], out: Path, *, ends: float | None) -> None:
-        self.results, self._out, self._ends = results, out, ends
+    def __init__(
+        self, cells: Sequence[Cell], results: dict[str, Any], out: Path, *, ends: float | None, device_type: str
+    ) -> None:
+        self.results, self._out, self._ends, self._device_type = results, out, ends, device_type
         self._number, self._left = len(cells), deque(cells)
-        self._load_before = os.getloadavg()
+        self.load_before = os.getloadavg()
         self._lock = threading.Lock()
 
     def stop(self) -> None:
@@ -238,7 +268,7 @@ class Queue:
     def _put(self, cell: Cell, result: dict[str, Any]) -> None:
         with self._lock:
             self.results[cell.name] = result
-            write(self._out, self.results, self._load_before)
+            write(self._out, self.results, self.load_before, device_type=self._device_type)
             print(
                 f"{self._number - len(self._left)}/{self._number} {cell.name}: {fault_cells.short(result)} "
                 f"[{result['seconds']} s]",

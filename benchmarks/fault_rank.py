@@ -1,6 +1,6 @@
 """One training rank of `fault_job`: carries out calls on command, and plants a fault where it is asked to.
 
-Run by `fault_job` as ``python fault_rank.py FD FOLDER RANK WORLD_SIZE MODEL``; commands and answers go through the socket FD.
+Run by `fault_job` as ``python fault_rank.py FD FOLDER RANK WORLD_SIZE MODEL DEVICE``; commands and answers go through the socket FD.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,31 @@ import psutil
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # run from a checkout, installed or not
 
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What the ranks train and serve on.
+
+    Attributes:
+        dtype: Of the trainer and the engine.
+        tie: How far a greedy token's logit may be below the largest, in standard deviations of the logits: engine and trainer
+            add numbers up in another order.  After an update that did not arrive it is 2 and more.
+        server: More SGLang arguments.
+    """
+
+    dtype: str
+    tie: float
+    server: dict[str, Any] = field(default_factory=dict)
+
+
+TARGETS = {
+    "cpu": Target("float32", 1e-3),
+    # Kernels that need no compiler on the machine, and memory for several jobs on one GPU.  SGLang's norms have no float32 there.
+    "cuda": Target("bfloat16", 0.3, {
+        "attention_backend": "triton", "sampling_backend": "pytorch", "grammar_backend": "none", "disable_cuda_graph": True,
+        "mem_fraction_static": 0.5, "skip_server_warmup": True,
+    }),
+}  # fmt: skip
 ARGS = {"context_length": 256, "max_total_tokens": 2048, "max_running_requests": 8}
 PROMPTS = [[5, 6, 7], [100, 200, 300, 400], [17], [9, 8, 7, 6, 5, 4, 3, 2]]
 GREEDY = {"temperature": 0, "max_new_tokens": 8}
@@ -228,8 +254,12 @@ class Fault:
 class Rank:
     """The calls that can be asked for, by name."""
 
-    def __init__(self, pipe: Connection, folder: Path, rank: int, world_size: int, model_dir: str) -> None:
+    def __init__(
+        self, pipe: Connection, folder: Path, rank: int, world_size: int, model_dir: str, device_type: str
+    ) -> None:
         self.pipe, self.folder, self.rank, self.world_size, self.model_dir = pipe, folder, rank, world_size, model_dir
+        self.target = TARGETS[device_type]
+        self.device_type, self.device, self.shares_device = device_type, device_type, False
         self.colo: Any = None
         self.engine: Any = None
         self.model: Any = None
@@ -265,11 +295,16 @@ class Rank:
         from tpcolocate import ipc_payload
 
         torch.set_num_threads(1)
+        if self.device_type == "cuda":
+            num_devices = torch.cuda.device_count()
+            self.device, self.shares_device = f"cuda:{self.rank % num_devices}", num_devices < self.world_size
+            torch.cuda.set_device(self.device)
         store = dist.FileStore(str(self.folder / "store"), self.world_size)
         dist.init_process_group(
             "gloo", store=store, rank=self.rank, world_size=self.world_size, timeout=datetime.timedelta(seconds=60)
         )
-        self.model = AutoModelForCausalLM.from_pretrained(self.model_dir, dtype=torch.float32)
+        dtype = getattr(torch, self.target.dtype)
+        self.model = AutoModelForCausalLM.from_pretrained(self.model_dir, dtype=dtype).to(self.device)
         made, ledgers = ipc_payload.Ledger.__init__, self._ledgers
 
         def note(ledger: Any, *args: Any, **kwargs: Any) -> None:
@@ -308,11 +343,14 @@ class Rank:
     def init(self, timeout_s: float) -> str:
         import tpcolocate
 
-        self.colo = tpcolocate.init(self.world_size, device="cpu", timeout_s=timeout_s)
+        self.colo = tpcolocate.init(
+            self.world_size, device=self.device, timeout_s=timeout_s, allow_shared_devices=self.shares_device
+        )
         return str(self.colo.job)
 
     def launch(self, health_timeout_s: float, **arguments: Any) -> None:
-        self.engine = self.colo.launch(self.model_dir, health_timeout_s=health_timeout_s, **ARGS, **arguments)
+        server = {"dtype": self.target.dtype, **ARGS, **self.target.server, **arguments}
+        self.engine = self.colo.launch(self.model_dir, health_timeout_s=health_timeout_s, **server)
 
     def generate(self, timeout_s: float, long: bool = False) -> int:
         prompts = [PROMPTS[self.rank]] if long else PROMPTS
@@ -364,7 +402,8 @@ class Rank:
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for parameter in self.model.parameters():
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+                step = torch.randn(parameter.shape, generator=generator) * 0.05
+                parameter.add_(step.to(parameter.device, parameter.dtype))
 
     def forget(self) -> None:
         """Let the next sync do all that a first one does."""
@@ -400,14 +439,15 @@ class Rank:
         return max(self.behind(prompt, answer["output_ids"]) for prompt, answer in zip(PROMPTS, answers, strict=True))
 
     def behind(self, prompt: list[int], tokens: list[int]) -> float:
-        """How far the logit of a token is below the largest one, at most; infinite if there are none."""
+        """How far the logit of a token is below the largest one, at most, in standard deviations; infinite if there are none."""
         import torch
 
         if not tokens:
             return math.inf
         with torch.no_grad():
-            logits = self.model(torch.tensor([[*prompt, *tokens[:-1]]])).logits[0, len(prompt) - 1 :]
-        return float((logits.amax(-1) - logits[range(len(tokens)), tokens]).max())
+            ids = torch.tensor([[*prompt, *tokens[:-1]]], device=self.device)
+            logits = self.model(ids).logits[0, len(prompt) - 1 :].float()
+        return float(((logits.amax(-1) - logits[range(len(tokens)), tokens]) / logits.std(-1)).max())
 
     def start_rollouts(self) -> None:
         if self.rollouts is None:
@@ -418,11 +458,14 @@ class Rank:
         return {"answers": 0, "errors": [], "ended": True} if rollouts is None else rollouts.end()
 
     def footprint(self) -> dict[str, int]:
-        """Memory and descriptors of this process alone."""
+        """Memory, of the GPU too, and descriptors of this process alone."""
+        import torch
+
         gc.collect()
         process = psutil.Process()
+        on_device = torch.cuda.memory_allocated() if self.device_type == "cuda" else 0
         return {
-            "rss": process.memory_info().rss, "fds": process.num_fds(), "threads": process.num_threads(),
+            "device_bytes": on_device, "rss": process.memory_info().rss, "fds": process.num_fds(), "threads": process.num_threads(),
             "children": len(process.children(recursive=True)),
         }  # fmt: skip
 
@@ -460,7 +503,7 @@ class Rollouts:
 
 
 def main() -> None:
-    fd, folder, rank, world_size, model_dir = sys.argv[1:]
+    fd, folder, rank, world_size, model_dir, device_type = sys.argv[1:]
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore it
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1)
@@ -468,7 +511,7 @@ def main() -> None:
 
     logging.basicConfig(level=logging.INFO)
     with Connection(int(fd)) as pipe:
-        served = Rank(pipe, Path(folder), int(rank), int(world_size), model_dir)
+        served = Rank(pipe, Path(folder), int(rank), int(world_size), model_dir, device_type)
         served.serve()
 
 

@@ -3,6 +3,7 @@
     python benchmarks/soak.py --faults 20 --seed 1 --record
     python benchmarks/soak.py --faults 200 --seed 3 --until 100 --record    # begins no fault after 100 minutes
     python benchmarks/soak.py --faults 200 --seed 3 --jobs 8 --record       # eight jobs share the faults: two cores for each
+    python benchmarks/soak.py --faults 40 --jobs 4 --device cuda --record   # on GPUs; on a single one all ranks share it
 
 Each fault is drawn from the seed.  After it the ranks must have an error within their limits, the job must go on (a sync
 again, a relaunch in the same processes, or a new job where a rank is gone), and the engine must generate the trainer's own
@@ -25,6 +26,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import fault_cells
+import fault_job
+import fault_rank
 import record
 from fault_cells import Cell
 from fault_job import ROOT, SHM, Job
@@ -33,7 +36,7 @@ from fault_runner import Attempt, Runner, sync_and_check
 sys.path.append(str(ROOT / "tests"))  # the tiny model is the tests'
 
 # Of the ranks, from the second time that a server runs to the last: the first launch loads libraries.
-MOST_RSS_BYTES, MOST_FDS = 64 * 2**20, 8
+MOST_RSS_BYTES, MOST_FDS, MOST_DEVICE_BYTES = 64 * 2**20, 8, 2**20
 _SYNCS_BETWEEN = 3
 # How often: what leaves the server alone, what ends it, what ends a rank.
 _WEIGHTS = {"server stays": 4, "server ends": 3, "rank ends": 1}
@@ -105,15 +108,22 @@ class Soak:
 
     Args:
         model_dir: What is served.
+        device_type: On what: "cpu" or "cuda".
         syncs_between: Syncs beside rollouts before each fault.
         ends: When no more faults are begun, on the monotonic clock; None for never.
         label: In front of each line that is printed.
     """
 
     def __init__(
-        self, model_dir: str, *, syncs_between: int = _SYNCS_BETWEEN, ends: float | None = None, label: str = ""
+        self,
+        model_dir: str,
+        *,
+        device_type: str = "cpu",
+        syncs_between: int = _SYNCS_BETWEEN,
+        ends: float | None = None,
+        label: str = "",
     ) -> None:
-        self.runner = Runner(model_dir)
+        self.runner = Runner(model_dir, device_type=device_type)
         self.label = label
         self.ends = ends
         self.syncs_between = syncs_between
@@ -233,10 +243,24 @@ class Soak:
         return 1000 + self._seed
 
 
-def run_jobs(model_dir: str, cells: Sequence[Cell], *, jobs: int, syncs_between: int, ends: float | None) -> Found:
+def run_jobs(
+    model_dir: str,
+    cells: Sequence[Cell],
+    *,
+    jobs: int,
+    syncs_between: int,
+    ends: float | None,
+    device_type: str = "cpu",
+) -> Found:
     """Run a schedule in several jobs beside each other; each takes the faults that are its turn."""
     soaks = [
-        Soak(model_dir, syncs_between=syncs_between, ends=ends, label=f"job {i}: " if jobs > 1 else "")
+        Soak(
+            model_dir,
+            device_type=device_type,
+            syncs_between=syncs_between,
+            ends=ends,
+            label=f"job {i}: " if jobs > 1 else "",
+        )
         for i in range(jobs)
     ]
     with ThreadPoolExecutor(jobs) as pool:
@@ -252,7 +276,9 @@ def run_jobs(model_dir: str, cells: Sequence[Cell], *, jobs: int, syncs_between:
 
 def too_much(growth: Mapping[str, int]) -> list[str]:
     """What has grown more than it may."""
-    limits = {"rss": MOST_RSS_BYTES, "fds": MOST_FDS, "threads": 2, "children": 0, "shm_files": 4}
+    limits = {
+        "device_bytes": MOST_DEVICE_BYTES, "rss": MOST_RSS_BYTES, "fds": MOST_FDS, "threads": 2, "children": 0, "shm_files": 4,
+    }  # fmt: skip
     return [f"{name} grew by {growth[name]}" for name, limit in limits.items() if growth.get(name, 0) > limit]
 
 
@@ -272,23 +298,27 @@ def main() -> int:
     parser.add_argument(
         "--jobs", type=int, default=1, help="run so many jobs beside each other, which share the faults"
     )
+    parser.add_argument("--device", choices=fault_rank.TARGETS, default="cpu")
     parser.add_argument("--record", action="store_true", help="write the result under benchmarks/results")
     options = parser.parse_args()
     from tiny_models import make_tiny_model
 
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # not past the clean-up
-    load_before = os.getloadavg()
+    load_before, used_before = os.getloadavg(), fault_job.used_device_mib(options.device)
     cells = schedule(options.faults, options.seed)
     ends = None if options.until is None else time.monotonic() + 60.0 * options.until
     with tempfile.TemporaryDirectory(prefix="tpf-model-") as folder:
         model_dir = str(make_tiny_model(folder))
-        found = run_jobs(model_dir, cells, jobs=options.jobs, syncs_between=options.syncs, ends=ends)
+        found = run_jobs(
+            model_dir, cells, jobs=options.jobs, syncs_between=options.syncs, ends=ends, device_type=options.device
+        )
     problems = found.problems + too_much(found.growth)
+    problems += fault_job.left_on_gpus(options.device, used_before)
     for problem in problems:
         print(problem, file=sys.stderr)
     if found.recovered_s:
         result = record.record(
-            "soak_tp2_cpu",
+            f"soak_tp2_{options.device}",
             metric="from a fault to the trainer's own tokens, or to the end of the job where a rank had gone",
             unit="s",
             samples=found.recovered_s,

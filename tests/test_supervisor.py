@@ -1,7 +1,7 @@
 """The supervisor: however server, owner or supervisor end, no process and no file of the server is left.
 
 The server is replaced by a script that leaves what SGLang leaves: a worker, an orphaned worker in a session of its own,
-a message queue named by pid, and a shared-memory file and a semaphore that can only be found by their mappings.
+a message queue named by pid, and a shared-memory file and semaphores that can only be found by their mappings.
 """
 
 import json
@@ -59,7 +59,7 @@ if os.fork() == 0:
     shared.truncate(4096)
     mapped = mmap.mmap(shared.fileno(), 4096)
     shared.close()
-    semaphore = _multiprocessing.SemLock(0, 1, 1, "/mp-test" + str(os.getpid()), False)
+    semaphores = [_multiprocessing.SemLock(0, 1, 1, f"/{kind}-test{os.getpid()}", False) for kind in ("mp", "loky")]
     note("orphan")
     if mode == "brief":  # a process that makes a file once the server is up, and does not live long
         while not os.path.exists(f"{folder}/make"):
@@ -153,6 +153,7 @@ class Server:
             Path(f"/dev/shm/sgl_shm_mq_{pids['server']}_abcd1234"),
             Path(f"/dev/shm/sglang_loads_test_{pids['orphan']}.shm"),
             Path(f"/dev/shm/sem.mp-test{pids['orphan']}"),
+            Path(f"/dev/shm/sem.loky-test{pids['orphan']}"),
         ]
         assert all(path.exists() for path in self.shm)
         assert os.getsid(pids["orphan"]) != os.getsid(pids["server"])
@@ -603,10 +604,11 @@ def test_only_files_that_a_server_may_leave_are_noticed():
             path.touch()
             made.append(path)
             assert files.seen() == is_seen, name
-        semaphore = Path(f"/dev/shm/sem.mp-{os.getpid()}")
-        os.link(made[0], semaphore)  # as sem_open() gives a semaphore its name
-        made.append(semaphore)
-        assert files.seen() and not files.seen()
+        for kind in ("mp", "loky"):
+            semaphore = Path(f"/dev/shm/sem.{kind}-{os.getpid()}")
+            os.link(made[0], semaphore)  # as sem_open() gives a semaphore its name
+            made.append(semaphore)
+            assert files.seen() and not files.seen()
     finally:
         for path in made:
             path.unlink()
