@@ -3,9 +3,11 @@
 Its ranks agree as ever, being one; the sync is a stand-in, and so is the client.
 """
 
+import dataclasses
 import logging
 import os
 import threading
+import time
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -15,10 +17,19 @@ from test_api import BEGIN, END, FLUSH, GO_ON, PAUSE, RELEASE, RESUME, VERSION, 
 from test_lora import CONFIG, tensors
 
 from tpcolocate.agreement import RankGroup
+from tpcolocate.engine import life
 from tpcolocate.engine.client import Client, Health
 from tpcolocate.engine.context import OwnedServer, ServerLink, SliceContext
 from tpcolocate.engine.engine import Engine
-from tpcolocate.errors import ConfigError, EngineDeadError, EngineStateError, LaunchError, RequestError, SyncError
+from tpcolocate.errors import (
+    ConfigError,
+    EngineDeadError,
+    EngineStateError,
+    LaunchError,
+    RankLostError,
+    RequestError,
+    SyncError,
+)
 from tpcolocate.groups import Host, Member
 from tpcolocate.server.api import ServerApi
 from tpcolocate.server.lifecycle import Life, Lifecycle, State, WeightsState
@@ -479,6 +490,31 @@ def test_the_ranks_are_awaited_once_and_an_interrupted_wait_is_taken_up_again(la
     engine.shutdown()
     engine.shutdown()
     assert met == ["shut the engine down", "shut the engine down", "end the server"]
+
+
+def test_a_client_whose_owner_does_not_come_keeps_to_the_deadline_of_its_call(launch, monkeypatch):
+    """The owner was interrupted: its server runs on, and may still read what this rank has mapped."""
+    engine, waited = launch(), []
+    engine._context.server = dataclasses.replace(engine._context.server, owned=None)
+    monkeypatch.setattr(life, "SERVER_ENDS_S", 0.2)
+
+    def all_gather(value, *, what, timeout_s):
+        if what == "end the server":
+            time.sleep(timeout_s)
+            raise RankLostError("lost contact")
+
+    monkeypatch.setattr(engine._context.group, "all_gather", all_gather)
+    engine._sync.close = lambda *, timeout_s: waited.append(timeout_s) or []
+    engine.shutdown(timeout_s=0.3)
+    assert waited == [0.0]
+
+
+def test_a_client_that_does_not_wait_for_the_others_gives_the_server_time_to_end(launch):
+    engine, waited = launch(), []
+    engine._context.server = dataclasses.replace(engine._context.server, owned=None)
+    engine._sync.close = lambda *, timeout_s: waited.append(timeout_s) or []
+    engine.shutdown(wait=False)
+    assert waited == [life.SERVER_ENDS_S]
 
 
 def test_threads_that_shut_down_at_once_end_the_server_once(launch):

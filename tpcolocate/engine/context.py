@@ -74,10 +74,14 @@ class ServerLink:
     sglang_version: str
     release: Callable[[], None]
 
-    def disconnect(self) -> None:
-        """Close the connections to a server that has ended, or is about to, and take back what it did not release."""
+    def disconnect(self, *, timeout_s: float = SERVER_ENDS_S) -> None:
+        """Close the connections to a server that has ended, or is about to, and take back what it did not release.
+
+        Args:
+            timeout_s: How long a client waits for its end, where there is memory that it might still read.
+        """
         self.client.close()
-        lost = self.sync.close(timeout_s=0.0 if self.owned is not None else SERVER_ENDS_S)
+        lost = self.sync.close(timeout_s=0.0 if self.owned is not None else timeout_s)
         if lost:
             logger.warning("reclaimed handles that the engine never released: %s", listed(lost))
         self.release()

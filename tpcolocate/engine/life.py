@@ -79,7 +79,7 @@ class EngineLife:
                 self._meet("end the server", deadline.left(at_least=_LEAST_S))
         with self._lock:
             if lifecycle.state.life is not Life.ENDED:
-                self._context.server.disconnect()
+                self._context.server.disconnect(timeout_s=min(deadline.left(), SERVER_ENDS_S))
                 lifecycle.state = lifecycle.state.ended()
                 self._on_shutdown()
         if problem is not None:
