@@ -50,6 +50,10 @@ if os.fork() == 0:
         forks = "(read x < a) & ((read x < b) &); read x < c"
         os.chdir(folder)
         os.execv("/bin/sh", ["sglang::scheduler_TP1", "-c", forks])
+    if mode == "fails":  # a process that ends soon after it has its title
+        while not os.path.exists(f"{folder}/fail"):
+            time.sleep(0.005)
+        os.execv("/bin/sleep", ["sglang::detokenizer", "1.2"])
     os.execv("/bin/sleep", ["sglang::detokenizer" if mode != "plain" else "sleep", "600"])
 if os.fork() == 0:
     os.setsid()
@@ -245,6 +249,23 @@ def test_a_server_that_catches_interrupts_is_interrupted_first(make, mode, code,
     assert server.last_event() == {"event": "exited", "code": code, "forced": False}
     assert least_s <= time.monotonic() - began < most_s
     server.assert_gone(0)
+
+
+def test_a_process_that_ends_soon_after_it_has_its_title_is_noticed_while_the_server_starts(make, tmp_path):
+    server = make("fails").start()
+    pids = {process.pid for process in server.processes.values()}
+
+    def is_scanned():
+        found = json.loads(server.record.read_text()) if server.record.exists() else {"processes": []}
+        return pids <= {entry["pid"] for entry in found["processes"]}
+
+    until(is_scanned, "a scan is over: the next is after the end of that process")
+    (tmp_path / "fail").touch()
+    assert server.next_event()["event"] == "started"
+    [died] = server.next_event()["processes"]
+    assert died["name"] == "sglang::detokenizer" and died["pid"] == server.processes["worker"].pid
+    server.send(b"stop\n")
+    assert server.next_event()["event"] == "exited"
 
 
 def test_a_file_of_a_process_that_does_not_live_long_is_removed(make, tmp_path):

@@ -63,6 +63,10 @@ _TITLE = "sglang::"
 # process that maps it shows whose it is.
 _SCAN_INTERVAL_S = 2.0
 _SCAN_AFTER_FILE_S = 0.2
+# Between looks for processes that have got their titles, while the server starts.  Of one that ends soon after, SGLang may
+# say so only after a minute in which it waits for dumps of the GPU.
+_LOOK_FOR_TITLES_S = 0.25
+_STARTS_WITHIN_S = 120.0
 # Between looks at the processes that matter.  With pidfds, which old kernels, seccomp profiles and gVisor lack, their
 # exits are noticed at once.
 _LOOK_INTERVAL_MS = 1000
@@ -276,8 +280,18 @@ class Tree:
         alive = psutil.Process().children(recursive=True)
         self.pids.update(process.pid for process in alive)
         self.files |= shm_files((process.pid for process in alive), self._began)
-        self._write_record([entry for process in alive if (entry := self._describe(process.pid)) is not None])
+        self._write_record(self._describe_all(alive))
         return alive
+
+    def look_for_titles(self) -> bool:
+        """Watch processes that have got their titles since the last scan, if the server may be starting.  Return whether it may."""
+        if time.time() >= self._began + _STARTS_WITHIN_S:
+            return False
+        self._describe_all(psutil.Process().children(recursive=True))
+        return True
+
+    def _describe_all(self, processes: Iterable[psutil.Process]) -> list[dict[str, Any]]:
+        return [entry for process in processes if (entry := self._describe(process.pid)) is not None]
 
     def _describe(self, pid: int) -> dict[str, Any] | None:
         found = stat_of(pid)
@@ -485,6 +499,7 @@ def _wait(tree: Tree, owner: tuple[int, int]) -> tuple[str, list[dict[str, Any]]
     """Wait for a reason to end the server: a command, ``owner`` or ``died``, and which processes died."""
     fixed, new_files = [pidfd(tree.server.pid), pidfd(owner[0])], NewFiles()
     next_scan, has_new = time.monotonic() + _SCAN_INTERVAL_S, False
+    interval_ms = int(1000 * _LOOK_FOR_TITLES_S)
     while True:
         if deaths := tree.deaths():
             return "died", deaths
@@ -493,7 +508,7 @@ def _wait(tree: Tree, owner: tuple[int, int]) -> tuple[str, list[dict[str, Any]]
         command = _next_command(
             owner,
             [*fixed, *(child.pidfd for child in tree.watched.values()), *watched],
-            limit_ms=max(0, min(_LOOK_INTERVAL_MS, int(1000 * (next_scan - time.monotonic())) + 1)),
+            limit_ms=max(0, min(interval_ms, int(1000 * (next_scan - time.monotonic())) + 1)),
         )
         if command is not None:
             return command, []
@@ -502,6 +517,8 @@ def _wait(tree: Tree, owner: tuple[int, int]) -> tuple[str, list[dict[str, Any]]
         if time.monotonic() >= next_scan:
             next_scan, has_new = time.monotonic() + _SCAN_INTERVAL_S, False
             tree.scan()
+        elif not tree.look_for_titles():
+            interval_ms = _LOOK_INTERVAL_MS
 
 
 def _wait_for_owner(owner: tuple[int, int]) -> str:
