@@ -96,14 +96,16 @@ def _late(folder, pid):
 
 
 def _read(path):
-    return int(path.read_text())
+    [count] = path.read_bytes()
+    return count
 
 
 def _write(path, count):
-    # In one step: the other end may be reading it.
-    beside = path.with_name(f"{path.name}.{os.getpid()}")
-    beside.write_text(str(count))
-    beside.replace(path)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
+    try:
+        os.write(fd, bytes([count]))  # one byte: the other end, which may be reading it, has the old or the new one
+    finally:
+        os.close(fd)
 
 
 def num_out():
