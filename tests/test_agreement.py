@@ -309,6 +309,7 @@ def expected_to_be_late(rank):
         return group.all_gather(rank, what="launch the server", quiet_s=60.0), warnings.texts
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_expected_to_be_late_is_no_warning():
     assert run_ranks(expected_to_be_late, 2, timeout_s=100) == [([0, 1], [])] * 2
 

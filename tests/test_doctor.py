@@ -541,6 +541,7 @@ def options(**changed):
     return type("Options", (), values)()
 
 
+@pytest.mark.slow
 def test_a_check_that_hangs_and_one_that_raises_are_findings(monkeypatch, capsys):
     def hangs():
         time.sleep(30)

@@ -66,6 +66,7 @@ def _serve_and_stop(port):
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_a_store_whose_process_is_stopped_is_waited_for_no_longer_than_asked():
     here, there = multiprocessing.Pipe()

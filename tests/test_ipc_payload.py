@@ -290,6 +290,7 @@ BATCHES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", BATCHES)
 def test_sglang_reads_the_same_bytes(reader, ledger, case):
     torch.manual_seed(0)

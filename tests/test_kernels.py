@@ -36,7 +36,8 @@ from tpcolocate.weights.plan.sharding import LocalShard
 from tpcolocate.weights.plan.slices import Read, SliceKind, TensorSlice, block_of
 from tpcolocate.weights.transport.checksums import DirectChecksums, PlacedChecksums
 
-pytestmark = [pytest.mark.quick, pytest.mark.timeout(120)]
+# The interpreter of the kernels takes its time.
+pytestmark = [pytest.mark.quick, pytest.mark.slow, pytest.mark.timeout(120)]
 
 CPU = torch.device("cpu")
 KERNEL = "tpcolocate.in_server.tpcolocate_receiver.triton_kernel"
@@ -154,7 +155,6 @@ def test_a_sum_of_what_was_given_instead_of_what_arrived_does_not_pass(kernel):
     st.integers(0, 2**31),
 )
 @settings(max_examples=60, deadline=None)
-@pytest.mark.slow
 def test_whatever_is_cut_out_arrives_and_nothing_beside_it_changes(kernel, outer, width, margin, into_whole, seed):
     shape = [*outer, width]
     given_, taken = [size + 2 for size in outer] + [width + 2 * margin], [*outer, width + 4]
@@ -276,7 +276,6 @@ def test_what_is_no_number_stays_none(kernel):
     st.integers(0, 2**31),
 )
 @settings(max_examples=60, deadline=None)
-@pytest.mark.slow
 def test_whatever_is_cut_out_is_cast_and_nothing_beside_it_changes(
     kernel, cast, outer, width, margin, into_whole, seed
 ):

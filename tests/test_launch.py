@@ -244,6 +244,7 @@ def test_a_server_that_never_answers_is_stopped_at_the_deadline(stand_in, monkey
 SLOW = SERVE.replace("self.send_response(200)", "self.path == '/health' and time.sleep(600); self.send_response(200)")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("leaves", [False, True])
 def test_a_first_token_that_takes_long_is_not_waited_for_beyond_the_deadline_or_a_client_that_has_left(
     stand_in, monkeypatch, leaves

@@ -98,6 +98,7 @@ def test_a_compiler_that_hangs_is_waited_for_once(monkeypatch, caplog):
 
 
 # The interpreter has no bfloat16 in products of matrices: there its factors are float32, which hold the same numbers.
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_the_kernel_adds_all_products_at_once_rounds_once_and_writes_nothing_else(kernel, dtype):
     generator = torch.Generator().manual_seed(0)

@@ -317,6 +317,7 @@ def computed(model):
     return {name: item for name, item in NamedWeights.of(model) if isinstance(item, LazyTensor)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base, factors", [
     (torch.float32, torch.float32),
     (torch.bfloat16, torch.float32),
