@@ -1,6 +1,7 @@
-"""Two source trees of this library on one machine, in turns: repeated syncs of the 8B shape, plain and FSDP2.
+"""Two source trees of this library on one machine, in turns: repeated syncs of the 8B shape, plain, FSDP2 and with a LoRA.
 
     python benchmarks/ab_trees.py --a /path/to/old --b . --label-a v0.1 --label-b HEAD --record
+    python benchmarks/ab_trees.py --a /path/to/old --b . --modules fsdp2_lora lora --staging-mib 1024 --record
     python benchmarks/ab_trees.py --a /path/to/old --b . --device cpu --shape tiny --syncs 3
 
 Each tree gets training ranks and a server of its own.  By default both are up at the same time and sync in turns, a pair at a
@@ -32,6 +33,7 @@ from gpu_common import (
     SHAPES,
     Stock,
     change,
+    change_adapter,
     checksums,
     is_verified,
     make_model,
@@ -45,7 +47,7 @@ from record import RESULTS, publish, ratio_of_medians, record, summary
 import tpcolocate
 
 CPU_SERVER = {"skip_tokenizer_init": True, "context_length": 256, "max_total_tokens": 2048, "max_running_requests": 8}
-BUCKET_BYTES = 512 * 2**20
+LORA_RANK = 16
 WARM_UP = 8
 IDLE_S = 5.0
 POLL_S = 0.0005
@@ -64,11 +66,14 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--tp-size", type=int, default=2)
     parser.add_argument("--ranks", type=int, default=None, help="training ranks of each tree; default: tp_size")
     parser.add_argument("--shape", choices=SHAPES, default="8b")
-    parser.add_argument("--modules", nargs="+", choices=("plain", "fsdp2"), default=["plain", "fsdp2"])
+    parser.add_argument(
+        "--modules", nargs="+", choices=("plain", "fsdp2", "lora", "fsdp2_lora"), default=["plain", "fsdp2"]
+    )
     parser.add_argument("--syncs", type=int, default=15, help="of each tree and module that are timed")
     parser.add_argument(
         "--rounds", type=int, default=0, help="one tree after the other, so many times; 0: both at once"
     )
+    parser.add_argument("--staging-mib", type=int, default=512)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--timeout-s", type=float, default=540.0, help="for everything")
     parser.add_argument("--record", action="store_true", help="write the results as JSON")
@@ -80,7 +85,7 @@ def parse_args() -> argparse.Namespace:
 
 def steps(letters: str, modules: list[str], syncs: int) -> list[Step]:
     """What the trees do, one at a time."""
-    made: list[Step] = [(letter, "launch", "") for letter in letters]
+    made: list[Step] = []
     for module in modules:
         made += [(letter, "prepare", module) for letter in letters]
         for number in range(syncs):
@@ -105,8 +110,13 @@ class Ranks:
         # A wait on the GPU would disturb the other tree.
         self.control = dist.new_group(backend="gloo", timeout=timedelta(seconds=args.timeout_s))
         self.model: torch.nn.Module | None = None
+        self.has_lora = False
         self.seed = 0
         self.found: dict[str, Any] = {"tree": str(Path(tpcolocate.__file__).resolve().parents[1]), "failed_syncs": []}
+
+    @property
+    def bucket_bytes(self) -> int:
+        return int(self.args.staging_mib) * 2**20
 
     def wait_for(self, number: int) -> None:
         """Until it is the turn of a step; the other ranks wait for rank 0."""
@@ -129,12 +139,17 @@ class Ranks:
         self.colo = tpcolocate.init(self.args.tp_size, device=self.device, timeout_s=120.0)
         self.engine = self.colo.launch(self.args.folder / "model", health_timeout_s=400.0, **{**DUMMY, **server})
         self.found["launch_seconds"] = round(time.monotonic() - started, 1)
-        self.stock = Stock(self.engine, self.colo, BUCKET_BYTES) if kind == "cuda" else None
+        self.stock = Stock(self.engine, self.colo, self.bucket_bytes) if kind == "cuda" else None
 
     def prepare(self, module: str) -> None:
         """Make the module and sync it until nothing new is planned or mapped."""
-        if self.model is None:
-            self.model = make_model(self.args.folder / "model", self.device, 1)
+        has_lora = "lora" in module
+        if self.model is None or has_lora or self.has_lora:
+            self.model, self.has_lora = None, has_lora
+            lora = LORA_RANK if has_lora else None
+            self.model = make_model(
+                self.args.folder / "model", self.device, 1, sharded=module == "fsdp2_lora", lora=lora
+            )
             if self.device.type == "cpu" and module == "plain":
                 self.model.share_memory()
         if module == "fsdp2":
@@ -179,11 +194,14 @@ class Ranks:
         """Change the weights and sync them; seconds on this rank."""
         assert self.model is not None
         self.seed += 1
-        change(self.model, self.seed, self.device)
+        if self.has_lora:
+            change_adapter(self.model, self.seed)
+        else:
+            change(self.model, self.seed, self.device)
         synchronize()
         dist.barrier(group=self.control)
         started = time.perf_counter()
-        report = self.engine.sync_weights(self.model, bucket_bytes=BUCKET_BYTES)
+        report = self.engine.sync_weights(self.model, bucket_bytes=self.bucket_bytes)
         return time.perf_counter() - started, report
 
     def timed(self, module: str) -> None:
@@ -209,15 +227,16 @@ class Ranks:
             mine = checksums(self.engine, self.colo)
             self.stock.push(self.model)
             row["equals_stock"] = mine == checksums(self.engine, self.colo)
+        if self.rank == 0:
+            print(f"{self.args.worker} {module}: {json.dumps(row)}", flush=True)
 
     def run(self) -> None:
+        self.launch()  # beside the other tree; nothing is timed before both are up
         for number, (letter, what, module) in enumerate(json.loads((self.args.folder / "steps").read_text())):
             if letter != self.args.worker:
                 continue
             self.wait_for(number)
-            {"launch": self.launch}.get(what, lambda: None)()
-            if what != "launch":
-                {"prepare": self.prepare, "sync": self.timed, "check": self.check}[what](module)
+            {"prepare": self.prepare, "sync": self.timed, "check": self.check}[what](module)
             self.done(number)
         if self.rank == 0:
             (self.args.folder / f"found.{self.args.worker}").write_text(json.dumps(self.found))
@@ -251,7 +270,7 @@ def start(args: argparse.Namespace, letter: str, folder: Path) -> subprocess.Pop
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     options = {
-        "a": args.a.resolve(), "b": args.b.resolve(), "tp-size": args.tp_size, "shape": args.shape, "device": args.device,
+        "a": args.a.resolve(), "b": args.b.resolve(), "tp-size": args.tp_size, "shape": args.shape, "device": args.device, "staging-mib": args.staging_mib,
         "timeout-s": args.timeout_s, "worker": letter, "folder": folder,
     }  # fmt: skip
     ranks = args.tp_size if args.ranks is None else args.ranks
@@ -337,7 +356,7 @@ def made(
         },
         settings={
             "shape": args.shape, "tp_size": args.tp_size, "ranks": args.tp_size if args.ranks is None else args.ranks,
-            "bucket_mib": BUCKET_BYTES / 2**20, "trees": labels, "at_the_same_time": args.rounds == 0,
+            "bucket_mib": args.staging_mib, "trees": labels, "at_the_same_time": args.rounds == 0,
         },
         checks={
             f"{labels[letter]}: {name}": [row[name] for row in rows[letter]]

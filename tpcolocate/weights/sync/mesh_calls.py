@@ -4,7 +4,7 @@ Every rank of a mesh makes these calls in the same order, whether its own slice 
 depends only on what all of its ranks have exchanged in it.  The order, from the first to the last:
 
     route, [gather ..., verdict], map, [reach, reached], exchange, mapped, plan,
-    sums, ingredients, halves, stage ..., staged, done, gather ...
+    sums, halves, ingredients, stage ..., staged, done, gather ...
 
 A sync that uses the plan of the last one goes from `route` or `map` straight to `sums`.
 """
@@ -359,9 +359,10 @@ def _transfer_calls(
     spanning = [group for group in plan.groups if layout.spans_slices(group)]
     yield MeshCall("sums", transfer.expected_direct, is_collective=bool(spanning))
     if plan.stages:
+        # First, so that the workers map the halves while the ingredients are gathered.
+        yield _halves_call(session, transfer)
         is_gathered = any(one.is_collective for one in transfer.ingredients)
         yield MeshCall("ingredients", transfer.gather_ingredients, is_collective=is_gathered)
-        yield _halves_call(session, transfer)
     for i, stage in enumerate(plan.stages):
         yield MeshCall("stage", lambda i=i: transfer.fill_stage(i), is_collective=stage.group is not None)
     if plan.stages:
