@@ -52,7 +52,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 # Files that SGLang leaves in /dev/shm: scheduler message queues (24 MiB each) and load snapshots even after a graceful
 # stop, as sgl_shm_<kind>_<pid>_<random> and sglang_loads_<socket>_<digest>; semaphores of joblib, which a scheduler has
-# where scikit-learn is installed and which SGLang kills; after a forced one, also those of multiprocessing.  In old releases, 0.5.9 for one, the queues have multiprocessing's own name, psm_<random>; data loaders
+# where sklearn is installed and which SGLang kills; after a forced one, also those of multiprocessing.  In old releases, 0.5.9 for one, the queues have multiprocessing's own name, psm_<random>; data loaders
 # make files of that name as well, often, and so those are only looked for now and then.
 _NOTICED_PREFIXES = ("sgl_shm_", "sglang_", "sem.mp-", "sem.loky-")
 _LEFTOVER_PREFIXES = (*_NOTICED_PREFIXES, "psm_")
