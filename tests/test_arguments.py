@@ -61,6 +61,9 @@ def test_a_cpu_server_gets_defaults_that_the_user_overrides():
     *(({name: "x"}, f"{name}='x' is not supported: {why}") for name, why in rules._UNSUPPORTED.items()),
     *(({"load_format": kind}, f"load_format='{kind}' is not supported") for kind in rules._QUANTISED_FORMATS),
     ({"tp_size": 4}, r"tp_size=4\) contradicts init\(tp_size=2"),
+    *(({"custom_weight_loader": value}, "custom_weight_loader must be a list of dotted names") for value in (5, True, [["a"]])),
+    ({"mem_fraction_static": torch.tensor(float("nan"))}, "mem_fraction_static=nan cannot be written"),
+    ({"mem_fraction_static": torch.tensor(1j)}, "is a complex, which is no value of a server argument"),
 ])  # fmt: skip
 def test_unsupported_arguments_are_rejected_by_name_with_the_reason(user, words):
     with pytest.raises(ConfigError, match=words):

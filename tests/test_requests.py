@@ -1,5 +1,6 @@
 """The gate of `generate`: what is sent, and what is refused before that, without a server."""
 
+import enum
 import json
 import math
 import pickle
@@ -295,6 +296,35 @@ def test_what_would_end_the_scheduler_is_refused(fields, words):
     assert words in refusal(known=FIELDS, **fields)
 
 
+class Kind(enum.StrEnum):
+    SUPPORT = "support"
+
+
+@pytest.mark.parametrize("value, words", [
+    (Kind.SUPPORT, "Kind.SUPPORT"),
+    (enum.Enum("Plain", "A")(1), "Plain.A"),
+    (torch.ones(2, dtype=torch.long, device="meta"), "cannot be read"),
+    (torch.tensor(1, device="meta"), "cannot be read"),
+    (torch.ones(2, 2, dtype=torch.long).to_sparse(), "cannot be read"),
+])  # fmt: skip
+def test_what_only_looks_like_a_list_or_has_no_content_is_refused(value, words):
+    """The class of an enum's member has a length and can be gone through, the member cannot."""
+    wrong = [{"stop_token_ids": value}, {"max_new_tokens": value}, {"custom_params": value}, [value, value]]
+    refused = [refusal([IDS, IDS], params) for params in wrong]
+    refused += [
+        refusal([IDS, IDS], known=FIELDS, return_logprob=True, **{name: value})
+        for name in ("top_logprobs_num", "token_ids_logprob")
+    ]
+    refused += [refusal(input_ids=value, prompts=None), refusal(input_embeds=value, prompts=None)]
+    assert all(words in text or "must be" in text for text in refused), refused
+    assert words in refused[0] + refused[-1]
+
+
+def test_a_name_given_twice_among_very_many_is_found_at_once():
+    many = [str(i) for i in range(100_000)]
+    assert "rid '99999' is given to several prompts" in refusal([[1]] * 100_001, rid=[*many, many[-1]])
+
+
 def test_fields_that_this_server_ignores_are_refused():
     limits = ServerLimits(ignored=frozenset(NEEDED))
     text = refusal(known=FIELDS, limits=limits, return_routed_experts=True)
@@ -357,6 +387,7 @@ def test_several_samples_take_one_value_for_all_prompts():
     prompts, two = [IDS, [1]], {"n": 2}
     assert body(prompts, two, return_logprob=[True, True])["return_logprob"] is True
     assert "must be the same for all prompts with n > 1" in refusal(prompts, two, return_logprob=[True, False])
+    assert body([], two, return_logprob=[], top_logprobs_num=[])["input_ids"] == []
     assert "130000 samples, more than 131072" not in body([IDS] * 2, {"n": 65000})
     assert "195000 samples, more than 131072" in refusal([IDS] * 3, {"n": 65000})
 

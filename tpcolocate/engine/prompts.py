@@ -8,7 +8,7 @@ from numbers import Integral
 from typing import Any
 
 from tpcolocate.engine.limits import ServerLimits
-from tpcolocate.engine.values import MAX_INT, is_array, is_list, number, scalar, text
+from tpcolocate.engine.values import MAX_INT, contents, is_array, is_list, number, scalar, text
 from tpcolocate.errors import ConfigError, TpColocateError, shown
 
 Prompt = str | list[int] | list[list[float]]
@@ -107,8 +107,8 @@ def _of_tokenizer(given: Any) -> Any:
 def _plain_rows(given: Any) -> Any:
     """Lists in place of arrays: of all rows, or of each."""
     if is_array(given):
-        return given.tolist()
-    return [row.tolist() if is_array(row) else row for row in given] if is_list(given) else given
+        return contents(given)
+    return [contents(row) if is_array(row) else row for row in given] if is_list(given) else given
 
 
 def _unpadded(ids: Sequence[Any], mask: Sequence[Any]) -> list[Any]:
@@ -166,7 +166,7 @@ def _ids(row: Any, name: str, limits: ServerLimits) -> list[int]:
             row = row[0]
         if row.ndim != 1:
             raise ConfigError(f"{name} has shape {tuple(row.shape)}", hint="a prompt is (tokens,)")
-        ids: list[Any] = row.tolist()
+        ids: list[Any] = contents(row)
     elif is_list(row):
         ids = list(row)
     else:
@@ -216,12 +216,12 @@ def _check_vocabulary(ids: list[int], name: str, vocab_size: int | None) -> None
 
 def _read_embeds(given: Any, limits: ServerLimits) -> Prompts:
     if is_array(given):
-        given = given.tolist()
+        given = contents(given)
     if not is_list(given) or not all(is_list(row) or is_array(row) for row in given):
         raise ConfigError(
             f"input_embeds must be (tokens, hidden) or (prompts, tokens, hidden), got {shown(given)}",
         )
-    rows = [row.tolist() if is_array(row) else list(row) for row in given]
+    rows = [contents(row) if is_array(row) else list(row) for row in given]
     is_single = bool(rows) and bool(rows[0]) and _is_token(rows[0][0])
     prompts = Prompts("input_embeds", [], is_single)
     for i, row in enumerate([rows] if is_single else rows):
@@ -237,7 +237,7 @@ def _embeds(rows: list[Any], name: str, hidden_size: int | None) -> list[list[fl
         raise ConfigError(f"{name} is empty", hint=_EMPTY_HINT)
     vectors: list[list[float]] = []
     for i, row in enumerate(rows):
-        row = row.tolist() if is_array(row) else row
+        row = contents(row) if is_array(row) else row
         if not is_list(row):
             raise ConfigError(f"token {i} in {name} is {shown(row)}, not a vector")
         width = len(row) if hidden_size is None and not vectors else hidden_size or len(vectors[0])

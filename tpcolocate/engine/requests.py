@@ -10,6 +10,7 @@ import copy
 import difflib
 import json
 import pickletools
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 from tpcolocate.engine.limits import ServerLimits
 from tpcolocate.engine.prompts import Prompts, read_prompts
 from tpcolocate.engine.sampling import advice, check_sampling, is_sampling_name, token_ids
-from tpcolocate.engine.values import flag, integer, is_array, is_list, plain, refuse, text
+from tpcolocate.engine.values import contents, flag, integer, is_array, is_list, plain, refuse, text
 from tpcolocate.errors import ConfigError, TpColocateError, shown, some
 
 PROMPT_FIELDS = ("text", "input_ids", "input_embeds")
@@ -393,7 +394,7 @@ def _add_token_ids(
 ) -> None:
     """Add ``token_ids_logprob``: ids for all prompts, or a list of ids for each."""
     name = "token_ids_logprob"
-    values = value.tolist() if is_array(value) else value
+    values = contents(value) if is_array(value) else value
     if not is_list(values) or not any(is_list(each) or is_array(each) for each in values):
         common[name] = token_ids(values, name, limits)
         return
@@ -407,7 +408,7 @@ def _add_token_ids(
 
 
 def _one_each(name: str, value: Any, prompts: Prompts) -> list[Any]:
-    values = value.tolist() if is_array(value) else list(value)
+    values = contents(value) if is_array(value) else list(value)
     if prompts.is_single:
         raise ConfigError(
             f"{name} is a list, for a single prompt: {shown(values)}", hint=f"pass one {name}, or a list of prompts"
@@ -428,7 +429,7 @@ def _mark(prompts: Prompts, index: int, error: TpColocateError) -> None:
 def _check_unique(own: Mapping[str, list[Any]]) -> None:
     rids = [rid for rid in own.get("rid", []) if rid is not None]
     if len(set(rids)) != len(rids):
-        twice = next(rid for rid in rids if rids.count(rid) > 1)
+        twice = next(rid for rid, number in Counter(rids).items() if number > 1)
         raise ConfigError(f"rid {shown(twice)} is given to several prompts", hint="a request is aborted by it")
 
 
@@ -443,12 +444,11 @@ def _check_logprobs(common: Mapping[str, Any], own: Mapping[str, list[Any]]) -> 
 def _merge_equal(own: dict[str, list[Any]], common: dict[str, Any]) -> None:
     """SGLang takes no lists of these with n > 1; lists that repeat one value need not be."""
     for name in (*_NOT_WITH_SAMPLES, "token_ids_logprob"):
-        values = own.get(name)
-        if values is None:
+        values = own.pop(name, [])
+        if not values:  # as without prompts
             continue
         if any(value != values[0] for value in values):
             raise ConfigError(f"{name} must be the same for all prompts with n > 1", hint="make a call for each")
-        del own[name]
         if values[0] is not None:
             common[name] = values[0]
 

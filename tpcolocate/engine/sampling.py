@@ -13,7 +13,19 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from tpcolocate.engine.limits import ServerLimits
-from tpcolocate.engine.values import MAX_INT, flag, integer, is_array, is_list, number, plain, refuse, scalar, text
+from tpcolocate.engine.values import (
+    MAX_INT,
+    contents,
+    flag,
+    integer,
+    is_array,
+    is_list,
+    number,
+    plain,
+    refuse,
+    scalar,
+    text,
+)
 from tpcolocate.errors import ConfigError, shown
 from tpcolocate.server.releases import Span
 
@@ -78,7 +90,7 @@ def _stop_regex(value: Any, where: str, limits: ServerLimits) -> list[str]:
 
 def token_ids(value: Any, where: str, limits: ServerLimits) -> list[int]:
     """Return a list of ids of the vocabulary."""
-    values = value.tolist() if is_array(value) else value
+    values = contents(value) if is_array(value) else value
     if isinstance(values, (set, frozenset)):
         values = sorted(values, key=str)
     if not is_list(values):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sized
 from numbers import Integral, Real
 from typing import Any
 
@@ -19,12 +19,35 @@ def refuse(where: str, what: str, value: object, hint: str | None = None) -> Con
 
 
 def scalar(value: Any) -> Any:
-    """Return the Python number of a tensor or array without dimensions, and of NumPy's numbers; others as they are."""
+    """Return the Python number of a tensor or array without dimensions, and of NumPy's numbers; others as they are.
+
+    Raises:
+        ConfigError: It has no content.
+    """
     if type(value) in (int, float, str, bool) or value is None:
         return value
     if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
-        return value.item()
+        return _content(value.item, value)
     return value
+
+
+def contents(array: Any) -> Any:
+    """Return the content of a tensor or array (`is_array`) as lists.
+
+    Raises:
+        ConfigError: It has none.
+    """
+    return _content(array.tolist, array)
+
+
+def _content(read: Callable[[], Any], value: object) -> Any:
+    try:
+        return read()
+    except Exception as error:  # a tensor without memory, of a layout that has no lists, or inside of a transform
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            f"{shown(value)} cannot be read: {why}", hint="pass a list, or a tensor that has values"
+        ) from error
 
 
 def integer(value: Any, where: str, *, low: int, high: int, hint: str | None = None) -> int:
@@ -101,10 +124,13 @@ def is_list(value: object) -> bool:
     """Return whether a value is an ordered collection of others, not a text, a mapping or an array."""
     if isinstance(value, (list, tuple)):
         return True
+    # By the classes of the protocol: a member of an enum has none of its methods, but its class, which has a length, does.
     return (
-        not isinstance(value, (str, bytes, bytearray, memoryview, Mapping))
+        isinstance(value, Sized)
+        and isinstance(value, Iterable)
+        and hasattr(value, "__getitem__")
+        and not isinstance(value, (str, bytes, bytearray, memoryview, Mapping))
         and not hasattr(value, "dtype")
-        and all(hasattr(type(value), name) for name in ("__len__", "__getitem__", "__iter__"))
     )
 
 
@@ -131,7 +157,7 @@ def plain(value: Any, where: str, *, levels: int = _MOST_LEVELS) -> Any:
             for name, each in value.items()
         }
     if is_array(value):
-        value = value.tolist()
+        value = contents(value)
     if not is_list(value):
         raise refuse(where, "text, numbers, lists and dicts", value)
     return [plain(each, f"{where}[{i}]", levels=levels - 1) for i, each in enumerate(value)]
@@ -150,4 +176,16 @@ def _range(low: int, high: int) -> str:
     return f"from {low} to {high}"
 
 
-__all__ = ["MAX_INT", "flag", "integer", "is_array", "is_list", "number", "plain", "refuse", "scalar", "text"]
+__all__ = [
+    "MAX_INT",
+    "contents",
+    "flag",
+    "integer",
+    "is_array",
+    "is_list",
+    "number",
+    "plain",
+    "refuse",
+    "scalar",
+    "text",
+]

@@ -176,7 +176,9 @@ def server_arguments(
     arguments["tp_size"] = tp_size
     # Permits our loader; SGLang's other loaders are not affected.
     loaders = user.get("custom_weight_loader")
-    loaders = [] if loaders is None else [loaders] if isinstance(loaders, str) else loaders
+    loaders = [] if loaders is None else loaders if isinstance(loaders, list) else [loaders]
+    if not all(isinstance(loader, str) for loader in loaders):
+        raise ConfigError(f"custom_weight_loader must be a list of dotted names, got {shown(loaders)}")
     arguments["custom_weight_loader"] = list(dict.fromkeys([*loaders, RECEIVER]))
     return {name: value for name, value in arguments.items() if value is not None}
 
@@ -207,7 +209,7 @@ def _plain(name: str, value: Any) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return _written(name, value)
     if hasattr(value, "item") and getattr(value, "ndim", None) == 0:  # a number of numpy's or torch's
-        return value.item()
+        return _plain(name, value.item())
     if isinstance(value, torch.device):
         return value.type
     raise _no_value(name, value)
