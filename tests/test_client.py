@@ -160,3 +160,29 @@ def test_requests_are_counted_while_they_run_and_checked_first(server):
             generate(client, "a", on_error="return")
     assert server.requests == [] and client.num_in_flight == 0
     client.close()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_that_is_dropped_with_its_event_loop_is_not_in_flight(client, stream):
+    """As with Ctrl-C in a loop that is closed after that: no sleep would be possible any more."""
+
+    async def ask():
+        answer = await client.generate_async("a", stream=stream)
+        if stream:
+            await anext(answer)
+            await asyncio.sleep(60)
+
+    async def leave():
+        asking = asyncio.ensure_future(ask())
+        while not client.num_in_flight:
+            await asyncio.sleep(0)
+        return asking
+
+    client.generate("a")  # asks for the limits
+    loop = asyncio.new_event_loop()
+    asking = loop.run_until_complete(leave())
+    assert client.num_in_flight == 1 and not asking.done()
+    loop.close()
+    assert client.num_in_flight == 0
+    client.generate("a")
+    assert client.num_in_flight == 0

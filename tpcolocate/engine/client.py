@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
@@ -44,6 +44,22 @@ class Health(StrEnum):
     DEAD = "dead"
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _InFlight:
+    """A request that is not finished.
+
+    Attributes:
+        loop: The event loop that it runs on, if there is one.
+    """
+
+    loop: asyncio.AbstractEventLoop | None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it never comes to its end: a loop that is closed drops its tasks where they are."""
+        return self.loop is not None and self.loop.is_closed()
+
+
 class Client:
     """Generation on one SGLang server.  Thread-safe; nothing here is collective.
 
@@ -61,14 +77,19 @@ class Client:
         self.url = url
         self.api_key = api_key
         self.http = ServerClient(url, api_key=api_key)
-        self.num_in_flight = 0
         self._check = check
-        self._lock = threading.Lock()
+        # Without a lock, which the handler of a signal or a forked process might meet while it is held.
+        self._in_flight: set[_InFlight] = set()
         self._described_fields: frozenset[str] | None = None
         self._limits: ServerLimits | None = None
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.url!r})"
+
+    @property
+    def num_in_flight(self) -> int:
+        self._in_flight.difference_update([request for request in list(self._in_flight) if request.is_over])
+        return len(self._in_flight)
 
     def close(self) -> None:
         """Close this side's connections; the server runs on."""
@@ -127,7 +148,7 @@ class Client:
         body = call.body()
         if stream:
             return self._stream_async(body, timeout_s=seconds)
-        with self._counted():
+        with self._counted(asyncio.get_running_loop()):
             return await self.http.post_async("/generate", body, timeout_s=seconds)
 
     def _checked(
@@ -159,7 +180,7 @@ class Client:
                 return [error] * call.samples
             return answer if isinstance(answer, list) else [answer]
 
-        with self._counted():
+        with self._counted(asyncio.get_running_loop()):
             found = await asyncio.gather(*(answers(index) for index in range(len(call.prompts))))
         flat = [answer for of_prompt in found for answer in of_prompt]
         return flat[0] if call.prompts.is_single and call.samples == 1 else flat
@@ -170,7 +191,7 @@ class Client:
             yield from self.http.stream("/generate", body, timeout_s=timeout_s)
 
     async def _stream_async(self, body: Mapping[str, Any], *, timeout_s: float | None) -> AsyncIterator[Any]:
-        with self._counted():
+        with self._counted(asyncio.get_running_loop()):
             async for event in self.http.stream_async("/generate", body, timeout_s=timeout_s):
                 yield event
 
@@ -191,17 +212,16 @@ class Client:
         return self._described_fields
 
     @contextmanager
-    def _counted(self) -> Iterator[None]:
-        with self._lock:
-            self.num_in_flight += 1
+    def _counted(self, loop: asyncio.AbstractEventLoop | None = None) -> Iterator[None]:
+        request = _InFlight(loop)
         try:
+            self._in_flight.add(request)
             # Again, now that it is counted: `sleep` first changes the state and then looks for requests, so that one of
             # the two sees the other.  And a stream begins when it is first read.
             self._check()
             yield
         finally:
-            with self._lock:
-                self.num_in_flight -= 1
+            self._in_flight.discard(request)
 
     def health(self) -> Health:
         """Return ``ready`` if the server answers, ``stopped`` if a process of it is (by SIGSTOP), else ``dead``.
