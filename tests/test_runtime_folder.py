@@ -270,6 +270,35 @@ def test_a_process_that_has_got_the_pid_of_a_dead_one_is_not_ended(left):
     assert not made.shared.exists() and server.poll() is None and supervisor.poll() is None
 
 
+ONE = {"name": "x", "pid": 1, "started": 1}
+
+
+@pytest.mark.parametrize("name, content", [
+    ("processes.json", {"processes": []}),
+    ("processes.json", {"supervisor": None, "processes": None}),
+    ("processes.json", {"supervisor": {"name": "x"}, "processes": []}),
+    ("processes.json", {"supervisor": {**ONE, "pid": "1"}, "processes": []}),
+    ("processes.json", {"supervisor": ONE, "processes": [5]}),
+    ("processes.json", {"supervisor": ONE, "processes": [{**ONE, "started": None}]}),
+    ("processes.json", {"supervisor": ONE, "processes": [], "files": [5, "sgl_shm_folder", "sgl_shm_\0"]}),
+    ("processes.json", []),
+    ("owner.json", {"pid": 2**22 + 1, "started": 1, "namespace": pid_namespace(), "nonce": "x", "temporary": 5, "log_path": ""}),
+    ("owner.json", {"pid": "1", "started": 1, "namespace": pid_namespace(), "nonce": "x", "temporary": "/", "log_path": ""}),
+    ("owner.json", {"pid": 1}),
+])  # fmt: skip
+def test_what_another_version_has_recorded_keeps_no_launch_from_its_start(left, folders, name, content):
+    make, start = left
+    owner = start()
+    damaged = make("1-a", owner=owner, supervisor=owner, server=owner)
+    (damaged.shared / name).write_text(json.dumps(content))
+    (folders[0] / "sgl_shm_folder").mkdir()
+    owner.kill()
+    owner.wait()
+    remove_remains(timeout_s=0.3)
+    assert damaged.shared.exists() is (name == "owner.json"), "whose it is cannot be known"
+    damaged.remove()
+
+
 @pytest.mark.parametrize("change", [{"namespace": "pid:[1]"}])
 def test_an_owner_in_another_container_is_not_taken_for_dead(left, change):
     make, start = left

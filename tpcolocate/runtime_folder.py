@@ -26,6 +26,7 @@ import stat
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -189,27 +190,49 @@ def private_folders() -> Iterator[Path]:
 
 
 def read_owner(folder: Path) -> OwnerRecord | None:
-    """Read who made a folder; None if that is not recorded."""
+    """Read who made a folder; None if that is not recorded, or not as this version does it."""
     content = _read_json(folder / "owner.json")
     try:
-        return None if content is None else OwnerRecord(**content)
+        record = OwnerRecord(**content)
     except TypeError:
-        return None  # of another version
+        return None
+    texts = (record.namespace, record.nonce, record.temporary, record.log_path)
+    are_texts = all(isinstance(text, str) and "\0" not in text for text in texts)
+    return record if are_texts and _are_numbers(record.pid, record.started) else None
 
 
 def read_processes(path: Path) -> list[dict[str, Any]]:
-    """Read the supervisor and the server's processes, each with ``name``, ``pid`` and ``started``."""
+    """Read the supervisor and the server's processes, each with ``name``, ``pid`` and ``started``.
+
+    None, if they are not recorded as this version does it: a launch must not fail for what another version has left.
+    """
     content = _read_json(path)
-    return [] if content is None else [content["supervisor"], *content["processes"]]
+    try:
+        found = [content["supervisor"], *content["processes"]]
+        is_ours = all(isinstance(one["name"], str) and _are_numbers(one["pid"], one["started"]) for one in found)
+    except (TypeError, KeyError):
+        return []
+    return found if is_ours else []
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
+def _read_files(path: Path) -> list[str]:
+    """Read the names of the files in /dev/shm that the processes of a record have made."""
+    names = _read_json(path).get("files")
+    return [name for name in names if isinstance(name, str) and "\0" not in name] if isinstance(names, list) else []
+
+
+def _are_numbers(*values: object) -> bool:
+    return all(type(value) is int for value in values)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Read a dict; an empty one if there is none."""
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), encoding="utf-8") as file:
             content = json.load(file)
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def remove_remains(*, timeout_s: float = _ENDS_S) -> None:
@@ -240,9 +263,10 @@ def remove_remains(*, timeout_s: float = _ENDS_S) -> None:
 def _remove_server(folder: Path) -> None:
     """End the processes that a supervisor has recorded, and remove SGLang's files in /dev/shm."""
     _end(read_processes(folder / "processes.json"))
-    for name in (_read_json(folder / "processes.json") or {}).get("files", []):
+    for name in _read_files(folder / "processes.json"):
         if name.startswith(_LEFTOVER_PREFIXES) and "/" not in name:
-            (SHARED_MEMORY / name).unlink(missing_ok=True)
+            with suppress(OSError):  # it is gone, or another user's
+                (SHARED_MEMORY / name).unlink()
 
 
 def _runs(process: dict[str, Any]) -> bool:
