@@ -26,6 +26,7 @@ from tpcolocate.errors import (
     EngineDeadError,
     EngineStateError,
     LaunchError,
+    RankFailedError,
     RankLostError,
     RequestError,
     SyncError,
@@ -678,6 +679,33 @@ def test_a_restart_that_fails_can_be_tried_again_or_given_up(launch):
     engine.shutdown()
     with pytest.raises(EngineStateError, match="shut down"):
         engine.restart()
+
+
+def test_a_restart_that_another_rank_leaves_at_its_very_end_has_failed_on_all(launch, monkeypatch):
+    """As with Ctrl-C there: no rank goes on with a server that another one does not have, or half with the old one."""
+    engine = launch()
+    engine.init_weights_update_group(**PLACE)
+    agree, calls = engine._context.group.agree, []
+
+    def left(error, value=None, *, what, timeout_s=None):
+        calls.append(what)
+        if calls.count("restart the server") == 2:
+            calls.clear()
+            raise RankFailedError("KeyboardInterrupt", rank=1)
+        return agree(error, value, what=what, timeout_s=timeout_s)
+
+    monkeypatch.setattr(engine._context.group, "agree", left)
+    with pytest.raises(RankFailedError):
+        engine.restart()
+    new = engine._context.server
+    assert (engine.url, engine._client, engine._sync) == ("http://elsewhere", new.client.http, new.sync)
+    assert not new.owned.process.alive and new.client.http.closed, "a restart that fails leaves no server"
+    with pytest.raises(EngineStateError, match="being restarted, or could not be"):
+        engine.generate([[1]])
+    monkeypatch.undo()
+    engine.restart({})
+    engine.init_weights_update_group(**PLACE)
+    engine.generate([[1]])
 
 
 def test_an_engine_that_is_shut_down_while_it_restarts_keeps_no_server(launch):

@@ -27,6 +27,7 @@ from tpcolocate.engine.life import EngineLife
 from tpcolocate.engine.update_groups import UpdateGroups
 from tpcolocate.errors import ConfigError, EngineStateError, TpColocateError, noted_on
 from tpcolocate.report import SyncReport
+from tpcolocate.server.http import ServerClient
 from tpcolocate.server.lifecycle import Life, State, WeightsState
 from tpcolocate.weights import update_group
 from tpcolocate.weights.lora import adapter_of, make_adapter
@@ -34,6 +35,7 @@ from tpcolocate.weights.sources.checkpoint import Checkpoint, CheckpointWriter, 
 from tpcolocate.weights.sources.model_spec import local_folder
 from tpcolocate.weights.sources.named_weights import NamedWeights, Rename, Source, check_rename
 from tpcolocate.weights.sync.options import SyncOptions
+from tpcolocate.weights.sync.syncer import WeightSyncer
 from tpcolocate.weights.update_group import UpdateGroup
 
 _AT_ONCE_S = 5.0
@@ -73,23 +75,33 @@ class Engine:
         self._adapters = LoraAdapters(context)
         self._update_groups = UpdateGroups(context)
         self._life = EngineLife(context, on_shutdown=on_shutdown, relaunch=relaunch, restarts=restarts)
-        self._use_server()
-
-    def _use_server(self) -> None:
-        """Take the attributes of the server that runs now."""
-        server = self._context.server
-        self.url = server.client.url
-        self.api_key = server.client.api_key
-        self.sglang_version = server.sglang_version
-        self._client = server.client.http
-        self._sync = server.sync
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.url!r})"
 
     @property
+    def url(self) -> str:
+        return self._context.client.url
+
+    @property
+    def api_key(self) -> str | None:
+        return self._context.client.api_key
+
+    @property
+    def sglang_version(self) -> str:
+        return self._context.server.sglang_version
+
+    @property
     def weight_version(self) -> str:
         return self._lifecycle.weight_version
+
+    @property
+    def _client(self) -> ServerClient:
+        return self._context.client.http
+
+    @property
+    def _sync(self) -> WeightSyncer:
+        return self._context.sync
 
     # --- generation ------------------------------------------------------------------------------------------------
 
@@ -667,8 +679,6 @@ class Engine:
                 )
 
         self._life.restart(with_source=source is not None, check=check)
-        self._use_server()
-        self._update_groups.forget()
         self._adapters.set_again()
         return None if source is None else self.sync_weights(source, **sync_options)
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from tpcolocate.deadline import Deadline
 from tpcolocate.engine.context import SERVER_ENDS_S, ServerLink, SliceContext
-from tpcolocate.errors import ConfigError, EngineError, TpColocateError
+from tpcolocate.errors import ConfigError, EngineError, TpColocateError, noted_on
 from tpcolocate.groups import list_ranks
 from tpcolocate.server.lifecycle import Life, State
 
@@ -128,21 +128,28 @@ class EngineLife:
             # Once it is gone on all ranks, as in a shutdown.
             context.server.disconnect()
             link, state = self._relaunch()
-            with context.group.together(what):
-                self._replace(link, state)
+            try:
+                with context.group.together(what):
+                    self._take(link)
+            except BaseException as error:
+                with noted_on(error):
+                    self._end(link)
+                raise
+        lifecycle.state = lifecycle.state.restarted(state)  # not before all ranks have it
 
-    def _replace(self, link: ServerLink, state: State) -> None:
-        lifecycle = self._context.lifecycle
+    def _take(self, link: ServerLink) -> None:
         with self._lock:
-            if lifecycle.state.life is Life.RESTARTING:
-                self._context.server = link
-                lifecycle.state = lifecycle.state.restarted(state)
-                return
-        # Another thread has shut the engine down meanwhile, and has not seen this server.
-        if link.owned is not None:
-            link.owned.process.stop()
-        link.disconnect()
-        lifecycle.state.check_open("restart the server")
+            if self._context.state.closed:  # by another thread meanwhile, which has not seen this server
+                self._context.state.check_open("restart the server")
+            self._context.server = link
+
+    def _end(self, link: ServerLink) -> None:
+        with self._lock:
+            try:
+                if link.owned is not None:
+                    link.owned.process.stop()
+            finally:
+                link.disconnect()
 
     def must_restart(self, what: str) -> bool:
         """Return whether the engine is to restart by itself before a call, because its server is dead.

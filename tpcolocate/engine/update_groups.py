@@ -22,7 +22,15 @@ class UpdateGroups:
 
     def __init__(self, context: SliceContext) -> None:
         self._context = context
-        self._names: set[str] = set()
+        self._joined_by = context.server
+        self._joined: set[str] = set()
+
+    @property
+    def _names(self) -> set[str]:
+        """Of the groups that the server is in; another one after a restart is in none."""
+        if self._joined_by is not self._context.server:
+            self._joined_by, self._joined = self._context.server, set()
+        return self._joined
 
     def join(self, group: UpdateGroup, *, timeout_s: float) -> None:
         context, what = self._context, "join an update group"
@@ -119,10 +127,6 @@ class UpdateGroups:
             if spec is not None:
                 context.lifecycle.note_missing(spec.missing(names, ignored=context.sync.ignored))
             context.on_owner("update weights from a group", act, timeout_s=timeout_s)
-
-    def forget(self) -> None:
-        """Forget all groups: another server runs, which is in none."""
-        self._names.clear()
 
     def _check_joined(self, group_name: str) -> None:
         check_text("group_name", group_name)
