@@ -1,5 +1,6 @@
 """`init` on real ranks: slices, owners, and the same error on every rank."""
 
+import os
 import time
 
 import pytest
@@ -211,6 +212,18 @@ def test_a_job_has_the_name_that_it_was_given():
     assert run_ranks(job_of, 1, "mine", 1, env={"TPCOLOCATE_JOB": "from_outside"}, init_group=False) == ["mine"]
 
 
+def test_a_variable_that_is_set_to_nothing_is_not_set_and_a_bad_one_is_named(monkeypatch):
+    """As in a script that exports a variable which its caller has not set."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("TPCOLOCATE_JOB", "")
+    with tpcolocate.init(device="cpu") as colo:
+        assert colo.job.startswith(f"{os.getpid()}-")
+    monkeypatch.setenv("TPCOLOCATE_JOB", "my job")
+    for call in (lambda: tpcolocate.init(device="cpu"), tpcolocate.connect):
+        with pytest.raises(errors.ConfigError, match="TPCOLOCATE_JOB='my job' is not the name of a job"):
+            call()
+
+
 @pytest.mark.parametrize("jobs, words", [
     (["a", "b"], "ranks 0 and 1 are of different jobs: 'a' and 'b'"),
     (["a", None], "ranks 0 and 1 are of different jobs: 'a' and None"),
@@ -293,7 +306,8 @@ def test_connect_takes_the_job_that_is_named(announced, monkeypatch, caplog):
         tpcolocate.connect("../b")
 
 
-def test_connect_without_a_job_warns_which_server_it_takes(announced, caplog):
+def test_connect_without_a_job_warns_which_server_it_takes(announced, monkeypatch, caplog):
     announced("a")
+    monkeypatch.setenv("TPCOLOCATE_JOB", "")
     assert tpcolocate.connect().url.endswith("/a")
     assert "takes the only server of this user, that of job a" in caplog.text

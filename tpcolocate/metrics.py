@@ -228,8 +228,7 @@ def write_prometheus_targets(path: str | os.PathLike[str], *, job: str | None = 
         OSError: The file cannot be written.
     """
     path = check_path("path", path)
-    if job is not None:
-        rendezvous.check_job(job)
+    job = rendezvous.job_of(job, {})
     targets = []
     for _, announcement in sorted(rendezvous.discover(job), key=lambda found: (found[1].job, found[1].slice_index)):
         labels = {

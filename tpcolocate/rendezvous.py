@@ -14,7 +14,7 @@ import re
 import stat
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from tpcolocate.errors import ConfigError, LaunchError, RendezvousError, shown
 from tpcolocate.processes import start_of
 from tpcolocate.runtime_folder import folder_of, private_folders
 
+JOB_VARIABLE = "TPCOLOCATE_JOB"
 _NAME = "announcement.json"
 _POLL_INTERVAL_S = 0.05
 _JOB = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -60,17 +61,22 @@ class Announcement:
         return start_of(self.pid) == self.started
 
 
-def check_job(job: object) -> None:
-    """Check the name of a job, which is part of file names.
+def job_of(job: object, environ: Mapping[str, str]) -> str | None:
+    """Return the name of a job that was passed, or else that in the environment; None if there is none.
 
     Raises:
         ConfigError: It is empty, too long or has other characters.
     """
-    if not isinstance(job, str) or _JOB.fullmatch(job) is None:
+    what = "job" if job is not None else JOB_VARIABLE
+    name = job if job is not None else environ.get(JOB_VARIABLE)
+    if name is None or (job is None and name == ""):  # a variable that is set to nothing is not set
+        return None
+    if not isinstance(name, str) or _JOB.fullmatch(name) is None:
         raise ConfigError(
-            f"job={shown(job)} is not the name of a job",
+            f"{what}={shown(name)} is not the name of a job",
             hint="use 1 to 64 letters, digits, dots, hyphens and underscores, the first a letter or a digit",
         )
+    return name
 
 
 def path_for(nonce: str) -> Path:
@@ -215,4 +221,4 @@ def discover(job: str | None = None) -> list[tuple[Path, Announcement]]:
     return found
 
 
-__all__ = ["Announcement", "announce", "check_job", "discover", "parse", "path_for", "read", "wait"]
+__all__ = ["JOB_VARIABLE", "Announcement", "announce", "discover", "job_of", "parse", "path_for", "read", "wait"]

@@ -54,7 +54,6 @@ _MOST_RANKS = 2**20
 _REQUEST_S = 30.0
 # Compiling takes two seconds the first time on a machine, while the server takes a minute to start.
 _KERNEL_S = 10.0
-_JOB_VARIABLE = "TPCOLOCATE_JOB"
 _inits = itertools.count()
 
 
@@ -96,9 +95,12 @@ def init(
         All are raised on every rank, before anything is started.
     """
     distributed = dist.is_available() and dist.is_initialized()
-    job = os.environ.get(_JOB_VARIABLE) if job is None else job
-    error = _check_arguments(tp_size, timeout_s, allow_shared_devices, job)
-    if error is not None:  # which the other ranks are to get, whatever was passed
+    error: ConfigError | None = None
+    try:
+        _check_arguments(tp_size, timeout_s, allow_shared_devices)
+        job = rendezvous.job_of(job, os.environ)
+    except ConfigError as caught:  # which the other ranks are to get, whatever was passed
+        error = caught
         tp_size, timeout_s, allow_shared_devices, job = 1, _ERROR_S, False, None
     if not distributed:
         if error is not None:
@@ -200,22 +202,14 @@ def _check_alone(tp_size: int, environ: Mapping[str, str]) -> None:
         )
 
 
-def _check_arguments(
-    tp_size: object, timeout_s: object, allow_shared_devices: object, job: object
-) -> ConfigError | None:
+def _check_arguments(tp_size: object, timeout_s: object, allow_shared_devices: object) -> None:
     if not isinstance(tp_size, int) or isinstance(tp_size, bool) or not 1 <= tp_size <= _MOST_RANKS:
-        return ConfigError(
+        raise ConfigError(
             f"tp_size must be a positive integer, got {shown(tp_size)}",
             hint="it is the number of GPUs, and of ranks, per server: 1, 2, 4, ...",
         )
-    try:
-        check_timeout(timeout_s)
-        check_flag("allow_shared_devices", allow_shared_devices)
-        if job is not None:
-            rendezvous.check_job(job)
-    except ConfigError as error:
-        return error
-    return None
+    check_timeout(timeout_s)
+    check_flag("allow_shared_devices", allow_shared_devices)
 
 
 @dataclass(frozen=True, slots=True)
@@ -528,9 +522,7 @@ def connect(job: str | None = None, *, slice_index: int | None = None) -> Client
         ConfigError: An argument of a wrong type, or `job` is not the name of a job.
         RendezvousError: No such server, several of them, or it does not answer.
     """
-    job = os.environ.get(_JOB_VARIABLE) if job is None else job
-    if job is not None:
-        rendezvous.check_job(job)
+    job = rendezvous.job_of(job, os.environ)
     if slice_index is not None:
         check_integer("slice_index", slice_index, at_least=0, at_most=_MOST_RANKS)
     found = rendezvous.discover(job)
@@ -554,7 +546,7 @@ def connect(job: str | None = None, *, slice_index: int | None = None) -> Client
             "init(job=...) and connect(job), or with %s",
             announcement.job,
             ",".join(map(str, announcement.slice_ranks)),
-            _JOB_VARIABLE,
+            rendezvous.JOB_VARIABLE,
         )
     if not is_listening(announcement):
         raise RendezvousError(
