@@ -39,6 +39,12 @@ CPU = {"SGLANG_USE_CPU_ENGINE": "1", "SGLANG_NCCL_SO_PATH": "no-nccl-on-a-cpu"}
     ({"A": "1", "RANK": "0"}, {"user": {"A": "2", "RANK": "7", "NO_PROXY": "mine"}}, {"A": "2", "RANK": "7", "NO_PROXY": "mine"}),
     ({"CUDA_VISIBLE_DEVICES": "3"}, {"visibility": {"CUDA_VISIBLE_DEVICES": "3"}, "user": {"CUDA_VISIBLE_DEVICES": "0"}},
      {"CUDA_VISIBLE_DEVICES": "0"}),
+    # a copy of the trainer's with something added is what is added
+    (TORCHRUN | {"PATH": "/bin", "TMPDIR": "/x"},
+     {"user": TORCHRUN | {"PATH": "/bin", "TMPDIR": "/x", "A": "1", "MASTER_PORT": "5"}, "temporary": "/private"},
+     {"PATH": "/bin", "A": "1", "MASTER_PORT": "5", **dict.fromkeys(("TMPDIR", "TEMP", "TMP"), "/private")}),
+    ({"CUDA_VISIBLE_DEVICES": "3"}, {"visibility": {"CUDA_VISIBLE_DEVICES": "3,1"}, "user": {"CUDA_VISIBLE_DEVICES": "3"}},
+     {"CUDA_VISIBLE_DEVICES": "3,1"}),
     ({"NO_PROXY": "corp.example,127.0.0.1"}, {}, {"NO_PROXY": "corp.example,127.0.0.1,localhost,::1"}),
     ({"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:False"}, {}, {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:False"}),
     # CPU engine: a core group per rank

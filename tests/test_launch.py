@@ -15,6 +15,7 @@ import tempfile
 import threading
 import time
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -614,6 +615,41 @@ def test_a_rank_that_leaves_while_a_broken_group_is_made_anew_ends_the_launch_on
     launched = launch.Launch(tp_slice, launch.LaunchRequest("model", {}, {}, "nonce"), health_timeout_s=60.0)
     with pytest.raises(RankFailedError, match="KeyboardInterrupt"):
         launched.share(None, None)
+
+
+def agree_with(other, monkeypatch, tmp_path, **ours):
+    """Agree on a launch as rank 1, the owner, with a rank 0 that passes what `other` makes of this rank's request."""
+    group = types.SimpleNamespace(
+        ranks=(0, 1), rank=1, timeout_s=60.0, agree=lambda error, request, what: [other(request), request]
+    )
+    monkeypatch.setattr(launch.TpSlice, "tp_size", 2)
+    monkeypatch.setattr(launch, "check_installed", lambda arguments, installed: None)
+    tp_slice = launch.TpSlice(group, 1, torch.device("cpu"), (), False, "job", 0)
+    given = {"env": {}, "server_args": {}, "health_timeout_s": 60.0, "closed": False, **ours}
+    return launch.agree_on_launch(tp_slice, tmp_path, **given).request
+
+
+@pytest.mark.parametrize("of_other, words", [
+    ({"restart": 2}, "restart=0 and restart=2"),
+    ({"env": {"A": "1", "SECRET": "x"}}, "env with other values, or none, of SECRET$"),
+    ({"env": {}}, "env with other values, or none, of A$"),
+])  # fmt: skip
+def test_different_launches_name_their_ranks_and_the_difference(monkeypatch, tmp_path, of_other, words):
+    with pytest.raises(ConfigError) as caught:
+        agree_with(lambda request: replace(request, **of_other), monkeypatch, tmp_path, env={"A": "1"})
+    assert re.fullmatch(f"ranks 1 and 0 launch different servers: {words}", caught.value.message)
+
+
+def test_copies_of_the_ranks_own_environments_are_no_difference(monkeypatch, tmp_path):
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "1")
+
+    def of_rank_0(request):
+        assert request.repeated == {"RANK", "LOCAL_RANK"}
+        return replace(request, env={"A": "1", "RANK": "0"}, repeated=frozenset({"RANK"}), nonce="of rank 0")
+
+    env = {"A": "1", "RANK": "1", "LOCAL_RANK": "1"}
+    assert agree_with(of_rank_0, monkeypatch, tmp_path, env=env).nonce != "of rank 0", "the owner's"
 
 
 @pytest.mark.parametrize("failing", ["start", "announce"])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 import secrets
@@ -19,7 +17,7 @@ from tpcolocate import devices, rendezvous
 from tpcolocate.agreement import RankGroup
 from tpcolocate.checks import check_integer, check_path, check_text, check_type
 from tpcolocate.deadline import Deadline, check_timeout
-from tpcolocate.errors import ConfigError, DeadlineError, EngineError, RankFailedError, RankLostError, shown
+from tpcolocate.errors import ConfigError, DeadlineError, EngineError, RankFailedError, RankLostError, shown, some
 from tpcolocate.groups import list_ranks, make_group_over_file
 from tpcolocate.processes import this_process
 from tpcolocate.runtime_folder import RuntimeFolder, folder_of, read_owner, remove_remains
@@ -89,6 +87,7 @@ class LaunchRequest:
         nonce: Identity of this launch; only the owner's counts.
         restart: How often the engine restarts its server by itself.
         health_timeout_s: How long the server may take to start, in seconds.
+        repeated: Names in `env` that have the same value in this rank's own environment, as in a copy of that.
     """
 
     model_path: str
@@ -97,6 +96,7 @@ class LaunchRequest:
     nonce: str
     restart: int = 0
     health_timeout_s: float = 0.0
+    repeated: frozenset[str] = frozenset()
 
     def difference(self, other: LaunchRequest) -> str | None:
         """Describe the first difference that matters; None if there is none."""
@@ -110,14 +110,10 @@ class LaunchRequest:
             return f"restart={self.restart!r} and restart={other.restart!r}"
         if self.health_timeout_s != other.health_timeout_s:
             return f"health_timeout_s={self.health_timeout_s:g} and health_timeout_s={other.health_timeout_s:g}"
-        if self.env != other.env:
-            return f"env {_digest(self.env)} and {_digest(other.env)}"
+        asked = (self.env.keys() - self.repeated) | (other.env.keys() - other.repeated)
+        if names := sorted(name for name in asked if self.env.get(name) != other.env.get(name)):
+            return f"env with other values, or none, of {some(names, between=', ')}"  # which may be secrets
         return None
-
-
-def _digest(env: Mapping[str, str]) -> str:
-    """Return the names and a digest: values may be secrets."""
-    return f"({', '.join(sorted(env))}; {hashlib.sha256(json.dumps(env, sort_keys=True).encode()).hexdigest()[:8]})"
 
 
 def agree_on_launch(
@@ -181,19 +177,21 @@ def agree_on_launch(
             f"{os.getpid()}-{secrets.token_hex(8)}",
             restart,
             float(health_timeout_s),
+            frozenset(name for name, value in env.items() if os.environ.get(name) == value),
         )
         if error is None
         else None
     )
     requests = [one for one in tp_slice.group.agree(error, request, what="agree on the launch") if one is not None]
+    own = requests[tp_slice.group.ranks.index(tp_slice.owner_rank)]
     for rank, other in zip(tp_slice.group.ranks, requests):
-        if (difference := requests[0].difference(other)) is not None:
+        if (difference := own.difference(other)) is not None:
             raise ConfigError(
                 f"ranks {tp_slice.owner_rank} and {rank} launch different servers: {difference}",
                 hint="every rank of a slice must pass the same arguments to launch()",
                 slice_ranks=tp_slice.group.ranks,
             )
-    return Launch(tp_slice, requests[0], health_timeout_s=health_timeout_s)  # the owner's request, because of the nonce
+    return Launch(tp_slice, own, health_timeout_s=health_timeout_s)
 
 
 def _checked_environment(env: object) -> dict[str, str]:

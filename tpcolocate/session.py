@@ -309,7 +309,8 @@ class Colocation:
                 the others this long and the ``timeout_s`` of `init`.
             log_path: File for the server's output; default: one in a private folder in the temporary folder, removed
                 unless the server crashed.
-            env: Environment variables for the server alone, added to this rank's environment.
+            env: Environment variables for the server alone, added to this rank's environment.  What it repeats of that changes
+                nothing.
             restart: How often the engine restarts its server by itself, as `Engine.restart` does: in a collective call
                 that finds it dead.
             server_args: SGLang's server arguments (``mem_fraction_static=0.4``); they override the defaults of this

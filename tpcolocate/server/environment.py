@@ -44,7 +44,8 @@ def child_environment(
     Args:
         parent: The trainer's environment.
         visibility: Variables that select the slice's devices; None removes one.
-        user: Overrides all others; its PYTHONPATH comes after the receiver's and the stub's folders.
+        user: Overrides all others; its PYTHONPATH comes after the receiver's and the stub's folders.  What it merely repeats of
+            `parent` changes nothing: a copy of that with something added must not bring back what is removed here.
         device_type: ``"cpu"`` adds what SGLang's CPU engine reads.
         tp_size: Number of CPU core groups to bind.
         cores: Usable CPU cores, for the CPU engine.
@@ -98,7 +99,7 @@ def child_environment(
         environment["SGLANG_NCCL_SO_PATH"] = _NO_NCCL
         if cores:
             environment.setdefault("SGLANG_CPU_OMP_THREADS_BIND", _bind(cores, tp_size))
-    environment.update({} if user is None else user)
+    environment.update({name: value for name, value in (user or {}).items() if parent.get(name) != value})
     # Before the user's: without the receiver there is no weight sync, and without the stub no CPU server.
     folders = [
         str(_IN_SERVER),
