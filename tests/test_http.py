@@ -423,11 +423,38 @@ def test_a_lost_connection_to_a_server_that_is_up_is_no_dead_engine(server, clie
     with pytest.raises(RequestError, match="the server is up, but closed the connection") as caught:
         generate(client, {"drop": True})
     assert caught.value.status is None
-    monkeypatch.setattr(client, "_is_up", lambda: False)
+    monkeypatch.setattr(client, "_is_up", lambda *_: False)
     with pytest.raises(EngineDeadError, match="/generate: "):
         generate(client, {"drop": True})
     sent = [path for _, path, *_ in server.requests]
     assert sent.count("/generate") == 2, "never sent again"
+
+
+@every_generate
+@pytest.mark.parametrize("answers", [0, 2])
+def test_a_lost_connection_to_a_server_that_does_not_answer_costs_no_more_than_the_requests_own_time(
+    client, generate, answers, monkeypatch
+):
+    """It may stop answering between two looks: those after the first would otherwise take their full ten seconds each."""
+    monkeypatch.setattr(http_module, "_ENDING_S", 0.0)
+    monkeypatch.setattr(http_module, "_LEAST_LOOKS_S", 0.1)
+    monkeypatch.setattr(http_module, "_LEAST_LOOK_S", 0.01)
+    now, began, asked = [0.0], time.monotonic, []
+    monkeypatch.setattr(time, "monotonic", lambda: began() + now[0])
+
+    def is_listening(*, timeout_s):
+        asked.append(timeout_s)
+        now[0] += timeout_s
+        return len(asked) <= answers // 2
+
+    monkeypatch.setattr(client, "is_listening", is_listening)
+    with pytest.raises(EngineDeadError):
+        generate(client, {"drop": True}, timeout_s=6.0)
+    assert sum(asked) < 7.0, asked
+    asked.clear()
+    with pytest.raises(EngineDeadError):
+        generate(client, {"drop": True}, timeout_s=None)
+    assert asked == [10.0] * (2 + answers // 2), "as long as a busy server may need"
 
 
 @pytest.fixture
@@ -640,7 +667,7 @@ def test_without_a_timeout_a_request_waits_as_long_as_the_server_is_up(server, c
         monkeypatch.setattr(module, "LOOK_S", 0.1)
     assert generate(client, {"i": 1, "seconds": 0.6}, timeout_s=None)["i"] == 1
     assert "/model_info" in [path for _, path, *_ in server.requests], "it looked"
-    monkeypatch.setattr(client, "_is_up", lambda: False)
+    monkeypatch.setattr(client, "_is_up", lambda *_: False)
     began = time.monotonic()
     with pytest.raises(EngineDeadError, match="the server does not answer"):
         generate(client, {"seconds": 20}, timeout_s=None)
@@ -653,7 +680,7 @@ def test_without_a_timeout_a_stream_that_has_begun_waits_as_long_as_the_server_i
         monkeypatch.setattr(module, "LOOK_S", 0.1)
     assert send(client, "/events_pausing", timeout_s=None) == [{"text": "a"}, {"text": "ab"}]
     assert "/model_info" in [path for _, path, *_ in server.requests], "it looked"
-    monkeypatch.setattr(client, "_is_up", lambda: False)
+    monkeypatch.setattr(client, "_is_up", lambda *_: False)
     began = time.monotonic()
     with pytest.raises(EngineDeadError, match="the server does not answer"):
         send(client, "/events_stuck", timeout_s=None)

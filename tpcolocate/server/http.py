@@ -30,6 +30,7 @@ from urllib.parse import urlencode
 import httpx
 import urllib3
 
+from tpcolocate.deadline import Deadline
 from tpcolocate.errors import ConfigError, DeadlineError, EngineDeadError, RequestError, TpColocateError
 from tpcolocate.server.connections import LOOK_S, Connections
 from tpcolocate.server.evidence import Evidence, Finding
@@ -39,6 +40,8 @@ T = TypeVar("T")
 _PROBES = ("/model_info", "/health")
 _CONNECT_TIMEOUT_S = 5.0
 _LOOK_TIMEOUT_S = 10.0
+# After a lost connection, however little is left of the request's own time: a busy server may be late.
+_LEAST_LOOKS_S, _LEAST_LOOK_S = 5.0, 0.5
 # A server that ends closes its connections a little before its port.
 _ENDING_S = 1.0
 _encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
@@ -207,7 +210,7 @@ class ServerClient:
 
     def stream(self, path: str, body: Mapping[str, Any], *, timeout_s: float | None) -> Iterator[Any]:
         """POST and yield each server-sent JSON event; `timeout_s` bounds the wait for each."""
-        with self._connections.slot(path, timeout_s), self._errors(path, timeout_s):
+        with self._connections.slot(path, timeout_s), self._errors(path, timeout_s, of_event=True):
             response = self._send("POST", path, encode(body), timeout_s, whole=False)
             ended = nullcontext() if timeout_s is not None else _ended_if_down(self._raise_if_down, response.shutdown)
             try:
@@ -227,7 +230,10 @@ class ServerClient:
     async def stream_async(self, path: str, body: Mapping[str, Any], *, timeout_s: float | None) -> AsyncIterator[Any]:
         """`stream` on the running event loop."""
         content = encode(body)
-        async with self._connections.slot_async(path, timeout_s), self._errors_async(path, timeout_s):
+        async with (
+            self._connections.slot_async(path, timeout_s),
+            self._errors_async(path, timeout_s, of_event=True),
+        ):
             of_loop = await self._connections.of_loop()
             request = of_loop.client.build_request("POST", path, content=content, timeout=_timeout(timeout_s))
             sent = of_loop.client.send(request, stream=True)
@@ -265,9 +271,17 @@ class ServerClient:
             return False
         return True
 
-    def _is_up(self) -> bool:
-        """Return whether the server answers on a connection of its own."""
-        return any(self.is_listening(timeout_s=_LOOK_TIMEOUT_S) for _ in range(2))
+    def _is_up(self, deadline: Deadline | None = None) -> bool:
+        """Return whether the server answers on a connection of its own; one of two looks may be late.
+
+        Args:
+            deadline: Of both looks together; without one they have the time that a busy server needs.
+        """
+
+        def look_s() -> float:
+            return _LOOK_TIMEOUT_S if deadline is None else min(_LOOK_TIMEOUT_S, deadline.left(at_least=_LEAST_LOOK_S))
+
+        return any(self.is_listening(timeout_s=look_s()) for _ in range(2))
 
     def _raise_if_down(self) -> None:
         if not self._is_up():
@@ -275,24 +289,32 @@ class ServerClient:
             raise self._dead(f"the server does not answer: twice nothing within {_LOOK_TIMEOUT_S:g} s", found)
 
     @contextmanager
-    def _errors(self, path: str, timeout_s: float | None) -> Iterator[None]:
+    def _errors(self, path: str, timeout_s: float | None, *, of_event: bool = False) -> Iterator[None]:
+        began = time.monotonic()
         try:
             with _caught(path, timeout_s):
                 yield
         except _Failure as failure:
-            raise self._explained(failure) from failure.__cause__
+            raise self._explained(failure, _looks_until(None if of_event else began, timeout_s)) from failure.__cause__
 
     @asynccontextmanager
-    async def _errors_async(self, path: str, timeout_s: float | None) -> AsyncIterator[None]:
+    async def _errors_async(self, path: str, timeout_s: float | None, *, of_event: bool = False) -> AsyncIterator[None]:
+        began = time.monotonic()
         try:
             with _caught(path, timeout_s):
                 yield
         except _Failure as failure:
+            deadline = _looks_until(None if of_event else began, timeout_s)
             # In a thread: to look at the server takes seconds, in which the loop's other requests go on.
-            raise await asyncio.to_thread(self._explained, failure) from failure.__cause__
+            raise await asyncio.to_thread(self._explained, failure, deadline) from failure.__cause__
 
-    def _explained(self, failure: _Failure) -> TpColocateError:
-        """Return the error of a request that has no answer, with what is known of the server's processes."""
+    def _explained(self, failure: _Failure, deadline: Deadline | None) -> TpColocateError:
+        """Return the error of a request that has no answer, with what is known of the server's processes.
+
+        Args:
+            failure: What happened.
+            deadline: For looks whether the server is up.
+        """
         path, found = failure.path, None
         if _has_no_descriptors(failure.__cause__):
             most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -312,7 +334,7 @@ class ServerClient:
             )
         # Of generation alone: whether weights were taken is unknown then, which EngineDeadError stands for.
         if isinstance(failure, _ConnectionLost) and path == "/generate" and (found is None or not found.is_dead):
-            if self._is_still_up():
+            if self._is_still_up(deadline):
                 return RequestError(
                     f"{path}: the server is up, but closed the connection without an answer: {failure}",
                     hint="see the end of the server's log; the request may have been carried out",
@@ -320,11 +342,11 @@ class ServerClient:
                 )
         return self._dead(f"{path}: {failure}", found)
 
-    def _is_still_up(self) -> bool:
-        if not self._is_up():
+    def _is_still_up(self, deadline: Deadline | None) -> bool:
+        if not self._is_up(deadline):
             return False
         time.sleep(_ENDING_S)
-        return self._is_up()
+        return self._is_up(deadline)
 
     def _dead(self, what: str, found: Finding | None) -> EngineDeadError:
         if found is None:
@@ -439,6 +461,19 @@ def _caught(path: str, timeout_s: float | None) -> Iterator[None]:
         raise _Unreachable(path, f"{type(error).__name__}: {error}") from error
     except (urllib3.exceptions.HTTPError, httpx.TransportError, OSError) as error:
         raise _ConnectionLost(path, f"{type(error).__name__}: {error}") from error
+
+
+def _looks_until(began: float | None, timeout_s: float | None) -> Deadline | None:
+    """Return until when a request that has lost its connection looks whether the server is up.
+
+    Args:
+        began: When the time of the request began; None: with the look.
+        timeout_s: Of the request, or of an event; None: it has no limit.
+    """
+    if timeout_s is None:
+        return None
+    left = timeout_s if began is None else began + timeout_s - time.monotonic()
+    return Deadline.after(max(left, _LEAST_LOOKS_S))
 
 
 def _has_no_descriptors(error: BaseException | None) -> bool:
