@@ -267,6 +267,7 @@ def test_a_seed_needs_a_server_that_uses_it():
     ({"token_ids_logprob": [VOCAB]}, "token_ids_logprob[0]"), ({"token_ids_logprob": 5}, "a list of token ids"),
     ({"token_ids_logprob": [[1]]}, "for a single prompt"),
     ({"return_logprob": 1}, "return_logprob must be True or False"), ({"return_logprob": [True]}, "for a single prompt"),
+    ({"rid": "HEALTH_CHECK_1"}, "rid is 'HEALTH_CHECK_1', and SGLang takes what begins with HEALTH_CHECK for requests of its own"),
     ({"rid": ""}, "rid is empty"), ({"rid": 5}, "rid must be a str"), ({"rid": "\ud800"}, "cannot be encoded"),
     ({"lora_path": ""}, "lora_path is empty"), ({"lora_path": 5}, "lora_path must be a str"),
     ({"return_hidden_states": "first"}, "True or False"), ({"session_params": {"a": 1}}, "session_params has a"),

@@ -22,6 +22,8 @@ from tpcolocate.engine.values import contents, flag, integer, is_array, is_list,
 from tpcolocate.errors import ConfigError, TpColocateError, shown, some
 
 PROMPT_FIELDS = ("text", "input_ids", "input_embeds")
+# Its scheduler drops them while it is busy.
+_HEALTH_CHECK = "HEALTH_CHECK"
 # Samples of one call: each is a request of its own in the server.
 _MOST_SAMPLES = 2**17
 
@@ -90,6 +92,16 @@ def _lora_path(value: Any, where: str, limits: ServerLimits) -> str:
     return name
 
 
+def _rid(value: Any, where: str, limits: ServerLimits) -> str:
+    name = text(value, where)
+    if name.startswith(_HEALTH_CHECK):
+        raise ConfigError(
+            f"{where} is {shown(name)}, and SGLang takes what begins with {_HEALTH_CHECK} for requests of its own",
+            hint="choose another name: such a request has no answer while others run",
+        )
+    return name
+
+
 def _labels(value: Any, where: str, limits: ServerLimits) -> dict[str, str]:
     return {name: text(each, f"{where}[{name!r}]") for name, each in _dict(value, where, limits).items()}
 
@@ -130,7 +142,7 @@ def _logit_processor(value: Any, where: str, limits: ServerLimits) -> str:
 _FLAG, _EACH_TEXT = Field(_flag), Field(_text, per_prompt=True)
 _EACH_MEDIA = Field(_media, per_prompt=True, may_be_list=True, may_be_none=True)
 FIELDS: Mapping[str, Field] = {
-    "rid": _EACH_TEXT,
+    "rid": Field(_rid, per_prompt=True),
     "return_logprob": Field(_flag, per_prompt=True),
     "logprob_start_len": Field(_integer(-1), per_prompt=True),
     "top_logprobs_num": Field(_top_logprobs, per_prompt=True),
