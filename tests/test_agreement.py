@@ -265,8 +265,8 @@ class Warnings(logging.Handler):
     def __init__(self, patch, *, after_s=1.2):
         super().__init__()
         self.texts = []
-        patch.setattr(rounds, "_WARN_AFTER_S", after_s)
-        patch.setattr(rounds, "_WARN_INTERVAL_S", 1.0)
+        patch.setattr(rounds, "WARN_AFTER_S", after_s)
+        patch.setattr(rounds, "WARN_INTERVAL_S", 1.0)
         rounds.logger.addHandler(self)
 
     def emit(self, record):

@@ -262,7 +262,7 @@ def warned(rank):
             store.set("warned", "1")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(groups, "_WARN_AFTER_S", 0.5)
+        patch.setattr(groups, "WARN_AFTER_S", 0.5)
         groups.logger.addHandler(Warnings())
         if rank == 1:
             store.wait(["warned"])

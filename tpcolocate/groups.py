@@ -34,9 +34,10 @@ from tpcolocate.processes import is_stopped, start_of
 
 logger = logging.getLogger(__name__)
 
-# When a warning names the ranks that are awaited, and how often it is repeated.
-_WARN_AFTER_S = 10.0
-_WARN_INTERVAL_S = 60.0
+WARN_AFTER_S = 10.0
+"""When a warning names the ranks that are awaited."""
+WARN_INTERVAL_S = 60.0
+"""How often it is repeated."""
 
 # How often a rank that waits looks whether another one has given the wait up.
 _LOOK_S = 1.0
@@ -216,7 +217,7 @@ def _wait_for_all(store: dist.Store, world_size: int, timeout_s: float, rank: in
     deadline = Deadline.after(timeout_s)
     started = time.monotonic()
     keys = [str(r) for r in range(world_size)]
-    warn_after = _WARN_AFTER_S
+    warn_after = WARN_AFTER_S
     while True:
         try:
             step_s = max(min(deadline.left(), started + warn_after - time.monotonic(), _LOOK_S), 0.001)
@@ -232,7 +233,7 @@ def _wait_for_all(store: dist.Store, world_size: int, timeout_s: float, rank: in
             if missing and deadline.has_passed:
                 _end_wait(store, json.dumps({"missing": missing, "timeout_s": timeout_s}), what)
             elif missing and time.monotonic() - started >= warn_after:
-                warn_after += _WARN_INTERVAL_S
+                warn_after += WARN_INTERVAL_S
                 if min(set(range(world_size)) - set(missing)) == rank:
                     logger.warning(
                         "rank %d has waited %.0f s for %s to %s; it waits until %g s (timeout_s of init())",
@@ -523,6 +524,8 @@ def share_outcome(
 
 
 __all__ = [
+    "WARN_AFTER_S",
+    "WARN_INTERVAL_S",
     "Host",
     "Member",
     "error_fields",

@@ -22,7 +22,7 @@ from torch.distributed.distributed_c10d import AllgatherOptions
 
 from tpcolocate.deadline import Deadline
 from tpcolocate.errors import RankLostError
-from tpcolocate.groups import Member, list_ranks, named_ranks
+from tpcolocate.groups import WARN_AFTER_S, WARN_INTERVAL_S, Member, list_ranks, named_ranks
 from tpcolocate.presence import Presence
 
 logger = logging.getLogger(__name__)
@@ -33,9 +33,6 @@ _CHECK_INTERVAL_S = 1.0
 _EXIT_S = 0.5
 # gloo would close the connections after it.
 _GLOO_TIMEOUT = timedelta(days=300)
-# When a warning names the ranks that are awaited, and how often it is repeated.
-_WARN_AFTER_S = 10.0
-_WARN_INTERVAL_S = 60.0
 _COMPLETE = "complete"
 
 
@@ -176,7 +173,7 @@ class Rounds:
             RuntimeError: A member has exited, or gloo has lost a connection.
             RankLostError: The round was given up.
         """
-        warn_after = max(_WARN_AFTER_S, call.quiet_s)
+        warn_after = max(WARN_AFTER_S, call.quiet_s)
         is_published = False
         while not self._wait(pending.work, self._interval(call)):
             if exited := self._exited():
@@ -187,7 +184,7 @@ class Rounds:
                 is_published = True
             if waited >= warn_after:
                 self._warn(pending, call, waited)
-                warn_after += _WARN_INTERVAL_S
+                warn_after += WARN_INTERVAL_S
             if call.watched is not None and self.left(call.watched) is not None:
                 self._give_up(pending, call, waited, "a rank has left the call")
             if call.deadline.has_passed and not call.is_patient:
