@@ -640,6 +640,14 @@ def test_different_launches_name_their_ranks_and_the_difference(monkeypatch, tmp
     assert re.fullmatch(f"ranks 1 and 0 launch different servers: {words}", caught.value.message)
 
 
+def test_a_folder_is_the_same_after_a_change_of_the_working_directory_and_a_hub_id_stays(monkeypatch, tmp_path):
+    """A process that connects elsewhere looks for the model's limits in it."""
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for given, expected in (("model", str(tmp_path / "model")), ("organisation/name", "organisation/name")):
+        assert agree_with(lambda request: request, monkeypatch, given).model_path == expected
+
+
 def test_copies_of_the_ranks_own_environments_are_no_difference(monkeypatch, tmp_path):
     for name in ("RANK", "LOCAL_RANK"):
         monkeypatch.setenv(name, "1")

@@ -50,7 +50,7 @@ def colo(monkeypatch):
         link = ServerLink(client, sync, owned, "0.5.21", lambda: None)
         return session._Started(link, Lifecycle(State()) if lifecycle is None else lifecycle, State())
 
-    agreed = SimpleNamespace(request=SimpleNamespace(nonce="1-a"))
+    agreed = SimpleNamespace(request=SimpleNamespace(nonce="1-a", model_path="model"))
     monkeypatch.setattr(session, "agree_on_launch", lambda *args, **kwargs: agreed)
     monkeypatch.setattr(made, "_start", start)
     yield made

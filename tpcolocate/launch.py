@@ -151,8 +151,7 @@ def agree_on_launch(
         if closed:
             raise ConfigError("launch() after close()", hint="call init() again")
         check_timeout(health_timeout_s, name="health_timeout_s")
-        check_path("model_path", model_path)
-        model_path = os.fspath(model_path)
+        model_path = _same_anywhere(check_path("model_path", model_path), os.fspath(model_path))
         if log_path is not None:
             check_path("log_path", log_path)
         env = _checked_environment(env)
@@ -192,6 +191,14 @@ def agree_on_launch(
                 slice_ranks=tp_slice.group.ranks,
             )
     return Launch(tp_slice, own, health_timeout_s=health_timeout_s)
+
+
+def _same_anywhere(path: Path, text: str) -> str:
+    """Return a folder by its absolute path, anything else (a hub id) as it was given.
+
+    The server reports it to processes that run elsewhere, and a restart may come after a change of the working directory.
+    """
+    return str(path.absolute()) if os.path.isdir(path) else text
 
 
 def _checked_environment(env: object) -> dict[str, str]:

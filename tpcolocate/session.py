@@ -304,7 +304,7 @@ class Colocation:
         Collective: over the slice.
 
         Args:
-            model_path: Checkpoint folder or hub id, as for SGLang.
+            model_path: Checkpoint folder or hub id, as for SGLang; a folder is passed on by its absolute path.
             health_timeout_s: From the start of the process to its first generated token, in seconds.  A rank waits for
                 the others this long and the ``timeout_s`` of `init`.
             log_path: File for the server's output; default: one in a private folder in the temporary folder, removed
@@ -329,7 +329,7 @@ class Colocation:
             The same error is raised on every rank of the slice; nothing is left running.
         """
 
-        def start(lifecycle: Lifecycle | None) -> _Started:
+        def start(model_path: str | os.PathLike[str], lifecycle: Lifecycle | None) -> tuple[str, _Started]:
             launch = agree_on_launch(
                 self._tp_slice,
                 model_path,
@@ -341,16 +341,16 @@ class Colocation:
                 closed=self._closed,
             )
             with self._slice.going_on(launch.request.nonce):
-                return self._start(launch, log_path, lifecycle)
+                return launch.request.model_path, self._start(launch, log_path, lifecycle)
 
         if self._engines:
             logger.warning(
                 "ranks %s launch another server while that of %s runs", list_ranks(self.slice_ranks), self._engines[-1]
             )
-        started = start(None)
+        served, started = start(model_path, None)
 
         def relaunch() -> tuple[ServerLink, State]:
-            again = start(started.lifecycle)
+            _, again = start(served, started.lifecycle)
             return again.link, again.state
 
         context = SliceContext(
@@ -362,7 +362,7 @@ class Colocation:
         )
         engine = Engine(
             context,
-            model_path=os.fspath(model_path),
+            model_path=served,
             on_shutdown=lambda: self._forget(engine),
             relaunch=relaunch,
             restarts=restart,
