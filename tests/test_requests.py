@@ -388,6 +388,9 @@ def test_several_samples_take_one_value_for_all_prompts():
     prompts, two = [IDS, [1]], {"n": 2}
     assert body(prompts, two, return_logprob=[True, True])["return_logprob"] is True
     assert "must be the same for all prompts with n > 1" in refusal(prompts, two, return_logprob=[True, False])
+    assert "rid is given with n=2, and SGLang would ignore it" in refusal(prompts, two, rid="a")
+    assert "rid is given with n=2, and SGLang would ignore it" in refusal(prompts, two, rid=["a", "b"])
+    assert body(prompts, {"n": 1}, rid="a")["rid"] == "a"
     assert body([], two, return_logprob=[], top_logprobs_num=[])["input_ids"] == []
     assert "130000 samples, more than 131072" not in body([IDS] * 2, {"n": 65000})
     assert "195000 samples, more than 131072" in refusal([IDS] * 3, {"n": 65000})

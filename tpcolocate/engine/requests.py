@@ -310,6 +310,11 @@ def check_call(
         if (common.get(name) or name in own) and not (common.get(needed) or all(own.get(needed, [False]))):
             raise ConfigError(f"{name} needs {needed}=True")
     _check_logprobs(common, own)
+    if samples > 1 and ("rid" in common or "rid" in own):
+        raise ConfigError(
+            f"rid is given with n={samples}, and SGLang would ignore it: it names each sample itself",
+            hint="leave it out, or repeat the prompt instead of n",
+        )
     if samples > 1:
         _merge_equal(own, common)
     if samples * len(read) > _MOST_SAMPLES:
