@@ -1,7 +1,9 @@
 """The engines of a `Colocation`: none is forgotten, whatever the trainer drops or interrupts; no server."""
 
+import copy
 import gc
 import os
+import pickle
 import socket
 import subprocess
 import sys
@@ -14,6 +16,7 @@ import torch.distributed as dist
 
 import tpcolocate
 from tpcolocate import session
+from tpcolocate.engine.client import Client
 from tpcolocate.engine.context import ServerLink
 from tpcolocate.errors import ConfigError, EngineError
 from tpcolocate.server.lifecycle import Life, Lifecycle, State
@@ -71,6 +74,16 @@ def test_an_engine_that_was_shut_down_is_not_kept(colo):
     assert colo._engines == []
     colo.close()
     assert colo.processes[0].calls == 1
+
+
+@pytest.mark.parametrize("copying", [pickle.dumps, copy.copy, copy.deepcopy])
+def test_what_belongs_to_its_process_is_not_copied(colo, copying):
+    """As by data loaders and pools that start their workers anew: the error was that of some lock inside."""
+    client = Client("http://127.0.0.1:1")
+    for one in (colo, colo.launch("model"), client):
+        with pytest.raises(ConfigError, match=f"{type(one).__name__} belongs to its process.*\n.*connect\\(job\\)"):
+            copying({"inside": one} if copying is not copy.copy else one)
+    client.close()
 
 
 def test_a_close_that_was_interrupted_can_be_called_again(colo):

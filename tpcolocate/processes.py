@@ -1,8 +1,22 @@
-"""Identity of a process: its pid, which may be reused, and its start time."""
+"""Identity of a process: its pid, which may be reused, and its start time; and what belongs to one process."""
 
 from __future__ import annotations
 
 import os
+from typing import NoReturn
+
+from tpcolocate.errors import ConfigError
+
+
+class OfOneProcess:
+    """Has connections, locks or child processes, so that a copy of it would not work: it is not pickled or copied."""
+
+    def __reduce__(self) -> NoReturn:
+        what = type(self).__name__
+        raise ConfigError(
+            f"{'an' if what[0] in 'AEIOU' else 'a'} {what} belongs to its process, and cannot be copied or sent to another one",
+            hint="call tpcolocate.connect(job) there, where job is Colocation.job, and generate with what it returns",
+        )
 
 
 def this_process() -> tuple[int, int]:
@@ -45,4 +59,4 @@ def pid_namespace() -> str:
         return "unknown"
 
 
-__all__ = ["is_stopped", "pid_namespace", "start_of", "this_process"]
+__all__ = ["OfOneProcess", "is_stopped", "pid_namespace", "start_of", "this_process"]

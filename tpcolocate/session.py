@@ -35,7 +35,7 @@ from tpcolocate.in_server.tpcolocate_receiver import kernels
 from tpcolocate.interfaces import GlooAddress, find_gloo_address
 from tpcolocate.launch import Launch, RunningServer, TpSlice, agree_on_launch, is_listening
 from tpcolocate.placement import inspect_device, is_on_one_network, plan_roles
-from tpcolocate.processes import this_process
+from tpcolocate.processes import OfOneProcess, this_process
 from tpcolocate.server.api import ServerApi
 from tpcolocate.server.arguments import RECEIVER
 from tpcolocate.server.evidence import Evidence
@@ -221,7 +221,7 @@ class _Started:
     state: State
 
 
-class Colocation:
+class Colocation(OfOneProcess):
     """A rank's role in its tp slice; returned by `init`.
 
     Attributes:

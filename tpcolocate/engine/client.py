@@ -16,6 +16,7 @@ from tpcolocate.engine.limits import ServerLimits
 from tpcolocate.engine.requests import KNOWN_FIELDS, GenerateCall, check_call
 from tpcolocate.errors import ConfigError, TpColocateError, shown
 from tpcolocate.parallel import in_background
+from tpcolocate.processes import OfOneProcess
 from tpcolocate.server.http import ServerClient
 
 Prompts = (
@@ -60,7 +61,7 @@ class _InFlight:
         return self.loop is not None and self.loop.is_closed()
 
 
-class Client:
+class Client(OfOneProcess):
     """Generation on one SGLang server.  Thread-safe; nothing here is collective.
 
     Args:

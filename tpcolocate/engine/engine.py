@@ -26,6 +26,7 @@ from tpcolocate.engine.generation import GenerationControl
 from tpcolocate.engine.life import EngineLife
 from tpcolocate.engine.update_groups import UpdateGroups
 from tpcolocate.errors import ConfigError, EngineStateError, TpColocateError, noted_on
+from tpcolocate.processes import OfOneProcess
 from tpcolocate.report import SyncReport
 from tpcolocate.server.http import ServerClient
 from tpcolocate.server.lifecycle import Life, State, WeightsState
@@ -41,7 +42,7 @@ from tpcolocate.weights.update_group import UpdateGroup
 _AT_ONCE_S = 5.0
 
 
-class Engine:
+class Engine(OfOneProcess):
     """One rank's end of its slice's server; made by `Colocation.launch`.
 
     Args:
