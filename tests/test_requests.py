@@ -438,6 +438,48 @@ def limits_of(folder, config, **info):
     return ServerLimits.of({"model_path": str(folder), "version": "0.5.21", **info}, {})
 
 
+ADDED = [
+    {"id": 3, "content": "<eos>"},
+    {"id": 512, "content": "[PAD]"},
+    {"id": 513, "content": "word", "single_word": True},
+    {"id": 514, "content": ""},
+    {"id": "515", "content": "x"},
+    5,
+]
+
+
+def test_texts_with_tokens_that_the_model_has_no_embedding_for_are_refused(tmp_path):
+    """As of a padding token that was added to the tokenizer alone: at tp_size 1 its id ends the server."""
+    tokenizer = tmp_path / "tokenizer.json"
+    vocabulary = {"model": {"vocab": {'"added_tokens": [': 1}}}
+    tokenizer.write_text(json.dumps({"version": "1.0", "added_tokens": ADDED, **vocabulary}))
+    limits = limits_of(tmp_path, {"vocab_size": 512})
+    for field in (None, "text"):
+        given = {"prompts": ["a<eos>", "b[PAD]"]} if field is None else {"prompts": None, field: ["a", "b[PAD]"]}
+        assert "prompt 1 has the token '[PAD]', which is outside of the vocabulary of 512 tokens" in refusal(
+            limits=limits, **given
+        )
+    assert "'word'" in refusal("a word.", limits=limits) and body("words [pad]", limits=limits)
+    call = checked(["[PAD]", "a"], limits=limits)
+    assert list(call.prompts.bad) == [0]
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    assert body("[PAD]", limits=limits_of(tmp_path, {"vocab_size": 512}, tokenizer_path=str(elsewhere)))
+    assert body("[PAD]", limits=limits_of(tmp_path, {"vocab_size": 514}))
+    assert body("[PAD]", limits=limits_of(tmp_path, {"text_config": {"vocab_size": 512}})), "of images, for example"
+    for content in (
+        "{",
+        "",
+        "[1]",
+        '{"added_tokens": 5}',
+        '{"added_tokens": [',
+        json.dumps(vocabulary),
+        b"\xff".decode("latin1"),
+    ):
+        tokenizer.write_text(content, encoding="latin1")
+        assert body("[PAD]", limits=limits_of(tmp_path, {"vocab_size": 512}))
+
+
 def test_limits_come_from_the_server_and_its_models_configuration(tmp_path):
     text = {"vocab_size": 100, "hidden_size": 8}
     assert limits_of(tmp_path, text).vocab_size == 100

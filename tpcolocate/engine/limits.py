@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from packaging.version import InvalidVersion, Version
@@ -36,6 +38,7 @@ class ServerLimits:
         has_lora: Whether adapters can be served.
         ignored: Of `NEEDED`, what the server ignores.
         media: Kinds of input beside text that the model takes, of ``image``, ``video`` and ``audio``; None if it is not known.
+        without_embedding: Finds texts that the tokenizer makes tokens outside of the vocabulary from; None: none are known.
     """
 
     version: Version | None = None
@@ -46,6 +49,7 @@ class ServerLimits:
     has_lora: bool = True
     ignored: frozenset[str] = frozenset()
     media: frozenset[str] | None = None
+    without_embedding: re.Pattern[str] | None = None
 
     @classmethod
     def of(cls, info: Mapping[str, Any], model_info: Mapping[str, Any]) -> ServerLimits:
@@ -58,20 +62,25 @@ class ServerLimits:
         shortens = bool(info.get("allow_auto_truncate"))
         context, longest = _integer(info.get("context_length")), _integer(info.get("max_req_input_len"))
         lengths = [length for length in (context, longest) if length is not None and not shortens]
-        config = _model_config(info)
+        config, media = _model_config(info), _media(model_info)
+        vocab_size = _integer(_find(config, "vocab_size"))
         try:
             version = Version(str(info.get("version")))
         except InvalidVersion:
             version = None
         return cls(
             version=version,
-            vocab_size=_integer(_find(config, "vocab_size")),
+            vocab_size=vocab_size,
             hidden_size=_integer(_find(config, "hidden_size")),
             prompt_tokens=min(lengths, default=None),
             context_tokens=None if shortens else context,
             has_lora=bool(info.get("enable_lora", True)) or bool(info.get("lora_paths")),
             ignored=frozenset(name for name, argument in NEEDED.items() if info.get(argument) is False),
-            media=_media(model_info),
+            media=media,
+            # A model with several parts may have embeddings of its own for such tokens.
+            without_embedding=None
+            if vocab_size is None or media or any(name in config for name in _PARTS)
+            else _without_embedding(str(info.get("tokenizer_path") or info.get("model_path")), vocab_size),
         )
 
     def check_used(self, name: str, what: str) -> None:
@@ -112,6 +121,29 @@ def _model_config(info: Mapping[str, Any]) -> dict[str, Any]:
     except (OSError, ValueError, TypeError):
         return {}
     return {**config, **overrides} if isinstance(config, dict) and isinstance(overrides, dict) else {}
+
+
+def _without_embedding(tokenizer_path: str, vocab_size: int) -> re.Pattern[str] | None:
+    """Return what finds tokens that were added to a tokenizer, such as one for padding, without resizing the model."""
+    folder = local_folder(tokenizer_path)
+    texts = []
+    for added in [] if folder is None else _added_tokens(folder):
+        number, text = added.get("id"), added.get("content")
+        if isinstance(number, int) and number >= vocab_size and isinstance(text, str) and text:
+            is_word = added.get("single_word") is True
+            texts.append(rf"(?<!\w){re.escape(text)}(?!\w)" if is_word else re.escape(text))
+    return re.compile("|".join(texts)) if texts else None
+
+
+def _added_tokens(folder: Path) -> list[dict[str, Any]]:
+    """Return the tokens that were added to a tokenizer, as its file has them; none if it cannot be read."""
+    try:
+        text = (folder / "tokenizer.json").read_text(encoding="utf-8")
+        # Of the whole file, which takes a second to parse, only this list, which comes before the vocabulary.
+        found, _ = json.JSONDecoder().raw_decode(text, text.index("[", text.index('"added_tokens"')))
+    except (OSError, ValueError, RecursionError):
+        return []
+    return [each for each in found if isinstance(each, dict)]
 
 
 def _find(config: Mapping[str, Any], name: str) -> Any:

@@ -74,7 +74,7 @@ def read_prompts(given: Any, limits: ServerLimits, *, field: str | None = None) 
 def _read(row: Any, prompts: Prompts, index: int, limits: ServerLimits) -> Prompt | TpColocateError:
     try:
         if prompts.field == "text":
-            return _text(row, prompts.name(index))
+            return _text(row, prompts.name(index), limits)
         return _ids(row, prompts.name(index), limits)
     except TpColocateError as error:
         return error
@@ -139,14 +139,20 @@ def _is_token(value: Any) -> bool:
     return isinstance(scalar(value), (int, float))
 
 
-def _text(row: Any, name: str) -> str:
+def _text(row: Any, name: str, limits: ServerLimits) -> str:
     if isinstance(row, Mapping):
         raise ConfigError(f"{name} is a dict: {shown(dict(row))}", hint=_CHAT_HINT)
     if not isinstance(row, str):
         raise ConfigError(
             f"{name} is {_kind(row)}, prompt 0 is a text", hint="texts and token ids go into separate calls"
         )
-    return text(row, name, hint=_EMPTY_HINT)
+    found = text(row, name, hint=_EMPTY_HINT)
+    if limits.without_embedding is not None and (token := limits.without_embedding.search(found)) is not None:
+        raise ConfigError(
+            f"{name} has the token {shown(token[0])}, which is outside of the vocabulary of {limits.vocab_size} tokens",
+            hint="it was added to the tokenizer alone: leave it out, or resize the model's embedding and save both",
+        )
+    return found
 
 
 def _kind(row: Any) -> str:
