@@ -34,7 +34,7 @@ from tpcolocate.errors import (
 from tpcolocate.parallel import in_background
 from tpcolocate.processes import start_of, this_process
 from tpcolocate.runtime_folder import RuntimeFolder, read_processes
-from tpcolocate.server import process
+from tpcolocate.server import evidence, process
 from tpcolocate.server.lifecycle import WeightsState
 from tpcolocate.server.process import ServerProcess, ServerSpec, check_host, hold_port
 
@@ -363,6 +363,40 @@ def test_the_error_after_a_killed_process_names_it_and_the_log_outlives_the_shut
     log = server.spec.log_path.read_text()
     assert f"[tpcolocate] sglang::detokenizer (pid {child['pid']}) was killed by SIGKILL" in log
     assert os.listdir(server.spec.runtime.temporary) == ["server.log"]
+
+
+def found_in_a_fork(server):
+    """Whether a forked process finds the server dead, and what it finds."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            found = server.evidence()
+            os.write(writing, json.dumps([server.exited(), found.is_dead, found.cause]).encode())
+        finally:
+            os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as answer:
+        found = json.loads(answer.read())
+    os.waitpid(child, 0)
+    return found
+
+
+def test_a_fork_of_the_trainer_takes_no_server_for_dead_and_no_report_from_the_trainer(stand_in, monkeypatch):
+    """As a data loader's worker that generates: the supervisor is no child of it, and the pipe is the trainer's."""
+    monkeypatch.setattr(evidence, "_NOTICED_WITHIN_S", 0.2)
+    start, _ = stand_in
+    server = start(SERVE_WITH_CHILD)
+    assert found_in_a_fork(server) == [False, False, None]
+    [child] = processes_of(server, "sglang::detokenizer")
+    os.kill(child["pid"], signal.SIGKILL)
+    ends = time.monotonic() + 20.0
+    while not (found := found_in_a_fork(server))[0] and time.monotonic() < ends:
+        pass
+    killed = f"sglang::detokenizer (pid {child['pid']}) was killed by SIGKILL"
+    assert found == [True, True, killed]
+    assert server.evidence().cause == killed, "the trainer has the report"
+    server.stop()
 
 
 def test_a_stopped_process_is_named_by_a_request_that_is_too_slow(stand_in):

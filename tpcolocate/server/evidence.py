@@ -61,7 +61,7 @@ class Evidence:
     def __init__(self, log_path: Path, processes: Path, died: Callable[[], str | None] | None = None) -> None:
         self.log_path = log_path
         self._processes = processes
-        self._died = self._verdict_in_log if died is None else died
+        self._died = self.verdict_in_log if died is None else died
         # Servers of several slices may write to one file.
         self._mark = f" [launch {processes.parent.name.rpartition('-')[2][:_MARK_CHARS]}]"
         self.was_in_trouble = False
@@ -90,7 +90,8 @@ class Evidence:
             if start_of(process["pid"]) == process["started"] and is_stopped(process["pid"])
         ]
 
-    def _verdict_in_log(self) -> str | None:
+    def verdict_in_log(self) -> str | None:
+        """Return what the supervisor has written that died, for processes that it does not report to; None if nothing did."""
         for line in self.lines(self._verdicts_start):
             if line.startswith(_VERDICT) and line.endswith(self._mark):
                 return line.removeprefix(_VERDICT).removesuffix(self._mark)

@@ -402,7 +402,14 @@ class ServerProcess:
 
     def exited(self) -> bool:
         """Return whether the server has exited, or has lost a process and is being ended; never blocks."""
+        if self._is_fork:
+            return self.evidence.verdict_in_log() is not None
         return self._supervision is None or self._supervision.server_exited()
+
+    @property
+    def _is_fork(self) -> bool:
+        """Whether this is a fork of the trainer: it cannot wait for the supervisor, and what that reports is the trainer's."""
+        return os.getpid() != self._creator_pid
 
     @property
     def pid(self) -> int | None:
@@ -416,6 +423,8 @@ class ServerProcess:
         return None if supervision is None or supervision.exit is None else supervision.exit["code"]
 
     def _died(self) -> str | None:
+        if self._is_fork:
+            return self.evidence.verdict_in_log()
         if not self.exited():
             return None
         if self._supervision is not None and self._supervision.deaths:
@@ -452,8 +461,7 @@ class ServerProcess:
         Raises:
             EngineError: The supervisor did not confirm the exit of the server in time; the message has its pid.
         """
-        # A fork of the trainer inherits this object; the server is not its own.
-        if os.getpid() != self._creator_pid or self._is_stopped:
+        if self._is_fork or self._is_stopped:
             return
         if self.client is not None:
             self.client.close()
