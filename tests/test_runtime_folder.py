@@ -62,6 +62,28 @@ def test_the_folders_are_private_whatever_the_umask_is(folders):
     assert os.listdir(folders[0]) == os.listdir(folders[1]) == []
 
 
+def test_an_interrupt_leaves_no_folder(folders, monkeypatch):
+    """Without a record of their owner they would stay for good."""
+
+    def interrupt(self, name, text):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(RuntimeFolder, "write", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        RuntimeFolder.make("1-ab")
+    assert os.listdir(folders[0]) == os.listdir(folders[1]) == []
+
+
+def test_a_machine_without_a_temporary_folder_is_an_error_that_says_what_to_set(folders, monkeypatch):
+    def gettempdir():
+        raise FileNotFoundError("No usable temporary directory found in ['/nowhere']")
+
+    monkeypatch.setattr(tempfile, "gettempdir", gettempdir)
+    with pytest.raises(LaunchError, match="No usable temporary directory") as caught:
+        RuntimeFolder.make("1-ab")
+    assert "TMPDIR" in caught.value.hint and os.listdir(folders[0]) == []
+
+
 @pytest.mark.parametrize("which", [0, 1], ids=["shared", "temporary"])
 @pytest.mark.parametrize("plant", [os.mkdir, os.mkfifo, lambda path: os.symlink("/tmp", path)])
 def test_a_name_that_is_taken_is_an_error_and_is_not_used(folders, which, plant):

@@ -103,27 +103,24 @@ class RuntimeFolder:
             LaunchError: They cannot be made, or the log would not be a file.
         """
         shared = folder_of(nonce)
-        temporary = Path(tempfile.gettempdir()) / shared.name
-        pid, started = this_process()
-        made = cls(nonce, shared, temporary, temporary / "server.log" if log_path is None else log_path.absolute())
-        if os.path.exists(made.log_path) and not os.path.isfile(made.log_path):
-            # A pipe, a terminal or a device: its end cannot be read, and some have none.
-            raise LaunchError(
-                f"the server's log cannot be {made.log_path}, which is no file",
-                hint="log_path= names a file, new or existing, whose end is shown when the server fails",
-            )
-        record = OwnerRecord(pid, started, pid_namespace(), nonce, str(temporary), str(made.log_path))
         folders: list[Path] = []
         try:
+            temporary = Path(tempfile.gettempdir()) / shared.name
+            made = cls(nonce, shared, temporary, temporary / "server.log" if log_path is None else log_path.absolute())
+            made._check_log()
             for folder in (shared, temporary, made.server_temporary):
                 folder.mkdir(mode=0o700)  # fails if there is one, even of this user
                 folders.append(folder)
                 folder.chmod(0o700)  # whatever the umask is
+            pid, started = this_process()
+            record = OwnerRecord(pid, started, pid_namespace(), nonce, str(temporary), str(made.log_path))
             made.write("owner.json", json.dumps(asdict(record)))
             made.log_path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        except OSError as error:
+        except BaseException as error:
             for folder in folders:
                 shutil.rmtree(folder, ignore_errors=True)
+            if not isinstance(error, OSError):
+                raise
             raise LaunchError(
                 f"cannot make the files of the launch: {error}",
                 hint="make space, or set TMPDIR to a folder of this user"
@@ -131,6 +128,14 @@ class RuntimeFolder:
                 else "log_path must be in a folder that this user can write to",
             ) from error
         return made
+
+    def _check_log(self) -> None:
+        if os.path.exists(self.log_path) and not os.path.isfile(self.log_path):
+            # A pipe, a terminal or a device: its end cannot be read, and some have none.
+            raise LaunchError(
+                f"the server's log cannot be {self.log_path}, which is no file",
+                hint="log_path= names a file, new or existing, whose end is shown when the server fails",
+            )
 
     @property
     def server_temporary(self) -> Path:
