@@ -1,9 +1,12 @@
 """Checks of update groups and announced weights, and the group itself between two processes."""
 
+import gc
+
 import pytest
 import torch
 import torch.distributed as dist
 from harness import run_ranks
+from torch.distributed import distributed_c10d
 
 import tpcolocate
 from tpcolocate.errors import ConfigError, WeightsMismatchError
@@ -124,6 +127,24 @@ def test_the_group_is_joined_by_the_one_that_sglang_makes(init_group, names):
     assert receiver == [[0, 1, 2, 3], [1, 2, 3, 4], [2, 3, 4, 5]][: len(names)]
     in_use = "cannot listen on 127.0.0.1"  # while there is a reference to the destroyed group
     assert sender == [text for name in names for text in (f"this process already has a group named '{name}'", in_use)]
+
+
+@quick
+def test_the_name_of_a_group_whose_joining_was_interrupted_can_be_used_again(monkeypatch):
+    helper = distributed_c10d._new_process_group_helper
+
+    def interrupted(*args, **kwargs):
+        helper(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    with hold_port() as held:
+        port = held.getsockname()[1]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(distributed_c10d, "_new_process_group_helper", interrupted)
+        join(port, world_size=1)
+    assert distributed_c10d._world.pg_names == {}
+    gc.collect()
+    dist.destroy_process_group(join(port, world_size=1))
 
 
 @quick

@@ -129,18 +129,30 @@ def join_update_group(
             hint="choose a free port; an earlier group keeps its port until the last reference to it is dropped",
         ) from error
     helper: Any = distributed_c10d._new_process_group_helper
-    made = helper(
-        world_size,
-        0,
-        [],
-        dist.Backend(backend),
-        dist.PrefixStore(group_name, store),
-        group_name=group_name,
-        timeout=timeout,
-    )
-    group: dist.ProcessGroup = made[0]
-    distributed_c10d._world.pg_group_ranks[group] = {i: i for i in range(world_size)}
+    try:
+        made = helper(
+            world_size,
+            0,
+            [],
+            dist.Backend(backend),
+            dist.PrefixStore(group_name, store),
+            group_name=group_name,
+            timeout=timeout,
+        )
+        group: dist.ProcessGroup = made[0]
+        distributed_c10d._world.pg_group_ranks[group] = {i: i for i in range(world_size)}
+    except BaseException:  # such as an interrupt that came while torch connected the ranks
+        _forget(group_name)
+        raise
     return group
+
+
+def _forget(group_name: str) -> None:
+    """Destroy a group that torch has registered and no one has, so that its name can be used again."""
+    world = distributed_c10d._world
+    for group in [group for group, name in world.pg_names.items() if name == group_name]:
+        world.pg_group_ranks.setdefault(group, {})
+        dist.destroy_process_group(group)
 
 
 def announced(
