@@ -213,6 +213,19 @@ def differing_generator_of_a_model_that_is_not_tied(world):
     return found
 
 
+def names_that_change_in_place(world):
+    """The caller's mapping is another one from the fourth sync on; the memory stays in place, so that the third is repeated."""
+    engine, source, rename = Engine(world), Given(shared(policy())), {}
+    found = [engine.run(source, rename=rename) for _ in range(3)]
+    k, v = f"{LAYER}k_proj.weight", f"{LAYER}v_proj.weight"
+    rename |= {k: v, v: k}
+    weights = served_weights(source.model)
+    swapped = Given(source.model, expected={**weights, k: weights[v], v: weights[k]})
+    found += [engine.run(swapped, rename=rename) for _ in range(2)]
+    engine.close()
+    return found
+
+
 def differing_replicas(world):
     found = {}
 
@@ -297,6 +310,7 @@ SCENARIOS = {
     joined_with_a_merged_one: 2,
     pairs_of_a_tied_model: 2,
     differing_generator_of_a_model_that_is_not_tied: 2,
+    names_that_change_in_place: 2,
     differing_replicas: 2,
     sharded_strays: 4,
 }
@@ -410,6 +424,12 @@ def test_what_the_trainer_holds_and_no_loader_reads_is_not_sent(of_ranks):
         assert [one.facts["tensors"] for one in syncs] == [11] * 4
         assert [one.facts["ignored"] for one in syncs] == [tuple(STRAYS)] * 4
         assert syncs[-1].facts["buckets"] == 1, "a repeated sync has nothing but one program"
+
+
+def test_a_mapping_of_names_that_is_changed_in_place_holds_for_the_next_sync(of_ranks):
+    for syncs in found(of_ranks, names_that_change_in_place):
+        check_good(syncs)
+        assert [one.facts["buckets"] for one in syncs] == [1] * 5
 
 
 @pytest.mark.parametrize("habit", ["joins", "waits"])

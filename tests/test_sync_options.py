@@ -73,3 +73,11 @@ def test_options_that_cannot_work_are_refused(options, words):
 def test_options_that_can_work(payloads, transport):
     options = SyncOptions(bucket_bytes=1, payloads=payloads, transport=transport)
     assert (options.payloads, options.transport) == (payloads, transport)
+
+
+def test_a_mapping_that_is_changed_afterwards_is_another_option():
+    names = {"first": "second"}
+    before = SyncOptions(rename=names)
+    assert before == SyncOptions(rename=dict(names))
+    names["second"] = "first"
+    assert before != SyncOptions(rename=names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,6 +49,9 @@ class SyncOptions:
         check_flag("partial", self.partial)
         check_flag("parts", self.parts)
         check_rename(self.rename)
+        if isinstance(self.rename, Mapping):
+            # As it is now: the next sync compares its options with these, and the caller may change the mapping meanwhile.
+            object.__setattr__(self, "rename", dict(self.rename))
         if self.folder is not None:
             # Where no file will be written it need not exist.
             check = check_path if self.transport == "ipc" else check_folder
