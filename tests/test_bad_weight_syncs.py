@@ -96,6 +96,30 @@ def other_kinds_of_dtype(world):
     return found
 
 
+def generators_that_fail(world):
+    """One that was read before, and one that raises on a single rank: at once, and half-way."""
+    found = {}
+    for words, options in [("whole", {}), ("partial", {"partial": True})]:
+        engine, model = Engine(world), policy()
+        pairs = (pair for pair in list(model.state_dict().items()))
+        source = Given(model, lambda _, pairs=pairs: pairs)
+        found[words] = [engine.run(source, **options), engine.run(source, **options), engine.run(Given(model))]
+        engine.close()
+
+    def failing(model, number):
+        for i, pair in enumerate(model.state_dict().items()):
+            if i == number and world.rank == 1:
+                raise ValueError("no more")
+            yield pair
+
+    for number in (0, 4):
+        engine = Engine(world)
+        source = Given(policy(), lambda model, number=number: failing(model, number))
+        found[number] = [engine.run(source, bucket_bytes=64), engine.run(Given(policy()))]
+        engine.close()
+    return found
+
+
 FORMS = {
     "one row many times": lambda tensor: tensor[:1].expand(tensor.shape),
     "one column many times": lambda tensor: tensor[:, :1].expand(tensor.shape),
@@ -127,6 +151,7 @@ SCENARIOS = [
     a_first_sync_that_is_not_finite,
     a_merged_weight_that_is_not_finite,
     other_kinds_of_dtype,
+    generators_that_fail,
     unusual_memory,
 ]
 
@@ -178,7 +203,7 @@ def test_weights_that_are_not_finite_are_named_or_refused(of_ranks):
                 assert warning == f"{text(names)} NaN or infinite in part: {', '.join(names)}"
             assert infinite.differing == [], "an infinite number arrives like any other"
             assert refused.error[0] == "WeightsMismatchError" and WEIGHT in refused.error[1], words
-            assert refused.modified is words.startswith("generator"), words
+            assert not refused.modified, words
     ours, theirs = on_all(of_ranks, weights_that_are_not_finite)
     for words in ours:
         assert ours[words]["spoiled"][2].error == theirs[words]["spoiled"][2].error
@@ -204,6 +229,23 @@ def test_other_kinds_of_dtype_are_refused_before_they_are_sent(of_ranks):
             assert f"{WEIGHT} is {dtype}, the model expects torch.float32" in refused.error[1]
             assert refused.modified is (words == "generator")
             assert good.error is None and not good.differing
+
+
+def test_a_generator_that_was_read_before_has_no_weights(of_ranks):
+    for found in on_all(of_ranks, generators_that_fail):
+        for words in ("whole", "partial"):
+            first, again, healed = found[words]
+            assert first.error is None and healed.error is None and not healed.differing
+            assert again.error == ("ConfigError", "there are no weights to sync") and not again.modified
+
+
+def test_a_generator_changes_the_engine_once_it_has_given_something(of_ranks):
+    for found in on_all(of_ranks, generators_that_fail):
+        for number in (0, 4):
+            failed, healed = found[number]
+            assert failed.error == ("RankFailedError", "ValueError: no more")
+            assert failed.modified is (number > 0)
+            assert healed.error is None and not healed.differing
 
 
 def test_unusual_memory_arrives_as_its_values(of_ranks):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from tpcolocate import ipc_payload
-from tpcolocate.errors import SyncError, TpColocateError, WeightsMismatchError
+from tpcolocate.errors import ConfigError, SyncError, TpColocateError, WeightsMismatchError
 from tpcolocate.in_server.tpcolocate_receiver.checksums import word_sum
 from tpcolocate.in_server.tpcolocate_receiver.protocol import Addressed, LoadBucket
 from tpcolocate.weights.buckets import split_into_buckets
@@ -59,7 +59,10 @@ def send_buckets(
 def send_stream(session: SyncSession, sender: BucketSender, weights: NamedWeights, bucket_bytes: int) -> BucketsSent:
     """Send weights that are not known in advance; the ranks agree on each bucket.
 
-    Collective: over the slice, and over the meshes of the weights.
+    Collective: over the slice, and over the meshes of the weights.  The engine is not changed before a first bucket is there.
+
+    Raises:
+        ConfigError: There are no weights; on every rank.
     """
     sent = BucketsSent()
     error: BaseException | None = None
@@ -68,8 +71,14 @@ def send_stream(session: SyncSession, sender: BucketSender, weights: NamedWeight
     sizes = None if session.options.partial else loader_map.group_sizes()
     stream = buckets(weights, bucket_bytes, loader_map.group_of, sizes=sizes)
     while (bucket := _next_bucket(session, stream, error)) is not None:
+        if not sent.num_buckets:
+            session.mark_engine_modified()
         session.schedule.enter(gathers(bucket))
         sent, error = _send(session, sender, bucket, None, sent, doubles=weights.doubles)
+    if not sent.num_buckets:
+        raise ConfigError(
+            "there are no weights to sync", hint="a generator can be read once: make a new one for each sync"
+        )
     return sent
 
 

@@ -44,7 +44,8 @@ def run_sync(session: SyncSession, source: Source) -> SyncReport:
     route = choose_route(session, prepared, opened, transport=sender.transport)
     if not route.shards and opened.has_mapped and not session.options.partial:
         unmap_all(session)
-    session.mark_engine_modified()
+    if items is not None:  # a generator may have nothing to give, or fail before that
+        session.mark_engine_modified()
 
     samples, sent, plan = BucketsSent(), BucketsSent(), None
     if route.shards and not route.verified:
