@@ -86,6 +86,16 @@ def swap_two_layers(module):
     module.first, module.norm = module.norm, module.first
 
 
+def rename_a_buffer(module):
+    """In the place that it had."""
+    buffers = module.norm._buffers
+    module.norm._buffers = {"mean" if name == "running_mean" else name: buffer for name, buffer in buffers.items()}
+
+
+def read_the_memory_as_another_dtype(module):
+    module.norm.num_batches_tracked.data = module.norm.num_batches_tracked.data.view(torch.float64)
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -99,6 +109,8 @@ def swap_two_layers(module):
         rename_a_layer,
         replace_a_parameter_by_its_transpose,
         swap_two_layers,
+        rename_a_buffer,
+        read_the_memory_as_another_dtype,
     ],
 )
 def test_a_changed_module_does_not_match(change):
@@ -106,6 +118,36 @@ def test_a_changed_module_does_not_match(change):
     _, found = fingerprint(module)
     change(module)
     assert found.match(module) is None
+
+
+@pytest.mark.parametrize("part", ["weight", "layer"])
+def test_what_is_tied_to_another_one_does_not_match(part):
+    """The same tensors are there, in the same order."""
+    module = nn.Sequential(*(nn.Linear(3, 3, bias=False) for _ in range(3)))
+
+    def tie(to):
+        if part == "weight":
+            module[2].weight = module[to].weight
+        else:
+            module[2] = module[to]
+
+    tie(0)
+    _, found = fingerprint(module)
+    assert found.match(module) is not None
+    tie(1)
+    assert found.match(module) is None
+    tie(0)
+    assert found.match(module) is not None
+
+
+def test_there_is_none_where_a_weight_is_left_out_because_it_equals_another():
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(3, 3)), peft.LoraConfig(target_modules=["0"]))
+    model.base_model.model.embed_tokens = nn.Embedding(4, 3)
+    model.base_model.model.lm_head = nn.Linear(3, 4, bias=False)
+    served = ["0.weight", "0.bias", "embed_tokens.weight", "lm_head.weight"]
+    assert fingerprint(model, expected=served)[1] is not None
+    weights, found = fingerprint(model, expected=served[:-1])
+    assert "lm_head.weight" in weights.extra and found is None
 
 
 def test_buffers_that_are_not_persistent_may_change():

@@ -27,6 +27,9 @@ from tpcolocate.weights.sources.lazy_tensor import (
 )
 from tpcolocate.weights.sources.named_weights import NamedWeights, Source
 
+Layout = tuple[str | int, ...]
+"""The names of a module's parts, and then a number for each; the same part has the same number wherever it is."""
+
 
 @dataclass(frozen=True, slots=True)
 class Origin:
@@ -154,7 +157,7 @@ class Fingerprint:
 
     Attributes:
         module: The source.
-        layout: Names of the parts of each module in it, in order.
+        layout: The parts of each module in it, in order.
         tensors: Its parameters and persistent buffers, in order.
         memory: Where the local data of each tensor is, and in which layout.
         origins: Name of each weight -> what it is.
@@ -165,7 +168,7 @@ class Fingerprint:
     """
 
     module: weakref.ref[nn.Module]
-    layout: list[tuple[str, ...]]
+    layout: list[Layout]
     tensors: list[weakref.ref[torch.Tensor]]
     memory: list[tuple[object, ...]]
     origins: Mapping[str, Origin]
@@ -179,9 +182,10 @@ class Fingerprint:
         """Return the fingerprint of a module; None if it cannot be known again.
 
         There is none of a source that is not a module, nor of weights that are computed in an unknown way, nor if some of
-        the module's tensors are not sent: which ones are may depend on its settings, unless a recipe has them.
+        the module's tensors are not sent: which ones are may depend on its settings, unless a recipe has them.  Nor where
+        others are not sent because they were equal to what is: they may not be the next time.
         """
-        if not isinstance(source, nn.Module) or weights.items is None:
+        if not isinstance(source, nn.Module) or weights.items is None or weights.extra:
             return None
         layout, tensors = _walk(source)
         find = _Origins(tensors)
@@ -286,14 +290,16 @@ class _Origins:
         return self._formula_of[id(item)]
 
 
-def _walk(module: nn.Module) -> tuple[list[tuple[str, ...]], list[torch.Tensor]]:
-    """Return the names of every module's parts, and all parameters and persistent buffers, each once."""
-    layout: list[tuple[str, ...]] = []
+def _walk(module: nn.Module) -> tuple[list[Layout], list[torch.Tensor]]:
+    """Return the names of every module's parts and which parts these are, and all parameters and persistent buffers, each once."""
+    layout: list[Layout] = []
     tensors: dict[int, torch.Tensor] = {}
+    # In order of first use: a part that has two names may change places with another one that has.
+    numbers: dict[int, int] = {}
     for one in modules_of(module):
         if isinstance(one, FSDPModule):
             one.reshard()  # as FSDP2 does before a state dict: a forward may leave the parameters unsharded
-        layout.append((*one._modules, *one._parameters))
+        parts: dict[str, object] = {**one._modules, **one._parameters}
         for parameter in one._parameters.values():
             if parameter is not None:
                 tensors[id(parameter)] = parameter
@@ -301,13 +307,15 @@ def _walk(module: nn.Module) -> tuple[list[tuple[str, ...]], list[torch.Tensor]]
             for name, buffer in one._buffers.items():
                 if buffer is not None and name not in one._non_persistent_buffers_set:
                     tensors[id(buffer)] = buffer
+                    parts[name] = buffer
+        layout.append((*parts, *(numbers.setdefault(id(part), len(numbers)) for part in parts.values())))
     return layout, list(tensors.values())
 
 
 def _memory(tensor: torch.Tensor) -> tuple[object, ...]:
     local = local_of(tensor)
     # Not the shape, which takes several times as long as the rest: numel and stride change with it.
-    return local.data_ptr(), local.numel(), local.stride(), local.storage_offset()
+    return local.data_ptr(), local.dtype, local.numel(), local.stride(), local.storage_offset()
 
 
 __all__ = ["Fingerprint", "LaterItems", "Match", "Origin"]
