@@ -266,6 +266,43 @@ def test_a_model_without_adapters_is_refused_with_a_hint():
     assert "get_peft_model" in caught.value.hint
 
 
+def layers_of(model):
+    return [module for module in model.modules() if isinstance(module, peft.tuners.lora.LoraLayer)]
+
+
+def test_the_scale_is_what_the_layers_have():
+    model = wrapped(default=lora(lora_alpha=3), other=lora(lora_alpha=5))
+    assert adapter_of(model, "default").config["lora_alpha"] == 3
+    for layer in layers_of(model):
+        layer.set_scale("default", 0.5)
+    served = adapter_of(model, "default").config_for_server
+    assert served["lora_alpha"] / served["r"] == layers_of(model)[0].scaling["default"] == 0.5 * 3 / R
+    assert adapter_of(model, "other").config["lora_alpha"] == 5
+    with peft.helpers.rescale_adapter_scale(model, 4):
+        assert adapter_of(model, "default").config["lora_alpha"] == 4 * 0.5 * 3
+    assert adapter_of(model, "default").config["lora_alpha"] == 0.5 * 3
+
+
+def test_layers_that_are_scaled_differently_are_refused():
+    model = wrapped(default=lora(lora_alpha=4))
+    layers_of(model)[1].set_scale("default", 3)
+    with pytest.raises(ConfigError, match="q_proj by 2; base_model.model.v_proj by 6") as caught:
+        adapter_of(model, "default")
+    assert "set_scale()" in caught.value.hint
+
+
+def test_the_base_model_is_not_looked_up(monkeypatch):
+    """PEFT asks the hub for its vocabulary, and adds the embeddings where the model's own is of another size."""
+    from peft.utils import save_and_load
+
+    model = wrapped(default=lora())
+    model.peft_config["default"].base_model_name_or_path = "someone/something"
+    monkeypatch.setattr(
+        save_and_load, "check_file_exists_on_hf_hub", lambda *args, **kwargs: pytest.fail("asked the hub")
+    )
+    assert adapter_of(model, None).modules().keys() == {"q_proj", "v_proj"}
+
+
 def test_ddp_is_unwrapped():
     class Fake(DistributedDataParallel):
         def __init__(self, module):

@@ -145,7 +145,7 @@ def adapter_of(model: nn.Module, adapter_name: str | None) -> Adapter:
         adapter_name: Which one; may be None if there is only one.
 
     Raises:
-        ConfigError: Not a PEFT model, no such adapter, or as `make_adapter`.
+        ConfigError: Not a PEFT model, no such adapter, layers that are scaled differently, or as `make_adapter`.
     """
     outermost, model = model, unwrapped(model)
     configs = getattr(model, "peft_config", None)
@@ -164,12 +164,37 @@ def adapter_of(model: nn.Module, adapter_name: str | None) -> Adapter:
 
     state = gathered_state(outermost)
     if state is None:
-        return make_adapter(get_peft_model_state_dict(model, adapter_name=adapter_name), configs[adapter_name])
-    # peft looks for names with the wrappers' segments.
-    own = {
-        name: item for name, item in state.items() if re.search(rf"\.lora_\w+\.{re.escape(adapter_name)}(\.|$)", name)
-    }
-    return make_adapter(own, configs[adapter_name])
+        # By default peft looks up the base model, if need be on the hub, and adds embeddings that have another size there.
+        own = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    else:
+        # peft looks for names with the wrappers' segments.
+        pattern = re.compile(rf"\.lora_\w+\.{re.escape(adapter_name)}(\.|$)")
+        own = {name: item for name, item in state.items() if pattern.search(name)}
+    adapter = make_adapter(own, configs[adapter_name])
+    return Adapter(adapter.tensors, {**adapter.config, "lora_alpha": _alpha(model, adapter_name, adapter.config)})
+
+
+def _alpha(model: nn.Module, adapter_name: str, config: Mapping[str, Any]) -> float:
+    """Return the ``lora_alpha`` with which SGLang scales as the model's layers do now: a script may have set their scale.
+
+    Raises:
+        ConfigError: Layers are scaled differently.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    scalings: dict[float, str] = {}
+    for path, layer in model.named_modules():
+        if isinstance(layer, LoraLayer) and adapter_name in layer.scaling:
+            scalings.setdefault(float(layer.scaling[adapter_name]), without_wrappers(path))
+    if len(scalings) > 1:
+        raise ConfigError(
+            f"the layers of adapter {adapter_name!r} are scaled differently: "
+            + some([f"{path} by {scaling:g}" for scaling, path in scalings.items()]),
+            hint="SGLang scales every module by lora_alpha / r: set one scale for all layers, as unscale_layer() and set_scale() "
+            "of PEFT's layers do, or send the merged weights with sync_weights(model)",
+        )
+    alpha, r = config["lora_alpha"], config["r"]
+    return alpha if alpha / r in scalings else next(iter(scalings), alpha / r) * r
 
 
 def check_adapter(adapter: Adapter, spec: ModelSpec | None) -> Adapter:
@@ -310,7 +335,9 @@ def _zeros(adapter: Adapter, spec: ModelSpec | None) -> dict[str, torch.Tensor]:
                 continue
             for side in "AB":
                 shape = [n for n in _shape(sibling, side, adapter.rank, spec) if n is not None]
-                zeros[f"{_PREFIX}{sibling}.lora_{side}.weight"] = torch.zeros(shape, dtype=sides[side].dtype)
+                zeros[f"{_PREFIX}{sibling}.lora_{side}.weight"] = torch.zeros(
+                    shape, dtype=sides[side].dtype, device="cpu"
+                )
     return zeros
 
 
