@@ -40,6 +40,7 @@ LAYERS = {
             "deadline",
             "worker_errors",
             "garbage",
+            "modes",
         },
         {"errors", "in_server", "_version"},
     ),
@@ -286,6 +287,43 @@ def test_only_imports_that_go_down_pass(module, target, good):
 def test_cycles_are_found():
     edges = {"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": {"e"}, "e": {"f"}, "f": {"d"}, "g": {"a"}}
     assert cycles_of(edges) == {frozenset("bc"), frozenset("def")}
+
+
+# --- torch --------------------------------------------------------------------------------------------------------
+
+
+FACTORIES = frozenset(
+    "arange as_tensor asarray empty empty_strided eye full linspace ones rand randint randn randperm scalar_tensor tensor zeros".split()
+)
+
+
+def factories_without_device(source):
+    """Return the lines that make a tensor wherever the caller's default device is."""
+    return [
+        node.lineno
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and ast.unparse(node.func.value) == "torch"
+        and node.func.attr in FACTORIES
+        and "device" not in {keyword.arg for keyword in node.keywords}
+    ]
+
+
+def test_tensors_are_made_on_a_device_that_is_named():
+    found = {module: factories_without_device(path.read_text()) for module, path in MODULES.items()}
+    assert {module: lines for module, lines in found.items() if lines} == {}, "a script may have set a default device"
+
+
+@pytest.mark.parametrize("source, lines", [
+    ("torch.zeros(1)", [1]),
+    ("torch.zeros(1, device=device)", []),
+    ("x = 1\ny.f(torch.tensor([x]).to(device))", [2]),
+    ("torch.empty_like(x)", []),
+    ("np.zeros(1)", []),
+])  # fmt: skip
+def test_factories_without_a_device_are_found(source, lines):
+    assert factories_without_device(source) == lines
 
 
 # --- classes --------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
-"""Syncs of weights that are wrong in themselves or lie unusually, without a server, see `sync_harness`."""
+"""Syncs of weights that are wrong in themselves, lie unusually or come in an unusual way, without a server, see `sync_harness`."""
 
+import contextlib
 import gc
 import math
 import tempfile
@@ -9,7 +10,7 @@ import pytest
 import torch
 from harness import run_ranks
 from sync_harness import Engine, World, record_everything, serve_worker, shapes_of, stop_worker
-from sync_models import policy
+from sync_models import policy, served_weights
 from test_full_syncs import Given, adapted_policy, shared
 
 pytestmark = pytest.mark.timeout(300)
@@ -146,6 +147,39 @@ def unusual_memory(world):
     return found
 
 
+@contextlib.contextmanager
+def default_device():
+    """As scripts set it to a GPU; nothing can be computed on this one."""
+    torch.set_default_device("meta")
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+
+
+MODES = {
+    "inference": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "default device": default_device,
+}
+
+
+def modes_of_torch(world):
+    """Two syncs within a mode, two outside, and one within it; repeated ones among them."""
+    found = {words: {} for words in MODES}
+    for words, mode in MODES.items():
+        for model in (shared(policy()), adapted_policy()):
+            engine, weights = Engine(world), served_weights(model)
+            source = Given(model, expected=weights)
+            within = []
+            for is_within in (True, True, False, False, True):
+                with mode() if is_within else contextlib.nullcontext():
+                    within.append(engine.run(source))
+            found[words][type(model).__name__] = within
+            engine.close()
+    return found
+
+
 SCENARIOS = [
     weights_that_are_not_finite,
     a_first_sync_that_is_not_finite,
@@ -153,6 +187,7 @@ SCENARIOS = [
     other_kinds_of_dtype,
     generators_that_fail,
     unusual_memory,
+    modes_of_torch,
 ]
 
 
@@ -252,3 +287,11 @@ def test_unusual_memory_arrives_as_its_values(of_ranks):
     for found in on_all(of_ranks, unusual_memory):
         for words, syncs in found.items():
             assert [(one.error, one.differing) for one in syncs] == [(None, [])] * 3, words
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_modes_of_torch_in_the_caller_change_nothing(of_ranks, mode):
+    for found in on_all(of_ranks, modes_of_torch):
+        for model, syncs in found[mode].items():
+            assert [(one.error, one.differing) for one in syncs] == [(None, [])] * 5, model
+            assert [one.facts["transport"] for one in syncs] == ["ipc"] * 5, model

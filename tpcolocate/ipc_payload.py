@@ -55,7 +55,7 @@ SHARED_MEMORY_HINT = (
 )
 _CUDA_COUNTER_HEADER_BYTES = 64
 _POLL_INTERVAL_S = 0.0005
-_EMPTY = torch.empty(0, dtype=torch.uint8)
+_EMPTY = torch.empty(0, dtype=torch.uint8, device="cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +107,7 @@ def allocate(num_bytes: int, device: torch.device) -> torch.Tensor:
     if device.type == "cpu":
         with _shared_memory(num_bytes):
             storage = torch.UntypedStorage._new_using_filename_cpu(max(num_bytes, 1))
-        return torch.empty(0, dtype=torch.uint8).set_(storage)[:num_bytes]
+        return torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage)[:num_bytes]
     if num_bytes == 0:
         # A reader maps the one byte, too, and its checksum has to be that of an empty bucket.
         return torch.zeros(1, dtype=torch.uint8, device=device)[:0]

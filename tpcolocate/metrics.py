@@ -89,7 +89,7 @@ def engine_logprobs(answers: Mapping[str, Any] | Sequence[Mapping[str, Any]]) ->
             raise ConfigError(f"answer {index} has no log-probabilities", hint="pass return_logprob=True to generate()")
         # JSON has None for what is not finite.
         values = [math.nan if entry[0] is None else float(entry[0]) for entry in entries]
-        found.append(torch.tensor(values, dtype=torch.float32))
+        found.append(torch.tensor(values, dtype=torch.float32, device="cpu"))
     return found
 
 
@@ -120,8 +120,8 @@ def logprob_gap(
     if len(engine) != len(trainer):
         raise ConfigError(f"{len(engine)} answers and the trainer's log-probabilities of {len(trainer)}")
     length = max((row.numel() for row in engine), default=0)
-    padded = torch.zeros(2, len(engine), length, dtype=torch.float64)
-    mask = torch.zeros(len(engine), length, dtype=torch.bool)
+    padded = torch.zeros(2, len(engine), length, dtype=torch.float64, device="cpu")
+    mask = torch.zeros(len(engine), length, dtype=torch.bool, device="cpu")
     for index, (ours, theirs) in enumerate(zip(engine, trainer)):
         if theirs.numel() < ours.numel() or (theirs.numel() > ours.numel() and not _is_padded(trainer_logprobs)):
             raise ConfigError(
@@ -303,7 +303,8 @@ def _has_dimensions(values: Any, number: int) -> bool:
 def _tensor(values: Any, name: str) -> torch.Tensor:
     """Return numbers that may be a list or an array as a tensor."""
     try:
-        return torch.as_tensor(values).detach()
+        found = values if isinstance(values, torch.Tensor) else torch.as_tensor(values, device="cpu")
+        return found.detach()
     except (TypeError, ValueError, RuntimeError):
         raise ConfigError(f"{name} must be a tensor of numbers, got {shown(values)}") from None
 

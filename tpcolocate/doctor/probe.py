@@ -265,7 +265,7 @@ def _open(handle: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _pattern() -> torch.Tensor:
-    return torch.arange(_NUM_BYTES, dtype=torch.int32).to(torch.uint8)
+    return torch.arange(_NUM_BYTES, dtype=torch.int32, device="cpu").to(torch.uint8)
 
 
 def _short(error: BaseException) -> str:

@@ -50,7 +50,7 @@ def load_kernels(device: torch.device) -> None:
 
 def _sum_of_rest(data: torch.Tensor) -> int:
     whole = data.numel() // 8 * 8
-    rest = torch.zeros(_ROW_WORDS + 8, dtype=torch.int64)
+    rest = torch.zeros(_ROW_WORDS + 8, dtype=torch.int64, device="cpu")
     rest[: whole // 8] = data[:whole].view(torch.int64)
     rest[_ROW_WORDS : _ROW_WORDS + data.numel() - whole] = data[whole:]
     return int((rest * _odd(rest.numel(), rest.device)).sum())

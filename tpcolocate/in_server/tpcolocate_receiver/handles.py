@@ -39,7 +39,7 @@ def open_handle(handle: Mapping[str, Any], device: torch.device) -> torch.Tensor
         storage = reductions.rebuild_storage_filename(
             torch.UntypedStorage, _bytes(handle["manager"]), _bytes(handle["name"]), handle["num_bytes"]
         )
-        return torch.empty(0, dtype=torch.uint8).set_(storage)
+        return torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage)
     return _open_cuda(handle, torch.cuda.current_device() if device.index is None else device.index)
 
 

@@ -115,7 +115,8 @@ def verify(launch: Any, device: torch.device) -> None:
     generator = torch.Generator().manual_seed(1)
 
     def words(*shape: int) -> torch.Tensor:
-        return torch.randint(-(2**63), 2**63 - 1, shape, dtype=torch.int64, generator=generator).to(device)
+        made = torch.randint(-(2**63), 2**63 - 1, shape, dtype=torch.int64, generator=generator, device="cpu")
+        return made.to(device)
 
     flat, rows, wide, cube = words(3 * TILE + 2), words(40, 1024), words(3, 2 * TILE + 8), words(3, 6, 20)
     sources = [flat, rows[:, 16:528], wide[:, : 2 * TILE + 4], cube[:, 1:5, 2:10], flat[:2], rows[:2, :64]]
@@ -140,7 +141,8 @@ def verify_cast(launch: Any, device: torch.device, cast: Cast) -> None:
     generator = torch.Generator().manual_seed(1)
 
     def numbers(*shape: int) -> torch.Tensor:
-        values = torch.randn(shape, generator=generator) * torch.randn(shape, generator=generator).mul(20).exp()
+        values, scales = (torch.randn(shape, generator=generator, device="cpu") for _ in range(2))
+        values = values * scales.mul(20).exp()
         return values.to(source).to(device)
 
     flat, rows, wide = numbers(5 * TILE + 8), numbers(20, 1024), numbers(3, 4 * TILE + 16)
@@ -181,7 +183,7 @@ def _try_flags(launch: Any, device: torch.device) -> None:
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         largest = torch.finfo(dtype).max
         for last in (largest, -largest, math.inf, -math.inf, math.nan):
-            source = torch.zeros(2 * TILE + 64, dtype=dtype)
+            source = torch.zeros(2 * TILE + 64, dtype=dtype, device="cpu")
             source[-2] = last
             sources.append(source.to(device))
             targets.append(torch.empty_like(sources[-1]))

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from tpcolocate.checks import check_path
 from tpcolocate.errors import ConfigError
+from tpcolocate.modes import usual_modes
 from tpcolocate.weights.buckets import split_into_buckets
 from tpcolocate.weights.sources.lazy_tensor import Items, full_bytes, full_tensor
 from tpcolocate.weights.sources.model_spec import safetensors_files
@@ -151,6 +152,7 @@ class CheckpointWriter:
         shutil.rmtree(self._partial, ignore_errors=True)
 
 
+@usual_modes()
 def save(weights: NamedWeights, writer: CheckpointWriter | None, *, shard_bytes: int = SHARD_BYTES) -> Exception | None:
     """Gather all weights, shard by shard, and write them on the rank that has a writer.
 

@@ -98,7 +98,7 @@ def wrongly_rounded(adder: Adder, device: torch.device, num_columns: int) -> flo
     generator = torch.Generator().manual_seed(1)
 
     def randn(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator).to(device, torch.bfloat16)
+        return torch.randn(shape, generator=generator, device="cpu").to(device, torch.bfloat16)
 
     rank = 3 * RANK_MULTIPLE
     base, left, right = randn(320, num_columns), randn(2, 320, rank), randn(2, rank, num_columns)

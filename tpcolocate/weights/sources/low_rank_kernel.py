@@ -89,7 +89,7 @@ def launch(additions: Sequence[Addition]) -> None:
     with torch.cuda.device_of(additions[0].out):  # the thread's own may be another
         for (dtype, factor, is_aligned), rows in kinds.items():
             name = str(dtype).removeprefix("torch.")
-            table = torch.tensor(rows, dtype=torch.int64)
+            table = torch.tensor(rows, dtype=torch.int64, device="cpu")
             if device.type == "cuda":  # from memory that the GPU reads by itself: this process does not wait for it
                 table = table.pin_memory().to(device, non_blocking=True)
             num_tiles = max(-(-num_rows // BLOCK) * -(-num_columns // BLOCK) for *_, num_rows, num_columns, _ in rows)

@@ -18,6 +18,7 @@ from tpcolocate.errors import RankLostError, TpColocateError
 from tpcolocate.garbage import collector_paused
 from tpcolocate.in_server.tpcolocate_receiver.checksums import load_kernels
 from tpcolocate.in_server.tpcolocate_receiver.protocol import Addressed, WarmUp, addressed_to_all
+from tpcolocate.modes import usual_modes
 from tpcolocate.report import SyncReport
 from tpcolocate.weights.plan.transfer_plan import TpLayout
 from tpcolocate.weights.sources.model_spec import ModelSpec
@@ -110,7 +111,7 @@ class WeightSyncer:
         session = SyncSession(self.context, self.state, options, version, deadline, on_engine_modified, on_sent)
         try:
             # A full collection in a process that has loaded a model and its libraries takes as long as many syncs.
-            with collector_paused(), shown(session.stats.watch, rank=self.context.group.rank):
+            with collector_paused(), usual_modes(), shown(session.stats.watch, rank=self.context.group.rank):
                 report = run_sync(session, source)
         except BaseException as error:
             session.give_up()

@@ -246,7 +246,7 @@ class Transfer:
         self.planned = planned
         self._shards = shards
         self._mesh = mesh
-        self._send_buffer = torch.empty(0, dtype=torch.uint8)
+        self._send_buffer = torch.empty(0, dtype=torch.uint8, device="cpu")
         self._direct: torch.Tensor | None = None
         self._staged: list[torch.Tensor] = []
         """Checksums of the stages so far, not waited for."""
@@ -273,7 +273,7 @@ class Transfer:
     def release(self) -> None:
         """Free the memory; a later call takes it anew."""
         self.halves, self._direct = [], None
-        self._send_buffer = torch.empty(0, dtype=torch.uint8)
+        self._send_buffer = torch.empty(0, dtype=torch.uint8, device="cpu")
 
     def expected_direct(self) -> list[list[int]]:
         """Return the sums that this rank's worker must find of what it reads where it lies, by source.
