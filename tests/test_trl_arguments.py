@@ -12,9 +12,10 @@ from unittest import mock
 
 import pytest
 import torch
+from harness import run_ranks
 
 import tpcolocate.trl
-from tpcolocate.errors import ConfigError
+from tpcolocate.errors import ConfigError, RankFailedError
 from tpcolocate.hf import GenerationCallback, weighted_means
 from tpcolocate.trl import engines
 from tpcolocate.trl.arguments import CPU_TOKENS, KEYWORDS, VllmArguments, check_constructor
@@ -540,3 +541,54 @@ def test_a_callback_acts_at_its_steps():
         callback.on_step_end(None, SimpleNamespace(global_step=step), None)
     assert logged == [{"eval_length": 2.0}] * 2
     assert [call[:2] for call in engine.calls] == [("sync_weights", trainer.model_wrapped), ("generate", ["a"])] * 2
+
+
+@pytest.mark.parametrize("given, words", [
+    ({"sampling_params": [{}]}, "sampling_params has 1 entries for 3 prompts"),
+    ({"lora_path": ["x"] * 4}, "lora_path has 4 entries for 3 prompts"),
+    ({"token_ids_logprob": [[1]]}, "token_ids_logprob has 1 entries for 3 prompts"),
+])  # fmt: skip
+def test_a_callback_refuses_lists_of_another_length_than_its_prompts(given, words):
+    with pytest.raises(ConfigError, match=words):
+        GenerationCallback(None, None, ["a", "b", "c"], score=lambda *_: {}, every_steps=1, **given)
+
+
+def evaluated(rank):
+    """Two prompts here and one there; then the score of rank 1 alone fails."""
+
+    def score(prompts, answers):
+        if rank == 1 and engine.calls.count(("sleep",)) > 1:
+            raise ValueError("no score")
+        return {"prompts": len(prompts)}
+
+    class Engine(RecordingEngine):
+        def generate(self, prompts, sampling_params, *, timeout_s, **fields):
+            self.calls.append(("generate", prompts, sampling_params, fields))
+            return [{}] * len(prompts)
+
+    engine = Engine()
+    callback = GenerationCallback(
+        SimpleNamespace(model_wrapped=None), engine, ["a", "b", "c"], [{"n": 1}, {"n": 2}, {"n": 3}],
+        score=score, every_steps=1, sleep=True, lora_path=["x", None, "z"], token_ids_logprob=[4, 5], return_logprob=True,
+    )  # fmt: skip
+    figures = callback.evaluate()
+    try:
+        callback.evaluate()
+    except RankFailedError as error:
+        return figures, engine.calls, (error.message, error.rank, type(error.__cause__))
+    return figures, engine.calls, None
+
+
+@pytest.mark.timeout(200)
+def test_a_callback_on_two_ranks():
+    (figures, ours, error), (figures_there, theirs, error_there) = run_ranks(evaluated, 2)
+    assert figures == figures_there == {"prompts": (2 * 2 + 1) / 3}
+    common = {"token_ids_logprob": [4, 5], "return_logprob": True}
+    assert [call for call in ours if call[0] == "generate"] == [
+        ("generate", ["a", "c"], [{"n": 1}, {"n": 3}], {"lora_path": ["x", "z"], **common})
+    ] * 2
+    assert [call for call in theirs if call[0] == "generate"] == [
+        ("generate", ["b"], [{"n": 2}], {"lora_path": [None], **common})
+    ] * 2
+    assert error == ("ValueError: no score", 1, type(None)) and error_there == ("ValueError: no score", 1, ValueError)
+    assert [call[0] for call in ours] == [call[0] for call in theirs], "no rank waits for another one"

@@ -282,12 +282,12 @@ class RankGroup:
         """
         self._check_process(what)
         self._place.has_shared_error = False
-        report = None if error is None else _Report.of(error, self.rank)
+        report = None if error is None else ErrorReport.of(error, self.rank)
         try:
             data = pickle.dumps((report, value))
         except Exception as unpicklable:  # reported to the others, which already wait
             error = unpicklable if error is None else error
-            report = _Report.of(unpicklable, self.rank)
+            report = ErrorReport.of(unpicklable, self.rank)
             data = pickle.dumps((report, None))
         try:
             if self.group is None:
@@ -300,17 +300,10 @@ class RankGroup:
             # This rank has the cause: raise that one.
             error.add_note(f"(not reported to the other ranks: {lost.message})")
             raise error from None
-        first = min((r for r, _ in outcomes if r is not None), key=lambda r: r.order, default=None)
-        if first is None:
-            return [outcome for _, outcome in outcomes]  # type: ignore[misc]
-        self._place.has_shared_error = True
-        if error is not None and not isinstance(error, Exception):
-            raise error  # KeyboardInterrupt and SystemExit keep their class on the rank that got them
-        if error is not None and first.rank == self.rank:
-            if isinstance(error, TpColocateError):
-                raise error  # not the copy that came back, which would be shown below it as another error
-            raise first.error from error
-        raise first.error
+        reports = [one for one, _ in outcomes if one is not None]
+        self._place.has_shared_error = bool(reports)
+        raise_first(reports, error, rank=self.rank)
+        return [outcome for _, outcome in outcomes]  # type: ignore[misc]
 
     @contextmanager
     def together(self, what: str, *, timeout_s: float | None = None) -> Iterator[dict[str, object]]:
@@ -362,8 +355,28 @@ class RankGroup:
         return self.agree(error, value, what=what, timeout_s=timeout_s)[self.ranks.index(rank)]
 
 
+def raise_first(reports: Sequence[ErrorReport], error: BaseException | None, *, rank: int) -> None:
+    """Raise the first error of any rank, on every rank the same; return if there is none.
+
+    Args:
+        reports: Of the ranks that have an error, as all ranks have them.
+        error: This rank's own.
+        rank: This global rank.
+    """
+    first = min(reports, key=lambda one: one.order, default=None)
+    if first is None:
+        return
+    if error is not None and not isinstance(error, Exception):
+        raise error  # KeyboardInterrupt and SystemExit keep their class on the rank that got them
+    if error is not None and first.rank == rank:
+        if isinstance(error, TpColocateError):
+            raise error  # not the copy that came back, which would be shown below it as another error
+        raise first.error from error
+    raise first.error
+
+
 @dataclass(frozen=True, slots=True)
-class _Report:
+class ErrorReport:
     """An error as it is sent to the other ranks."""
 
     rank: int
@@ -376,7 +389,7 @@ class _Report:
         return isinstance(self.error, RankLostError), self.time, self.rank
 
     @classmethod
-    def of(cls, error: BaseException, rank: int) -> _Report:
+    def of(cls, error: BaseException, rank: int) -> ErrorReport:
         if isinstance(error, TpColocateError):
             if error.rank is None:
                 error.rank = rank
@@ -398,4 +411,4 @@ def _padded(data: bytes, num_bytes: int) -> torch.Tensor:
     return torch.frombuffer(bytearray(data.ljust(num_bytes, b"\0")), dtype=torch.uint8)
 
 
-__all__ = ["RankGroup"]
+__all__ = ["ErrorReport", "RankGroup", "raise_first"]

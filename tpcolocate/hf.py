@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
 
+from tpcolocate.agreement import ErrorReport, raise_first
 from tpcolocate.engine.client import SamplingParams
 from tpcolocate.engine.engine import Engine
+from tpcolocate.engine.requests import share_of
 from tpcolocate.engine.values import is_array, is_list
-from tpcolocate.errors import ConfigError, shown
+from tpcolocate.errors import ConfigError, RankLostError, TpColocateError, shown
 
 Share = tuple[int, Mapping[str, float]]
+"""Number of prompts, and the means over them."""
 Score = Callable[[Sequence[Any], Sequence[Mapping[str, Any]]], Mapping[str, float]]
 
 
@@ -24,14 +28,14 @@ class GenerationCallback(TrainerCallback):
     Each rank generates for its share of the prompts.  The figures are averaged over all prompts and logged by
     ``trainer.log``, so that they are in ``trainer.state.log_history`` and go to every tracker.
 
-    Collective: every rank adds one to its trainer, with the same arguments.  Errors of the engine end the training; see
-    `Engine.sync_weights` and `Engine.generate`.
+    Collective: every rank adds one to its trainer, with the same arguments.  An error ends the training, that of one rank on
+    all of them; see `Engine.sync_weights` and `Engine.generate`.
 
     Args:
         trainer: Whose weights are synced, and whose log is written.
         engine: From `Colocation.launch`.
         prompts: Texts, or lists of token ids; not empty.
-        sampling_params: SGLang's.
+        sampling_params: SGLang's: one for all prompts, or one for each.
         score: Called on every rank with its share of the prompts and their answers, as SGLang returns them (in number
             ``n`` times the prompts, with ``n`` in `sampling_params`).  Returns means over them by name.  A rank without a
             share does not call it.
@@ -39,13 +43,13 @@ class GenerationCallback(TrainerCallback):
         sleep: Let the server sleep in between.  It is put to sleep here, for the first time.
         prefix: Put before the names of the figures.
         timeout_s: For all answers of one time, in seconds; see `Engine.generate`.
-        fields: Any other field of SGLang's ``/generate``, such as ``return_logprob=True``.
+        fields: Any other field of SGLang's ``/generate``, such as ``return_logprob=True``; a list has one value for each prompt.
 
     Attributes:
         report: Of the last weight sync; None before the first.
 
     Raises:
-        ConfigError: No prompts, or steps that are not positive.
+        ConfigError: No prompts, lists of another length, or steps that are not positive.
     """
 
     def __init__(
@@ -73,7 +77,10 @@ class GenerationCallback(TrainerCallback):
         self._trainer = trainer
         self._engine = engine
         self._prompts = list(prompts)
-        self._request = {"sampling_params": sampling_params, "timeout_s": timeout_s, **fields}
+        self._sampling_params = sampling_params
+        self._fields = fields
+        self._timeout_s = timeout_s
+        share_of([], len(self._prompts), sampling_params, fields)
         self._score = score
         self._every_steps = every_steps
         self._sleep = sleep
@@ -90,6 +97,21 @@ class GenerationCallback(TrainerCallback):
 
         Collective: over all training ranks.
         """
+        rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        share: Share = 0, {}
+        error: Exception | None = None
+        try:
+            share = self._evaluated(range(rank, len(self._prompts), world_size))
+        except RankLostError:
+            raise  # there is somebody whom the others would wait for
+        except Exception as caught:
+            if world_size == 1:
+                raise
+            error = caught
+        return weighted_means(_of_all_ranks(share, error, rank, world_size))
+
+    def _evaluated(self, indices: Sequence[int]) -> Share:
+        """Return what this rank finds for its prompts."""
         if self._sleep:
             _empty_cache()
             self._engine.wake(["weights"])
@@ -97,18 +119,39 @@ class GenerationCallback(TrainerCallback):
         self.report = self._engine.sync_weights(self._trainer.model_wrapped)
         if self._sleep:
             self._engine.wake()
-        rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        prompts = self._prompts[rank::world_size]
-        own: dict[str, float] = {}
-        if prompts:
-            answers = self._engine.generate(prompts, **self._request)
-            own = {name: float(value) for name, value in self._score(prompts, answers).items()}
+        try:
+            share = self._generated(indices)
+        except Exception:
+            if self._sleep:  # the error may be of this rank alone: the others wait for it in their sleep()
+                with suppress(TpColocateError):
+                    self._engine.sleep()
+            raise
         if self._sleep:
             self._engine.sleep()
-        shares: list[Share] = [(len(prompts), own)] * world_size
-        if world_size > 1:
-            dist.all_gather_object(shares, (len(prompts), own))
-        return weighted_means(shares)
+        return share
+
+    def _generated(self, indices: Sequence[int]) -> Share:
+        if not indices:
+            return 0, {}
+        prompts = [self._prompts[i] for i in indices]
+        sampling_params, fields = share_of(indices, len(self._prompts), self._sampling_params, self._fields)
+        answers = self._engine.generate(prompts, sampling_params, timeout_s=self._timeout_s, **fields)
+        return len(prompts), {name: float(value) for name, value in self._score(prompts, answers).items()}
+
+
+def _of_all_ranks(share: Share, error: Exception | None, rank: int, world_size: int) -> list[Share]:
+    """Return the shares of all ranks.
+
+    Collective: over all training ranks.
+
+    Raises:
+        TpColocateError: The first error of any rank, on all of them.
+    """
+    outcomes: list[tuple[Share, ErrorReport | None]] = [(share, None)] * world_size
+    if world_size > 1:
+        dist.all_gather_object(outcomes, (share, None if error is None else ErrorReport.of(error, rank)))
+    raise_first([report for _, report in outcomes if report is not None], error, rank=rank)
+    return [one for one, _ in outcomes]
 
 
 def weighted_means(shares: Sequence[Share]) -> dict[str, float]:

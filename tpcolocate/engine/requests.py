@@ -11,7 +11,7 @@ import difflib
 import json
 import pickletools
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -424,15 +424,51 @@ def _add_token_ids(
             _mark(prompts, i, error)
 
 
+def share_of(
+    indices: Sequence[int], of: int, sampling_params: Any, fields: Mapping[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """Return the sampling parameters and fields of a call for some of its prompts: of what has one value for each, theirs.
+
+    Args:
+        indices: Of these prompts.
+        of: How many prompts there are.
+        sampling_params, fields: As for `Engine.generate`, for all of them.
+
+    Raises:
+        ConfigError: A list has another length.
+    """
+
+    def share(name: str, value: Any) -> list[Any]:
+        values = _listed(name, value, of)
+        return [values[i] for i in indices]
+
+    found = {name: share(name, value) if _is_for_each(name, value) else value for name, value in fields.items()}
+    return share("sampling_params", sampling_params) if is_list(sampling_params) else sampling_params, found
+
+
+def _is_for_each(name: str, value: Any) -> bool:
+    """Return whether a field of a list of prompts has one value for each of them."""
+    if not is_list(value) and not is_array(value):
+        return False
+    if name == "token_ids_logprob":
+        return any(is_list(each) or is_array(each) for each in value)
+    return FIELDS.get(name, Field(_any)).per_prompt
+
+
 def _one_each(name: str, value: Any, prompts: Prompts) -> list[Any]:
-    values = contents(value) if is_array(value) else list(value)
     if prompts.is_single:
+        values = contents(value) if is_array(value) else list(value)
         raise ConfigError(
             f"{name} is a list, for a single prompt: {shown(values)}", hint=f"pass one {name}, or a list of prompts"
         )
-    if len(values) != len(prompts):
+    return _listed(name, value, len(prompts))
+
+
+def _listed(name: str, value: Any, number: int) -> list[Any]:
+    values = contents(value) if is_array(value) else list(value)
+    if len(values) != number:
         raise ConfigError(
-            f"{name} has {len(values)} entries for {len(prompts)} prompts", hint="pass one for all, or one for each"
+            f"{name} has {len(values)} entries for {number} prompts", hint="pass one for all, or one for each"
         )
     return values
 
@@ -499,4 +535,4 @@ def _check_lengths(call: GenerateCall, limits: ServerLimits) -> None:
             )
 
 
-__all__ = ["FIELDS", "KNOWN_FIELDS", "GenerateCall", "check_call"]
+__all__ = ["FIELDS", "KNOWN_FIELDS", "GenerateCall", "check_call", "share_of"]
