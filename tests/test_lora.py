@@ -291,6 +291,14 @@ def test_layers_that_are_scaled_differently_are_refused():
     assert "set_scale()" in caught.value.hint
 
 
+def test_the_base_may_be_what_no_sync_takes():
+    """Quantised in some form, or offloaded: an adapter is all that is sent."""
+    model = wrapped(default=lora())
+    for layer in layers_of(model):
+        layer.base_layer.to("meta")
+    assert adapter_of(model, None).modules().keys() == {"q_proj", "v_proj"}
+
+
 def test_the_base_model_is_not_looked_up(monkeypatch):
     """PEFT asks the hub for its vocabulary, and adds the embeddings where the model's own is of another size."""
     from peft.utils import save_and_load

@@ -159,6 +159,29 @@ def test_a_generator_is_checked_as_it_is_read():
         next(stream)
 
 
+class Elsewhere(torch.Tensor):
+    """A tensor around another one, as torchao's of float8 training under FSDP2."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return cls(args[0])
+
+
+def refused_shards(mesh):
+    from torch.distributed.tensor import DTensor, Shard
+
+    shard = DTensor.from_local(Elsewhere(torch.ones(2, 2)), mesh, [Shard(0)], run_check=False)
+    try:
+        list(NamedWeights.of({"a": shard}))
+    except ConfigError as error:
+        return error.message
+    return None
+
+
 def fsdp(rank):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -179,11 +202,21 @@ def fsdp(rank):
         sorted(from_dict) == sorted(full)
         and all(torch.equal(expected[name], tensor) for name, tensor in from_dict.items()),
         weights.warnings,
+        refused_shards(mesh),
     )
 
 
-def test_fsdp2_is_gathered():
-    expected = (True, {"layer.weight": "embed.weight"}, ["embed.weight", "layer.bias", "scale"], True, True, ())
+def test_fsdp2_is_gathered_and_shards_without_memory_are_refused():
+    refused = "a is a Elsewhere, which has no memory of its own that could be sent"
+    expected = (
+        True,
+        {"layer.weight": "embed.weight"},
+        ["embed.weight", "layer.bias", "scale"],
+        True,
+        True,
+        (),
+        refused,
+    )
     assert run_ranks(fsdp, 2) == [expected] * 2
 
 

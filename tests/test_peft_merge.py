@@ -191,12 +191,31 @@ class LoraOf4bit(nn.Module, peft.tuners.lora.LoraLayer):
         self.update_layer("default", config.r, config.lora_alpha, config=config)
 
 
+class Packed(torch.Tensor):
+    """As torchao has it: a shape and a dtype, and the values are elsewhere."""
+
+    @staticmethod
+    def __new__(cls, like):
+        return torch.Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        assert func is torch.ops.aten.detach.default, func
+        return cls(args[0])
+
+
+def pack(layer):
+    layer.base_layer.weight = nn.Parameter(Packed(layer.base_layer.weight), requires_grad=False)
+    type(layer).__module__ = "peft.tuners.lora.torchao"
+
+
 @pytest.mark.parametrize("quantise", [
     lambda inner: inner.update({"q": LoraOf4bit(Linear4bit(4, 6))}),
     lambda inner: setattr(inner["q"], "base_layer", Linear4bit(4, 6)),
     lambda inner: inner["q"].base_layer.to(torch.float8_e4m3fn),
     lambda inner: setattr(type(inner["q"]), "__module__", "peft.tuners.lora.gptq"),
-], ids=["layer of its own", "packed", "float8", "gptq"])  # fmt: skip
+    lambda inner: pack(inner["q"]),
+], ids=["layer of its own", "packed", "float8", "gptq", "torchao"])  # fmt: skip
 @pytest.mark.parametrize("state", ["active", "disabled", "merged"])
 def test_quantised_base_weights_are_refused_with_the_adapter_served_apart_as_the_way(quantise, state, monkeypatch):
     monkeypatch.setattr(

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
-from torch.distributed.tensor import DTensor
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from tpcolocate.checks import check_text
@@ -212,6 +211,8 @@ def _of_module(
     while (inner := peft_merge.inner_model(module := unwrapped(module))) is not None:
         module = inner
     served = frozenset(() if expected is None else expected)
+    # Before the tensors are: of a quantised base it names the way, which their own checks do not know.
+    peft_merge.check_adapters(module)
     state, warnings = _checked_state(module, outermost)
     if warnings and peft_merge.is_merging(module):
         raise ConfigError(
@@ -232,21 +233,28 @@ def _checked_state(module: nn.Module, outermost: nn.Module) -> tuple[Items, tupl
         module: Within `outermost`.
         outermost: With all wrappers: one of them may be an FSDP1 unit that has parameters of `module`.
     """
-    flattened = fsdp1.parameters(outermost)
-    state = _state(module) if flattened is None else fsdp1.state(module, flattened)
+    state, is_fsdp1 = _held(module, outermost)
     checked = ((name, item) if isinstance(item, LazyTensor) else _checked((name, item)) for name, item in state)
     items = list(zero3.gathering(checked))
-    is_fsdp1 = flattened is not None and fsdp1.is_sharded(flattened)
     return items, (fsdp1.WARNING,) if is_fsdp1 else _warnings(items)
 
 
 def gathered_state(module: nn.Module) -> dict[str, Item] | None:
     """Return the state of a module that FSDP1 or ZeRO-3 shards, by its names without wrappers; None for any other.
 
-    Its own `state_dict` gathers whole units, or has empty tensors.
+    Its own `state_dict` gathers whole units, or has empty tensors.  Nothing is checked: most of it may not be wanted.
     """
-    state, warnings = _checked_state(unwrapped(module), module)
-    return dict(state) if warnings else None
+    state, is_fsdp1 = _held(unwrapped(module), module)
+    is_sharded = is_fsdp1 or any(zero3.is_partitioned(item) for _, item in state)
+    return dict(zero3.gathering(state)) if is_sharded else None
+
+
+def _held(module: nn.Module, outermost: nn.Module) -> tuple[Items, bool]:
+    """Return what a module holds, and whether FSDP1 shards it; arguments as of `_checked_state`."""
+    flattened = fsdp1.parameters(outermost)
+    if flattened is None:
+        return _state(module), False
+    return fsdp1.state(module, flattened), fsdp1.is_sharded(flattened)
 
 
 def _state(module: nn.Module) -> Items:
@@ -391,19 +399,20 @@ def _checked(item: object) -> tuple[str, torch.Tensor]:
             f"({', '.join(type(part).__name__ for part in item)})" if isinstance(item, tuple) else type(item).__name__
         )
         raise ConfigError(f"expected (name, tensor), got {found}", hint="for example model.state_dict().items()")
-    name, tensor = item
-    if isinstance(tensor, ShardedTensor):
+    name, given = item
+    if isinstance(given, ShardedTensor):
         raise ConfigError(
             f"{name} is a ShardedTensor, as in a sharded state dict of FSDP1",
             hint="pass the module itself, or a full state dict",
         )
+    tensor = local_of(given)
     if tensor.is_meta:
         raise ConfigError(f"{name} is on the meta device and has no data", hint="materialise the model first")
     if isinstance(tensor, (UninitializedBuffer, UninitializedParameter)):
         raise ConfigError(f"{name} is not initialised", hint="run the lazy module once before it is synced")
     if tensor.is_quantized:
         raise ConfigError(f"{name} is a quantised tensor ({tensor.dtype})", hint="convert it with dequantize()")
-    if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__ and not isinstance(tensor, DTensor):
+    if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
         raise ConfigError(
             f"{name} is a {type(tensor).__name__}, which has no memory of its own that could be sent",
             hint="convert it to a plain tensor first",
@@ -414,7 +423,7 @@ def _checked(item: object) -> tuple[str, torch.Tensor]:
         raise ConfigError(
             f"{name} has layout {tensor.layout}; only dense tensors can be sent", hint="convert it with to_dense()"
         )
-    return name, tensor
+    return name, given
 
 
 __all__ = [
