@@ -163,6 +163,8 @@ def lora_refused(world):
         "one rank": lambda: engine.set_lora("kept", world.model if last else model),
         "ranks differ": lambda: engine.set_lora(f"of rank {world.rank}" if world.colo.tp_size > 1 else "", model),
     }
+    if world.colo.tp_size > 1:
+        cases["weights differ"] = lambda: engine.set_lora("kept", adapted(world.model, 5 + world.colo.tp_rank))
     found = {case: outcome_of(call) for case, call in cases.items()}
     kept = generates_as(world, merged(model), "kept")
     for name in ("two", "three"):
@@ -497,6 +499,7 @@ def test_adapters_that_do_not_fit_are_refused_on_every_rank_and_change_nothing(s
             "no name of PEFT's": "WeightsMismatchError",
             **dict.fromkeys(["rank too high", "dora", "rslora", "no adapter", "one rank", "ranks differ"], "ConfigError"),
             "one too many": "EngineStateError",
+            **({"weights differ": "WeightsMismatchError"} if setup[0] > 1 else {}),
         }  # fmt: skip
         assert of_rank["kept"]
     assert all(of_rank["outcomes"] == found[0]["outcomes"] for of_rank in found), "the same error on every rank"

@@ -15,6 +15,10 @@ from sync_harness import Engine, World, record_everything, serve_worker, shapes_
 from sync_models import policy, served_weights
 from torch import nn
 
+from tpcolocate.errors import TpColocateError
+from tpcolocate.weights.lora import adapter_of
+from tpcolocate.weights.sync.replicas import compare_adapters
+
 pytestmark = pytest.mark.timeout(400)
 
 MOST = 4
@@ -265,6 +269,17 @@ def differing_replicas(world):
     return found
 
 
+def differing_adapters(world):
+    """As `Engine.set_lora` compares them."""
+    found = {}
+    for words, seed in [("equal", 1), ("differing", world.rank)]:
+        try:
+            found[words] = compare_adapters(world.group, adapter_of(adapted_policy(seed), None).tensors)
+        except TpColocateError as error:
+            found[words] = type(error).__name__, error.message
+    return found
+
+
 def spoil_as_owner(world, source):
     """What the engine has when it gets the owner's weights: rank 1 is the owner of two."""
     assert world.owner_rank == 1
@@ -312,6 +327,7 @@ SCENARIOS = {
     differing_generator_of_a_model_that_is_not_tied: 2,
     names_that_change_in_place: 2,
     differing_replicas: 2,
+    differing_adapters: 2,
     sharded_strays: 4,
 }
 
@@ -468,6 +484,13 @@ def test_replicas_of_a_generator_are_compared_as_they_come(of_ranks):
 def test_adapters_that_were_initialised_differently_are_refused(of_ranks):
     for of_rank in found(of_ranks, differing_replicas):
         check_refused(of_rank["adapters"][0], "rank 1 and rank 0 differ in 2 of", "lora_A", "lora_B")
+
+
+def test_adapters_that_are_served_apart_are_compared_as_well(of_ranks):
+    for of_rank in found(of_ranks, differing_adapters):
+        assert of_rank["equal"] is None
+        kind, message = of_rank["differing"]
+        assert kind == "WeightsMismatchError" and "rank 1 and rank 0 differ in 2 of 2 tensors" in message
 
 
 def test_replicas_that_are_not_sent_may_differ(of_ranks):

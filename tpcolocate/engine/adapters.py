@@ -13,6 +13,7 @@ from tpcolocate.engine.context import OwnedServer, SliceContext
 from tpcolocate.errors import ConfigError, EngineStateError
 from tpcolocate.server.api import ServerApi
 from tpcolocate.weights.lora import Adapter, check_adapter, check_served
+from tpcolocate.weights.sync.replicas import compare_adapters
 
 
 class LoraAdapters:
@@ -48,6 +49,11 @@ class LoraAdapters:
 
     def _load(self, name: str, adapter: Adapter, *, timeout_s: float) -> None:
         context = self._context
+        context.in_all_slices(
+            "compare a LoRA adapter in all slices",
+            lambda: compare_adapters(context.group, adapter.tensors),
+            timeout_s=timeout_s,
+        )
         # A rank that fails here leaves the gather of the others; as in any collective of theirs, a deadline ends it.
         with context.all_slices.together("gather a LoRA adapter"):
             full = adapter.gathered(keep=context.owned is not None)

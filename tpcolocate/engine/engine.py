@@ -508,7 +508,7 @@ class Engine(OfOneProcess):
         Raises:
             ConfigError: No adapter, one that SGLang would serve as something else (DoRA, rank patterns, ...), or one that
                 the server was not started for.
-            WeightsMismatchError: Its names or shapes do not fit the served model, or differ between ranks.
+            WeightsMismatchError: Its names or shapes do not fit the served model, or they or its values differ between ranks.
             EngineStateError: Shut down, or the server cannot hold one more.
             RequestError, EngineDeadError, DeadlineError: The server failed; an adapter of that name may be gone.
             RankFailedError: Another library's exception on some rank.

@@ -204,7 +204,7 @@ def _compare(
     sums = {repr(addressed.command.checksum) for of_rank in of_ranks for addressed in of_rank}  # type: ignore[union-attr]
     if len(sums) > 1:
         mine = {} if flat is None else {(e.name, ""): int(word_sum(ipc_payload.view(flat, e))) for e in entries}
-        refuse(session, session.agree(None, mine, what="find what replicas differ in"))
+        refuse(session.context.group, session.agree(None, mine, what="find what replicas differ in"))
 
 
 def _load_command(session: SyncSession, entries: list[ipc_payload.Entry], *, is_sample: bool) -> Any:

@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import hashlib
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from tpcolocate.agreement import RankGroup
 from tpcolocate.errors import WeightsMismatchError, some
 from tpcolocate.in_server.tpcolocate_receiver.checksums import word_sum
 from tpcolocate.weights.sources.lazy_tensor import Item, Items, LazyTensor, local_of, storage_id
@@ -32,6 +34,10 @@ _MOST_SKIPPED = 64
 _HINT = (
     "each TP rank of the server takes its part from its own training rank, so all must be equal: broadcast them from one rank "
     '(or wrap the model in DDP or FSDP2, or initialise with one seed), or pass payloads="fan_out" to send the owner\'s alone'
+)
+_ADAPTER_HINT = (
+    "the server has one adapter for all of its ranks: broadcast it from one rank (or wrap the model in DDP or FSDP2, or initialise "
+    "with one seed)"
 )
 
 Key = tuple[str, str]
@@ -60,17 +66,48 @@ def compare_replicas(session: SyncSession, source: Source, weights: NamedWeights
     Raises:
         WeightsMismatchError: Ranks hold different values; on every rank.
     """
+    with session.stats.watch.phase("compare"):
+        _compare(
+            session.context.group,
+            lambda error, value, what: session.agree(error, value, what=what),
+            lambda: _replicated(source, weights.items or []),
+            hint=_HINT,
+        )
+    session.state.history.compared = _identity(source, weights)
+
+
+def compare_adapters(group: RankGroup, tensors: Mapping[str, Item]) -> None:
+    """Compare what the ranks of a slice hold of one adapter alike; otherwise the owner's would be served to all.
+
+    Collective: over the slice.  Waits for the device once.
+
+    Raises:
+        WeightsMismatchError: Ranks hold different values; on every rank.
+    """
+    if len(group) > 1:
+        _compare(
+            group,
+            lambda error, value, what: group.agree(error, value, what=what),
+            lambda: _held_alike((name, item) for name, item in tensors.items() if not isinstance(item, LazyTensor)),
+            hint=_ADAPTER_HINT,
+        )
+
+
+def _compare(
+    group: RankGroup,
+    agree: Callable[[BaseException | None, Any, str], list[Any]],
+    held: Callable[[], Sequence[tuple[Key, torch.Tensor]]],
+    *,
+    hint: str,
+) -> None:
     sums: dict[Key, int] = {}
     error: BaseException | None = None
-    with session.stats.watch.phase("compare"):
-        try:
-            sums = _sums(_replicated(source, weights.items or []))
-        except BaseException as caught:
-            error = caught
-        of_ranks = session.agree(error, _digests(sums), what="compare replicas")
-        if _are_different(of_ranks):
-            refuse(session, session.agree(None, sums, what="find what replicas differ in"))
-    session.state.history.compared = _identity(source, weights)
+    try:
+        sums = _sums(held())
+    except BaseException as caught:
+        error = caught
+    if _are_different(agree(error, _digests(sums), "compare replicas")):
+        refuse(group, agree(None, sums, "find what replicas differ in"), hint=hint)
 
 
 def excerpt_sum(session: SyncSession, weights: NamedWeights) -> tuple[str, int] | None:
@@ -97,16 +134,18 @@ def check_excerpts(session: SyncSession, of_ranks: Sequence[tuple[str, int] | No
     """
     if len(set(of_ranks)) > 1 and len({one[0] for one in of_ranks if one is not None}) == 1:
         session.state.history.compared = None  # everything is compared at the next sync
-        refuse(session, [{} if one is None else {(one[0], ""): one[1]} for one in of_ranks])
+        refuse(session.context.group, [{} if one is None else {(one[0], ""): one[1]} for one in of_ranks])
 
 
-def refuse(session: SyncSession, of_ranks: Sequence[Mapping[Key, int]]) -> None:
+def refuse(group: RankGroup, of_ranks: Sequence[Mapping[Key, int]], *, hint: str = _HINT) -> None:
     """Raise an error that names ranks and tensors; return if there is nothing to name.
 
     Args:
+        group: The ranks.
         of_ranks: The sums of each rank.
+        hint: Of the error.
     """
-    ranks = session.context.group.ranks
+    ranks = group.ranks
     first: dict[Key, tuple[int, int]] = {}
     found: dict[tuple[int, int], list[str]] = {}
     for rank, sums in zip(ranks, of_ranks, strict=True):
@@ -121,14 +160,18 @@ def refuse(session: SyncSession, of_ranks: Sequence[Mapping[Key, int]]) -> None:
             for (other, rank), names in sorted(found.items())
         )
         raise WeightsMismatchError(
-            f"ranks that share a server hold different values of the same weights: {pairs}", hint=_HINT
+            f"ranks that share a server hold different values of the same weights: {pairs}", hint=hint
         )
 
 
 def _replicated(source: Source, items: Items) -> list[tuple[Key, torch.Tensor]]:
     """What this rank holds that others may hold as well, each tensor once, as local memory."""
+    return _held_alike(_named(source, items))
+
+
+def _held_alike(named: Iterable[tuple[str, torch.Tensor]]) -> list[tuple[Key, torch.Tensor]]:
     found = []
-    for name, tensor in _named(source, items):
+    for name, tensor in named:
         part = _part(tensor)
         if part is not None:
             found.append(((name, part), local_of(tensor).detach()))
@@ -227,4 +270,12 @@ def _is_compared(compared: object, source: Source, weights: NamedWeights) -> boo
     return compared is not None and compared == _identity(source, weights)
 
 
-__all__ = ["are_compared", "check_excerpts", "compare_replicas", "has_new_replicas", "excerpt_sum", "refuse"]
+__all__ = [
+    "are_compared",
+    "check_excerpts",
+    "compare_adapters",
+    "compare_replicas",
+    "excerpt_sum",
+    "has_new_replicas",
+    "refuse",
+]
