@@ -191,6 +191,25 @@ def lora_on_synced_weights(world):
     return found
 
 
+def lora_that_is_merged_as_well(world):
+    """It would count twice."""
+    engine, model = world.engine, adapted(world.model, 8)
+
+    def synced(model):
+        return [warning for warning in engine.sync_weights(model).warnings if "counts it twice" in warning]
+
+    engine.set_lora("policy", model)
+    found = {"other": synced(world.model), "same": synced(model)}
+    found["set again"] = outcome_of(lambda: engine.set_lora("policy", model))
+    with model.disable_adapter():
+        found["disabled"] = synced(model)
+    engine.set_lora("policy", model)
+    found["served"] = generates_as(world, merged(model), "policy") and generates_as(world, world.model)
+    engine.unload_lora("policy")
+    engine.sync_weights(world.model)
+    return found
+
+
 # --- update groups --------------------------------------------------------------------------------------------------
 
 
@@ -427,7 +446,7 @@ def another_user_intrudes(world):
 
 CHECKS = [
     launched_from_a_checkpoint, lora_beside_each_other, lora_in_parts_of_fused_projections, lora_of_wrapped_models, lora_refused,
-    lora_on_synced_weights, update_group_guards, update_groups, sync_under_requests,
+    lora_on_synced_weights, lora_that_is_merged_as_well, update_group_guards, update_groups, sync_under_requests,
     request_begun_during_a_sync, crossed_calls, sync_before_the_last_rank_has_its_tokens, rollouts_beside_everything, sleep_beside_rollouts, another_process_asks_while_the_engine_sleeps,
     sync_under_a_pause, abort_and_flush, another_user_intrudes,
     saved_and_resumed, sender_that_leaves,
@@ -508,6 +527,15 @@ def test_adapters_that_do_not_fit_are_refused_on_every_rank_and_change_nothing(s
 def test_an_adapter_stays_when_the_weights_below_it_change(setup):
     for found in results(setup, lora_on_synced_weights):
         assert found == {"base": True, "adapter": True}
+
+
+def test_an_adapter_is_not_served_on_weights_that_it_is_merged_into(setup):
+    for found in results(setup, lora_that_is_merged_as_well):
+        [warning] = found["same"]
+        assert "served as well (policy)" in warning and "model.disable_adapter()" in warning
+        kind, message = found["set again"]
+        assert kind == "ConfigError" and "adapter 'default' of this model is in the engine's weights" in message
+        assert found["other"] == found["disabled"] == [] and found["served"]
 
 
 def test_weights_come_through_an_update_group_twice_in_a_row_and_in_part(setup):

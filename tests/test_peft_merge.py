@@ -22,6 +22,7 @@ from tpcolocate.weights.sources import low_rank
 from tpcolocate.weights.sources.addition import RANK_MULTIPLE
 from tpcolocate.weights.sources.lazy_tensor import LazyTensor, full_tensor
 from tpcolocate.weights.sources.named_weights import NamedWeights
+from tpcolocate.weights.sources.peft_merge import applied_adapters
 from tpcolocate.weights.transport.staging import Placing
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(120)]
@@ -138,6 +139,21 @@ def test_active_adapters_are_merged_and_merged_ones_not_merged_again(prepare):
     plain.load_state_dict(sent(model))
     torch.testing.assert_close(plain(ids), model(ids), rtol=1e-4, atol=1e-3)
     assert (plain(ids) - base).abs().max() > 0.1
+
+
+def test_the_adapters_that_are_in_the_weights_are_known():
+    model = adapted(lora())
+    model.add_adapter("other", lora(target_modules=["q"]))
+    [first, *_] = [layer for layer in model.modules() if isinstance(layer, peft.tuners.lora.LoraLayer)]
+    assert applied_adapters(model) == {"default": first}
+    model.base_model.set_adapter(["default", "other"])
+    assert applied_adapters(model).keys() == {"default", "other"}
+    with model.disable_adapter():
+        assert applied_adapters(model) == {}
+    model.set_adapter("other")
+    model.merge_adapter()
+    assert applied_adapters(model) == {"other": first}
+    assert applied_adapters(Model()) == {}
 
 
 def test_disabled_adapters_are_not_merged():

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from tpcolocate.checks import check_text
 from tpcolocate.deadline import check_timeout
 from tpcolocate.engine.context import OwnedServer, SliceContext
 from tpcolocate.errors import ConfigError, EngineStateError
 from tpcolocate.server.api import ServerApi
-from tpcolocate.weights.lora import Adapter, check_adapter, check_served
+from tpcolocate.weights.lora import Adapter, adapter_of, check_adapter, check_served, layers_with
+from tpcolocate.weights.sources.named_weights import Source
+from tpcolocate.weights.sources.peft_merge import applied_adapters
 from tpcolocate.weights.sync.replicas import compare_adapters
+
+logger = logging.getLogger(__name__)
 
 
 class LoraAdapters:
@@ -25,6 +32,47 @@ class LoraAdapters:
         self._names: tuple[str, ...] = () if context.owned is None else tuple(sorted(context.owned.api.loras_at_start))
         # Likewise: those that were loaded since, for another server.  Full tensors on the CPU.
         self._loaded: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any]]] = {}
+        self._merged: dict[str, weakref.ref[nn.Module]] = {}
+        """What is in the engine's weights: PEFT's name of an adapter -> a layer that has it."""
+        self._layers: dict[str, tuple[str, weakref.WeakSet[nn.Module]]] = {}
+        """What is served beside them: name -> PEFT's name, and the layers that have it."""
+
+    def load_from(self, name: str, model: nn.Module, adapter_name: str | None, *, timeout_s: float) -> None:
+        """Load the adapter of a model in place of one of that name; arguments as of `Engine.set_lora`."""
+
+        def make() -> Adapter:
+            adapter = adapter_of(model, adapter_name)
+            self._check_not_merged(layers_with(model, adapter_name))
+            return adapter
+
+        self.load(name, make, timeout_s=timeout_s)
+        layers = layers_with(model, adapter_name)
+        self._layers[name] = layers[0][0], weakref.WeakSet(layer for _, layer in layers)
+
+    def _check_not_merged(self, layers: Sequence[tuple[str, nn.Module]]) -> None:
+        for name, layer in layers:
+            merged = self._merged.get(name)
+            if merged is not None and merged() is layer:
+                raise ConfigError(
+                    f"adapter {name!r} of this model is in the engine's weights, into which the last sync has merged it; "
+                    "served beside them it would count twice",
+                    hint="send the base alone, with model.disable_adapter(): engine.sync_weights(model), or generate without it",
+                )
+
+    def note_synced(self, source: Source, *, partial: bool) -> str | None:
+        """Note which adapters a sync has merged into the engine's weights; return a warning if one is served as well."""
+        applied = applied_adapters(source) if isinstance(source, nn.Module) else {}
+        found = {name: weakref.ref(layer) for name, layer in applied.items()}
+        self._merged = {**self._merged, **found} if partial else found
+        twice = [name for name, (own, layers) in self._layers.items() if own in applied and applied[own] in layers]
+        if not twice:
+            return None
+        warning = (
+            f"these weights contain an adapter that is served as well ({', '.join(twice)}), so that generate(lora_path=...) "
+            "counts it twice; with model.disable_adapter(): engine.sync_weights(model) sends the base alone"
+        )
+        logger.warning("%s", warning)
+        return warning
 
     def load(self, name: str, make: Callable[[], Adapter], *, timeout_s: float) -> None:
         """Load an adapter in place of one of that name.
@@ -81,6 +129,7 @@ class LoraAdapters:
             timeout_s: For each request to the server, in seconds.
         """
         tp_size, names, loaded = len(self._context.group), self._names, self._loaded
+        self._merged = {}  # its weights are the checkpoint's
 
         def act(owned: OwnedServer) -> None:
             for name in sorted(owned.api.loras_at_start - set(names)):
@@ -125,6 +174,7 @@ class LoraAdapters:
     def _forget(self, name: str) -> None:
         self._names = tuple(other for other in self._names if other != name)
         self._loaded.pop(name, None)
+        self._layers.pop(name, None)
 
 
 def _check_name(name: object) -> None:

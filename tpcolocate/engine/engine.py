@@ -31,7 +31,7 @@ from tpcolocate.report import SyncReport
 from tpcolocate.server.http import ServerClient
 from tpcolocate.server.lifecycle import Life, State, WeightsState
 from tpcolocate.weights import update_group
-from tpcolocate.weights.lora import adapter_of, make_adapter
+from tpcolocate.weights.lora import make_adapter
 from tpcolocate.weights.sources.checkpoint import Checkpoint, CheckpointWriter, count_shards, outline, save
 from tpcolocate.weights.sources.model_spec import local_folder
 from tpcolocate.weights.sources.named_weights import NamedWeights, Rename, Source, check_rename
@@ -320,7 +320,11 @@ class Engine(OfOneProcess):
                     ),
                     timeout_s=timeout_s,
                 )
-            found = (self._lifecycle.state.warn_of_missing(), self._generation.warn_of_stale_cache())
+            found = (
+                self._lifecycle.state.warn_of_missing(),
+                self._generation.warn_of_stale_cache(),
+                self._adapters.note_synced(model_or_named_tensors, partial=partial),
+            )
         warnings = [warning for warning in found if warning is not None]
         return replace(report, warnings=(*report.warnings, *warnings)) if warnings else report
 
@@ -473,6 +477,7 @@ class Engine(OfOneProcess):
             timeout_s=timeout_s,
         )
         self._generation.warn_of_stale_cache()
+        self._adapters.note_synced((), partial=partial)  # whatever the sender has merged
 
     def destroy_weights_update_group(
         self, *, group_name: str = update_group.DEFAULT_NAME, timeout_s: float = 60.0
@@ -506,15 +511,15 @@ class Engine(OfOneProcess):
             timeout_s: For each request to the server, in seconds; an adapter is replaced once its requests are done.
 
         Raises:
-            ConfigError: No adapter, one that SGLang would serve as something else (DoRA, rank patterns, ...), or one that
-                the server was not started for.
+            ConfigError: No adapter, one that SGLang would serve as something else (DoRA, rank patterns, ...), one that the
+                server was not started for, or one that the last sync has merged into the engine's weights.
             WeightsMismatchError: Its names or shapes do not fit the served model, or they or its values differ between ranks.
             EngineStateError: Shut down, or the server cannot hold one more.
             RequestError, EngineDeadError, DeadlineError: The server failed; an adapter of that name may be gone.
             RankFailedError: Another library's exception on some rank.
         """
         self._restart_if_dead("load a LoRA adapter")
-        self._adapters.load(name, lambda: adapter_of(model, adapter_name), timeout_s=timeout_s)
+        self._adapters.load_from(name, model, adapter_name, timeout_s=timeout_s)
 
     def set_lora_from_tensors(
         self, name: str, tensors: Mapping[str, torch.Tensor], config: Any, *, timeout_s: float = 120.0

@@ -174,6 +174,14 @@ def adapter_of(model: nn.Module, adapter_name: str | None) -> Adapter:
     return Adapter(adapter.tensors, {**adapter.config, "lora_alpha": _alpha(model, adapter_name, adapter.config)})
 
 
+def layers_with(model: nn.Module, adapter_name: str | None) -> list[tuple[str, nn.Module]]:
+    """Return (PEFT's name of the adapter, layer) for the layers of a model that have it; arguments as of `adapter_of`."""
+    from peft.tuners.lora import LoraLayer
+
+    name = next(iter(unwrapped(model).peft_config)) if adapter_name is None else adapter_name  # type: ignore[union-attr, arg-type]
+    return [(name, layer) for layer in model.modules() if isinstance(layer, LoraLayer) and name in layer.r]
+
+
 def _alpha(model: nn.Module, adapter_name: str, config: Mapping[str, Any]) -> float:
     """Return the ``lora_alpha`` with which SGLang scales as the model's layers do now: a script may have set their scale.
 
@@ -368,4 +376,4 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, (str, int, float, bool)) else type(value).__name__
 
 
-__all__ = ["Adapter", "adapter_of", "check_adapter", "check_served", "make_adapter"]
+__all__ = ["Adapter", "adapter_of", "check_adapter", "check_served", "layers_with", "make_adapter"]

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from tpcolocate.errors import ConfigError
+from tpcolocate.in_server.tpcolocate_receiver.module_walk import modules_of
 from tpcolocate.in_server.tpcolocate_receiver.regions import Region, whole
 from tpcolocate.weights.sources.coalesced_gather import CoalescedGather
 from tpcolocate.weights.sources.lazy_tensor import (
@@ -409,4 +410,20 @@ def is_merging(module: nn.Module) -> bool:
     return any(layer.active_adapters and not layer.merged and not layer.disable_adapters for layer in layers)
 
 
-__all__ = ["inner_model", "is_merging", "merged"]
+def applied_adapters(module: nn.Module) -> dict[str, nn.Module]:
+    """Return the LoRA adapters that are in the weights of a module as a sync sends them: name -> a layer that has it."""
+    if "peft" not in sys.modules:
+        return {}
+    from peft.tuners.lora import LoraLayer
+
+    found: dict[str, nn.Module] = {}
+    for layer in modules_of(module):
+        if isinstance(layer, LoraLayer):
+            active = [] if layer.disable_adapters else layer.active_adapters
+            for name in layer.merged_adapters if layer.merged else active:
+                if name in layer.r:
+                    found.setdefault(name, layer)
+    return found
+
+
+__all__ = ["applied_adapters", "check_adapters", "inner_model", "is_merging", "merged"]
