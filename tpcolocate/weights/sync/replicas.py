@@ -96,14 +96,14 @@ def compare_adapters(group: RankGroup, tensors: Mapping[str, Item]) -> None:
 def _compare(
     group: RankGroup,
     agree: Callable[[BaseException | None, Any, str], list[Any]],
-    held: Callable[[], Sequence[tuple[Key, torch.Tensor]]],
+    local_tensors: Callable[[], Sequence[tuple[Key, torch.Tensor]]],
     *,
     hint: str,
 ) -> None:
     sums: dict[Key, int] = {}
     error: BaseException | None = None
     try:
-        sums = _sums(held())
+        sums = _sums(local_tensors())
     except BaseException as caught:
         error = caught
     if _are_different(agree(error, _digests(sums), "compare replicas")):
