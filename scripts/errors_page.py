@@ -43,6 +43,14 @@ def assigned(statements):
     return found
 
 
+def defaults(arguments):
+    """What arguments are if they are not given."""
+    with_default = arguments.args[len(arguments.args) - len(arguments.defaults) :]
+    found = dict(zip([one.arg for one in with_default], arguments.defaults, strict=True))
+    found |= {one.arg: value for one, value in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True) if value}
+    return found
+
+
 def text_of(node, names=()):
     """What an expression that makes a message looks like, with <name> for what is filled in; None if it has no text.
 
@@ -78,7 +86,7 @@ def placeholder(node):
 def errors_of(node, known, names):
     """Class, message and hint of each error that a module makes with a text of its own."""
     if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-        names = {**names, **assigned(node.body)}
+        names = {**names, **defaults(node.args), **assigned(node.body)}
     if isinstance(node, ast.Call):
         called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", None)
         if called in known and node.args and (message := text_of(node.args[0], names)):
