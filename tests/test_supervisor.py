@@ -53,7 +53,7 @@ if os.fork() == 0:
     if mode == "fails":  # a process that ends soon after it has its title
         while not os.path.exists(f"{folder}/fail"):
             time.sleep(0.005)
-        os.execv("/bin/sleep", ["sglang::detokenizer", "1.2"])
+        os.execv("/bin/sleep", ["sglang::detokenizer", "1.0"])
     os.execv("/bin/sleep", ["sglang::detokenizer" if mode != "plain" else "sleep", "600"])
 if os.fork() == 0:
     os.setsid()
@@ -259,7 +259,10 @@ def test_a_process_that_ends_soon_after_it_has_its_title_is_noticed_while_the_se
         found = json.loads(server.record.read_text()) if server.record.exists() else {"processes": []}
         return pids <= {entry["pid"] for entry in found["processes"]}
 
-    until(is_scanned, "a scan is over: the next is after the end of that process")
+    until(is_scanned, "a scan is over")
+    time.sleep(
+        3 * supervisor._SCAN_AFTER_FILE_S
+    )  # and one for files made meanwhile: the next is after that process's end
     (tmp_path / "fail").touch()
     assert server.next_event()["event"] == "started"
     [died] = server.next_event()["processes"]
