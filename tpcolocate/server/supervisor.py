@@ -52,8 +52,9 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 # Files that SGLang leaves in /dev/shm: scheduler message queues (24 MiB each) and load snapshots even after a graceful
 # stop, as sgl_shm_<kind>_<pid>_<random> and sglang_loads_<socket>_<digest>; semaphores of joblib, which a scheduler has
-# where sklearn is installed and which SGLang kills; after a forced one, also those of multiprocessing.  In old releases, 0.5.9 for one, the queues have multiprocessing's own name, psm_<random>; data loaders
-# make files of that name as well, often, and so those are only looked for now and then.
+# where sklearn is installed and which SGLang kills; after a forced one, also those of multiprocessing.  In old releases,
+# 0.5.9 for one, the queues have multiprocessing's own name, psm_<random>; data loaders make files of that name as well,
+# often, and so those are only looked for now and then.
 _NOTICED_PREFIXES = ("sgl_shm_", "sglang_", "sem.mp-", "sem.loky-")
 _LEFTOVER_PREFIXES = (*_NOTICED_PREFIXES, "psm_")
 _SHM = "/dev/shm/"
@@ -270,6 +271,8 @@ class Tree:
         self.pids: set[int] = {server.pid}
         self.files: set[str] = set()
         self.watched: dict[int, Watched] = {}
+        self._seen: list[psutil.Process] = []
+        """By the last scan."""
         self._record = record
         self._recorded: object = None
         self._began = time.time() - _JUST_BEGUN_S
@@ -280,18 +283,21 @@ class Tree:
         alive = psutil.Process().children(recursive=True)
         self.pids.update(process.pid for process in alive)
         self.files |= shm_files((process.pid for process in alive), self._began)
-        self._write_record(self._describe_all(alive))
+        self._seen = alive
+        self._write_record([entry for process in alive if (entry := self._describe(process.pid)) is not None])
         return alive
 
     def look_for_titles(self) -> bool:
-        """Watch processes that have got their titles since the last scan, if the server may be starting.  Return whether it may."""
+        """Watch processes that have got their titles since the last scan, if the server may be starting.  Return whether it may.
+
+        A process that has one has imported for seconds, so that a scan has seen it: these are looked at, and not all of /proc.
+        """
         if time.time() >= self._began + _STARTS_WITHIN_S:
             return False
-        self._describe_all(psutil.Process().children(recursive=True))
+        for process in self._seen:
+            if process.pid not in self.watched and process.is_running():  # no other process has its pid
+                self._describe(process.pid)
         return True
-
-    def _describe_all(self, processes: Iterable[psutil.Process]) -> list[dict[str, Any]]:
-        return [entry for process in processes if (entry := self._describe(process.pid)) is not None]
 
     def _describe(self, pid: int) -> dict[str, Any] | None:
         found = stat_of(pid)
