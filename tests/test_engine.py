@@ -10,6 +10,7 @@ import logging
 import logging.handlers
 import os
 import stat
+import tempfile
 import time
 from pathlib import Path
 from unittest import mock
@@ -1035,7 +1036,6 @@ def generate_while_stopped(engine, process):
 def die(rank, model_dir):
     """A process of the server is stopped and then killed under a running engine; then the owner itself."""
     import signal
-    import tempfile
 
     tempfile.tempdir = None  # the fork server has looked at its own TMPDIR
     with tpcolocate.init(2, device="cpu", timeout_s=60.0) as colo:
@@ -1090,13 +1090,20 @@ def wait_until(condition, timeout_s=30.0):
     assert condition()
 
 
-def test_a_stopped_and_a_dead_process_and_a_dead_owner_are_reported_and_leave_nothing(tmp_path, no_leftovers):
+@pytest.fixture
+def short_path():
+    """A folder for sockets, whose paths may have 107 bytes: `tmp_path` grows with the number of pytest's session."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+def test_a_stopped_and_a_dead_process_and_a_dead_owner_are_reported_and_leave_nothing(
+    tmp_path, no_leftovers, short_path
+):
     from tiny_models import make_tiny_model
 
     model_dir = make_tiny_model(tmp_path / "model", family="qwen3", tie=True)
-    temporary = tmp_path / "t"
-    temporary.mkdir()
-    env = {"TMPDIR": str(temporary)}
+    env = {"TMPDIR": str(short_path)}
     owner, client = run_ranks(die, 2, str(model_dir), env=env, timeout_s=300, expect_errors=True)
     assert owner.exitcode == -9 and client.error is None, client
     message = client.value
@@ -1104,7 +1111,7 @@ def test_a_stopped_and_a_dead_process_and_a_dead_owner_are_reported_and_leave_no
     kind, text, seconds = message["stopped"]
     assert seconds < 15
     assert kind == "DeadlineError" and "sglang::detokenizer (pid " in text and text.endswith("is stopped")
-    [folder] = temporary.glob("tpcolocate-*")
+    [folder] = short_path.glob("tpcolocate-*")
     kind, text, hint, tail = message["generate"]
     assert (
         kind == "EngineDeadError" and text.startswith("sglang::detokenizer (pid ") and "was killed by SIGKILL" in text
