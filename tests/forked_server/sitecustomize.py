@@ -90,6 +90,9 @@ if (
     and os.environ.get("SGLANG_USE_CPU_ENGINE") == "1"
     and os.environ.get("TPC_TEST_START_METHOD") != "spawn"
 ):
+    os.environ["OMP_NUM_THREADS"] = (
+        "1"  # as the ranks have, whatever the machine: threads that spin cost the others' time
+    )
     _fork_from_here()
     _know_the_served_model_alone()
     if os.environ.get("TORCHDYNAMO_DISABLE") == "1":

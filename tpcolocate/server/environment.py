@@ -99,6 +99,9 @@ def child_environment(
         environment["SGLANG_NCCL_SO_PATH"] = _NO_NCCL
         if cores:
             environment.setdefault("SGLANG_CPU_OMP_THREADS_BIND", _bind(cores, tp_size))
+            # SGLang binds where it has its kernels for CPUs.  Without them each rank would have a thread for every core, and
+            # threads that wait for each other spin: on shared cores a decoding step takes several times as long.
+            environment.setdefault("OMP_NUM_THREADS", str(max(len(cores) // tp_size, 1)))
     environment.update({name: value for name, value in (user or {}).items() if parent.get(name) != value})
     # Before the user's: without the receiver there is no weight sync, and without the stub no CPU server.
     folders = [
