@@ -91,7 +91,7 @@ LAYERS = {
         {"low_rank", "nonfinite"},
         {"coalesced_gather", "low_rank_kernel"},
         {"addition"},
-        {"lazy_tensor", "wrapper_names"},
+        {"lazy_tensor", "tensor_references", "wrapper_names"},
     ),
     "weights.plan": (
         {"transfer_plan"},

@@ -150,6 +150,17 @@ def test_there_is_none_where_a_weight_is_left_out_because_it_equals_another():
     assert "lm_head.weight" in weights.extra and found is None
 
 
+def test_other_memory_at_the_same_address_does_not_match():
+    """As where the trainer's memory was freed, and what it has taken since lies in its place: workers may map the old one."""
+    memory, module = bytearray(48), Small()
+    module.first.weight.data = torch.frombuffer(memory, dtype=torch.float32).view(4, 3)
+    _, found = fingerprint(module)
+    assert found.match(module) is not None
+    address = module.first.weight.data_ptr()
+    module.first.weight.data = torch.frombuffer(memory, dtype=torch.float32).view(4, 3)
+    assert module.first.weight.data_ptr() == address and found.match(module) is None
+
+
 def test_buffers_that_are_not_persistent_may_change():
     module = Small()
     _, found = fingerprint(module)
@@ -248,11 +259,13 @@ def sharded(rank):
         model(torch.ones(1, 4))
     unsharded = type(model[0].weight).__name__
     again = found.match(model).weights
-    return unsharded, all(a is b for (_, a), (_, b) in zip(again.items, weights.items, strict=True))
+    is_same = all(a is b for (_, a), (_, b) in zip(again.items, weights.items, strict=True))
+    model.to(torch.bfloat16)  # which swaps what is in DTensors, as `to("cpu")` does
+    return unsharded, is_same, found.match(model)
 
 
-def test_a_sharded_module_matches_after_a_forward():
-    assert run_ranks(sharded, 2) == [("Parameter", True)] * 2
+def test_a_sharded_module_matches_after_a_forward_and_can_be_converted():
+    assert run_ranks(sharded, 2) == [("Parameter", True, None)] * 2
 
 
 # --- computed weights ----------------------------------------------------------------------------------------------------
@@ -303,6 +316,19 @@ def test_what_recognises_a_peft_model_keeps_nothing_of_it():
     del model, weights, again
     gc.collect()
     assert not any(reference() is not None for reference in references) and found.module() is None
+
+
+@pytest.mark.parametrize("make", [Small, adapted])
+def test_a_module_whose_parameters_torch_swaps_can_be_converted(monkeypatch, make):
+    """Torch refuses to swap what anybody refers to weakly."""
+    monkeypatch.setattr(torch.__future__, "get_swap_module_params_on_conversion", lambda: True)
+    model = make()
+    _, found = fingerprint(model)
+    kept = found.match(model)
+    list(kept.items)
+    model.to(torch.bfloat16)
+    assert found.match(model) is None
+    assert all(item.dtype == torch.bfloat16 for name, item in fingerprint(model)[0].items if "num_batches" not in name)
 
 
 def replace_a_factor(model):

@@ -6,6 +6,7 @@ An adapter has hundreds of factors of some kilobytes.  A gather of its own for e
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,13 +14,19 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from tpcolocate.weights.sources.lazy_tensor import full_bytes, full_tensor, local_of
+from tpcolocate.weights.sources.tensor_references import Reference
 
 
 class CoalescedGather:
-    """Gathers tensors together, and has them until they are forgotten.  Keeps none of the sharded ones alive."""
+    """Gathers tensors together, and has them until they are forgotten.  Keeps none of the sharded ones alive.
 
-    def __init__(self) -> None:
-        self._tensors: list[weakref.ref[torch.Tensor]] = []
+    Args:
+        refer: How tensors are referred to.
+    """
+
+    def __init__(self, refer: Callable[[torch.Tensor], Reference] = weakref.ref) -> None:
+        self.refer = refer
+        self._tensors: list[Reference] = []
         self._number_of: dict[int, int] = {}
         self._plan: _Plan | None = None
         self._full: dict[int, torch.Tensor] = {}
@@ -29,7 +36,7 @@ class CoalescedGather:
         number = self._number_of.get(id(tensor))
         if number is None or self._tensors[number]() is not tensor:
             number = self._number_of[id(tensor)] = len(self._tensors)
-            self._tensors.append(weakref.ref(tensor))
+            self._tensors.append(self.refer(tensor))
             self._plan = None
         return number
 

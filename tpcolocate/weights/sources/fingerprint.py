@@ -1,7 +1,9 @@
 """The fingerprint of a module: a repeated sync finds that nothing has changed without naming the weights again.
 
 Naming, checking and comparing ten thousands of weights takes longer than copying them.  A fingerprint keeps no memory
-alive: it has weak references, addresses, and which weight is which part of which tensor of the module.
+alive: it has weak references, addresses, and which weight is which part of which tensor of the module.  The references are
+to storages, which distinguish memory from other memory at the same address.  There are none to tensors: see
+`tensor_references`.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ from typing import overload
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from tpcolocate.in_server.tpcolocate_receiver.module_walk import modules_of
 from tpcolocate.weights.sources.lazy_tensor import (
@@ -158,8 +162,8 @@ class Fingerprint:
     Attributes:
         module: The source.
         layout: The parts of each module in it, in order.
-        tensors: Its parameters and persistent buffers, in order.
-        memory: Where the local data of each tensor is, and in which layout.
+        memory: Where the local data of each of its parameters and persistent buffers is, in order, and in which layout.
+        storages: In which it is, so that no other storage is taken for one of them.
         origins: Name of each weight -> what it is.
         aliases: As `NamedWeights.aliases`.
         names: Of the weights.
@@ -169,8 +173,8 @@ class Fingerprint:
 
     module: weakref.ref[nn.Module]
     layout: list[Layout]
-    tensors: list[weakref.ref[torch.Tensor]]
     memory: list[tuple[object, ...]]
+    storages: list[StorageWeakRef]
     origins: Mapping[str, Origin]
     aliases: Mapping[str, str]
     names: Sequence[str]
@@ -201,8 +205,8 @@ class Fingerprint:
         return cls(
             weakref.ref(source),
             layout,
-            [weakref.ref(tensor) for tensor in tensors],
             [_memory(tensor) for tensor in tensors],
+            [StorageWeakRef(local_of(tensor).untyped_storage()) for tensor in tensors],
             origins,
             weights.aliases,
             list(origins),
@@ -211,15 +215,14 @@ class Fingerprint:
         )
 
     def match(self, source: Source) -> Match | None:
-        """Return the source's weights if it is the same module, with the same tensors in the same memory."""
+        """Return the source's weights if it is the same module, with tensors of the same names in the same memory."""
         if self.module() is not source:
             return None
         layout, tensors = _walk(source)  # type: ignore[arg-type]
-        if layout != self.layout or len(tensors) != len(self.tensors):
+        if layout != self.layout or len(tensors) != len(self.memory):
             return None
-        for tensor, before, memory in zip(tensors, self.tensors, self.memory):
-            if before() is not tensor or _memory(tensor) != memory:
-                return None
+        if any(_memory(tensor) != before for tensor, before in zip(tensors, self.memory)):
+            return None
         if any(ask() != before for ask, before in self.settings):
             return None
         items = LaterItems(self.origins, tensors, self.formulas, self.names)
@@ -314,8 +317,9 @@ def _walk(module: nn.Module) -> tuple[list[Layout], list[torch.Tensor]]:
 
 def _memory(tensor: torch.Tensor) -> tuple[object, ...]:
     local = local_of(tensor)
+    spec = tensor._spec if isinstance(tensor, DTensor) else None  # of what the local data is the shard
     # Not the shape, which takes several times as long as the rest: numel and stride change with it.
-    return local.data_ptr(), local.dtype, local.numel(), local.stride(), local.storage_offset()
+    return storage_id(local), local.data_ptr(), local.dtype, local.numel(), local.stride(), local.storage_offset(), spec
 
 
 __all__ = ["Fingerprint", "LaterItems", "Match", "Origin"]

@@ -107,7 +107,8 @@ class Recipe:
         inputs: All tensors that it is computed from, `base` first.
         settings: Returns what decides, beside the names and the values of a source's tensors, which weights the source
             has and how they are computed; compared by equality.  One object for all tensors of a source.  None: unknown.
-            If there is one, it, `compute`, `ingredients` and the lazy tensor's `make` keep nothing of the source alive.
+            If there is one, it, `compute`, `ingredients` and the lazy tensor's `make` keep nothing of the source alive, and
+            have no weak references to its tensors; see `tensor_references`.
     """
 
     base: torch.Tensor

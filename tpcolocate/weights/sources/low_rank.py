@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -26,6 +25,7 @@ from tpcolocate.in_server.tpcolocate_receiver.regions import Region
 from tpcolocate.weights.sources.addition import RANK_MULTIPLE, Adder, Addition
 from tpcolocate.weights.sources.coalesced_gather import CoalescedGather
 from tpcolocate.weights.sources.lazy_tensor import local_of
+from tpcolocate.weights.sources.tensor_references import Reference
 
 logger = logging.getLogger(__name__)
 
@@ -191,7 +191,7 @@ class LowRankSums:
 
     def __init__(self, factors: CoalescedGather) -> None:
         self._factors = factors
-        self._weights: list[tuple[weakref.ref[torch.Tensor], tuple[Term, ...]]] = []
+        self._weights: list[tuple[Reference, tuple[Term, ...]]] = []
         self._kinds: dict[_Kind, list[int]] | None = None
         self._pairs: dict[int, Pair] = {}
         self._keeps_factors = False
@@ -214,7 +214,7 @@ class LowRankSums:
             base: What terms are added to; see `is_possible`.
             terms: Added to it; at least one.
         """
-        self._weights.append((weakref.ref(base), tuple(terms)))
+        self._weights.append((self._factors.refer(base), tuple(terms)))
         self._kinds = None
         return len(self._weights) - 1
 

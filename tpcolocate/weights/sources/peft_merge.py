@@ -31,6 +31,7 @@ from tpcolocate.weights.sources.lazy_tensor import (
     reading_bytes,
 )
 from tpcolocate.weights.sources.low_rank import LowRankSums, Term
+from tpcolocate.weights.sources.tensor_references import Reference, TensorReferences
 from tpcolocate.weights.sources.wrapper_names import without_wrappers
 
 _MERGE_FIRST = "send a copy that peft has merged: copy.deepcopy(model).merge_and_unload()"
@@ -99,7 +100,7 @@ class _PeftLayers:
             if isinstance(layer, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
                 self._layers[without_wrappers(path)] = layer
         self._settings = _Settings(self._layers.values())
-        self._factors = CoalescedGather()
+        self._factors = CoalescedGather(TensorReferences(module))
         self._sums = LowRankSums(self._factors)
 
     def check(self) -> None:
@@ -148,7 +149,7 @@ class _PeftLayers:
             number = self._sums.add(base, [adapter.term() for adapter in found])
         else:
             self._sums.keep_factors()
-        merge = _Merge(weakref.ref(base), tuple(found), self._factors, self._sums, number)
+        merge = _Merge(self._factors.refer(base), tuple(found), self._factors, self._sums, number)
         widest = max(tensor.dtype.itemsize for tensor in inputs)
         recipe = Recipe(
             base,
@@ -244,7 +245,7 @@ def _is_quantised(layer: Any) -> bool:
 class _Merge:
     """A base weight plus the deltas of adapters.  Keeps none of them alive."""
 
-    base: weakref.ref[torch.Tensor]
+    base: Reference
     adapters: tuple[_Adapter, ...]
     factors: CoalescedGather
     sums: LowRankSums
