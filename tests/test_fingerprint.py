@@ -186,6 +186,18 @@ def test_a_new_name_alone_is_a_change():
     assert found.match(module) is None
 
 
+def test_a_function_that_returns_other_names_is_a_change():
+    module, names = nn.Sequential(nn.Linear(2, 2)), {}
+
+    def rename(name):
+        return names.get(name, name)
+
+    _, found = fingerprint(module, rename=rename)
+    assert found.match(module, rename) is not None
+    names["0.weight"] = None
+    assert found.match(module, rename) is None
+
+
 def test_tied_weights_keep_their_names_and_aliases():
     module = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
     module[1].weight = module[0].weight

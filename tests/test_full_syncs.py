@@ -4,6 +4,7 @@ Each scenario runs on the training ranks of one world and returns what it found 
 """
 
 import copy
+import functools
 import gc
 import tempfile
 import time
@@ -219,15 +220,22 @@ def differing_generator_of_a_model_that_is_not_tied(world):
 
 def names_that_change_in_place(world):
     """The caller's mapping is another one from the fourth sync on; the memory stays in place, so that the third is repeated."""
-    engine, source, rename = Engine(world), Given(shared(policy())), {}
-    found = [engine.run(source, rename=rename) for _ in range(3)]
-    k, v = f"{LAYER}k_proj.weight", f"{LAYER}v_proj.weight"
-    rename |= {k: v, v: k}
-    weights = served_weights(source.model)
-    swapped = Given(source.model, expected={**weights, k: weights[v], v: weights[k]})
-    found += [engine.run(swapped, rename=rename) for _ in range(2)]
-    engine.close()
+    found = []
+    for is_function in (False, True):
+        engine, source, names = Engine(world), Given(shared(policy())), {}
+        rename = functools.partial(renamed, names) if is_function else names
+        found += [engine.run(source, rename=rename) for _ in range(3)]
+        k, v = f"{LAYER}k_proj.weight", f"{LAYER}v_proj.weight"
+        names |= {k: v, v: k}
+        weights = served_weights(source.model)
+        swapped = Given(source.model, expected={**weights, k: weights[v], v: weights[k]})
+        found += [engine.run(swapped, rename=rename) for _ in range(2)]
+        engine.close()
     return found
+
+
+def renamed(names, name):
+    return names.get(name, name)
 
 
 def differing_replicas(world):
@@ -442,10 +450,10 @@ def test_what_the_trainer_holds_and_no_loader_reads_is_not_sent(of_ranks):
         assert syncs[-1].facts["buckets"] == 1, "a repeated sync has nothing but one program"
 
 
-def test_a_mapping_of_names_that_is_changed_in_place_holds_for_the_next_sync(of_ranks):
+def test_names_that_a_mapping_or_a_function_changes_hold_for_the_next_sync(of_ranks):
     for syncs in found(of_ranks, names_that_change_in_place):
         check_good(syncs)
-        assert [one.facts["buckets"] for one in syncs] == [1] * 5
+        assert [one.facts["buckets"] for one in syncs] == [1] * 10
 
 
 @pytest.mark.parametrize("habit", ["joins", "waits"])

@@ -29,7 +29,7 @@ from tpcolocate.weights.sources.lazy_tensor import (
     local_of,
     storage_id,
 )
-from tpcolocate.weights.sources.named_weights import NamedWeights, Source
+from tpcolocate.weights.sources.named_weights import NamedWeights, Rename, Source
 
 Layout = tuple[str | int, ...]
 """The names of a module's parts, and then a number for each; the same part has the same number wherever it is."""
@@ -165,7 +165,7 @@ class Fingerprint:
         memory: Where the local data of each of its parameters and persistent buffers is, in order, and in which layout.
         storages: In which it is, so that no other storage is taken for one of them.
         origins: Name of each weight -> what it is.
-        aliases: As `NamedWeights.aliases`.
+        aliases, renamed: As of `NamedWeights`.
         names: Of the weights.
         formulas: Of computed weights.
         settings: What decides on computed weights: what to ask, and what the answer was; see `Recipe.settings`.
@@ -177,6 +177,7 @@ class Fingerprint:
     storages: list[StorageWeakRef]
     origins: Mapping[str, Origin]
     aliases: Mapping[str, str]
+    renamed: Mapping[str, str | None]
     names: Sequence[str]
     formulas: Sequence[Formula]
     settings: Sequence[tuple[Callable[[], object], object]]
@@ -209,13 +210,19 @@ class Fingerprint:
             [StorageWeakRef(local_of(tensor).untyped_storage()) for tensor in tensors],
             origins,
             weights.aliases,
+            weights.renamed,
             list(origins),
             find.formulas,
             [(ask, ask()) for ask in find.settings],
         )
 
-    def match(self, source: Source) -> Match | None:
-        """Return the source's weights if it is the same module, with tensors of the same names in the same memory."""
+    def match(self, source: Source, rename: Rename | None = None) -> Match | None:
+        """Return the source's weights if it is the same module, with tensors of the same names in the same memory.
+
+        Args:
+            source: Any.
+            rename: The same mapping as before, or the same function, which may have come to return other names.
+        """
         if self.module() is not source:
             return None
         layout, tensors = _walk(source)  # type: ignore[arg-type]
@@ -225,8 +232,10 @@ class Fingerprint:
             return None
         if any(ask() != before for ask, before in self.settings):
             return None
+        if callable(rename) and any(rename(name) != before for name, before in self.renamed.items()):
+            return None
         items = LaterItems(self.origins, tensors, self.formulas, self.names)
-        return Match(NamedWeights(items, self.aliases), items)
+        return Match(NamedWeights(items, self.aliases, renamed=self.renamed), items)
 
 
 class _Origins:

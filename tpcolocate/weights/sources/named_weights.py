@@ -59,6 +59,7 @@ class NamedWeights:
         extra: Names that the served model lacks whose tensors may be equal to others of the source, as those of a tied
             model that was copied name by name; they are not sent.
         warnings: What the user should know of the source.
+        renamed: Of a module, what a function that was passed as `rename` has returned: name -> name.
     """
 
     items: Items | None
@@ -67,6 +68,7 @@ class NamedWeights:
     doubles: set[str] = field(default_factory=set)
     extra: Mapping[str, Extra] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    renamed: Mapping[str, str | None] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -91,8 +93,10 @@ class NamedWeights:
         """
         if isinstance(source, nn.Module):
             with collector_paused():
-                weights, warnings = _of_module(source, expected, rename)
-                return replace(_untied(_renamed(weights, rename), expected), warnings=warnings)
+                asked = _Asked(rename) if callable(rename) else None
+                weights, warnings = _of_module(source, expected, asked or rename)
+                named = _untied(_renamed(weights, asked or rename), expected)
+                return replace(named, warnings=warnings, renamed={} if asked is None else asked.answers)
         if isinstance(source, (Mapping, Sequence, ItemsView)):
             given = list(_given(source.items() if isinstance(source, Mapping) else source))
             _check_not_shards(given)
@@ -138,6 +142,19 @@ class NamedWeights:
     def reading_bytes(self) -> int:
         """The most memory that reading one of them takes beside the staging memory; 0 for a generator."""
         return max((reading_bytes(item) for _, item in self.items or ()), default=0)
+
+
+class _Asked:
+    """A function that was passed as `rename`, asked once for each name, and what it has returned."""
+
+    def __init__(self, rename: Callable[[str], str | None]) -> None:
+        self._rename = rename
+        self.answers: dict[str, str | None] = {}
+
+    def __call__(self, name: str) -> str | None:
+        if name not in self.answers:
+            self.answers[name] = self._rename(name)
+        return self.answers[name]
 
 
 def _renamed(weights: Iterable[tuple[str, Item]], rename: Rename | None) -> Iterator[tuple[str, Item]]:

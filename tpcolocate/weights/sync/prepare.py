@@ -97,7 +97,7 @@ def _memory_uses(session: SyncSession, shards: Shards) -> list[str]:
 
 def prepare_again(session: SyncSession, source: Source, cached: CachedSync) -> Prepared | None:
     """Return the same, if this rank finds everything as it was in the last sync."""
-    match = cached.source.match(source)
+    match = cached.source.match(source, session.options.rename)
     if match is None:
         return None
     # Thousands of items may never be needed, so they are not made here.
