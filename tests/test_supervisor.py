@@ -638,3 +638,8 @@ def test_only_files_that_a_server_may_leave_are_noticed():
             path.unlink()
         for fd in files.fds:
             os.close(fd)
+
+
+def test_a_working_directory_that_is_gone_is_that_of_the_supervisor(tmp_path):
+    for given, expected in ((str(tmp_path), str(tmp_path)), (str(tmp_path / "gone"), None), (None, None)):
+        assert supervisor._directory({"directory": given}) == expected
