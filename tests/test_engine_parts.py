@@ -744,6 +744,21 @@ def test_an_engine_restarts_by_itself_as_often_as_it_was_launched_to(launch, cap
     assert engine._context.server is before, "no more"
 
 
+def test_the_owner_alone_counts_restarts():
+    """A rank that was interrupted as it asked would else ask once more than the others, in every call from then on."""
+    answers, asked_for = [True, False, False], []
+
+    def run_on(owner_rank, action, *, what):
+        asked_for.append(what)
+        return answers.pop(0)
+
+    group = SimpleNamespace(run_on=run_on, ranks=(0, 1))
+    context = SimpleNamespace(group=group, owner_rank=0, state=State(), owned=None)
+    client = life.EngineLife(context, on_shutdown=None, relaunch=None, restarts=1)
+    assert [client.must_restart("sleep") for _ in range(3)] == [True, False, False]
+    assert asked_for == ["sleep: look at the server"] * 3
+
+
 def test_an_engine_does_not_restart_by_itself_unless_asked_to(launch):
     engine = launch()
     kill(engine)

@@ -154,29 +154,31 @@ class EngineLife:
     def must_restart(self, what: str) -> bool:
         """Return whether the engine is to restart by itself before a call, because its server is dead.
 
-        Collective: over the slice, if the engine was launched to restart by itself.
+        Collective: over the slice, if the engine was launched to restart by itself.  The owner alone counts, and is asked
+        also when none is left: a rank that was interrupted here would have another count, and make other calls from then on.
 
         Args:
             what: The call.
         """
         context, state = self._context, self._context.state
-        if self._restarts_left == 0 or state.closed:
+        if self._restarts == 0 or state.closed:
             return False
         owned = context.owned
 
-        def is_dead() -> bool:
-            return owned is not None and owned.is_dead
+        def is_due() -> bool:
+            return owned is not None and self._restarts_left > 0 and owned.is_dead
 
-        if not context.group.run_on(context.owner_rank, is_dead, what=f"{what}: look at the server"):
+        if not context.group.run_on(context.owner_rank, is_due, what=f"{what}: look at the server"):
             return False
-        self._restarts_left -= 1
-        logger.warning(
-            "the server of ranks %s was found dead before %r: restart %d of %d; generate is refused until a full sync",
-            list_ranks(context.group.ranks),
-            what,
-            self._restarts - self._restarts_left,
-            self._restarts,
-        )
+        if owned is not None:
+            self._restarts_left -= 1
+            logger.warning(
+                "the server of ranks %s was found dead before %r: restart %d of %d; generate is refused until a full sync",
+                list_ranks(context.group.ranks),
+                what,
+                self._restarts - self._restarts_left,
+                self._restarts,
+            )
         return True
 
 
