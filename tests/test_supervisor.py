@@ -5,6 +5,7 @@ a message queue named by pid, and a shared-memory file and semaphores that can o
 """
 
 import json
+import mmap
 import multiprocessing
 import os
 import signal
@@ -638,6 +639,21 @@ def test_only_files_that_a_server_may_leave_are_noticed():
             path.unlink()
         for fd in files.fds:
             os.close(fd)
+
+
+def test_names_that_are_no_text_or_no_number_do_not_end_the_supervisor(tmp_path):
+    """What the server maps, such as a model's folder, may have any name; and any user can make files in /dev/shm."""
+    folder = os.fsencode(tmp_path) + b"/mod\xe8le"
+    with open(folder, "w+b") as file:
+        file.truncate(4096)
+        mapped = mmap.mmap(file.fileno(), 4096)
+    strange = Path(f"/dev/shm/sgl_shm_test{os.getpid()}_\N{SUPERSCRIPT TWO}_x")
+    try:
+        strange.touch()
+        assert supervisor.shm_files([os.getpid()], 0.0) == set()
+    finally:
+        strange.unlink(missing_ok=True)
+        mapped.close()
 
 
 def test_a_working_directory_that_is_gone_is_that_of_the_supervisor(tmp_path):

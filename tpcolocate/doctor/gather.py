@@ -132,7 +132,7 @@ def check_shared_memory() -> SharedMemory:
 def check_kernel() -> Kernel:
     """Try the system calls that launches and handles need."""
     opened = _error_of_pidfd_open()
-    status = Path("/proc/self/status").read_text()
+    status = Path("/proc/self/status").read_text(errors="replace")
     seccomp = re.search(r"^Seccomp:\s*(\d+)", status, re.MULTILINE)
     scope = Path("/proc/sys/kernel/yama/ptrace_scope")
     return Kernel(

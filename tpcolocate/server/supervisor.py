@@ -128,8 +128,8 @@ def is_running(pid: int, started: int) -> bool:
 def catches(pid: int, signum: int) -> bool:
     """Return whether a process has a handler for a signal; see ``SigCgt`` in proc(5)."""
     try:
-        with open(f"/proc/{pid}/status") as file:
-            masks = [line.split()[1] for line in file if line.startswith("SigCgt:")]
+        with open(f"/proc/{pid}/status", "rb") as file:  # with the process's name, which may be no text
+            masks = [line.split()[1] for line in file if line.startswith(b"SigCgt:")]
     except OSError:
         return False
     return any(int(mask, 16) >> (signum - 1) & 1 for mask in masks)
@@ -155,16 +155,16 @@ def shm_files(pids: Iterable[int], since: float) -> set[str]:
     mapped = set()
     for pid in pids:
         try:
-            with open(f"/proc/{pid}/maps") as maps:
+            with open(f"/proc/{pid}/maps", "rb") as maps:  # paths need not be text
                 # By inode: a semaphore is mapped under a temporary name, before it gets its own.
-                mapped |= {int(line.split(maxsplit=5)[4]) for line in maps if _SHM in line}
+                mapped |= {int(line.split(maxsplit=5)[4]) for line in maps if _SHM.encode() in line}
         except OSError:
             continue  # exited meanwhile
     found = set()
     with os.scandir(_SHM) as entries:
         for entry in entries:
             parts = entry.name.split("_")
-            is_named = entry.name.startswith("sgl_shm_") and len(parts) >= 4 and parts[-2].isdigit()
+            is_named = entry.name.startswith("sgl_shm_") and len(parts) >= 4 and parts[-2].isdecimal()
             if entry.inode() in mapped or (is_named and int(parts[-2]) in pids and _is_made_since(entry, since)):
                 found.add(entry.name)
     return {name for name in found if name.startswith(_LEFTOVER_PREFIXES)}
