@@ -19,6 +19,7 @@ from tpcolocate import runtime_folder
 from tpcolocate.errors import LaunchError
 from tpcolocate.processes import pid_namespace, start_of
 from tpcolocate.runtime_folder import OwnerRecord, RuntimeFolder, read_owner, remove_remains
+from tpcolocate.server.supervisor import _LEFTOVER_PREFIXES as LEFTOVER_PREFIXES
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(120)]
 
@@ -184,6 +185,10 @@ def test_what_another_user_makes_under_our_names_stops_and_delays_nothing(folder
 # --- what dead owners have left --------------------------------------------------------------------------------------
 
 
+LEFT = [f"{prefix}1_x" for prefix in LEFTOVER_PREFIXES]
+"""Names that a supervisor has recorded of SGLang's files in /dev/shm."""
+
+
 def process(code="import time; time.sleep(600)"):
     return subprocess.Popen([sys.executable, "-c", code])
 
@@ -204,7 +209,7 @@ def left(folders):
         )
         (made.shared / "owner.json").write_text(json.dumps(vars_of(replace(owner_record, **changes))))
         record = {"supervisor": entry("supervisor", supervisor), "processes": [entry("main process", server)]}
-        made.processes.write_text(json.dumps(record | {"files": ["sgl_shm_mq_1_x", "someone's", "../sgl_shm_y"]}))
+        made.processes.write_text(json.dumps(record | {"files": [*LEFT, "someone's", "../sgl_shm_y"]}))
         made.log_path.touch()
         return made
 
@@ -227,7 +232,7 @@ def test_the_remains_of_a_dead_owner_are_removed_and_nothing_else(left, folders)
     dead = make("1-a", owner=owner, supervisor=supervisor, server=server)
     alive = make("2-b", owner=other, supervisor=other, server=other)
     shared, _ = folders
-    for name in ("sgl_shm_mq_1_x", "someone's"):
+    for name in (*LEFT, "someone's"):
         (shared / name).touch()
     (shared.parent / "sgl_shm_y").touch()
     for child in (owner, supervisor):
@@ -237,7 +242,7 @@ def test_the_remains_of_a_dead_owner_are_removed_and_nothing_else(left, folders)
     assert server.wait(30) == -signal.SIGKILL and other.poll() is None
     assert not dead.shared.exists() and not dead.temporary.exists()
     assert alive.shared.exists() and alive.log_path.exists()
-    assert not (shared / "sgl_shm_mq_1_x").exists()
+    assert not any((shared / name).exists() for name in LEFT)
     assert (shared / "someone's").exists() and (shared.parent / "sgl_shm_y").exists()
 
 
@@ -246,13 +251,13 @@ def test_an_owner_removes_what_its_killed_supervisor_has_left(left, folders):
     supervisor, server, other = (start() for _ in range(3))
     made = make("1-a", owner=other, supervisor=supervisor, server=server)
     shared, _ = folders
-    for name in ("sgl_shm_mq_1_x", "someone's"):
+    for name in (*LEFT, "someone's"):
         (shared / name).touch()
     supervisor.kill()
     supervisor.wait()
     made.remove()
     assert server.wait(30) == -signal.SIGKILL and other.poll() is None
-    assert not made.shared.exists() and not (shared / "sgl_shm_mq_1_x").exists()
+    assert not made.shared.exists() and not any((shared / name).exists() for name in LEFT)
     assert (shared / "someone's").exists() and made.log_path.exists()
 
 

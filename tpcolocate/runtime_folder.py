@@ -42,7 +42,8 @@ _LONGEST_TEMPORARY = 107 - 48
 # A supervisor whose trainer has died gives the server 15 s before it kills it.
 _ENDS_S = 30.0
 _POLL_INTERVAL_S = 0.1
-_LEFTOVER_PREFIXES = ("sgl_shm_", "sglang_", "sem.mp-")
+# As of `tpcolocate.server.supervisor`, which imports nothing of this package.
+_LEFTOVER_PREFIXES = ("sgl_shm_", "sglang_", "sem.mp-", "sem.loky-", "psm_")
 
 
 def folder_of(nonce: str) -> Path:
