@@ -5,6 +5,7 @@ import copy
 import gc
 import itertools
 import weakref
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -186,6 +187,27 @@ def test_adapters_that_cannot_be_merged_are_refused_with_an_alternative(config, 
         NamedWeights.of(model)
     assert "merge_and_unload()" in caught.value.hint
     assert sorted(sent(copy.deepcopy(model).merge_and_unload())) == sorted(Model().state_dict()), "the hint must work"
+
+
+def test_layers_in_whose_place_xlora_computes_are_refused_unless_it_is_disabled():
+    """It weighs the adapters by the prompt; they were merged as if all of them counted fully."""
+    from peft.tuners.xlora.layer import XLoraLinearLayer
+
+    model, mixer = adapted(lora()), SimpleNamespace(disabled=False)
+    for layer in model.modules():
+        if isinstance(layer, peft.tuners.lora.Linear):
+            layer.forward = XLoraLinearLayer(mixer, layer, layer.forward, layer_number=0, config=None).forward
+    with pytest.raises(
+        ConfigError, match="inner.q.weight has LoRA adapters with which a peft XLoraLinearLayer"
+    ) as caught:
+        NamedWeights.of(model)
+    assert "model.disable_adapter()" in caught.value.hint and applied_adapters(model)
+    mixer.disabled = True
+    torch.manual_seed(0)
+    same(
+        {n: t for n, t in sent(model).items() if "q.weight" in n},
+        {"inner.q.weight": Model().state_dict()["inner.q.weight"]},
+    )
 
 
 class Linear4bit(nn.Linear):

@@ -7,6 +7,7 @@ adapters are changed.  Relies on peft.tuners.lora.layer (`get_delta_weight`, `me
 
 from __future__ import annotations
 
+import inspect
 import sys
 import weakref
 from collections.abc import Callable, Iterable
@@ -190,7 +191,7 @@ class _Settings:
 def _settings_of(layer: Any) -> object:
     if layer is None:
         return None
-    return layer.disable_adapters, tuple(layer.active_adapters), tuple(getattr(layer, "merged_adapters", ()))
+    return _is_disabled(layer), tuple(layer.active_adapters), tuple(getattr(layer, "merged_adapters", ()))
 
 
 def _active_adapters(layer: Any, name: list[str]) -> list[tuple[Any, str]]:
@@ -210,13 +211,19 @@ def _active_adapters(layer: Any, name: list[str]) -> list[tuple[Any, str]]:
                 hint="call unmerge_adapter() on the model first",
             )
         return []  # the base layer's weight is the merged one
-    if layer.disable_adapters:
+    if _is_disabled(layer):
         return []
     if not isinstance(layer, lora.LoraLayer):
         kind = type(layer).__module__.removeprefix("peft.tuners.").partition(".")[0]
         raise ConfigError(
             f"{'.'.join(name)} has an adapter of kind {kind}; only LoRA can be merged during a sync",
             hint=_MERGE_FIRST,
+        )
+    if (other := _forward_of_another(layer)) is not None:
+        raise ConfigError(
+            f"{'.'.join(name)} has LoRA adapters with which a peft {type(other).__name__} computes by what is in the prompt, which "
+            "no weight can represent",
+            hint="train a LoRA adapter, or send the base alone: with model.disable_adapter(): engine.sync_weights(model)",
         )
     adapters = [adapter for adapter in layer.active_adapters if adapter in layer.r]
     plain = isinstance(layer, (lora.Linear, lora.Embedding, lora.ParamWrapper))
@@ -230,6 +237,17 @@ def _active_adapters(layer: Any, name: list[str]) -> list[tuple[Any, str]]:
             )
     target = layer.parameter_name if isinstance(layer, lora.ParamWrapper) else "weight"
     return [(layer, adapter) for adapter in adapters] if name[-1] == target else []
+
+
+def _forward_of_another(layer: Any) -> object | None:
+    """Return the object of peft's that computes in place of a layer, as X-LoRA's do, which weigh its adapters; None if none."""
+    forward = layer.__dict__.get("forward")
+    owner = None if forward is None else getattr(inspect.unwrap(forward), "__self__", None)
+    return owner if owner is not layer and type(owner).__module__.partition(".")[0] == "peft" else None
+
+
+def _is_disabled(layer: Any) -> bool:
+    return bool(layer.disable_adapters or getattr(_forward_of_another(layer), "adapters_disabled", False))
 
 
 def _is_quantised(layer: Any) -> bool:
@@ -408,7 +426,7 @@ def is_merging(module: nn.Module) -> bool:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = (layer for layer in module.modules() if isinstance(layer, BaseTunerLayer))
-    return any(layer.active_adapters and not layer.merged and not layer.disable_adapters for layer in layers)
+    return any(layer.active_adapters and not layer.merged and not _is_disabled(layer) for layer in layers)
 
 
 def applied_adapters(module: nn.Module) -> dict[str, nn.Module]:
@@ -420,7 +438,7 @@ def applied_adapters(module: nn.Module) -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {}
     for layer in modules_of(module):
         if isinstance(layer, LoraLayer):
-            active = [] if layer.disable_adapters else layer.active_adapters
+            active = [] if _is_disabled(layer) else layer.active_adapters
             for name in layer.merged_adapters if layer.merged else active:
                 if name in layer.r:
                     found.setdefault(name, layer)
