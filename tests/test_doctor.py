@@ -433,6 +433,23 @@ def test_leftovers_of_a_dead_job_are_found_and_removed(folders):
     assert sorted(folders.shm.iterdir()) == sorted(others) and list(folders.temporary.iterdir()) == []
 
 
+def test_files_that_are_removed_meanwhile_do_not_end_the_search(folders, monkeypatch):
+    """As by data loaders, and by a server that ends."""
+    pid = ended_pid()
+    first, *others = (folders.shm / name for name in (f"sgl_shm_a_{pid}_x", f"sgl_shm_b_{pid}_x", "torch_1_2_3"))
+    for path in (first, *others):
+        path.touch()
+    may_run = leftovers._may_run
+
+    def then_remove(*args):
+        for path in others:
+            path.unlink()
+        return may_run(*args)
+
+    monkeypatch.setattr(leftovers, "_may_run", then_remove)
+    assert folders.names() == {str(first)}
+
+
 def test_what_a_running_job_has_is_no_leftover(folders):
     folders.plant(*this_process())
     (folders.shm / f"sgl_shm_mq_{os.getpid()}_ab12").touch()

@@ -32,7 +32,7 @@ from tpcolocate.doctor.facts import (
     SharedMemory,
     Software,
 )
-from tpcolocate.doctor.leftovers import SHM, Leftover, find_leftovers, remove, torch_files
+from tpcolocate.doctor.leftovers import SHM, Leftover, find_leftovers, remove, status_of, torch_files
 from tpcolocate.errors import ConfigError
 from tpcolocate.interfaces import can_bind
 from tpcolocate.server.environment import LOOPBACK, child_environment, sglang_stub_needed
@@ -234,7 +234,8 @@ def check_leftovers(*, clean: bool) -> Leftovers:
             print(f"removing {each.name}: {each.what}", file=sys.stderr, flush=True)
         removed, kept = remove(items)
     # A launch that went wrong leaves its log.
-    logs = [path.stat().st_size for path in temporary.glob(f"tpcolocate-{os.getuid()}-*/server.log")]
+    found = [status_of(path) for path in temporary.glob(f"tpcolocate-{os.getuid()}-*/server.log")]
+    logs = [status.st_size for status in found if status is not None]
     return Leftovers(
         items=tuple(asdict(each) for each in items),
         num_logs=len(logs),

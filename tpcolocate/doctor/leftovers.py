@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import signal
+import stat
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -74,9 +75,9 @@ def find_leftovers(*, shm: Path = SHM, proc: Path = _PROC) -> list[Leftover]:
             found.extend(_of_launch(folder))
     with os.scandir(shm) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
-            status = entry.stat(follow_symlinks=False)
             match = _SGLANG_FILE.fullmatch(entry.name)
-            if match is None or status.st_uid != os.getuid() or not entry.is_file(follow_symlinks=False):
+            status = None if match is None else status_of(entry)
+            if match is None or status is None or status.st_uid != os.getuid() or not stat.S_ISREG(status.st_mode):
                 continue
             if not _may_run(int(match["pid"]), status.st_mtime):
                 what = f"message queue of SGLang's process {match['pid']}, which has exited"
@@ -88,7 +89,8 @@ def _of_launch(folder: Path) -> Iterator[Leftover]:
     """Yield the folders of a launch, unless its owner runs or its supervisor still ends the server."""
     owner = read_owner(folder)
     if owner is None:
-        if time.time() - folder.lstat().st_mtime > _STARTING_S:
+        status = status_of(folder)
+        if status is not None and time.time() - status.st_mtime > _STARTING_S:
             yield Leftover("folder of a launch that has no record of its owner", str(folder), num_bytes=_size(folder))
         return
     supervisor = read_processes(folder / "processes.json")[:1]
@@ -108,14 +110,23 @@ def torch_files(*, shm: Path = SHM) -> tuple[int, int]:
     """
     sizes = []
     for path in shm.glob("torch_*"):
-        try:
-            status = path.lstat()
-        except OSError:
-            continue
-        match = _TORCH_FILE.fullmatch(path.name)
-        if match and status.st_uid == os.getuid() and not _may_run(int(match["pid"]), status.st_mtime):
+        match, status = _TORCH_FILE.fullmatch(path.name), status_of(path)
+        if (
+            match
+            and status is not None
+            and status.st_uid == os.getuid()
+            and not _may_run(int(match["pid"]), status.st_mtime)
+        ):
             sizes.append(status.st_size)
     return len(sizes), sum(sizes)
+
+
+def status_of(path: str | os.PathLike[str]) -> os.stat_result | None:
+    """Return the status of a file or link; None if it is gone: jobs make and remove files all the time."""
+    try:
+        return os.lstat(path)
+    except OSError:
+        return None
 
 
 def _may_run(pid: int, modified: float) -> bool:
@@ -161,13 +172,11 @@ def _processes(proc: Path) -> list[tuple[int, list[str]]]:
 
 
 def _size(path: Path) -> int:
-    total = 0
-    for each in path.rglob("*"):
-        try:
-            total += each.lstat().st_size
-        except OSError:
-            continue
-    return total
+    # `os.walk` passes over folders that are gone.
+    found = [
+        status_of(os.path.join(folder, name)) for folder, *names in os.walk(path) for some in names for name in some
+    ]
+    return sum(status.st_size for status in found if status is not None)
 
 
 def remove(leftovers: Iterable[Leftover]) -> tuple[list[Leftover], list[tuple[Leftover, str]]]:
@@ -212,4 +221,4 @@ def _end(pid: int, started: int) -> None:
         raise OSError(f"processes {', '.join(str(each.pid) for each in alive)} do not end")
 
 
-__all__ = ["SHM", "Leftover", "find_leftovers", "remove", "torch_files"]
+__all__ = ["SHM", "Leftover", "find_leftovers", "remove", "status_of", "torch_files"]
