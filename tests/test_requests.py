@@ -40,6 +40,43 @@ def refusal(*args, **kwargs):
     return str(caught.value)
 
 
+class Column:
+    """As pandas has it, whose dtypes are no NumPy's."""
+
+    dtype, ndim = "str", 1
+
+    def __init__(self, values):
+        self._values = values
+
+    def __len__(self):
+        return len(self._values)
+
+    def __getitem__(self, index):
+        return self._values[index]
+
+    def tolist(self):
+        return list(self._values)
+
+
+class Frame:
+    """As pandas has it: it is no Mapping, and iterates over the names of its columns."""
+
+    def __init__(self, columns):
+        self._columns = columns
+
+    def __len__(self):
+        return len(self._columns)
+
+    def __iter__(self):
+        return iter(self._columns)
+
+    def __getitem__(self, name):
+        return self._columns[name]
+
+    def keys(self):
+        return self._columns.keys()
+
+
 # --- prompts --------------------------------------------------------------------------------------------------------
 
 
@@ -68,6 +105,12 @@ def refusal(*args, **kwargs):
     ([{"input_ids": torch.tensor([[0, 5]]), "attention_mask": torch.tensor([[0, 1]])}], {"input_ids": [[5]]}),
     ([{"input_ids": IDS}, {"input_ids": [1]}], {"input_ids": [IDS, [1]]}),
     ([5, VOCAB - 1], {"input_ids": [5, VOCAB - 1]}),
+    (np.array(["a", "b"]), {"text": ["a", "b"]}),
+    (np.array(["a", "b"], dtype=object), {"text": ["a", "b"]}),
+    (np.array([IDS, [1]], dtype=object), {"input_ids": [IDS, [1]]}),
+    ([np.array(IDS, dtype=object), [1]], {"input_ids": [IDS, [1]]}),
+    (Column(["a", "b"]), {"text": ["a", "b"]}),
+    (Column([IDS, [1]]), {"input_ids": [IDS, [1]]}),
 ])  # fmt: skip
 def test_prompts_in_every_form_that_users_have(prompts, sent):
     assert body(prompts) == sent
@@ -106,7 +149,10 @@ def test_no_prompts_are_no_request(prompts):
     (torch.tensor([1.0]), "torch.float32"),
     (torch.tensor([True]), "torch.bool"),
     ([IDS, torch.tensor([1.5])], "prompt 1 is an array of torch.float32"),
-    (np.array(["a"]), "an array of <U1"),
+    (np.array([["a"]]), "token 0 of prompt 0 is 'a', not an integer"),
+    (Frame({"prompt": ["a"]}), "pass one of its columns"),
+    (["a", None], "leave it out, or make it a text"),
+    ([{"prompt": "a"}], "pass texts or token ids"),
     (torch.zeros(1, 1, 1, dtype=torch.long), "shape (1, 1, 1)"),
     (torch.tensor(5), "prompts must be texts or token ids"),
     (5, "prompts must be texts or token ids, got 5"),
@@ -163,6 +209,8 @@ def test_embeddings(embeds, words):
     ({"temperature": 10**20}, {"temperature": 1e20}),
     ({"stop": "a"}, {"stop": ["a"]}),
     ({"stop": ("a", "b")}, {"stop": ["a", "b"]}),
+    ({"stop": {"b", "a"}}, {"stop": ["a", "b"]}),
+    ({"stop": np.array(["a", "b"])}, {"stop": ["a", "b"]}),
     ({"stop_token_ids": [1, None]}, {"stop_token_ids": [1]}),
     ({"stop_token_ids": 3}, {"stop_token_ids": [3]}),
     ({"stop_token_ids": {4}}, {"stop_token_ids": [4]}),

@@ -8,12 +8,13 @@ from numbers import Integral
 from typing import Any
 
 from tpcolocate.engine.limits import ServerLimits
-from tpcolocate.engine.values import MAX_INT, contents, is_array, is_list, number, scalar, text
+from tpcolocate.engine.values import MAX_INT, contents, is_array, is_list, number, scalar, text, unpacked
 from tpcolocate.errors import ConfigError, TpColocateError, shown
 
 Prompt = str | list[int] | list[list[float]]
 
-_CHAT_HINT = "make ids of chat messages first: tokenizer.apply_chat_template(messages, add_generation_prompt=True)"
+CHAT_HINT = "make ids of chat messages first: tokenizer.apply_chat_template(messages, add_generation_prompt=True)"
+_KINDS_HINT = "texts and token ids go into separate calls"
 _EMPTY_HINT = "leave it out, or begin with the tokenizer's bos_token_id"
 
 
@@ -54,7 +55,7 @@ def read_prompts(given: Any, limits: ServerLimits, *, field: str | None = None) 
     Raises:
         ConfigError: This is no prompt and no list of prompts.
     """
-    given = _of_tokenizer(given)
+    given = unpacked(_of_tokenizer(given))
     if field == "input_embeds":
         return _read_embeds(given, limits)
     if isinstance(given, str):
@@ -85,10 +86,8 @@ def _of_tokenizer(given: Any) -> Any:
     if not isinstance(given, Mapping):
         return given
     if "input_ids" not in given:
-        is_message = "role" in given or "messages" in given
         raise ConfigError(
-            f"prompts is a {type(given).__name__} without input_ids: {shown(dict(given))}",
-            hint=_CHAT_HINT if is_message else "pass texts or token ids",
+            f"prompts is a {type(given).__name__} without input_ids: {shown(dict(given))}", hint=_hint_of_dict(given)
         )
     ids, mask = given["input_ids"], given.get("attention_mask")
     if mask is None:
@@ -102,6 +101,12 @@ def _of_tokenizer(given: Any) -> Any:
         raise ConfigError(
             "input_ids and attention_mask of the prompts have different shapes", hint="pass input_ids alone"
         ) from None
+
+
+def _hint_of_dict(given: Mapping[Any, Any]) -> str:
+    return (
+        CHAT_HINT if "role" in given or "messages" in given else "pass texts or token ids, such as one of its entries"
+    )
 
 
 def _plain_rows(given: Any) -> Any:
@@ -126,7 +131,9 @@ def _rows(given: Any) -> tuple[list[Any], bool]:
         return ([given], True) if given.ndim == 1 and len(given) > 0 else (list(given), False)
     if not is_list(given):
         hint = "pass a text, token ids, or a list of either"
-        if hasattr(given, "__iter__") and not isinstance(given, (bytes, bytearray)):
+        if hasattr(given, "keys"):
+            hint = "pass one of its columns, which are texts or token ids"
+        elif hasattr(given, "__iter__") and not isinstance(given, (bytes, bytearray)):
             hint = "make a list of it"
         raise ConfigError(f"prompts must be texts or token ids, got {shown(given)}", hint=hint)
     rows = list(given)
@@ -141,10 +148,12 @@ def _is_token(value: Any) -> bool:
 
 def _text(row: Any, name: str, limits: ServerLimits) -> str:
     if isinstance(row, Mapping):
-        raise ConfigError(f"{name} is a dict: {shown(dict(row))}", hint=_CHAT_HINT)
+        raise ConfigError(f"{name} is a dict: {shown(dict(row))}", hint=_hint_of_dict(row))
     if not isinstance(row, str):
+        is_ids = is_list(row) or is_array(row)
         raise ConfigError(
-            f"{name} is {_kind(row)}, prompt 0 is a text", hint="texts and token ids go into separate calls"
+            f"{name} is {_kind(row)}, prompt 0 is a text",
+            hint=_KINDS_HINT if is_ids else "leave it out, or make it a text",
         )
     found = text(row, name, hint=_EMPTY_HINT)
     if limits.without_embedding is not None and (token := limits.without_embedding.search(found)) is not None:
@@ -162,10 +171,11 @@ def _kind(row: Any) -> str:
 def _ids(row: Any, name: str, limits: ServerLimits) -> list[int]:
     if isinstance(row, Mapping):
         if "input_ids" not in row:
-            raise ConfigError(f"{name} is a dict: {shown(dict(row))}", hint=_CHAT_HINT)
+            raise ConfigError(f"{name} is a dict: {shown(dict(row))}", hint=_hint_of_dict(row))
         row = _of_tokenizer(row)
         if is_list(row) and len(row) == 1 and is_list(row[0]):  # of one text, in a batch of its own
             row = row[0]
+    row = unpacked(row)
     if is_array(row):
         _check_integers(row, name)
         if row.ndim == 2 and len(row) == 1:  # a tokenizer's output for one text, as a tensor
@@ -176,9 +186,7 @@ def _ids(row: Any, name: str, limits: ServerLimits) -> list[int]:
     elif is_list(row):
         ids = list(row)
     else:
-        hint = (
-            "texts and token ids go into separate calls" if isinstance(row, str) else "a prompt is a list of token ids"
-        )
+        hint = _KINDS_HINT if isinstance(row, str) else "a prompt is a list of token ids"
         raise ConfigError(f"{name} is {_kind(row)}, not a list of token ids", hint=hint)
     if not ids:
         raise ConfigError(f"{name} is empty", hint=_EMPTY_HINT)
@@ -197,7 +205,7 @@ def _ids(row: Any, name: str, limits: ServerLimits) -> list[int]:
 def _token(value: Any, name: str, position: int) -> int:
     found = scalar(value)
     if isinstance(found, bool) or not isinstance(found, Integral):
-        hint = _CHAT_HINT if isinstance(value, Mapping) else "a prompt is (tokens,)"
+        hint = CHAT_HINT if isinstance(value, Mapping) else "a prompt is (tokens,)"
         raise ConfigError(f"token {position} of {name} is {shown(value)}, not an integer", hint=hint)
     return int(found)
 
@@ -254,4 +262,4 @@ def _embeds(rows: list[Any], name: str, hidden_size: int | None) -> list[list[fl
     return vectors
 
 
-__all__ = ["Prompt", "Prompts", "read_prompts"]
+__all__ = ["CHAT_HINT", "Prompt", "Prompts", "read_prompts"]

@@ -25,6 +25,7 @@ from tpcolocate.engine.values import (
     refuse,
     scalar,
     text,
+    unpacked,
 )
 from tpcolocate.errors import ConfigError, shown
 from tpcolocate.server.releases import Span
@@ -66,6 +67,7 @@ def _top_k(value: Any, where: str, limits: ServerLimits) -> int:
 
 
 def _texts(value: Any, where: str, *, hint: str) -> list[str]:
+    value = sorted(value, key=str) if isinstance(value, (set, frozenset)) else unpacked(value)
     values = list(value) if is_list(value) else [value]
     if len(values) > _MOST_STOPS:
         raise ConfigError(f"{where} has {len(values)} entries, SGLang takes {_MOST_STOPS}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sized
 from numbers import Integral, Real
 from typing import Any
@@ -11,6 +12,8 @@ from tpcolocate.errors import ConfigError, shown
 
 MAX_INT = 2**63 - 1
 _MOST_LEVELS = 32
+# Names of the dtypes of numbers, in torch, NumPy and pandas.
+_NUMBERS = re.compile(r"(torch\.)?(q?u?int|b?float|complex|bool)", re.IGNORECASE)
 
 
 def refuse(where: str, what: str, value: object, hint: str | None = None) -> ConfigError:
@@ -120,8 +123,16 @@ def is_array(value: object) -> bool:
     return hasattr(value, "dtype") and hasattr(value, "tolist") and getattr(value, "ndim", 0) > 0
 
 
+def unpacked(value: Any) -> Any:
+    """Return an array of anything but numbers, such as a column of texts of pandas, as the list that it is; others as they are."""
+    return contents(value) if is_array(value) and not _NUMBERS.match(str(value.dtype)) else value
+
+
 def is_list(value: object) -> bool:
-    """Return whether a value is an ordered collection of others, not a text, a mapping or an array."""
+    """Return whether a value is an ordered collection of others, not a text, a mapping or an array.
+
+    What has keys is a mapping, whatever its class: a DataFrame of pandas iterates over the names of its columns.
+    """
     if isinstance(value, (list, tuple)):
         return True
     # By the classes of the protocol: a member of an enum has none of its methods, but its class, which has a length, does.
@@ -129,6 +140,7 @@ def is_list(value: object) -> bool:
         isinstance(value, Sized)
         and isinstance(value, Iterable)
         and hasattr(value, "__getitem__")
+        and not hasattr(value, "keys")
         and not isinstance(value, (str, bytes, bytearray, memoryview, Mapping))
         and not hasattr(value, "dtype")
     )
@@ -188,4 +200,5 @@ __all__ = [
     "refuse",
     "scalar",
     "text",
+    "unpacked",
 ]
