@@ -322,6 +322,9 @@ def test_a_seed_needs_a_server_that_uses_it():
     ({"image_data": "x.png"}, "takes no image"), ({"lora_id": "x"}, "set by SGLang itself"),
     ({"temperature": 0.5}, "sampling parameters go into a dict"), ({"max_tokens": 5}, "the parameter is max_new_tokens"),
     ({"return_logprobs": True}, "did you mean return_logprob?"), ({"nonsense": True}, "has no field nonsense"),
+    ({"temperature": 1}, 'generate(prompts, {"temperature": ...})'), ({"max_tokens": 1}, "the parameter is max_new_tokens"),
+    ({"prompt": "a"}, "pass them first"), ({"messages": []}, "apply_chat_template"), ({"lora_request": "a"}, "is lora_path="),
+    ({"request_id": "a"}, "is rid="), ({"timeout": 5}, "is timeout_s="),
 ])  # fmt: skip
 def test_bad_fields_are_refused_by_their_name(fields, words):
     assert words in refusal(**fields)

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from tpcolocate.engine.limits import ServerLimits
-from tpcolocate.engine.prompts import Prompts, read_prompts
-from tpcolocate.engine.sampling import advice, check_sampling, is_sampling_name, token_ids
+from tpcolocate.engine.prompts import CHAT_HINT, Prompts, read_prompts
+from tpcolocate.engine.sampling import PARAMETERS, advice, check_sampling, is_sampling_name, token_ids
 from tpcolocate.engine.values import contents, flag, integer, is_array, is_list, plain, refuse, text
 from tpcolocate.errors import ConfigError, TpColocateError, shown, some
 
@@ -192,6 +192,19 @@ _INTERNAL = frozenset(
     "encoder_urls external_trace_header received_time return_bytes background kv_hints multi_item_delimiter_indices "
     "token_indices_to_pool".split()
 )
+_AS_PROMPTS = "pass them first: generate(prompts, ...), texts or token ids"
+# Names of other libraries, and what to write here.
+_ELSEWHERE = {
+    **dict.fromkeys(("prompt", "inputs", "prompt_token_ids", "prompt_ids", "token_ids", "texts"), _AS_PROMPTS),
+    **dict.fromkeys(("messages", "conversation", "chat"), CHAT_HINT),
+    **dict.fromkeys(
+        ("lora_request", "lora_name", "lora", "adapter", "adapter_name"), "the name given to set_lora is lora_path="
+    ),
+    **dict.fromkeys(("image", "images"), "the field is image_data="),
+    "request_id": "the field is rid=",
+    "timeout": "the argument is timeout_s=, in seconds",
+    "generation_config": 'write what it has as a dict, with SGLang\'s names: generate(prompts, {"max_new_tokens": 64})',
+}
 # A field, and the one that it needs to be true.
 _NEEDS = {
     "sampling_logprobs_mode": "return_sampling_mask",
@@ -334,11 +347,15 @@ def _check_names(given: Mapping[str, Any], known: Callable[[], frozenset[str]]) 
     unknown = set(given) - KNOWN_FIELDS
     if unknown and (unknown := unknown - known()):
         name = min(unknown)
-        if is_sampling_name(name):
+        if name in PARAMETERS:
+            hint = f'sampling parameters go into a dict: generate(prompts, {{"{name}": ...}})'
+        elif is_sampling_name(name):
             hint = f"sampling parameters go into a dict: generate(prompts, {{...}}); {advice(name)}"
+        elif name in _ELSEWHERE:
+            hint = _ELSEWHERE[name]
         else:
             close = difflib.get_close_matches(name, KNOWN_FIELDS | set(FIELDS), n=1)
-            hint = f"did you mean {close[0]}?" if close else "SGLang would ignore it"
+            hint = f"did you mean {close[0]}?" if close else "leave it out: SGLang would ignore it"
         raise ConfigError(f"this server's /generate has no field {', '.join(sorted(unknown))}", hint=hint)
 
 
