@@ -75,6 +75,16 @@ def text_of(node, names=()):
     return None
 
 
+def hint_of(node, names, functions):
+    """`text_of` a hint, which a function of the package may choose."""
+    chosen = functions.get(node.func.id) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else None
+    if chosen is None:
+        return text_of(node, names)
+    names = {**names, **assigned(chosen.body)}
+    returned = [one.value for one in ast.walk(chosen) if isinstance(one, ast.Return) and one.value is not None]
+    return " | ".join(dict.fromkeys(text for text in (text_of(one, names) for one in returned) if text))
+
+
 def placeholder(node):
     """A name for a value in a message: the last word of the expression that is not a conversion."""
     words = re.findall(r"[A-Za-z_]\w*", ast.unparse(node))
@@ -83,7 +93,7 @@ def placeholder(node):
     return (kept[-1] if kept else words[-1] if words else "value").strip("_")
 
 
-def errors_of(node, known, names):
+def errors_of(node, known, names, functions):
     """Class, message and hint of each error that a module makes with a text of its own."""
     if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
         names = {**names, **defaults(node.args), **assigned(node.body)}
@@ -91,9 +101,9 @@ def errors_of(node, known, names):
         called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", None)
         if called in known and node.args and (message := text_of(node.args[0], names)):
             hint = next((keyword.value for keyword in node.keywords if keyword.arg == "hint"), None)
-            yield called, message, "" if hint is None else text_of(hint, names) or ""
+            yield called, message, "" if hint is None else hint_of(hint, names, functions) or ""
     for child in ast.iter_child_nodes(node):
-        yield from errors_of(child, known, names)
+        yield from errors_of(child, known, names, functions)
 
 
 def cell(text):
@@ -106,8 +116,9 @@ def page():
     found = {name: {} for name in known}
     trees = [ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))]
     constants = {name: value for tree in trees for name, value in assigned(tree.body).items()}
+    functions = {node.name: node for tree in trees for node in tree.body if isinstance(node, ast.FunctionDef)}
     for tree in trees:
-        for name, message, hint in errors_of(tree, known, {**constants, **assigned(tree.body)}):
+        for name, message, hint in errors_of(tree, known, {**constants, **assigned(tree.body)}, functions):
             found[name].setdefault(message, hint)
     parts = [HEAD]
     for name, summary in known.items():

@@ -284,9 +284,11 @@ def announced(monkeypatch, tmp_path):
     monkeypatch.setattr(runtime_folder, "SHARED_MEMORY", tmp_path)
     monkeypatch.setattr(session, "is_listening", lambda announcement: True)
 
-    def announce(job):
-        announcement = rendezvous.Announcement(f"http://127.0.0.1:1/{job}", "key", job, 0, (0,), *this_process(), job)
-        path = rendezvous.path_for(job)
+    def announce(job, slice_index=0, nonce=None):
+        nonce = f"{job}-{slice_index}" if nonce is None else nonce
+        url = f"http://127.0.0.1:1/{job}"
+        announcement = rendezvous.Announcement(url, "key", job, slice_index, (slice_index,), *this_process(), nonce)
+        path = rendezvous.path_for(nonce)
         path.parent.mkdir(mode=0o700)
         rendezvous.announce(path, announcement)
 
@@ -311,3 +313,27 @@ def test_connect_without_a_job_warns_which_server_it_takes(announced, monkeypatc
     monkeypatch.setenv("TPCOLOCATE_JOB", "")
     assert tpcolocate.connect().url.endswith("/a")
     assert "takes the only server of this user, that of job a" in caplog.text
+
+
+def test_connect_says_what_runs_instead_of_what_it_looks_for(announced):
+    def refusal(*args, **kwargs):
+        with pytest.raises(errors.RendezvousError) as caught:
+            tpcolocate.connect(*args, **kwargs)
+        return str(caught.value)
+
+    assert "start that job first" in refusal("a") and "those that run" not in refusal("a")
+    announced("a", 0)
+    announced("a", 1)
+    announced("b", 0)
+    for text in (refusal("c"), refusal("a", slice_index=2)):
+        assert "start that job" not in text and "name one of those that run" in text
+        assert text.count("  job a, slice") == 2 and text.count("  job b, slice 0 (ranks 0)") == 1
+    assert "no running server of this user in job a of slice 2" in refusal("a", slice_index=2)
+    assert "name the job: connect(job)" in refusal() and "name the job" in refusal(slice_index=0)
+    text = refusal("a")
+    assert "2 running servers of this user in job a" in text and "name the slice: connect(job, slice_index=0)" in text
+    assert "job b" not in text
+    # A policy and a judge: no name tells them apart.
+    announced("b", 0, nonce="judge")
+    text = refusal("b", slice_index=0)
+    assert "this slice has launched several: tpcolocate.Client(engine.url, api_key=engine.api_key)" in text

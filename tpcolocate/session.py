@@ -13,7 +13,7 @@ import itertools
 import logging
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -37,6 +37,7 @@ from tpcolocate.interfaces import GlooAddress, find_gloo_address
 from tpcolocate.launch import Launch, RunningServer, TpSlice, agree_on_launch, is_listening
 from tpcolocate.placement import inspect_device, is_on_one_network, plan_roles
 from tpcolocate.processes import OfOneProcess, this_process
+from tpcolocate.rendezvous import Announcement
 from tpcolocate.server.api import ServerApi
 from tpcolocate.server.arguments import RECEIVER
 from tpcolocate.server.evidence import Evidence
@@ -565,21 +566,7 @@ def connect(job: str | None = None, *, slice_index: int | None = None) -> Client
     job = rendezvous.job_of(job, os.environ)
     if slice_index is not None:
         check_integer("slice_index", slice_index, at_least=0, at_most=_MOST_RANKS)
-    found = rendezvous.discover(job)
-    if slice_index is not None:
-        found = [(path, a) for path, a in found if a.slice_index == slice_index]
-    if len(found) != 1:
-        number = "no running server" if not found else f"{len(found)} running servers"
-        listed = "\n".join(f"  job {a.job}, ranks {','.join(map(str, a.slice_ranks))}: {a.url}" for _, a in found)
-        raise RendezvousError(
-            f"found {number} of this user" + (f" in job {job}" if job is not None else ""),
-            hint="name one of them: connect(job, slice_index=0)"
-            if found
-            else "connect() finds a server of the same user on the same host, once launch() has returned there; start that "
-            "job first, and look at its output",
-            details=listed if found else None,
-        )
-    announcement = found[0][1]
+    path, announcement = _only_one(rendezvous.discover(), job, slice_index)
     if job is None:
         logger.warning(
             "connect() without a job takes the only server of this user, that of job %s (ranks %s); name the job with "
@@ -595,8 +582,54 @@ def connect(job: str | None = None, *, slice_index: int | None = None) -> Client
             url=announcement.url,
         )
     client = Client(announcement.url, api_key=announcement.api_key)
-    client.http.evidence = Evidence(Path(announcement.log_path), found[0][0].with_name("processes.json"))
+    client.http.evidence = Evidence(Path(announcement.log_path), path.with_name("processes.json"))
     return client
+
+
+def _only_one(
+    running: Sequence[tuple[Path, Announcement]], job: str | None, slice_index: int | None
+) -> tuple[Path, Announcement]:
+    """Return the server that `connect` was asked for.
+
+    Args:
+        running: All of this user.
+        job, slice_index: As for `connect`.
+
+    Raises:
+        RendezvousError: There is none, or several; those that there are are listed.
+    """
+    found = [(path, one) for path, one in running if job in (None, one.job) and slice_index in (None, one.slice_index)]
+    if len(found) == 1:
+        return found[0]
+    asked = ("" if job is None else f" in job {job}") + ("" if slice_index is None else f" of slice {slice_index}")
+    number = f"{len(found)} running servers" if found else "no running server"
+    listed = [
+        f"  job {one.job}, slice {one.slice_index} (ranks {','.join(map(str, one.slice_ranks))}): {one.url}"
+        for _, one in found or running
+    ]
+    raise RendezvousError(
+        f"found {number} of this user{asked}",
+        hint=_how_to_choose([one for _, one in found], is_any_running=bool(running)),
+        details="\n".join(["those that run:", *listed]) if listed else None,
+    )
+
+
+def _how_to_choose(found: Sequence[Announcement], *, is_any_running: bool) -> str:
+    if not is_any_running:
+        return (
+            "connect() finds a server of the same user on the same host, once launch() has returned there; start that "
+            "job first, and look at its output"
+        )
+    if not found:
+        return "name one of those that run, connect(job, slice_index=0), or wait until launch() of the other job has returned"
+    if len({one.job for one in found}) > 1:
+        return "name the job: connect(job)"
+    if len({one.slice_index for one in found}) > 1:
+        return "name the slice: connect(job, slice_index=0)"
+    return (
+        "this slice has launched several: tpcolocate.Client(engine.url, api_key=engine.api_key) connects to the one of an "
+        "engine, which passes both on"
+    )
 
 
 __all__ = ["Colocation", "connect", "init"]
