@@ -330,6 +330,40 @@ def test_bad_fields_are_refused_by_their_name(fields, words):
     assert words in refusal(**fields)
 
 
+def test_what_needs_the_tokenizer_is_refused_by_a_server_without_one():
+    """SGLang 0.5.9 looks for it in its scheduler, which ends; newer releases refuse it, or leave the text out."""
+    without = ServerLimits(vocab_size=VOCAB, has_tokenizer=False)
+    for params in ({"stop": "a"}, {"stop_regex": "a"}, {"min_new_tokens": 2}):
+        text = refusal(IDS, params, limits=without)
+        assert "needs the tokenizer, which this server has not loaded (skip_tokenizer_init=True)" in text
+        assert next(iter(params)) in text
+    assert "a text as prompt needs the tokenizer" in refusal("a", limits=without)
+    assert "pass token ids, or launch() without" in refusal(["a"], limits=without)
+    assert "return_text_in_logprobs needs" in refusal(
+        IDS, limits=without, return_logprob=True, return_text_in_logprobs=True
+    )
+    unaffected = {"stop": [], "min_new_tokens": 0, "stop_token_ids": [5], "max_new_tokens": 4}
+    assert body([IDS], unaffected, limits=without, return_logprob=True)["input_ids"] == [IDS]
+    assert body([], limits=without)["input_ids"] == []
+
+
+@pytest.mark.parametrize("info, has_tokenizer", [({}, True), ({"skip_tokenizer_init": True}, False)])
+def test_whether_a_server_has_a_tokenizer(info, has_tokenizer):
+    assert ServerLimits.of(info, {}).has_tokenizer is has_tokenizer
+
+
+@pytest.mark.parametrize(
+    "model_info, generates", [({}, True), ({"is_generation": True}, True), ({"is_generation": False}, False)]
+)
+def test_a_model_that_does_not_generate_gets_no_request(model_info, generates):
+    """Such as a reward model, launched beside the policy: SGLang's scheduler would end."""
+    limits = ServerLimits.of({}, model_info)
+    if generates:
+        assert body(limits=limits)["input_ids"] == IDS
+    else:
+        assert "the served model does not generate" in refusal(limits=limits)
+
+
 PROCESSOR = json.dumps({"callable": pickle.dumps(len).hex()})
 
 

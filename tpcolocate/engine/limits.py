@@ -36,6 +36,8 @@ class ServerLimits:
         prompt_tokens: A prompt has fewer tokens than this; None: no limit is known, or the server shortens prompts.
         context_tokens: Most tokens of a prompt and its answer; None likewise.
         has_lora: Whether adapters can be served.
+        has_tokenizer: Whether it takes texts, and looks for some in answers.
+        generates: Whether its model does; one for embeddings, rewards or classification does not.
         ignored: Of `NEEDED`, what the server ignores.
         media: Kinds of input beside text that the model takes, of ``image``, ``video`` and ``audio``; None if it is not known.
         without_embedding: Finds texts that the tokenizer makes tokens outside of the vocabulary from; None: none are known.
@@ -47,6 +49,8 @@ class ServerLimits:
     prompt_tokens: int | None = None
     context_tokens: int | None = None
     has_lora: bool = True
+    has_tokenizer: bool = True
+    generates: bool = True
     ignored: frozenset[str] = frozenset()
     media: frozenset[str] | None = None
     without_embedding: re.Pattern[str] | None = None
@@ -75,6 +79,8 @@ class ServerLimits:
             prompt_tokens=min(lengths, default=None),
             context_tokens=None if shortens else context,
             has_lora=bool(info.get("enable_lora", True)) or bool(info.get("lora_paths")),
+            has_tokenizer=not info.get("skip_tokenizer_init"),
+            generates=model_info.get("is_generation") is not False,
             ignored=frozenset(name for name, argument in NEEDED.items() if info.get(argument) is False),
             media=media,
             # A model with several parts may have embeddings of its own for such tokens.
@@ -97,6 +103,24 @@ class ServerLimits:
             raise ConfigError(
                 f"{what} is given, and this server would ignore it",
                 hint=f"launch({NEEDED[name]}=True), or leave it out",
+            )
+
+    def check_tokenizer(self, what: str, *, instead: str) -> None:
+        """Check that the server has a tokenizer.
+
+        Some releases, such as SGLang 0.5.9, look for it in the scheduler, which ends without; later ones refuse most of it.
+
+        Args:
+            what: What needs one, for messages.
+            instead: What does not.
+
+        Raises:
+            ConfigError: It has none.
+        """
+        if not self.has_tokenizer:
+            raise ConfigError(
+                f"{what} needs the tokenizer, which this server has not loaded (skip_tokenizer_init=True)",
+                hint=f"{instead}, or launch() without skip_tokenizer_init",
             )
 
 

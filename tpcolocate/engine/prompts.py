@@ -66,6 +66,8 @@ def read_prompts(given: Any, limits: ServerLimits, *, field: str | None = None) 
         rows, is_single = _rows(given)
     if field is None:
         field = "text" if rows and isinstance(rows[0], str) else "input_ids"
+    if field == "text" and rows:
+        limits.check_tokenizer("a text as prompt", instead="pass token ids")
     prompts = Prompts(field, [], is_single)
     for i, row in enumerate(rows):
         prompts.items.append(_read(row, prompts, i, limits))

@@ -293,6 +293,11 @@ def check_call(
     Raises:
         ConfigError: What concerns the call as a whole.
     """
+    if not limits.generates:
+        raise ConfigError(
+            "the served model does not generate: it is one for embeddings, rewards or classification",
+            hint="a request of generate() would end its server; ask engine.url with engine.api_key, as SGLang's documentation has it",
+        )
     given = {name: value for name, value in fields.items() if value is not None}
     _check_names(given, known)
     named = [name for name in PROMPT_FIELDS if name in given]
@@ -323,6 +328,8 @@ def check_call(
         if (common.get(name) or name in own) and not (common.get(needed) or all(own.get(needed, [False]))):
             raise ConfigError(f"{name} needs {needed}=True")
     _check_logprobs(common, own)
+    if common.get("return_text_in_logprobs"):
+        limits.check_tokenizer("return_text_in_logprobs", instead="leave it out")
     if samples > 1 and ("rid" in common or "rid" in own):
         raise ConfigError(
             f"rid is given with n={samples}, and SGLang would ignore it: it names each sample itself",

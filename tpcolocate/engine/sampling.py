@@ -189,6 +189,12 @@ PARAMETERS: Mapping[str, Check] = {
     "beam_width": _count(1, 1024),
 }
 _SINCE = {"beam_width": Span("0.5.20")}
+# Those that a server without a tokenizer cannot follow, and what it can.
+_OF_TOKENIZER = {
+    "stop": "pass stop_token_ids",
+    "stop_regex": "pass stop_token_ids",
+    "min_new_tokens": "leave it out",
+}
 _GRAMMARS = ("json_schema", "regex", "ebnf", "structural_tag")
 
 _LOGPROBS = "generate(..., return_logprob=True, top_logprobs_num=...) returns log-probabilities"
@@ -270,6 +276,8 @@ def check_sampling(
             what = f"sampling parameter {name}{where}"
             found[name] = check(value, what, limits)
             limits.check_used(name, what)
+            if name in _OF_TOKENIZER and found[name]:
+                limits.check_tokenizer(what, instead=_OF_TOKENIZER[name])
         elif name == "max_new_tokens":
             found[name] = None  # as many as fit; without it, 128
     _check_together(found, where)
