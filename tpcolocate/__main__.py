@@ -2,7 +2,9 @@
 
 import argparse
 import os
+import signal
 import sys
+from contextlib import suppress
 
 from tpcolocate.bench import command as bench
 from tpcolocate.doctor import command as doctor
@@ -33,9 +35,21 @@ def main() -> int:
     return bench.run(options)
 
 
+def run() -> int:
+    """Run the command with streams as they are, closed ones too, and return the exit status."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed from the start
+            setattr(sys, name, open(os.devnull, "w"))
+    try:
+        status = main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has seen enough, such as head
+        status = 128 + signal.SIGPIPE
+    with suppress(OSError):
+        sys.stderr.flush()
+    return status
+
+
 if __name__ == "__main__":
-    status = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
     # Without the exit of the interpreter: a check that is past its deadline may still be in a call of a library.
-    os._exit(status)
+    os._exit(run())

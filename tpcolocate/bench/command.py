@@ -24,6 +24,7 @@ from tpcolocate._version import __version__
 from tpcolocate.bench.measure import Answers, Workload, gather_all, measure, num_steps
 from tpcolocate.bench.page import render
 from tpcolocate.bench.results import Measured, Results
+from tpcolocate.deadline import check_timeout
 from tpcolocate.errors import ConfigError, TpColocateError
 
 # Of the memory that the trainer leaves: the rest is for CUDA graphs, NCCL and activations of SGLang.
@@ -226,7 +227,11 @@ def _software() -> dict[str, str]:
 
 def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """End with a usage error if a number is not positive, or a file cannot be written."""
-    for name in ("prompts", "prompt_length", "max_new_tokens", "rounds", "launch_timeout"):
+    try:
+        check_timeout(options.launch_timeout, name="--launch-timeout")
+    except ConfigError as error:
+        parser.error(error.message)
+    for name in ("prompts", "prompt_length", "max_new_tokens", "rounds"):
         value = getattr(options, name)
         if not value > 0:
             parser.error(f"--{name.replace('_', '-')} must be positive, got {value:g}")

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from tpcolocate._version import __version__
-from tpcolocate.deadline import Deadline
+from tpcolocate.deadline import Deadline, check_timeout
 from tpcolocate.doctor.facts import Devices, Facts, GlooGroup, Handles, Job
 from tpcolocate.doctor.findings import PROBLEM, judge
 from tpcolocate.doctor.gather import (
@@ -282,8 +282,10 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """End with a usage error if a number is not positive."""
     if options.tp_size < 1:
         parser.error(f"--tp-size must be a positive integer, got {options.tp_size}")
-    if not options.timeout > 0:
-        parser.error(f"--timeout must be a positive number of seconds, got {options.timeout:g}")
+    try:
+        check_timeout(options.timeout, name="--timeout")
+    except ConfigError as error:
+        parser.error(error.message)
 
 
 __all__ = ["add_arguments", "check", "run"]
