@@ -134,10 +134,11 @@ class Server:
         self.shm = []
         self.supervisor = None
 
-    def start(self, **job):
+    def start(self, before=None, **job):
         pid, started = this_process()
         self.supervisor = subprocess.Popen(
             self.command,
+            preexec_fn=before,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,
@@ -250,6 +251,33 @@ def test_a_server_that_catches_interrupts_is_interrupted_first(make, mode, code,
     assert server.last_event() == {"event": "exited", "code": code, "forced": False}
     assert least_s <= time.monotonic() - began < most_s
     server.assert_gone(0)
+
+
+def block():
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1})
+
+
+def ignore():
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+
+@pytest.mark.parametrize("before", [block, ignore])
+def test_signals_that_the_trainer_blocks_or_ignores(make, before):
+    """The end of the server was forced after the grace, its exit code was 0; what Slurm sends stays without effect on it."""
+    server = make("exits" if before is ignore else "honest").start(before)
+    server.processes["server"].send_signal(signal.SIGUSR1)
+    if before is block:
+        server.send(b"stop\n")
+        assert server.last_event() == {"event": "exited", "code": -signal.SIGTERM, "forced": False}
+        return
+    (server.folder / "exit").touch()
+    assert server.next_event()["event"] == "started"
+    died = server.next_event()
+    assert (died["event"], [(each["name"], each["code"]) for each in died["processes"]]) == (
+        "died",
+        [("main process", 7)],
+    )
 
 
 def test_a_process_that_ends_soon_after_it_has_its_title_is_noticed_while_the_server_starts(make, tmp_path):

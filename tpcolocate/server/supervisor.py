@@ -568,6 +568,10 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda signum, frame: None)
+    # The trainer may ignore or block what ends processes and shows their ends, which is inherited.  What else it ignores or
+    # blocks stays so in the server: of a signal that Slurm sends to all processes of a step the trainer decides.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGCHLD))
     _libc.prctl(PR_SET_CHILD_SUBREAPER, 1)
     with open(sys.stdin.fileno(), "rb", buffering=0, closefd=False) as commands:  # unbuffered: poll() must see the rest
         job = json.loads(commands.readline())
