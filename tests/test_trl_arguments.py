@@ -519,6 +519,11 @@ def test_means_are_over_prompts_and_ranks_without_any_do_not_count():
         (UserDict(input_ids=[[1, 2]], attention_mask=[[1, 1]]), 1, "input_ids"),  # as a tokenizer returns it
         (["a"], 0, "every_steps"),
         (["a"], 1.5, "every_steps"),
+        (["a"], True, "every_steps"),
+        ([1, 2, 3], 1, "one prompt of token ids"),
+        (torch.tensor([1, 2, 3]), 1, "one prompt of token ids"),
+        (["a", ""], 1, "prompt 1 is empty"),
+        ([[{"role": "user", "content": "a"}]], 1, "apply_chat_template"),
     ],
 )
 def test_a_callback_without_prompts_or_steps_is_refused(prompts, every, named):

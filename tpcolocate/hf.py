@@ -11,10 +11,13 @@ import torch.distributed as dist
 from transformers import TrainerCallback
 
 from tpcolocate.agreement import ErrorReport, raise_first
+from tpcolocate.checks import check_positive_integer
 from tpcolocate.engine.client import SamplingParams
 from tpcolocate.engine.engine import Engine
+from tpcolocate.engine.limits import ServerLimits
+from tpcolocate.engine.prompts import read_prompts
 from tpcolocate.engine.requests import share_of
-from tpcolocate.engine.values import is_array, is_list
+from tpcolocate.engine.values import is_array, is_list, unpacked
 from tpcolocate.errors import ConfigError, RankLostError, TpColocateError, shown
 
 Share = tuple[int, Mapping[str, float]]
@@ -71,12 +74,19 @@ class GenerationCallback(TrainerCallback):
                 f"prompts must be a list that is not empty, got {shown(prompts)}",
                 hint="of texts or lists of token ids, such as input_ids of a tokenizer's output",
             )
-        if not isinstance(every_steps, int) or every_steps < 1:
-            raise ConfigError(f"every_steps must be a positive integer, got {every_steps!r}")
+        read = read_prompts(prompts, ServerLimits())
+        if read.is_single:
+            raise ConfigError(
+                f"prompts is one prompt of token ids, not a list of prompts: {shown(prompts)}",
+                hint="pass [prompt]: the ranks share the items of the list out",
+            )
+        for error in read.bad.values():
+            raise error
+        check_positive_integer("every_steps", every_steps)
         self.report: Any = None
         self._trainer = trainer
         self._engine = engine
-        self._prompts = list(prompts)
+        self._prompts = list(unpacked(prompts))
         self._sampling_params = sampling_params
         self._fields = fields
         self._timeout_s = timeout_s
