@@ -96,6 +96,19 @@ def test_rollouts_are_summarised():
     assert {name.removeprefix("rollout/"): value for name, value in values.items()} == expected
 
 
+@pytest.mark.parametrize("figures", [
+    tpcolocate.summarize, tpcolocate.engine_logprobs, lambda answers: tpcolocate.logprob_gap(answers, [torch.zeros(3)] * 2),
+])  # fmt: skip
+def test_an_error_in_the_place_of_an_answer_is_named(figures):
+    """The hint was to pass what generate() had returned, which it was."""
+    answers = [answer(logprobs=[-1.0] * 3), tpcolocate.RequestError("/generate: 400: too long")]
+    with pytest.raises(
+        tpcolocate.ConfigError, match='answer 1 is an error, which on_error="return".*too long'
+    ) as caught:
+        figures(answers)
+    assert "leave the errors out" in caught.value.hint
+
+
 def test_one_answer_none_and_what_is_no_answer():
     assert tpcolocate.summarize(answer(5))["tpcolocate/rollout/tokens/max"] == 5
     assert tpcolocate.summarize([]) == {"tpcolocate/rollout/answers": 0.0}

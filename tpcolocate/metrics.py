@@ -17,7 +17,7 @@ import torch
 from tpcolocate import rendezvous
 from tpcolocate.checks import check_path, check_type
 from tpcolocate.engine.values import is_array, is_list
-from tpcolocate.errors import ConfigError, shown
+from tpcolocate.errors import ConfigError, TpColocateError, shown
 
 _LENGTH, _ABORT = "length", "abort"
 
@@ -259,6 +259,11 @@ def _listed(answers: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> Sequenc
 
 
 def _meta_info(answer: Mapping[str, Any], index: int) -> Mapping[str, Any]:
+    if isinstance(answer, TpColocateError):
+        raise ConfigError(
+            f'answer {index} is an error, which on_error="return" has put in its place: {answer.message}',
+            hint="leave the errors out: [a for a in answers if isinstance(a, dict)], and their rows of the trainer's",
+        )
     if not isinstance(answer, Mapping) or not isinstance(answer.get("meta_info"), Mapping):
         raise ConfigError(
             f"answer {index} is a {type(answer).__name__} without meta_info", hint="pass what generate() returned"
