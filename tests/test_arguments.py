@@ -162,9 +162,8 @@ def test_what_no_command_line_can_have_is_refused(value):
         server_arguments({"some_argument": value}, tp_size=1, device_type="cuda")
 
 
-@pytest.mark.parametrize("path", ["/no/such/folder", "./nowhere", "../nowhere", "~/nowhere", "a/b/c", "", "~"])
-def test_a_path_that_can_only_be_a_folder_and_is_none_is_refused(path, monkeypatch, tmp_path):
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+@pytest.mark.parametrize("path", ["/no/such/folder", "./nowhere", "../nowhere", "a/b/c", ""])
+def test_a_path_that_can_only_be_a_folder_and_is_none_is_refused(path):
     with pytest.raises(ConfigError, match=f"there is no folder {path!r}"):
         check_model_path(path)
 

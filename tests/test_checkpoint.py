@@ -2,12 +2,15 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
 from harness import run_ranks
 from safetensors.torch import load_file, save_file
 
+import tpcolocate
+from tpcolocate.checks import check_folder, check_path
 from tpcolocate.errors import ConfigError, WeightsMismatchError
 from tpcolocate.weights.sources import checkpoint
 from tpcolocate.weights.sources.checkpoint import (
@@ -252,3 +255,23 @@ def test_sharded_weights_are_written_in_full(tmp_path):
     want, _ = run_ranks(save_sharded, 2, str(tmp_path / "x"))
     found = Checkpoint(tmp_path / "x")
     assert found.keys() == want.keys() and all(torch.equal(found[name], tensor) for name, tensor in want.items())
+
+
+@pytest.mark.parametrize("call", [
+    Checkpoint,
+    lambda path: check_path("folder", path),  # of save_weights
+    lambda path: check_folder("folder", path),
+    lambda path: tpcolocate.init(1, device="cpu").launch(path),
+    lambda path: tpcolocate.init(1, device="cpu").launch("model", log_path=path),
+    tpcolocate.write_prometheus_targets,
+])  # fmt: skip
+def test_a_path_that_only_a_shell_expands_is_refused(call, monkeypatch, tmp_path):
+    """A folder of the name ~ was made, in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    for path in ("~/step-7", Path("~/step-7")):
+        with pytest.raises(ConfigError, match="begins with ~") as caught:
+            call(path)
+        assert "pass '/home/me/step-7', or './~/step-7'" in caught.value.hint
+    assert os.listdir() == []
+    assert check_path("folder", "./~/a") == Path("~/a") and check_path("folder", "a~") == Path("a~")

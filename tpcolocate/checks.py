@@ -101,6 +101,11 @@ def check_path(name: str, value: object) -> Path:
         raise ConfigError(
             f"{name}={shown(value)} cannot be encoded", hint="pass a path that the file system can have"
         ) from None
+    if text.startswith("~"):
+        raise ConfigError(
+            f"{name}={shown(text)} begins with ~, which a shell expands and Python does not",
+            hint=f"pass {os.path.expanduser(text)!r}, or {'./' + text!r} for a name that begins so",
+        )
     return Path(text)
 
 

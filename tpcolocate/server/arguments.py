@@ -245,16 +245,12 @@ def check_model_path(model_path: str) -> None:
         ConfigError: There is no such folder.
     """
     path = Path(model_path)
-    is_hub_id = not path.is_absolute() and model_path.count("/") <= 1 and not model_path.startswith((".", "~"))
+    is_hub_id = not path.is_absolute() and model_path.count("/") <= 1 and not model_path.startswith(".")
     if model_path and (path.exists() or "://" in model_path or is_hub_id):
         return
-    expanded = path.expanduser()
     raise ConfigError(
-        f"there is no folder {model_path!r}"
-        + ("" if path.is_absolute() or model_path.startswith("~") else f" in {os.getcwd()}"),
-        hint=f"pass {str(expanded)!r}: SGLang does not expand ~"
-        if model_path.startswith("~") and expanded.exists()
-        else "launch() takes a checkpoint folder or a hub id (organisation/name)",
+        f"there is no folder {model_path!r}" + ("" if path.is_absolute() else f" in {os.getcwd()}"),
+        hint="launch() takes a checkpoint folder or a hub id (organisation/name)",
     )
 
 
