@@ -4,6 +4,9 @@ import enum
 import json
 import math
 import pickle
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,9 +14,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tpcolocate.engine.client import Prompts
 from tpcolocate.engine.limits import NEEDED, ServerLimits
 from tpcolocate.engine.requests import FIELDS, check_call
 from tpcolocate.engine.sampling import PARAMETERS
+from tpcolocate.engine.values import Array
 from tpcolocate.errors import ConfigError, TpColocateError
 from tpcolocate.server.http import encode
 
@@ -114,6 +119,16 @@ class Frame:
 ])  # fmt: skip
 def test_prompts_in_every_form_that_users_have(prompts, sent):
     assert body(prompts) == sent
+
+
+def test_the_type_of_prompts_has_what_is_taken():
+    """Type checkers refused arrays of NumPy and a list of a tokenizer's outputs."""
+    forms = typing.get_args(Prompts)
+    assert {str, Sequence[str], Array, Sequence[Array], Mapping[str, Any], Sequence[Mapping[str, Any]]} <= set(forms)
+    needed = {name for name in vars(Array) if not name.startswith("_")}
+    assert needed == {"dtype", "ndim", "tolist"}
+    for array in (torch.tensor(IDS), np.array(IDS), Column(IDS)):
+        assert all(hasattr(array, name) for name in needed)
 
 
 def test_prompts_by_the_names_of_sglang():

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-import torch
-
 from tpcolocate.deadline import check_timeout
 from tpcolocate.engine.limits import ServerLimits
 from tpcolocate.engine.requests import KNOWN_FIELDS, GenerateCall, check_call
+from tpcolocate.engine.values import Array
 from tpcolocate.errors import ConfigError, TpColocateError, shown
 from tpcolocate.parallel import in_background
 from tpcolocate.processes import OfOneProcess
@@ -24,9 +23,10 @@ Prompts = (
     | Sequence[str]
     | Sequence[int]
     | Sequence[Sequence[int]]
-    | torch.Tensor
-    | Sequence[torch.Tensor]
+    | Array
+    | Sequence[Array]
     | Mapping[str, Any]
+    | Sequence[Mapping[str, Any]]
 )
 SamplingParams = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 

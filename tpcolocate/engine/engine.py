@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from types import TracebackType
 from typing import Any
@@ -551,7 +551,7 @@ class Engine(OfOneProcess):
 
     # --- memory ----------------------------------------------------------------------------------------------------
 
-    def sleep(self, tags: Sequence[str] | None = None, *, timeout_s: float = 120.0) -> None:
+    def sleep(self, tags: Collection[str] | None = None, *, timeout_s: float = 120.0) -> None:
         """Release the server's memory, by tag; what is released already stays so.
 
         Collective: over the slice; when it returns, the memory is free on every rank.
@@ -597,7 +597,7 @@ class Engine(OfOneProcess):
         finally:
             lifecycle.state = lifecycle.state.sleep_over()
 
-    def wake(self, tags: Sequence[str] | None = None, *, timeout_s: float = 120.0) -> None:
+    def wake(self, tags: Collection[str] | None = None, *, timeout_s: float = 120.0) -> None:
         """Take the memory back, by tag; what is awake already stays so.
 
         Collective: over the slice.  After waking ``weights`` they hold garbage, unless the server was launched with

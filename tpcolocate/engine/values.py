@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sized
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, Protocol
 
 from tpcolocate.errors import ConfigError, shown
 
@@ -14,6 +14,18 @@ MAX_INT = 2**63 - 1
 _MOST_LEVELS = 32
 # Names of the dtypes of numbers, in torch, NumPy and pandas.
 _NUMBERS = re.compile(r"(torch\.)?(q?u?int|b?float|complex|bool)", re.IGNORECASE)
+
+
+class Array(Protocol):
+    """A tensor, an array of NumPy, or a column of pandas."""
+
+    @property
+    def dtype(self) -> Any: ...
+
+    @property
+    def ndim(self) -> int: ...
+
+    def tolist(self) -> Any: ...
 
 
 def refuse(where: str, what: str, value: object, hint: str | None = None) -> ConfigError:
@@ -190,6 +202,7 @@ def _range(low: int, high: int) -> str:
 
 __all__ = [
     "MAX_INT",
+    "Array",
     "contents",
     "flag",
     "integer",

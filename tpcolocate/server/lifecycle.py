@@ -8,7 +8,7 @@ slice keeps this state, and sends nothing that it forbids.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -148,7 +148,7 @@ class State:
             why, hint = _NOT_RUNNING[self.life]
             raise EngineStateError(f"cannot {what}: {why}", hint=hint)
 
-    def sleeping(self, tags: Sequence[str] | None) -> tuple[tuple[str, ...], State]:
+    def sleeping(self, tags: Collection[str] | None) -> tuple[tuple[str, ...], State]:
         """Return the tags to release now (those that are not yet), and the state until `slept` or `sleep_over`.
 
         Raises:
@@ -167,7 +167,7 @@ class State:
         """Return the state after an attempt to sleep, however it ended."""
         return replace(self, falling_asleep=frozenset())
 
-    def waking(self, tags: Sequence[str] | None) -> tuple[tuple[str, ...], State]:
+    def waking(self, tags: Collection[str] | None) -> tuple[tuple[str, ...], State]:
         """Return the tags to resume now (those that are released), and the state after it.  Raises as `sleeping`."""
         self.check_open("wake")
         chosen = tuple(tag for tag in self._checked(tags) if tag in self.asleep)
@@ -266,7 +266,7 @@ class State:
         return replace(self, life=Life.ENDED)
 
     @staticmethod
-    def _checked(tags: Sequence[str] | None) -> tuple[str, ...]:
+    def _checked(tags: Collection[str] | None) -> tuple[str, ...]:
         if tags is None:
             return TAGS
         if isinstance(tags, str):
