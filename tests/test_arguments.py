@@ -156,6 +156,12 @@ def test_a_weight_cache_is_refused_unless_it_is_off():
             server_arguments({"weight_cache_mode": on}, tp_size=1, device_type="cuda")
 
 
+def test_one_process_for_the_tokenizer_is_sglangs_default():
+    assert server_arguments({"tokenizer_worker_num": 1}, tp_size=1, device_type="cuda")["tokenizer_worker_num"] == 1
+    with pytest.raises(ConfigError, match="tokenizer_worker_num=2 is not supported: SGLang takes no key"):
+        server_arguments({"tokenizer_worker_num": 2}, tp_size=1, device_type="cuda")
+
+
 @pytest.mark.parametrize("value", ["a\0b", "\ud800", float("nan"), ["a\0b"], {"\ud800": 1}, {"a": "\0"}])
 def test_what_no_command_line_can_have_is_refused(value):
     with pytest.raises(ConfigError, match="some_argument=.* cannot be written on a command line"):

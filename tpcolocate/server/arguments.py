@@ -71,8 +71,13 @@ _MUST_BE_ONE = (
 )
 _QUANTISED = "a sync would write the trainer's values into quantised parameters"
 _NO_DRAFT = "the draft model's weights are not synced, and no speculative algorithm was tested with a sync"
-# Not tested, or known not to work, with changing weights; False leaves them off.
+_NOT_HTTP = "this library speaks plain HTTP with its server, on this host, and would wait for it until health_timeout_s"
+# Not tested, or known not to work, with changing weights or this library; False leaves them off.
 _UNSUPPORTED = {
+    "ssl_certfile": _NOT_HTTP,
+    "ssl_keyfile": _NOT_HTTP,
+    "grpc_mode": _NOT_HTTP,
+    "smg_grpc_mode": _NOT_HTTP,
     "enable_dp_attention": "weights are addressed by tensor-parallel rank",
     "quantization": _QUANTISED,
     "torchao_config": _QUANTISED,
@@ -82,9 +87,10 @@ _UNSUPPORTED = {
     "speculative_algorithm": _NO_DRAFT,
     "speculative_draft_model_path": _NO_DRAFT,
     "weight_cache_mode": "SGLang shares cached weights between servers and refuses to change them",
+    "tokenizer_worker_num": "SGLang takes no key with several, and every launch has one",
 }
 # Values that leave them off, beside False.
-_OFF = {"weight_cache_mode": "off"}
+_OFF = {"weight_cache_mode": "off", "tokenizer_worker_num": 1}
 # Names of other engines, and SGLang's for the same.
 _ELSEWHERE = {
     "max_model_len": "context_length",
