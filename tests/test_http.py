@@ -674,6 +674,27 @@ def test_without_a_timeout_a_request_waits_as_long_as_the_server_is_up(server, c
     assert time.monotonic() - began < 15
 
 
+@pytest.mark.parametrize("generate", [generate_blocking, generate_async])
+def test_a_request_that_the_server_holds_says_why(server, client, generate, monkeypatch, caplog):
+    """After a pause that was not ended generate() waited without a word, or asked for a longer timeout_s."""
+    for module in (connections, http_module):
+        monkeypatch.setattr(module, "LOOK_S", 0.1)
+    why = "generation is paused (retract) until continue_generation() is called"
+    client.held = lambda: why
+    generate(client, {"seconds": 0.5}, timeout_s=None)
+    assert 1 <= caplog.messages.count(f"requests to {client.url} wait: {why}") <= 6
+    with pytest.raises(DeadlineError) as caught:
+        generate(client, {"seconds": 20}, timeout_s=0.1)
+    assert caught.value.message == f"/generate: no answer within 0.1 s: {why}"
+    assert "continue_generation() on every rank" in caught.value.hint and "raise timeout_s" not in caught.value.hint
+    with pytest.raises(DeadlineError, match="no answer within 0.1 s.*\n.*raise timeout_s"):
+        client.get("/slow", timeout_s=0.1)
+    caplog.clear()
+    client.held = lambda: None
+    generate(client, {"seconds": 0.3}, timeout_s=None)
+    assert caplog.messages == []
+
+
 @pytest.mark.parametrize("send", [send_stream, send_stream_async])
 def test_without_a_timeout_a_stream_that_has_begun_waits_as_long_as_the_server_is_up(server, client, send, monkeypatch):
     for module in (connections, http_module):

@@ -267,3 +267,12 @@ def test_generation_may_go_on_before_the_end_of_the_sync_that_brings_the_last_on
         lifecycle.note_missing(["head"])
         assert lifecycle.state.weights_after_sync is WeightsState.CURRENT
     assert lifecycle.state == AWAKE
+
+
+@pytest.mark.parametrize("mode", PAUSES)
+def test_only_a_pause_of_the_user_holds_requests_without_an_end(mode):
+    state = State()
+    assert state.why_held() is None and state.syncing().why_held() is None
+    paused = state.pausing(mode)
+    assert mode in paused.why_held() and "continue_generation()" in paused.why_held()
+    assert paused.continuing().why_held() is None

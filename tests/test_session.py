@@ -194,6 +194,20 @@ def test_a_client_does_not_take_a_stopped_server_for_dead():
         link.client.close()
 
 
+def test_requests_know_of_a_pause_of_the_engine():
+    launch = SimpleNamespace(evidence=lambda server: None, sync_folder=Path("/nowhere"))
+    running = SimpleNamespace(
+        url="http://127.0.0.1:1", api_key="key", state=State(), spec=None, weight_version="0", sglang_version="0"
+    )
+    with tpcolocate.init(1, device="cpu") as colo:
+        started = colo._connect(launch, running, None, None, None)
+        http = started.link.client.http
+        assert http.held() is None
+        started.lifecycle.state = started.lifecycle.state.pausing("abort")
+        assert "generation is paused (abort)" in http.held()
+        started.link.client.close()
+
+
 def test_a_second_launch_is_a_warning_that_names_the_first(colo, caplog):
     first = colo.launch("model")
     assert caplog.text == ""

@@ -497,6 +497,7 @@ class Colocation(OfOneProcess):
 
         client = Client(running.url, api_key=running.api_key, check=lambda: lifecycle.state.check_generate())
         client.http.evidence = probe.evidence
+        client.http.held = lambda: lifecycle.state.why_held()
         link = ServerLink(client, sync, owned, running.sglang_version, release)
         return _Started(link, lifecycle, running.state)
 

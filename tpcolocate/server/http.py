@@ -18,6 +18,7 @@ import asyncio
 import errno
 import json
 import logging
+import math
 import resource
 import threading
 import time
@@ -35,6 +36,7 @@ from tpcolocate.errors import ConfigError, DeadlineError, EngineDeadError, Reque
 from tpcolocate.server.connections import LOOK_S, Connections
 from tpcolocate.server.evidence import Evidence, Finding
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _PROBES = ("/model_info", "/health")
@@ -79,17 +81,20 @@ class ServerClient:
     Attributes:
         check: Called before every `post`, with the path and all names in body and query; raises if they must not be sent.
         evidence: Of why the server does not answer; None if nothing is known of its processes.
+        held: Returns why the server holds requests of `/generate`; None if it does not, as far as that is known.
     """
 
     def __init__(self, url: str, *, api_key: str | None = None) -> None:
         self.url = url
         self.check: Callable[[str, Mapping[str, Any]], None] | None = None
         self.evidence: Evidence | None = None
+        self.held: Callable[[], str | None] = lambda: None
+        self._warned_at = -math.inf
         _quiet.add(url)
         self._closed = False
         logging.getLogger("httpx").addFilter(_quiet)
         self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
-        self._connections = Connections(url, headers=self._headers, look=self._raise_if_down)
+        self._connections = Connections(url, headers=self._headers, look=self._look)
 
     def close(self) -> None:
         """Close the idle connections of this process; those of requests in flight close with them."""
@@ -202,7 +207,7 @@ class ServerClient:
                 done, _ = await asyncio.wait({task}, timeout=LOOK_S)
                 if done:
                     return task.result()
-                await asyncio.to_thread(self._raise_if_down)
+                await asyncio.to_thread(self._look)
         finally:
             if not task.done():
                 task.cancel()
@@ -212,7 +217,7 @@ class ServerClient:
         """POST and yield each server-sent JSON event; `timeout_s` bounds the wait for each."""
         with self._connections.slot(path, timeout_s), self._errors(path, timeout_s, of_event=True):
             response = self._send("POST", path, encode(body), timeout_s, whole=False)
-            ended = nullcontext() if timeout_s is not None else _ended_if_down(self._raise_if_down, response.shutdown)
+            ended = nullcontext() if timeout_s is not None else _ended_if_down(self._look, response.shutdown)
             try:
                 with ended:
                     if response.status >= 400:
@@ -283,6 +288,14 @@ class ServerClient:
 
         return any(self.is_listening(timeout_s=look_s()) for _ in range(2))
 
+    def _look(self) -> None:
+        """Look at the server for a request without a timeout: raise if it is not up, and warn if it holds requests."""
+        self._raise_if_down()
+        why, now = self.held(), time.monotonic()
+        if why is not None and now - self._warned_at > LOOK_S / 2:  # once for all that wait
+            self._warned_at = now
+            logger.warning("requests to %s wait: %s", self.url, why)
+
     def _raise_if_down(self) -> None:
         if not self._is_up():
             found = None if self.evidence is None else self.evidence()
@@ -327,11 +340,12 @@ class ServerClient:
         if self.evidence is not None and path not in _PROBES:
             found = self.evidence()
         if isinstance(failure, _TimedOut) and (found is None or not found.is_dead):
-            cause = "" if found is None or found.cause is None else f": {found.cause}"
-            hint = "the request may still be carried out; for more time raise timeout_s"
-            return DeadlineError(
-                f"{path}: {failure}{cause}", hint=hint if found is None or not cause else found.hint, url=self.url
-            )
+            cause, hint = None, "the request may still be carried out; for more time raise timeout_s"
+            if found is not None and found.cause is not None:
+                cause, hint = found.cause, found.hint
+            elif path == "/generate" and (cause := self.held()) is not None:
+                hint = "call engine.continue_generation() on every rank; the request may still be carried out then"
+            return DeadlineError(f"{path}: {failure}{'' if cause is None else f': {cause}'}", hint=hint, url=self.url)
         # Of generation alone: whether weights were taken is unknown then, which EngineDeadError stands for.
         if isinstance(failure, _ConnectionLost) and path == "/generate" and (found is None or not found.is_dead):
             if self._is_still_up(deadline):

@@ -134,6 +134,12 @@ class State:
             return text
         return f"{text}; launch with enable_weights_cpu_backup=True if they are never trained and the engine sleeps"
 
+    def why_held(self) -> str | None:
+        """Return why the server holds requests until the user acts; None if it does not."""
+        if self.paused is None:
+            return None
+        return f"generation is paused ({self.paused}) until continue_generation() is called"
+
     def check_sync(self) -> None:
         """Raise EngineStateError unless weights can be written."""
         self.check_open("sync weights")
