@@ -203,6 +203,19 @@ def test_a_sleep_that_finds_a_request_is_refused_and_changes_nothing(launch):
     engine.sleep(["kv_cache"])
 
 
+def test_a_stream_that_is_not_read_to_its_end_is_in_flight_until_it_is_closed(launch):
+    """To abort it, which the error advised alone, changes nothing in that."""
+    engine = launch()
+    stream = engine.generate([[1]], stream=True)
+    next(stream)
+    engine.abort_request()
+    with pytest.raises(EngineStateError, match="1 requests of rank 0 are in flight") as caught:
+        engine.sleep()
+    assert "until its close()" in caught.value.hint
+    stream.close()
+    engine.sleep()
+
+
 def test_a_stream_that_was_asked_for_before_a_sleep_is_refused_when_it_is_read(launch):
     engine = launch()
     early, late = engine.generate([[1]], stream=True), engine.generate([[1]], stream=True)

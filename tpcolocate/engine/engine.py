@@ -583,7 +583,8 @@ class Engine(OfOneProcess):
                 if chosen and context.client.num_in_flight:
                     raise EngineStateError(
                         f"cannot sleep: {context.client.num_in_flight} requests of rank {context.group.rank} are in flight",
-                        hint="wait for the answers of generate() on this rank first, or end them with engine.abort_request()",
+                        hint="wait for the answers of generate() on this rank first, or end them with engine.abort_request(); a "
+                        "stream that is not read to its end is in flight until its close()",
                     )
 
             def act(owned: OwnedServer) -> None:
