@@ -1,6 +1,7 @@
 """A client of `generate` against a server that answers at once: what it asks for, keeps, and returns."""
 
 import asyncio
+import contextlib
 import json
 
 import pytest
@@ -88,6 +89,16 @@ def test_limits_are_asked_for_once(server, client, generate):
     with pytest.raises(ConfigError, match="has no field other_field"):
         generate(client, [1], other_field=5)
     assert asked(server, "GET") == ["/server_info", "/model_info", "/openapi.json"]
+
+
+@pytest.mark.parametrize("error", [None, ZeroDivisionError])
+def test_a_client_is_a_context_manager_that_closes_it(server, error):
+    with contextlib.nullcontext() if error is None else pytest.raises(error):
+        with Client(server.url) as client:
+            assert client.generate([[1]]) is not None
+            if error is not None:
+                raise error
+    assert client.http._closed
 
 
 @every_entry

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
+from types import TracebackType
 from typing import Any
 
 from tpcolocate.deadline import check_timeout
@@ -62,7 +63,7 @@ class _InFlight:
 
 
 class Client(OfOneProcess):
-    """Generation on one SGLang server.  Thread-safe; nothing here is collective.
+    """Generation on one SGLang server; a context manager that closes it.  Thread-safe; nothing here is collective.
 
     Args:
         url: Base URL of the server.
@@ -95,6 +96,14 @@ class Client(OfOneProcess):
     def close(self) -> None:
         """Close this side's connections; the server runs on."""
         self.http.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     def generate(
         self,
