@@ -43,7 +43,7 @@ def colo(monkeypatch):
     made = tpcolocate.init(1, device="cpu")
     made.processes = []
 
-    def start(launch, given, lifecycle):
+    def start(launch, log_path, lifecycle):
         process = Process()
         made.processes.append(process)
         http = SimpleNamespace(close=lambda: None)
@@ -66,35 +66,6 @@ def test_an_engine_that_was_dropped_is_ended_by_close(colo):
     colo.close()
     colo.close()
     assert [process.calls for process in colo.processes] == [1]
-
-
-def test_a_restart_has_what_was_passed_to_the_launch_at_that_time(colo, monkeypatch, tmp_path):
-    seen = []
-    start, agree = colo._start, session.agree_on_launch
-
-    def noted(tp_slice, model_path, *, env, server_args, log_path, **others):
-        seen.append([model_path, dict(env), copy.deepcopy(server_args), log_path and str(log_path)])
-        return agree(tp_slice, model_path)
-
-    monkeypatch.setattr(session, "agree_on_launch", noted)
-    monkeypatch.setattr(colo, "_start", lambda launch, given, lifecycle: (
-        seen[-1].append(given.directory), start(launch, given, lifecycle)
-    )[1])  # fmt: skip
-    modules, env = ["q_proj"], {"A": "1", "REPEATED": "x"}
-    monkeypatch.setenv("REPEATED", "x")
-    monkeypatch.chdir(tmp_path)
-    engine = colo.launch("model", env=env, log_path="logs/server.log", lora_target_modules=modules)
-    modules.append("k_proj")
-    env["A"] = "2"
-    monkeypatch.setenv("REPEATED", "y")
-    monkeypatch.chdir("/")
-    engine.restart()
-    there = str(tmp_path)
-    arguments = {"lora_target_modules": ["q_proj"]}
-    assert seen == [
-        ["model", {"A": "1", "REPEATED": "x"}, arguments, "logs/server.log", there],
-        ["model", {"A": "1"}, arguments, f"{there}/logs/server.log", there],
-    ]
 
 
 def test_an_engine_that_was_shut_down_is_not_kept(colo):
@@ -165,7 +136,7 @@ def test_an_interrupt_while_kernels_are_compiled_leaves_no_server(monkeypatch):
         raise error
 
     launch = SimpleNamespace(
-        start_server=lambda log_path, directory: (SimpleNamespace(), server, None),
+        start_server=lambda log_path: (SimpleNamespace(), server, None),
         acknowledge=acknowledge,
         undo=lambda server, failed: undone.append((server, type(failed))),
     )
@@ -175,7 +146,7 @@ def test_an_interrupt_while_kernels_are_compiled_leaves_no_server(monkeypatch):
 
     monkeypatch.setattr(session.kernels, "wait_until_prepared", interrupted)
     with tpcolocate.init(1, device="cpu") as colo, pytest.raises(KeyboardInterrupt):
-        colo._start(launch, session._Given("model", None, {}, None, None), None)
+        colo._start(launch, None, None)
     assert undone == [(server, KeyboardInterrupt)]
 
 

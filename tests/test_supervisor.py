@@ -682,8 +682,3 @@ def test_names_that_are_no_text_or_no_number_do_not_end_the_supervisor(tmp_path)
     finally:
         strange.unlink(missing_ok=True)
         mapped.close()
-
-
-def test_a_working_directory_that_is_gone_is_that_of_the_supervisor(tmp_path):
-    for given, expected in ((str(tmp_path), str(tmp_path)), (str(tmp_path / "gone"), None), (None, None)):
-        assert supervisor._directory({"directory": given}) == expected

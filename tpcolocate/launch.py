@@ -413,7 +413,7 @@ class Launch:
     # --- the owner -----------------------------------------------------------------------------------------------
 
     def start_server(
-        self, *, log_path: str | os.PathLike[str] | None, directory: str | None = None
+        self, *, log_path: str | os.PathLike[str] | None
     ) -> tuple[RunningServer, ServerProcess, ServerApi]:
         """Start the server on the owner and report it to the clients; after an error nothing is left running.
 
@@ -421,7 +421,6 @@ class Launch:
 
         Args:
             log_path: As for `Colocation.launch`.
-            directory: As of `ServerSpec`.
 
         Raises:
             ConfigError, LaunchError, DeadlineError, RankLostError: As `Colocation.launch`.
@@ -431,7 +430,7 @@ class Launch:
         running: RunningServer | None = None
         error: BaseException | None = None
         try:
-            spec = self._server_spec(log_path, directory)
+            spec = self._server_spec(log_path)
             server = ServerProcess.start(
                 spec, health_timeout_s=self.health_timeout_s, heartbeat=lambda line, elapsed_s: self._look_at_clients()
             )
@@ -492,7 +491,7 @@ class Launch:
                 slice_ranks=self.tp_slice.group.ranks,
             )
 
-    def _server_spec(self, log_path: str | os.PathLike[str] | None, directory: str | None) -> ServerSpec:
+    def _server_spec(self, log_path: str | os.PathLike[str] | None) -> ServerSpec:
         tp_slice, request = self.tp_slice, self.request
         remove_remains()
         self._runtime = runtime = RuntimeFolder.make(
@@ -523,7 +522,6 @@ class Launch:
             owner_pid=pid,
             owner_started=started,
             shows_start=self.tp_slice.slice_index == 0,
-            directory=directory,
         )
 
     def _announcement(self, running: RunningServer) -> rendezvous.Announcement:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import copy
 import itertools
 import logging
 import os
@@ -215,42 +214,6 @@ def _check_arguments(tp_size: object, timeout_s: object, allow_shared_devices: o
 
 
 @dataclass(frozen=True, slots=True)
-class _Given:
-    """What was passed to `Colocation.launch`.
-
-    Attributes:
-        directory: The working directory at that time; None if it is gone.
-        model_path, env, server_args, log_path: As for `Colocation.launch`.
-    """
-
-    model_path: str | os.PathLike[str]
-    env: Mapping[str, str] | None
-    server_args: Mapping[str, Any]
-    log_path: str | os.PathLike[str] | None
-    directory: str | None
-
-    def kept(self, served: str) -> _Given:
-        """Return the same for a restart, whatever the script changes meanwhile: its folder, its environment, what it has passed.
-
-        Args:
-            served: The folder or hub id that was agreed on.
-        """
-        log_path = self.log_path
-        if log_path is not None and self.directory is not None:
-            log_path = os.path.join(self.directory, log_path)
-        # What repeats the environment asks for nothing, whatever that is later.
-        env = {name: value for name, value in (self.env or {}).items() if os.environ.get(name) != value}
-        return _Given(served, env, copy.deepcopy(self.server_args), log_path, self.directory)
-
-
-def _working_directory() -> str | None:
-    try:
-        return os.getcwd()
-    except OSError:
-        return None
-
-
-@dataclass(frozen=True, slots=True)
 class _Started:
     """A server that was started: this rank's end of it, the engine's lifecycle, and the server's own state at its start."""
 
@@ -367,30 +330,28 @@ class Colocation(OfOneProcess):
             The same error is raised on every rank of the slice; nothing is left running.
         """
 
-        def start(given: _Given, lifecycle: Lifecycle | None) -> tuple[str, _Started]:
+        def start(model_path: str | os.PathLike[str], lifecycle: Lifecycle | None) -> tuple[str, _Started]:
             launch = agree_on_launch(
                 self._tp_slice,
-                given.model_path,
-                env={} if given.env is None else given.env,
-                server_args=given.server_args,
+                model_path,
+                env={} if env is None else env,
+                server_args=server_args,
                 health_timeout_s=health_timeout_s,
-                log_path=given.log_path,
+                log_path=log_path,
                 restart=restart,
                 closed=self._closed,
             )
             with self._slice.going_on(launch.request.nonce):
-                return launch.request.model_path, self._start(launch, given, lifecycle)
+                return launch.request.model_path, self._start(launch, log_path, lifecycle)
 
         if self._engines:
             logger.warning(
                 "ranks %s launch another server while that of %s runs", list_ranks(self.slice_ranks), self._engines[-1]
             )
-        given = _Given(model_path, env, server_args, log_path, _working_directory())
-        served, started = start(given, None)
-        kept = given.kept(served)
+        served, started = start(model_path, None)
 
         def relaunch() -> tuple[ServerLink, State]:
-            _, again = start(kept, started.lifecycle)
+            _, again = start(served, started.lifecycle)
             return again.link, again.state
 
         context = SliceContext(
@@ -412,7 +373,7 @@ class Colocation(OfOneProcess):
             atexit.register(self._end_at_exit)
         return engine
 
-    def _start(self, launch: Launch, given: _Given, lifecycle: Lifecycle | None) -> _Started:
+    def _start(self, launch: Launch, log_path: str | os.PathLike[str] | None, lifecycle: Lifecycle | None) -> _Started:
         """Start a server and connect to it, for a new engine or the one with this lifecycle.
 
         Collective: over the slice; after an error nothing is left running.
@@ -429,7 +390,7 @@ class Colocation(OfOneProcess):
 
         try:
             if self.is_owner:
-                running, server, api = launch.start_server(log_path=given.log_path, directory=given.directory)
+                running, server, api = launch.start_server(log_path=log_path)
             else:
                 running = launch.wait_for_server()
         except BaseException:

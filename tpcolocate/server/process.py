@@ -108,7 +108,6 @@ class ServerSpec:
         owner_pid: Process whose exit ends the server; with `owner_started`, see `start_of`.
         grace_s: Between SIGTERM and SIGKILL, in seconds.
         shows_start: Whether a line on the terminal shows how the start goes: one server of a job does.
-        directory: Its working directory, where relative paths in the arguments lead; None for that of this process.
     """
 
     model_path: str
@@ -119,7 +118,6 @@ class ServerSpec:
     owner_started: int
     grace_s: float = 15.0
     shows_start: bool = True
-    directory: str | None = None
 
     @property
     def log_path(self) -> Path:
@@ -315,7 +313,6 @@ class ServerProcess:
         all_of_it = str(runtime.temporary)
         job = {
             "command": command,
-            "directory": spec.directory,
             "env": dict(spec.environment),
             "log_path": str(spec.log_path),
             "secrets": [self.api_key],

@@ -443,12 +443,6 @@ def _die_with(parent: int) -> None:
         os._exit(1)
 
 
-def _directory(job: dict[str, Any]) -> str | None:
-    """Return the working directory for the server; None for that of this process, if the other one is gone."""
-    directory: str | None = job.get("directory")
-    return directory if directory is not None and os.access(directory, os.X_OK) else None
-
-
 def _start(job: dict[str, Any]) -> tuple[subprocess.Popen[bytes], Log]:
     log = Log(job["log_path"], job.get("secrets", []))
     read_end, write_end = os.pipe2(os.O_CLOEXEC)
@@ -459,7 +453,6 @@ def _start(job: dict[str, Any]) -> tuple[subprocess.Popen[bytes], Log]:
     try:
         server = subprocess.Popen(
             job["command"],
-            cwd=_directory(job),
             env=job["env"],
             stdin=subprocess.DEVNULL,
             stdout=write_end,
