@@ -142,6 +142,7 @@ def test_the_servers_path_is_searched_as_by_python(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "b")
     assert find_installed({"PYTHONPATH": str(tmp_path / "a")}).folder == second.folder, "-m searches it first"
     assert find_installed({"PYTHONPATH": str(tmp_path / "a"), "PYTHONSAFEPATH": "1"}) == first
+    assert find_installed({}, folder=str(tmp_path / "a")) == first, "the server's, not this process's"
 
 
 @pytest.mark.parametrize("text, version", [

@@ -107,7 +107,7 @@ def stand_in(monkeypatch, tmp_path, no_leftovers):
         pid, started = this_process()
         runtime = RuntimeFolder.make(f"{pid}-{secrets.token_hex(8)}", log_path=log_path)
         runtimes.append(runtime)
-        spec = ServerSpec("model", arguments, dict(os.environ), runtime, pid, started, 3.0, shows_start)
+        spec = ServerSpec("model", arguments, dict(os.environ), runtime, pid, started, 3.0, shows_start, str(tmp_path))
         return ServerProcess.start(spec, health_timeout_s=health_timeout_s)
 
     yield start, commands
@@ -129,6 +129,7 @@ def test_the_server_starts_answers_and_stops(stand_in):
     while server.pid is None and time.monotonic() < ends:  # the supervisor reports it while the server starts
         time.sleep(0.01)
     assert not server.exited() and server.pid is not None
+    assert os.readlink(f"/proc/{server.pid}/cwd") == server.spec.working_directory != os.getcwd()
     server.stop()
     assert server.exited() and server.exit_code is not None
     server.stop()
@@ -714,7 +715,7 @@ def test_after_an_error_no_server_is_left_even_if_the_group_has_failed_too(monke
     tp_slice = launch.TpSlice(FailedGroup(), 0, torch.device("cpu"), (), False, f"test{os.getpid()}", 0)
     launched = launch.Launch(tp_slice, launch.LaunchRequest("model", {}, {}, "nonce"), health_timeout_s=1.0)
     with pytest.raises(OSError, match="disk full"):
-        launched.start_server(log_path=None)
+        launched.start_server()
     assert server.stopped == (failing == "announce")
     assert not launched.sync_folder.exists()
 
@@ -742,7 +743,7 @@ def test_a_server_has_the_whole_launch_to_report_what_it_is(monkeypatch):
     tp_slice = launch.TpSlice(FailedGroup(), 0, torch.device("cpu"), (), False, f"test{os.getpid()}", 0)
     launched = launch.Launch(tp_slice, launch.LaunchRequest("model", {}, {}, "nonce"), health_timeout_s=300.0)
     with pytest.raises(DeadlineError, match=r"health_timeout_s=300 of launch\(\)") as caught:
-        launched.start_server(log_path=None)
+        launched.start_server()
     assert 290 < limits[0] < 310 and stopped == [1]
     assert "raise health_timeout_s" in caught.value.hint and "a.log" in caught.value.hint
 

@@ -15,7 +15,7 @@ import pytest
 import torch.distributed as dist
 
 import tpcolocate
-from tpcolocate import session
+from tpcolocate import launch, session
 from tpcolocate.engine.client import Client
 from tpcolocate.engine.context import ServerLink
 from tpcolocate.errors import ConfigError, EngineError
@@ -43,7 +43,7 @@ def colo(monkeypatch):
     made = tpcolocate.init(1, device="cpu")
     made.processes = []
 
-    def start(launch, log_path, lifecycle):
+    def start(launch, lifecycle):
         process = Process()
         made.processes.append(process)
         http = SimpleNamespace(close=lambda: None)
@@ -53,7 +53,7 @@ def colo(monkeypatch):
         link = ServerLink(client, sync, owned, "0.5.21", lambda: None)
         return session._Started(link, Lifecycle(State()) if lifecycle is None else lifecycle, State())
 
-    agreed = SimpleNamespace(request=SimpleNamespace(nonce="1-a", model_path="model"))
+    agreed = SimpleNamespace(request=SimpleNamespace(nonce="1-a", model_path="model", again=dict))
     monkeypatch.setattr(session, "agree_on_launch", lambda *args, **kwargs: agreed)
     monkeypatch.setattr(made, "_start", start)
     yield made
@@ -136,7 +136,7 @@ def test_an_interrupt_while_kernels_are_compiled_leaves_no_server(monkeypatch):
         raise error
 
     launch = SimpleNamespace(
-        start_server=lambda log_path: (SimpleNamespace(), server, None),
+        start_server=lambda: (SimpleNamespace(), server, None),
         acknowledge=acknowledge,
         undo=lambda server, failed: undone.append((server, type(failed))),
     )
@@ -146,7 +146,7 @@ def test_an_interrupt_while_kernels_are_compiled_leaves_no_server(monkeypatch):
 
     monkeypatch.setattr(session.kernels, "wait_until_prepared", interrupted)
     with tpcolocate.init(1, device="cpu") as colo, pytest.raises(KeyboardInterrupt):
-        colo._start(launch, None, None)
+        colo._start(launch, None)
     assert undone == [(server, KeyboardInterrupt)]
 
 
@@ -207,6 +207,34 @@ def test_a_restart_after_close_starts_nothing(colo):
     with pytest.raises(tpcolocate.errors.EngineStateError, match="shut down"):
         engine.restart()
     assert len(colo.processes) == 1
+
+
+def test_a_restart_is_like_the_launch_whatever_has_changed_since(colo, monkeypatch, tmp_path):
+    """Lists and dicts that the script has passed, its environment, and the folder of relative paths."""
+    requests = []
+
+    def agree(*args, **kwargs):
+        launched = launch.agree_on_launch(*args, **kwargs)
+        requests.append(launched.request)
+        return launched
+
+    monkeypatch.setattr(session, "agree_on_launch", agree)
+    monkeypatch.setenv("REPEATED", "1")
+    monkeypatch.chdir(tmp_path)
+    env, bias = {"OWN": "1", "REPEATED": "1"}, {"a": [1]}
+    engine = colo.launch(
+        tmp_path, log_path="logs/server.log", env=env, json_model_override_args=bias, max_loras_per_batch=3
+    )
+    env["OWN"] = "2"
+    bias["a"].append(2)
+    monkeypatch.setenv("REPEATED", "2")
+    monkeypatch.chdir("/")
+    engine.restart()
+    first, again = requests
+    assert again.arguments == first.arguments and again.arguments["json_model_override_args"] == {"a": [1]}
+    assert again.log_path == str(tmp_path / "logs/server.log") and again.working_directory == str(tmp_path)
+    assert again.env == {"OWN": "1"}, "what it repeated of the environment is that of the environment"
+    assert again.again() == first.again() and again.nonce != first.nonce
 
 
 @pytest.mark.parametrize("restart", [-1, 1.0, True, "2"])

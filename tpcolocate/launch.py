@@ -88,6 +88,8 @@ class LaunchRequest:
         restart: How often the engine restarts its server by itself.
         health_timeout_s: How long the server may take to start, in seconds.
         repeated: Names in `env` that have the same value in this rank's own environment, as in a copy of that.
+        log_path: For the server's log, by its absolute path; only the owner's counts.
+        working_directory: Of the server, in which relative paths among its arguments are; likewise.
     """
 
     model_path: str
@@ -97,6 +99,23 @@ class LaunchRequest:
     restart: int = 0
     health_timeout_s: float = 0.0
     repeated: frozenset[str] = frozenset()
+    log_path: str | None = None
+    working_directory: str | None = None
+
+    def again(self) -> dict[str, Any]:
+        """Return the arguments of `agree_on_launch` for another launch like this one.
+
+        Nothing that the script has changed since has an effect on it: lists and dicts that it has passed, the working
+        directory, its environment.
+        """
+        return {
+            "env": {name: value for name, value in self.env.items() if name not in self.repeated},
+            "server_args": self.arguments,
+            "health_timeout_s": self.health_timeout_s,
+            "log_path": self.log_path,
+            "restart": self.restart,
+            "working_directory": self.working_directory,
+        }
 
     def difference(self, other: LaunchRequest) -> str | None:
         """Describe the first difference that matters; None if there is none."""
@@ -126,6 +145,7 @@ def agree_on_launch(
     log_path: str | os.PathLike[str] | None = None,
     closed: bool,
     restart: int = 0,
+    working_directory: str | None = None,
 ) -> Launch:
     """Check the arguments of a launch, and that all ranks of the slice pass the same.
 
@@ -140,6 +160,7 @@ def agree_on_launch(
         log_path: As passed by the user.
         closed: Whether this rank's `Colocation` is closed.
         restart: How often the engine restarts its server by itself.
+        working_directory: Of the server; default: that of this process.
 
     Raises:
         ConfigError: An argument is invalid or differs between ranks; the same on every rank.
@@ -153,7 +174,9 @@ def agree_on_launch(
         check_timeout(health_timeout_s, name="health_timeout_s")
         model_path = _same_anywhere(check_path("model_path", model_path), os.fspath(model_path))
         if log_path is not None:
-            check_path("log_path", log_path)
+            log_path = check_path("log_path", log_path).absolute()
+        if working_directory is None:
+            working_directory = _working_directory()
         env = _checked_environment(env)
         check_integer("restart", restart, at_least=0)
         arguments = server_arguments(
@@ -165,7 +188,7 @@ def agree_on_launch(
             arguments.setdefault("weight_version", version)
         if tp_slice.is_owner:  # its environment is the server's
             check_model_path(model_path)
-            check_installed(arguments, find_installed({**os.environ, **env}))
+            check_installed(arguments, find_installed({**os.environ, **env}, folder=working_directory))
     except BaseException as caught:
         error = caught
     request = (
@@ -177,6 +200,8 @@ def agree_on_launch(
             restart,
             float(health_timeout_s),
             frozenset(name for name, value in env.items() if os.environ.get(name) == value),
+            None if log_path is None else str(log_path),
+            working_directory,
         )
         if error is None
         else None
@@ -191,6 +216,13 @@ def agree_on_launch(
                 slice_ranks=tp_slice.group.ranks,
             )
     return Launch(tp_slice, own, health_timeout_s=health_timeout_s)
+
+
+def _working_directory() -> str | None:
+    try:
+        return os.getcwd()
+    except OSError:  # it was removed; a process can start in it all the same
+        return None
 
 
 def _same_anywhere(path: Path, text: str) -> str:
@@ -412,15 +444,10 @@ class Launch:
 
     # --- the owner -----------------------------------------------------------------------------------------------
 
-    def start_server(
-        self, *, log_path: str | os.PathLike[str] | None
-    ) -> tuple[RunningServer, ServerProcess, ServerApi]:
+    def start_server(self) -> tuple[RunningServer, ServerProcess, ServerApi]:
         """Start the server on the owner and report it to the clients; after an error nothing is left running.
 
         Collective: over the slice, whose other ranks call `wait_for_server`.
-
-        Args:
-            log_path: As for `Colocation.launch`.
 
         Raises:
             ConfigError, LaunchError, DeadlineError, RankLostError: As `Colocation.launch`.
@@ -430,7 +457,7 @@ class Launch:
         running: RunningServer | None = None
         error: BaseException | None = None
         try:
-            spec = self._server_spec(log_path)
+            spec = self._server_spec()
             server = ServerProcess.start(
                 spec, health_timeout_s=self.health_timeout_s, heartbeat=lambda line, elapsed_s: self._look_at_clients()
             )
@@ -491,11 +518,11 @@ class Launch:
                 slice_ranks=self.tp_slice.group.ranks,
             )
 
-    def _server_spec(self, log_path: str | os.PathLike[str] | None) -> ServerSpec:
+    def _server_spec(self) -> ServerSpec:
         tp_slice, request = self.tp_slice, self.request
         remove_remains()
         self._runtime = runtime = RuntimeFolder.make(
-            request.nonce, log_path=None if log_path is None else Path(log_path)
+            request.nonce, log_path=None if request.log_path is None else Path(request.log_path)
         )
         kind = "hip" if torch.version.hip else "npu" if tp_slice.device.type == "npu" else "cuda"
         visibility = devices.server_environment(tp_slice.visible_devices, kind=kind) if tp_slice.visible_devices else {}
@@ -522,6 +549,7 @@ class Launch:
             owner_pid=pid,
             owner_started=started,
             shows_start=self.tp_slice.slice_index == 0,
+            working_directory=request.working_directory,
         )
 
     def _announcement(self, running: RunningServer) -> rendezvous.Announcement:

@@ -330,28 +330,28 @@ class Colocation(OfOneProcess):
             The same error is raised on every rank of the slice; nothing is left running.
         """
 
-        def start(model_path: str | os.PathLike[str], lifecycle: Lifecycle | None) -> tuple[str, _Started]:
-            launch = agree_on_launch(
-                self._tp_slice,
-                model_path,
-                env={} if env is None else env,
-                server_args=server_args,
-                health_timeout_s=health_timeout_s,
-                log_path=log_path,
-                restart=restart,
-                closed=self._closed,
-            )
+        def start(path: str | os.PathLike[str], lifecycle: Lifecycle | None, **given: Any) -> tuple[Launch, _Started]:
+            launch = agree_on_launch(self._tp_slice, path, closed=self._closed, **given)
             with self._slice.going_on(launch.request.nonce):
-                return launch.request.model_path, self._start(launch, log_path, lifecycle)
+                return launch, self._start(launch, lifecycle)
 
         if self._engines:
             logger.warning(
                 "ranks %s launch another server while that of %s runs", list_ranks(self.slice_ranks), self._engines[-1]
             )
-        served, started = start(model_path, None)
+        launch, started = start(
+            model_path,
+            None,
+            env={} if env is None else env,
+            server_args=server_args,
+            health_timeout_s=health_timeout_s,
+            log_path=log_path,
+            restart=restart,
+        )
+        request = launch.request
 
         def relaunch() -> tuple[ServerLink, State]:
-            _, again = start(served, started.lifecycle)
+            _, again = start(request.model_path, started.lifecycle, **request.again())
             return again.link, again.state
 
         context = SliceContext(
@@ -363,7 +363,7 @@ class Colocation(OfOneProcess):
         )
         engine = Engine(
             context,
-            model_path=served,
+            model_path=request.model_path,
             on_shutdown=lambda: self._forget(engine),
             relaunch=relaunch,
             restarts=restart,
@@ -373,7 +373,7 @@ class Colocation(OfOneProcess):
             atexit.register(self._end_at_exit)
         return engine
 
-    def _start(self, launch: Launch, log_path: str | os.PathLike[str] | None, lifecycle: Lifecycle | None) -> _Started:
+    def _start(self, launch: Launch, lifecycle: Lifecycle | None) -> _Started:
         """Start a server and connect to it, for a new engine or the one with this lifecycle.
 
         Collective: over the slice; after an error nothing is left running.
@@ -390,7 +390,7 @@ class Colocation(OfOneProcess):
 
         try:
             if self.is_owner:
-                running, server, api = launch.start_server(log_path=log_path)
+                running, server, api = launch.start_server()
             else:
                 running = launch.wait_for_server()
         except BaseException:

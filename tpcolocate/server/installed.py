@@ -68,23 +68,24 @@ class Installed:
         return None
 
 
-def find_installed(environment: Mapping[str, str]) -> Installed | None:
+def find_installed(environment: Mapping[str, str], *, folder: str | None = None) -> Installed | None:
     """Find the SGLang that ``python -m sglang.launch_server`` starts in this environment, with this interpreter.
 
     Args:
         environment: The server's; its PYTHONPATH may have another SGLang than the trainer's.
+        folder: It starts in; default: the current one.
 
     Returns:
         None if there is none, or if it cannot be found without importing it.
     """
-    entries = [] if environment.get("PYTHONSAFEPATH") else [""]  # -m searches the current folder first
+    entries = [] if environment.get("PYTHONSAFEPATH") else [folder or ""]  # -m searches it first
     entries += [entry for entry in environment.get("PYTHONPATH", "").split(os.pathsep) if entry]
     entries += sys.path
     spec = _find("sglang", entries)
     if spec is None or spec.origin is None:
         return None
-    folder = Path(spec.origin).parent
-    return Installed(folder, _version(folder), _is_installed("torch_memory_saver", entries))
+    package = Path(spec.origin).parent
+    return Installed(package, _version(package), _is_installed("torch_memory_saver", entries))
 
 
 def _find(name: str, entries: Sequence[str]) -> ModuleSpec | None:

@@ -108,6 +108,7 @@ class ServerSpec:
         owner_pid: Process whose exit ends the server; with `owner_started`, see `start_of`.
         grace_s: Between SIGTERM and SIGKILL, in seconds.
         shows_start: Whether a line on the terminal shows how the start goes: one server of a job does.
+        working_directory: Of the server; None: that of this process.
     """
 
     model_path: str
@@ -118,6 +119,7 @@ class ServerSpec:
     owner_started: int
     grace_s: float = 15.0
     shows_start: bool = True
+    working_directory: str | None = None
 
     @property
     def log_path(self) -> Path:
@@ -151,6 +153,7 @@ class _Supervision:
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 env=dict(spec.environment),
+                cwd=spec.working_directory,
                 start_new_session=True,
             )
         finally:
