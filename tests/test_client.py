@@ -3,13 +3,14 @@
 import asyncio
 import contextlib
 import json
+import time
 
 import pytest
 import torch
 from test_http import Handler, Server
 
 from tpcolocate.engine.client import Client
-from tpcolocate.errors import ConfigError, EngineStateError, RequestError
+from tpcolocate.errors import ConfigError, DeadlineError, EngineStateError, RequestError
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(60)]
 
@@ -22,6 +23,7 @@ class Generator(Handler):
 
     def handle_any(self):
         path = self.path
+        self.server.over.wait(self.server.delay_s)
         if self.command == "GET":
             self.server.requests.append(("GET", path))
             answers = {
@@ -49,7 +51,7 @@ class Generator(Handler):
 def server(tmp_path):
     (tmp_path / "config.json").write_text('{"vocab_size": 100}')
     with Server(("127.0.0.1", 0), Generator) as server:
-        server.model_path = str(tmp_path)
+        server.model_path, server.delay_s = str(tmp_path), 0.0
         yield server
 
 
@@ -99,6 +101,17 @@ def test_a_client_is_a_context_manager_that_closes_it(server, error):
             if error is not None:
                 raise error
     assert client.http._closed
+
+
+@every_entry
+def test_the_first_call_asks_what_the_server_is_within_its_own_time(server, client, generate):
+    server.delay_s = 0.7  # each request for itself is in time
+    began = time.monotonic()
+    with pytest.raises(DeadlineError, match="no answer within 1 s"):
+        generate(client, "a", new_field=5, timeout_s=1.0)
+    assert time.monotonic() - began < 1.6 and asked(server) == []
+    server.delay_s = 0.0
+    assert generate(client, "a", new_field=5, timeout_s=10.0) == {"of": "a"}
 
 
 @every_entry

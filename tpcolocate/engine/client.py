@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -44,6 +45,23 @@ class Health(StrEnum):
     ASLEEP = "asleep"
     STOPPED = "stopped"
     DEAD = "dead"
+
+
+@dataclass(frozen=True, slots=True)
+class _Time:
+    """The time of one call, which asks the server what it is if it is the first one of its client.
+
+    Attributes:
+        timeout_s: In seconds; None for no limit.
+        began: In `time.monotonic` time.
+    """
+
+    timeout_s: float | None
+    began: float
+
+    @classmethod
+    def of(cls, timeout_s: object) -> _Time:
+        return cls(None if timeout_s is None else check_timeout(timeout_s), time.monotonic())
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -121,17 +139,17 @@ class Client(OfOneProcess):
         server.
         """
         self._check()
-        seconds = _check_options(stream, on_error, timeout_s)
-        call = self._checked(prompts, sampling_params, fields, stream, seconds)
+        within = _check_options(stream, on_error, timeout_s)
+        call = self._checked(prompts, sampling_params, fields, stream, within)
         if len(call.prompts) == 0:
             return iter(()) if stream else []
         if on_error == "return":
-            return self._each_in_a_loop(call, timeout_s=seconds)
+            return self._each_in_a_loop(call, within)
         body = call.body()
         if stream:
-            return self._stream(body, timeout_s=seconds)
+            return self._stream(body, timeout_s=within.timeout_s)
         with self._counted():
-            return self.http.post("/generate", body, timeout_s=seconds)
+            return self.http.post("/generate", body, timeout_s=within.timeout_s, began=within.began)
 
     async def generate_async(
         self,
@@ -145,39 +163,43 @@ class Client(OfOneProcess):
     ) -> Any:
         """`generate` for asyncio; with ``stream=True`` the awaited value is an asynchronous iterator."""
         self._check()
-        seconds = _check_options(stream, on_error, timeout_s)
+        within = _check_options(stream, on_error, timeout_s)
         if self._limits is None or not KNOWN_FIELDS.issuperset(fields):
             # The server is asked first, which must not hold the event loop.
-            call = await asyncio.to_thread(self._checked, prompts, sampling_params, fields, stream, seconds)
+            call = await asyncio.to_thread(self._checked, prompts, sampling_params, fields, stream, within)
         else:
-            call = self._checked(prompts, sampling_params, fields, stream, seconds)
+            call = self._checked(prompts, sampling_params, fields, stream, within)
         if len(call.prompts) == 0:
             return _nothing() if stream else []
         if on_error == "return":
-            return await self._each(call, timeout_s=seconds)
+            return await self._each(call, within)
         body = call.body()
         if stream:
-            return self._stream_async(body, timeout_s=seconds)
+            return self._stream_async(body, timeout_s=within.timeout_s)
         with self._counted(asyncio.get_running_loop()):
-            return await self.http.post_async("/generate", body, timeout_s=seconds)
+            return await self.http.post_async("/generate", body, timeout_s=within.timeout_s, began=within.began)
 
     def _checked(
-        self, prompts: Any, sampling_params: Any, fields: Mapping[str, Any], stream: bool, timeout_s: float | None
+        self, prompts: Any, sampling_params: Any, fields: Mapping[str, Any], stream: bool, within: _Time
     ) -> GenerateCall:
-        limits = self._server_limits(_DESCRIPTION_S if timeout_s is None else timeout_s)
-        return check_call(prompts, sampling_params, fields, stream=stream, limits=limits, known=self._server_fields)
+        return check_call(
+            prompts,
+            sampling_params,
+            fields,
+            stream=stream,
+            limits=self._server_limits(within),
+            known=lambda: self._server_fields(within),
+        )
 
-    def _each_in_a_loop(self, call: GenerateCall, *, timeout_s: float | None) -> Any:
+    def _each_in_a_loop(self, call: GenerateCall, within: _Time) -> Any:
         """`_each` for a caller that blocks, which may be one inside an event loop, as in a notebook."""
         try:
             asyncio.get_running_loop()
         except RuntimeError:
-            return asyncio.run(self._each(call, timeout_s=timeout_s))
-        return in_background(
-            lambda: asyncio.run(self._each(call, timeout_s=timeout_s)), name="tpcolocate generate"
-        ).result()
+            return asyncio.run(self._each(call, within))
+        return in_background(lambda: asyncio.run(self._each(call, within)), name="tpcolocate generate").result()
 
-    async def _each(self, call: GenerateCall, *, timeout_s: float | None) -> Any:
+    async def _each(self, call: GenerateCall, within: _Time) -> Any:
         """Make one request per prompt; an error is the answer of its prompt."""
 
         async def answers(index: int) -> list[Any]:
@@ -185,7 +207,9 @@ class Client(OfOneProcess):
             if isinstance(item, TpColocateError):
                 return [item] * call.samples
             try:
-                answer = await self.http.post_async("/generate", call.body_of(index), timeout_s=timeout_s)
+                answer = await self.http.post_async(
+                    "/generate", call.body_of(index), timeout_s=within.timeout_s, began=within.began
+                )
             except TpColocateError as error:
                 return [error] * call.samples
             return answer if isinstance(answer, list) else [answer]
@@ -205,21 +229,24 @@ class Client(OfOneProcess):
             async for event in self.http.stream_async("/generate", body, timeout_s=timeout_s):
                 yield event
 
-    def _server_limits(self, timeout_s: float) -> ServerLimits:
+    def _server_limits(self, within: _Time) -> ServerLimits:
         if self._limits is None:
-            info, model_info = (
-                # SGLang's schedulers answer the first, which may be in a sync or compile kernels.
-                self.http.get(path, timeout_s=timeout_s)
-                for path in ("/server_info", "/model_info")
-            )
+            # SGLang's schedulers answer the first, which may be in a sync or compile kernels.
+            info, model_info = (self._described(path, within) for path in ("/server_info", "/model_info"))
             self._limits = ServerLimits.of(info, model_info)
         return self._limits
 
-    def _server_fields(self) -> frozenset[str]:
+    def _server_fields(self, within: _Time) -> frozenset[str]:
         if self._described_fields is None:
-            schemas = self.http.get("/openapi.json", timeout_s=HEALTH_TIMEOUT_S)["components"]["schemas"]
+            schemas = self._described("/openapi.json", within)["components"]["schemas"]
             self._described_fields = frozenset(schemas["GenerateReqInput"]["properties"])
         return self._described_fields
+
+    def _described(self, path: str, within: _Time) -> Any:
+        """Ask the server what it is, within the time of the call that needs it."""
+        if within.timeout_s is None:
+            return self.http.get(path, timeout_s=_DESCRIPTION_S)
+        return self.http.get(path, timeout_s=within.timeout_s, began=within.began)
 
     @contextmanager
     def _counted(self, loop: asyncio.AbstractEventLoop | None = None) -> Iterator[None]:
@@ -244,12 +271,12 @@ class Client(OfOneProcess):
         return Health.READY if self.http.is_listening(timeout_s=HEALTH_TIMEOUT_S) else Health.DEAD
 
 
-def _check_options(stream: object, on_error: object, timeout_s: object) -> float | None:
+def _check_options(stream: object, on_error: object, timeout_s: object) -> _Time:
     if not isinstance(on_error, str) or on_error not in ("raise", "return"):
         raise ConfigError(f"on_error is {shown(on_error)}", hint='"raise" or "return"')
     if on_error == "return" and stream:
         raise ConfigError('on_error="return" with stream=True', hint="a stream raises its error where it ends")
-    return None if timeout_s is None else check_timeout(timeout_s)
+    return _Time.of(timeout_s)
 
 
 async def _nothing() -> AsyncIterator[Any]:

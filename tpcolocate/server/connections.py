@@ -181,13 +181,19 @@ class Connections:
         return _Pool(url.host, url.port, maxsize=_MAX_IDLE, look=self._look)
 
     @contextmanager
-    def slot(self, path: str, timeout_s: float | None) -> Iterator[float | None]:
-        """Wait for the right to a connection, and yield the time that is left."""
+    def slot(self, path: str, timeout_s: float | None, *, began: float) -> Iterator[float | None]:
+        """Wait for the right to a connection, and yield the time that is left.
+
+        Args:
+            path: Of the endpoint.
+            timeout_s: From `began` on, in seconds; None for no limit.
+            began: In `time.monotonic` time.
+        """
         if path != "/generate":
-            yield timeout_s
+            yield _left(timeout_s, began)
             return
-        connections, began = self._mine(), time.monotonic()
-        if not connections.slots.acquire(timeout=timeout_s):
+        connections = self._mine()
+        if not connections.slots.acquire(timeout=_left(timeout_s, began)):
             raise _no_connection(path, timeout_s, connections.most)
         try:
             yield _left(timeout_s, began)
@@ -195,11 +201,11 @@ class Connections:
             connections.slots.release()
 
     @asynccontextmanager
-    async def slot_async(self, path: str, timeout_s: float | None) -> AsyncIterator[float | None]:
+    async def slot_async(self, path: str, timeout_s: float | None, *, began: float) -> AsyncIterator[float | None]:
         """`slot` on the running event loop."""
-        slots, began = (await self.of_loop()).slots, time.monotonic()
+        slots = (await self.of_loop()).slots
         try:
-            async with asyncio.timeout(timeout_s):  # wait_for of Python 3.11 may lose a cancellation
+            async with asyncio.timeout(_left(timeout_s, began)):  # wait_for of Python 3.11 may lose a cancellation
                 await slots.acquire()
         except TimeoutError:
             raise _no_connection(path, timeout_s, self._mine().most) from None

@@ -108,15 +108,20 @@ class ServerClient:
         """Whether a process of the server is stopped, by SIGSTOP or a debugger; found without a request."""
         return self.evidence is not None and bool(self.evidence.stopped())
 
-    def get(self, path: str, *, timeout_s: float) -> Any:
+    def get(self, path: str, *, timeout_s: float, began: float | None = None) -> Any:
         """GET a JSON answer.
+
+        Args:
+            path: Of the endpoint.
+            timeout_s: In seconds.
+            began: When that time began, in `time.monotonic` time: of a call that makes several requests.  Default: now.
 
         Raises:
             RequestError: The server answered with an error status.
             EngineDeadError: It could not be reached, or closed the connection without an answer.
             DeadlineError: It did not answer within `timeout_s`.
         """
-        return self._exchange("GET", path, None, timeout_s=timeout_s)
+        return self._exchange("GET", path, None, timeout_s=timeout_s, began=began)
 
     def post(
         self,
@@ -124,6 +129,7 @@ class ServerClient:
         body: Mapping[str, Any] | None = None,
         *,
         timeout_s: float | None,
+        began: float | None = None,
         params: Mapping[str, Any] | None = None,
         sent: Callable[[], None] | None = None,
     ) -> Any:
@@ -133,12 +139,15 @@ class ServerClient:
             path: Of the endpoint.
             body: Its fields.
             timeout_s: In seconds; None waits as long as the server is up.
+            began: As for `get`.
             params: Of the query.
             sent: Called once the whole request has left, before the answer is awaited.
         """
         if self.check is not None:
             self.check(path, {**({} if body is None else body), **({} if params is None else params)})
-        return self._exchange("POST", path, {} if body is None else body, timeout_s=timeout_s, params=params, sent=sent)
+        return self._exchange(
+            "POST", path, {} if body is None else body, timeout_s=timeout_s, began=began, params=params, sent=sent
+        )
 
     def _exchange(
         self,
@@ -147,12 +156,14 @@ class ServerClient:
         body: Mapping[str, Any] | None,
         *,
         timeout_s: float | None,
+        began: float | None = None,
         params: Mapping[str, Any] | None = None,
         sent: Callable[[], None] | None = None,
     ) -> Any:
         target = f"{path}?{urlencode(params)}" if params else path
         data = None if body is None else encode(body)
-        with self._connections.slot(path, timeout_s) as left_s, self._errors(path, timeout_s):
+        began = time.monotonic() if began is None else began
+        with self._connections.slot(path, timeout_s, began=began) as left_s, self._errors(path, timeout_s, began=began):
             response = self._send(method, target, data, left_s, whole=True, sent=sent)
         return self._answer(path, response.status, response.reason, response.data)
 
@@ -182,10 +193,16 @@ class ServerClient:
             preload_content=whole,
         )
 
-    async def post_async(self, path: str, body: Mapping[str, Any], *, timeout_s: float | None) -> Any:
+    async def post_async(
+        self, path: str, body: Mapping[str, Any], *, timeout_s: float | None, began: float | None = None
+    ) -> Any:
         """`post` on the running event loop."""
         content = encode(body)
-        async with self._connections.slot_async(path, timeout_s) as left_s, self._errors_async(path, timeout_s):
+        began = time.monotonic() if began is None else began
+        async with (
+            self._connections.slot_async(path, timeout_s, began=began) as left_s,
+            self._errors_async(path, timeout_s, began=began),
+        ):
             sent = self._send_async(path, content, left_s)
             response = await (self._while_up(sent) if timeout_s is None else sent)
         return self._answer(path, response.status_code, response.reason_phrase, response.content)
@@ -215,7 +232,7 @@ class ServerClient:
 
     def stream(self, path: str, body: Mapping[str, Any], *, timeout_s: float | None) -> Iterator[Any]:
         """POST and yield each server-sent JSON event; `timeout_s` bounds the wait for each."""
-        with self._connections.slot(path, timeout_s), self._errors(path, timeout_s, of_event=True):
+        with self._connections.slot(path, timeout_s, began=time.monotonic()), self._errors(path, timeout_s, began=None):
             response = self._send("POST", path, encode(body), timeout_s, whole=False)
             ended = nullcontext() if timeout_s is not None else _ended_if_down(self._look, response.shutdown)
             try:
@@ -236,8 +253,8 @@ class ServerClient:
         """`stream` on the running event loop."""
         content = encode(body)
         async with (
-            self._connections.slot_async(path, timeout_s),
-            self._errors_async(path, timeout_s, of_event=True),
+            self._connections.slot_async(path, timeout_s, began=time.monotonic()),
+            self._errors_async(path, timeout_s, began=None),
         ):
             of_loop = await self._connections.of_loop()
             request = of_loop.client.build_request("POST", path, content=content, timeout=_timeout(timeout_s))
@@ -302,22 +319,21 @@ class ServerClient:
             raise self._dead(f"the server does not answer: twice nothing within {_LOOK_TIMEOUT_S:g} s", found)
 
     @contextmanager
-    def _errors(self, path: str, timeout_s: float | None, *, of_event: bool = False) -> Iterator[None]:
-        began = time.monotonic()
+    def _errors(self, path: str, timeout_s: float | None, *, began: float | None) -> Iterator[None]:
+        """Raise this library's errors; `began` is None where the time is that of each event."""
         try:
             with _caught(path, timeout_s):
                 yield
         except _Failure as failure:
-            raise self._explained(failure, _looks_until(None if of_event else began, timeout_s)) from failure.__cause__
+            raise self._explained(failure, _looks_until(began, timeout_s)) from failure.__cause__
 
     @asynccontextmanager
-    async def _errors_async(self, path: str, timeout_s: float | None, *, of_event: bool = False) -> AsyncIterator[None]:
-        began = time.monotonic()
+    async def _errors_async(self, path: str, timeout_s: float | None, *, began: float | None) -> AsyncIterator[None]:
         try:
             with _caught(path, timeout_s):
                 yield
         except _Failure as failure:
-            deadline = _looks_until(None if of_event else began, timeout_s)
+            deadline = _looks_until(began, timeout_s)
             # In a thread: to look at the server takes seconds, in which the loop's other requests go on.
             raise await asyncio.to_thread(self._explained, failure, deadline) from failure.__cause__
 
