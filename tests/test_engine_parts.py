@@ -409,6 +409,18 @@ def test_adapters_are_replaced_counted_and_removed(launch):
         launch().set_lora_from_tensors("a", adapter, config)
 
 
+def test_an_adapter_that_is_not_finite_is_served_with_a_warning_that_names_its_weights(launch, caplog):
+    adapter, config = tensors("o_proj"), {**CONFIG, "target_modules": ["o_proj"]}
+    engine = launch(enable_lora=True)
+    engine.set_lora_from_tensors("a", adapter, config)
+    assert caplog.text == ""
+    name = next(iter(adapter))
+    adapter[name][0, 0] = float("nan")
+    engine.set_lora_from_tensors("a", adapter, config)
+    assert f"adapter 'a' is served, and 1 weight is NaN or infinite in part: {name}" in caplog.text
+    assert asked(engine)[-2:] == [UNLOAD, LOAD]
+
+
 def test_health(launch):
     engine = launch()
     http = engine._client

@@ -17,6 +17,7 @@ from tpcolocate.errors import ConfigError, EngineStateError
 from tpcolocate.server.api import ServerApi
 from tpcolocate.weights.lora import Adapter, adapter_of, check_adapter, check_served, layers_with
 from tpcolocate.weights.sources.named_weights import Source
+from tpcolocate.weights.sources.nonfinite import find_nonfinite, nonfinite_text
 from tpcolocate.weights.sources.peft_merge import applied_adapters
 from tpcolocate.weights.sync.replicas import compare_adapters
 
@@ -107,13 +108,17 @@ class LoraAdapters:
             full = adapter.gathered(keep=context.owned is not None)
         tp_size = len(context.group)
 
-        def act(owned: OwnedServer) -> None:
+        def act(owned: OwnedServer) -> list[str]:
+            nonfinite = find_nonfinite(full)
             owned.api.unload_lora(name, missing_ok=True, timeout_s=timeout_s)
             owned.api.load_lora(name, full, adapter.config_for_server, tp_size=tp_size, timeout_s=timeout_s)
+            return nonfinite
 
         def replace() -> None:
             self._forget(name)
-            context.on_owner(f"load LoRA adapter {name!r}", act, timeout_s=2 * timeout_s)
+            nonfinite = context.on_owner(f"load LoRA adapter {name!r}", act, timeout_s=2 * timeout_s)
+            if nonfinite:
+                logger.warning("adapter %r is served, and %s", name, nonfinite_text(nonfinite))
             self._names = (*self._names, name)
             if context.owned is not None:
                 self._loaded[name] = (dict(full), dict(adapter.config_for_server))

@@ -501,6 +501,8 @@ class Engine(OfOneProcess):
     ) -> None:
         """Serve the LoRA adapter of a PEFT model under a name, in place of one of that name.
 
+        Weights that are NaN or infinite are served, and named in a warning.
+
         Collective: over the slice; for sharded weights also over their mesh, and with several slices of tp_size > 1
         over all of them: call it on every training rank.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from tpcolocate.errors import WeightsMismatchError, some
@@ -36,6 +38,11 @@ def refuse_nonfinite(items: Items) -> None:
         raise nonfinite_error(found)
 
 
+def find_nonfinite(tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """Return the names of full tensors that hold a NaN or an infinite number.  Waits for their device."""
+    return [name for name, is_good in zip(tensors, are_finite(list(tensors.values()))) if not is_good]
+
+
 def nonfinite_text(names: list[str]) -> str:
     """Describe weights that are not finite."""
     weights = "1 weight is" if len(names) == 1 else f"{len(names)} weights are"
@@ -61,4 +68,4 @@ def _sources(item: Item) -> list[torch.Tensor]:
     return []
 
 
-__all__ = ["nonfinite_error", "nonfinite_text", "refuse_nonfinite"]
+__all__ = ["find_nonfinite", "nonfinite_error", "nonfinite_text", "refuse_nonfinite"]
