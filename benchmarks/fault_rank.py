@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from gpu_kernels import WITHOUT_COMPILER
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # run from a checkout, installed or not
 
@@ -48,12 +49,9 @@ class Target:
 
 TARGETS = {
     "cpu": Target("float32", 1e-3),
-    # Kernels that need no compiler on the machine, and memory for several jobs on one GPU.  SGLang's norms have no float32 there.
-    "cuda": Target("bfloat16", 0.3, {
-        "attention_backend": "triton", "sampling_backend": "pytorch", "grammar_backend": "none", "disable_cuda_graph": True,
-        "mem_fraction_static": 0.5, "skip_server_warmup": True,
-    }),
-}  # fmt: skip
+    # Memory for several jobs on one GPU.  SGLang's norms have no float32 there.
+    "cuda": Target("bfloat16", 0.3, {**WITHOUT_COMPILER, "mem_fraction_static": 0.5}),
+}
 ARGS = {"context_length": 256, "max_total_tokens": 2048, "max_running_requests": 8}
 PROMPTS = [[5, 6, 7], [100, 200, 300, 400], [17], [9, 8, 7, 6, 5, 4, 3, 2]]
 GREEDY = {"temperature": 0, "max_new_tokens": 8}

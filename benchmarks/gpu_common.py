@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import urllib3
+from gpu_kernels import WITHOUT_COMPILER
 from served import gather_all
 from trainers import full, inner, place_in_mesh, with_adapter
 
@@ -49,11 +50,10 @@ SMALL: dict[str, Any] = {
 }  # fmt: skip
 DTYPE = torch.bfloat16
 PROMPTS = [[5, 6, 7, 100, 200], [100, 200, 300, 400]]
-SERVER: dict[str, Any] = {
-    "attention_backend": "triton", "sampling_backend": "pytorch", "grammar_backend": "none", "disable_cuda_graph": True,
-    "mem_fraction_static": 0.8, "max_total_tokens": 32768, "skip_tokenizer_init": True, "skip_server_warmup": True, "context_length": 1024,
+SERVER: dict[str, Any] = WITHOUT_COMPILER | {
+    "mem_fraction_static": 0.8, "max_total_tokens": 32768, "skip_tokenizer_init": True, "context_length": 1024,
 }  # fmt: skip
-"""Kernels that need no compiler on the machine, no tokenizer, and a bound on the tokens that leaves memory for a trainer."""
+"""No tokenizer, and a bound on the tokens that leaves memory for a trainer."""
 FOR_EXPERTS: dict[str, Any] = {"enforce_disable_flashinfer_allreduce_fusion": True}
 """SGLang 0.5.17 would compile FlashInfer's fused all-reduce for minutes."""
 DUMMY: dict[str, Any] = {"load_format": "dummy"}

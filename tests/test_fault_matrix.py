@@ -3,6 +3,7 @@
 import importlib
 import os
 import signal
+import subprocess
 import sys
 import time
 from functools import reduce
@@ -18,6 +19,7 @@ import fault_job
 import fault_matrix
 import fault_rank
 import fault_runner
+import gpu_kernels
 import soak
 from fault_cells import Cell
 
@@ -244,3 +246,16 @@ def test_a_short_soak(tiny_model_dir, no_leftovers):
     assert found.problems == [] and soak.too_much(found.growth) == []
     assert found.faults == [cell.name for cell in cells]
     assert found.num_syncs == 2 * (len(cells) + 1) and found.num_answers > 0
+
+
+@pytest.mark.quick
+def test_the_kernels_of_the_gpu_jobs_are_those_of_the_benchmarks_and_cost_no_import():
+    texts = [path.read_text() for path in Path(fault_rank.__file__).parent.glob("*.py")]
+    assert sum('"attention_backend": "triton"' in text for text in texts) == 1
+    assert fault_rank.TARGETS["cuda"].server.items() >= gpu_kernels.WITHOUT_COMPILER.items()
+    code = "import sys, fault_rank; print({'torch', 'transformers', 'tpcolocate'} & set(sys.modules))"
+    folder = str(Path(fault_rank.__file__).parent)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout == "set()\n"
