@@ -1,6 +1,10 @@
 """How large a bucket may be, and when rising memory is reported."""
 
 import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +22,15 @@ pytestmark = [pytest.mark.quick, pytest.mark.timeout(60)]
 CPU = torch.device("cpu")
 MIB = 2**20
 GIB = 2**30
+SHARE = """
+import torch
+from tpcolocate import errors, ipc_payload
+try:
+    print(ipc_payload.allocate(64, torch.device("cpu")).numel())
+except errors.ConfigError as error:
+    assert "torch_shm_manager does not start" in error.message and "TMPDIR" in error.hint
+    print("ConfigError", error.hint.partition("which has ")[2].partition(":")[0])
+"""
 
 
 @pytest.mark.parametrize("limit, free, largest, copies, expected", [
@@ -66,6 +79,28 @@ def test_full_shared_memory_is_an_error_with_what_to_do_and_another_problem_is_t
     monkeypatch.setattr(torch.UntypedStorage, "_new_using_filename_cpu", refusing("Too many open files (24)"))
     with pytest.raises(RuntimeError, match="Too many open files"):
         ipc_payload.allocate(64, cpu)
+
+
+@pytest.fixture
+def short_folder():
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        yield Path(folder)
+
+
+def test_a_temporary_folder_with_a_path_too_long_for_torch_is_an_error_that_says_so(short_folder):
+    """In a process that has not shared memory before; the path of a socket has at most 107 characters."""
+    for length, expected in ((73, "64"), (74, "ConfigError 74 characters, may have at most 73")):
+        folder = short_folder / "x".ljust(length - len(str(short_folder)) - 1, "x")
+        folder.mkdir()
+        done = subprocess.run(
+            [sys.executable, "-c", SHARE],
+            env={**os.environ, "TMPDIR": str(folder)},
+            capture_output=True,
+            text=True,
+            timeout=50,
+            check=True,
+        )
+        assert done.stdout.strip() == expected, done.stdout + done.stderr
 
 
 def test_sizes_below_a_mebibyte_are_not_shown_as_none():

@@ -53,6 +53,10 @@ SHARED_MEMORY_HINT = (
     "before sync_weights() remove from /dev/shm what is left there (ls -l /dev/shm), or make it larger: --shm-size of docker "
     "run, or mount -o remount,size=8G /dev/shm"
 )
+_MANAGER = "torch_shm_manager"
+# Where it looks for a folder, in this order (c10/util/tempfile.cpp), and how long the path may be for its socket in there.
+_TEMPORARY = ("TMPDIR", "TMP", "TEMP", "TEMPDIR")
+_MOST_FOLDER = 107 - len("/torch-shm-dir-XXXXXX/manager.sock")
 _CUDA_COUNTER_HEADER_BYTES = 64
 _POLL_INTERVAL_S = 0.0005
 _EMPTY = torch.empty(0, dtype=torch.uint8, device="cpu")
@@ -101,7 +105,7 @@ def allocate(num_bytes: int, device: torch.device) -> torch.Tensor:
     is a shared-memory file of its own.
 
     Raises:
-        ConfigError: /dev/shm is full.
+        ConfigError: /dev/shm is full, or the path of the temporary folder is too long for torch.
         RuntimeError: Another reason, in torch's words.
     """
     if device.type == "cpu":
@@ -116,7 +120,7 @@ def allocate(num_bytes: int, device: torch.device) -> torch.Tensor:
 
 @contextlib.contextmanager
 def _shared_memory(num_bytes: int) -> Iterator[None]:
-    """Have torch make a file of shared memory; raise ConfigError if there is no space for it, and leave none behind."""
+    """Have torch make a file of shared memory; raise ConfigError if there cannot be one, and leave none behind."""
     try:
         yield
     except RuntimeError as error:
@@ -124,6 +128,15 @@ def _shared_memory(num_bytes: int) -> Iterator[None]:
         # torch makes the file before it takes the space, and leaves it (2.13, MapAllocator.cpp).
         if (made := re.search(rf"torch_{os.getpid()}_\d+_\d+", text)) is not None:
             (_SHM / made[0]).unlink(missing_ok=True)
+        if _MANAGER in text:  # a process of torch's, which it starts with the first file
+            folder = next((value for name in _TEMPORARY if (value := os.environ.get(name))), "/tmp")
+            reason = text.splitlines()[0].rpartition(": ")[2]
+            raise ConfigError(
+                f"torch cannot share memory of the CPU: its {_MANAGER} does not start in {folder}: {reason}",
+                hint=f"it has a socket there, so the path, which has {len(os.fsencode(folder))} characters, may have at most "
+                f'{_MOST_FOLDER}: os.environ["TMPDIR"] = "/tmp" before the sync, or another short path of a folder that can be '
+                "written to",
+            ) from error
         if os.strerror(errno.ENOSPC) not in text:
             raise
         raise ConfigError(

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 
 from tpcolocate import ipc_payload
-from tpcolocate.errors import DeadlineError, SyncError, TpColocateError
+from tpcolocate.errors import ConfigError, DeadlineError, SyncError, TpColocateError
 from tpcolocate.in_server.tpcolocate_receiver.protocol import Addressed, Probe
 from tpcolocate.weights.sync.records import Opened
 from tpcolocate.weights.sync.session import SyncSession
@@ -74,8 +74,10 @@ def _probe(session: SyncSession, sender: BucketSender) -> str | None:
             commands = sender.commands(flat, _PREFLIGHT, Probe)
     except (TpColocateError, RuntimeError) as caught:
         error = caught  # an export that fails is an answer, not an accident
+    # What a user can mend is not: files would meet it too.
+    refused = error if isinstance(error, ConfigError) else None
     of_ranks = session.agree(
-        None, (commands, None if error is None else str(error)), what="make the preflight's handles"
+        refused, (commands, None if error is None else str(error)), what="make the preflight's handles"
     )
     failed = next((text for _, text in of_ranks if text is not None), None)
     if failed is not None:
