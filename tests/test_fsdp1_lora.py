@@ -1,16 +1,28 @@
-"""LoRA adapters of FSDP1 trainers: served beside the base model, not merged."""
+"""LoRA adapters of sharded trainers: of FSDP1 served beside the base model, not merged; of FSDP2 with servers of one rank."""
 
 import copy
+import time
+from types import SimpleNamespace
 
 import peft
 import pytest
 import torch
 from harness import run_ranks
+from test_engine_parts import Http, Sync
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
+from tpcolocate.agreement import RankGroup
+from tpcolocate.engine.adapters import LoraAdapters
+from tpcolocate.engine.client import Client
+from tpcolocate.engine.context import OwnedServer, ServerLink, SliceContext
 from tpcolocate.errors import ConfigError
+from tpcolocate.groups import Host, Member
+from tpcolocate.server.api import ServerApi
+from tpcolocate.server.lifecycle import Lifecycle, State
 from tpcolocate.weights.lora import adapter_of, check_adapter
 from tpcolocate.weights.sources.lazy_tensor import full_tensor
 from tpcolocate.weights.sources.named_weights import NamedWeights
@@ -64,10 +76,49 @@ def case(use_orig_params):
     return served, refusal, sorted(base) == sorted(expected) and all(torch.equal(base[n], expected[n]) for n in base)
 
 
-def both(rank):
-    return [case(True), case(False)]
+def served_by_one_rank(rank):
+    """Each rank has a server, here a stand-in; what they have in common is the mesh."""
+    lifecycle, http = Lifecycle(State()), Http(enable_lora=True)
+    owned = OwnedServer.of(SimpleNamespace(), ServerApi(http), lifecycle)
+    group = RankGroup([Member(rank, 1, 1, Host.here(), 1, 0)], rank=rank, group=None, timeout_s=20)
+    link = ServerLink(Client("http://somewhere"), Sync(owned), owned, "0.5.21", lambda: None)
+    adapters = LoraAdapters(SliceContext(group, None, rank, lifecycle, link))
+    model = adapted()
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in model.base_model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    good = {"name": "policy", "model": model, "adapter_name": None, "timeout_s": 10}
+    cases = [(1, {"name": ""}), (0, {"adapter_name": "other"}), (1, {"timeout_s": -1})]
+    found = []
+    for bad_rank, changes in cases:
+        began = time.monotonic()
+        try:
+            adapters.load_from(**{**good, **(changes if rank == bad_rank else {})})
+        except ConfigError as error:
+            found.append((error.rank, error.message, time.monotonic() - began < 10))
+    adapters.load_from(**good)
+    return found, http.paths
 
 
-def test_an_adapter_is_served_but_not_merged():
+def all_cases(rank):
+    return [case(True), case(False), served_by_one_rank(rank)]
+
+
+@pytest.fixture(scope="module")
+def found():
+    return run_ranks(all_cases, 2)
+
+
+def test_an_adapter_is_served_but_not_merged(found):
     refusal = "LoRA adapters of a trainer that FSDP1 or DeepSpeed ZeRO-3 shards are not merged"
-    assert run_ranks(both, 2) == [[(True, refusal, True)] * 2] * 2
+    assert [of_rank[:2] for of_rank in found] == [[(True, refusal, True)] * 2] * 2
+
+
+def test_a_rank_with_a_server_of_its_own_that_cannot_set_a_sharded_adapter_is_an_error_on_all(found):
+    """They waited in the gather, to its deadline."""
+    (first, asked), other = found[0][2], found[1][2]
+    assert (first, asked) == other and asked == ["unload_lora_adapter", "load_lora_adapter_from_tensors"]
+    assert [(rank, is_soon) for rank, _, is_soon in first] == [(1, True), (0, True), (1, True)]
+    words = ["needs a name", "no adapter named 'other'", "timeout_s must be"]
+    assert all(word in message for word, (_, message, _) in zip(words, first, strict=True)), first

@@ -537,7 +537,8 @@ class Engine(OfOneProcess):
             timeout_s: As `set_lora`.
         """
         self._restart_if_dead("load a LoRA adapter")
-        self._adapters.load(name, lambda: make_adapter(tensors, config), timeout_s=timeout_s)
+        values = tensors.values() if isinstance(tensors, Mapping) else ()
+        self._adapters.load(name, lambda: make_adapter(tensors, config), values, timeout_s=timeout_s)
 
     def unload_lora(self, name: str, *, timeout_s: float = 120.0) -> None:
         """Remove a LoRA adapter, once the requests that use it are done.

@@ -8,17 +8,75 @@ from __future__ import annotations
 
 import pickle
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
+from tpcolocate.agreement import ErrorReport, raise_first
 from tpcolocate.deadline import Deadline
 from tpcolocate.errors import DeadlineError
 
 T = TypeVar("T")
+
+
+@contextmanager
+def together(tensors: Iterable[object], *, rank: int, timeout_s: float) -> Iterator[None]:
+    """Run a block on every rank of the meshes of these tensors, and raise its first error on all of them.
+
+    For calls that gather sharded tensors where no group of this library's spans the ranks that do, as with slices of one rank:
+    a rank that fails before the gather would leave the others in it.
+
+    Collective: over the groups among which the DTensors here are sharded.  There are none of other tensors.
+
+    Args:
+        tensors: Of the same source on every rank; what else is among them does not count.
+        rank: This global rank.
+        timeout_s: How long to wait for the others, in seconds.
+
+    Raises:
+        TpColocateError: The first error of any rank, on all of them.
+        DeadlineError: A rank did not come.
+    """
+    error: BaseException | None = None
+    try:
+        yield
+    except BaseException as caught:
+        error = caught
+    reports = [] if error is None else [ErrorReport.of(error, rank)]
+    deadline = Deadline.after(timeout_s)
+    try:
+        for group, device in _groups_of(tensors).items():
+            of_ranks = Mesh(device, deadline).all_gather_objects(group, reports)
+            reports = list({report.rank: report for of_rank in of_ranks for report in of_rank}.values())
+    except DeadlineError as late:
+        if error is None:
+            raise
+        error.add_note(f"(not reported to the other ranks: {late.message})")
+        raise error from None
+    raise_first(reports, error, rank=rank)
+
+
+def _groups_of(tensors: Iterable[object]) -> dict[dist.ProcessGroup, torch.device]:
+    """Return the groups among which tensors are sharded, in order of first use, and where their collectives run."""
+    found: dict[dist.ProcessGroup, torch.device] = {}
+    for tensor in tensors:
+        if isinstance(tensor, DTensor):
+            mesh = tensor.device_mesh
+            is_on_cpu = mesh.device_type == "cpu"
+            device = (
+                torch.device("cpu")
+                if is_on_cpu
+                else torch.device(mesh.device_type, torch.get_device_module(mesh.device_type).current_device())
+            )
+            for axis, placement in enumerate(tensor.placements):
+                if not placement.is_replicate():
+                    found.setdefault(mesh.get_group(axis), device)
+    return found
 
 
 class Mesh:
@@ -122,4 +180,4 @@ class Mesh:
             ) from error
 
 
-__all__ = ["Mesh"]
+__all__ = ["Mesh", "together"]
