@@ -11,6 +11,7 @@ import time
 from dataclasses import dataclass
 from types import SimpleNamespace
 
+import peft
 import pytest
 import torch
 from test_api import BEGIN, END, FLUSH, GO_ON, PAUSE, RELEASE, RESUME, VERSION, Captured, refused
@@ -419,6 +420,25 @@ def test_an_adapter_that_is_not_finite_is_served_with_a_warning_that_names_its_w
     engine.set_lora_from_tensors("a", adapter, config)
     assert f"adapter 'a' is served, and 1 weight is NaN or infinite in part: {name}" in caplog.text
     assert asked(engine)[-2:] == [UNLOAD, LOAD]
+
+
+def with_adapter(fill):
+    module = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    model = peft.get_peft_model(module, peft.LoraConfig(r=2, target_modules=["0"]))
+    torch.nn.init.constant_(model.base_model.model[0].lora_B["default"].weight, fill)
+    return model
+
+
+def test_an_adapter_that_is_in_the_weights_is_not_served_unless_it_added_nothing(launch):
+    engine = launch(enable_lora=True)
+    model = with_adapter(0.0)
+    engine.sync_weights(model)
+    engine.set_lora("policy", model)
+    torch.nn.init.ones_(model.base_model.model[0].lora_B["default"].weight)
+    engine.set_lora("policy", model)
+    assert "counts it twice" in engine.sync_weights(model).warnings[0]
+    with pytest.raises(ConfigError, match="would count twice"):
+        engine.set_lora("policy", model)
 
 
 def test_health(launch):

@@ -145,6 +145,7 @@ def test_active_adapters_are_merged_and_merged_ones_not_merged_again(prepare):
 def test_the_adapters_that_are_in_the_weights_are_known():
     model = adapted(lora())
     model.add_adapter("other", lora(target_modules=["q"]))
+    randomise(model)
     [first, *_] = [layer for layer in model.modules() if isinstance(layer, peft.tuners.lora.LoraLayer)]
     assert applied_adapters(model) == {"default": first}
     model.base_model.set_adapter(["default", "other"])
@@ -155,6 +156,26 @@ def test_the_adapters_that_are_in_the_weights_are_known():
     model.merge_adapter()
     assert applied_adapters(model) == {"other": first}
     assert applied_adapters(Model()) == {}
+
+
+def test_adapters_that_add_nothing_are_not_in_the_weights():
+    """As before the first training step; then they may be served beside them."""
+    model = adapted(lora(target_modules=["q", "o", "embed"]))
+    layers = [layer for layer in model.modules() if isinstance(layer, peft.tuners.lora.LoraLayer)]
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name or "lora_embedding_B" in name:
+                parameter.zero_()
+        assert applied_adapters(model) == {}
+        factors = [layer.lora_embedding_B if layer.lora_embedding_B else layer.lora_B for layer in layers]
+        for layer, factor in zip(layers, factors, strict=True):
+            b = factor["default"]
+            b = getattr(b, "weight", b)
+            b.view(-1)[-1] = 1e-9
+            assert applied_adapters(model) == {"default": layer}
+            b.zero_()
+    model.merge_adapter()
+    assert applied_adapters(model) == {"default": layers[0]}, "whatever was merged then"
 
 
 def test_disabled_adapters_are_not_merged():

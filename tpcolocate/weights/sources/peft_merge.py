@@ -29,6 +29,7 @@ from tpcolocate.weights.sources.lazy_tensor import (
     full_bytes,
     full_tensor,
     is_collective,
+    local_of,
     reading_bytes,
 )
 from tpcolocate.weights.sources.low_rank import LowRankSums, Term
@@ -430,7 +431,10 @@ def is_merging(module: nn.Module) -> bool:
 
 
 def applied_adapters(module: nn.Module) -> dict[str, nn.Module]:
-    """Return the LoRA adapters that are in the weights of a module as a sync sends them: name -> a layer that has it."""
+    """Return the LoRA adapters that are in the weights of a module as a sync sends them: name -> a layer that has it.
+
+    Not those of which all that this rank holds adds nothing, as before the first training step.  Waits for the device.
+    """
     if "peft" not in sys.modules:
         return {}
     from peft.tuners.lora import LoraLayer
@@ -440,9 +444,16 @@ def applied_adapters(module: nn.Module) -> dict[str, nn.Module]:
         if isinstance(layer, LoraLayer):
             active = [] if _is_disabled(layer) else layer.active_adapters
             for name in layer.merged_adapters if layer.merged else active:
-                if name in layer.r:
-                    found.setdefault(name, layer)
+                # What peft has merged may have been another adapter then; of the others one layer is looked at as a rule.
+                if name in layer.r and name not in found and (layer.merged or _adds(layer, name)):
+                    found[name] = layer
     return found
+
+
+def _adds(layer: Any, name: str) -> bool:
+    """Return whether a layer's factor B has a number other than zero in what this rank holds of it."""
+    b = layer.lora_embedding_B[name] if name in layer.lora_embedding_B else layer.lora_B[name].weight
+    return bool(local_of(b).detach().any())
 
 
 __all__ = ["applied_adapters", "check_adapters", "inner_model", "is_merging", "merged"]
