@@ -549,7 +549,8 @@ class Launch:
             owner_pid=pid,
             owner_started=started,
             shows_start=self.tp_slice.slice_index == 0,
-            working_directory=request.working_directory,
+            # No paths are in one that was removed meanwhile, and no process can start there.
+            working_directory=folder if (folder := request.working_directory) and os.path.isdir(folder) else None,
         )
 
     def _announcement(self, running: RunningServer) -> rendezvous.Announcement:
