@@ -434,6 +434,14 @@ def test_fields_that_this_server_ignores_are_refused():
     assert body(known=FIELDS, limits=limits, return_routed_experts=False, priority=None)
 
 
+def test_fields_that_nothing_in_a_release_reads_are_refused(tmp_path):
+    limits = limits_of(tmp_path, {}, version="0.5.21")
+    text = refusal(known=FIELDS, limits=limits, return_entropy=True)
+    assert "return_entropy is given, and this server would ignore it\n  -> leave it out" in text and "0.5.21" in text
+    assert body(known=FIELDS, limits=limits, return_entropy=False)
+    assert body(known=FIELDS, limits=limits_of(tmp_path, {}, version="0.5.99"), return_entropy=True)
+
+
 def test_sessions_and_logit_processors_are_taken():
     session = {"id": "a", "rid": None, "offset": -1, "replace": False}
     assert body(session_params=session)["session_params"] == session
@@ -594,11 +602,9 @@ def test_limits_come_from_the_server_and_its_models_configuration(tmp_path):
         not limits_of(tmp_path, text, enable_lora=None).has_lora
         and limits_of(tmp_path, text, enable_lora=True).has_lora
     )
-    assert (
-        not limits_of(tmp_path, text).ignored and not limits_of(tmp_path, text, enable_priority_scheduling=True).ignored
-    )
+    assert not NEEDED.keys() & limits_of(tmp_path, text, enable_priority_scheduling=True).ignored
     found = limits_of(tmp_path, text, enable_deterministic_inference=False, enable_priority_scheduling=False)
-    assert found.ignored == {"sampling_seed", "priority"}
+    assert NEEDED.keys() & found.ignored == {"sampling_seed", "priority"}
     (tmp_path / "config.json").write_text("{")
     assert ServerLimits.of({"model_path": str(tmp_path)}, {}).vocab_size is None
 

@@ -23,7 +23,14 @@ from packaging.version import Version
 import tpcolocate
 from tpcolocate.in_server import tpcolocate_receiver
 from tpcolocate.server.installed import Installed
-from tpcolocate.server.releases import ENDPOINTS, EXACT_UNPICKLER, HEALTH_RUNS_RELEASED, RENAMED, release
+from tpcolocate.server.releases import (
+    ENDPOINTS,
+    EXACT_UNPICKLER,
+    HEALTH_RUNS_RELEASED,
+    IGNORED_FIELDS,
+    RENAMED,
+    release,
+)
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -166,6 +173,17 @@ def test_a_draft_model_is_not_updated_where_the_table_has_a_field_for_it(version
 def test_health_runs_while_memory_is_released_as_in_the_table(version):
     found = answer(version, "health_while_released")
     assert found == {"handled": True, "guarded": Version(version) not in HEALTH_RUNS_RELEASED}
+
+
+@every_release
+def test_the_fields_of_generate_that_are_ignored_are_read_nowhere(version):
+    """Beyond the request's own classes, which copy them."""
+    sources = list((folder_of(version) / "sglang" / "srt").rglob("*.py"))
+    assert sources
+    texts = {path: path.read_text(errors="replace") for path in sources}
+    for name, span in IGNORED_FIELDS.items():
+        named = [path.name for path, text in texts.items() if name in text]
+        assert set(named).issubset(["io_struct.py"]) == (Version(version) in span), named
 
 
 # --- requests ---------------------------------------------------------------------------------------------------------

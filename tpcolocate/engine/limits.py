@@ -12,6 +12,7 @@ from typing import Any
 from packaging.version import InvalidVersion, Version
 
 from tpcolocate.errors import ConfigError
+from tpcolocate.server.releases import IGNORED_FIELDS
 from tpcolocate.weights.sources.model_spec import local_folder
 
 # Where the configurations of models with several parts keep the language model's.
@@ -38,7 +39,7 @@ class ServerLimits:
         has_lora: Whether adapters can be served.
         has_tokenizer: Whether it takes texts, and looks for some in answers.
         generates: Whether its model does; one for embeddings, rewards or classification does not.
-        ignored: Of `NEEDED`, what the server ignores.
+        ignored: Of `NEEDED` and `IGNORED_FIELDS`, what the server ignores.
         media: Kinds of input beside text that the model takes, of ``image``, ``video`` and ``audio``; None if it is not known.
         without_embedding: Finds texts that the tokenizer makes tokens outside of the vocabulary from; None: none are known.
     """
@@ -68,8 +69,10 @@ class ServerLimits:
         lengths = [length for length in (context, longest) if length is not None and not shortens]
         config, media = _model_config(info), _media(model_info)
         vocab_size = _integer(_find(config, "vocab_size"))
+        ignored = {name for name, argument in NEEDED.items() if info.get(argument) is False}
         try:
             version = Version(str(info.get("version")))
+            ignored |= {name for name, span in IGNORED_FIELDS.items() if version in span}
         except InvalidVersion:
             version = None
         return cls(
@@ -81,7 +84,7 @@ class ServerLimits:
             has_lora=bool(info.get("enable_lora", True)) or bool(info.get("lora_paths")),
             has_tokenizer=not info.get("skip_tokenizer_init"),
             generates=model_info.get("is_generation") is not False,
-            ignored=frozenset(name for name, argument in NEEDED.items() if info.get(argument) is False),
+            ignored=frozenset(ignored),
             media=media,
             # A model with several parts may have embeddings of its own for such tokens.
             without_embedding=None
@@ -100,9 +103,12 @@ class ServerLimits:
             ConfigError: It does.
         """
         if name in self.ignored:
+            needed = NEEDED.get(name)
             raise ConfigError(
                 f"{what} is given, and this server would ignore it",
-                hint=f"launch({NEEDED[name]}=True), or leave it out",
+                hint=f"leave it out: nothing in SGLang {self.version} reads it"
+                if needed is None
+                else f"launch({needed}=True), or leave it out",
             )
 
     def check_tokenizer(self, what: str, *, instead: str) -> None:

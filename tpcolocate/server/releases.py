@@ -136,6 +136,9 @@ HEALTH_RUNS_RELEASED = Span("0.5.10")
 """Releases whose ``/health`` runs a forward even while memory is released, which crashes the server.  So the health of a
 sleeping server is never requested."""
 
+IGNORED_FIELDS: Mapping[str, Span] = {"return_entropy": Span(until="0.5.24")}
+"""Fields of ``/generate`` that nothing in these releases reads, if they have them.  Of newer ones it is not established."""
+
 SERVER_INFO = (
     "version", "weight_version", "enable_memory_saver", "enable_weights_cpu_backup", "speculative_algorithm", "enable_lora",
     "max_lora_rank", "lora_target_modules", "max_loaded_loras", "lora_paths",
@@ -298,6 +301,7 @@ def other_spelling(name: str, known: Mapping[str, Any]) -> str | None:
 
 
 __all__ = [
+    "IGNORED_FIELDS",
     "ENDPOINTS",
     "EXACT_UNPICKLER",
     "HEALTH_RUNS_RELEASED",
