@@ -18,7 +18,7 @@ from test_api import BEGIN, END, FLUSH, GO_ON, PAUSE, RELEASE, RESUME, VERSION, 
 from test_lora import CONFIG, tensors
 
 from tpcolocate.agreement import RankGroup
-from tpcolocate.engine import life
+from tpcolocate.engine import adapters, life
 from tpcolocate.engine.client import Client, Health
 from tpcolocate.engine.context import OwnedServer, ServerLink, SliceContext
 from tpcolocate.engine.engine import Engine
@@ -439,6 +439,16 @@ def test_an_adapter_that_is_in_the_weights_is_not_served_unless_it_added_nothing
     assert "counts it twice" in engine.sync_weights(model).warnings[0]
     with pytest.raises(ConfigError, match="would count twice"):
         engine.set_lora("policy", model)
+
+
+def test_a_sync_to_a_server_without_adapters_does_not_look_for_them(launch, monkeypatch):
+    """That is a walk through all modules, in every sync of a script that has imported peft."""
+    engine, looked = launch(enable_lora=True), []
+    monkeypatch.setattr(adapters, "applied_adapters", lambda source: looked.append(source) or {})
+    engine.sync_weights(torch.nn.Linear(1, 1))
+    engine._context.server = dataclasses.replace(engine._context.server, serves_adapters=False)
+    engine.sync_weights(torch.nn.Linear(1, 1))
+    assert len(looked) == 1
 
 
 def test_health(launch):

@@ -157,7 +157,13 @@ def test_a_client_does_not_take_a_stopped_server_for_dead():
     with socket.create_server(("127.0.0.1", 0)) as silent, tpcolocate.init(1, device="cpu") as colo:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
         running = SimpleNamespace(
-            url=url, api_key="key", state=State(), spec=None, weight_version="0", sglang_version="0"
+            url=url,
+            api_key="key",
+            state=State(),
+            spec=None,
+            weight_version="0",
+            sglang_version="0",
+            serves_adapters=False,
         )
         link = colo._connect(launch, running, None, None, None).link
         began = time.monotonic()

@@ -268,6 +268,7 @@ class RunningServer:
     state: State
     spec: ModelSpec | None
     weight_version: str
+    serves_adapters: bool
 
 
 class Launch:
@@ -587,6 +588,7 @@ class Launch:
             state=_initial_state(info, self.tp_slice.device.type),
             spec=read_spec(self.request.model_path),
             weight_version=str(info.get("weight_version", "default")),
+            serves_adapters=bool(info.get("enable_lora")) or bool(info.get("lora_paths")),
         )
 
 

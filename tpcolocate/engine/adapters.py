@@ -64,6 +64,8 @@ class LoraAdapters:
 
     def note_synced(self, source: Source, *, partial: bool) -> str | None:
         """Note which adapters a sync has merged into the engine's weights; return a warning if one is served as well."""
+        if not self._context.server.serves_adapters:
+            return None  # a walk through all modules is saved
         applied = applied_adapters(source) if isinstance(source, nn.Module) else {}
         found = {name: weakref.ref(layer) for name, layer in applied.items()}
         self._merged = {**self._merged, **found} if partial else found

@@ -66,6 +66,7 @@ class ServerLink:
         owned: The server; None on clients.
         sglang_version: As the server reports it.
         release: Removes what else is left of the server, once it is gone.
+        serves_adapters: Whether it was started for LoRA.
     """
 
     client: Client
@@ -73,6 +74,7 @@ class ServerLink:
     owned: OwnedServer | None
     sglang_version: str
     release: Callable[[], None]
+    serves_adapters: bool = True
 
     def disconnect(self, *, timeout_s: float = SERVER_ENDS_S) -> None:
         """Close the connections to a server that has ended, or is about to, and take back what it did not release.
