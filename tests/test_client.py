@@ -4,11 +4,16 @@ import asyncio
 import contextlib
 import json
 import time
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from test_http import Handler, Server
 
+import tpcolocate
+from tpcolocate import launch, rendezvous
 from tpcolocate.engine.client import Client
 from tpcolocate.errors import ConfigError, DeadlineError, EngineStateError, RequestError
 
@@ -112,6 +117,28 @@ def test_the_first_call_asks_what_the_server_is_within_its_own_time(server, clie
     assert time.monotonic() - began < 1.6 and asked(server) == []
     server.delay_s = 0.0
     assert generate(client, "a", new_field=5, timeout_s=10.0) == {"of": "a"}
+
+
+def test_a_process_with_another_cache_of_the_hub_has_the_limits_of_the_model_that_the_owner_found(
+    server, monkeypatch, tmp_path
+):
+    folder, server.model_path = server.model_path, "organisation/not-here"
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": [{"id": 100, "content": "[PAD]"}]}))
+    group = SimpleNamespace(ranks=(0,), rank=0, timeout_s=5.0)
+    tp_slice = launch.TpSlice(group, 0, torch.device("cpu"), (), False, "job", 0)
+    request = launch.LaunchRequest(server.model_path, {}, {}, "1-ab")
+    monkeypatch.setattr(launch, "local_folder", lambda path: Path(folder), raising=False)
+    announcement = launch.Launch(tp_slice, request, health_timeout_s=5.0)._announcement(
+        SimpleNamespace(url=server.url, api_key="key")
+    )
+    read = rendezvous.parse(json.dumps(asdict(announcement)))
+    monkeypatch.setattr(rendezvous, "discover", lambda job: [(tmp_path / "announcement.json", read)])
+    with contextlib.closing(tpcolocate.connect("job")) as client:
+        with pytest.raises(ConfigError, match="outside of the vocabulary of 100"):
+            client.generate([100])
+        with pytest.raises(ConfigError, match="PAD"):
+            client.generate("a [PAD]")
+        assert client.generate([99]) == {"of": [99]}
 
 
 @every_entry

@@ -20,7 +20,7 @@ from tpcolocate.processes import start_of, this_process
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(60)]
 
 PID, STARTED = this_process()
-OURS = rendezvous.Announcement("http://127.0.0.1:1", "key", "job7", 1, (2, 3), PID, STARTED, "nonce1", "/log")
+OURS = rendezvous.Announcement("http://127.0.0.1:1", "key", "job7", 1, (2, 3), PID, STARTED, "nonce1", "/log", "/model")
 as_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
 
 

@@ -30,7 +30,7 @@ from tpcolocate.server.installed import find_installed
 from tpcolocate.server.lifecycle import State, WeightsState
 from tpcolocate.server.process import ServerProcess, ServerSpec
 from tpcolocate.weights.sources.checkpoint import saved_version
-from tpcolocate.weights.sources.model_spec import ModelSpec, check_not_quantised, read_spec
+from tpcolocate.weights.sources.model_spec import ModelSpec, check_not_quantised, local_folder, read_spec
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -566,6 +566,8 @@ class Launch:
             started=started,
             nonce=self.request.nonce,
             log_path="" if self._runtime is None else str(self._runtime.log_path),
+            model_folder=_folder_of(self.request.model_path),
+            tokenizer_folder=_folder_of(self.request.arguments.get("tokenizer_path")),
         )
 
     # --- clients -------------------------------------------------------------------------------------------------
@@ -590,6 +592,12 @@ class Launch:
             weight_version=str(info.get("weight_version", "default")),
             serves_adapters=bool(info.get("enable_lora")) or bool(info.get("lora_paths")),
         )
+
+
+def _folder_of(path: object) -> str:
+    """Return the absolute path of what is on this machine of a folder or hub id; an empty text if there is nothing."""
+    folder = local_folder(path) if isinstance(path, str) else None
+    return "" if folder is None else str(folder.absolute())
 
 
 def _initial_state(info: Mapping[str, Any], device_type: str) -> State:

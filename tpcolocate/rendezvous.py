@@ -45,6 +45,9 @@ class Announcement:
         started: Its start in clock ticks since boot, see `start_of`.
         nonce: Identity of the launch.
         log_path: The server's log.
+        model_folder: Where the owner has the served model on this machine, such as in its cache of the Hugging Face hub, which
+            need not be that of other processes; empty if it is not on it.
+        tokenizer_folder: Likewise of its tokenizer, if that is another one.
     """
 
     url: str
@@ -56,6 +59,8 @@ class Announcement:
     started: int
     nonce: str
     log_path: str = ""
+    model_folder: str = ""
+    tokenizer_folder: str = ""
 
     def writer_is_running(self) -> bool:
         return start_of(self.pid) == self.started
@@ -156,8 +161,10 @@ def parse(text: str) -> Announcement:
     for number in (found.pid, found.started, found.slice_index, *found.slice_ranks):
         if type(number) is not int or not 0 <= number < 2**63:
             raise TypeError("pid, started, slice_index or slice_ranks are not numbers")
-    if not isinstance(found.log_path, str) or "\0" in found.log_path:
-        raise TypeError("log_path is not a path")
+    for name in ("log_path", "model_folder", "tokenizer_folder"):
+        value = getattr(found, name)
+        if not isinstance(value, str) or "\0" in value:
+            raise TypeError(f"{name} is not a path")
     address = urlsplit(found.url)
     if address.scheme != "http" or not address.hostname or not address.port:
         raise ValueError("url is not the address of a server")

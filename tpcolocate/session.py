@@ -29,6 +29,7 @@ from tpcolocate.deadline import check_timeout
 from tpcolocate.engine.client import Client
 from tpcolocate.engine.context import OwnedServer, ServerLink, SliceContext
 from tpcolocate.engine.engine import Engine
+from tpcolocate.engine.limits import ModelFolders
 from tpcolocate.errors import ConfigError, RendezvousError, TpColocateError, noted_on, shown
 from tpcolocate.groups import Host, Member, error_fields, exchange, list_ranks, make_group, share_outcome
 from tpcolocate.in_server.tpcolocate_receiver import kernels
@@ -543,7 +544,11 @@ def connect(job: str | None = None, *, slice_index: int | None = None) -> Client
             hint=f"see the output of process {announcement.pid} of that job, and start the job again if it has ended",
             url=announcement.url,
         )
-    client = Client(announcement.url, api_key=announcement.api_key)
+    client = Client(
+        announcement.url,
+        api_key=announcement.api_key,
+        folders=ModelFolders(announcement.model_folder, announcement.tokenizer_folder),
+    )
     client.http.evidence = Evidence(Path(announcement.log_path), path.with_name("processes.json"))
     return client
 

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from tpcolocate.deadline import check_timeout
-from tpcolocate.engine.limits import ServerLimits
+from tpcolocate.engine.limits import ModelFolders, ServerLimits
 from tpcolocate.engine.requests import KNOWN_FIELDS, GenerateCall, check_call
 from tpcolocate.engine.values import Array
 from tpcolocate.errors import ConfigError, TpColocateError, shown
@@ -87,17 +87,26 @@ class Client(OfOneProcess):
         url: Base URL of the server.
         api_key: Its key.
         check: Called before each request, and again once it is counted; raises if none may be made.
+        folders: Of the model, if they are not to be looked for.
 
     Attributes:
         http: For endpoints that have no method here.
         num_in_flight: Requests of this client that are not finished.
     """
 
-    def __init__(self, url: str, *, api_key: str | None = None, check: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        api_key: str | None = None,
+        check: Callable[[], None] = lambda: None,
+        folders: ModelFolders = ModelFolders(),  # noqa: B008  (frozen)
+    ) -> None:
         self.url = url
         self.api_key = api_key
         self.http = ServerClient(url, api_key=api_key)
         self._check = check
+        self._folders = folders
         # Without a lock, which the handler of a signal or a forked process might meet while it is held.
         self._in_flight: set[_InFlight] = set()
         self._described_fields: frozenset[str] | None = None
@@ -233,7 +242,7 @@ class Client(OfOneProcess):
         if self._limits is None:
             # SGLang's schedulers answer the first, which may be in a sync or compile kernels.
             info, model_info = (self._described(path, within) for path in ("/server_info", "/model_info"))
-            self._limits = ServerLimits.of(info, model_info)
+            self._limits = ServerLimits.of(info, model_info, self._folders)
         return self._limits
 
     def _server_fields(self, within: _Time) -> frozenset[str]:

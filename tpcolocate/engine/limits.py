@@ -27,6 +27,19 @@ NEEDED = {
 
 
 @dataclass(frozen=True, slots=True)
+class ModelFolders:
+    """Where a served model is on this machine, as its owner has found it.
+
+    Attributes:
+        model: Of its configuration; empty to look for it.
+        tokenizer: Of its tokenizer, if that is elsewhere; likewise.
+    """
+
+    model: str = ""
+    tokenizer: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class ServerLimits:
     """What a server can take.
 
@@ -57,17 +70,24 @@ class ServerLimits:
     without_embedding: re.Pattern[str] | None = None
 
     @classmethod
-    def of(cls, info: Mapping[str, Any], model_info: Mapping[str, Any]) -> ServerLimits:
+    def of(
+        cls,
+        info: Mapping[str, Any],
+        model_info: Mapping[str, Any],
+        folders: ModelFolders = ModelFolders(),  # noqa: B008  (frozen)
+    ) -> ServerLimits:
         """Read them from what a server reports of itself, and from its model's configuration.
 
         Args:
             info: Of ``/server_info``.
             model_info: Of ``/model_info``.
+            folders: Of the model.
         """
         shortens = bool(info.get("allow_auto_truncate"))
         context, longest = _integer(info.get("context_length")), _integer(info.get("max_req_input_len"))
         lengths = [length for length in (context, longest) if length is not None and not shortens]
-        config, media = _model_config(info), _media(model_info)
+        folder = _folder(folders.model, info.get("model_path"))
+        config, media = _model_config(folder, info), _media(model_info)
         vocab_size = _integer(_find(config, "vocab_size"))
         ignored = {name for name, argument in NEEDED.items() if info.get(argument) is False}
         try:
@@ -89,7 +109,7 @@ class ServerLimits:
             # A model with several parts may have embeddings of its own for such tokens.
             without_embedding=None
             if vocab_size is None or media or any(name in config for name in _PARTS)
-            else _without_embedding(str(info.get("tokenizer_path") or info.get("model_path")), vocab_size),
+            else _without_embedding(_tokenizer_folder(info, folders, folder), vocab_size),
         )
 
     def check_used(self, name: str, what: str) -> None:
@@ -141,8 +161,17 @@ def _media(model_info: Mapping[str, Any]) -> frozenset[str] | None:
     return frozenset((["image", "video"] if images else []) + (["audio"] if audio else []))
 
 
-def _model_config(info: Mapping[str, Any]) -> dict[str, Any]:
-    folder = local_folder(str(info.get("model_path")))
+def _folder(found: str, path: object) -> Path | None:
+    """Return the folder of a model or tokenizer: as the owner has found it, or by the path that the server reports."""
+    return Path(found) if found and Path(found).is_dir() else local_folder(str(path))
+
+
+def _tokenizer_folder(info: Mapping[str, Any], folders: ModelFolders, of_model: Path | None) -> Path | None:
+    path = info.get("tokenizer_path")
+    return of_model if not path or path == info.get("model_path") else _folder(folders.tokenizer, path)
+
+
+def _model_config(folder: Path | None, info: Mapping[str, Any]) -> dict[str, Any]:
     if folder is None:
         return {}
     try:
@@ -153,9 +182,8 @@ def _model_config(info: Mapping[str, Any]) -> dict[str, Any]:
     return {**config, **overrides} if isinstance(config, dict) and isinstance(overrides, dict) else {}
 
 
-def _without_embedding(tokenizer_path: str, vocab_size: int) -> re.Pattern[str] | None:
+def _without_embedding(folder: Path | None, vocab_size: int) -> re.Pattern[str] | None:
     """Return what finds tokens that were added to a tokenizer, such as one for padding, without resizing the model."""
-    folder = local_folder(tokenizer_path)
     texts = []
     for added in [] if folder is None else _added_tokens(folder):
         number, text = added.get("id"), added.get("content")
@@ -188,4 +216,4 @@ def _parts(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     yield config
 
 
-__all__ = ["NEEDED", "ServerLimits"]
+__all__ = ["NEEDED", "ModelFolders", "ServerLimits"]
