@@ -337,3 +337,27 @@ def test_connect_says_what_runs_instead_of_what_it_looks_for(announced):
     announced("b", 0, nonce="judge")
     text = refusal("b", slice_index=0)
     assert "this slice has launched several: tpcolocate.Client(engine.url, api_key=engine.api_key)" in text
+
+
+def left_by_one(rank):
+    import torch.distributed as dist
+
+    began, found = time.monotonic(), []
+    try:
+        with tpcolocate.init(2, device="cpu", timeout_s=TIMEOUT_S) as colo:
+            if rank == 1:
+                raise ValueError("caught below")
+            colo._slice.all_gather(None, what="sync weights")
+    except (ValueError, errors.RankLostError) as error:
+        found.append((type(error).__name__, str(error), time.monotonic() - began < TIMEOUT_S / 2))
+    dist.barrier()  # both live on
+    for call in (lambda: colo._slice.all_gather(None, what="sync weights"), lambda: colo.launch("model")):
+        with pytest.raises(errors.ConfigError, match=r"after close\(\)"):
+            call()
+    return found
+
+
+def test_a_rank_that_leaves_by_an_error_and_lives_on_is_not_waited_for():
+    [(kind, text, soon)], other = run_ranks(left_by_one, 2)
+    assert (kind, soon) == ("RankLostError", True) and "left `with init():` by an error" in text
+    assert other == [("ValueError", "caught below", True)]

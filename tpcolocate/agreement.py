@@ -92,6 +92,7 @@ class RankGroup:
         self._call_lock = threading.Lock()
         self._current_call = ""
         self._place = _Place()
+        self._is_closed = False
         self._rounds = None if group is None else Rounds(self.members, rank=rank, group=group)
         # torch sorts the ranks of a group and returns results in that order
         self._positions = [sorted(self.ranks).index(r) for r in self.ranks]
@@ -103,6 +104,14 @@ class RankGroup:
         """Use another process group of the same ranks from now on, on every rank, after this one has failed."""
         self.group = group
         self._rounds = Rounds(self.members, rank=self.rank, group=group)
+
+    def close(self) -> None:
+        """Close this rank's connections, so that the others do not wait for it; where an operation of it is pending, they stay.
+
+        Not collective.  Of later calls here those that have an error raise it.
+        """
+        self._is_closed = len(self) > 1
+        self.group = self._rounds = None
 
     @property
     def has_shared_error(self) -> bool:
@@ -170,6 +179,7 @@ class RankGroup:
             ConfigError: Another thread of this rank is in a collective call, or this is a forked process.
         """
         self._check_process(what)
+        self._check_not_closed(what)
         if self._rounds is None:
             return [value]
         # Unpickling is safe: only members of this group can have sent these bytes.
@@ -216,6 +226,10 @@ class RankGroup:
                 hint="make collective calls in the process that called init(); generate() may be called in any",
                 rank=self.rank,
             )
+
+    def _check_not_closed(self, what: str) -> None:
+        if self._is_closed:
+            raise ConfigError(f"cannot {what} after close()", hint="call init() again, on all ranks", rank=self.rank)
 
     def _exchange(self, data: bytes, call: Call, rounds: Rounds) -> list[bytes]:
         limit_s = math.inf if call.is_patient else call.deadline.timeout_s
@@ -281,6 +295,8 @@ class RankGroup:
             RankLostError, ConfigError: As `all_gather`.
         """
         self._check_process(what)
+        if error is None:
+            self._check_not_closed(what)
         self._place.has_shared_error = False
         report = None if error is None else ErrorReport.of(error, self.rank)
         try:

@@ -153,8 +153,8 @@ class Rounds:
                 f"{call.what}: lost contact with other ranks after {elapsed:.1f} s: {why}",
                 hint="the cause is the first error printed by another rank"
                 if exited
-                else "the connection to a rank was closed, or the store of the process group does not answer; see the "
-                "output of the other ranks",
+                else "a rank has called close(), or left `with init():` by an error that it has caught, or its connection was "
+                "lost, or the store of the process group does not answer; see the output of the other ranks",
                 rank=self._rank,
                 slice_ranks=self._ranks,
             ) from error

@@ -498,6 +498,9 @@ class Colocation(OfOneProcess):
                 with contextlib.suppress(ValueError):
                     dist.destroy_process_group(self._groups[-1])
             self._groups.pop()
+        for ranks in (self._slice, self._world):
+            if ranks is not None:
+                ranks.close()  # with the last reference to a group its connections close
         if problem is not None:
             raise problem
 
