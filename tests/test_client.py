@@ -132,7 +132,7 @@ def test_a_process_with_another_cache_of_the_hub_has_the_limits_of_the_model_tha
         SimpleNamespace(url=server.url, api_key="key")
     )
     read = rendezvous.parse(json.dumps(asdict(announcement)))
-    monkeypatch.setattr(rendezvous, "discover", lambda job: [(tmp_path / "announcement.json", read)])
+    monkeypatch.setattr(rendezvous, "discover", lambda: [(tmp_path / "announcement.json", read)])
     with contextlib.closing(tpcolocate.connect("job")) as client:
         with pytest.raises(ConfigError, match="outside of the vocabulary of 100"):
             client.generate([100])

@@ -174,8 +174,9 @@ def test_a_client_does_not_take_a_stopped_server_for_dead():
 def test_requests_know_of_a_pause_of_the_engine():
     launch = SimpleNamespace(evidence=lambda server: None, sync_folder=Path("/nowhere"))
     running = SimpleNamespace(
-        url="http://127.0.0.1:1", api_key="key", state=State(), spec=None, weight_version="0", sglang_version="0"
-    )
+        url="http://127.0.0.1:1", api_key="key", state=State(), spec=None, weight_version="0", sglang_version="0",
+        serves_adapters=False,
+    )  # fmt: skip
     with tpcolocate.init(1, device="cpu") as colo:
         started = colo._connect(launch, running, None, None, None)
         http = started.link.client.http
