@@ -60,6 +60,8 @@ def test_two_ranks_report_once():
 def test_hazards_of_one_environment_are_all_named(tmp_path):
     (tmp_path / "sglang").mkdir()
     (tmp_path / "sglang" / "__init__.py").touch()
+    deep = tmp_path / ("d" * 60)  # longer than the path of a socket can be
+    deep.mkdir()
     environ = {
         "WORLD_SIZE": "2",
         "CUDA_VISIBLE_DEVICES": "0,0",
@@ -67,7 +69,7 @@ def test_hazards_of_one_environment_are_all_named(tmp_path):
         "HTTP_PROXY": "http://user:secret@proxy:3128",
         "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
         "PYTHONPATH": str(tmp_path),
-        "TMPDIR": str(tmp_path),
+        "TMPDIR": str(deep),
     }
     ended = subprocess.Popen(["true"])
     ended.wait()
@@ -90,11 +92,12 @@ def test_hazards_of_one_environment_are_all_named(tmp_path):
     assert "none0" in problems["network"][0] and "none0" in problems["gloo"][0]
     assert str(tmp_path / "sglang") in problems["software"][0]
     assert "200 open files" in problems["limits"][0]
+    assert str(deep) in problems["handles"][0]
     assert "HTTP_PROXY" in warnings["network"][0]
     assert "PYTORCH_CUDA_ALLOC_CONF" in warnings["allocator"][0]
     assert str(folder) in warnings["leftovers"][0]
     assert "none0" in problems["slices"][0]  # what init() would raise
-    assert set(problems) == {"job", "devices", "network", "gloo", "software", "limits", "slices"}
+    assert set(problems) == {"job", "devices", "network", "gloo", "software", "limits", "handles", "slices"}
 
 
 def test_the_page_and_a_rank_that_does_not_come():
