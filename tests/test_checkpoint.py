@@ -95,7 +95,7 @@ def test_a_folder_that_is_not_empty_is_refused_and_unchanged(tmp_path):
         write(tmp_path / "x", {"a": torch.zeros(1)})
     assert load_file(tmp_path / "x" / "model.safetensors").keys() == before.keys()
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="is not empty"):
+    with pytest.raises(ConfigError, match="file is not a folder"):
         write(tmp_path / "file")
 
 

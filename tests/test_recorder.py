@@ -35,6 +35,16 @@ def test_spans_and_memory_are_recorded(tmp_path):
     assert recorder.recording == Recording(1, (1, 0))
 
 
+def test_a_file_that_is_no_whole_recording_is_named(tmp_path):
+    path = tmp_path / "1.json"
+    recording(0, ("sync", 1.0, 2.0)).save(path)
+    whole = path.read_text()
+    for text in (whole[:-9], "", "[]", "{}", '{"rank": 0}', whole.replace("begin", "start"), "\N{EURO SIGN}"):
+        path.write_text(text, encoding="cp1252")
+        with pytest.raises(ConfigError, match="1.json is not a whole recording"):
+            Recording.load(path)
+
+
 def test_spans_are_ranges_of_a_profile():
     with torch.profiler.profile() as profile, Recorder(COLO).span("train"):
         torch.ones(1)

@@ -15,6 +15,8 @@ import psutil
 import torch
 from torch.profiler import record_function
 
+from tpcolocate.errors import ConfigError
+
 _CLOCK = time.time() - time.monotonic()
 
 
@@ -90,14 +92,21 @@ class Recording:
 
         Raises:
             OSError: The file cannot be read.
+            ConfigError: It is no recording, or not the whole of one.
         """
-        values = json.loads(Path(path).read_text())
-        return cls(
-            rank=values["rank"],
-            slice_ranks=tuple(values["slice_ranks"]),
-            spans=tuple(Span(**each) for each in values["spans"]),
-            memory=tuple(Memory(**each) for each in values["memory"]),
-        )
+        try:
+            values = json.loads(Path(path).read_bytes())
+            return cls(
+                rank=values["rank"],
+                slice_ranks=tuple(values["slice_ranks"]),
+                spans=tuple(Span(**each) for each in values["spans"]),
+                memory=tuple(Memory(**each) for each in values["memory"]),
+            )
+        except (ValueError, LookupError, TypeError) as error:  # ValueError: neither text nor JSON
+            raise ConfigError(
+                f"{path} is not a whole recording: {type(error).__name__}: {error}",
+                hint="pass a file that Recording.save() has written to its end",
+            ) from error
 
 
 @dataclass(frozen=True, slots=True)

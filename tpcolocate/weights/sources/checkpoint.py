@@ -105,7 +105,7 @@ class CheckpointWriter:
         like: Folder of the served model; its configuration and tokenizer are copied, so that the result can be served.
 
     Raises:
-        ConfigError: The folder is not empty.
+        ConfigError: The folder is not empty, or it is no folder.
     """
 
     def __init__(
@@ -113,9 +113,8 @@ class CheckpointWriter:
     ) -> None:
         self.folder = Path(os.path.realpath(folder))  # the end of a link to an empty folder
         if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-            raise ConfigError(
-                f"{folder} exists and is not empty", hint="choose a new or empty folder for the checkpoint"
-            )
+            problem = "exists and is not empty" if self.folder.is_dir() else "is not a folder"
+            raise ConfigError(f"{folder} {problem}", hint="choose a new or empty folder for the checkpoint")
         self.weight_version = weight_version
         self._num_shards = num_shards
         self._file_of: dict[str, str] = {}
