@@ -18,7 +18,7 @@ SOAK_ARGS ?=
 
 help:
 	@echo 'make demo    GRPO on a real SGLang server, two training ranks, on the CPU; writes a plot to out/'
-	@echo 'make test    every test that this machine can run (without CUDA: all but those marked gpu), in two processes'
+	@echo 'make test    every test that this machine can run (without CUDA: all but those marked gpu), in three processes'
 	@echo 'make test-loaded  the same in one process, beside busy ones, two for each core'
 	@echo 'make quick   the tests that need no server and not long, in three processes: some of them wait; two minutes on two cores'
 	@echo 'make coverage   which lines of weights/ and of the receiver the quick tests run, in all of their processes'
@@ -44,7 +44,7 @@ demo: venv
 	$(BIN)/torchrun --standalone --nproc-per-node 2 examples/grpo.py $(DEMO_ARGS)
 
 test: venv
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 20 --durations-min 20 $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations 20 --durations-min 20 $(PYTEST_ARGS)
 
 test-loaded: venv
 	$(BIN)/python scripts/under_load.py $(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -87,6 +87,7 @@ def short_folder():
         yield Path(folder)
 
 
+@pytest.mark.slow
 def test_a_temporary_folder_with_a_path_too_long_for_torch_is_an_error_that_says_so(short_folder):
     """In a process that has not shared memory before; the path of a socket has at most 107 characters."""
     for length, expected in ((73, "64"), (74, "ConfigError 74 characters, may have at most 73")):
