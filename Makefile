@@ -20,7 +20,7 @@ help:
 	@echo 'make demo    GRPO on a real SGLang server, two training ranks, on the CPU; writes a plot to out/'
 	@echo 'make test    every test that this machine can run (without CUDA: all but those marked gpu), in three processes'
 	@echo 'make test-loaded  the same in one process, beside busy ones, two for each core'
-	@echo 'make quick   the tests that need no server and not long, in three processes: some of them wait; two minutes on two cores'
+	@echo 'make quick   the tests that need no server and not long, in three processes: some of them wait; two to three minutes on two cores'
 	@echo 'make coverage   which lines of weights/ and of the receiver the quick tests run, in all of their processes'
 	@echo 'make contracts  what we rely on in SGLang, asked of the code of its releases; fetches them, the newest too'
 	@echo 'make faults  every fault at every moment in every process; hours on two cores; FAULT_ARGS="--only idle/ --resume"'
