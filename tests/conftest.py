@@ -143,6 +143,13 @@ def _session_ground(request, tmp_path_factory):
         pytest.fail("the tests have left behind:\n" + "\n".join(found), pytrace=False)
 
 
+@pytest.fixture
+def short_path():
+    """A folder for sockets, whose paths may have 107 bytes: `tmp_path` grows with the number of pytest's session."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
 @pytest.fixture(autouse=True)
 def _clean_environment(_session_ground):
     """Give every test the session's environment, whatever the test before it or the import of a library has set."""

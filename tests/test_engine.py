@@ -1090,13 +1090,6 @@ def wait_until(condition, timeout_s=30.0):
     assert condition()
 
 
-@pytest.fixture
-def short_path():
-    """A folder for sockets, whose paths may have 107 bytes: `tmp_path` grows with the number of pytest's session."""
-    with tempfile.TemporaryDirectory() as folder:
-        yield Path(folder)
-
-
 def test_a_stopped_and_a_dead_process_and_a_dead_owner_are_reported_and_leave_nothing(
     tmp_path, no_leftovers, short_path
 ):

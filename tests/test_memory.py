@@ -3,8 +3,6 @@
 import os
 import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
 import pytest
 import torch
@@ -81,17 +79,11 @@ def test_full_shared_memory_is_an_error_with_what_to_do_and_another_problem_is_t
         ipc_payload.allocate(64, cpu)
 
 
-@pytest.fixture
-def short_folder():
-    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
-        yield Path(folder)
-
-
 @pytest.mark.slow
-def test_a_temporary_folder_with_a_path_too_long_for_torch_is_an_error_that_says_so(short_folder):
+def test_a_temporary_folder_with_a_path_too_long_for_torch_is_an_error_that_says_so(short_path):
     """In a process that has not shared memory before; the path of a socket has at most 107 characters."""
     for length, expected in ((73, "64"), (74, "ConfigError 74 characters, may have at most 73")):
-        folder = short_folder / "x".ljust(length - len(str(short_folder)) - 1, "x")
+        folder = short_path / "x".ljust(length - len(str(short_path)) - 1, "x")
         folder.mkdir()
         done = subprocess.run(
             [sys.executable, "-c", SHARE],
