@@ -8,7 +8,7 @@
 Each fault is drawn from the seed.  After it the ranks must have an error within their limits, the job must go on (a sync
 again, a relaunch in the same processes, or a new job where a rank is gone), and the engine must generate the trainer's own
 greedy tokens.  Nothing of a server may be left, and the ranks' memory, descriptors and files must not grow.  SIGTERM ends
-it after the faults in progress, with the record of what it has found.
+it after the faults in progress, with the record of what it has found.  SGLang 0.5.10 to 0.5.20 cannot sync beside rollouts.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import Any
 
 import fault_cells
@@ -32,6 +33,7 @@ import record
 from fault_cells import Cell
 from fault_job import ROOT, SHM, Job
 from fault_runner import Attempt, Runner, sync_and_check
+from packaging.version import Version
 
 sys.path.append(str(ROOT / "tests"))  # the tiny model is the tests'
 
@@ -301,6 +303,9 @@ def main() -> int:
     parser.add_argument("--device", choices=fault_rank.TARGETS, default="cpu")
     parser.add_argument("--record", action="store_true", help="write the result under benchmarks/results")
     options = parser.parse_args()
+    installed = Version(version("sglang"))
+    if Version("0.5.10") <= installed < Version("0.5.21"):
+        parser.error(f"SGLang {installed} keeps its cache while requests wait: it cannot sync beside rollouts")
     from tiny_models import make_tiny_model
 
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # not past the clean-up

@@ -246,6 +246,26 @@ def test_the_remains_of_a_dead_owner_are_removed_and_nothing_else(left, folders)
     assert (shared / "someone's").exists() and (shared.parent / "sgl_shm_y").exists()
 
 
+def test_torchs_counts_of_handles_go_with_the_trainers_that_have_exited(left, folders):
+    make, start = left
+    owner, supervisor, server, other = (start() for _ in range(4))
+    made = make("1-a", owner=owner, supervisor=supervisor, server=server)
+    shared, _ = folders
+    counts = {f"torch_{child.pid}_1_0": child for child in (owner, other)}
+    entries = [{"file": name, "pid": child.pid, "started": start_of(child.pid)} for name, child in counts.items()]
+    entries += [{**entries[0], "file": file} for file in (f"torch_{other.pid}_2_0", 5, f"torch_{owner.pid}_\0", "sgl")]
+    entries += [{**entries[0], "started": None}, {"file": "torch_1_2_3"}, 5]
+    record = json.loads(made.processes.read_text())
+    made.processes.write_text(json.dumps(record | {"handle_counts": entries}))
+    for name in (*counts, f"torch_{other.pid}_2_0"):
+        (shared / name).touch()
+    for child in (owner, supervisor):
+        child.kill()
+        child.wait()
+    remove_remains()
+    assert {path.name for path in shared.iterdir()} == {f"torch_{other.pid}_1_0", f"torch_{other.pid}_2_0"}
+
+
 def test_an_owner_removes_what_its_killed_supervisor_has_left(left, folders):
     make, start = left
     supervisor, server, other = (start() for _ in range(3))

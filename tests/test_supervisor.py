@@ -4,6 +4,7 @@ The server is replaced by a script that leaves what SGLang leaves: a worker, an 
 a message queue named by pid, and a shared-memory file and semaphores that can only be found by their mappings.
 """
 
+import itertools
 import json
 import mmap
 import multiprocessing
@@ -13,6 +14,7 @@ import stat
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import psutil
@@ -104,6 +106,18 @@ print(supervisor.pid, flush=True)
 if sys.argv[3] == "forks" and os.fork() == 0:
     print(os.getpid(), flush=True)
 time.sleep(600)
+"""
+
+
+# A trainer with torch's counts of its CUDA-IPC handles, which it maps, and another container's for the same pid.
+TRAINER = """
+import mmap, os, sys
+counts = open(f"/dev/shm/torch_{os.getpid()}_1_0", "w+b")
+counts.truncate(4096)
+mapped = mmap.mmap(counts.fileno(), 4096)
+open(f"/dev/shm/torch_{os.getpid()}_2_0", "w").close()
+print(flush=True)
+sys.stdin.read()
 """
 
 
@@ -440,6 +454,34 @@ def test_the_log_of_a_killed_owners_server_goes_too(make):
     server.last_event()
     server.assert_gone(0)
     assert not server.logs.exists()
+
+
+def test_torchs_counts_of_handles_go_with_a_killed_trainer(make):
+    """Of one that lives they stay, as does a file of that name which the trainer does not map."""
+    with ExitStack() as stack:
+        owner, client, other = (
+            stack.enter_context(
+                subprocess.Popen([sys.executable, "-c", TRAINER], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            )
+            for _ in range(3)
+        )
+        for trainer in (owner, client, other):
+            stack.callback(trainer.kill)
+            trainer.stdout.readline()
+        files = {name: [Path(f"/dev/shm/torch_{t.pid}_{n}_0") for n in (1, 2)] for name, t in
+                 {"owner": owner, "client": client, "other": other}.items()}  # fmt: skip
+        for path in itertools.chain(*files.values()):
+            stack.callback(path.unlink, missing_ok=True)
+        trainers = [(trainer.pid, start_of(trainer.pid)) for trainer in (owner, client)]
+        server = make()
+        server.start(owner_pid=owner.pid, owner_started=start_of(owner.pid), trainers=trainers)
+        names = {entry["file"] for entry in json.loads(server.record.read_text())["handle_counts"]}
+        assert names == {files["owner"][0].name, files["client"][0].name}
+        owner.kill()
+        server.last_event()
+        server.assert_gone(0)
+        left = [path for path in itertools.chain(*files.values()) if path.exists()]
+        assert left == [files["owner"][1], *files["client"], *files["other"]]
 
 
 def test_another_try_keeps_the_files(make, tmp_path):

@@ -18,7 +18,7 @@ from tpcolocate.agreement import RankGroup
 from tpcolocate.checks import check_integer, check_path, check_text, check_type
 from tpcolocate.deadline import Deadline, check_timeout
 from tpcolocate.errors import ConfigError, DeadlineError, EngineError, RankFailedError, RankLostError, shown, some
-from tpcolocate.groups import list_ranks, make_group_over_file
+from tpcolocate.groups import Member, list_ranks, make_group_over_file
 from tpcolocate.processes import this_process
 from tpcolocate.runtime_folder import RuntimeFolder, folder_of, read_owner, remove_remains
 from tpcolocate.server.api import ServerApi
@@ -376,10 +376,14 @@ class Launch:
         grace_s = 0.0 if self.tp_slice.is_owner else _GRACE_S
         return self._deadline.left(at_least=_LEAST_S) + grace_s
 
-    def _exited(self) -> list[int]:
+    def _members_here(self) -> list[Member]:
+        """The ranks of the slice whose process ids are valid in this process."""
         members = self.tp_slice.group.members
         here = next((member.host for member in members if member.rank == self.tp_slice.group.rank), None)
-        return [m.rank for m in members if here is not None and m.host.sees(here) and not m.is_running()]
+        return [member for member in members if here is not None and member.host.sees(here)]
+
+    def _exited(self) -> list[int]:
+        return [member.rank for member in self._members_here() if not member.is_running()]
 
     def _check_left(self, cause: BaseException) -> None:
         """Raise why a rank has left the launch, if one has: the same on all others; or what was the cause on this one."""
@@ -549,6 +553,7 @@ class Launch:
             runtime=runtime,
             owner_pid=pid,
             owner_started=started,
+            trainers=tuple((member.pid, member.started) for member in self._members_here()),
             shows_start=self.tp_slice.slice_index == 0,
             # No paths are in one that was removed meanwhile, and no process can start there.
             working_directory=folder if (folder := request.working_directory) and os.path.isdir(folder) else None,

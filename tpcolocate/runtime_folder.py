@@ -224,7 +224,29 @@ def read_processes(path: Path) -> list[dict[str, Any]]:
 def _read_files(path: Path) -> list[str]:
     """Read the names of the files in /dev/shm that the processes of a record have made."""
     names = _read_json(path).get("files")
-    return [name for name in names if isinstance(name, str) and "\0" not in name] if isinstance(names, list) else []
+    if not isinstance(names, list):
+        return []
+    return [
+        name for name in names if isinstance(name, str) and name.startswith(_LEFTOVER_PREFIXES) and "\0" not in name
+    ]
+
+
+def _read_handle_counts(path: Path) -> list[str]:
+    """Read the names of the files in which torch counted the handles of trainers that have exited."""
+    entries = _read_json(path).get("handle_counts")
+    found = []
+    for entry in entries if isinstance(entries, list) else []:
+        with suppress(TypeError, KeyError):
+            name, pid, started = entry["file"], entry["pid"], entry["started"]
+            if (
+                isinstance(name, str)
+                and _are_numbers(pid, started)
+                and name.startswith(f"torch_{pid}_")
+                and "\0" not in name
+                and not _runs(entry)
+            ):
+                found.append(name)
+    return found
 
 
 def _are_numbers(*values: object) -> bool:
@@ -267,10 +289,11 @@ def remove_remains(*, timeout_s: float = _ENDS_S) -> None:
 
 
 def _remove_server(folder: Path) -> None:
-    """End the processes that a supervisor has recorded, and remove SGLang's files in /dev/shm."""
-    _end(read_processes(folder / "processes.json"))
-    for name in _read_files(folder / "processes.json"):
-        if name.startswith(_LEFTOVER_PREFIXES) and "/" not in name:
+    """End the processes that a supervisor has recorded, and remove SGLang's files in /dev/shm, and torch's of dead trainers."""
+    record = folder / "processes.json"
+    _end(read_processes(record))
+    for name in [*_read_files(record), *_read_handle_counts(record)]:
+        if "/" not in name:
             with suppress(OSError):  # it is gone, or another user's
                 (SHARED_MEMORY / name).unlink()
 

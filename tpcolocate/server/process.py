@@ -106,6 +106,8 @@ class ServerSpec:
         arguments: SGLang's, by name.
         runtime: The folders of the launch; the supervisor removes them.
         owner_pid: Process whose exit ends the server; with `owner_started`, see `start_of`.
+        trainers: Pid and start of each rank of the slice that this process sees; what torch leaves of one that is killed, the
+            supervisor removes.
         grace_s: Between SIGTERM and SIGKILL, in seconds.
         shows_start: Whether a line on the terminal shows how the start goes: one server of a job does.
         working_directory: Of the server; None: that of this process.
@@ -117,6 +119,7 @@ class ServerSpec:
     runtime: RuntimeFolder
     owner_pid: int
     owner_started: int
+    trainers: tuple[tuple[int, int], ...] = ()
     grace_s: float = 15.0
     shows_start: bool = True
     working_directory: str | None = None
@@ -322,6 +325,7 @@ class ServerProcess:
             "record": str(runtime.processes),
             "owner_pid": spec.owner_pid,
             "owner_started": spec.owner_started,
+            "trainers": spec.trainers,
             "nonce": runtime.nonce,
             "unlink": [
                 str(runtime.shared),

@@ -29,6 +29,7 @@ import ctypes
 import fcntl
 import json
 import os
+import re
 import select
 import shutil
 import signal
@@ -38,7 +39,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -58,6 +59,9 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _NOTICED_PREFIXES = ("sgl_shm_", "sglang_", "sem.mp-", "sem.loky-")
 _LEFTOVER_PREFIXES = (*_NOTICED_PREFIXES, "psm_")
 _SHM = "/dev/shm/"
+# Where torch counts the CUDA-IPC handles that a process has sent.  Its exit removes the file, but not its end by a signal,
+# as by torchrun when another rank has failed.
+_HANDLE_COUNTS = re.compile(r"torch_(?P<pid>\d+)_\d+_\d+")
 # SGLang's processes set their titles to this and their role, once they have imported what they need.
 _TITLE = "sglang::"
 # Between scans of the process tree, which read all of /proc; and after a file was made in /dev/shm, of which only a live
@@ -152,14 +156,8 @@ def shm_files(pids: Iterable[int], since: float) -> set[str]:
             share /dev/shm and have their own pids.
     """
     pids = set(pids)
-    mapped = set()
-    for pid in pids:
-        try:
-            with open(f"/proc/{pid}/maps", "rb") as maps:  # paths need not be text
-                # By inode: a semaphore is mapped under a temporary name, before it gets its own.
-                mapped |= {int(line.split(maxsplit=5)[4]) for line in maps if _SHM.encode() in line}
-        except OSError:
-            continue  # exited meanwhile
+    # By inode: a semaphore is mapped under a temporary name, before it gets its own.
+    mapped = set().union(*map(_mapped, pids))
     found = set()
     with os.scandir(_SHM) as entries:
         for entry in entries:
@@ -168,6 +166,34 @@ def shm_files(pids: Iterable[int], since: float) -> set[str]:
             if entry.inode() in mapped or (is_named and int(parts[-2]) in pids and _is_made_since(entry, since)):
                 found.add(entry.name)
     return {name for name in found if name.startswith(_LEFTOVER_PREFIXES)}
+
+
+def handle_counts(pids: Collection[int]) -> dict[str, int]:
+    """Return torch's files in /dev/shm in which these processes count handles, each with its process.
+
+    Only a live process shows that a file is its own, since it maps it: other containers may share /dev/shm, and have the
+    same pids.
+    """
+    of_pid: dict[int, dict[str, int]] = {}
+    with os.scandir(_SHM) as entries:
+        for entry in entries:
+            match = _HANDLE_COUNTS.fullmatch(entry.name)
+            if match is not None and int(match["pid"]) in pids:
+                of_pid.setdefault(int(match["pid"]), {})[entry.name] = entry.inode()
+    found: dict[str, int] = {}
+    for pid, inodes in of_pid.items():
+        mapped = _mapped(pid)
+        found |= {name: pid for name, inode in inodes.items() if inode in mapped}
+    return found
+
+
+def _mapped(pid: int) -> set[int]:
+    """Return the inodes of what a process maps of /dev/shm."""
+    try:
+        with open(f"/proc/{pid}/maps", "rb") as maps:  # paths need not be text
+            return {int(line.split(maxsplit=5)[4]) for line in maps if _SHM.encode() in line}
+    except OSError:
+        return set()  # it has exited, or is another user's
 
 
 def _is_made_since(entry: os.DirEntry[str], since: float) -> bool:
@@ -264,9 +290,12 @@ class Tree:
         server: Its main process.
         record: File that names the processes, for errors that name a stopped one, and for the next launch if this process is
             killed; None for none.
+        trainers: Pid and start of each rank of the slice, whose counts of handles are removed at the end if it is gone.
     """
 
-    def __init__(self, server: subprocess.Popen[bytes], record: str | None = None) -> None:
+    def __init__(
+        self, server: subprocess.Popen[bytes], record: str | None = None, trainers: Mapping[int, int] | None = None
+    ) -> None:
         self.server = server
         self.pids: set[int] = {server.pid}
         self.files: set[str] = set()
@@ -275,6 +304,8 @@ class Tree:
         """By the last scan."""
         self._record = record
         self._recorded: object = None
+        self._trainers = dict(trainers or {})
+        self._counts: dict[str, int] = {}
         self._began = time.time() - _JUST_BEGUN_S
         self.scan()
 
@@ -284,8 +315,19 @@ class Tree:
         self.pids.update(process.pid for process in alive)
         self.files |= shm_files((process.pid for process in alive), self._began)
         self._seen = alive
+        self._note_handle_counts()
         self._write_record([entry for process in alive if (entry := self._describe(process.pid)) is not None])
         return alive
+
+    def _note_handle_counts(self) -> None:
+        alive = {pid for pid, started in self._trainers.items() if is_running(pid, started)}
+        # Tensors that are shared on a CPU have such names for a moment.
+        self._counts = {name: pid for name, pid in self._counts.items() if pid not in alive} | handle_counts(alive)
+
+    def _remove_handle_counts(self) -> None:
+        for name, pid in self._counts.items():
+            if not is_running(pid, self._trainers[pid]):
+                _unlink(_SHM + name)
 
     def look_for_titles(self) -> bool:
         """Watch processes that have got their titles since the last scan, if the server may be starting.  Return whether it may.
@@ -316,6 +358,9 @@ class Tree:
             "supervisor": {"name": "supervisor", "pid": os.getpid(), "started": own.started if own is not None else 0},
             "processes": processes,
             "files": sorted(self.files),
+            "handle_counts": [
+                {"file": name, "pid": pid, "started": self._trainers[pid]} for name, pid in sorted(self._counts.items())
+            ],
         }
         if self._record is None or content == self._recorded:
             return
@@ -361,10 +406,8 @@ class Tree:
         # The whole tree has exited: a pid that exists now belongs to another process.
         gone = {pid for pid in self.pids if not psutil.pid_exists(pid)}
         for name in self.files | shm_files(gone, self._began):
-            try:
-                os.unlink(_SHM + name)
-            except OSError:
-                pass  # it is gone, or another user's
+            _unlink(_SHM + name)
+        self._remove_handle_counts()
         return forced
 
     def _ends_after(self, signum: signal.Signals, wait_s: float) -> bool:
@@ -430,10 +473,14 @@ def remove(path: str, nonce: str) -> None:
     if stat.S_ISDIR(status.st_mode):
         shutil.rmtree(path, ignore_errors=True)
         return
+    _unlink(path)
+
+
+def _unlink(path: str) -> None:
     try:
         os.unlink(path)
     except OSError:
-        pass
+        pass  # it is gone, or another user's
 
 
 def _die_with(parent: int) -> None:
@@ -574,7 +621,7 @@ def main() -> int:
     except OSError as error:
         report(event="failed", error=f"{type(error).__name__}: {error}")
         return 1
-    tree = Tree(server, job.get("record"))
+    tree = Tree(server, job.get("record"), dict(job.get("trainers", [])))
     report(event="started", pid=server.pid)
     owner = (job["owner_pid"], job["owner_started"])
     command, deaths = _wait(tree, owner)
