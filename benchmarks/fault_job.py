@@ -100,7 +100,7 @@ class _Process:
         environment = {
             name: value
             for name, value in os.environ.items()
-            if not name.startswith(("TORCHELASTIC_", "MASTER_", "SGLANG_", "TPCOLOCATE_", "LOCAL_", "GROUP_", "ROLE_"))
+            if not name.startswith(("TORCHELASTIC_", "MASTER_", "TPCOLOCATE_", "LOCAL_", "GROUP_", "ROLE_"))
         }
         temporary = folder / "tmp"
         environment |= {

@@ -478,10 +478,14 @@ def test_torchs_counts_of_handles_go_with_a_killed_trainer(make):
         names = {entry["file"] for entry in json.loads(server.record.read_text())["handle_counts"]}
         assert names == {files["owner"][0].name, files["client"][0].name}
         owner.kill()
-        server.last_event()
-        server.assert_gone(0)
+        server.assert_gone()
+        until(lambda: not files["owner"][0].exists(), "the owner's file is gone")
         left = [path for path in itertools.chain(*files.values()) if path.exists()]
         assert left == [files["owner"][1], *files["client"], *files["other"]]
+        client.kill()
+        server.last_event()
+        left = [path for path in itertools.chain(*files.values()) if path.exists()]
+        assert left == [files["owner"][1], files["client"][1], *files["other"]]
 
 
 def test_another_try_keeps_the_files(make, tmp_path):

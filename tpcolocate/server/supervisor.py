@@ -83,6 +83,8 @@ _LAST_WORDS_S = 1.0
 _GRACE_AFTER_DEATH_S = 1.0
 # How long the server has run at most when its first processes are looked for.
 _JUST_BEGUN_S = 1.0
+# After the owner, other ranks of the slice end by themselves or by torchrun: SIGKILL follows its SIGTERM after 30 s.
+_OUTLIVES_TRAINERS_S = 60.0
 _PIPE_BYTES = 1 << 20
 _MARK_CHARS = 8
 _EVENT, _EVENT_BYTES = struct.Struct("iIII"), 1 << 16  # inotify_event without its name
@@ -324,10 +326,17 @@ class Tree:
         # Tensors that are shared on a CPU have such names for a moment.
         self._counts = {name: pid for name, pid in self._counts.items() if pid not in alive} | handle_counts(alive)
 
-    def _remove_handle_counts(self) -> None:
-        for name, pid in self._counts.items():
-            if not is_running(pid, self._trainers[pid]):
-                _unlink(_SHM + name)
+    def remove_handle_counts(self, *, timeout_s: float = 0.0) -> None:
+        """Remove those of trainers that are gone, waiting up to a timeout for those that are not yet."""
+        deadline = time.monotonic() + timeout_s
+        while self._counts:
+            for name, pid in list(self._counts.items()):
+                if not is_running(pid, self._trainers[pid]):
+                    _unlink(_SHM + name)
+                    del self._counts[name]
+            if time.monotonic() >= deadline:
+                return
+            time.sleep(_LOOK_INTERVAL_MS / 1000)
 
     def look_for_titles(self) -> bool:
         """Watch processes that have got their titles since the last scan, if the server may be starting.  Return whether it may.
@@ -407,7 +416,7 @@ class Tree:
         gone = {pid for pid in self.pids if not psutil.pid_exists(pid)}
         for name in self.files | shm_files(gone, self._began):
             _unlink(_SHM + name)
-        self._remove_handle_counts()
+        self.remove_handle_counts()
         return forced
 
     def _ends_after(self, signum: signal.Signals, wait_s: float) -> bool:
@@ -648,6 +657,8 @@ def main() -> int:
             remove(path, nonce)
     if not deaths:
         exited()
+    if command == "owner":
+        tree.remove_handle_counts(timeout_s=_OUTLIVES_TRAINERS_S)
     return 0
 
 
