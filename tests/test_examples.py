@@ -1,4 +1,4 @@
-"""The demo, run as a user runs it, for a few steps on the real engine."""
+"""The demo, run by torchrun for a few steps on the real engine."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def run_example(script: str | Path, out: Path, *options: str) -> str:
     return printed
 
 
-def run_demo(out: Path, *options: str, script: str | Path = "grpo.py") -> dict[str, Any]:
+def run_demo(out: Path, *options: str, script: Path) -> dict[str, Any]:
     run_example(script, out, "--steps", str(STEPS), *options)
     (written,) = out.glob("grpo*.json")
     assert written.with_suffix(".png").stat().st_size > 0
@@ -54,10 +54,10 @@ def run_demo(out: Path, *options: str, script: str | Path = "grpo.py") -> dict[s
 def test_the_gap_stays_at_noise_with_the_sync_and_grows_without(tmp_path: Path) -> None:
     synced, unsynced = tmp_path / "sync", tmp_path / "no-sync"
     synced.mkdir()
-    results = {"sync": run_demo(synced)}
-    # From the same model: most of a run is the training that makes it.
+    script = Path(__file__).with_name("demo_of_a_beginner.py")
+    results = {"sync": run_demo(synced, script=script)}
+    # From the same model: much of a run is the training that makes it.
     shutil.copytree(synced / "model", unsynced / "model")
-    script = Path(__file__).with_name("demo_of_a_made_model.py")
     results["no-sync"] = run_demo(unsynced, "--no-sync", script=script)
     for result in results.values():
         assert [row["step"] for row in result["rows"]] == list(range(STEPS))
