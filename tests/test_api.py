@@ -31,10 +31,10 @@ class Captured:
         self.answers = {} if answers is None else dict(answers)
         self.asked = []
 
-    def get(self, path, *, timeout_s, began=None):
+    def get(self, path, *, timeout_s):
         return self.info if path == "/server_info" else self._answer(path)
 
-    def post(self, path, body=None, *, timeout_s, began=None, params=None, sent=None):
+    def post(self, path, body=None, *, timeout_s, params=None, sent=None):
         self.asked.append((path, body))
         if sent is not None:
             sent()

@@ -24,7 +24,9 @@ def test_what_is_left_never_goes_below_what_is_asked_for():
 
 
 def test_none_is_infinitely_far_away():
-    assert Deadline.never().left() == math.inf and not Deadline.never().has_passed
+    never = Deadline.never()
+    assert never.left() == math.inf and not never.has_passed and never.is_never and not Deadline.after(1.0).is_never
+    assert Deadline.after(never.timeout_s) == never
 
 
 def test_earlier_and_later_ones():
@@ -32,6 +34,20 @@ def test_earlier_and_later_ones():
     assert deadline.within(1.0).left() <= 1.0 and deadline.within(1.0).timeout_s == 1.0
     assert deadline.within(100.0).at == deadline.at
     assert deadline.plus(5.0).at == deadline.at + 5.0
+
+
+def test_a_timeout_may_be_none_and_a_deadline_is_one_already():
+    deadline = Deadline.after(10.0)
+    assert Deadline.of(deadline) is deadline and Deadline.of(None) == Deadline.never()
+    assert Deadline.of(5.0).timeout_s == 5.0 and 4.0 < Deadline.of(5.0).left() <= 5.0
+
+
+def test_sockets_take_what_is_left():
+    with socket.socket() as taker:
+        for deadline in (Deadline.after(5.0), Deadline.after(-1.0), Deadline.never()):
+            taker.settimeout(deadline.socket_timeout())
+            assert taker.getblocking(), "0 would be no time, not a short one"
+    assert Deadline.never().socket_timeout() is None
 
 
 @pytest.mark.parametrize("timeout_s", [5, 0.25, Fraction(1, 4), np.float32(0.5), np.int64(7), MAX_TIMEOUT_S])

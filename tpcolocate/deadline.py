@@ -11,6 +11,7 @@ from tpcolocate.errors import ConfigError, shown
 
 # poll() takes milliseconds in a C int, which is 24.8 days; calls add timeouts of several steps to each other.
 MAX_TIMEOUT_S = 1_000_000.0
+_LEAST_S = 0.001
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,17 @@ class Deadline:
     def never(cls) -> Deadline:
         return cls(math.inf, math.inf)
 
+    @classmethod
+    def of(cls, timeout_s: float | Deadline | None) -> Deadline:
+        """Return the deadline in `timeout_s` seconds: one that never comes for None, and a deadline as it is."""
+        if isinstance(timeout_s, Deadline):
+            return timeout_s
+        return cls.never() if timeout_s is None else cls.after(timeout_s)
+
+    @property
+    def is_never(self) -> bool:
+        return self.at == math.inf
+
     @property
     def has_passed(self) -> bool:
         return time.monotonic() >= self.at
@@ -41,6 +53,10 @@ class Deadline:
     def left(self, *, at_least: float = 0.0) -> float:
         """Return the seconds left, but not less than `at_least`."""
         return max(self.at - time.monotonic(), at_least)
+
+    def socket_timeout(self) -> float | None:
+        """Return the seconds left as sockets take them: None for no limit, and never 0, with which they would not wait."""
+        return None if self.is_never else self.left(at_least=_LEAST_S)
 
     def within(self, seconds: float) -> Deadline:
         """Return the earlier of this deadline and one in `seconds` seconds."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from enum import StrEnum
 from types import TracebackType
 from typing import Any
 
-from tpcolocate.deadline import check_timeout
+from tpcolocate.deadline import Deadline, check_timeout
 from tpcolocate.engine.limits import ModelFolders, ServerLimits
 from tpcolocate.engine.requests import KNOWN_FIELDS, GenerateCall, check_call
 from tpcolocate.engine.values import Array
@@ -45,23 +44,6 @@ class Health(StrEnum):
     ASLEEP = "asleep"
     STOPPED = "stopped"
     DEAD = "dead"
-
-
-@dataclass(frozen=True, slots=True)
-class _Time:
-    """The time of one call, which asks the server what it is if it is the first one of its client.
-
-    Attributes:
-        timeout_s: In seconds; None for no limit.
-        began: In `time.monotonic` time.
-    """
-
-    timeout_s: float | None
-    began: float
-
-    @classmethod
-    def of(cls, timeout_s: object) -> _Time:
-        return cls(None if timeout_s is None else check_timeout(timeout_s), time.monotonic())
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -148,17 +130,17 @@ class Client(OfOneProcess):
         server.
         """
         self._check()
-        within = _check_options(stream, on_error, timeout_s)
-        call = self._checked(prompts, sampling_params, fields, stream, within)
+        deadline = _check_options(stream, on_error, timeout_s)
+        call = self._checked(prompts, sampling_params, fields, stream, deadline)
         if len(call.prompts) == 0:
             return iter(()) if stream else []
         if on_error == "return":
-            return self._each_in_a_loop(call, within)
+            return self._each_in_a_loop(call, deadline)
         body = call.body()
         if stream:
-            return self._stream(body, timeout_s=within.timeout_s)
+            return self._stream(body, timeout_s=_time_of_each_event(deadline))
         with self._counted():
-            return self.http.post("/generate", body, timeout_s=within.timeout_s, began=within.began)
+            return self.http.post("/generate", body, timeout_s=deadline)
 
     async def generate_async(
         self,
@@ -172,43 +154,43 @@ class Client(OfOneProcess):
     ) -> Any:
         """`generate` for asyncio; with ``stream=True`` the awaited value is an asynchronous iterator."""
         self._check()
-        within = _check_options(stream, on_error, timeout_s)
+        deadline = _check_options(stream, on_error, timeout_s)
         if self._limits is None or not KNOWN_FIELDS.issuperset(fields):
             # The server is asked first, which must not hold the event loop.
-            call = await asyncio.to_thread(self._checked, prompts, sampling_params, fields, stream, within)
+            call = await asyncio.to_thread(self._checked, prompts, sampling_params, fields, stream, deadline)
         else:
-            call = self._checked(prompts, sampling_params, fields, stream, within)
+            call = self._checked(prompts, sampling_params, fields, stream, deadline)
         if len(call.prompts) == 0:
             return _nothing() if stream else []
         if on_error == "return":
-            return await self._each(call, within)
+            return await self._each(call, deadline)
         body = call.body()
         if stream:
-            return self._stream_async(body, timeout_s=within.timeout_s)
+            return self._stream_async(body, timeout_s=_time_of_each_event(deadline))
         with self._counted(asyncio.get_running_loop()):
-            return await self.http.post_async("/generate", body, timeout_s=within.timeout_s, began=within.began)
+            return await self.http.post_async("/generate", body, timeout_s=deadline)
 
     def _checked(
-        self, prompts: Any, sampling_params: Any, fields: Mapping[str, Any], stream: bool, within: _Time
+        self, prompts: Any, sampling_params: Any, fields: Mapping[str, Any], stream: bool, deadline: Deadline
     ) -> GenerateCall:
         return check_call(
             prompts,
             sampling_params,
             fields,
             stream=stream,
-            limits=self._server_limits(within),
-            known=lambda: self._server_fields(within),
+            limits=self._server_limits(deadline),
+            known=lambda: self._server_fields(deadline),
         )
 
-    def _each_in_a_loop(self, call: GenerateCall, within: _Time) -> Any:
+    def _each_in_a_loop(self, call: GenerateCall, deadline: Deadline) -> Any:
         """`_each` for a caller that blocks, which may be one inside an event loop, as in a notebook."""
         try:
             asyncio.get_running_loop()
         except RuntimeError:
-            return asyncio.run(self._each(call, within))
-        return in_background(lambda: asyncio.run(self._each(call, within)), name="tpcolocate generate").result()
+            return asyncio.run(self._each(call, deadline))
+        return in_background(lambda: asyncio.run(self._each(call, deadline)), name="tpcolocate generate").result()
 
-    async def _each(self, call: GenerateCall, within: _Time) -> Any:
+    async def _each(self, call: GenerateCall, deadline: Deadline) -> Any:
         """Make one request per prompt; an error is the answer of its prompt."""
 
         async def answers(index: int) -> list[Any]:
@@ -216,9 +198,7 @@ class Client(OfOneProcess):
             if isinstance(item, TpColocateError):
                 return [item] * call.samples
             try:
-                answer = await self.http.post_async(
-                    "/generate", call.body_of(index), timeout_s=within.timeout_s, began=within.began
-                )
+                answer = await self.http.post_async("/generate", call.body_of(index), timeout_s=deadline)
             except TpColocateError as error:
                 return [error] * call.samples
             return answer if isinstance(answer, list) else [answer]
@@ -238,24 +218,22 @@ class Client(OfOneProcess):
             async for event in self.http.stream_async("/generate", body, timeout_s=timeout_s):
                 yield event
 
-    def _server_limits(self, within: _Time) -> ServerLimits:
+    def _server_limits(self, deadline: Deadline) -> ServerLimits:
         if self._limits is None:
             # SGLang's schedulers answer the first, which may be in a sync or compile kernels.
-            info, model_info = (self._described(path, within) for path in ("/server_info", "/model_info"))
+            info, model_info = (self._described(path, deadline) for path in ("/server_info", "/model_info"))
             self._limits = ServerLimits.of(info, model_info, self._folders)
         return self._limits
 
-    def _server_fields(self, within: _Time) -> frozenset[str]:
+    def _server_fields(self, deadline: Deadline) -> frozenset[str]:
         if self._described_fields is None:
-            schemas = self._described("/openapi.json", within)["components"]["schemas"]
+            schemas = self._described("/openapi.json", deadline)["components"]["schemas"]
             self._described_fields = frozenset(schemas["GenerateReqInput"]["properties"])
         return self._described_fields
 
-    def _described(self, path: str, within: _Time) -> Any:
+    def _described(self, path: str, deadline: Deadline) -> Any:
         """Ask the server what it is, within the time of the call that needs it."""
-        if within.timeout_s is None:
-            return self.http.get(path, timeout_s=_DESCRIPTION_S)
-        return self.http.get(path, timeout_s=within.timeout_s, began=within.began)
+        return self.http.get(path, timeout_s=_DESCRIPTION_S if deadline.is_never else deadline)
 
     @contextmanager
     def _counted(self, loop: asyncio.AbstractEventLoop | None = None) -> Iterator[None]:
@@ -280,12 +258,17 @@ class Client(OfOneProcess):
         return Health.READY if self.http.is_listening(timeout_s=HEALTH_TIMEOUT_S) else Health.DEAD
 
 
-def _check_options(stream: object, on_error: object, timeout_s: object) -> _Time:
+def _check_options(stream: object, on_error: object, timeout_s: object) -> Deadline:
     if not isinstance(on_error, str) or on_error not in ("raise", "return"):
         raise ConfigError(f"on_error is {shown(on_error)}", hint='"raise" or "return"')
     if on_error == "return" and stream:
         raise ConfigError('on_error="return" with stream=True', hint="a stream raises its error where it ends")
-    return _Time.of(timeout_s)
+    return Deadline.of(None if timeout_s is None else check_timeout(timeout_s))
+
+
+def _time_of_each_event(deadline: Deadline) -> float | None:
+    """Return how long a stream waits for one event: as long as another call waits for its whole answer."""
+    return None if deadline.is_never else deadline.timeout_s
 
 
 async def _nothing() -> AsyncIterator[Any]:

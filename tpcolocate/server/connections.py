@@ -181,36 +181,30 @@ class Connections:
         return _Pool(url.host, url.port, maxsize=_MAX_IDLE, look=self._look)
 
     @contextmanager
-    def slot(self, path: str, timeout_s: float | None, *, began: float) -> Iterator[float | None]:
-        """Wait for the right to a connection, and yield the time that is left.
-
-        Args:
-            path: Of the endpoint.
-            timeout_s: From `began` on, in seconds; None for no limit.
-            began: In `time.monotonic` time.
-        """
+    def slot(self, path: str, deadline: Deadline) -> Iterator[None]:
+        """Wait for the right to a connection to an endpoint, and hold it."""
         if path != "/generate":
-            yield _left(timeout_s, began)
+            yield
             return
         connections = self._mine()
-        if not connections.slots.acquire(timeout=_left(timeout_s, began)):
-            raise _no_connection(path, timeout_s, connections.most)
+        if not connections.slots.acquire(timeout=deadline.socket_timeout()):
+            raise _no_connection(path, deadline, connections.most)
         try:
-            yield _left(timeout_s, began)
+            yield
         finally:
             connections.slots.release()
 
     @asynccontextmanager
-    async def slot_async(self, path: str, timeout_s: float | None, *, began: float) -> AsyncIterator[float | None]:
+    async def slot_async(self, path: str, deadline: Deadline) -> AsyncIterator[None]:
         """`slot` on the running event loop."""
         slots = (await self.of_loop()).slots
         try:
-            async with asyncio.timeout(_left(timeout_s, began)):  # wait_for of Python 3.11 may lose a cancellation
+            async with asyncio.timeout(deadline.socket_timeout()):  # wait_for of Python 3.11 may lose a cancellation
                 await slots.acquire()
         except TimeoutError:
-            raise _no_connection(path, timeout_s, self._mine().most) from None
+            raise _no_connection(path, deadline, self._mine().most) from None
         try:
-            yield _left(timeout_s, began)
+            yield
         finally:
             slots.release()
 
@@ -253,15 +247,11 @@ async def _closing(client: httpx.AsyncClient) -> AsyncGenerator[None, None]:
         await client.aclose()
 
 
-def _no_connection(path: str, timeout_s: float | None, most: int) -> DeadlineError:
+def _no_connection(path: str, deadline: Deadline, most: int) -> DeadlineError:
     return DeadlineError(
-        f"{path}: no free connection within {timeout_s:g} s: {most} requests of this process are in flight",
+        f"{path}: no free connection within {deadline.timeout_s:g} s: {most} requests of this process are in flight",
         hint="nothing was sent; for more time raise timeout_s",
     )
-
-
-def _left(timeout_s: float | None, began: float) -> float | None:
-    return None if timeout_s is None else Deadline(began + timeout_s, timeout_s).left(at_least=0.001)
 
 
 @functools.cache

@@ -108,28 +108,26 @@ class ServerClient:
         """Whether a process of the server is stopped, by SIGSTOP or a debugger; found without a request."""
         return self.evidence is not None and bool(self.evidence.stopped())
 
-    def get(self, path: str, *, timeout_s: float, began: float | None = None) -> Any:
+    def get(self, path: str, *, timeout_s: float | Deadline) -> Any:
         """GET a JSON answer.
 
         Args:
             path: Of the endpoint.
-            timeout_s: In seconds.
-            began: When that time began, in `time.monotonic` time: of a call that makes several requests.  Default: now.
+            timeout_s: In seconds, or the deadline of a call that makes several requests.
 
         Raises:
             RequestError: The server answered with an error status.
             EngineDeadError: It could not be reached, or closed the connection without an answer.
             DeadlineError: It did not answer within `timeout_s`.
         """
-        return self._exchange("GET", path, None, timeout_s=timeout_s, began=began)
+        return self._exchange("GET", path, None, deadline=Deadline.of(timeout_s))
 
     def post(
         self,
         path: str,
         body: Mapping[str, Any] | None = None,
         *,
-        timeout_s: float | None,
-        began: float | None = None,
+        timeout_s: float | Deadline | None,
         params: Mapping[str, Any] | None = None,
         sent: Callable[[], None] | None = None,
     ) -> Any:
@@ -138,15 +136,14 @@ class ServerClient:
         Args:
             path: Of the endpoint.
             body: Its fields.
-            timeout_s: In seconds; None waits as long as the server is up.
-            began: As for `get`.
+            timeout_s: As for `get`; None waits as long as the server is up.
             params: Of the query.
             sent: Called once the whole request has left, before the answer is awaited.
         """
         if self.check is not None:
             self.check(path, {**({} if body is None else body), **({} if params is None else params)})
         return self._exchange(
-            "POST", path, {} if body is None else body, timeout_s=timeout_s, began=began, params=params, sent=sent
+            "POST", path, {} if body is None else body, deadline=Deadline.of(timeout_s), params=params, sent=sent
         )
 
     def _exchange(
@@ -155,16 +152,14 @@ class ServerClient:
         path: str,
         body: Mapping[str, Any] | None,
         *,
-        timeout_s: float | None,
-        began: float | None = None,
+        deadline: Deadline,
         params: Mapping[str, Any] | None = None,
         sent: Callable[[], None] | None = None,
     ) -> Any:
         target = f"{path}?{urlencode(params)}" if params else path
         data = None if body is None else encode(body)
-        began = time.monotonic() if began is None else began
-        with self._connections.slot(path, timeout_s, began=began) as left_s, self._errors(path, timeout_s, began=began):
-            response = self._send(method, target, data, left_s, whole=True, sent=sent)
+        with self._connections.slot(path, deadline), self._errors(path, deadline):
+            response = self._send(method, target, data, deadline.socket_timeout(), whole=True, sent=sent)
         return self._answer(path, response.status, response.reason, response.data)
 
     def _send(
@@ -193,18 +188,12 @@ class ServerClient:
             preload_content=whole,
         )
 
-    async def post_async(
-        self, path: str, body: Mapping[str, Any], *, timeout_s: float | None, began: float | None = None
-    ) -> Any:
+    async def post_async(self, path: str, body: Mapping[str, Any], *, timeout_s: float | Deadline | None) -> Any:
         """`post` on the running event loop."""
-        content = encode(body)
-        began = time.monotonic() if began is None else began
-        async with (
-            self._connections.slot_async(path, timeout_s, began=began) as left_s,
-            self._errors_async(path, timeout_s, began=began),
-        ):
-            sent = self._send_async(path, content, left_s)
-            response = await (self._while_up(sent) if timeout_s is None else sent)
+        content, deadline = encode(body), Deadline.of(timeout_s)
+        async with self._connections.slot_async(path, deadline), self._errors_async(path, deadline):
+            sent = self._send_async(path, content, deadline.socket_timeout())
+            response = await (self._while_up(sent) if deadline.is_never else sent)
         return self._answer(path, response.status_code, response.reason_phrase, response.content)
 
     async def _send_async(self, path: str, content: bytes, timeout_s: float | None) -> httpx.Response:
@@ -232,7 +221,8 @@ class ServerClient:
 
     def stream(self, path: str, body: Mapping[str, Any], *, timeout_s: float | None) -> Iterator[Any]:
         """POST and yield each server-sent JSON event; `timeout_s` bounds the wait for each."""
-        with self._connections.slot(path, timeout_s, began=time.monotonic()), self._errors(path, timeout_s, began=None):
+        deadline = Deadline.of(timeout_s)
+        with self._connections.slot(path, deadline), self._errors(path, deadline, of_each_event=True):
             response = self._send("POST", path, encode(body), timeout_s, whole=False)
             ended = nullcontext() if timeout_s is not None else _ended_if_down(self._look, response.shutdown)
             try:
@@ -251,10 +241,10 @@ class ServerClient:
 
     async def stream_async(self, path: str, body: Mapping[str, Any], *, timeout_s: float | None) -> AsyncIterator[Any]:
         """`stream` on the running event loop."""
-        content = encode(body)
+        content, deadline = encode(body), Deadline.of(timeout_s)
         async with (
-            self._connections.slot_async(path, timeout_s, began=time.monotonic()),
-            self._errors_async(path, timeout_s, began=None),
+            self._connections.slot_async(path, deadline),
+            self._errors_async(path, deadline, of_each_event=True),
         ):
             of_loop = await self._connections.of_loop()
             request = of_loop.client.build_request("POST", path, content=content, timeout=_timeout(timeout_s))
@@ -293,7 +283,7 @@ class ServerClient:
             return False
         return True
 
-    def _is_up(self, deadline: Deadline | None = None) -> bool:
+    def _is_up(self, deadline: Deadline = Deadline.never()) -> bool:  # noqa: B008  (frozen)
         """Return whether the server answers on a connection of its own; one of two looks may be late.
 
         Args:
@@ -301,7 +291,7 @@ class ServerClient:
         """
 
         def look_s() -> float:
-            return _LOOK_TIMEOUT_S if deadline is None else min(_LOOK_TIMEOUT_S, deadline.left(at_least=_LEAST_LOOK_S))
+            return min(_LOOK_TIMEOUT_S, deadline.left(at_least=_LEAST_LOOK_S))
 
         return any(self.is_listening(timeout_s=look_s()) for _ in range(2))
 
@@ -319,25 +309,31 @@ class ServerClient:
             raise self._dead(f"the server does not answer: twice nothing within {_LOOK_TIMEOUT_S:g} s", found)
 
     @contextmanager
-    def _errors(self, path: str, timeout_s: float | None, *, began: float | None) -> Iterator[None]:
-        """Raise this library's errors; `began` is None where the time is that of each event."""
+    def _errors(self, path: str, deadline: Deadline, *, of_each_event: bool = False) -> Iterator[None]:
+        """Raise this library's errors.
+
+        Args:
+            path: Of the endpoint.
+            deadline: Of the request.
+            of_each_event: Whether each event of the answer has the time of `deadline` anew.
+        """
         try:
-            with _caught(path, timeout_s):
+            with _caught(path, deadline.timeout_s):
                 yield
         except _Failure as failure:
-            raise self._explained(failure, _looks_until(began, timeout_s)) from failure.__cause__
+            raise self._explained(failure, _looks_until(deadline, anew=of_each_event)) from failure.__cause__
 
     @asynccontextmanager
-    async def _errors_async(self, path: str, timeout_s: float | None, *, began: float | None) -> AsyncIterator[None]:
+    async def _errors_async(self, path: str, deadline: Deadline, *, of_each_event: bool = False) -> AsyncIterator[None]:
         try:
-            with _caught(path, timeout_s):
+            with _caught(path, deadline.timeout_s):
                 yield
         except _Failure as failure:
-            deadline = _looks_until(began, timeout_s)
+            looks_until = _looks_until(deadline, anew=of_each_event)
             # In a thread: to look at the server takes seconds, in which the loop's other requests go on.
-            raise await asyncio.to_thread(self._explained, failure, deadline) from failure.__cause__
+            raise await asyncio.to_thread(self._explained, failure, looks_until) from failure.__cause__
 
-    def _explained(self, failure: _Failure, deadline: Deadline | None) -> TpColocateError:
+    def _explained(self, failure: _Failure, deadline: Deadline) -> TpColocateError:
         """Return the error of a request that has no answer, with what is known of the server's processes.
 
         Args:
@@ -372,7 +368,7 @@ class ServerClient:
                 )
         return self._dead(f"{path}: {failure}", found)
 
-    def _is_still_up(self, deadline: Deadline | None) -> bool:
+    def _is_still_up(self, deadline: Deadline) -> bool:
         if not self._is_up(deadline):
             return False
         time.sleep(_ENDING_S)
@@ -475,7 +471,7 @@ class _TimedOut(_Failure):
 
 
 @contextmanager
-def _caught(path: str, timeout_s: float | None) -> Iterator[None]:
+def _caught(path: str, timeout_s: float) -> Iterator[None]:
     """Raise a `_Failure` for whatever either library raises."""
     try:
         yield
@@ -493,17 +489,14 @@ def _caught(path: str, timeout_s: float | None) -> Iterator[None]:
         raise _ConnectionLost(path, f"{type(error).__name__}: {error}") from error
 
 
-def _looks_until(began: float | None, timeout_s: float | None) -> Deadline | None:
+def _looks_until(deadline: Deadline, *, anew: bool) -> Deadline:
     """Return until when a request that has lost its connection looks whether the server is up.
 
     Args:
-        began: When the time of the request began; None: with the look.
-        timeout_s: Of the request, or of an event; None: it has no limit.
+        deadline: Of the request.
+        anew: Whether its time begins with the look.
     """
-    if timeout_s is None:
-        return None
-    left = timeout_s if began is None else began + timeout_s - time.monotonic()
-    return Deadline.after(max(left, _LEAST_LOOKS_S))
+    return Deadline.after(max(deadline.timeout_s if anew else deadline.left(), _LEAST_LOOKS_S))
 
 
 def _has_no_descriptors(error: BaseException | None) -> bool:
