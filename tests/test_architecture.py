@@ -22,7 +22,7 @@ LAYERS = {
         {"__main__"},
         {"bench"},
         {"doctor", "plot", "trl", "hf"},
-        {"session", "metrics"},
+        {"session", "discovery", "metrics"},
         {"engine", "launch"},
         {"server", "weights", "rendezvous"},
         {"agreement", "placement"},

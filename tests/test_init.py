@@ -278,11 +278,11 @@ def test_a_rank_that_waits_in_init_names_those_that_are_missing():
 @pytest.fixture
 def announced(monkeypatch, tmp_path):
     """Return a function that announces a server of a job that listens."""
-    from tpcolocate import rendezvous, runtime_folder, session
+    from tpcolocate import discovery, rendezvous, runtime_folder
     from tpcolocate.processes import this_process
 
     monkeypatch.setattr(runtime_folder, "SHARED_MEMORY", tmp_path)
-    monkeypatch.setattr(session, "is_listening", lambda announcement: True)
+    monkeypatch.setattr(discovery, "is_listening", lambda announcement: True)
 
     def announce(job, slice_index=0, nonce=None):
         nonce = f"{job}-{slice_index}" if nonce is None else nonce

@@ -4,6 +4,7 @@ See `init`, `Colocation.launch` and `Engine`.
 """
 
 from tpcolocate._version import __version__
+from tpcolocate.discovery import connect
 from tpcolocate.engine.client import Client, Health
 from tpcolocate.engine.engine import Engine
 from tpcolocate.errors import (
@@ -32,7 +33,7 @@ from tpcolocate.metrics import (
 )
 from tpcolocate.recorder import Recorder, Recording
 from tpcolocate.report import RankReport, SyncReport
-from tpcolocate.session import Colocation, connect, init
+from tpcolocate.session import Colocation, init
 from tpcolocate.weights.sources.checkpoint import Checkpoint
 from tpcolocate.weights.update_group import join_update_group
 

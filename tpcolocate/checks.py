@@ -11,6 +11,8 @@ from tpcolocate.errors import ConfigError, shown
 
 T = TypeVar("T")
 
+# Of one job, which bounds numbers of ranks and of slices.
+MOST_RANKS = 2**20
 _MAX_TEXT = 1024
 # Of numbers that become 64-bit integers elsewhere.
 _MOST = 2**62
@@ -151,6 +153,7 @@ def _decimal(name: str, value: int) -> str:
 
 
 __all__ = [
+    "MOST_RANKS",
     "check_choice",
     "check_flag",
     "check_folder",

@@ -1,4 +1,4 @@
-"""Public entry points: `init`, `Colocation` and `connect`.
+"""Public entry points of the training ranks: `init` and `Colocation`.
 
 Decisions are made by pure functions of facts that all ranks have exchanged, so that every rank gets the same result or
 the same error; the owner carries them out and reports to the others.
@@ -12,9 +12,8 @@ import itertools
 import logging
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -24,23 +23,20 @@ import torch.distributed as dist
 from tpcolocate import rendezvous, roles
 from tpcolocate._version import __version__
 from tpcolocate.agreement import RankGroup
-from tpcolocate.checks import check_flag, check_integer
+from tpcolocate.checks import MOST_RANKS, check_flag
 from tpcolocate.deadline import check_timeout
 from tpcolocate.engine.client import Client
 from tpcolocate.engine.context import OwnedServer, ServerLink, SliceContext
 from tpcolocate.engine.engine import Engine
-from tpcolocate.engine.limits import ModelFolders
-from tpcolocate.errors import ConfigError, RendezvousError, TpColocateError, noted_on, shown
+from tpcolocate.errors import ConfigError, TpColocateError, noted_on, shown
 from tpcolocate.groups import Host, Member, error_fields, exchange, list_ranks, make_group, share_outcome
 from tpcolocate.in_server.tpcolocate_receiver import kernels
 from tpcolocate.interfaces import GlooAddress, find_gloo_address
-from tpcolocate.launch import Launch, RunningServer, TpSlice, agree_on_launch, is_listening
+from tpcolocate.launch import Launch, RunningServer, TpSlice, agree_on_launch
 from tpcolocate.placement import inspect_device, is_on_one_network, plan_roles
 from tpcolocate.processes import OfOneProcess, this_process
-from tpcolocate.rendezvous import Announcement
 from tpcolocate.server.api import ServerApi
 from tpcolocate.server.arguments import RECEIVER
-from tpcolocate.server.evidence import Evidence
 from tpcolocate.server.http import ServerClient
 from tpcolocate.server.lifecycle import Lifecycle, State, WeightsState
 from tpcolocate.server.process import ServerProcess
@@ -52,7 +48,6 @@ logger = logging.getLogger(__name__)
 _WARM_UP_S = 30.0
 # How long a rank with a wrong argument waits for the others, which are to get its error.
 _ERROR_S = 600.0
-_MOST_RANKS = 2**20
 _REQUEST_S = 30.0
 # Compiling takes two seconds the first time on a machine, while the server takes a minute to start.
 _KERNEL_S = 10.0
@@ -205,7 +200,7 @@ def _check_alone(tp_size: int, environ: Mapping[str, str]) -> None:
 
 
 def _check_arguments(tp_size: object, timeout_s: object, allow_shared_devices: object) -> None:
-    if not isinstance(tp_size, int) or isinstance(tp_size, bool) or not 1 <= tp_size <= _MOST_RANKS:
+    if not isinstance(tp_size, int) or isinstance(tp_size, bool) or not 1 <= tp_size <= MOST_RANKS:
         raise ConfigError(
             f"tp_size must be a positive integer, got {shown(tp_size)}",
             hint="it is the number of GPUs, and of ranks, per server: 1, 2, 4, ...",
@@ -514,92 +509,4 @@ class Colocation(OfOneProcess):
             self.close()
 
 
-def connect(job: str | None = None, *, slice_index: int | None = None) -> Client:
-    """Connect to a running server of this user, from any process of the machine.
-
-    Args:
-        job: Name that was passed to `init`, or else `Colocation.job`.  Default: the environment variable TPCOLOCATE_JOB,
-            else, with a warning, the job of the only server that is running.
-        slice_index: `Colocation.slice_index`; optional while the job has one server.
-
-    Returns:
-        A client of the server.
-
-    Raises:
-        ConfigError: An argument of a wrong type, or `job` is not the name of a job.
-        RendezvousError: No such server, several of them, or it does not answer.
-    """
-    job = rendezvous.job_of(job, os.environ)
-    if slice_index is not None:
-        check_integer("slice_index", slice_index, at_least=0, at_most=_MOST_RANKS)
-    path, announcement = _only_one(rendezvous.discover(), job, slice_index)
-    if job is None:
-        logger.warning(
-            "connect() without a job takes the only server of this user, that of job %s (ranks %s); name the job with "
-            "init(job=...) and connect(job), or with %s",
-            announcement.job,
-            ",".join(map(str, announcement.slice_ranks)),
-            rendezvous.JOB_VARIABLE,
-        )
-    if not is_listening(announcement):
-        raise RendezvousError(
-            f"the server at {announcement.url} (job {announcement.job}) does not answer",
-            hint=f"see the output of process {announcement.pid} of that job, and start the job again if it has ended",
-            url=announcement.url,
-        )
-    client = Client(
-        announcement.url,
-        api_key=announcement.api_key,
-        folders=ModelFolders(announcement.model_folder, announcement.tokenizer_folder),
-    )
-    client.http.evidence = Evidence(Path(announcement.log_path), path.with_name("processes.json"))
-    return client
-
-
-def _only_one(
-    running: Sequence[tuple[Path, Announcement]], job: str | None, slice_index: int | None
-) -> tuple[Path, Announcement]:
-    """Return the server that `connect` was asked for.
-
-    Args:
-        running: All of this user.
-        job, slice_index: As for `connect`.
-
-    Raises:
-        RendezvousError: There is none, or several; those that there are are listed.
-    """
-    found = [(path, one) for path, one in running if job in (None, one.job) and slice_index in (None, one.slice_index)]
-    if len(found) == 1:
-        return found[0]
-    asked = ("" if job is None else f" in job {job}") + ("" if slice_index is None else f" of slice {slice_index}")
-    number = f"{len(found)} running servers" if found else "no running server"
-    listed = [
-        f"  job {one.job}, slice {one.slice_index} (ranks {','.join(map(str, one.slice_ranks))}): {one.url}"
-        for _, one in found or running
-    ]
-    raise RendezvousError(
-        f"found {number} of this user{asked}",
-        hint=_how_to_choose([one for _, one in found], is_any_running=bool(running)),
-        details="\n".join(["those that run:", *listed]) if listed else None,
-    )
-
-
-def _how_to_choose(found: Sequence[Announcement], *, is_any_running: bool) -> str:
-    if not is_any_running:
-        return (
-            "connect() finds a server of the same user on the same host, once launch() has returned there; start that "
-            "job first, and look at its output"
-        )
-    if not found:
-        return "name one of those that run, connect(job, slice_index=0), or wait until launch() of the other job has returned"
-    if len({one.job for one in found}) > 1:
-        return "name the job: connect(job)"
-    if len({one.slice_index for one in found}) > 1:
-        return "name the slice: connect(job, slice_index=0)"
-    return (
-        "this slice has launched several: tpcolocate.Client(engine.url, api_key=engine.api_key) connects to the one of an "
-        "engine, which passes both on"
-    )
-
-
-__all__ = ["Colocation", "connect", "init"]
+__all__ = ["Colocation", "init"]
