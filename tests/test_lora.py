@@ -357,8 +357,9 @@ def test_a_rank_that_does_not_keep_the_tensors_copies_none():
 
 
 @pytest.mark.parametrize("info, limits, at_start", [
-    ({}, None, set()),
+    ({}, LoraLimits(), set()),
     ({"enable_lora": False}, None, set()),
+    ({"enable_lora": None}, None, set()),
     ({"enable_lora": True}, LoraLimits(), set()),
     ({"enable_lora": True, "max_lora_rank": 8, "lora_target_modules": ["q_proj"], "max_loaded_loras": 3,
       "lora_paths": [{"lora_name": "x", "lora_path": "y"}, "z=/path"]},

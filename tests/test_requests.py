@@ -598,10 +598,9 @@ def test_limits_come_from_the_server_and_its_models_configuration(tmp_path):
     assert (found.prompt_tokens, found.context_tokens) == (250, 256)
     shortens = limits_of(tmp_path, text, context_length=256, allow_auto_truncate=True)
     assert (shortens.prompt_tokens, shortens.context_tokens) == (None, None)
-    assert (
-        not limits_of(tmp_path, text, enable_lora=None).has_lora
-        and limits_of(tmp_path, text, enable_lora=True).has_lora
-    )
+    assert limits_of(tmp_path, text, enable_lora=True).has_lora
+    assert not limits_of(tmp_path, text, enable_lora=None).has_lora
+    assert not limits_of(tmp_path, text, enable_lora=False, lora_paths=["a=b"]).has_lora, "SGLang ignores the paths"
     assert not NEEDED.keys() & limits_of(tmp_path, text, enable_priority_scheduling=True).ignored
     found = limits_of(tmp_path, text, enable_deterministic_inference=False, enable_priority_scheduling=False)
     assert NEEDED.keys() & found.ignored == {"sampling_seed", "priority"}

@@ -21,7 +21,7 @@ from tpcolocate.errors import ConfigError, DeadlineError, EngineError, RankFaile
 from tpcolocate.groups import Member, list_ranks, make_group_over_file
 from tpcolocate.processes import this_process
 from tpcolocate.runtime_folder import RuntimeFolder, folder_of, read_owner, remove_remains
-from tpcolocate.server.api import ServerApi
+from tpcolocate.server.api import ServerApi, serves_adapters
 from tpcolocate.server.arguments import check_installed, check_model_path, server_arguments
 from tpcolocate.server.environment import child_environment, compile_cache, sglang_stub_needed
 from tpcolocate.server.evidence import Evidence
@@ -595,7 +595,7 @@ class Launch:
             state=_initial_state(info, self.tp_slice.device.type),
             spec=read_spec(self.request.model_path),
             weight_version=str(info.get("weight_version", "default")),
-            serves_adapters=bool(info.get("enable_lora")) or bool(info.get("lora_paths")),
+            serves_adapters=serves_adapters(info),
         )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from packaging.version import InvalidVersion, Version
 
 from tpcolocate.errors import ConfigError
+from tpcolocate.server.api import serves_adapters
 from tpcolocate.server.releases import IGNORED_FIELDS
 from tpcolocate.weights.sources.model_spec import local_folder
 
@@ -101,7 +102,7 @@ class ServerLimits:
             hidden_size=_integer(_find(config, "hidden_size")),
             prompt_tokens=min(lengths, default=None),
             context_tokens=None if shortens else context,
-            has_lora=bool(info.get("enable_lora", True)) or bool(info.get("lora_paths")),
+            has_lora=serves_adapters(info),
             has_tokenizer=not info.get("skip_tokenizer_init"),
             generates=model_info.get("is_generation") is not False,
             ignored=frozenset(ignored),

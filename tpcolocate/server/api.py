@@ -171,7 +171,7 @@ class ServerApi:
     @property
     def lora_limits(self) -> LoraLimits | None:
         """The adapters that the server was started for; None if it was started without LoRA."""
-        if not self.info.get("enable_lora"):
+        if not serves_adapters(self.info):
             return None
         modules = self.info.get("lora_target_modules")
         return LoraLimits(
@@ -226,6 +226,14 @@ class ServerApi:
                 raise
 
 
+def serves_adapters(info: Mapping[str, Any]) -> bool:
+    """Return whether a server was started for LoRA, by what it reports of itself; True if it does not report it.
+
+    SGLang sets ``enable_lora`` where ``lora_paths`` are given, and ignores these where it is False.
+    """
+    return bool(info.get("enable_lora", True))
+
+
 def _by_value(tensors: dict[str, torch.Tensor]) -> str:
     """Pickle a dict of CPU tensors with their contents: no handle, nothing to release."""
     buffer = io.BytesIO()
@@ -233,4 +241,4 @@ def _by_value(tensors: dict[str, torch.Tensor]) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-__all__ = ["LoraLimits", "ServerApi"]
+__all__ = ["LoraLimits", "ServerApi", "serves_adapters"]
