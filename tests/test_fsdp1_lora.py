@@ -1,6 +1,7 @@
-"""LoRA adapters of sharded trainers: of FSDP1 served beside the base model, not merged; of FSDP2 with servers of one rank."""
+"""LoRA adapters of sharded trainers: of FSDP1 served beside the base model, not merged; of all kinds with servers of one rank."""
 
 import copy
+import sys
 import time
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from harness import run_ranks
 from test_engine_parts import Http, Sync
+from test_zero3 import Zero3Double, zero3_double
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
@@ -49,17 +51,27 @@ def adapted():
     return peft.get_peft_model(Model(), config)
 
 
-def case(use_orig_params):
-    plain = adapted()
-    model = copy.deepcopy(plain)
+def by_fsdp1(model, use_orig_params):
     if not use_orig_params:
         model.requires_grad_(True)  # FSDP1 wants them alike
-    model = FSDP(
+    return FSDP(
         model,
         auto_wrap_policy=ModuleWrapPolicy({Layer}),
         use_orig_params=use_orig_params,
         device_id=torch.device("cpu"),
     )
+
+
+def by_fsdp2(model):
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in model.base_model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def case(use_orig_params):
+    plain = adapted()
+    model = by_fsdp1(copy.deepcopy(plain), use_orig_params)
     adapter = check_adapter(adapter_of(model, None), None).gathered(keep=True)
     expected = peft.get_peft_model_state_dict(plain)
     served = sorted(adapter) == sorted(expected) and all(torch.equal(adapter[n], t) for n, t in expected.items())
@@ -76,18 +88,13 @@ def case(use_orig_params):
     return served, refusal, sorted(base) == sorted(expected) and all(torch.equal(base[n], expected[n]) for n in base)
 
 
-def served_by_one_rank(rank):
-    """Each rank has a server, here a stand-in; what they have in common is the mesh."""
+def served_by_one_rank(rank, model):
+    """Each rank has a server, here a stand-in; what they have in common is the group that the trainer is sharded among."""
     lifecycle, http = Lifecycle(State()), Http(enable_lora=True)
     owned = OwnedServer.of(SimpleNamespace(), ServerApi(http), lifecycle)
     group = RankGroup([Member(rank, 1, 1, Host.here(), 1, 0)], rank=rank, group=None, timeout_s=20)
     link = ServerLink(Client("http://somewhere"), Sync(owned), owned, "0.5.21", lambda: None)
     adapters = LoraAdapters(SliceContext(group, None, rank, lifecycle, link))
-    model = adapted()
-    mesh = init_device_mesh("cpu", (2,))
-    for layer in model.base_model.model.layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
     good = {"name": "policy", "model": model, "adapter_name": None, "timeout_s": 10}
     cases = [(1, {"name": ""}), (0, {"adapter_name": "other"}), (1, {"timeout_s": -1})]
     found = []
@@ -102,7 +109,9 @@ def served_by_one_rank(rank):
 
 
 def all_cases(rank):
-    return [case(True), case(False), served_by_one_rank(rank)]
+    sys.modules["deepspeed"] = zero3_double()
+    models = [by_fsdp2(adapted()), by_fsdp1(adapted(), True), by_fsdp1(adapted(), False), Zero3Double(adapted())]
+    return [case(True), case(False), [served_by_one_rank(rank, model) for model in models]]
 
 
 @pytest.fixture(scope="module")
@@ -115,9 +124,10 @@ def test_an_adapter_is_served_but_not_merged(found):
     assert [of_rank[:2] for of_rank in found] == [[(True, refusal, True)] * 2] * 2
 
 
-def test_a_rank_with_a_server_of_its_own_that_cannot_set_a_sharded_adapter_is_an_error_on_all(found):
+@pytest.mark.parametrize("number", range(4), ids=["FSDP2", "FSDP1", "FSDP1 flat", "ZeRO-3"])
+def test_a_rank_with_a_server_of_its_own_that_cannot_set_a_sharded_adapter_is_an_error_on_all(found, number):
     """They waited in the gather, to its deadline."""
-    (first, asked), other = found[0][2], found[1][2]
+    (first, asked), other = found[0][2][number], found[1][2][number]
     assert (first, asked) == other and asked == ["unload_lora_adapter", "load_lora_adapter_from_tensors"]
     assert [(rank, is_soon) for rank, _, is_soon in first] == [(1, True), (0, True), (1, True)]
     words = ["needs a name", "no adapter named 'other'", "timeout_s must be"]

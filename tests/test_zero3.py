@@ -205,7 +205,7 @@ class Zero3Double(nn.Module):
         super().__init__()
         self.module = module
         for number, p in enumerate(module.parameters()):
-            p.ds_id, p.ds_shape, p.ds_numel = number, p.shape, p.numel()
+            p.ds_id, p.ds_shape, p.ds_numel, p.ds_process_group = number, p.shape, p.numel(), dist.group.WORLD
             size = math.ceil(p.numel() / dist.get_world_size())
             flat = torch.zeros(size * dist.get_world_size()).index_copy_(0, torch.arange(p.numel()), p.data.flatten())
             p.ds_tensor = flat[size * dist.get_rank() :][:size].clone()
@@ -214,10 +214,13 @@ class Zero3Double(nn.Module):
                 p.data = torch.empty(0, dtype=p.dtype)
 
 
+def zero3_double():
+    """What stands in for the module ``deepspeed``."""
+    return types.SimpleNamespace(DeepSpeedEngine=Zero3Double, zero=types.SimpleNamespace(GatheredParameters=Gathered))
+
+
 def with_a_double(rank):
-    sys.modules["deepspeed"] = types.SimpleNamespace(
-        DeepSpeedEngine=Zero3Double, zero=types.SimpleNamespace(GatheredParameters=Gathered)
-    )
+    sys.modules["deepspeed"] = zero3_double()
     found = []
     for tie in (False, True):
         Zero3Double.sizes.clear()

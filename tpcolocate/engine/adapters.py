@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from tpcolocate.checks import check_text
@@ -21,7 +22,7 @@ from tpcolocate.weights.sources.named_weights import Source
 from tpcolocate.weights.sources.nonfinite import find_nonfinite, nonfinite_text
 from tpcolocate.weights.sources.peft_merge import applied_adapters
 from tpcolocate.weights.sync.replicas import compare_adapters
-from tpcolocate.weights.transport.mesh import together
+from tpcolocate.weights.transport.mesh import groups_of_module, together
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ class LoraAdapters:
             self._check_not_merged(layers_with(model, adapter_name))
             return adapter
 
-        self.load(name, make, model.parameters() if isinstance(model, nn.Module) else (), timeout_s=timeout_s)
+        self.load(name, make, groups_of_module(model) if isinstance(model, nn.Module) else {}, timeout_s=timeout_s)
         layers = layers_with(model, adapter_name)
         self._layers[name] = layers[0][0], weakref.WeakSet(layer for _, layer in layers)
 
@@ -79,19 +80,26 @@ class LoraAdapters:
         logger.warning("%s", warning)
         return warning
 
-    def load(self, name: str, make: Callable[[], Adapter], tensors: Iterable[object], *, timeout_s: float) -> None:
+    def load(
+        self,
+        name: str,
+        make: Callable[[], Adapter],
+        groups: Mapping[dist.ProcessGroup, torch.device],
+        *,
+        timeout_s: float,
+    ) -> None:
         """Load an adapter in place of one of that name.
 
         Args:
             name: For ``generate(..., lora_path=name)``.
             make: Makes it, on every rank; what it raises is raised on all of them.
-            tensors: Of its source; ranks among which they are sharded gather them together.
+            groups: Among which its source is sharded; see `tpcolocate.weights.transport.mesh.together`.
             timeout_s: For each request to the server, in seconds.
         """
         context = self._context
         with ExitStack() as stack:
-            if len(context.all_slices) == 1:  # then the meshes alone connect the ranks
-                stack.enter_context(together(tensors, rank=context.group.rank, timeout_s=context.group.timeout_s))
+            if len(context.all_slices) == 1:  # then the groups of the trainer alone connect the ranks
+                stack.enter_context(together(groups, rank=context.group.rank, timeout_s=context.group.timeout_s))
             must_match = stack.enter_context(context.all_slices.together("load a LoRA adapter"))
             context.state.check_open("load a LoRA adapter")
             timeout_s = check_timeout(timeout_s)

@@ -37,6 +37,7 @@ from tpcolocate.weights.sources.model_spec import local_folder
 from tpcolocate.weights.sources.named_weights import NamedWeights, Rename, Source, check_rename
 from tpcolocate.weights.sync.options import SyncOptions
 from tpcolocate.weights.sync.syncer import WeightSyncer
+from tpcolocate.weights.transport.mesh import groups_of_tensors
 from tpcolocate.weights.update_group import UpdateGroup
 
 _AT_ONCE_S = 5.0
@@ -538,7 +539,7 @@ class Engine(OfOneProcess):
         """
         self._restart_if_dead("load a LoRA adapter")
         values = tensors.values() if isinstance(tensors, Mapping) else ()
-        self._adapters.load(name, lambda: make_adapter(tensors, config), values, timeout_s=timeout_s)
+        self._adapters.load(name, lambda: make_adapter(tensors, config), groups_of_tensors(values), timeout_s=timeout_s)
 
     def unload_lora(self, name: str, *, timeout_s: float = 120.0) -> None:
         """Remove a LoRA adapter, once the requests that use it are done.

@@ -80,6 +80,14 @@ def is_sharded(flattened: Parameters) -> bool:
     return any(isinstance(item, LazyTensor) for own in flattened.values() for item in own.values())
 
 
+def groups(module: nn.Module) -> dict[dist.ProcessGroup, torch.device]:
+    """Return the groups among which a module's FSDP1 units are sharded, in the order of the units, and where they compute."""
+    handles = [unit._handle for unit in module.modules() if isinstance(unit, FullyShardedDataParallel)]
+    return {
+        handle.process_group: handle.device for handle in handles if handle is not None and handle.uses_sharded_strategy
+    }
+
+
 def are_shards(tensors: Mapping[str, torch.Tensor]) -> bool:
     """Return whether these are what FSDP1 leaves in a module's parameters on each rank, outside of `summon_full_params`.
 
@@ -172,4 +180,4 @@ def _gather(handle: Any, start: int, numel: int) -> torch.Tensor:
     return full
 
 
-__all__ = ["WARNING", "Parameters", "are_shards", "is_sharded", "parameters", "state"]
+__all__ = ["WARNING", "Parameters", "are_shards", "groups", "is_sharded", "parameters", "state"]

@@ -1,8 +1,8 @@
 """The parameters of DeepSpeed ZeRO-3, gathered one at a time.
 
 ZeRO-3 leaves empty tensors in a module: a parameter has no elements between uses, and its shape is in `ds_shape`.
-`deepspeed.zero.GatheredParameters` fills it for the length of a block.  Relies on these and on `ds_id` and `ds_status`
-(deepspeed.runtime.zero.partition_parameters, run with DeepSpeed 0.19.8).  DeepSpeed is never imported here.
+`deepspeed.zero.GatheredParameters` fills it for the length of a block.  Relies on these and on `ds_id`, `ds_status` and
+`ds_process_group` (deepspeed.runtime.zero.partition_parameters, run with DeepSpeed 0.19.8).  DeepSpeed is never imported here.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from tpcolocate.weights.sources.lazy_tensor import Item, LazyTensor
 
@@ -38,6 +39,12 @@ def is_partitioned(item: object) -> bool:
     return isinstance(item, torch.Tensor) and hasattr(item, "ds_id") and hasattr(item, "ds_shape")
 
 
+def group_of(parameter: Any) -> dist.ProcessGroup:
+    """Return the ranks among which ZeRO-3 has partitioned a parameter."""
+    group: dist.ProcessGroup = parameter.ds_process_group
+    return group
+
+
 def _lazy(parameter: Any) -> LazyTensor:
     def make() -> torch.Tensor:
         # Small ones are left gathered on all ranks from step to step, and are not to be partitioned by a sync.
@@ -57,4 +64,4 @@ def _lazy(parameter: Any) -> LazyTensor:
     )
 
 
-__all__ = ["WARNING", "gathering", "is_partitioned"]
+__all__ = ["WARNING", "gathering", "group_of", "is_partitioned"]

@@ -8,33 +8,35 @@ from __future__ import annotations
 
 import pickle
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.tensor import DTensor
 
 from tpcolocate.agreement import ErrorReport, raise_first
 from tpcolocate.deadline import Deadline
 from tpcolocate.errors import DeadlineError
+from tpcolocate.weights.sources import fsdp1, zero3
 
 T = TypeVar("T")
 
 
 @contextmanager
-def together(tensors: Iterable[object], *, rank: int, timeout_s: float) -> Iterator[None]:
-    """Run a block on every rank of the meshes of these tensors, and raise its first error on all of them.
+def together(groups: Mapping[dist.ProcessGroup, torch.device], *, rank: int, timeout_s: float) -> Iterator[None]:
+    """Run a block on every rank of these groups, and raise its first error on all of them.
 
     For calls that gather sharded tensors where no group of this library's spans the ranks that do, as with slices of one rank:
     a rank that fails before the gather would leave the others in it.
 
-    Collective: over the groups among which the DTensors here are sharded.  There are none of other tensors.
+    Collective: over the groups.
 
     Args:
-        tensors: Of the same source on every rank; what else is among them does not count.
+        groups: Among which a source is sharded, from `groups_of_module` or `groups_of_tensors`: in the same order on every rank.
         rank: This global rank.
         timeout_s: How long to wait for the others, in seconds.
 
@@ -50,7 +52,7 @@ def together(tensors: Iterable[object], *, rank: int, timeout_s: float) -> Itera
     reports = [] if error is None else [ErrorReport.of(error, rank)]
     deadline = Deadline.after(timeout_s)
     try:
-        for group, device in _groups_of(tensors).items():
+        for group, device in groups.items():
             of_ranks = Mesh(device, deadline).all_gather_objects(group, reports)
             reports = list({report.rank: report for of_rank in of_ranks for report in of_rank}.values())
     except DeadlineError as late:
@@ -61,22 +63,32 @@ def together(tensors: Iterable[object], *, rank: int, timeout_s: float) -> Itera
     raise_first(reports, error, rank=rank)
 
 
-def _groups_of(tensors: Iterable[object]) -> dict[dist.ProcessGroup, torch.device]:
-    """Return the groups among which tensors are sharded, in order of first use, and where their collectives run."""
+def groups_of_module(module: nn.Module) -> dict[dist.ProcessGroup, torch.device]:
+    """Return the groups among which a module is sharded, as `groups_of_tensors`: by FSDP1, FSDP2, ZeRO-3 or tensor parallelism."""
+    return {**groups_of_tensors(module.parameters()), **fsdp1.groups(module)}
+
+
+def groups_of_tensors(tensors: Iterable[object]) -> dict[dist.ProcessGroup, torch.device]:
+    """Return the groups among which tensors are sharded, in order of first use, and where their collectives run.
+
+    Args:
+        tensors: DTensors and parameters of ZeRO-3; what else is among them does not count.
+    """
     found: dict[dist.ProcessGroup, torch.device] = {}
     for tensor in tensors:
         if isinstance(tensor, DTensor):
             mesh = tensor.device_mesh
-            is_on_cpu = mesh.device_type == "cpu"
-            device = (
-                torch.device("cpu")
-                if is_on_cpu
-                else torch.device(mesh.device_type, torch.get_device_module(mesh.device_type).current_device())
-            )
             for axis, placement in enumerate(tensor.placements):
                 if not placement.is_replicate():
-                    found.setdefault(mesh.get_group(axis), device)
+                    found.setdefault(mesh.get_group(axis), _current_device(mesh.device_type))
+        elif zero3.is_partitioned(tensor):
+            group = zero3.group_of(tensor)
+            found.setdefault(group, _current_device("cuda" if "nccl" in dist.get_backend(group) else "cpu"))
     return found
+
+
+def _current_device(kind: str) -> torch.device:
+    return torch.device("cpu") if kind == "cpu" else torch.device(kind, torch.get_device_module(kind).current_device())
 
 
 class Mesh:
@@ -180,4 +192,4 @@ class Mesh:
             ) from error
 
 
-__all__ = ["Mesh", "together"]
+__all__ = ["Mesh", "groups_of_module", "groups_of_tensors", "together"]
