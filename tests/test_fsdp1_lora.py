@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import peft
 import pytest
 import torch
+import torch.distributed as dist
 from harness import run_ranks
 from test_engine_parts import Http, Sync
 from test_zero3 import Zero3Double, zero3_double
@@ -23,6 +24,7 @@ from tpcolocate.engine.client import Client
 from tpcolocate.engine.context import OwnedServer, ServerLink, SliceContext
 from tpcolocate.errors import ConfigError
 from tpcolocate.groups import Host, Member
+from tpcolocate.processes import this_process
 from tpcolocate.server.api import ServerApi
 from tpcolocate.server.lifecycle import Lifecycle, State
 from tpcolocate.weights.lora import adapter_of, check_adapter
@@ -108,10 +110,27 @@ def served_by_one_rank(rank, model):
     return found, http.paths
 
 
+def counts_twice(rank):
+    """Whether a slice's rank warns of an adapter that is served and merged; of its factors B, rank 1 has nothing but zeros."""
+    lifecycle, http = Lifecycle(State()), Http(enable_lora=True)
+    owned = OwnedServer.of(SimpleNamespace(), ServerApi(http), lifecycle) if rank == 0 else None
+    own = Member(rank, 2, 2, Host.here(), *this_process())
+    dist.all_gather_object(members := [own, own], own)
+    group = RankGroup(members, rank=rank, group=dist.group.WORLD, timeout_s=20)
+    link = ServerLink(Client("http://somewhere"), Sync(owned), owned, "0.5.21", lambda: None)
+    adapters = LoraAdapters(SliceContext(group, None, 0, lifecycle, link))
+    model = by_fsdp2(adapted())
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name and rank == 1:
+            parameter.to_local().detach().zero_()
+    adapters.load_from("policy", model, None, timeout_s=10)
+    return [adapters.note_synced(source, partial=False) is not None for source in (model, {})]
+
+
 def all_cases(rank):
     sys.modules["deepspeed"] = zero3_double()
     models = [by_fsdp2(adapted()), by_fsdp1(adapted(), True), by_fsdp1(adapted(), False), Zero3Double(adapted())]
-    return [case(True), case(False), [served_by_one_rank(rank, model) for model in models]]
+    return [case(True), case(False), [served_by_one_rank(rank, model) for model in models], counts_twice(rank)]
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +141,10 @@ def found():
 def test_an_adapter_is_served_but_not_merged(found):
     refusal = "LoRA adapters of a trainer that FSDP1 or DeepSpeed ZeRO-3 shards are not merged"
     assert [of_rank[:2] for of_rank in found] == [[(True, refusal, True)] * 2] * 2
+
+
+def test_a_rank_that_has_only_zeros_of_an_adapter_warns_as_the_others_do(found):
+    assert [of_rank[3] for of_rank in found] == [[True, False]] * 2
 
 
 @pytest.mark.parametrize("number", range(4), ids=["FSDP2", "FSDP1", "FSDP1 flat", "ZeRO-3"])

@@ -64,13 +64,20 @@ class LoraAdapters:
                 )
 
     def note_synced(self, source: Source, *, partial: bool) -> str | None:
-        """Note which adapters a sync has merged into the engine's weights; return a warning if one is served as well."""
+        """Note which adapters a sync has merged into the engine's weights; return a warning if one is served as well.
+
+        Collective: over the slice.
+        """
         if not self._context.server.serves_adapters:
             return None  # a walk through all modules is saved
         applied = applied_adapters(source) if isinstance(source, nn.Module) else {}
         found = {name: weakref.ref(layer) for name, layer in applied.items()}
         self._merged = {**self._merged, **found} if partial else found
         twice = [name for name, (own, layers) in self._layers.items() if own in applied and applied[own] in layers]
+        if self._layers:
+            # Of a sharded adapter one rank may have nothing but zeros, with which it adds nothing as far as that rank sees.
+            of_ranks = self._context.group.all_gather(twice, what="look for adapters that count twice")
+            twice = [name for name in self._layers if any(name in of_rank for of_rank in of_ranks)]
         if not twice:
             return None
         warning = (
