@@ -8,7 +8,9 @@ import base64
 import copy
 import json
 import os
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,12 +28,15 @@ from tpcolocate.server import channel
 from tpcolocate.weights.transport import bucket_sender
 from tpcolocate.weights.transport.checksums import DirectChecksums
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+from gpu_kernels import WITHOUT_COMPILER
+
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]
 
 PROMPTS = [[5, 6, 7, 100, 200], [100, 200, 300, 400]]
 SERVER = {
-    "attention_backend": "triton", "sampling_backend": "pytorch", "grammar_backend": "none", "disable_cuda_graph": True,
-    "mem_fraction_static": 0.2, "enable_memory_saver": True, "skip_tokenizer_init": True, "skip_server_warmup": True,
+    **WITHOUT_COMPILER, "mem_fraction_static": 0.2, "enable_memory_saver": True, "skip_tokenizer_init": True,
     "context_length": 512,
 }  # fmt: skip
 
