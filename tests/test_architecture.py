@@ -42,7 +42,7 @@ LAYERS = {
             "garbage",
             "modes",
         },
-        {"errors", "in_server", "_version"},
+        {"errors", "in_server", "supervisor", "_version"},
     ),
     "trl": (
         {"engines"},
@@ -65,7 +65,7 @@ LAYERS = {
         {"generation"},
         {"api", "process"},
         {"arguments", "channel"},
-        {"http", "releases", "installed", "environment", "lifecycle", "supervisor"},
+        {"http", "releases", "installed", "environment", "lifecycle"},
         {"connections", "evidence"},
     ),
     "engine": (

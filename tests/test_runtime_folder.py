@@ -19,7 +19,7 @@ from tpcolocate import runtime_folder
 from tpcolocate.errors import LaunchError
 from tpcolocate.processes import pid_namespace, start_of
 from tpcolocate.runtime_folder import OwnerRecord, RuntimeFolder, read_owner, remove_remains
-from tpcolocate.server.supervisor import _LEFTOVER_PREFIXES as LEFTOVER_PREFIXES
+from tpcolocate.supervisor import LEFTOVER_PREFIXES
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(120)]
 

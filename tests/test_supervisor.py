@@ -20,8 +20,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tpcolocate import supervisor
 from tpcolocate.processes import start_of, this_process
-from tpcolocate.server import supervisor
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(240), pytest.mark.usefixtures("no_leftovers")]
 

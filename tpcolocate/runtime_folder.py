@@ -33,6 +33,7 @@ from typing import Any
 
 from tpcolocate.errors import LaunchError
 from tpcolocate.processes import pid_namespace, start_of, this_process
+from tpcolocate.supervisor import LEFTOVER_PREFIXES
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +43,6 @@ _LONGEST_TEMPORARY = 107 - 48
 # A supervisor whose trainer has died gives the server 15 s before it kills it.
 _ENDS_S = 30.0
 _POLL_INTERVAL_S = 0.1
-# As of `tpcolocate.server.supervisor`, which imports nothing of this package.
-_LEFTOVER_PREFIXES = ("sgl_shm_", "sglang_", "sem.mp-", "sem.loky-", "psm_")
 
 
 def folder_of(nonce: str) -> Path:
@@ -226,9 +225,7 @@ def _read_files(path: Path) -> list[str]:
     names = _read_json(path).get("files")
     if not isinstance(names, list):
         return []
-    return [
-        name for name in names if isinstance(name, str) and name.startswith(_LEFTOVER_PREFIXES) and "\0" not in name
-    ]
+    return [name for name in names if isinstance(name, str) and name.startswith(LEFTOVER_PREFIXES) and "\0" not in name]
 
 
 def _read_handle_counts(path: Path) -> list[str]:

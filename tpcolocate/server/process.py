@@ -27,6 +27,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from tpcolocate import supervisor
 from tpcolocate.deadline import Deadline
 from tpcolocate.errors import ConfigError, DeadlineError, EngineError, LaunchError
 from tpcolocate.parallel import in_background
@@ -35,11 +36,10 @@ from tpcolocate.server.arguments import to_argv
 from tpcolocate.server.environment import LOOPBACK
 from tpcolocate.server.evidence import Evidence
 from tpcolocate.server.http import ServerClient
-from tpcolocate.server.supervisor import describe_deaths
 
 logger = logging.getLogger(__name__)
 
-_SUPERVISOR = Path(__file__).with_name("supervisor.py")
+_SUPERVISOR = Path(supervisor.__file__)
 # Where a server is reached that listens on all addresses, or on a name for this machine.
 _LOCAL_HOSTS = {"localhost": LOOPBACK, "0.0.0.0": LOOPBACK, "": LOOPBACK, "::": "::1"}
 _LAUNCH_TRIES = 3
@@ -435,7 +435,7 @@ class ServerProcess:
         if not self.exited():
             return None
         if self._supervision is not None and self._supervision.deaths:
-            return describe_deaths(self._supervision.deaths)
+            return supervisor.describe_deaths(self._supervision.deaths)
         is_ended = self._supervision is None or self._supervision.exit is not None
         return "the server was shut down" if is_ended else "the server's supervisor was killed"
 

@@ -1,8 +1,8 @@
 """Supervisor of the server: a small process between the trainer and SGLang that outlives both.
 
-Run as a script, by path, so that it imports nothing of this package and nothing heavy.  It starts the server, copies its
-output to the log without the API key, and ends it (the whole process tree, the files that it leaves in /dev/shm, and the
-runtime folder of the launch) when
+Run as a script, by path, so that it imports nothing of this package and nothing heavy; what both need is here.  It starts the
+server, copies its output to the log without the API key, and ends it (the whole process tree, the files that it leaves in
+/dev/shm, and the runtime folder of the launch) when
 
 * the trainer sends ``stop`` through the pipe on standard input,
 * the trainer has exited: the pipe reads end-of-file, or its process is gone.  The second check is for forks of the
@@ -57,7 +57,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 # 0.5.9 for one, the queues have multiprocessing's own name, psm_<random>; data loaders make files of that name as well,
 # often, and so those are only looked for now and then.
 _NOTICED_PREFIXES = ("sgl_shm_", "sglang_", "sem.mp-", "sem.loky-")
-_LEFTOVER_PREFIXES = (*_NOTICED_PREFIXES, "psm_")
+LEFTOVER_PREFIXES = (*_NOTICED_PREFIXES, "psm_")
 _SHM = "/dev/shm/"
 # Where torch counts the CUDA-IPC handles that a process has sent.  Its exit removes the file, but not its end by a signal,
 # as by torchrun when another rank has failed.
@@ -167,7 +167,7 @@ def shm_files(pids: Iterable[int], since: float) -> set[str]:
             is_named = entry.name.startswith("sgl_shm_") and len(parts) >= 4 and parts[-2].isdecimal()
             if entry.inode() in mapped or (is_named and int(parts[-2]) in pids and _is_made_since(entry, since)):
                 found.add(entry.name)
-    return {name for name in found if name.startswith(_LEFTOVER_PREFIXES)}
+    return {name for name in found if name.startswith(LEFTOVER_PREFIXES)}
 
 
 def handle_counts(pids: Collection[int]) -> dict[str, int]:
