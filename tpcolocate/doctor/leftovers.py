@@ -146,7 +146,7 @@ def _servers(proc: Path) -> Iterator[Leftover]:
             continue
         try:
             process = psutil.Process(pid)
-            watched = any("supervisor.py" in part for each in process.parents() for part in each.cmdline())
+            watched = any(Path(part).name == "supervisor.py" for each in process.parents() for part in each.cmdline())
             is_old = time.time() - process.create_time() > _ENDING_S
             num_bytes = process.memory_info().rss
         except psutil.Error:
