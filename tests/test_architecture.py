@@ -70,7 +70,7 @@ LAYERS = {
     ),
     "engine": (
         {"engine"},
-        {"adapters", "generation", "life", "update_groups"},
+        {"adapters", "checkpoints", "generation", "life", "memory", "update_groups"},
         {"context"},
         {"client"},
         {"requests"},

@@ -1,6 +1,6 @@
 """The engine as a training script uses it: one rank's end of its slice's server.
 
-Composed of a `Client`, the weight sync, and a part each for pauses, adapters and update groups, which share a
+Composed of a `Client`, the weight sync, and a part each for pauses, adapters, update groups and memory, which share a
 `SliceContext`.  Calls marked collective must be made by every rank of the slice, in the same order; the owner talks to
 the server, and every rank returns or raises as it does.
 """
@@ -20,21 +20,22 @@ from torch import nn
 from tpcolocate.checks import check_flag, check_path, check_version
 from tpcolocate.deadline import check_timeout
 from tpcolocate.engine.adapters import LoraAdapters
+from tpcolocate.engine.checkpoints import save_checkpoint
 from tpcolocate.engine.client import HEALTH_TIMEOUT_S, Health, Prompts, SamplingParams
-from tpcolocate.engine.context import OwnedServer, ServerLink, SliceContext
+from tpcolocate.engine.context import ServerLink, SliceContext
 from tpcolocate.engine.generation import GenerationControl
 from tpcolocate.engine.life import EngineLife
+from tpcolocate.engine.memory import ServerMemory
 from tpcolocate.engine.update_groups import UpdateGroups
-from tpcolocate.errors import ConfigError, EngineStateError, TpColocateError, noted_on
+from tpcolocate.errors import ConfigError, noted_on
 from tpcolocate.processes import OfOneProcess
 from tpcolocate.report import SyncReport
 from tpcolocate.server.http import ServerClient
 from tpcolocate.server.lifecycle import Life, State, WeightsState
 from tpcolocate.weights import update_group
 from tpcolocate.weights.lora import make_adapter
-from tpcolocate.weights.sources.checkpoint import Checkpoint, CheckpointWriter, count_shards, outline, save
-from tpcolocate.weights.sources.model_spec import local_folder
-from tpcolocate.weights.sources.named_weights import NamedWeights, Rename, Source, check_rename
+from tpcolocate.weights.sources.checkpoint import Checkpoint
+from tpcolocate.weights.sources.named_weights import Rename, Source
 from tpcolocate.weights.sync.options import SyncOptions
 from tpcolocate.weights.sync.syncer import WeightSyncer
 from tpcolocate.weights.transport.mesh import groups_of_tensors
@@ -76,6 +77,7 @@ class Engine(OfOneProcess):
         self._generation = GenerationControl(context)
         self._adapters = LoraAdapters(context)
         self._update_groups = UpdateGroups(context)
+        self._memory = ServerMemory(context)
         self._life = EngineLife(context, on_shutdown=on_shutdown, relaunch=relaunch, restarts=restarts)
 
     def __repr__(self) -> str:
@@ -357,42 +359,14 @@ class Engine(OfOneProcess):
             WeightsMismatchError: Names, shapes or completeness.
             RankFailedError: It could not be written (``OSError``), or another library's exception.
         """
-        ranks = self._context.all_slices
-        weights: NamedWeights | None = None
-        writer: CheckpointWriter | None = None
-        try:
-            with ranks.together("get ready to save the weights") as must_match:
-                timeout_s = check_timeout(timeout_s)
-                check_rename(rename)
-                folder = check_path("folder", folder)
-                spec = self._sync.spec
-                expected = None if spec is None else spec.shapes
-                weights = NamedWeights.of(model_or_named_tensors, expected=expected, rename=rename)
-                weights.check_extra()
-                if weights.items is None:
-                    raise ConfigError("cannot save a generator", hint="pass the module, a mapping or a list")
-                must_match |= {"folder": str(folder), "weights": outline(weights.items)}
-                if spec is not None:
-                    spec.check([(name, tensor.shape) for name, tensor in weights.items], hint=rename is None)
-                    spec.check_dtypes([(name, tensor.dtype) for name, tensor in weights.items])
-                    names = [*(name for name, _ in weights.items), *weights.aliases]
-                    spec.check_complete(names, ignored=self._sync.ignored, hint="pass the whole model")
-                if ranks.rank == 0:
-                    writer = CheckpointWriter(
-                        folder,
-                        weight_version=self.weight_version,
-                        num_shards=count_shards(weights),
-                        like=local_folder(self.model_path),
-                    )
-        except BaseException as error:
-            if writer is not None:
-                writer.abandon()
-            # Without a group the other ranks do not know of it, and are in the gathers.
-            if isinstance(error, TpColocateError) and len(ranks) == 1 and weights is not None and weights.is_sharded:
-                save(weights, None)
-            raise
-        problem = save(weights, writer)
-        ranks.agree(problem, what="save the weights", timeout_s=timeout_s)
+        save_checkpoint(
+            self._context,
+            model_or_named_tensors,
+            folder=folder,
+            rename=rename,
+            served_path=self.model_path,
+            timeout_s=timeout_s,
+        )
 
     def init_weights_update_group(
         self,
@@ -572,35 +546,7 @@ class Engine(OfOneProcess):
             RequestError, EngineDeadError: The server failed.
         """
         self._restart_if_dead("sleep")
-        context, lifecycle = self._context, self._lifecycle
-        try:
-            with context.group.together("sleep", timeout_s=_waiting(timeout_s)) as must_match:
-                timeout_s = check_timeout(timeout_s)
-                chosen, after = lifecycle.state.sleeping(tags)
-                must_match["tags"] = None if tags is None else sorted(tags)
-                if not after.frees_memory:
-                    raise EngineStateError(
-                        "sleep() would free nothing: the server was launched without enable_memory_saver",
-                        hint="pass enable_memory_saver=True to launch(), or do without sleep() and wake()",
-                    )
-                lifecycle.state = after  # before requests are looked for: see `Client`
-                if chosen and context.client.num_in_flight:
-                    raise EngineStateError(
-                        f"cannot sleep: {context.client.num_in_flight} requests of rank {context.group.rank} are in flight",
-                        hint="wait for the answers of generate() on this rank first, or end them with engine.abort_request(); a "
-                        "stream that is not read to its end is in flight until its close()",
-                    )
-
-            def act(owned: OwnedServer) -> None:
-                if chosen:
-                    owned.generation.release_memory(chosen, timeout_s=timeout_s)
-
-            with context.going_on():
-                self._sync.call_back(timeout_s=timeout_s)
-                context.on_owner("sleep", act, timeout_s=timeout_s)
-            lifecycle.state = lifecycle.state.slept()
-        finally:
-            lifecycle.state = lifecycle.state.sleep_over()
+        self._memory.sleep(tags, timeout_s=timeout_s)
 
     def wake(self, tags: Collection[str] | None = None, *, timeout_s: float = 120.0) -> None:
         """Take the memory back, by tag; what is awake already stays so.
@@ -609,19 +555,7 @@ class Engine(OfOneProcess):
         ``enable_weights_cpu_backup=True``: generation is refused until the next sync.  Raises as `sleep`.
         """
         self._restart_if_dead("wake")
-        with self._context.group.together("wake", timeout_s=_waiting(timeout_s)) as must_match:
-            timeout_s = check_timeout(timeout_s)
-            chosen, after = self._lifecycle.state.waking(tags)
-            must_match["tags"] = None if tags is None else sorted(tags)
-
-        def act(owned: OwnedServer) -> None:
-            if chosen:
-                owned.generation.resume_memory(chosen, after, timeout_s=timeout_s)
-
-        with self._context.going_on():
-            self._sync.call_back(timeout_s=timeout_s)
-            self._context.on_owner("wake", act, timeout_s=timeout_s)
-        self._lifecycle.state = after
+        self._memory.wake(tags, timeout_s=timeout_s)
 
     # --- life ------------------------------------------------------------------------------------------------------
 
@@ -740,14 +674,6 @@ def _check_sync_options(*, weight_version: object = None, timeout_s: object = 60
     if unknown:
         raise ConfigError(f"sync_weights() has no option {', '.join(unknown)}")
     SyncOptions(**options)
-
-
-def _waiting(timeout_s: object) -> float | None:
-    """Return how long to wait for the other ranks: as long as usual with a timeout that all of them are to refuse."""
-    try:
-        return check_timeout(timeout_s)
-    except ConfigError:
-        return None
 
 
 __all__ = ["Engine"]
