@@ -24,6 +24,7 @@ LAYERS = {
         {"doctor", "plot", "trl", "hf"},
         {"session", "discovery", "metrics"},
         {"engine", "launch"},
+        {"launch_request"},
         {"server", "weights", "rendezvous"},
         {"agreement", "placement"},
         {"rounds"},

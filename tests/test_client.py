@@ -126,11 +126,9 @@ def test_a_process_with_another_cache_of_the_hub_has_the_limits_of_the_model_tha
     (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": [{"id": 100, "content": "[PAD]"}]}))
     group = SimpleNamespace(ranks=(0,), rank=0, timeout_s=5.0)
     tp_slice = launch.TpSlice(group, 0, torch.device("cpu"), (), False, "job", 0)
-    request = launch.LaunchRequest(server.model_path, {}, {}, "1-ab")
+    request = launch.LaunchRequest(server.model_path, {}, {}, "1-ab", health_timeout_s=5.0)
     monkeypatch.setattr(launch, "local_folder", lambda path: Path(folder), raising=False)
-    announcement = launch.Launch(tp_slice, request, health_timeout_s=5.0)._announcement(
-        SimpleNamespace(url=server.url, api_key="key")
-    )
+    announcement = launch.Launch(tp_slice, request)._announcement(SimpleNamespace(url=server.url, api_key="key"))
     read = rendezvous.parse(json.dumps(asdict(announcement)))
     monkeypatch.setattr(rendezvous, "discover", lambda: [(tmp_path / "announcement.json", read)])
     with contextlib.closing(tpcolocate.connect("job")) as client:

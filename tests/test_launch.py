@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tpcolocate import launch
+from tpcolocate import launch, launch_request
 from tpcolocate.errors import (
     ConfigError,
     DeadlineError,
@@ -647,7 +647,7 @@ def test_a_rank_that_leaves_while_a_broken_group_is_made_anew_ends_the_launch_on
 
     monkeypatch.setattr(launch, "make_group_over_file", make)
     tp_slice = launch.TpSlice(group, 0, torch.device("cpu"), (), False, f"test{os.getpid()}", 0)
-    launched = launch.Launch(tp_slice, launch.LaunchRequest("model", {}, {}, "nonce"), health_timeout_s=60.0)
+    launched = launch.Launch(tp_slice, launch.LaunchRequest("model", {}, {}, "nonce", health_timeout_s=60.0))
     with pytest.raises(RankFailedError, match="KeyboardInterrupt"):
         launched.share(None, None)
 
@@ -658,10 +658,10 @@ def agree_with(other, monkeypatch, tmp_path, **ours):
         ranks=(0, 1), rank=1, timeout_s=60.0, agree=lambda error, request, what: [other(request), request]
     )
     monkeypatch.setattr(launch.TpSlice, "tp_size", 2)
-    monkeypatch.setattr(launch, "check_installed", lambda arguments, installed: None)
+    monkeypatch.setattr(launch_request, "check_installed", lambda arguments, installed: None)
     tp_slice = launch.TpSlice(group, 1, torch.device("cpu"), (), False, "job", 0)
     given = {"env": {}, "server_args": {}, "health_timeout_s": 60.0, "closed": False, **ours}
-    return launch.agree_on_launch(tp_slice, tmp_path, **given).request
+    return launch_request.agree_on_launch(tp_slice, tmp_path, **given)
 
 
 @pytest.mark.parametrize("of_other, words", [
@@ -713,7 +713,7 @@ def test_after_an_error_no_server_is_left_even_if_the_group_has_failed_too(monke
     monkeypatch.setattr(launch, "read_spec", lambda path: None)
     monkeypatch.setattr(launch.rendezvous, "announce", fail)
     tp_slice = launch.TpSlice(FailedGroup(), 0, torch.device("cpu"), (), False, f"test{os.getpid()}", 0)
-    launched = launch.Launch(tp_slice, launch.LaunchRequest("model", {}, {}, "nonce"), health_timeout_s=1.0)
+    launched = launch.Launch(tp_slice, launch.LaunchRequest("model", {}, {}, "nonce", health_timeout_s=1.0))
     with pytest.raises(OSError, match="disk full"):
         launched.start_server()
     assert server.stopped == (failing == "announce")
@@ -741,7 +741,7 @@ def test_a_server_has_the_whole_launch_to_report_what_it_is(monkeypatch):
     monkeypatch.setattr(launch, "ServerApi", report)
     monkeypatch.setattr(launch.Launch, "share", share)
     tp_slice = launch.TpSlice(FailedGroup(), 0, torch.device("cpu"), (), False, f"test{os.getpid()}", 0)
-    launched = launch.Launch(tp_slice, launch.LaunchRequest("model", {}, {}, "nonce"), health_timeout_s=300.0)
+    launched = launch.Launch(tp_slice, launch.LaunchRequest("model", {}, {}, "nonce", health_timeout_s=300.0))
     with pytest.raises(DeadlineError, match=r"health_timeout_s=300 of launch\(\)") as caught:
         launched.start_server()
     assert 290 < limits[0] < 310 and stopped == [1]
@@ -753,7 +753,7 @@ def test_a_server_that_does_not_end_does_not_hide_why_the_launch_failed():
         raise EngineError("process 7 does not end")
 
     tp_slice = launch.TpSlice(FailedGroup(), 0, torch.device("cpu"), (), False, f"test{os.getpid()}", 0)
-    launched = launch.Launch(tp_slice, launch.LaunchRequest("model", {}, {}, "nonce"), health_timeout_s=1.0)
+    launched = launch.Launch(tp_slice, launch.LaunchRequest("model", {}, {}, "nonce", health_timeout_s=1.0))
     failed = RankFailedError("disk full", rank=1)
     launched.undo(types.SimpleNamespace(stop=stop), failed)
     assert failed.__notes__ == ["(the server that was started: process 7 does not end)"]

@@ -15,7 +15,7 @@ import pytest
 import torch.distributed as dist
 
 import tpcolocate
-from tpcolocate import launch, session
+from tpcolocate import launch_request, session
 from tpcolocate.engine.client import Client
 from tpcolocate.engine.context import ServerLink
 from tpcolocate.errors import ConfigError, EngineError
@@ -53,7 +53,7 @@ def colo(monkeypatch):
         link = ServerLink(client, sync, owned, "0.5.21", lambda: None)
         return session._Started(link, Lifecycle(State()) if lifecycle is None else lifecycle, State())
 
-    agreed = SimpleNamespace(request=SimpleNamespace(nonce="1-a", model_path="model", again=dict))
+    agreed = SimpleNamespace(nonce="1-a", model_path="model", health_timeout_s=5.0, again=dict)
     monkeypatch.setattr(session, "agree_on_launch", lambda *args, **kwargs: agreed)
     monkeypatch.setattr(made, "_start", start)
     yield made
@@ -221,9 +221,8 @@ def test_a_restart_is_like_the_launch_whatever_has_changed_since(colo, monkeypat
     requests = []
 
     def agree(*args, **kwargs):
-        launched = launch.agree_on_launch(*args, **kwargs)
-        requests.append(launched.request)
-        return launched
+        requests.append(launch_request.agree_on_launch(*args, **kwargs))
+        return requests[-1]
 
     monkeypatch.setattr(session, "agree_on_launch", agree)
     monkeypatch.setenv("REPEATED", "1")

@@ -73,7 +73,7 @@ def launched(rank, *, timeout_s=20.0, health_timeout_s=5.0, reset=False, broken_
     if rank in broken_on:
         group = RankGroup(group.members, rank=rank, group=Broken(), timeout_s=timeout_s)
     tp_slice = launch.TpSlice(group, 0, torch.device("cpu"), (), False, "job", 0)
-    made = launch.Launch(tp_slice, launch.LaunchRequest("model", {}, {}, nonce), health_timeout_s=health_timeout_s)
+    made = launch.Launch(tp_slice, launch.LaunchRequest("model", {}, {}, nonce, health_timeout_s=health_timeout_s))
     server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_port}"

@@ -1,10 +1,9 @@
-"""Launch of a slice's server: its ranks agree, the owner starts it, the clients wait for it."""
+"""Launch of a slice's server, on which its ranks have agreed: the owner starts it, the clients wait for it."""
 
 from __future__ import annotations
 
 import logging
 import os
-import secrets
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,22 +13,18 @@ from typing import Any, TypeVar
 import torch
 
 from tpcolocate import devices, rendezvous
-from tpcolocate.agreement import RankGroup
-from tpcolocate.checks import check_integer, check_path, check_text, check_type
-from tpcolocate.deadline import Deadline, check_timeout
-from tpcolocate.errors import ConfigError, DeadlineError, EngineError, RankFailedError, RankLostError, shown, some
+from tpcolocate.deadline import Deadline
+from tpcolocate.errors import DeadlineError, EngineError, RankFailedError, RankLostError
 from tpcolocate.groups import Member, list_ranks, make_group_over_file
+from tpcolocate.launch_request import LaunchRequest, TpSlice
 from tpcolocate.processes import this_process
 from tpcolocate.runtime_folder import RuntimeFolder, folder_of, read_owner, remove_remains
 from tpcolocate.server.api import ServerApi, serves_adapters
-from tpcolocate.server.arguments import check_installed, check_model_path, server_arguments
 from tpcolocate.server.environment import child_environment, compile_cache, sglang_stub_needed
 from tpcolocate.server.evidence import Evidence
 from tpcolocate.server.http import ServerClient
-from tpcolocate.server.installed import find_installed
 from tpcolocate.server.lifecycle import State, WeightsState
 from tpcolocate.server.process import ServerProcess, ServerSpec
-from tpcolocate.weights.sources.checkpoint import saved_version
 from tpcolocate.weights.sources.model_spec import ModelSpec, check_not_quantised, local_folder, read_spec
 
 logger = logging.getLogger(__name__)
@@ -43,219 +38,6 @@ _ANNOUNCEMENT_S = 30.0
 # the server, is the first to give up.
 _LEAST_S = 5.0
 _GRACE_S = 5.0
-
-
-@dataclass(frozen=True, slots=True)
-class TpSlice:
-    """A tp slice, as one of its ranks sees it.
-
-    Attributes:
-        group: The ranks of the slice, in tp order.
-        owner_rank: Global rank that launches the server.
-        device: Training device of this rank.
-        visible_devices: Device tokens of the slice, in tp order.
-        shared: All TP ranks share one device.
-        job: Identity of the job.
-        slice_index: Number of the slice.
-    """
-
-    group: RankGroup
-    owner_rank: int
-    device: torch.device
-    visible_devices: tuple[str, ...]
-    shared: bool
-    job: str
-    slice_index: int
-
-    @property
-    def tp_size(self) -> int:
-        return len(self.group)
-
-    @property
-    def is_owner(self) -> bool:
-        return self.group.rank == self.owner_rank
-
-
-@dataclass(frozen=True, slots=True)
-class LaunchRequest:
-    """What one rank passes to `Colocation.launch`.
-
-    Attributes:
-        model_path: Folder or hub id.
-        arguments: All of SGLang's arguments.
-        env: Environment variables for the server alone.
-        nonce: Identity of this launch; only the owner's counts.
-        restart: How often the engine restarts its server by itself.
-        health_timeout_s: How long the server may take to start, in seconds.
-        repeated: Names in `env` that have the same value in this rank's own environment, as in a copy of that.
-        log_path: For the server's log, by its absolute path; only the owner's counts.
-        working_directory: Of the server, in which relative paths among its arguments are; likewise.
-    """
-
-    model_path: str
-    arguments: dict[str, Any]
-    env: dict[str, str]
-    nonce: str
-    restart: int = 0
-    health_timeout_s: float = 0.0
-    repeated: frozenset[str] = frozenset()
-    log_path: str | None = None
-    working_directory: str | None = None
-
-    def again(self) -> dict[str, Any]:
-        """Return the arguments of `agree_on_launch` for another launch like this one.
-
-        Nothing that the script has changed since has an effect on it: lists and dicts that it has passed, the working
-        directory, its environment.
-        """
-        return {
-            "env": {name: value for name, value in self.env.items() if name not in self.repeated},
-            "server_args": self.arguments,
-            "health_timeout_s": self.health_timeout_s,
-            "log_path": self.log_path,
-            "restart": self.restart,
-            "working_directory": self.working_directory,
-        }
-
-    def difference(self, other: LaunchRequest) -> str | None:
-        """Describe the first difference that matters; None if there is none."""
-        if self.model_path != other.model_path:
-            return f"model_path {self.model_path!r} and {other.model_path!r}"
-        for name in sorted(set(self.arguments) | set(other.arguments)):
-            value, other_value = self.arguments.get(name), other.arguments.get(name)
-            if value != other_value:
-                return f"{name}={value!r} and {name}={other_value!r}"
-        if self.restart != other.restart:
-            return f"restart={self.restart!r} and restart={other.restart!r}"
-        if self.health_timeout_s != other.health_timeout_s:
-            return f"health_timeout_s={self.health_timeout_s:g} and health_timeout_s={other.health_timeout_s:g}"
-        asked = (self.env.keys() - self.repeated) | (other.env.keys() - other.repeated)
-        if names := sorted(name for name in asked if self.env.get(name) != other.env.get(name)):
-            return f"env with other values, or none, of {some(names, between=', ')}"  # which may be secrets
-        return None
-
-
-def agree_on_launch(
-    tp_slice: TpSlice,
-    model_path: str | os.PathLike[str],
-    *,
-    env: Mapping[str, str],
-    server_args: Mapping[str, Any],
-    health_timeout_s: float,
-    log_path: str | os.PathLike[str] | None = None,
-    closed: bool,
-    restart: int = 0,
-    working_directory: str | None = None,
-) -> Launch:
-    """Check the arguments of a launch, and that all ranks of the slice pass the same.
-
-    Collective: over the slice.
-
-    Args:
-        tp_slice: The slice.
-        model_path: Folder or hub id.
-        env: Environment variables for the server alone.
-        server_args: The user's arguments for SGLang.
-        health_timeout_s: As passed by the user, in seconds.
-        log_path: As passed by the user.
-        closed: Whether this rank's `Colocation` is closed.
-        restart: How often the engine restarts its server by itself.
-        working_directory: Of the server; default: that of this process.
-
-    Raises:
-        ConfigError: An argument is invalid or differs between ranks; the same on every rank.
-        RankLostError: A rank of the slice died or is in another call.
-    """
-    arguments: dict[str, Any] = {}
-    error: BaseException | None = None
-    try:
-        if closed:
-            raise ConfigError("launch() after close()", hint="call init() again")
-        check_timeout(health_timeout_s, name="health_timeout_s")
-        model_path = _same_anywhere(check_path("model_path", model_path), os.fspath(model_path))
-        if log_path is not None:
-            log_path = check_path("log_path", log_path).absolute()
-        if working_directory is None:
-            working_directory = _working_directory()
-        env = _checked_environment(env)
-        check_integer("restart", restart, at_least=0)
-        arguments = server_arguments(
-            server_args, tp_size=tp_slice.tp_size, device_type=tp_slice.device.type, shared_device=tp_slice.shared
-        )
-        check_not_quantised(model_path)
-        version = saved_version(model_path)
-        if version is not None:
-            arguments.setdefault("weight_version", version)
-        if tp_slice.is_owner:  # its environment is the server's
-            check_model_path(model_path)
-            check_installed(arguments, find_installed({**os.environ, **env}, folder=working_directory))
-    except BaseException as caught:
-        error = caught
-    request = (
-        LaunchRequest(
-            str(model_path),
-            arguments,
-            dict(env),
-            f"{os.getpid()}-{secrets.token_hex(8)}",
-            restart,
-            float(health_timeout_s),
-            frozenset(name for name, value in env.items() if os.environ.get(name) == value),
-            None if log_path is None else str(log_path),
-            working_directory,
-        )
-        if error is None
-        else None
-    )
-    requests = [one for one in tp_slice.group.agree(error, request, what="agree on the launch") if one is not None]
-    own = requests[tp_slice.group.ranks.index(tp_slice.owner_rank)]
-    for rank, other in zip(tp_slice.group.ranks, requests):
-        if (difference := own.difference(other)) is not None:
-            raise ConfigError(
-                f"ranks {tp_slice.owner_rank} and {rank} launch different servers: {difference}",
-                hint="every rank of a slice must pass the same arguments to launch()",
-                slice_ranks=tp_slice.group.ranks,
-            )
-    return Launch(tp_slice, own, health_timeout_s=health_timeout_s)
-
-
-def _working_directory() -> str | None:
-    try:
-        return os.getcwd()
-    except OSError:  # it was removed; a process can start in it all the same
-        return None
-
-
-def _same_anywhere(path: Path, text: str) -> str:
-    """Return a folder by its absolute path, anything else (a hub id) as it was given.
-
-    The server reports it to processes that run elsewhere, and a restart may come after a change of the working directory.
-    """
-    return str(path.absolute()) if os.path.isdir(path) else text
-
-
-def _checked_environment(env: object) -> dict[str, str]:
-    """Return environment variables for the server.
-
-    Raises:
-        ConfigError: Something that no environment can have.
-    """
-    found: Mapping[object, object] = check_type("env", env, Mapping, expected="a mapping of names to values")
-    checked: dict[str, str] = {}
-    for key, value in found.items():
-        name = check_text("a name in env", key)
-        if "=" in name:
-            raise ConfigError(f"env has a name with an equals sign: {shown(name)}")
-        # Not shown: it may be a secret.
-        if not isinstance(value, str):
-            raise ConfigError(f"env[{name!r}] must be a string, got a {type(value).__name__}")
-        try:
-            is_valid = b"\0" not in os.fsencode(value)
-        except UnicodeEncodeError:
-            is_valid = False
-        if not is_valid:
-            raise ConfigError(f"env[{name!r}] cannot be the value of an environment variable")
-        checked[name] = value
-    return checked
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,20 +56,18 @@ class RunningServer:
 class Launch:
     """One launch on one rank, and the files of it that remain until `clean_up`.
 
-    All ranks have the same time for it, from their agreement on: `health_timeout_s` for the server, and the group's
+    All ranks have the same time for it, from their agreement on: the request's `health_timeout_s` for the server, and the group's
     timeout for the ranks.
 
     Args:
         tp_slice: The slice.
         request: Agreed on by all ranks.
-        health_timeout_s: From the start of the process to its first generated token, in seconds.
     """
 
-    def __init__(self, tp_slice: TpSlice, request: LaunchRequest, *, health_timeout_s: float) -> None:
+    def __init__(self, tp_slice: TpSlice, request: LaunchRequest) -> None:
         self.tp_slice = tp_slice
         self.request = request
-        self.health_timeout_s = health_timeout_s
-        self._deadline = Deadline.after(health_timeout_s + tp_slice.group.timeout_s)
+        self._deadline = Deadline.after(request.health_timeout_s + tp_slice.group.timeout_s)
         self._announcement_path = rendezvous.path_for(request.nonce)
         self._runtime: RuntimeFolder | None = None
         self.sync_folder = folder_of(request.nonce)
@@ -335,7 +115,9 @@ class Launch:
             if self._meeting_place.exists():
                 raise RankLostError(f"{what}: another rank has found the slice's process group broken", rank=group.rank)
             # By itself: a rank that has an error raises that one, also if it could not be reported.
-            quiet_s = 0.0 if self.tp_slice.is_owner else self.health_timeout_s  # while the owner starts the server
+            quiet_s = (
+                0.0 if self.tp_slice.is_owner else self.request.health_timeout_s
+            )  # while the owner starts the server
             group.all_gather(None, what=f"{what}: meet", timeout_s=self._left(), quiet_s=quiet_s)
             return self._server_of(group.agree(error, running, what=what, timeout_s=self._left()))
         except RankLostError as lost:
@@ -407,7 +189,7 @@ class Launch:
             "another rank" if self.tp_slice.is_owner else f"rank {self.tp_slice.owner_rank}, which starts the server,"
         )
         raise DeadlineError(
-            f"{awaited} did not finish launch() within {self._deadline.timeout_s:g} s: health_timeout_s={self.health_timeout_s:g} of "
+            f"{awaited} did not finish launch() within {self._deadline.timeout_s:g} s: health_timeout_s={self.request.health_timeout_s:g} of "
             f"launch() and timeout_s={group.timeout_s:g} of init()",
             hint="see the output of that rank for what holds it up (py-spy dump --pid PID shows it), or raise one of the two",
             rank=group.rank,
@@ -464,7 +246,9 @@ class Launch:
         try:
             spec = self._server_spec()
             server = ServerProcess.start(
-                spec, health_timeout_s=self.health_timeout_s, heartbeat=lambda line, elapsed_s: self._look_at_clients()
+                spec,
+                health_timeout_s=self.request.health_timeout_s,
+                heartbeat=lambda line, elapsed_s: self._look_at_clients(),
             )
             api = self._api_of(server)
             running = self._running_server(server.url, server.api_key, api.info)
@@ -491,7 +275,7 @@ class Launch:
             return ServerApi(server.client, timeout_s=self._left())
         except DeadlineError as error:
             raise DeadlineError(
-                f"the SGLang server is up, but did not report what it is within health_timeout_s={self.health_timeout_s:g} of launch()",
+                f"the SGLang server is up, but did not report what it is within health_timeout_s={self.request.health_timeout_s:g} of launch()",
                 hint=f"at its first start on a machine it compiles kernels: raise health_timeout_s; its log is {server.spec.log_path}",
                 url=server.url,
             ) from error
@@ -625,4 +409,4 @@ def is_listening(announcement: rendezvous.Announcement) -> bool:
         client.close()
 
 
-__all__ = ["Launch", "TpSlice", "agree_on_launch", "is_listening"]
+__all__ = ["Launch", "RunningServer", "is_listening"]

@@ -32,7 +32,8 @@ from tpcolocate.errors import ConfigError, TpColocateError, noted_on, shown
 from tpcolocate.groups import Host, Member, error_fields, exchange, list_ranks, make_group, share_outcome
 from tpcolocate.in_server.tpcolocate_receiver import kernels
 from tpcolocate.interfaces import GlooAddress, find_gloo_address
-from tpcolocate.launch import Launch, RunningServer, TpSlice, agree_on_launch
+from tpcolocate.launch import Launch, RunningServer
+from tpcolocate.launch_request import TpSlice, agree_on_launch
 from tpcolocate.placement import inspect_device, is_on_one_network, plan_roles
 from tpcolocate.processes import OfOneProcess, this_process
 from tpcolocate.server.api import ServerApi
@@ -327,7 +328,7 @@ class Colocation(OfOneProcess):
         """
 
         def start(path: str | os.PathLike[str], lifecycle: Lifecycle | None, **given: Any) -> tuple[Launch, _Started]:
-            launch = agree_on_launch(self._tp_slice, path, closed=self._closed, **given)
+            launch = Launch(self._tp_slice, agree_on_launch(self._tp_slice, path, closed=self._closed, **given))
             with self._slice.going_on(launch.request.nonce):
                 return launch, self._start(launch, lifecycle)
 
