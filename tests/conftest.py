@@ -8,6 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import footprint
 import harness
 import pytest
 import pytest_timeout
@@ -131,12 +132,12 @@ def _session_ground(request, tmp_path_factory):
             if harness.is_scrubbed(name) and name != "OMP_NUM_THREADS":
                 patch.delenv(name)
         patch.setenv("PYTHONPATH", str(FORKED_SERVER), prepend=os.pathsep)
-        harness.tag_session()
-        before = harness.Footprint.now()
+        footprint.tag_session()
+        before = footprint.Footprint.now()
         yield
-        found = harness.leftovers(before)
-        harness.end_leftovers(before)
-        os.environ.pop(harness.SESSION_TAG)
+        found = footprint.leftovers(before)
+        footprint.end_leftovers(before)
+        os.environ.pop(footprint.SESSION_TAG)
     if not request.session.testsfailed and not found:
         shutil.rmtree(temporary, ignore_errors=True)
     if found:
@@ -162,11 +163,11 @@ def _clean_environment(_session_ground):
 @pytest.fixture
 def no_leftovers():
     """Fail a test that leaves a process or an entry in /dev/shm."""
-    before = harness.Footprint.now()
+    before = footprint.Footprint.now()
     yield
-    found = harness.leftovers(before)
+    found = footprint.leftovers(before)
     if found:
-        harness.end_leftovers(before)
+        footprint.end_leftovers(before)
         pytest.fail("left behind:\n" + "\n".join(found), pytrace=False)
 
 

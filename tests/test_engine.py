@@ -18,7 +18,8 @@ from unittest import mock
 import psutil
 import pytest
 import torch
-from harness import Footprint, leftovers, run_ranks
+from footprint import Footprint, leftovers
+from harness import run_ranks
 
 import tpcolocate
 from tpcolocate import errors

@@ -15,7 +15,8 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
-from harness import Footprint, as_another_user, leftovers, run_ranks
+from footprint import Footprint, leftovers
+from harness import as_another_user, run_ranks
 from rollout_checks import (
     abort_and_flush,
     another_process_asks_while_the_engine_sleeps,

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import Footprint, leftovers, run_ranks
+from footprint import Footprint, leftovers
+from harness import run_ranks
 from rollout_checks import another_process_asks_while_the_engine_sleeps, follows, in_flight, outcome_of
 from test_engine import (
     ARGS,

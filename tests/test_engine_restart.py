@@ -5,7 +5,8 @@ import signal
 
 import pytest
 import torch
-from harness import Footprint, leftovers, run_ranks
+from footprint import Footprint, leftovers
+from harness import run_ranks
 from rollout_checks import InFlight, generates_as, outcome_of
 from test_engine import HEALTH_S, World, checked
 from test_engine_calls import ARGS, adapted, merged

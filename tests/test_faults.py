@@ -12,7 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from harness import Footprint, leftovers, run_ranks
+from footprint import Footprint, leftovers
+from harness import run_ranks
 from test_engine import drive
 
 from tpcolocate import errors, ipc_payload

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import harness
+import footprint
 import pytest
 
 TESTS = Path(__file__).parent
@@ -33,7 +33,7 @@ def seen(tiny_model_dir, tmp_path_factory):
         "--rdzv-endpoint", "localhost:0", "--nproc-per-node", "2",
         str(TESTS / "full_disk_job.py"), str(tiny_model_dir()), str(disk), str(out),
     ]  # fmt: skip
-    before = harness.Footprint.now()
+    before = footprint.Footprint.now()
     try:
         done = subprocess.run(
             ["unshare", "--mount", "--kill-child", "--fork", "sh", "-c", mount, "sh", *command],
@@ -43,9 +43,9 @@ def seen(tiny_model_dir, tmp_path_factory):
             timeout=DEADLINE_S,
         )
         assert done.returncode == 0, done.stderr
-        assert harness.leftovers(before) == []
+        assert footprint.leftovers(before) == []
     finally:
-        harness.end_leftovers(before)
+        footprint.end_leftovers(before)
     found = [json.loads((out / f"{rank}.json").read_text()) for rank in (0, 1)]
     assert found[0]["left in /dev/shm"] == []
     return found

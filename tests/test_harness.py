@@ -7,10 +7,12 @@ import sys
 import threading
 from pathlib import Path
 
+import footprint
 import harness
 import psutil
 import pytest
-from harness import Footprint, Outcome, RankDied, RankOverran, RankRaised, RanksFailed, leftovers, run_ranks
+from footprint import Footprint, leftovers
+from harness import Outcome, RankDied, RankOverran, RankRaised, RanksFailed, run_ranks
 
 pytestmark = pytest.mark.usefixtures("no_leftovers")
 
@@ -241,7 +243,7 @@ def _is_gone(pid):
 
 
 def test_leftovers_are_listed_and_those_of_others_are_not(tmp_path, monkeypatch):
-    monkeypatch.setattr(harness, "SHM_FOLDER", tmp_path)
+    monkeypatch.setattr(footprint, "SHM_FOLDER", tmp_path)
     before = Footprint.now()
     (tmp_path / "sgl_shm_mq_4194999_0").touch()  # above the highest pid: its owner is gone
     (tmp_path / "torch_1_2_3").touch()  # init lives, and is not ours
@@ -256,7 +258,7 @@ def test_leftovers_are_listed_and_those_of_others_are_not(tmp_path, monkeypatch)
 
 
 def test_what_a_killed_process_of_others_has_left_is_not_ours(tmp_path, monkeypatch):
-    monkeypatch.setattr(harness, "SHM_FOLDER", tmp_path)
+    monkeypatch.setattr(footprint, "SHM_FOLDER", tmp_path)
     script = (
         "import subprocess, sys\n"
         "command = [sys.executable, '-c', 'import time; time.sleep(600)']\n"
@@ -289,5 +291,5 @@ def test_an_orphan_in_a_session_of_its_own_is_found(tmp_path):
     )
     subprocess.run([sys.executable, "-c", script, str(pid_file)], check=True, timeout=60)
     assert [line.split(":")[0] for line in leftovers(before, timeout_s=0.1)] == [f"process {pid_file.read_text()}"]
-    harness.end_leftovers(before)
+    footprint.end_leftovers(before)
     assert leftovers(before, timeout_s=0) == []

@@ -10,7 +10,8 @@ import copy
 import peft
 import pytest
 import torch
-from harness import Footprint, RanksFailed, leftovers, run_ranks
+from footprint import Footprint, leftovers
+from harness import RanksFailed, run_ranks
 from test_engine import drive, results
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
