@@ -185,7 +185,7 @@ def announce_again(
     latencies: list[float] = []
     equal = 0
     # only the owner of a slice starts a server
-    with mock.patch("tpcolocate.session.ServerProcess", RunningServer(engine, now)):
+    with mock.patch("tpcolocate.launch.ServerProcess", RunningServer(engine, now)):
         for _ in range(args.announcements):
             with timed_launch(colo, path, healthy, served.SERVER[args.device], latencies) as again:
                 same = (again.url, again.api_key) == (engine.url, engine.api_key)
