@@ -31,6 +31,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tpcolocate.deadline import Deadline
 from tpcolocate.errors import LaunchError
 from tpcolocate.processes import pid_namespace, start_of, this_process
 from tpcolocate.supervisor import LEFTOVER_PREFIXES
@@ -269,14 +270,14 @@ def remove_remains(*, timeout_s: float = _ENDS_S) -> None:
     Args:
         timeout_s: How long to wait for supervisors, in seconds.
     """
-    deadline = time.monotonic() + timeout_s
+    deadline = Deadline.after(timeout_s)
     for folder in private_folders():
         owner = read_owner(folder)
         if owner is None or owner.is_running():
             continue
         logger.info("removing what the process %d has left in %s", owner.pid, folder)
         supervisor = read_processes(folder / "processes.json")[:1]
-        while any(map(_runs, supervisor)) and time.monotonic() < deadline:
+        while any(map(_runs, supervisor)) and not deadline.has_passed:
             time.sleep(_POLL_INTERVAL_S)
         _remove_server(folder)
         temporary = Path(owner.temporary)

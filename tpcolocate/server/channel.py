@@ -7,13 +7,13 @@ commands until it is dismissed; see `tpcolocate_receiver.protocol`.  SGLang answ
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
 from pathlib import Path
 
 import zmq
 
+from tpcolocate.deadline import Deadline
 from tpcolocate.errors import DeadlineError, EngineDeadError, EngineError, SyncError
 from tpcolocate.in_server.tpcolocate_receiver.protocol import (
     Addressed,
@@ -84,7 +84,7 @@ class Channel:
             EngineError: The request failed before that.
             DeadlineError: Not all workers connected in time.
         """
-        deadline = time.monotonic() + timeout_s
+        deadline = Deadline.after(timeout_s)
         while len(self._present) < self._tp_size:
             tp_rank, reply = self._receive(deadline, "open the weight sync")
             self._present[tp_rank] = reply
@@ -124,7 +124,7 @@ class Channel:
             EngineError: The request has failed or ended before all answers came.
             DeadlineError: Not all answers came in time.
         """
-        deadline = time.monotonic() + timeout_s
+        deadline = Deadline.after(timeout_s)
         found: dict[int, Reply] = {}
         for tp_rank in sorted(self._due.pop(number)):
             while (number, tp_rank) not in self._received:
@@ -133,18 +133,18 @@ class Channel:
             found[tp_rank] = self._received.pop((number, tp_rank))
         return found
 
-    def _receive(self, deadline: float, what: str) -> tuple[int, Reply]:
+    def _receive(self, deadline: Deadline, what: str) -> tuple[int, Reply]:
         while not self._socket.poll(_POLL_MS):
             if not self._is_asking:
                 if self._failure is not None:
                     raise self._failure
-                left_ms = int(max(deadline - time.monotonic(), 0.0) * 1000)
+                left_ms = int(deadline.left() * 1000)
                 if not self._socket.poll(min(_LATE_MS, left_ms)):
                     raise EngineError(
                         f"the engine ended the weight sync by itself: its TP workers did not {what}",
                         hint="see the server's log",
                     )
-            elif time.monotonic() >= deadline:
+            elif deadline.has_passed:
                 raise DeadlineError(f"the TP workers did not {what} in time", hint="see the server's log")
         name, content = self._socket.recv_multipart()
         return int(name), decode_reply(content)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from tpcolocate.deadline import Deadline
 from tpcolocate.processes import is_stopped, start_of
 from tpcolocate.runtime_folder import read_processes
 
@@ -73,9 +74,9 @@ class Evidence:
     def __call__(self) -> Finding:
         """Return what is known, after at most two seconds."""
         stopped = self.stopped()
-        deadline = time.monotonic() + _NOTICED_WITHIN_S
+        deadline = Deadline.after(_NOTICED_WITHIN_S)
         died = self._died()
-        while died is None and not stopped and time.monotonic() < deadline:
+        while died is None and not stopped and not deadline.has_passed:
             time.sleep(_POLL_INTERVAL_S)
             died = self._died()
         causes = [*([died] if died else []), *stopped]

@@ -7,7 +7,6 @@ same order, whether its own slice has failed or not.
 from __future__ import annotations
 
 import pickle
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -184,7 +183,7 @@ class Mesh:
         try:
             work.wait(timedelta(seconds=self._deadline.left(at_least=0.001)))
         except RuntimeError as error:
-            if time.monotonic() < self._deadline.at:
+            if not self._deadline.has_passed:
                 raise
             raise DeadlineError(
                 f"other ranks did not exchange weights in time: {error}",
