@@ -200,6 +200,23 @@ def test_init_can_be_called_again():
     assert run_ranks(twice, 4) == [((0, 1) if rank < 2 else (2, 3), (0, 1, 2, 3), True) for rank in range(4)]
 
 
+def under_torchs_checks(rank):
+    """As with TORCH_DISTRIBUTED_DEBUG=DETAIL, with a rank that does not come in time."""
+    import torch.distributed as dist
+
+    dist.set_debug_level(dist.DebugLevel.DETAIL)
+    with tpcolocate.init(2, device="cpu", timeout_s=TIMEOUT_S) as colo:
+        if rank == 1:
+            time.sleep(2.0)
+        with pytest.raises(errors.RankLostError, match="rank 1 is missing"):
+            colo._slice.all_gather(rank, what="meet", timeout_s=1.0)
+        return colo._slice.all_gather(rank, what="meet again"), dist.get_debug_level().name
+
+
+def test_ranks_watch_each_other_whatever_torch_checks_of_other_groups():
+    assert run_ranks(under_torchs_checks, 2) == [([0, 1], "DETAIL")] * 2
+
+
 def job_of(rank, jobs, world):
     job = jobs[rank] if isinstance(jobs, list) else jobs
     with tpcolocate.init(world, device="cpu", timeout_s=TIMEOUT_S, job=job) as colo:

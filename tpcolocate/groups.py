@@ -15,8 +15,9 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import wait
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -387,9 +388,10 @@ def make_group(
     backend = _loopback_backend() if on_loopback else "gloo"
     connect_s = min(timeout_s, _CONNECT_S)
     try:
-        group = dist.new_group(
-            sorted(ranks), timeout=timedelta(seconds=connect_s), backend=backend, group_desc=description
-        )
+        with _no_checks_of_torch():
+            group = dist.new_group(
+                sorted(ranks), timeout=timedelta(seconds=connect_s), backend=backend, group_desc=description
+            )
     except RuntimeError as error:
         raise ConfigError(
             f"the ranks of {description!r} could not be connected within {connect_s:g} s: "
@@ -401,6 +403,21 @@ def make_group(
         return None
     group._get_backend(torch.device("cpu"))._set_default_timeout(timedelta(seconds=timeout_s))
     return group
+
+
+@contextmanager
+def _no_checks_of_torch() -> Iterator[None]:
+    """Make groups as without TORCH_DISTRIBUTED_DEBUG=DETAIL.
+
+    With it torch wraps them in one that first waits, in C++ and with a deadline of its own, for all ranks to come to an
+    operation: none could be watched, or given up.  The calls of this library are compared between the ranks anyway.
+    """
+    level = dist.get_debug_level()
+    dist.set_debug_level(dist.DebugLevel.OFF)
+    try:
+        yield
+    finally:
+        dist.set_debug_level(level)
 
 
 def make_group_over_file(
