@@ -7,6 +7,8 @@ import copy
 import dataclasses
 import gc
 import os
+import shutil
+import stat
 from pathlib import Path
 
 import psutil
@@ -16,6 +18,7 @@ from footprint import Footprint, leftovers
 from harness import run_ranks
 from test_engine import drive
 
+import tpcolocate
 from tpcolocate import errors, ipc_payload
 from tpcolocate.in_server.tpcolocate_receiver.protocol import Addressed, BucketResult, DryRun, LoadBucket
 from tpcolocate.server import channel
@@ -294,6 +297,22 @@ def files_in_a_folder(world):
     return {
         "equal": world.generated() == world.expected(), "transport": report.transport, "left": os.listdir(folder),
         "verified": report.num_verified == report.num_tensors, "exported": [r.num_exported for r in report.ranks],
+    }  # fmt: skip
+
+
+def a_removed_folder(world):
+    """What systemd does with files in /dev/shm when their user logs out."""
+    world.perturb(9)
+    shared = world.engine._sync.context.folder
+    if world.colo.is_owner:
+        shutil.rmtree(shared)
+    world.colo._slice.all_gather(None, what="remove the folder")
+    report = world.engine.sync_weights(world.model, bucket_bytes=BUCKET)
+    with tpcolocate.connect(world.colo.job) as client:
+        url = client.url
+    return {
+        "equal": world.generated() == world.expected(), "verified": report.num_verified == report.num_tensors,
+        "mode": stat.S_IMODE(shared.stat().st_mode), "found": url == world.engine.url,
     }  # fmt: skip
 
 
@@ -590,7 +609,7 @@ def a_peft_model_in_shared_memory(world):
 
 CHECKS = [
     everything_is_verified, a_skipped_tensor, a_loader_that_fails, a_flipped_bit, a_flipped_bit_of_a_slice, slices_that_arrive_in_another_order,
-    staging_that_fails_on_one_rank, swapped_payloads, an_export_that_fails_on_one_rank, handles_that_do_not_open, files_in_a_folder,
+    staging_that_fails_on_one_rank, swapped_payloads, an_export_that_fails_on_one_rank, handles_that_do_not_open, files_in_a_folder, a_removed_folder,
     many_syncs, many_syncs_of_full_tensors, handles_of_mapped_memory_that_do_not_open, mapped_memory_that_changes_while_it_is_read,
     many_syncs_of_mapped_memory, a_sync_that_repeats, memory_that_is_mapped_for_the_first_sync_alone, a_loader_that_cannot_make_a_dry_run,
     a_loader_that_deviates_from_its_dry_run, a_transient_export_that_fails_on_one_rank, samples_that_do_not_arrive, mapped_memory_that_the_trainer_dropped, mapped_memory_of_another_model, a_peft_model_in_shared_memory, one_payload_for_two_readers,
@@ -673,6 +692,11 @@ def test_handles_that_do_not_open_are_found_by_the_preflight_and_files_take_over
         assert value["transport"] == "file" and value["verified"] and value["equal"]
         assert any("go through files" in warning for warning in value["warnings"])
         assert value["files"] == [] and value["exported"] == [0, 0]
+
+
+def test_a_sync_needs_no_folder_that_something_else_has_removed(found):
+    for value in results(found, a_removed_folder):
+        assert value == {"equal": True, "verified": True, "mode": 0o700, "found": True}
 
 
 def test_files_by_choice(found):

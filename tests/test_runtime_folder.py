@@ -63,6 +63,16 @@ def test_the_folders_are_private_whatever_the_umask_is(folders):
     assert os.listdir(folders[0]) == os.listdir(folders[1]) == []
 
 
+def test_a_folder_that_was_removed_is_made_anew(folders):
+    made = RuntimeFolder.make("1-ab")
+    assert not made.restore()
+    shutil.rmtree(made.shared)
+    assert made.restore() and not made.restore()
+    assert mode(made.shared) == 0o700 and read_owner(made.shared).is_running()
+    made.remove()
+    assert os.listdir(folders[0]) == os.listdir(folders[1]) == []
+
+
 def test_an_interrupt_leaves_no_folder(folders, monkeypatch):
     """Without a record of their owner they would stay for good."""
 

@@ -78,6 +78,17 @@ class Launch:
         if self._runtime is not None:
             self._runtime.remove()
 
+    def restore_files(self, running: RunningServer) -> None:
+        """Make anew what something else has removed of the folder in /dev/shm, on the owner."""
+        if self._runtime is None or not self._runtime.restore():
+            return
+        logger.warning(
+            "%s was removed while its server runs, and is made anew; systemd does so when its user logs out, unless RemoveIPC=no "
+            "is set in logind.conf",
+            self._runtime.shared,
+        )
+        rendezvous.announce(self._announcement_path, self._announcement(running))
+
     def evidence(self, server: ServerProcess | None) -> Evidence:
         """Return the evidence of why the server does not answer, for the time when it does not.
 

@@ -113,9 +113,7 @@ class RuntimeFolder:
                 folder.mkdir(mode=0o700)  # fails if there is one, even of this user
                 folders.append(folder)
                 folder.chmod(0o700)  # whatever the umask is
-            pid, started = this_process()
-            record = OwnerRecord(pid, started, pid_namespace(), nonce, str(temporary), str(made.log_path))
-            made.write("owner.json", json.dumps(asdict(record)))
+            made._record_owner()
             made.log_path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         except BaseException as error:
             for folder in folders:
@@ -129,6 +127,28 @@ class RuntimeFolder:
                 else "log_path must be in a folder that this user can write to",
             ) from error
         return made
+
+    def restore(self) -> bool:
+        """Make `shared` anew if something else has removed it, and return whether it had.
+
+        systemd removes what a user has in /dev/shm when the last of the user's logins to the machine ends (RemoveIPC), with the
+        jobs that run on.  A sync needs a folder for its sockets.
+
+        Raises:
+            OSError: It cannot be made.
+        """
+        if self.shared.is_dir():
+            return False
+        for folder in (self.shared, self.server_temporary):
+            folder.mkdir(mode=0o700, exist_ok=folder != self.shared)
+            folder.chmod(0o700)
+        self._record_owner()
+        return True
+
+    def _record_owner(self) -> None:
+        pid, started = this_process()
+        record = OwnerRecord(pid, started, pid_namespace(), self.nonce, str(self.temporary), str(self.log_path))
+        self.write("owner.json", json.dumps(asdict(record)))
 
     def _check_log(self) -> None:
         if os.path.exists(self.log_path) and not os.path.isfile(self.log_path):

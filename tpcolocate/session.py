@@ -456,7 +456,15 @@ class Colocation(OfOneProcess):
         client = Client(running.url, api_key=running.api_key, check=lambda: lifecycle.state.check_generate())
         client.http.evidence = probe.evidence
         client.http.held = lambda: lifecycle.state.why_held()
-        link = ServerLink(client, sync, owned, running.sglang_version, release, running.serves_adapters)
+        link = ServerLink(
+            client,
+            sync,
+            owned,
+            running.sglang_version,
+            release,
+            running.serves_adapters,
+            restore_files=lambda: launch.restore_files(running),
+        )
         return _Started(link, lifecycle, running.state)
 
     def _forget(self, engine: Engine) -> None:

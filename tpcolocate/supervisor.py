@@ -371,7 +371,7 @@ class Tree:
                 {"file": name, "pid": pid, "started": self._trainers[pid]} for name, pid in sorted(self._counts.items())
             ],
         }
-        if self._record is None or content == self._recorded:
+        if self._record is None or (content == self._recorded and os.path.exists(self._record)):
             return
         self._recorded = content
         try:

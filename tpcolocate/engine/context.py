@@ -67,6 +67,7 @@ class ServerLink:
         sglang_version: As the server reports it.
         release: Removes what else is left of the server, once it is gone.
         serves_adapters: Whether it was started for LoRA.
+        restore_files: Makes anew what something else has removed of the launch's folder in /dev/shm.
     """
 
     client: Client
@@ -75,6 +76,7 @@ class ServerLink:
     sglang_version: str
     release: Callable[[], None]
     serves_adapters: bool = True
+    restore_files: Callable[[], None] = lambda: None
 
     def disconnect(self, *, timeout_s: float = SERVER_ENDS_S) -> None:
         """Close the connections to a server that has ended, or is about to, and take back what it did not release.

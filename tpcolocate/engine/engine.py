@@ -292,6 +292,7 @@ class Engine(OfOneProcess):
         # the others for it.  All slices together: the gathers of sharded weights span them, and hang without one.
         with self._context.all_slices.together("sync weights") as must_match:
             self._lifecycle.state.check_sync()
+            self._context.server.restore_files()
             timeout_s = check_timeout(timeout_s)
             if weight_version is None and isinstance(model_or_named_tensors, Checkpoint):
                 weight_version = model_or_named_tensors.weight_version
