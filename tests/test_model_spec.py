@@ -3,13 +3,15 @@
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tpcolocate.engine.limits import _model_config
 from tpcolocate.errors import ConfigError, WeightsMismatchError
-from tpcolocate.weights.sources.model_spec import ModelSpec, check_not_quantised, read_spec
+from tpcolocate.weights.sources.model_spec import ModelSpec, check_not_quantised, read_spec, safetensors_files
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(120)]
 
@@ -123,3 +125,20 @@ def test_without_the_optional_libraries_there_is_no_spec(monkeypatch, tmp_path, 
     shutil.copy(tiny_model_dir() / "config.json", tmp_path)
     monkeypatch.setitem(sys.modules, missing, None)
     assert read_spec(found or str(tmp_path)) is None
+
+
+def test_a_configuration_is_read_whatever_the_locale_is(tmp_path, monkeypatch):
+    """JSON is UTF-8; text is read in the encoding of the locale, such as LC_ALL=ja_JP.eucJP."""
+
+    def in_another_encoding(self, encoding="ascii", errors=None):
+        return self.read_bytes().decode(encoding)
+
+    monkeypatch.setattr(Path, "read_text", in_another_encoding)
+    config = {"author": "Jürgen", "quantization_config": {"quant_method": "fp8"}}
+    (tmp_path / "config.json").write_text(json.dumps(config, ensure_ascii=False), encoding="utf-8")
+    with pytest.raises(ConfigError, match="quant_method|fp8"):
+        check_not_quantised(str(tmp_path))
+    assert _model_config(tmp_path, {}) == config
+    index = {"metadata": {"author": "Jürgen"}, "weight_map": {"a": "one.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index, ensure_ascii=False), encoding="utf-8")
+    assert safetensors_files(tmp_path) == [tmp_path / "one.safetensors"]

@@ -176,7 +176,7 @@ def _model_config(folder: Path | None, info: Mapping[str, Any]) -> dict[str, Any
     if folder is None:
         return {}
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = json.loads((folder / "config.json").read_bytes())
         overrides = json.loads(info.get("json_model_override_args") or "{}")
     except (OSError, ValueError, TypeError):
         return {}

@@ -188,7 +188,7 @@ def check_not_quantised(model_path: str) -> None:
     if folder is None:
         return
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = json.loads((folder / "config.json").read_bytes())
     except (OSError, ValueError):
         config = {}
     parts = [config, config.get("text_config")] if isinstance(config, dict) else []
@@ -234,7 +234,7 @@ def safetensors_files(folder: Path) -> list[Path]:
     if not index.exists():
         return sorted(folder.glob("*.safetensors"))
     try:
-        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        return [folder / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ConfigError(f"{index} cannot be read: {error!r}", hint="copy or write it again") from error
 
