@@ -217,6 +217,37 @@ def test_ranks_watch_each_other_whatever_torch_checks_of_other_groups():
     assert run_ranks(under_torchs_checks, 2) == [([0, 1], "DETAIL")] * 2
 
 
+def after_a_job_of_its_own(rank, folder):
+    """Rank 0 has been in another job before, by itself."""
+    import torch.distributed as dist
+
+    if rank == 0:
+        del os.environ["WORLD_SIZE"]
+        dist.init_process_group("gloo", init_method=f"file://{folder}/alone", rank=0, world_size=1)
+        tpcolocate.init(device="cpu").close()
+        dist.destroy_process_group()
+    dist.init_process_group("gloo", init_method=f"file://{folder}/both", rank=rank, world_size=2)
+    with tpcolocate.init(2, device="cpu", timeout_s=10.0) as colo:
+        return colo.slice_ranks
+
+
+def test_ranks_meet_whatever_jobs_they_were_in_before(tmp_path):
+    assert run_ranks(after_a_job_of_its_own, 2, str(tmp_path), init_group=False) == [(0, 1)] * 2
+
+
+def without_shared_memory(rank):
+    if rank == 1:
+        os.readlink = lambda path: (_ for _ in ()).throw(FileNotFoundError(2, "No such file or directory", path))
+    tpcolocate.init(2, device="cpu", timeout_s=TIMEOUT_S)
+
+
+def test_a_host_that_lacks_something_is_the_same_error_on_all_ranks():
+    outcomes = run_ranks(without_shared_memory, 2, expect_errors=True)
+    for outcome in outcomes:
+        assert isinstance(outcome.error, errors.ConfigError) and outcome.seconds < TIMEOUT_S / 2
+        assert "lacks what tpcolocate needs" in outcome.error.message and "/proc/self/ns" in outcome.error.message
+
+
 def job_of(rank, jobs, world):
     job = jobs[rank] if isinstance(jobs, list) else jobs
     with tpcolocate.init(world, device="cpu", timeout_s=TIMEOUT_S, job=job) as colo:

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -34,6 +34,7 @@ from tpcolocate.parallel import in_background
 from tpcolocate.processes import is_stopped, start_of
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 WARN_AFTER_S = 10.0
 """When a warning names the ranks that are awaited."""
@@ -73,7 +74,11 @@ class Host:
 
     @classmethod
     def here(cls) -> Host:
-        """Describe the host of the calling process."""
+        """Describe the host of the calling process.
+
+        Raises:
+            OSError: There is no /dev/shm, or /proc is incomplete.
+        """
         return cls(
             boot_id=Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
             network=os.readlink("/proc/self/ns/net"),
@@ -81,6 +86,11 @@ class Host:
             name=os.uname().nodename,
             pids=os.readlink("/proc/self/ns/pid"),
         )
+
+    @classmethod
+    def unknown(cls) -> Host:
+        """Return what stands for a host that cannot be described."""
+        return cls(boot_id="unknown", network="", shm="", name=os.uname().nodename)
 
     @property
     def identity(self) -> str:
@@ -177,6 +187,17 @@ def exchange(store: dist.Store, member: Member, *, timeout_s: float) -> list[Mem
     return [Member.from_json(text) for text in texts]
 
 
+def count_call(store: dist.Store, *, rank: int, timeout_s: float) -> int:
+    """Return how often this rank has called this with a store: the same on ranks that make the same calls.
+
+    Not a count of this process: of two ranks, one may have been in a job without the other before.
+
+    Raises:
+        RankLostError: The store does not answer.
+    """
+    return _answer_of_store(lambda: store.add(str(rank), 1), timeout_s=timeout_s, rank=rank)
+
+
 def _publish_and_wait(
     store: dist.Store, text: str, world_size: int, timeout_s: float, rank: int, what: str
 ) -> list[str]:
@@ -194,8 +215,17 @@ def _publish_and_wait(
         store.set(str(rank), text)
         return _wait_for_all(store, world_size, timeout_s, rank, what)
 
+    return _answer_of_store(publish_and_wait, timeout_s=timeout_s, rank=rank)
+
+
+def _answer_of_store(ask: Callable[[], T], *, timeout_s: float, rank: int) -> T:
+    """Return what a request of the store of the default process group returns.
+
+    Raises:
+        RankLostError: Raised by the request; or the store does not answer.
+    """
     # In a thread: a store whose process is stopped keeps a request for as long as that lasts.
-    waiting = in_background(publish_and_wait, name="tpcolocate init")
+    waiting = in_background(ask, name="tpcolocate init")
     if not wait([waiting], timeout_s + _STORE_S).done:
         raise RankLostError(
             f"the store of the default process group does not answer within {timeout_s:g} s (timeout_s of init())",
@@ -545,6 +575,7 @@ __all__ = [
     "WARN_INTERVAL_S",
     "Host",
     "Member",
+    "count_call",
     "error_fields",
     "exchange",
     "list_ranks",

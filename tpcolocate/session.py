@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import itertools
 import logging
 import os
 import secrets
@@ -28,8 +27,8 @@ from tpcolocate.deadline import check_timeout
 from tpcolocate.engine.client import Client
 from tpcolocate.engine.context import OwnedServer, ServerLink, SliceContext
 from tpcolocate.engine.engine import Engine
-from tpcolocate.errors import ConfigError, TpColocateError, noted_on, shown
-from tpcolocate.groups import Host, Member, error_fields, exchange, list_ranks, make_group, share_outcome
+from tpcolocate.errors import ConfigError, RendezvousError, TpColocateError, noted_on, shown
+from tpcolocate.groups import Host, Member, count_call, error_fields, exchange, list_ranks, make_group, share_outcome
 from tpcolocate.in_server.tpcolocate_receiver import kernels
 from tpcolocate.interfaces import GlooAddress, find_gloo_address
 from tpcolocate.launch import Launch, RunningServer
@@ -52,7 +51,6 @@ _ERROR_S = 600.0
 _REQUEST_S = 30.0
 # Compiling takes two seconds the first time on a machine, while the server takes a minute to start.
 _KERNEL_S = 10.0
-_inits = itertools.count()
 
 
 def init(
@@ -112,13 +110,22 @@ def init(
             gloo = find_gloo_address(os.environ, host_name=os.uname().nodename)
     except ConfigError as caught:
         error = caught if error is None else error
+    try:
+        host = Host.here()
+    except OSError as caught:
+        host = Host.unknown()
+        if error is None:
+            error = ConfigError(
+                f"this host lacks what tpcolocate needs: {caught}",
+                hint="it needs /dev/shm and a complete /proc, which containers and sandboxes may leave out",
+            )
     pid, started = this_process()
     own_job = f"{pid}-{secrets.token_hex(4)}"
     member = Member(
         rank=rank,
         world_size=world_size,
         tp_size=tp_size,
-        host=Host.here(),
+        host=host,
         pid=pid,
         started=started,
         facts={
@@ -131,11 +138,12 @@ def init(
         },
         error=error_fields(error if error is not None else device_error),
     )
-    # A fresh prefix per call: the entries of an earlier init() must not be read as this one's.
-    prefix = f"tpcolocate/init/{next(_inits)}"
     if world_size == 1:
-        members = [member]
+        prefix, members = "", [member]
     else:
+        # A fresh prefix per call: the entries of an earlier init() must not be read as this one's.
+        number = count_call(_store("tpcolocate/inits"), rank=rank, timeout_s=timeout_s)
+        prefix = f"tpcolocate/init/{number}"
         members = exchange(_store(prefix), member, timeout_s=timeout_s)
     slices = plan_roles(members)
     index = next(i for i, r in enumerate(slices) if rank in r.ranks)

@@ -204,7 +204,7 @@ def _host(failures: dict[str, str]) -> Host:
         return Host.here()
     except OSError as error:
         failures["host"] = f"this host cannot be described: {_reason(error)}"
-        return Host(boot_id="unknown", network="", shm="", name=os.uname().nodename)
+        return Host.unknown()
 
 
 def _member(arguments: argparse.Namespace, job: Job, devices: Devices | None, host: Host) -> Member:
