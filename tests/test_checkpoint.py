@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -153,6 +154,22 @@ def test_what_an_earlier_process_of_this_number_has_left_is_in_no_ones_way(tmp_p
         writer.add({"w": torch.ones(2)})
     writer.finish()
     assert [path.name for path in tmp_path.iterdir()] == ["step"] and len(Checkpoint(tmp_path / "step")) == 1
+
+
+def test_what_killed_processes_have_left_of_a_checkpoint_is_removed_by_the_next_one(tmp_path):
+    child = subprocess.Popen(["sleep", "60"])
+    try:
+        for pid in (2**22 + 1, child.pid):  # none has such a number
+            folder = tmp_path / f".step.{os.uname().nodename}-{pid}.partial"
+            folder.mkdir()
+            (folder / "model.safetensors").touch()
+        (tmp_path / ".step.another-host-1.partial").mkdir()
+        CheckpointWriter(tmp_path / "step", weight_version="1", num_shards=1, like=None).finish()
+        left = {f".step.{os.uname().nodename}-{child.pid}.partial", ".step.another-host-1.partial", "step"}
+        assert set(os.listdir(tmp_path)) == left
+    finally:
+        child.kill()
+        child.wait()
 
 
 def test_a_checkpoint_goes_to_where_a_link_leads(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -17,12 +18,14 @@ from safetensors.torch import save_file
 from tpcolocate.checks import check_path
 from tpcolocate.errors import ConfigError
 from tpcolocate.modes import usual_modes
+from tpcolocate.processes import start_of
 from tpcolocate.weights.buckets import split_into_buckets
 from tpcolocate.weights.sources.lazy_tensor import Items, full_bytes, full_tensor
 from tpcolocate.weights.sources.model_spec import safetensors_files
 from tpcolocate.weights.sources.named_weights import NamedWeights, check_unique
 
 VERSION_KEY = "weight_version"
+_PARTIAL = ".partial"
 _INDEX = "model.safetensors.index.json"
 _NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".index.json")
 # The default of transformers' save_pretrained.
@@ -83,6 +86,19 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         return f"Checkpoint({str(self.folder)!r}, {len(self)} tensors, weight_version={self.weight_version!r})"
 
 
+def _partial_prefix(folder: Path) -> str:
+    return f".{folder.name}.{os.uname().nodename}-"
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove what processes of this host have written of a checkpoint that were killed before it was complete."""
+    prefix = _partial_prefix(folder)
+    for path in folder.parent.glob(f"{glob.escape(prefix)}*{_PARTIAL}"):
+        pid = path.name.removeprefix(prefix).removesuffix(_PARTIAL)
+        if pid == str(os.getpid()) or (pid.isdecimal() and start_of(int(pid)) is None):
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def saved_version(model_path: str) -> str | None:
     """Return the version that `Engine.save_weights` wrote into a folder; None for any other model."""
     files = safetensors_files(Path(model_path)) if Path(model_path).is_dir() else []
@@ -121,8 +137,8 @@ class CheckpointWriter:
         self._num_bytes = 0
         self._num_written = 0
         self._like = like
-        self._partial = self.folder.with_name(f".{self.folder.name}.{os.getpid()}.partial")
-        shutil.rmtree(self._partial, ignore_errors=True)  # of a process of the same number, before it was ended
+        self._partial = self.folder.with_name(f"{_partial_prefix(self.folder)}{os.getpid()}{_PARTIAL}")
+        _remove_abandoned(self.folder)
         self._partial.mkdir(parents=True)
 
     def add(self, tensors: Mapping[str, torch.Tensor]) -> None:
