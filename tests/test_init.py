@@ -1,5 +1,6 @@
 """`init` on real ranks: slices, owners, and the same error on every rank."""
 
+import multiprocessing
 import os
 import time
 
@@ -284,6 +285,13 @@ def test_a_job_name_that_cannot_work_is_an_error_on_all_ranks(jobs, words):
     outcomes = run_ranks(job_of, 2, jobs, 2, expect_errors=True)
     assert {type(outcome.error) for outcome in outcomes} == {errors.ConfigError}
     assert len({str(outcome.error) for outcome in outcomes}) == 1 and words in str(outcomes[0].error)
+
+
+def test_a_child_of_multiprocessing_that_imports_the_script_is_no_job_of_its_own(monkeypatch):
+    monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)
+    with pytest.raises(errors.ConfigError, match="a child process of multiprocessing") as caught:
+        tpcolocate.init(device="cpu")
+    assert '__name__ == "__main__"' in caught.value.hint
 
 
 def test_several_processes_without_a_process_group_are_refused():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import logging
+import multiprocessing
 import os
 import secrets
 from collections.abc import Mapping
@@ -80,7 +81,8 @@ def init(
         This rank's role; close it (or use it as a context manager) when done.
 
     Raises:
-        ConfigError: `tp_size` or `timeout_s` is not positive; `job` is not a name, or differs between the ranks; there is
+        ConfigError: `tp_size` or `timeout_s` is not positive; this is a child process of multiprocessing that imports the
+            script; `job` is not a name, or differs between the ranks; there is
             no torch.distributed, but `tp_size` > 1 or WORLD_SIZE > 1; the ranks cannot be connected, as with a wrong
             GLOO_SOCKET_IFNAME.
         LayoutError: The ranks cannot be divided into slices: they disagree on `tp_size`, it does not divide their
@@ -90,6 +92,11 @@ def init(
 
         All are raised on every rank, before anything is started.
     """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):  # as multiprocessing itself finds it out
+        raise ConfigError(
+            "init() in a child process of multiprocessing that imports the script: it would start a server of its own",
+            hint='put what the script does under `if __name__ == "__main__":`, so that children can import it',
+        )
     distributed = dist.is_available() and dist.is_initialized()
     error: ConfigError | None = None
     try:
