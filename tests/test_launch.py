@@ -18,6 +18,7 @@ import types
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -488,6 +489,22 @@ def test_a_supervisor_that_cannot_run_is_an_error_with_its_own_words(stand_in, m
         start(SERVE)
 
 
+def test_a_supervisor_that_does_not_read_is_not_waited_for(stand_in, monkeypatch, tmp_path):
+    """As one that is stopped; what it is sent has the environment in it."""
+    start, _ = stand_in
+    server = start(SERVE)
+    (tmp_path / "stopped.py").write_text("import time; time.sleep(600)")
+    monkeypatch.setattr(process, "_SUPERVISOR", tmp_path / "stopped.py")
+    started = in_background(lambda: process._Supervision(server.spec, {"env": "x" * 500_000}), name="start")
+    try:
+        supervision = started.result(20.0)
+    finally:
+        [child] = [one for one in psutil.Process().children() if "stopped.py" in " ".join(one.cmdline())]
+        child.kill()
+        server.stop()
+    supervision.end(b"stop", timeout_s=5.0)
+
+
 @pytest.mark.parametrize("code, words", [(errno.EMFILE, "ulimit -n"), (errno.ENOSPC, "make space")])
 def test_a_machine_that_lacks_something_is_an_error_with_what_to_do(stand_in, monkeypatch, code, words):
     start, _ = stand_in
@@ -681,6 +698,41 @@ def test_a_folder_is_the_same_after_a_change_of_the_working_directory_and_a_hub_
     monkeypatch.chdir(tmp_path)
     for given, expected in (("model", str(tmp_path / "model")), ("organisation/name", "organisation/name")):
         assert agree_with(lambda request: request, monkeypatch, given).model_path == expected
+
+
+def spec_in(folder, monkeypatch, tmp_path):
+    """What a server is started from that was launched in a working directory; nothing is left of it."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(launch.TpSlice, "tp_size", 1)
+    working_directory = None if folder is None else str(folder)
+    request = launch.LaunchRequest("model", {}, {}, f"1-{secrets.token_hex(8)}", working_directory=working_directory)
+    group = types.SimpleNamespace(ranks=(0,), rank=0, timeout_s=60.0)
+    tp_slice = launch.TpSlice(group, 0, torch.device("cpu"), (), False, "job", 0)
+    spec = launch.Launch(tp_slice, request, health_timeout_s=60.0)._server_spec()
+    assert os.path.isdir(spec.working_directory)
+    spec.runtime.remove()
+    return spec
+
+
+@pytest.mark.parametrize("asked", [None, "gone", "there"])
+def test_a_server_starts_in_a_folder_that_exists(monkeypatch, tmp_path, no_leftovers, asked):
+    """Whatever has become of the working directory."""
+    (tmp_path / "there").mkdir()
+    folder = None if asked is None else tmp_path / asked
+    assert (spec_in(folder, monkeypatch, tmp_path).working_directory == str(folder)) is (asked == "there")
+
+
+@pytest.mark.parametrize("made, expected", [
+    ("queue.py", "1"), ("http/__init__.py", "1"), ("http/readme.txt", None), ("model.py", None), ("test/__init__.py", None),
+])  # fmt: skip
+def test_modules_of_the_working_directory_do_not_take_the_place_of_pythons_own(
+    monkeypatch, tmp_path, no_leftovers, made, expected
+):
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    (tmp_path / "work" / made).parent.mkdir(parents=True)
+    (tmp_path / "work" / made).touch()
+    spec = spec_in(tmp_path / "work", monkeypatch, tmp_path)
+    assert spec.environment.get("PYTHONSAFEPATH") == expected
 
 
 def test_copies_of_the_ranks_own_environments_are_no_difference(monkeypatch, tmp_path):

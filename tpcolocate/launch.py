@@ -20,7 +20,7 @@ from tpcolocate.launch_request import LaunchRequest, TpSlice
 from tpcolocate.processes import this_process
 from tpcolocate.runtime_folder import RuntimeFolder, folder_of, read_owner, remove_remains
 from tpcolocate.server.api import ServerApi, serves_adapters
-from tpcolocate.server.environment import child_environment, compile_cache, sglang_stub_needed
+from tpcolocate.server.environment import child_environment, compile_cache, hides_standard_modules, sglang_stub_needed
 from tpcolocate.server.evidence import Evidence
 from tpcolocate.server.http import ServerClient
 from tpcolocate.server.lifecycle import State, WeightsState
@@ -340,6 +340,10 @@ class Launch:
         )
         for warning in warnings:
             logger.warning("%s", warning)
+        if request.working_directory is not None and hides_standard_modules(request.working_directory):
+            environment.setdefault(
+                "PYTHONSAFEPATH", "1"
+            )  # the trainer's own search path has its script's folder instead
         pid, started = this_process()
         return ServerSpec(
             model_path=request.model_path,
@@ -350,8 +354,10 @@ class Launch:
             owner_started=started,
             trainers=tuple((member.pid, member.started) for member in self._members_here()),
             shows_start=self.tp_slice.slice_index == 0,
-            # No paths are in one that was removed meanwhile, and no process can start there.
-            working_directory=folder if (folder := request.working_directory) and os.path.isdir(folder) else None,
+            # In one that was removed meanwhile neither transformers nor, with a relative PYTHONPATH, Python itself starts.
+            working_directory=folder
+            if (folder := request.working_directory) and os.path.isdir(folder)
+            else str(runtime.temporary),
         )
 
     def _announcement(self, running: RunningServer) -> rendezvous.Announcement:

@@ -1,11 +1,12 @@
-"""The server's environment: the trainer's, cleaned and extended.  Pure except for `compile_cache` and
-`sglang_stub_needed`."""
+"""The server's environment: the trainer's, cleaned and extended.  Pure except for `compile_cache`,
+`hides_standard_modules` and `sglang_stub_needed`."""
 
 from __future__ import annotations
 
 import getpass
 import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -121,6 +122,22 @@ def _bind(cores: Sequence[int], tp_size: int) -> str:
     return "|".join(",".join(map(str, cores[i * size : (i + 1) * size])) for i in range(tp_size))
 
 
+def hides_standard_modules(folder: str) -> bool:
+    """Return whether a folder has modules that are named as some of Python's own, such as ``queue.py``.
+
+    ``python -m``, and what SGLang and torch start by it, would import them instead if it is the working directory.
+    """
+    try:
+        names = os.listdir(folder)
+    except OSError:
+        return False
+    return any(
+        name.removesuffix(".py") in sys.stdlib_module_names - {"test"}  # of no use but to Python itself
+        and (name.endswith(".py") or os.path.isfile(os.path.join(folder, name, "__init__.py")))
+        for name in names
+    )
+
+
 def compile_cache(temporary: str) -> str | None:
     """Return where torch.compile keeps its results by default, in a temporary folder; None for a user without a name."""
     try:
@@ -142,4 +159,4 @@ def sglang_stub_needed() -> str | None:
     return None if any(list(Path(folder).glob("common_ops.*")) for folder in folders) else str(_CPU_STUB)
 
 
-__all__ = ["LOOPBACK", "child_environment", "compile_cache", "sglang_stub_needed"]
+__all__ = ["LOOPBACK", "child_environment", "compile_cache", "hides_standard_modules", "sglang_stub_needed"]
