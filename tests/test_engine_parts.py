@@ -710,6 +710,17 @@ def test_a_restart_with_a_source_ends_with_a_full_sync(launch):
     assert engine._context.server is old and old.owned.process.alive, "refused before the old server has ended"
 
 
+def test_a_server_whose_model_was_removed_runs_on(launch, tmp_path):
+    """As by a trainer that keeps its last checkpoints only: no other one could be started in its place."""
+    engine = launch()
+    engine.model_path = str(tmp_path / "checkpoint-10")
+    with pytest.raises(ConfigError, match="there is no folder .*checkpoint-10"):
+        engine.restart({})
+    engine.generate([[1]])
+    (tmp_path / "checkpoint-10").mkdir()
+    engine.restart({})
+
+
 def test_a_pause_of_the_users_stays_over_a_restart(launch):
     engine = launch()
     engine.pause_generation("abort")

@@ -30,6 +30,7 @@ from tpcolocate.engine.update_groups import UpdateGroups
 from tpcolocate.errors import ConfigError, noted_on
 from tpcolocate.processes import OfOneProcess
 from tpcolocate.report import SyncReport
+from tpcolocate.server.arguments import check_model_path
 from tpcolocate.server.http import ServerClient
 from tpcolocate.server.lifecycle import Life, State, WeightsState
 from tpcolocate.weights import update_group
@@ -605,8 +606,8 @@ class Engine(OfOneProcess):
             The report of the sync, if a source was given.
 
         Raises:
-            ConfigError: Options of a sync that cannot work or come without a source, or ranks that pass different
-                arguments.  The old server runs on.
+            ConfigError: Options of a sync that cannot work or come without a source, ranks that pass different arguments, or
+                a model's folder that is not there any more.  The old server runs on.
             EngineStateError: Shut down.
             EngineError: The end of the old server could not be confirmed; the message names its pid.
             LaunchError, DeadlineError, RankLostError: As `Colocation.launch`.
@@ -616,6 +617,8 @@ class Engine(OfOneProcess):
         """
 
         def check() -> None:
+            if self._context.owned is not None:
+                check_model_path(self.model_path)  # training removes old checkpoints
             if source is not None:
                 _check_sync_options(**sync_options)
             elif sync_options:
