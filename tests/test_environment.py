@@ -34,6 +34,7 @@ CPU = {"SGLANG_USE_CPU_ENGINE": "1", "SGLANG_NCCL_SO_PATH": "no-nccl-on-a-cpu"}
 @pytest.mark.parametrize("parent, more, expected", [
     ({"HOME": "/h"}, {}, {"HOME": "/h"}),
     (TORCHRUN | {"PATH": "/bin"}, {}, {"PATH": "/bin"}),
+    ({"WEB_CONCURRENCY": "4"}, {}, {}),
     ({"CUDA_VISIBLE_DEVICES": "3"}, {"visibility": {"CUDA_VISIBLE_DEVICES": "3,1"}}, {"CUDA_VISIBLE_DEVICES": "3,1"}),
     ({"HIP_VISIBLE_DEVICES": "3"}, {"visibility": {"HIP_VISIBLE_DEVICES": None, "X": "1"}}, {"X": "1"}),
     ({"A": "1", "RANK": "0"}, {"user": {"A": "2", "RANK": "7", "NO_PROXY": "mine"}}, {"A": "2", "RANK": "7", "NO_PROXY": "mine"}),

@@ -17,8 +17,9 @@ LOOPBACK = "127.0.0.1"
 
 # With torchrun's variables a child takes itself for a training rank; TORCHELASTIC_USE_AGENT_STORE alone makes the
 # server's internal rendezvous hang.
+# WEB_CONCURRENCY, which images for web servers have, is uvicorn's number of workers: SGLang's server ends with several.
 _SCRUBBED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS",
-             "NCCL_ASYNC_ERROR_HANDLING", "TORCH_NCCL_ASYNC_ERROR_HANDLING")  # fmt: skip
+             "NCCL_ASYNC_ERROR_HANDLING", "TORCH_NCCL_ASYNC_ERROR_HANDLING", "WEB_CONCURRENCY")  # fmt: skip
 _SCRUBBED_PREFIXES = ("TORCHELASTIC_", "GROUP_", "ROLE_", "PET_")
 # At tp_size 2 and above SGLang uses NCCL wherever it finds its library, on a CPU, too: a CUDA build of torch brings it.
 # What cannot be loaded it does without.
