@@ -143,6 +143,9 @@ class Rounds:
                 pending = _Pending(self._number, sent, work, outputs, started)
             self._wait_for_members(pending, call)
         except RuntimeError as error:
+            if pending is not None and _is_of_a_handler(error):
+                self._leave_pending(pending, is_resumed=True)
+                raise
             elapsed = time.monotonic() - started
             if pending is not None and not pending.work.is_completed():
                 _keep_alive(self._group, pending)
@@ -158,13 +161,21 @@ class Rounds:
                 rank=self._rank,
                 slice_ranks=self._ranks,
             ) from error
-        except BaseException as error:
-            if pending is not None:
-                _keep_alive(self._group, pending)
-                if not isinstance(error, RankLostError):  # such as KeyboardInterrupt: the others do not know of it
-                    self._interrupted = pending
+        except BaseException as error:  # such as KeyboardInterrupt
+            self._leave_pending(pending, is_resumed=not isinstance(error, RankLostError))
             raise
         return pending.outputs
+
+    def _leave_pending(self, pending: _Pending | None, *, is_resumed: bool) -> None:
+        """Leave an operation in which the others may still be.
+
+        Args:
+            is_resumed: By the same call: the others do not know that this rank has left it.
+        """
+        if pending is not None:
+            _keep_alive(self._group, pending)
+            if is_resumed:
+                self._interrupted = pending
 
     def _wait_for_members(self, pending: _Pending, call: Call) -> None:
         """Wait until a round is complete.
@@ -258,7 +269,9 @@ class Rounds:
     def _wait(work: dist.Work, seconds: float) -> bool:
         try:
             work.wait(timedelta(seconds=seconds))
-        except RuntimeError:
+        except RuntimeError as error:
+            if _is_of_a_handler(error):
+                raise
             if not work.is_completed():
                 return False  # not complete yet
             # It failed, or completed after the wait had timed out: wait again to find out.
@@ -284,6 +297,17 @@ class Rounds:
         outcome = self._presence.decide(self._number, _COMPLETE)
         if outcome not in (None, _COMPLETE):
             raise self._given_up(str(outcome))
+
+
+def _is_of_a_handler(error: RuntimeError) -> bool:
+    """Return whether an error was raised by Python code elsewhere, which can only be a signal's handler.
+
+    torch's for SIGCHLD raises one, wherever the main thread is, when a data loader's worker was killed.
+    """
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_code.co_filename != _is_of_a_handler.__code__.co_filename
 
 
 def _keep_alive(*objects: object) -> None:
