@@ -461,7 +461,8 @@ class ServerProcess:
 
     def last_line(self) -> str:
         """Return the log's last line, shown while the server loads."""
-        return self.log_tail().splitlines()[-1].strip()
+        lines = self.evidence.lines()
+        return lines[-1].strip() if lines else "no output yet"
 
     def stop(self, *, keep_log: bool = False, keep_folder: bool = False) -> None:
         """Stop the server: SIGTERM, bounded wait, SIGKILL; removes its process tree and its files.  Idempotent.
