@@ -28,7 +28,7 @@ from tpcolocate.deadline import check_timeout
 from tpcolocate.engine.client import Client
 from tpcolocate.engine.context import OwnedServer, ServerLink, SliceContext
 from tpcolocate.engine.engine import Engine
-from tpcolocate.errors import ConfigError, RendezvousError, TpColocateError, noted_on, shown
+from tpcolocate.errors import ConfigError, TpColocateError, noted_on, shown
 from tpcolocate.groups import Host, Member, count_call, error_fields, exchange, list_ranks, make_group, share_outcome
 from tpcolocate.in_server.tpcolocate_receiver import kernels
 from tpcolocate.interfaces import GlooAddress, find_gloo_address
