@@ -24,7 +24,20 @@ LOG = os.path.join(ROOT, "out", "setup.log")
 PYTHONS = ((3, 11), (3, 12), (3, 13))
 TAIL_LINES = 30
 
-PIP = (VENV_PYTHON, "-m", "pip", "--no-input", "--disable-pip-version-check", "install", "--progress-bar", "off")
+# pip would compile on one core; the last step but one does on all.
+PIP = (
+    VENV_PYTHON,
+    "-m",
+    "pip",
+    "--no-input",
+    "--disable-pip-version-check",
+    "install",
+    "--progress-bar",
+    "off",
+    "--no-compile",
+)
+# Packages have files that are no valid Python, such as templates: the exit status says nothing.
+COMPILE = "import compileall, sys; [compileall.compile_dir(path, quiet=2, workers=0) for path in sys.argv[1:]]"
 PINNED = PIP + ("-c", "requirements/constraints.txt")
 STEPS = (
     ("virtual environment", (sys.executable, "-m", "venv", VENV)),
@@ -47,6 +60,7 @@ STEPS = (
     ("what the engine imports", PINNED + ("-r", "requirements/engine.txt")),
     ("test tools", PINNED + ("-r", "requirements/tools.txt")),
     ("this project", PIP + ("--no-deps", "--no-build-isolation", "-e", ".")),
+    ("compiling", (VENV_PYTHON, "-c", COMPILE, SITE, OTHER_ENGINE, OLDEST_ENGINE)),
     ("import check", (VENV_PYTHON, "-c", "import torch, torchvision, transformers, sglang, pytest, tpcolocate")),
 )
 
