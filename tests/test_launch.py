@@ -108,7 +108,17 @@ def stand_in(monkeypatch, tmp_path, no_leftovers):
         pid, started = this_process()
         runtime = RuntimeFolder.make(f"{pid}-{secrets.token_hex(8)}", log_path=log_path)
         runtimes.append(runtime)
-        spec = ServerSpec("model", arguments, dict(os.environ), runtime, pid, started, 3.0, shows_start, str(tmp_path))
+        spec = ServerSpec(
+            "model",
+            arguments,
+            dict(os.environ),
+            runtime,
+            pid,
+            started,
+            grace_s=3.0,
+            shows_start=shows_start,
+            working_directory=str(tmp_path),
+        )
         return ServerProcess.start(spec, health_timeout_s=health_timeout_s)
 
     yield start, commands
@@ -707,10 +717,12 @@ def spec_in(folder, monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(launch.TpSlice, "tp_size", 1)
     working_directory = None if folder is None else str(folder)
-    request = launch.LaunchRequest("model", {}, {}, f"1-{secrets.token_hex(8)}", working_directory=working_directory)
-    group = types.SimpleNamespace(ranks=(0,), rank=0, timeout_s=60.0)
+    request = launch.LaunchRequest(
+        "model", {}, {}, f"1-{secrets.token_hex(8)}", health_timeout_s=5.0, working_directory=working_directory
+    )
+    group = types.SimpleNamespace(ranks=(0,), members=(), rank=0, timeout_s=60.0)
     tp_slice = launch.TpSlice(group, 0, torch.device("cpu"), (), False, "job", 0)
-    spec = launch.Launch(tp_slice, request, health_timeout_s=60.0)._server_spec()
+    spec = launch.Launch(tp_slice, request)._server_spec()
     assert os.path.isdir(spec.working_directory)
     spec.runtime.remove()
     return spec
