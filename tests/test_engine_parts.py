@@ -188,6 +188,41 @@ def test_requests_are_refused_from_a_sleep_to_the_sync_that_brings_the_weights(l
     engine.generate([[1]])
 
 
+def test_one_thread_at_a_time_makes_collective_calls(launch):
+    """With tp_size 1, too, where no other rank would notice."""
+    engine = launch()
+    begun, may_end = threading.Event(), threading.Event()
+    run = engine._sync.run
+
+    def held(*args, **options):
+        begun.set()
+        assert may_end.wait(30)
+        return run(*args, **options)
+
+    engine._sync.run = held
+    syncing = threading.Thread(target=engine.sync_weights, args=({},))
+    syncing.start()
+    assert begun.wait(30)
+    asked(engine)
+    for call in (
+        lambda: engine.sync_weights({}), engine.sleep, engine.wake, engine.pause_generation, engine.continue_generation,
+        engine.flush_cache, engine.restart, lambda: engine.set_lora("a", torch.nn.Linear(1, 1)),
+        lambda: engine.set_lora_from_tensors("a", tensors(), CONFIG), lambda: engine.unload_lora("a"),
+        lambda: engine.init_weights_update_group(**PLACE), lambda: engine.update_weights_from_distributed([], dtypes=[], shapes=[]),
+        engine.destroy_weights_update_group,
+    ):  # fmt: skip
+        with pytest.raises(
+            ConfigError, match="another thread of this rank is in the collective call 'sync weights'"
+        ) as caught:
+            call()
+        assert caught.value.rank == 0
+    assert engine.generate([[1]]) and asked(engine) == [GENERATE]
+    may_end.set()
+    syncing.join(30)
+    assert engine.weight_version == "6"
+    engine.flush_cache()
+
+
 def test_a_sleep_that_finds_a_request_is_refused_and_changes_nothing(launch):
     engine = launch()
     engine._client.may_answer.clear()

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from tpcolocate.agreement import RankGroup
 from tpcolocate.engine.client import Client
-from tpcolocate.errors import RankLostError, TpColocateError
+from tpcolocate.errors import ConfigError, RankLostError, TpColocateError
 from tpcolocate.ipc_payload import listed
 from tpcolocate.server.api import ServerApi
 from tpcolocate.server.generation import GenerationHold
@@ -101,6 +102,9 @@ class SliceContext:
         owner_rank: Global rank that owns the server.
         lifecycle: Of the engine.
         server: The server that runs now.  Only a restart replaces it.
+        call_lock: Of the thread of this rank that is in a collective call.  Such a call may make another one, as a restart does,
+            and so may the handler of a signal.
+        current_call: Which one it is.
     """
 
     group: RankGroup
@@ -108,6 +112,8 @@ class SliceContext:
     owner_rank: int
     lifecycle: Lifecycle
     server: ServerLink
+    call_lock: threading.RLock = field(default_factory=threading.RLock)
+    current_call: str = ""
 
     @property
     def client(self) -> Client:
@@ -129,6 +135,30 @@ class SliceContext:
     def all_slices(self) -> RankGroup:
         """The ranks that the gathers of sharded weights may span: all slices, where a group of them exists."""
         return self.world if self.world is not None and len(self.world) > len(self.group) else self.group
+
+    @contextmanager
+    def calling(self, what: str) -> Iterator[None]:
+        """The body is a collective call of the engine.
+
+        Also in a slice of one rank, which has none to agree with: calls of two threads would meet in the server, such as two syncs
+        in one session, or a sleep in the middle of a sync.
+
+        Raises:
+            ConfigError: Another thread of this rank is in one.
+        """
+        if not self.call_lock.acquire(blocking=False):
+            raise ConfigError(
+                f"cannot {what}: another thread of this rank is in the collective call {self.current_call!r}",
+                hint="make collective calls from one thread; generate() may be called from any",
+                rank=self.group.rank,
+            )
+        outer = self.current_call
+        try:
+            self.current_call = what
+            yield
+        finally:
+            self.current_call = outer
+            self.call_lock.release()
 
     @contextmanager
     def going_on(self) -> Iterator[None]:

@@ -7,12 +7,13 @@ the server, and every rank returns or raises as it does.
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from types import TracebackType
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import nn
@@ -43,6 +44,30 @@ from tpcolocate.weights.transport.mesh import groups_of_tensors
 from tpcolocate.weights.update_group import UpdateGroup
 
 _AT_ONCE_S = 5.0
+P = ParamSpec("P")
+T = TypeVar("T")
+Call = Callable[Concatenate["Engine", P], T]
+
+
+def _collective(what: str, *, restarts: bool = True) -> Callable[[Call[P, T]], Call[P, T]]:
+    """Make a method a collective call that one thread at a time makes.
+
+    Args:
+        what: Name of the call.
+        restarts: Whether a dead server is replaced before it, as `launch(restart=...)` has it.
+    """
+
+    def decorated(method: Call[P, T]) -> Call[P, T]:
+        @functools.wraps(method)
+        def call(engine: Engine, /, *args: P.args, **kwargs: P.kwargs) -> T:
+            with engine._context.calling(what):
+                if restarts and engine._life.must_restart(what):
+                    engine.restart()
+                return method(engine, *args, **kwargs)
+
+        return call
+
+    return decorated
 
 
 class Engine(OfOneProcess):
@@ -165,6 +190,7 @@ class Engine(OfOneProcess):
             prompts, sampling_params, stream=stream, on_error=on_error, timeout_s=timeout_s, **fields
         )
 
+    @_collective("pause generation")
     def pause_generation(self, mode: str = "retract", *, timeout_s: float = 120.0) -> None:
         """Hold generation until `continue_generation`; a sync in between leaves it held.
 
@@ -183,9 +209,9 @@ class Engine(OfOneProcess):
             EngineStateError: Paused in another mode, or the engine is shut down.
             RequestError, EngineDeadError, DeadlineError: The server failed.
         """
-        self._restart_if_dead("pause generation")
         self._generation.pause(mode, timeout_s=timeout_s)
 
+    @_collective("continue generation")
     def continue_generation(self, *, timeout_s: float = 60.0) -> None:
         """Let generation go on after `pause_generation`; does nothing if it was not paused.
 
@@ -195,7 +221,6 @@ class Engine(OfOneProcess):
             EngineStateError: Asleep, or the weights are not the trainer's.
             RequestError, EngineDeadError, DeadlineError: The server failed.
         """
-        self._restart_if_dead("continue generation")
         self._generation.go_on(timeout_s=timeout_s)
 
     def abort_request(self, rid: str | None = None, *, timeout_s: float = 30.0) -> None:
@@ -214,6 +239,7 @@ class Engine(OfOneProcess):
         """
         self._generation.abort(rid, timeout_s=timeout_s)
 
+    @_collective("flush the cache")
     def flush_cache(self, *, timeout_s: float = 60.0) -> None:
         """Drop the prefix cache.
 
@@ -223,11 +249,11 @@ class Engine(OfOneProcess):
             EngineStateError: Requests are in flight, or the cache's memory is released.
             RequestError, EngineDeadError, DeadlineError: The server failed.
         """
-        self._restart_if_dead("flush the cache")
         self._generation.flush_cache(timeout_s=timeout_s)
 
     # --- weights ---------------------------------------------------------------------------------------------------
 
+    @_collective("sync weights")
     def sync_weights(
         self,
         model_or_named_tensors: Source,
@@ -288,7 +314,6 @@ class Engine(OfOneProcess):
             RankFailedError: Another library's exception on some rank, such as an out-of-memory error in a gather.
             RankLostError: Another rank did not follow.
         """
-        self._restart_if_dead("sync weights")
         # Before the owner holds generation: a rank that is still waiting for tokens would wait until its deadline, and
         # the others for it.  All slices together: the gathers of sharded weights span them, and hang without one.
         with self._context.all_slices.together("sync weights") as must_match:
@@ -370,6 +395,7 @@ class Engine(OfOneProcess):
             timeout_s=timeout_s,
         )
 
+    @_collective("join an update group")
     def init_weights_update_group(
         self,
         *,
@@ -402,10 +428,10 @@ class Engine(OfOneProcess):
             EngineStateError: A group of that name exists, or the engine is shut down.
             RequestError, EngineDeadError, DeadlineError: The server failed, or rank 0 did not come.
         """
-        self._restart_if_dead("join an update group")
         group = UpdateGroup(master_address, master_port, rank_offset, world_size, group_name, backend)
         self._update_groups.join(group, timeout_s=timeout_s)
 
+    @_collective("update weights from a group")
     def update_weights_from_distributed(
         self,
         names: Sequence[str],
@@ -444,7 +470,6 @@ class Engine(OfOneProcess):
             SyncError, RequestError, EngineDeadError, DeadlineError: The server failed, or did not get what it waited for.
                 Its weights are unknown: generation is refused until a full sync or update succeeds.
         """
-        self._restart_if_dead("update weights from a group")
         self._update_groups.update(
             lambda: update_group.announced(names, dtypes, shapes),
             group_name=group_name,
@@ -456,6 +481,7 @@ class Engine(OfOneProcess):
         self._generation.warn_of_stale_cache()
         self._adapters.note_synced((), partial=partial)  # whatever the sender has merged
 
+    @_collective("leave an update group")
     def destroy_weights_update_group(
         self, *, group_name: str = update_group.DEFAULT_NAME, timeout_s: float = 60.0
     ) -> None:
@@ -468,11 +494,11 @@ class Engine(OfOneProcess):
             EngineStateError: There is no group of that name.
             RequestError, EngineDeadError, DeadlineError: The server failed.
         """
-        self._restart_if_dead("leave an update group")
         self._update_groups.leave(group_name, timeout_s=timeout_s)
 
     # --- adapters --------------------------------------------------------------------------------------------------
 
+    @_collective("load a LoRA adapter")
     def set_lora(
         self, name: str, model: nn.Module, *, adapter_name: str | None = None, timeout_s: float = 120.0
     ) -> None:
@@ -497,9 +523,9 @@ class Engine(OfOneProcess):
             RequestError, EngineDeadError, DeadlineError: The server failed; an adapter of that name may be gone.
             RankFailedError: Another library's exception on some rank.
         """
-        self._restart_if_dead("load a LoRA adapter")
         self._adapters.load_from(name, model, adapter_name, timeout_s=timeout_s)
 
+    @_collective("load a LoRA adapter")
     def set_lora_from_tensors(
         self, name: str, tensors: Mapping[str, torch.Tensor], config: Any, *, timeout_s: float = 120.0
     ) -> None:
@@ -513,10 +539,10 @@ class Engine(OfOneProcess):
             config: PEFT's adapter configuration: ``adapter_config.json`` as a dict, or a `peft.LoraConfig`.
             timeout_s: As `set_lora`.
         """
-        self._restart_if_dead("load a LoRA adapter")
         values = tensors.values() if isinstance(tensors, Mapping) else ()
         self._adapters.load(name, lambda: make_adapter(tensors, config), groups_of_tensors(values), timeout_s=timeout_s)
 
+    @_collective("unload a LoRA adapter")
     def unload_lora(self, name: str, *, timeout_s: float = 120.0) -> None:
         """Remove a LoRA adapter, once the requests that use it are done.
 
@@ -526,11 +552,11 @@ class Engine(OfOneProcess):
             RequestError: The server has no adapter of that name, or failed.
             EngineDeadError, DeadlineError: The server is gone, or its requests take longer.
         """
-        self._restart_if_dead("unload a LoRA adapter")
         self._adapters.unload(name, timeout_s=timeout_s)
 
     # --- memory ----------------------------------------------------------------------------------------------------
 
+    @_collective("sleep")
     def sleep(self, tags: Collection[str] | None = None, *, timeout_s: float = 120.0) -> None:
         """Release the server's memory, by tag; what is released already stays so.
 
@@ -547,16 +573,15 @@ class Engine(OfOneProcess):
             DeadlineError: Requests from elsewhere still run.
             RequestError, EngineDeadError: The server failed.
         """
-        self._restart_if_dead("sleep")
         self._memory.sleep(tags, timeout_s=timeout_s)
 
+    @_collective("wake")
     def wake(self, tags: Collection[str] | None = None, *, timeout_s: float = 120.0) -> None:
         """Take the memory back, by tag; what is awake already stays so.
 
         Collective: over the slice.  After waking ``weights`` they hold garbage, unless the server was launched with
         ``enable_weights_cpu_backup=True``: generation is refused until the next sync.  Raises as `sleep`.
         """
-        self._restart_if_dead("wake")
         self._memory.wake(tags, timeout_s=timeout_s)
 
     # --- life ------------------------------------------------------------------------------------------------------
@@ -587,6 +612,7 @@ class Engine(OfOneProcess):
         """Close this side's connections; the server runs on."""
         self._context.client.close()
 
+    @_collective("restart the server", restarts=False)
     def restart(self, source: Source | None = None, **sync_options: Any) -> SyncReport | None:
         """Start another server in place of this one, dead or alive, with the arguments of the launch.
 
@@ -630,11 +656,6 @@ class Engine(OfOneProcess):
         self._life.restart(with_source=source is not None, check=check)
         self._adapters.set_again()
         return None if source is None else self.sync_weights(source, **sync_options)
-
-    def _restart_if_dead(self, what: str) -> None:
-        """As `launch(restart=...)` has it, before a collective call."""
-        if self._life.must_restart(what):
-            self.restart()
 
     def shutdown(self, *, wait: bool = True, timeout_s: float = 60.0) -> None:
         """End the server, all of it, and remove what it left in /dev/shm.
