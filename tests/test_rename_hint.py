@@ -75,3 +75,17 @@ def test_names_that_a_rename_has_made_get_no_other():
     with pytest.raises(WeightsMismatchError) as caught:
         spec.check([(f"policy.{name}", torch.Size(shape)) for name, shape in SERVED.items()], hint=False)
     assert "rename=" not in caught.value.hint
+
+
+@pytest.mark.parametrize("parts", [
+    ("weight_g", "weight_v"), ("weight_orig", "weight_mask"), ("parametrizations.weight.original0", "parametrizations.weight.original1"),
+])  # fmt: skip
+def test_the_parts_of_a_weight_are_not_left_out(parts):
+    """Without them the weight would be missing."""
+    module = "model.layers.3.mlp.down_proj."
+    given = {name: shape for name, shape in SERVED.items() if not name.startswith(module)}
+    given |= {module + part: (8, 16) for part in parts}
+    with pytest.raises(WeightsMismatchError, match=f"has no {module}{parts[0]}") as caught:
+        ModelSpec(SERVED, "the test").check([(name, torch.Size(shape)) for name, shape in given.items()])
+    assert "rename=" not in caught.value.hint
+    assert ("remove_parametrizations" in caught.value.hint) == parts[0].startswith("parametrizations")

@@ -22,6 +22,8 @@ from tpcolocate.weights.sources.rename_hint import rename_hint
 FLOATS = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))
 """Dtypes of weights; they are cast to each other as they are copied."""
 _INCOMPLETE_HINT = "pass the whole model, or partial=True to leave the other weights as they are"
+# In names of torch.nn.utils.parametrize.
+_PARAMETRIZED = ".parametrizations."
 # As safetensors names them.
 _DTYPES = {
     "F64": torch.float64,
@@ -81,11 +83,7 @@ class ModelSpec:
         if unknown:
             rename = rename_hint([(name, tuple(shape)) for name, shape in tensors], self.shapes) if hint else None
             raise WeightsMismatchError(
-                f"the served model has no {some(unknown)} (according to {self.origin})",
-                hint="map your names to those of the served checkpoint with `rename` of sync_weights(), and what it lacks to "
-                "None; SGLang would ignore unknown names without an error"
-                if rename is None
-                else f"pass {rename}",
+                f"the served model has no {some(unknown)} (according to {self.origin})", hint=_hint_of(unknown, rename)
             )
 
     def check_dtypes(self, tensors: Iterable[tuple[str, torch.dtype]]) -> None:
@@ -143,6 +141,26 @@ class ModelSpec:
     def refuse_incomplete(self, missing: Sequence[str], *, hint: str = _INCOMPLETE_HINT) -> NoReturn:
         """Raise what `check_complete` raises."""
         raise WeightsMismatchError(f"weights are missing: {some(missing)} (according to {self.origin})", hint=hint)
+
+
+def _hint_of(unknown: Sequence[str], rename: str | None) -> str:
+    """Return what to do about names that the served model lacks.
+
+    Args:
+        unknown: The names.
+        rename: The argument that mends them, if it can be seen.
+    """
+    if rename is not None:
+        return f"pass {rename}"
+    if any(_PARAMETRIZED in name for name in unknown):
+        return (
+            "a parametrization computes these weights: pass pairs of what is computed, (name, layer.weight), or remove it with "
+            "torch.nn.utils.parametrize.remove_parametrizations()"
+        )
+    return (
+        "map your names to those of the served checkpoint with `rename` of sync_weights(), and what it lacks to None; SGLang "
+        "would ignore unknown names without an error"
+    )
 
 
 def read_spec(model_path: str) -> ModelSpec | None:

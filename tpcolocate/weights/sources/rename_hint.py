@@ -46,10 +46,8 @@ def rename_hint(given: Sequence[tuple[str, Shape]], served: Mapping[str, Shape])
     num_fitting = sum(new in fitting for new in names.values())
     if unknown and len(unknown) <= _MOST_DROPPED and len(fitting) >= _MOST_OF_THEM * len(served):
         missing = [name for name in served if name not in fitting]
-        if any(
-            names[name].endswith(other) or other.endswith(_tail(names[name])) for name in unknown for other in missing
-        ):
-            return None  # more likely a weight of the model under another name
+        if any(_may_be(names[name], other) for name in unknown for other in missing):
+            return None
         dropped = dict.fromkeys(unknown)
         unknown = []
         if text == "name":
@@ -58,6 +56,16 @@ def rename_hint(given: Sequence[tuple[str, Shape]], served: Mapping[str, Shape])
     if text == "name" or unknown or not fitting or num_fitting > len(fitting):
         return None
     return f"rename=lambda name: {text}"
+
+
+def _may_be(unknown: str, missing: str) -> bool:
+    """Return whether what the served model lacks is more likely a weight that it misses, under another name or in parts.
+
+    Parts are beside it or below: ``weight_g`` and ``parametrizations.weight.original0`` of the module whose ``weight`` is missing.
+    """
+    module = missing.rpartition(".")[0]
+    is_part = bool(module) and unknown.startswith(f"{module}.")
+    return is_part or unknown.endswith(missing) or missing.endswith(_tail(unknown))
 
 
 def _tail(name: str) -> str:
