@@ -558,6 +558,30 @@ def test_a_callback_refuses_lists_of_another_length_than_its_prompts(given, word
         GenerationCallback(None, None, ["a", "b", "c"], score=lambda *_: {}, every_steps=1, **given)
 
 
+@pytest.mark.parametrize("given, words", [
+    ({"sampling_params": {"max_tokens": 3}}, "no sampling parameter 'max_tokens'"),
+    ({"sampling_params": {"temperature": -1}}, "temperature"),
+    ({"max_new_tokens": 3}, "no field max_new_tokens"),
+    ({"top_logprobs_num": 3}, "needs return_logprob=True"),
+    ({"stream": True}, "stream=True"),
+    ({"timeout_s": 0}, "timeout_s"),
+    ({"score": None}, "score must be a function"),
+])  # fmt: skip
+def test_a_callback_is_checked_before_the_training_begins(given, words):
+    """And not when the first evaluation is due."""
+    with pytest.raises(ConfigError, match=words):
+        GenerationCallback(None, None, ["a", "b"], **{"score": lambda *_: {}, "every_steps": 1, **given})
+
+
+def test_a_score_that_returns_no_figures_is_named():
+    trainer = SimpleNamespace(model_wrapped=None)
+    callback = GenerationCallback(
+        trainer, RecordingEngine(), ["a"], score=lambda *_: None, every_steps=1, on_error="return"
+    )
+    with pytest.raises(ConfigError, match="what score returns must be a dict of means by name, got None"):
+        callback.evaluate()
+
+
 def evaluated(rank):
     """Two prompts here and one there; then the score of rank 1 alone fails."""
 
@@ -573,7 +597,7 @@ def evaluated(rank):
 
     engine = Engine()
     callback = GenerationCallback(
-        SimpleNamespace(model_wrapped=None), engine, ["a", "b", "c"], [{"n": 1}, {"n": 2}, {"n": 3}],
+        SimpleNamespace(model_wrapped=None), engine, ["a", "b", "c"], [{"n": 1}, {"top_k": 2}, {"top_k": 3}],
         score=score, every_steps=1, sleep=True, lora_path=["x", None, "z"], token_ids_logprob=[4, 5], return_logprob=True,
     )  # fmt: skip
     figures = callback.evaluate()
@@ -590,10 +614,10 @@ def test_a_callback_on_two_ranks():
     assert figures == figures_there == {"prompts": (2 * 2 + 1) / 3}
     common = {"token_ids_logprob": [4, 5], "return_logprob": True}
     assert [call for call in ours if call[0] == "generate"] == [
-        ("generate", ["a", "c"], [{"n": 1}, {"n": 3}], {"lora_path": ["x", "z"], **common})
+        ("generate", ["a", "c"], [{"n": 1}, {"top_k": 3}], {"lora_path": ["x", "z"], **common})
     ] * 2
     assert [call for call in theirs if call[0] == "generate"] == [
-        ("generate", ["b"], [{"n": 2}], {"lora_path": [None], **common})
+        ("generate", ["b"], [{"top_k": 2}], {"lora_path": [None], **common})
     ] * 2
     assert error == ("ValueError: no score", 1, type(None)) and error_there == ("ValueError: no score", 1, ValueError)
     assert [call[0] for call in ours] == [call[0] for call in theirs], "no rank waits for another one"

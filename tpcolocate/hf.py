@@ -11,17 +11,21 @@ import torch.distributed as dist
 from transformers import TrainerCallback
 
 from tpcolocate.agreement import ErrorReport, raise_first
-from tpcolocate.checks import check_positive_integer
+from tpcolocate.checks import check_positive_integer, check_type
+from tpcolocate.deadline import check_timeout
 from tpcolocate.engine.client import SamplingParams
 from tpcolocate.engine.engine import Engine
 from tpcolocate.engine.limits import ServerLimits
 from tpcolocate.engine.prompts import read_prompts
-from tpcolocate.engine.requests import share_of
+from tpcolocate.engine.requests import check_call, share_of
+from tpcolocate.engine.sampling import is_sampling_name
 from tpcolocate.engine.values import is_array, is_list, unpacked
 from tpcolocate.errors import ConfigError, RankLostError, TpColocateError, shown
 
 Share = tuple[int, Mapping[str, float]]
 """Number of prompts, and the means over them."""
+_SCORES = "a dict of means by name"
+_SCORE_HINT = f"it gets prompts and their answers, and returns {_SCORES}"
 Score = Callable[[Sequence[Any], Sequence[Mapping[str, Any]]], Mapping[str, float]]
 
 
@@ -52,7 +56,8 @@ class GenerationCallback(TrainerCallback):
         report: Of the last weight sync; None before the first.
 
     Raises:
-        ConfigError: No prompts, lists of another length, or steps that are not positive.
+        ConfigError: No prompts, prompts, sampling parameters or fields that no server takes, lists of another length, steps that
+            are not positive, or a `score` that cannot be called.
     """
 
     def __init__(
@@ -83,20 +88,47 @@ class GenerationCallback(TrainerCallback):
         for error in read.bad.values():
             raise error
         check_positive_integer("every_steps", every_steps)
+        if not callable(score):
+            raise ConfigError(f"score must be a function, got {shown(score)}", hint=_SCORE_HINT)
+        if fields.get("stream"):
+            raise ConfigError("stream=True is given", hint="leave it out: score gets whole answers")
         self.report: Any = None
         self._trainer = trainer
         self._engine = engine
         self._prompts = list(unpacked(prompts))
         self._sampling_params = sampling_params
         self._fields = fields
-        self._timeout_s = timeout_s
-        share_of([], len(self._prompts), sampling_params, fields)
+        self._timeout_s = None if timeout_s is None else check_timeout(timeout_s)
+        # Those of all ranks on each of them, so that all raise the same error.
+        for rank in range(min(len(self._prompts), _rank_and_size()[1])):
+            self._check_request(rank)
         self._score = score
         self._every_steps = every_steps
         self._sleep = sleep
         self._prefix = prefix
         if sleep:
             engine.sleep()
+
+    def _check_request(self, rank: int) -> None:
+        """Check what a rank asks for, as far as that is possible without its server: at the first time hours may have passed."""
+        prompts, sampling_params, fields = self._request(self._indices(rank))
+        call = check_call(
+            prompts,
+            sampling_params,
+            {name: value for name, value in fields.items() if name != "on_error"},  # of `Engine.generate` itself
+            stream=False,
+            limits=ServerLimits(),
+            known=lambda: frozenset(name for name in fields if not is_sampling_name(name)),
+        )
+        call.body()
+
+    def _indices(self, rank: int) -> range:
+        return range(rank, len(self._prompts), _rank_and_size()[1])
+
+    def _request(self, indices: Sequence[int]) -> tuple[list[Any], Any, dict[str, Any]]:
+        """Return some of the prompts, with their sampling parameters and fields."""
+        prompts = [self._prompts[i] for i in indices]
+        return prompts, *share_of(indices, len(self._prompts), self._sampling_params, self._fields)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % self._every_steps == 0:
@@ -107,11 +139,11 @@ class GenerationCallback(TrainerCallback):
 
         Collective: over all training ranks.
         """
-        rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        rank, world_size = _rank_and_size()
         share: Share = 0, {}
         error: Exception | None = None
         try:
-            share = self._evaluated(range(rank, len(self._prompts), world_size))
+            share = self._evaluated(self._indices(rank))
         except RankLostError:
             raise  # there is somebody whom the others would wait for
         except Exception as caught:
@@ -143,10 +175,15 @@ class GenerationCallback(TrainerCallback):
     def _generated(self, indices: Sequence[int]) -> Share:
         if not indices:
             return 0, {}
-        prompts = [self._prompts[i] for i in indices]
-        sampling_params, fields = share_of(indices, len(self._prompts), self._sampling_params, self._fields)
+        prompts, sampling_params, fields = self._request(indices)
         answers = self._engine.generate(prompts, sampling_params, timeout_s=self._timeout_s, **fields)
-        return len(prompts), {name: float(value) for name, value in self._score(prompts, answers).items()}
+        figures = check_type("what score returns", self._score(prompts, answers), Mapping, expected=_SCORES)
+        return len(prompts), {name: float(value) for name, value in figures.items()}
+
+
+def _rank_and_size() -> tuple[int, int]:
+    """Return this rank and the number of training ranks."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def _of_all_ranks(share: Share, error: Exception | None, rank: int, world_size: int) -> list[Share]:
