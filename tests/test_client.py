@@ -235,3 +235,13 @@ def test_a_request_that_is_dropped_with_its_event_loop_is_not_in_flight(client, 
     assert client.num_in_flight == 0
     client.generate("a")
     assert client.num_in_flight == 0
+
+
+@pytest.mark.parametrize(
+    "url", [None, "", "127.0.0.1:3000", "https://host:1", "http://", "http://host:1/v1", "http://[x:1"]
+)
+def test_what_is_no_address_of_a_server_is_refused(url):
+    with pytest.raises(ConfigError, match="url"):
+        Client(url, api_key="key")
+    with pytest.raises(ConfigError, match="api_key must be a string"):
+        Client("http://127.0.0.1:1", api_key=1)

@@ -34,6 +34,7 @@ ERRORS = {
     "/plain": (503, b"Service is starting\n", "Service is starting"),
     "/empty": (404, b"", "Not Found"),
     "/list": (400, b'["what"]', '["what"]'),
+    "/key": (401, b'{"error": "Unauthorized"}', "Unauthorized"),
 }
 
 
@@ -217,6 +218,7 @@ def test_a_refusal_has_the_servers_message(server, client, send, path):
         send(client, path)
     assert caught.value.message == f"{path}: {status}: {words}"
     assert caught.value.status == status and caught.value.url == server.url
+    assert ("api_key=engine.api_key" in str(caught.value)) == (status == 401)
     assert len(server.requests) == 1
 
 

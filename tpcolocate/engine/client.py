@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from types import TracebackType
 from typing import Any
+from urllib.parse import urlsplit
 
+from tpcolocate.checks import check_text
 from tpcolocate.deadline import Deadline, check_timeout
 from tpcolocate.engine.limits import ModelFolders, ServerLimits
 from tpcolocate.engine.requests import KNOWN_FIELDS, GenerateCall, check_call
@@ -71,6 +73,9 @@ class Client(OfOneProcess):
         check: Called before each request, and again once it is counted; raises if none may be made.
         folders: Of the model, if they are not to be looked for.
 
+    Raises:
+        ConfigError: `url` is not the address of a server, or `api_key` is no text.
+
     Attributes:
         http: For endpoints that have no method here.
         num_in_flight: Requests of this client that are not finished.
@@ -84,8 +89,8 @@ class Client(OfOneProcess):
         check: Callable[[], None] = lambda: None,
         folders: ModelFolders = ModelFolders(),  # noqa: B008  (frozen)
     ) -> None:
-        self.url = url
-        self.api_key = api_key
+        self.url = _address(url)
+        self.api_key = None if api_key is None else check_text("api_key", api_key)
         self.http = ServerClient(url, api_key=api_key)
         self._check = check
         self._folders = folders
@@ -256,6 +261,18 @@ class Client(OfOneProcess):
         if self.http.is_stopped:
             return Health.STOPPED
         return Health.READY if self.http.is_listening(timeout_s=HEALTH_TIMEOUT_S) else Health.DEAD
+
+
+def _address(url: object) -> str:
+    checked = check_text("url", url)
+    try:
+        parts = urlsplit(checked)
+        is_server = parts.scheme == "http" and bool(parts.hostname) and parts.path in ("", "/")
+    except ValueError:  # such as brackets without an address
+        is_server = False
+    if not is_server:
+        raise ConfigError(f"url={shown(url)} is not the address of a server", hint="pass engine.url, http://HOST:PORT")
+    return checked
 
 
 def _check_options(stream: object, on_error: object, timeout_s: object) -> Deadline:

@@ -46,6 +46,8 @@ _LOOK_TIMEOUT_S = 10.0
 _LEAST_LOOKS_S, _LEAST_LOOK_S = 5.0, 0.5
 # A server that ends closes its connections a little before its port.
 _ENDING_S = 1.0
+_UNAUTHORIZED = 401
+_NO_KEY = "pass the key of this server, api_key=engine.api_key; after a restart it is another one, as the URL is"
 _encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
@@ -382,7 +384,8 @@ class ServerClient:
 
     def _answer(self, path: str, status: int, reason: str | None, content: bytes) -> Any:
         if status >= 400:
-            raise RequestError(f"{path}: {status}: {_message(content, reason)}", status=status, url=self.url)
+            hint = _NO_KEY if status == _UNAUTHORIZED else None
+            raise RequestError(f"{path}: {status}: {_message(content, reason)}", hint=hint, status=status, url=self.url)
         if not content:
             return None
         try:
