@@ -121,6 +121,21 @@ def test_nothing_recorded():
             draw()
 
 
+def test_one_recording_is_drawn_as_a_list_of_it():
+    assert "rank 0" in texts(plot.timeline(step(0)))
+
+
+@pytest.mark.parametrize("draw, given, words", [
+    (plot.timeline, None, "recordings must be a list"), (plot.timeline, ["events-0.json"], "a recording must be a Recording"),
+    (plot.timeline, [Recorder(COLO)], "a recording must be a Recording"), (plot.memory, [recording(0)], "recording must be a Recording"),
+    (plot.memory, Recorder(COLO), "recording must be a Recording"), (plot.sync, None, "report must be what sync_weights"),
+    (plot.bench, "bench.json", "results must be the content of a file"), (plot.bench, {}, "results must be the content of a file"),
+])  # fmt: skip
+def test_what_cannot_be_drawn_is_named(draw, given, words):
+    with pytest.raises(ConfigError, match=words):
+        draw(given)
+
+
 def test_without_matplotlib_that_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ConfigError, match="pip install matplotlib"):

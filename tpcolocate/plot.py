@@ -7,7 +7,8 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tpcolocate.errors import ConfigError
+from tpcolocate.checks import check_type
+from tpcolocate.errors import ConfigError, shown
 from tpcolocate.recorder import Recording, find_waits
 from tpcolocate.report import SyncReport
 
@@ -23,23 +24,33 @@ _WAIT_COLOUR, _WAIT_EDGE = "#F0F0F0", "#9A9A9A"
 _TRAINER, _OTHERS = "#5B7C99", "#D9B98A"
 _CENTRED: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 8}
 _ROW_IN, _MARGIN_IN, _WIDTH_IN = 0.42, 1.5, 10.0
+_ONE = "a Recording, as Recorder.recording is and Recording.load() returns"
+_LIST = f"a list of which each is {_ONE}"
 # Text is drawn into bars of at least this part of the width.
 _TEXT_FROM = 0.07
 
 
-def timeline(recordings: Sequence[Recording]) -> Figure:
+def timeline(recordings: Recording | Sequence[Recording]) -> Figure:
     """Draw who did what when, one row per rank; time in which a rank waited for another one is hatched.
 
     Args:
-        recordings: Of any ranks, of one host or of hosts with synchronised clocks.
+        recordings: Of any ranks, of one host or of hosts with synchronised clocks; or of one rank.
 
     Returns:
         A figure; ``figure.savefig(path)`` writes it.
 
     Raises:
-        ConfigError: No spans, or matplotlib is missing.
+        ConfigError: No spans, no recordings, or matplotlib is missing.
     """
-    recordings = sorted(recordings, key=lambda recording: (min(recording.slice_ranks), recording.rank))
+    given = (
+        [recordings]
+        if isinstance(recordings, Recording)
+        else check_type("recordings", recordings, Sequence, expected=_LIST)
+    )
+    recordings = sorted(
+        (check_type("a recording", each, Recording, expected=_ONE) for each in given),
+        key=lambda recording: (min(recording.slice_ranks), recording.rank),
+    )
     spans = [span for recording in recordings for span in recording.spans]
     if not spans:
         raise ConfigError("the recordings have no spans", hint="record some with Recorder.span()")
@@ -88,8 +99,9 @@ def memory(recording: Recording) -> Figure:
         A figure; ``figure.savefig(path)`` writes it.
 
     Raises:
-        ConfigError: No samples, or matplotlib is missing.
+        ConfigError: No samples, no recording, or matplotlib is missing.
     """
+    check_type("recording", recording, Recording, expected=_ONE)
     if not recording.memory:
         raise ConfigError("the recording has no samples of memory", hint="record spans with Recorder.span()")
     figure, axes = _figure(6)
@@ -133,8 +145,9 @@ def sync(report: SyncReport) -> Figure:
         A figure; ``figure.savefig(path)`` writes it.
 
     Raises:
-        ConfigError: Matplotlib is missing.
+        ConfigError: No report, or matplotlib is missing.
     """
+    check_type("report", report, SyncReport, expected="what sync_weights() has returned")
     figure, axes = _figure(len(report.ranks))
     colours = _colours(phase for part in report.ranks for phase in part.seconds)
     longest = max(sum(part.seconds.values()) for part in report.ranks) * 1e3
@@ -169,6 +182,11 @@ def bench(results: Mapping[str, Any]) -> Figure:
     Raises:
         ConfigError: Nothing was measured, or matplotlib is missing.
     """
+    if not isinstance(results, Mapping) or "measured" not in results:
+        raise ConfigError(
+            f"results must be the content of a file of bench, got {shown(results)}",
+            hint="json.loads(Path(FILE).read_text())",
+        )
     measured = [one for one in results["measured"] if one["error"] is None]
     if not measured:
         raise ConfigError("no size of the server was measured", hint="see the errors in the file")
