@@ -111,6 +111,11 @@ def parse_args() -> argparse.Namespace:
     args.digits = (5 if given else 2) if args.digits is None else args.digits
     if not given and args.digits != 2:
         parser.error("the model made here is trained on numbers of 2 digits only; --digits needs --model")
+    for name in ("steps", "prompts", "updates"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1")
+    if args.group_size < 2:
+        parser.error("--group-size must be at least 2: an answer is compared with the others to its prompt")
     # Weights do not survive a sleep: without a sync the engine would generate from garbage.
     args.sleep = args.sleep and args.sync
     return args

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -47,6 +48,20 @@ def run_demo(out: Path, *options: str, script: Path) -> dict[str, Any]:
     (written,) = out.glob("grpo*.json")
     assert written.with_suffix(".png").stat().st_size > 0
     return json.loads(written.read_text())
+
+
+@pytest.mark.quick
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("options, words", [
+    (["--group-size", "1"], "--group-size must be at least 2"), (["--steps", "0"], "--steps must be at least 1"),
+    (["--prompts", "0"], "--prompts must be at least 1"), (["--digits", "3"], "--digits needs --model"),
+])  # fmt: skip
+def test_numbers_with_which_the_demo_cannot_train_are_refused_at_once(options, words, monkeypatch, capsys) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    monkeypatch.setattr(sys, "argv", ["grpo.py", *options])
+    with pytest.raises(SystemExit):
+        importlib.import_module("grpo").parse_args()
+    assert words in capsys.readouterr().err
 
 
 @pytest.mark.engine
