@@ -48,6 +48,11 @@ _LEAST_LOOKS_S, _LEAST_LOOK_S = 5.0, 0.5
 _ENDING_S = 1.0
 _UNAUTHORIZED = 401
 _NO_KEY = "pass the key of this server, api_key=engine.api_key; after a restart it is another one, as the URL is"
+# SGLang's words, and what to do.  For an adapter that was unloaded it looks on the Hugging Face hub.
+_HINTS = {
+    "Failed to implicitly load LoRA adapter": "it was unloaded, or set_lora() is replacing it: ask once set_lora() has returned",
+    "LoRA adapter that has never been loaded": "the names are those of set_lora(), and of lora_paths= in launch()",
+}
 _encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
@@ -384,8 +389,13 @@ class ServerClient:
 
     def _answer(self, path: str, status: int, reason: str | None, content: bytes) -> Any:
         if status >= 400:
-            hint = _NO_KEY if status == _UNAUTHORIZED else None
-            raise RequestError(f"{path}: {status}: {_message(content, reason)}", hint=hint, status=status, url=self.url)
+            message = _message(content, reason)
+            hint = (
+                _NO_KEY
+                if status == _UNAUTHORIZED
+                else next((_HINTS[words] for words in _HINTS if words in message), None)
+            )
+            raise RequestError(f"{path}: {status}: {message}", hint=hint, status=status, url=self.url)
         if not content:
             return None
         try:
