@@ -31,8 +31,29 @@ from tpcolocate.weights.sources.lazy_tensor import (
 )
 from tpcolocate.weights.sources.named_weights import NamedWeights, Rename, Source
 
-Layout = tuple[str | int, ...]
-"""The names of a module's parts, and then a number for each; the same part has the same number wherever it is."""
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The parts of a module's modules: children, parameters and persistent buffers.
+
+    Attributes:
+        names: Of each module's parts.
+        parts: What identifies each of all the parts, in the same order, while it is alive.
+    """
+
+    names: list[tuple[str, ...]]
+    parts: list[int]
+
+    def is_as(self, before: Layout) -> bool:
+        """Return whether there are the same names, and the same ones of them for one part: two may have changed places."""
+        if self.names != before.names:
+            return False
+        return self.parts == before.parts or _in_order_of_use(self.parts) == _in_order_of_use(before.parts)
+
+
+def _in_order_of_use(parts: Sequence[int]) -> list[int]:
+    numbers: dict[int, int] = {}
+    return [numbers.setdefault(part, len(numbers)) for part in parts]
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +182,7 @@ class Fingerprint:
 
     Attributes:
         module: The source.
-        layout: The parts of each module in it, in order.
+        layout: The parts of the modules in it, in order.
         memory: Where the local data of each of its parameters and persistent buffers is, in order, and in which layout.
         storages: In which it is, so that no other storage is taken for one of them.
         origins: Name of each weight -> what it is.
@@ -172,7 +193,7 @@ class Fingerprint:
     """
 
     module: weakref.ref[nn.Module]
-    layout: list[Layout]
+    layout: Layout
     memory: list[tuple[object, ...]]
     storages: list[StorageWeakRef]
     origins: Mapping[str, Origin]
@@ -226,7 +247,7 @@ class Fingerprint:
         if self.module() is not source:
             return None
         layout, tensors = _walk(source)  # type: ignore[arg-type]
-        if layout != self.layout or len(tensors) != len(self.memory):
+        if not layout.is_as(self.layout) or len(tensors) != len(self.memory):
             return None
         if any(_memory(tensor) != before for tensor, before in zip(tensors, self.memory)):
             return None
@@ -302,33 +323,42 @@ class _Origins:
         return self._formula_of[id(item)]
 
 
-def _walk(module: nn.Module) -> tuple[list[Layout], list[torch.Tensor]]:
-    """Return the names of every module's parts and which parts these are, and all parameters and persistent buffers, each once."""
-    layout: list[Layout] = []
+def _walk(module: nn.Module) -> tuple[Layout, list[torch.Tensor]]:
+    """Return the parts of every module, and all parameters and persistent buffers, each once.
+
+    Models with adapters have thousands of modules, most of them without tensors, and there is a walk at every sync.
+    """
+    names: list[tuple[str, ...]] = []
+    parts: list[int] = []
     tensors: dict[int, torch.Tensor] = {}
-    # In order of first use: a part that has two names may change places with another one that has.
-    numbers: dict[int, int] = {}
     for one in modules_of(module):
         if isinstance(one, FSDPModule):
             one.reshard()  # as FSDP2 does before a state dict: a forward may leave the parameters unsharded
-        parts: dict[str, object] = {**one._modules, **one._parameters}
-        for parameter in one._parameters.values():
+        modules, parameters, buffers = one._modules, one._parameters, one._buffers
+        if modules:
+            parts += map(id, modules.values())
+        for parameter in parameters.values():
+            parts.append(id(parameter))
             if parameter is not None:
                 tensors[id(parameter)] = parameter
-        if one._buffers:
-            for name, buffer in one._buffers.items():
-                if buffer is not None and name not in one._non_persistent_buffers_set:
-                    tensors[id(buffer)] = buffer
-                    parts[name] = buffer
-        layout.append((*parts, *(numbers.setdefault(id(part), len(numbers)) for part in parts.values())))
-    return layout, list(tensors.values())
+        if not buffers:
+            names.append((*modules, *parameters))
+            continue
+        persistent = [name for name in buffers if name not in one._non_persistent_buffers_set]
+        for buffer in map(buffers.__getitem__, persistent):
+            parts.append(id(buffer))
+            if buffer is not None:
+                tensors[id(buffer)] = buffer
+        names.append((*modules, *parameters, *persistent))
+    return Layout(names, parts), list(tensors.values())
 
 
 def _memory(tensor: torch.Tensor) -> tuple[object, ...]:
-    local = local_of(tensor)
-    spec = tensor._spec if isinstance(tensor, DTensor) else None  # of what the local data is the shard
+    # `local_of` and `storage_id` written out, once for both; and of a shard, of what it is one.
+    local, spec = (tensor._local_tensor, tensor._spec) if isinstance(tensor, DTensor) else (tensor, None)
+    storage = local.untyped_storage()._cdata
     # Not the shape, which takes several times as long as the rest: numel and stride change with it.
-    return storage_id(local), local.data_ptr(), local.dtype, local.numel(), local.stride(), local.storage_offset(), spec
+    return storage, local.data_ptr(), local.dtype, local.numel(), local.stride(), local.storage_offset(), spec
 
 
 __all__ = ["Fingerprint", "LaterItems", "Match", "Origin"]
