@@ -505,6 +505,14 @@ def test_health(launch):
     assert engine.health() is Health.DEAD
 
 
+def test_a_server_that_is_stopped_while_its_health_is_asked_for_is_stopped(launch, monkeypatch):
+    """Its answer takes SGLang 20 s, and is no."""
+    engine = launch()
+    http = engine._client
+    monkeypatch.setattr(http, "is_healthy", lambda timeout_s: setattr(http, "is_stopped", True))
+    assert engine.health() is Health.STOPPED
+
+
 def test_a_shutdown_ends_the_server_once_and_nothing_may_be_asked_for_after_it(launch):
     with launch() as engine:
         pass

@@ -604,6 +604,8 @@ class Engine(OfOneProcess):
         asked = time.monotonic()
         if self._client.is_healthy(timeout_s=HEALTH_TIMEOUT_S):
             return Health.READY
+        if self._client.is_stopped:  # meanwhile
+            return Health.STOPPED
         # SGLang refuses at once while it warms up, and after 20 s without a token; a server that is gone does not answer.
         at_once = time.monotonic() - asked < _AT_ONCE_S
         return Health.STARTING if at_once and self._client.is_listening(timeout_s=_AT_ONCE_S) else Health.DEAD
