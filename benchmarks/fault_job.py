@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import getpass
+import json
 import os
 import re
 import shutil
@@ -416,6 +417,11 @@ def _foreign(names: Iterable[str], ours: Collection[int]) -> set[str]:
             lines = Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines()
             mapped = {line.split(maxsplit=5)[4] for line in lines if "/dev/shm/" in line}
             found |= {inodes[inode] for inode in mapped if inode in inodes}
+    # What another job's supervisor is about to remove: nothing maps it any more.
+    for record in SHM.glob("tpcolocate-*/processes.json"):
+        if Job._numbers(record.parent.name).isdisjoint(ours):
+            with contextlib.suppress(OSError, ValueError):
+                found |= set(names) & set(json.loads(record.read_text()).get("files", ()))
     # Another job's, which has just ended.
     found |= {name for name in names if name.startswith(("torch_", "sgl_shm_", "tpcolocate"))}
     return found

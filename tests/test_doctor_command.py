@@ -74,13 +74,16 @@ def test_hazards_of_one_environment_are_all_named(tmp_path):
     ended = subprocess.Popen(["true"])
     ended.wait()
     folder = folder_of(f"{ended.pid}-0123456789abcdef")
-    folder.mkdir(mode=0o700)
+    record = OwnerRecord(ended.pid, 1, pid_namespace(), folder.name, str(tmp_path / "none"), "log")
+    limited = ["bash", "-c", 'ulimit -n 200; exec "$0" "$@"']
     try:
-        record = OwnerRecord(ended.pid, 1, pid_namespace(), folder.name, str(tmp_path / "none"), "log")
-        (folder / "owner.json").write_text(json.dumps(asdict(record)))
-        limited = ["bash", "-c", 'ulimit -n 200; exec "$0" "$@"']
-        code, out, err = doctor("--tp-size", "2", "--json", before=limited, environ=environ)
-        assert folder.exists()
+        for _ in range(3):  # a launch of another test removes such a folder, too
+            folder.mkdir(mode=0o700)
+            (folder / "owner.json").write_text(json.dumps(asdict(record)))
+            code, out, err = doctor("--tp-size", "2", "--json", before=limited, environ=environ)
+            if folder.exists():
+                break
+        assert folder.exists(), "the doctor has removed it"
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     assert code == 1, err
