@@ -126,9 +126,8 @@ class Launch:
             if self._meeting_place.exists():
                 raise RankLostError(f"{what}: another rank has found the slice's process group broken", rank=group.rank)
             # By itself: a rank that has an error raises that one, also if it could not be reported.
-            quiet_s = (
-                0.0 if self.tp_slice.is_owner else self.request.health_timeout_s
-            )  # while the owner starts the server
+            # While the owner starts the server.
+            quiet_s = 0.0 if self.tp_slice.is_owner else self.request.health_timeout_s
             group.all_gather(None, what=f"{what}: meet", timeout_s=self._left(), quiet_s=quiet_s)
             return self._server_of(group.agree(error, running, what=what, timeout_s=self._left()))
         except RankLostError as lost:
@@ -340,10 +339,12 @@ class Launch:
         )
         for warning in warnings:
             logger.warning("%s", warning)
-        if request.working_directory is not None and hides_standard_modules(request.working_directory):
-            environment.setdefault(
-                "PYTHONSAFEPATH", "1"
-            )  # the trainer's own search path has its script's folder instead
+        # In one that was removed meanwhile neither transformers nor, with a relative PYTHONPATH, Python itself starts.
+        folder = request.working_directory
+        working_directory = folder if folder is not None and os.path.isdir(folder) else str(runtime.temporary)
+        if hides_standard_modules(working_directory):
+            # The trainer's own search path has its script's folder instead.
+            environment.setdefault("PYTHONSAFEPATH", "1")
         pid, started = this_process()
         return ServerSpec(
             model_path=request.model_path,
@@ -354,10 +355,7 @@ class Launch:
             owner_started=started,
             trainers=tuple((member.pid, member.started) for member in self._members_here()),
             shows_start=self.tp_slice.slice_index == 0,
-            # In one that was removed meanwhile neither transformers nor, with a relative PYTHONPATH, Python itself starts.
-            working_directory=folder
-            if (folder := request.working_directory) and os.path.isdir(folder)
-            else str(runtime.temporary),
+            working_directory=working_directory,
         )
 
     def _announcement(self, running: RunningServer) -> rendezvous.Announcement:

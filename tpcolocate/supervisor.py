@@ -141,6 +141,14 @@ def catches(pid: int, signum: int) -> bool:
     return any(int(mask, 16) >> (signum - 1) & 1 for mask in masks)
 
 
+def widen(pipe: int) -> None:
+    """Let a pipe, by a descriptor of either end, take 1 MiB that is not read yet, if this user's limit permits it."""
+    try:
+        fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+    except OSError:
+        pass
+
+
 def pidfd(pid: int) -> int | None:
     """Return a descriptor that becomes readable when the process exits; None where there are none."""
     try:
@@ -502,10 +510,7 @@ def _die_with(parent: int) -> None:
 def _start(job: dict[str, Any]) -> tuple[subprocess.Popen[bytes], Log]:
     log = Log(job["log_path"], job.get("secrets", []))
     read_end, write_end = os.pipe2(os.O_CLOEXEC)
-    try:
-        fcntl.fcntl(read_end, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
-    except OSError:
-        pass  # beyond this user's limit
+    widen(read_end)
     try:
         server = subprocess.Popen(
             job["command"],

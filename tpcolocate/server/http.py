@@ -390,12 +390,7 @@ class ServerClient:
     def _answer(self, path: str, status: int, reason: str | None, content: bytes) -> Any:
         if status >= 400:
             message = _message(content, reason)
-            hint = (
-                _NO_KEY
-                if status == _UNAUTHORIZED
-                else next((_HINTS[words] for words in _HINTS if words in message), None)
-            )
-            raise RequestError(f"{path}: {status}: {message}", hint=hint, status=status, url=self.url)
+            raise RequestError(f"{path}: {status}: {message}", hint=_hint(status, message), status=status, url=self.url)
         if not content:
             return None
         try:
@@ -500,6 +495,12 @@ def _caught(path: str, timeout_s: float) -> Iterator[None]:
         raise _Unreachable(path, f"{type(error).__name__}: {error}") from error
     except (urllib3.exceptions.HTTPError, httpx.TransportError, OSError) as error:
         raise _ConnectionLost(path, f"{type(error).__name__}: {error}") from error
+
+
+def _hint(status: int, message: str) -> str | None:
+    if status == _UNAUTHORIZED:
+        return _NO_KEY
+    return next((hint for words, hint in _HINTS.items() if words in message), None)
 
 
 def _looks_until(deadline: Deadline, *, anew: bool) -> Deadline:

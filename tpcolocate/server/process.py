@@ -7,7 +7,6 @@ theirs sends SIGQUIT to the caller.
 from __future__ import annotations
 
 import errno
-import fcntl
 import io
 import json
 import logging
@@ -21,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +43,6 @@ _SUPERVISOR = Path(supervisor.__file__)
 # Where a server is reached that listens on all addresses, or on a name for this machine.
 _LOCAL_HOSTS = {"localhost": LOOPBACK, "0.0.0.0": LOOPBACK, "": LOOPBACK, "::": "::1"}
 _LAUNCH_TRIES = 3
-_PIPE_BYTES = 1 << 20
 # Connecting to a closed port is cheap; a health request takes the server's time while it warms up.
 _LISTENING_INTERVAL_S = 0.05
 _HEALTH_INTERVAL_S = 0.25
@@ -166,9 +164,8 @@ class _Supervision:
         assert self._process.stdin is not None and self._process.stdout is not None
         self._commands, self._reports = self._process.stdin, self._process.stdout
         os.set_blocking(self._reports.fileno(), False)
-        with suppress(OSError):  # beyond this user's limit
-            # Room for the environment, which may exceed the usual 64 KiB: a supervisor that is stopped does not read it.
-            fcntl.fcntl(self._commands, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+        # The environment may exceed the usual 64 KiB, and a supervisor that is stopped does not read it.
+        supervisor.widen(self._commands.fileno())
         self._send(json.dumps(job).encode())
 
     def _send(self, line: bytes) -> None:
