@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import getpass
-import json
 import os
 import re
 import shutil
@@ -19,17 +18,17 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 import psutil
+from shm_files import SHM, ShmFiles, numbers
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = Path(__file__).with_name("fault_rank.py")
-SHM = Path("/dev/shm")
 TAG = "TPC_FAULT_JOB"
 START_S = 120.0
 # For what is ended to be gone: the supervisor's grace, and its limit for the rest of the tree.
@@ -39,7 +38,6 @@ FILES_GONE_S = 3.0
 MOST_LEFT_MIB = 16.0
 # Folders of other libraries that a process may make in the temporary folder and keep.
 _OTHERS = re.compile(r"(torchinductor_|triton|\.cache|pymp-|matplotlib)")
-_PREFIXES = ("sgl_", "sglang_", "torch_", "tpcolocate", "sem.mp-", "sem.loky-", "psm_")
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,16 +170,16 @@ class Job:
     ) -> None:
         self.model_dir, self.device_type = model_dir, device_type
         self.tag = uuid.uuid4().hex
-        self.shm_before = frozenset(os.listdir(SHM))
         # Short: sockets are made below it, and the path of a socket is limited to 107 characters.
         self.folder = Path(tempfile.mkdtemp(prefix="tpf-"))
         (self.folder / "tmp").mkdir()
         self.fired_at: float | None = None
         self.stops: int | None = None
         self.seen: set[psutil.Process] = set()
-        self.ranks = [
-            _Process(rank, self.folder, model_dir, device_type, world_size, self.tag) for rank in range(world_size)
-        ]
+        self.ranks: list[_Process] = []
+        self._shm = ShmFiles(self._pids)
+        for rank in range(world_size):
+            self.ranks.append(_Process(rank, self.folder, model_dir, device_type, world_size, self.tag))
         if cores:
             for process in self.ranks:
                 psutil.Process(process.process.pid).cpu_affinity(list(cores))  # its server inherits it
@@ -340,7 +338,7 @@ class Job:
 
     def _counts_handles(self, name: str, ranks: Collection[int]) -> bool:
         """Whether torch counts the CUDA-IPC handles of a rank in it, which it keeps for as long as the rank lives."""
-        return self.device_type == "cuda" and name.startswith("torch_") and not self._numbers(name).isdisjoint(ranks)
+        return self.device_type == "cuda" and name.startswith("torch_") and not numbers(name).isdisjoint(ranks)
 
     def logs(self) -> list[str]:
         """Logs of servers that have been kept, which they are after an end that this library did not cause."""
@@ -367,19 +365,10 @@ class Job:
 
     def shm_files(self) -> list[str]:
         """Files of this job in /dev/shm."""
-        with contextlib.suppress(OSError):
-            names = [name for name in os.listdir(SHM) if name.startswith(_PREFIXES) and name not in self.shm_before]
-            ours = {rank.process.pid for rank in self.ranks} | {process.pid for process in self.seen}
-            unclear = [
-                name for name in names if not self._numbers(name) & ours and not (self.job_id and self.job_id in name)
-            ]
-            return sorted(set(names) - set(_foreign(unclear, ours)))
-        return []
+        return self._shm.now(self.job_id)
 
-    @staticmethod
-    def _numbers(name: str) -> set[int]:
-        # Whole words: digits inside of a random name are some process's pid sooner or later.
-        return {int(word) for word in re.split(r"[-_.]", name) if word.isdecimal()}
+    def _pids(self) -> set[int]:
+        return {rank.process.pid for rank in self.ranks} | {process.pid for process in list(self.seen)}
 
     def discard(self) -> None:
         """End everything, and remove the folder."""
@@ -397,34 +386,8 @@ class Job:
             path = SHM / name
             with contextlib.suppress(OSError):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
+        self._shm.close()
         shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def _foreign(names: Iterable[str], ours: Collection[int]) -> set[str]:
-    """Those of some names that belong to processes which are not ours, or cannot be assigned to any."""
-    names = list(names)
-    found: set[str] = set()
-    if not names:
-        return found
-    # By inode: a semaphore is mapped under a temporary name, before it gets its own.
-    inodes = {}
-    for name in names:
-        with contextlib.suppress(OSError):
-            inodes[str((SHM / name).stat().st_ino)] = name
-    for pid in set(psutil.pids()) - set(ours):
-        found |= {name for name in names if pid in Job._numbers(name)}
-        with contextlib.suppress(OSError):
-            lines = Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines()
-            mapped = {line.split(maxsplit=5)[4] for line in lines if "/dev/shm/" in line}
-            found |= {inodes[inode] for inode in mapped if inode in inodes}
-    # What another job's supervisor is about to remove: nothing maps it any more.
-    for record in SHM.glob("tpcolocate-*/processes.json"):
-        if Job._numbers(record.parent.name).isdisjoint(ours):
-            with contextlib.suppress(OSError, ValueError):
-                found |= set(names) & set(json.loads(record.read_text()).get("files", ()))
-    # Another job's, which has just ended.
-    found |= {name for name in names if name.startswith(("torch_", "sgl_shm_", "tpcolocate"))}
-    return found
 
 
 def _runs(process: psutil.Process) -> bool:

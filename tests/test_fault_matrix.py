@@ -15,11 +15,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "benchmarks"))  # behind everything: its scripts are no modules of the tests
 
 import fault_cells
-import fault_job
 import fault_matrix
 import fault_rank
 import fault_runner
 import gpu_kernels
+import shm_files
 import soak
 from fault_cells import Cell
 
@@ -43,7 +43,41 @@ def call(rank=0, outcome="error", kind="EngineDeadError", after_s=1.0, **changes
     ("tpcolocate-0-6129-6265b159d8bb8740", {0, 6129}),
 ])  # fmt: skip
 def test_a_file_is_known_by_pids_in_its_name_and_not_by_digits_of_a_random_part(name, numbers):
-    assert fault_job.Job._numbers(name) == numbers
+    assert shm_files.numbers(name) == numbers
+
+
+MAKES_A_SEMAPHORE = """
+import multiprocessing, time
+semaphore = multiprocessing.get_context("spawn").Semaphore()
+print("sem." + semaphore._semlock.name.lstrip("/"), flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("is_ours", [True, False], ids=["the job's", "somebody else's"])
+def test_the_semaphore_of_a_killed_process_belongs_to_whoever_mapped_it(is_ours):
+    ours = {1 << 30}
+    files = shm_files.ShmFiles(lambda: ours)
+    process = subprocess.Popen(
+        [sys.executable, "-c", MAKES_A_SEMAPHORE], stdout=subprocess.PIPE, start_new_session=True
+    )
+    try:
+        ours |= {process.pid} if is_ours else set()
+        name = process.stdout.readline().decode().strip()
+        path = Path("/dev/shm") / name
+        assert path.exists()
+        deadline = time.monotonic() + 30.0
+        while not files.has_looked_at(name) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGKILL)  # with the tracker that would remove it
+        process.wait()
+        assert path.exists() and (name in files.now("")) == is_ours
+    finally:
+        files.close()
+        process.kill()
+        process.communicate()
+        path.unlink(missing_ok=True)
 
 
 # --- cells ------------------------------------------------------------------------------------------------------------
