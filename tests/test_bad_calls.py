@@ -304,7 +304,7 @@ def versions_of_syncs(rank):
 
     sync()
     sync(bucket_bytes=0)
-    sync(weight_version=41)
+    sync(weight_version=np.int64(41))
     sync()
     sync(weight_version="1.5")
     versions_before = list(versions)

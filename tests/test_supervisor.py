@@ -147,6 +147,7 @@ class Server:
         self.processes = {}
         self.shm = []
         self.supervisor = None
+        self.environ = None
 
     def start(self, before=None, **job):
         pid, started = this_process()
@@ -156,6 +157,7 @@ class Server:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,
+            env=self.environ,
         )
         self.supervisor.stdin.write(
             json.dumps(self.job | {"owner_pid": pid, "owner_started": started} | job).encode() + b"\n"
@@ -651,6 +653,15 @@ def test_only_files_of_this_launch_and_this_user_are_removed(tmp_path):
         os.chown(tmp_path / "nonce1-link", 65534, -1)
         supervisor.remove(str(tmp_path / "nonce1-link"), "nonce1-")
         assert (tmp_path / "nonce1-link" / "file").exists()
+
+
+def test_its_reports_do_not_depend_on_the_encoding_of_text(make):
+    server = make()
+    server.environ = {**os.environ, "PYTHONIOENCODING": "utf-16"}
+    server.start()
+    server.send(b"stop\n")
+    assert server.last_event()["event"] == "exited"
+    server.assert_gone(0)
 
 
 def test_the_log_is_readable_by_its_user_alone(make):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import os
 from collections.abc import Collection
 from pathlib import Path
@@ -130,13 +131,13 @@ def check_version(value: object, *, name: str = "weight_version") -> str | None:
     """Return a weight version as the server reports it; None stands for the next one.
 
     Args:
-        value: A string, or an integer such as a number of steps, or None.
+        value: A string, or an integer such as a number of steps, also one of numpy, or None.
         name: Of the argument.
     """
     if value is None:
         return None
-    if isinstance(value, int) and not isinstance(value, bool):
-        return check_text(name, _decimal(name, value))
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        return check_text(name, _decimal(name, int(value)))
     if not isinstance(value, str):
         raise ConfigError(
             f"{name} must be a string, an integer or None, got {shown(value)}",

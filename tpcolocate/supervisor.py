@@ -96,7 +96,9 @@ _KEY_BEGINNING = 8
 def report(**event: object) -> None:
     """Report an event to the trainer, if it is still there."""
     try:
-        print(json.dumps(event), flush=True)
+        # As bytes: PYTHONIOENCODING may give this process's text any encoding.
+        sys.stdout.buffer.write(json.dumps(event).encode() + b"\n")
+        sys.stdout.buffer.flush()
     except (BrokenPipeError, ValueError):
         pass
 
