@@ -6,12 +6,16 @@ imported already: half a minute of CPU time for a start at tp=2.  What they run,
 They also import the modules of all models that SGLang knows, in each scheduler, to serve one of them.  Here they
 import those that the checkpoint's config names.  And they import a compiler that they are not to use.
 
+A scheduler that is paused takes a core for nothing.  Here it rests for a millisecond at a time.
+
 This folder is on the PYTHONPATH of the tests' processes (conftest), so that Python runs this file in each of them; it acts
 in the main process of a CPU server alone.  ``TPC_TEST_START_METHOD=spawn`` leaves the server as users have it.
 """
 
 import os
 import sys
+
+_REST_S = 0.001
 
 
 def _fork_from_here():
@@ -26,6 +30,7 @@ def _fork_from_here():
         with contextlib.suppress(ImportError):
             import sglang.srt.model_executor.model_runner  # noqa: F401  that of each scheduler
 
+        _rest_while_paused()
         # Once, for the processes of SGLang that are started next; what is there is not looked through again.
         gc.freeze()
         gc.enable()
@@ -35,6 +40,26 @@ def _fork_from_here():
     # SGLang's handler in the main process, which a spawned process does not have.
     os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGQUIT, signal.SIG_DFL))
     gc.disable()  # a fifth of the time of the imports
+
+
+def _rest_while_paused():
+    """Let a scheduler that is paused wait a little before it looks for requests again.
+
+    It asks without a pause, with a collective call each time: two cores for as long as a sync takes, which those who sync need.
+    """
+    import time
+
+    from sglang.srt.managers.scheduler import Scheduler
+
+    name = "ingest_requests" if hasattr(Scheduler, "ingest_requests") else "recv_requests"
+    look = getattr(Scheduler, name)
+
+    def look_after_a_rest(self):
+        if getattr(self, "_engine_paused", False):
+            time.sleep(_REST_S)
+        return look(self)
+
+    setattr(Scheduler, name, look_after_a_rest)
 
 
 def _know_the_served_model_alone():
