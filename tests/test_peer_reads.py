@@ -318,7 +318,7 @@ MANY = [
 
 def many(world, kind, memory):
     engine, source = Engine(world, moe="experts" in kind), Source(kind, memory, TP)
-    found = synced(world, engine, source, 20)
+    found = synced(world, engine, source, 10)
     return found, ended(world, engine)
 
 
