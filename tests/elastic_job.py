@@ -1,6 +1,8 @@
-"""A job that torchrun starts again after its first life has lost a rank; run by test_elastic.py.
+"""A job that torchrun starts again each time that it has lost a rank; run by test_elastic.py.
 
-    torchrun --max-restarts 1 --nproc-per-node 2 elastic_job.py MODEL FOLDER RANK
+    torchrun --max-restarts 2 --nproc-per-node 2 elastic_job.py MODEL FOLDER RANK RANK
+
+loses one of these ranks in its first life, and the other one in its second.
 
 Writes FOLDER/life-rank.json: the server's processes, the version, and what was generated.
 """
@@ -31,7 +33,7 @@ def of_this_job(owner_pid):
 
 
 def main():
-    model_path, folder, doomed = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+    model_path, folder, doomed = sys.argv[1], Path(sys.argv[2]), [int(rank) for rank in sys.argv[3:]]
     life = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     dist.init_process_group("gloo")
     rank = dist.get_rank()
@@ -49,8 +51,8 @@ def main():
             }  # fmt: skip
             (folder / f"{life}-{rank}.json").write_text(json.dumps(found))
             dist.barrier()
-            if life == 0:
-                if rank == doomed:
+            if life < len(doomed):
+                if rank == doomed[life]:
                     os.kill(os.getpid(), signal.SIGKILL)
                 engine.generate([[1, 2, 3]], {"temperature": 0, "max_new_tokens": 100, "ignore_eos": True})
                 dist.barrier()  # until torchrun ends this rank

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import footprint
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -15,7 +16,7 @@ from tpcolocate.processes import start_of
 TESTS = Path(__file__).parent
 DEADLINE_S = 600.0
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(DEADLINE_S + 15), pytest.mark.usefixtures("no_leftovers")]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(DEADLINE_S + 15)]
 
 
 def greedy(model_path, prompt, num_tokens):
@@ -27,38 +28,52 @@ def greedy(model_path, prompt, num_tokens):
     return ids[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize("doomed", [0, 1], ids=["owner", "client"])
-def test_the_life_after_a_lost_rank_is_a_good_one(doomed, tiny_model_dir, tmp_path):
-    model_path = str(tiny_model_dir())
-    done = subprocess.run(
-        [
-            sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--rdzv-backend", "c10d",
-            "--rdzv-endpoint", "localhost:0", "--max-restarts", "1", "--nproc-per-node", "2",
-            str(TESTS / "elastic_job.py"), model_path, str(tmp_path), str(doomed),
-        ],
-        env=os.environ | {
-            "PYTHONPATH": os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")]),
-            # Without it torch 2.13 keeps one store for all lives: the second one reads gloo addresses of the first.
-            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-        },
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE_S,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    lives = [[json.loads((tmp_path / f"{life}-{rank}.json").read_text()) for rank in (0, 1)] for life in (0, 1)]
-    expected = greedy(model_path, [3, 1, 4, 1, 5], 8)
-    for life in lives:
-        assert [rank["tokens"] for rank in life] == [expected] * 2
-        assert [rank["version"] for rank in life] == ["1", "1"]
-    assert lives[0][0]["pid"] != lives[1][0]["pid"], "torchrun has started the ranks again"
-    [first], [second] = (life[0]["launches"].items() for life in lives)
-    assert first[0] != second[0]
-    for folder, launch in (first, second):
-        assert len(launch["processes"]) > 4
-        left = [one for one in launch["processes"] if start_of(one["pid"]) == one["started"]]
-        assert not left, "no process of either life runs"
-        assert not Path(folder).exists()
-    assert not Path(second[1]["temporary"]).exists()
-    if doomed == 0:
-        assert not Path(first[1]["temporary"]).exists(), "with the log: it is the next launch that has removed it"
+@pytest.fixture(scope="module")
+def lives(tiny_model_dir, tmp_path_factory):
+    """What both ranks saw in each of three lives, and what they should have generated: the owner is lost, then the client."""
+    model_path, folder = str(tiny_model_dir()), tmp_path_factory.mktemp("lives")
+    before = footprint.Footprint.now()
+    try:
+        done = subprocess.run(
+            [
+                sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--rdzv-backend", "c10d",
+                "--rdzv-endpoint", "localhost:0", "--max-restarts", "2", "--nproc-per-node", "2",
+                str(TESTS / "elastic_job.py"), model_path, str(folder), "0", "1",
+            ],
+            env=os.environ | {
+                "PYTHONPATH": os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")]),
+                # Without it torch 2.13 keeps one store for all lives: the second one reads gloo addresses of the first.
+                "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+            },
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE_S,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert footprint.leftovers(before) == []
+    finally:
+        footprint.end_leftovers(before)
+    found = [[json.loads((folder / f"{life}-{rank}.json").read_text()) for rank in (0, 1)] for life in (0, 1, 2)]
+    return found, greedy(model_path, [3, 1, 4, 1, 5], 8)
+
+
+def test_torchrun_starts_the_ranks_again_for_each_life(lives):
+    of_ranks, _ = lives
+    assert len({rank["pid"] for life in of_ranks for rank in life}) == 6
+    assert len({folder for life in of_ranks for folder in life[0]["launches"]}) == 3
+
+
+@pytest.mark.parametrize(
+    "life", [0, 1, 2], ids=["the first", "after the loss of the owner", "after the loss of the client"]
+)
+def test_each_life_is_a_good_one_and_leaves_nothing(life, lives):
+    of_ranks, expected = lives
+    assert [rank["tokens"] for rank in of_ranks[life]] == [expected] * 2
+    assert [rank["version"] for rank in of_ranks[life]] == ["1", "1"]
+    [(folder, launch)] = of_ranks[life][0]["launches"].items()
+    assert len(launch["processes"]) > 4
+    left = [one for one in launch["processes"] if start_of(one["pid"]) == one["started"]]
+    assert not left, "no process of any life runs"
+    assert not Path(folder).exists()
+    # With the log: after the loss of an owner it is the next launch that has removed it.
+    assert not Path(launch["temporary"]).exists()
