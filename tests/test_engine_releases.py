@@ -5,12 +5,14 @@ as a user would choose between two.  They run on the same torch, the oldest on t
 """
 
 import copy
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import FORKED_SERVER
 from footprint import Footprint, leftovers
 from harness import run_ranks
 from rollout_checks import another_process_asks_while_the_engine_sleeps, follows, in_flight, outcome_of
@@ -87,7 +89,7 @@ def drive(rank, model_dir, release):
         arguments = {
             **ARGS,
             **release.arguments,
-            "env": {"PYTHONPATH": str(release.folder)},
+            "env": {"PYTHONPATH": f"{release.folder}{os.pathsep}{FORKED_SERVER}"},
             "health_timeout_s": HEALTH_S,
         }
         found = {}
