@@ -72,7 +72,7 @@ class ShmFiles:
         while not self._closed.wait(_LOOK_INTERVAL_S):
             names = frozenset(self._names())
             if new := names - self._looked_at:
-    self._others |= _mapped_by_others(new, self._ours())
+                self._others |= _mapped_by_others(new, self._ours())
             self._looked_at = names
 
 
