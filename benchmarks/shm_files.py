@@ -1,8 +1,7 @@
-"""Whose files in /dev/shm are: those that a job has made, beside others that use the machine.
+"""The files in /dev/shm that a job has made, beside other processes of the machine that make some.
 
-Names tell little: the semaphores of `multiprocessing` and its blocks of memory have random ones.  Who maps a file has made
-it; but a process of somebody else that is killed leaves its files and maps them no more.  So whoever maps a new one is
-noted at once.
+Semaphores of `multiprocessing` and its blocks of memory have random names.  The process that has made a file maps it; but
+one that is killed maps it no more, and may leave it there.  So each new file is looked at once it is there.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from tpcolocate.supervisor import stat_of
 
 SHM = Path("/dev/shm")
 _PREFIXES = ("sgl_", "sglang_", "torch_", "tpcolocate", "sem.mp-", "sem.loky-", "psm_")
-# Until a new file is looked at.  Whoever is killed sooner than this after it has made one leaves it to the job.
+# Until a new file is looked at.  That of another process that is killed sooner is taken for one of the job.
 _LOOK_INTERVAL_S = 0.1
 
 
@@ -39,14 +38,14 @@ class ShmFiles:
         self._before = frozenset(os.listdir(SHM))
         self._ours = ours
         self._others: set[str] = set()
-        """Of somebody else, as was seen when he mapped them."""
+        """Files that a process which is not of the job has mapped."""
         self._looked_at: frozenset[str] = frozenset()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="files in /dev/shm", daemon=True)
         self._thread.start()
 
     def now(self, job_id: str) -> list[str]:
-        """The job's: those that cannot be somebody else's.
+        """Return those of the job: all that cannot be of another process.
 
         Args:
             job_id: Of the ranks' `Colocation`; empty before there is one.
@@ -56,7 +55,7 @@ class ShmFiles:
         return sorted(set(names) - (self._others & set(unclear)) - _of_others(unclear, ours))
 
     def has_looked_at(self, name: str) -> bool:
-        """Whether it is noted who maps a file, if anybody does."""
+        """Whether a file has been looked at."""
         return name in self._looked_at
 
     def close(self) -> None:
@@ -77,13 +76,13 @@ class ShmFiles:
 
 
 def numbers(name: str) -> set[int]:
-    """The numbers in a name that may be pids."""
+    """Return the numbers in a name that may be pids."""
     # Whole words: digits inside of a random name are some process's pid sooner or later.
     return {int(word) for word in re.split(r"[-_.]", name) if word.isdecimal()}
 
 
 def _of_others(names: Collection[str], ours: Collection[int]) -> set[str]:
-    """Those of some names that belong to processes which are not ours, or cannot be assigned to any."""
+    """Return those of some names that belong to processes which are not ours, or cannot be assigned to any."""
     if not names:
         return set()
     found = _mapped_by_others(names, ours)

@@ -55,8 +55,8 @@ time.sleep(60)
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("is_ours", [True, False], ids=["the job's", "somebody else's"])
-def test_the_semaphore_of_a_killed_process_belongs_to_whoever_mapped_it(is_ours):
+@pytest.mark.parametrize("is_ours", [True, False], ids=["the job's", "another's"])
+def test_the_semaphore_of_a_killed_process_belongs_to_the_job_if_the_process_did(is_ours):
     ours = {1 << 30}
     files = shm_files.ShmFiles(lambda: ours)
     process = subprocess.Popen(
