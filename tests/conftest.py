@@ -41,6 +41,23 @@ LONGEST_FIRST = (
     "test_kernels.py",
     "test_engine_checkpoints.py",
 )
+# Their tests wait for most of their time, for deadlines and ends of processes: they go beside the first long ones, whose
+# work the cores have meanwhile.  At the end they would leave the cores idle.
+WAITING = (
+    "test_supervisor.py",
+    "test_launch.py",
+    "test_init.py",
+    "test_http.py",
+    "test_agreement.py",
+    "test_share.py",
+    "test_client.py",
+    "test_gpu_matrix.py",
+    "test_evidence.py",
+    "test_connection.py",
+    "test_runtime_folder.py",
+    "test_doctor.py",
+)
+FIRST = (*LONGEST_FIRST[:2], *WAITING, *LONGEST_FIRST[2:])
 # Its sitecustomize.py makes the starts of servers on the CPU three times as fast.
 FORKED_SERVER = Path(__file__).with_name("forked_server")
 
@@ -59,7 +76,7 @@ def pytest_configure():
 def pytest_collection_modifyitems(config, items):
     items.sort(key=lambda item: bool(STARTED_EARLY & set(item.fixturenames)))
     if hasattr(config, "workerinput"):  # in a process of pytest-xdist
-        places = {name: place for place, name in enumerate(LONGEST_FIRST)}
+        places = {name: place for place, name in enumerate(FIRST)}
         items.sort(key=lambda item: places.get(item.path.name, len(places)))
     gpu_items = [item for item in items if item.get_closest_marker("gpu") is not None]
     if gpu_items and not _has_cuda():

@@ -93,7 +93,7 @@ def test_a_test_that_hangs_ends_its_process_once_with_a_dump_and_the_others_run(
 
 
 def test_every_file_that_goes_first_is_there():
-    assert all((Path(__file__).parent / name).is_file() for name in conftest.LONGEST_FIRST)
+    assert all((Path(__file__).parent / name).is_file() for name in conftest.FIRST)
 
 
 def test_a_run_that_leaves_a_process_fails_and_the_process_is_killed(tmp_path):
