@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import sys
 import weakref
 
 import peft
@@ -15,6 +16,10 @@ from tpcolocate.weights.sources.lazy_tensor import LazyTensor, full_tensor
 from tpcolocate.weights.sources.named_weights import NamedWeights
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(120)]
+
+
+# Of a fingerprint's comparison, see `Layer`.
+CALLS_PER_LAYER = 100
 
 
 class Small(nn.Module):
@@ -43,6 +48,43 @@ def test_an_unchanged_module_matches_and_its_memory_is_not_kept():
     del module, weights, again
     gc.collect()
     assert storage.expired()
+
+
+class Layer(nn.Module):
+    """Six modules, as of an attention: four with a weight, one without, and the layer."""
+
+    def __init__(self):
+        super().__init__()
+        for name in "qkvo":
+            setattr(self, name, nn.Linear(2, 2, bias=False))
+        self.act = nn.SiLU()
+
+
+def calls_in(action):
+    """How many functions are called, Python's and others."""
+    num_calls = 0
+
+    def count(frame, event, argument):
+        nonlocal num_calls
+        num_calls += event in ("call", "c_call")
+
+    sys.setprofile(count)
+    try:
+        action()
+    finally:
+        sys.setprofile(None)
+    return num_calls
+
+
+def test_what_an_unchanged_layer_costs_does_not_grow():
+    """Each sync of each step pays it; calls, because times depend on the machine."""
+    few, many = (nn.ModuleList(Layer() for _ in range(number)) for number in (10, 60))
+    calls = []
+    for module in (few, many):
+        _, found = fingerprint(module)
+        calls.append(calls_in(lambda module=module, found=found: found.match(module)))
+    per_layer = (calls[1] - calls[0]) / 50
+    assert per_layer <= CALLS_PER_LAYER
 
 
 def replace_a_parameter(module):
