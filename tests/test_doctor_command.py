@@ -60,6 +60,7 @@ def test_two_ranks_report_once():
 def test_hazards_of_one_environment_are_all_named(tmp_path):
     (tmp_path / "sglang").mkdir()
     (tmp_path / "sglang" / "__init__.py").touch()
+    (tmp_path / "sitecustomize.py").write_text("import sys\nif 'export' in sys.orig_argv: print('welcome to Python')")
     deep = tmp_path / ("d" * 60)  # longer than the path of a socket can be
     deep.mkdir()
     environ = {

@@ -536,6 +536,16 @@ def test_a_trainer_without_standard_streams_starts_a_server(stand_in, monkeypatc
     start(SERVE).stop()
 
 
+def test_a_python_that_prints_as_it_starts_starts_a_server(stand_in, monkeypatch, tmp_path):
+    start, _ = stand_in
+    printed = "welcome to Python", "the rest of this line is"
+    (tmp_path / "sitecustomize.py").write_text(f"print({printed[0]!r})\nprint({printed[1]!r}, end=' ', flush=True)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    server = start(SERVE)
+    server.stop()
+    assert server.pid is not None and server.exit_code is not None  # both were reported
+
+
 def test_a_stop_that_was_interrupted_is_made_again(stand_in, monkeypatch):
     start, _ = stand_in
     server = start(SERVE)

@@ -103,6 +103,15 @@ def report(**event: object) -> None:
         pass
 
 
+def event_in(line: bytes) -> dict[str, Any] | None:
+    """Return the event that `report` has written into a line of this process's output; None if there is none.
+
+    What a sitecustomize.py or a preloaded library prints as Python starts is on the same output.
+    """
+    _, beginning, rest = line.partition(b'{"event": ')
+    return json.loads(beginning + rest) if beginning else None
+
+
 @dataclass(frozen=True)
 class Stat:
     """Of /proc/PID/stat: state, parent, start in clock ticks since boot, wait status of a zombie (0 if not permitted)."""

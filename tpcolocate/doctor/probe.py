@@ -124,7 +124,7 @@ class _Probe:
         received = b""
         with selectors.DefaultSelector() as selector:
             selector.register(self._process.stdout, selectors.EVENT_READ)
-            while not received.endswith(b"\n"):
+            while (answer := _answer_in(received)) is None:
                 if not selector.select(deadline.left(at_least=0.001)):
                     raise DeadlineError(f"the probe {self.name!r} did not answer within {deadline.timeout_s:g} s")
                 chunk = os.read(self._process.stdout.fileno(), 65536)
@@ -134,7 +134,6 @@ class _Probe:
                         f"the probe {self.name!r} exited with code {self._process.returncode}: {self._last_line()}"
                     )
                 received += chunk
-        answer: dict[str, Any] = json.loads(received)
         return answer
 
     def _last_line(self) -> str:
@@ -160,6 +159,18 @@ class _Probe:
                 path.unlink(missing_ok=True)
         self._process.stdout.close()
         self._errors.close()
+
+
+def _answer_in(received: bytes) -> dict[str, Any] | None:
+    """Return the first line that is an answer: a sitecustomize.py may print as Python starts."""
+    for line in received.split(b"\n")[:-1]:
+        try:
+            answer = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(answer, dict):
+            return answer
+    return None
 
 
 # --- answering in the process -----------------------------------------------------------------------------------------

@@ -200,7 +200,9 @@ class _Supervision:
                 self._rest += chunk
             *lines, self._rest = self._rest.split(b"\n")
             for line in lines:
-                event = json.loads(line)
+                event = supervisor.event_in(line)
+                if event is None:
+                    continue
                 if event["event"] == "started":
                     self.pid = event["pid"]
                 elif event["event"] == "died":
