@@ -195,6 +195,15 @@ def test_a_second_launch_is_a_warning_that_names_the_first(colo, caplog):
     assert first._lifecycle.state.life is Life.RUNNING and colo.processes[0].calls == 0
 
 
+def test_an_engine_of_an_earlier_init_is_named_as_well(colo, monkeypatch, caplog):
+    colo.launch("model")
+    again = tpcolocate.init(1, device="cpu")  # as where a notebook's cell is run again
+    monkeypatch.setattr(again, "_start", colo._start)
+    again.launch("model")
+    assert "ranks 0 launch another server while that of Engine('http://server1') runs" in caplog.text
+    again.close()
+
+
 def test_a_forked_child_closes_nothing(colo):
     colo.launch("model")
     child = os.fork()

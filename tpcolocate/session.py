@@ -12,6 +12,7 @@ import logging
 import multiprocessing
 import os
 import secrets
+import weakref
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from types import TracebackType
@@ -292,6 +293,7 @@ class Colocation(OfOneProcess):
         self._groups = [made.group for made in (group, world) if made is not None and made.group is not None]
         self._closed = False
         self._pid = os.getpid()
+        _made.add(self)
 
     @property
     def group(self) -> dist.ProcessGroup | None:
@@ -347,9 +349,12 @@ class Colocation(OfOneProcess):
             with self._slice.going_on(launch.request.nonce):
                 return launch, self._start(launch, lifecycle)
 
-        if self._engines:
+        if running := _running_engines():
             logger.warning(
-                "ranks %s launch another server while that of %s runs", list_ranks(self.slice_ranks), self._engines[-1]
+                "ranks %s launch another server while that of %s runs, which keeps its memory until shutdown(), or close() of what "
+                "init() returned",
+                list_ranks(self.slice_ranks),
+                running[-1],
             )
         launch, started = start(
             model_path,
@@ -531,6 +536,16 @@ class Colocation(OfOneProcess):
     ) -> None:
         with noted_on(error):
             self.close()
+
+
+# Where a notebook's cell is run again, or a function that failed is called again in the same process, what `init` returned
+# before is out of the script's hands, and its servers run on.
+_made: weakref.WeakSet[Colocation] = weakref.WeakSet()
+
+
+def _running_engines() -> list[Engine]:
+    """Return the engines of this process that were not shut down, of whichever call of `init`."""
+    return [engine for colo in _made if colo._pid == os.getpid() for engine in colo._engines]
 
 
 __all__ = ["Colocation", "init"]
