@@ -6,6 +6,7 @@ import logging
 import multiprocessing
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -641,6 +642,25 @@ def test_a_request_that_is_cancelled_as_it_begins_is_cancelled(server, client, t
         return task.cancelled()
 
     assert asyncio.run(cancel())
+
+
+@pytest.mark.parametrize("kind", [TimeoutError, ConnectionError, KeyError])
+@pytest.mark.parametrize("path", ["/slow", "/events_stuck"])
+def test_what_a_signals_handler_raises_is_no_error_of_the_server(client, path, kind):
+    raised = kind("of the script's own watchdog")
+
+    def watchdog(*_):
+        raise raised
+
+    before = signal.signal(signal.SIGALRM, watchdog)
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    try:
+        with pytest.raises(kind) as caught:
+            list(client.stream(path, {}, timeout_s=None)) if "events" in path else client.post(path, timeout_s=20.0)
+        assert caught.value is raised
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_a_signal_whose_handler_closes_a_client_while_it_is_used_does_not_wait_for_its_own_thread(client, monkeypatch):

@@ -1,8 +1,10 @@
-"""Identity of a process: its pid, which may be reused, and its start time; and what belongs to one process."""
+"""Identity of a process: its pid, which may be reused, and its start time; what belongs to one process, and its signals."""
 
 from __future__ import annotations
 
 import os
+import signal
+import traceback
 from typing import NoReturn
 
 from tpcolocate.errors import ConfigError
@@ -59,4 +61,21 @@ def pid_namespace() -> str:
         return "unknown"
 
 
-__all__ = ["OfOneProcess", "is_stopped", "pid_namespace", "start_of", "this_process"]
+def raised_by_handler(error: BaseException | None) -> BaseException | None:
+    """Return what a signal's handler of this process has raised, if that is what an error is or comes from; else None.
+
+    A handler runs wherever the main thread is.  Within a wait for a socket, what it raises looks as if the socket had: a watchdog's
+    TimeoutError is an OSError.
+    """
+    handlers = [signal.getsignal(number) for number in signal.valid_signals()]
+    codes = {getattr(getattr(handler, "__func__", handler), "__code__", None) for handler in handlers}
+    found, passed = None, set[int]()
+    while error is not None and id(error) not in passed:  # to the first one: libraries give its traceback to their own
+        if any(frame.f_code in codes for frame, _ in traceback.walk_tb(error.__traceback__)):
+            found = error
+        passed.add(id(error))
+        error = error.__context__ if error.__cause__ is None else error.__cause__
+    return found
+
+
+__all__ = ["OfOneProcess", "is_stopped", "pid_namespace", "raised_by_handler", "start_of", "this_process"]

@@ -24,6 +24,7 @@ from tpcolocate.deadline import Deadline
 from tpcolocate.errors import RankLostError
 from tpcolocate.groups import WARN_AFTER_S, WARN_INTERVAL_S, Member, list_ranks, named_ranks
 from tpcolocate.presence import Presence
+from tpcolocate.processes import raised_by_handler
 
 logger = logging.getLogger(__name__)
 
@@ -143,7 +144,7 @@ class Rounds:
                 pending = _Pending(self._number, sent, work, outputs, started)
             self._wait_for_members(pending, call)
         except RuntimeError as error:
-            if pending is not None and _is_of_a_handler(error):
+            if pending is not None and raised_by_handler(error) is not None:
                 self._leave_pending(pending, is_resumed=True)
                 raise
             elapsed = time.monotonic() - started
@@ -270,7 +271,7 @@ class Rounds:
         try:
             work.wait(timedelta(seconds=seconds))
         except RuntimeError as error:
-            if _is_of_a_handler(error):
+            if raised_by_handler(error) is not None:  # torch's for SIGCHLD does, when a data loader's worker was killed
                 raise
             if not work.is_completed():
                 return False  # not complete yet
@@ -297,17 +298,6 @@ class Rounds:
         outcome = self._presence.decide(self._number, _COMPLETE)
         if outcome not in (None, _COMPLETE):
             raise self._given_up(str(outcome))
-
-
-def _is_of_a_handler(error: RuntimeError) -> bool:
-    """Return whether an error was raised by Python code elsewhere, which can only be a signal's handler.
-
-    torch's for SIGCHLD raises one, wherever the main thread is, when a data loader's worker was killed.
-    """
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace is not None and trace.tb_frame.f_code.co_filename != _is_of_a_handler.__code__.co_filename
 
 
 def _keep_alive(*objects: object) -> None:

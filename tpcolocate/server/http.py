@@ -33,6 +33,7 @@ import urllib3
 
 from tpcolocate.deadline import Deadline
 from tpcolocate.errors import ConfigError, DeadlineError, EngineDeadError, RequestError, TpColocateError
+from tpcolocate.processes import raised_by_handler
 from tpcolocate.server.connections import LOOK_S, Connections
 from tpcolocate.server.evidence import Evidence, Finding
 
@@ -328,6 +329,8 @@ class ServerClient:
             with _caught(path, deadline.timeout_s):
                 yield
         except _Failure as failure:
+            if (raised := raised_by_handler(failure)) is not None:
+                raise raised from raised.__cause__
             raise self._explained(failure, _looks_until(deadline, anew=of_each_event)) from failure.__cause__
 
     @asynccontextmanager
