@@ -627,3 +627,16 @@ def test_a_store_that_does_not_answer_costs_seconds_at_most(blocks, monkeypatch)
     found.publish(1)
     assert found.absent([0, 1], 1) is None and found.decide(1, "complete") is None
     assert time.monotonic() - started < 5
+
+
+def test_a_process_that_can_start_no_thread_waits_without_its_store(monkeypatch):
+    """As from Python 3.12 on in functions of atexit, one of which may shut an engine down."""
+
+    def refused(_):
+        raise RuntimeError("can't create new thread at interpreter shutdown")
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    found = presence.Presence(DeadStore(False), rank=0)
+    for _ in range(2):
+        found.publish(1)
+        assert found.absent([0, 1], 1) is None and found.decide(1, "complete") is None

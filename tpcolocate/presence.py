@@ -70,9 +70,13 @@ class Presence:
             except RuntimeError:
                 pass  # the store is gone
 
-        self._request = threading.Thread(target=run, name="tpcolocate presence", daemon=True)
-        self._request.start()
-        self._request.join(_STORE_S)
+        request = threading.Thread(target=run, name="tpcolocate presence", daemon=True)
+        try:
+            request.start()
+        except RuntimeError:  # as from Python 3.12 on in functions of atexit, or where the limit of threads is reached
+            return None
+        self._request = request
+        request.join(_STORE_S)
         return results[0] if results else None
 
 
