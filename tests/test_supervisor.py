@@ -278,11 +278,13 @@ def ignore():
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
-@pytest.mark.parametrize("before", [block, ignore])
-def test_signals_that_the_trainer_blocks_or_ignores(make, before):
+@pytest.mark.parametrize("before", [block, ignore, None])
+def test_signals_that_the_trainer_blocks_ignores_or_handles(make, before):
     """The end of the server was forced after the grace, its exit code was 0; what Slurm sends stays without effect on it."""
-    server = make("exits" if before is ignore else "honest").start(before)
-    server.processes["server"].send_signal(signal.SIGUSR1)
+    server = make("honest" if before is block else "exits").start(before)
+    for process in (psutil.Process(server.supervisor.pid), *server.processes.values()):
+        process.send_signal(signal.SIGUSR1)
+        process.send_signal(signal.SIGUSR2)
     if before is block:
         server.send(b"stop\n")
         assert server.last_event() == {"event": "exited", "code": -signal.SIGTERM, "forced": False}

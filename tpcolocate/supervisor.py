@@ -633,6 +633,9 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda signum, frame: None)
+    # These announce the end of a job's time.  The server shall inherit that: the trainer's handlers are not inherited.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     # The trainer may ignore or block what ends processes and shows their ends, which is inherited.  What else it ignores or
     # blocks stays so in the server: of a signal that Slurm sends to all processes of a step the trainer decides.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
