@@ -302,7 +302,10 @@ def test_threads_that_look_at_once_lose_no_report_of_a_death():
             return super().split(*args)
 
     class Reports:
-        closed, chunks = False, [None, b'{"event": "died", "processes": [{"name": "scheduler"}]}\n', None]
+        closed, chunks = (
+            False,
+            [None, b'{"event": "died", "lacked_memory": false, "processes": [{"name": "scheduler"}]}\n', None],
+        )
 
         def read(self, size):
             chunk = self.chunks.pop(0) if self.chunks else None

@@ -362,8 +362,8 @@ def test_an_exit_of_the_server_is_reported_at_once_and_the_files_stay_until_the_
     assert server.log.exists(), "the log of a crash stays"
 
 
-WITHOUT_PIDFD = """
-import os, runpy, sys
+OTHER_KERNEL = """
+import builtins, io, os, runpy, sys
 {how}
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
@@ -371,13 +371,20 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 HOW = {
     "refused": "def refuse(*args): raise PermissionError('seccomp')\nos.pidfd_open = refuse",
     "missing": "del os.pidfd_open",
+    "kills": """
+counts, read = iter(range(9)), open
+builtins.open = lambda path, *more, **options: (
+    io.BytesIO(b"oom_kill %d" % next(counts)) if path == "/proc/vmstat" else read(path, *more, **options)
+)
+""",
 }
 
 
-@pytest.mark.parametrize("pidfd", ["there", "refused", "missing"])
+@pytest.mark.parametrize("pidfd", ["there", "refused", "missing", "kills"])
 def test_a_killed_process_of_sglangs_is_named_and_ends_the_server(make, pidfd):
-    without = ("-c", WITHOUT_PIDFD.format(how=HOW.get(pidfd)), str(SUPERVISOR))
-    server = make(supervisor=(str(SUPERVISOR),) if pidfd == "there" else without).start()
+    other = ("-c", OTHER_KERNEL.format(how=HOW.get(pidfd)), str(SUPERVISOR))
+    server = make(supervisor=(str(SUPERVISOR),) if pidfd == "there" else other).start()
+    lacked_memory = pidfd == "kills"  # by the kernel's count
     assert server.next_event()["event"] == "started"
     worker = server.processes["worker"]
     listed = lambda: json.loads(server.record.read_text())["processes"]  # noqa: E731
@@ -385,13 +392,14 @@ def test_a_killed_process_of_sglangs_is_named_and_ends_the_server(make, pidfd):
     worker.kill()
     began = time.monotonic()
     assert server.next_event() == {
-        "event": "died", "processes": [{"name": "sglang::detokenizer", "pid": worker.pid, "code": -signal.SIGKILL}]
+        "event": "died", "processes": [{"name": "sglang::detokenizer", "pid": worker.pid, "code": -signal.SIGKILL}],
+        "lacked_memory": lacked_memory,
     }  # fmt: skip
     assert time.monotonic() - began < 5
     assert server.next_event()["event"] == "exited"
-    assert (
-        f"[tpcolocate] sglang::detokenizer (pid {worker.pid}) was killed by SIGKILL [launch " in server.log.read_text()
-    )
+    why = f"; {supervisor.LACKED_MEMORY}" if lacked_memory else ""
+    verdict = f"[tpcolocate] sglang::detokenizer (pid {worker.pid}) was killed by SIGKILL{why} [launch "
+    assert verdict in server.log.read_text()
     server.send(b"stop\n")
     server.supervisor.wait(SOON_S)
     server.assert_gone(0)
@@ -413,7 +421,7 @@ def test_what_a_process_of_sglangs_forks_may_exit(make):
     until(lambda: schedulers() == {worker.pid}, "the supervisor has seen that they have exited")
     worker.kill()
     death = {"name": "sglang::scheduler_TP1", "pid": worker.pid, "code": -signal.SIGKILL}
-    assert server.next_event() == {"event": "died", "processes": [death]}
+    assert server.next_event() == {"event": "died", "processes": [death], "lacked_memory": False}
     assert server.next_event()["event"] == "exited"
     server.send(b"stop\n")
     server.supervisor.wait(SOON_S)
@@ -423,7 +431,7 @@ def test_what_a_process_of_sglangs_forks_may_exit(make):
 @pytest.mark.parametrize("pidfd", ["refused", "missing"])
 @pytest.mark.parametrize("end", ["stop", "owner"])
 def test_without_pidfds_the_server_ends_with_the_owner_or_when_asked_to(make, pidfd, end):
-    server = make(supervisor=("-c", WITHOUT_PIDFD.format(how=HOW[pidfd]), str(SUPERVISOR)))
+    server = make(supervisor=("-c", OTHER_KERNEL.format(how=HOW[pidfd]), str(SUPERVISOR)))
     owner = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     try:
         server.start(owner_pid=owner.pid, owner_started=start_of(owner.pid))

@@ -17,9 +17,9 @@ Protocol: one JSON object on standard input (see `main`), then a line: ``stop``;
 to keep all files for another try.  JSON lines on standard output:
 
 * ``{"event": "started", "pid": ...}``, or ``{"event": "failed", "error": ...}`` as the last one,
-* ``{"event": "died", "processes": [{"name": ..., "pid": ..., "code": ...}]}`` at once, before anything is cleaned up, if
-  the server was not asked to end; a code is negative for a signal and None if unknown.  The runtime folder then stays
-  until the trainer sends its line or exits,
+* ``{"event": "died", "processes": [{"name": ..., "pid": ..., "code": ...}], "lacked_memory": ...}`` at once, before anything
+  is cleaned up, if the server was not asked to end; a code is negative for a signal and None if unknown.  The runtime folder
+  then stays until the trainer sends its line or exits,
 * ``{"event": "exited", "code": ..., "forced": ...}`` once all processes of the server, and otherwise all files, are gone.
 """
 
@@ -59,6 +59,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _NOTICED_PREFIXES = ("sgl_shm_", "sglang_", "sem.mp-", "sem.loky-")
 LEFTOVER_PREFIXES = (*_NOTICED_PREFIXES, "psm_")
 _SHM = "/dev/shm/"
+_VMSTAT = "/proc/vmstat"
 # Where torch counts the CUDA-IPC handles that a process has sent.  Its exit removes the file, but not its end by a signal,
 # as by torchrun when another rank has failed.
 _HANDLE_COUNTS = re.compile(r"torch_(?P<pid>\d+)_\d+_\d+")
@@ -89,6 +90,8 @@ _PIPE_BYTES = 1 << 20
 _MARK_CHARS = 8
 _EVENT, _EVENT_BYTES = struct.Struct("iIII"), 1 << 16  # inotify_event without its name
 _HIDDEN = b"***"
+LACKED_MEMORY = "since the server started the kernel has killed processes for want of memory (dmesg, or the container's limit)"
+"""About a server that was killed by the kernel, as far as that can be known."""
 # A beginning of the key that is cut off at the end of the output is hidden from this length on.
 _KEY_BEGINNING = 8
 
@@ -166,6 +169,15 @@ def pidfd(pid: int) -> int | None:
         return os.pidfd_open(pid)
     except (OSError, AttributeError):
         return None
+
+
+def oom_kills() -> int:
+    """Return how many processes the kernel has killed since boot because the machine or a container lacked memory; 0 if unknown."""
+    try:
+        with open(_VMSTAT, "rb") as file:
+            return next((int(line.split()[1]) for line in file if line.startswith(b"oom_kill ")), 0)
+    except OSError:
+        return 0
 
 
 def shm_files(pids: Iterable[int], since: float) -> set[str]:
@@ -474,9 +486,15 @@ def _is_copy(title: str, parent: int) -> bool:
     return parent == os.getpid() or _title(parent) == title
 
 
-def describe_deaths(deaths: list[dict[str, Any]]) -> str:
-    """Return ``sglang::detokenizer (pid 7) was killed by SIGKILL``, the first one first."""
-    return "; ".join(f"{death['name']} (pid {death['pid']}) {_how(death['code'])}" for death in deaths)
+def describe_deaths(deaths: list[dict[str, Any]], *, lacked_memory: bool) -> str:
+    """Return ``sglang::detokenizer (pid 7) was killed by SIGKILL``, the first one first.
+
+    Args:
+        deaths: As in the event.
+        lacked_memory: Likewise.
+    """
+    described = [f"{death['name']} (pid {death['pid']}) {_how(death['code'])}" for death in deaths]
+    return "; ".join([*described, *([LACKED_MEMORY] if lacked_memory else [])])
 
 
 def _how(code: int | None) -> str:
@@ -643,7 +661,7 @@ def main() -> int:
     _libc.prctl(PR_SET_CHILD_SUBREAPER, 1)
     with open(sys.stdin.fileno(), "rb", buffering=0, closefd=False) as commands:  # unbuffered: poll() must see the rest
         job = json.loads(commands.readline())
-    nonce = job.get("nonce", "")
+    nonce, kills_before = job.get("nonce", ""), oom_kills()
     try:
         server, log = _start(job)
     except OSError as error:
@@ -655,9 +673,12 @@ def main() -> int:
     command, deaths = _wait(tree, owner)
     grace_s = job["grace_s"]
     if deaths:
-        report(event="died", processes=deaths)
+        # The code is unknown where SGLang's main process has waited for it first.
+        was_killed = any(death["code"] in (-signal.SIGKILL, None) for death in deaths)
+        lacked_memory = was_killed and oom_kills() > kills_before
+        report(event="died", processes=deaths, lacked_memory=lacked_memory)
         # Supervisors of other launches may write to the same file.
-        log.add_line(f"{describe_deaths(deaths)} [launch {nonce.rpartition('-')[2][:_MARK_CHARS]}]")
+        log.add_line(f"{describe_deaths(deaths, lacked_memory=lacked_memory)} [launch {nonce.rpartition('-')[2][:_MARK_CHARS]}]")
         grace_s = min(grace_s, _GRACE_AFTER_DEATH_S)
         try:
             server.wait(_LAST_WORDS_S)

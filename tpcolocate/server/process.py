@@ -136,6 +136,7 @@ class _Supervision:
     Attributes:
         pid: The server's main process; None until it is started.
         deaths: Processes of the server that died before it was asked to end.
+        lacked_memory: Whether the kernel may have killed them for want of memory.
         exit: The last report, once all processes are gone.
         failure: Why the server could not be started.
     """
@@ -143,6 +144,7 @@ class _Supervision:
     def __init__(self, spec: ServerSpec, job: Mapping[str, Any]) -> None:
         self.pid: int | None = None
         self.deaths: list[dict[str, Any]] = []
+        self.lacked_memory = False
         self.exit: dict[str, Any] | None = None
         self.failure: str | None = None
         self._rest = b""
@@ -206,6 +208,7 @@ class _Supervision:
                 if event["event"] == "started":
                     self.pid = event["pid"]
                 elif event["event"] == "died":
+                    self.lacked_memory = event["lacked_memory"]  # before what says that it is there
                     self.deaths = event["processes"]
                 elif event["event"] == "failed":
                     self.failure = event["error"]
@@ -404,7 +407,7 @@ class ServerProcess:
         [first, *_] = supervision.deaths
         who = "the SGLang server" if first["name"] == "main process" else f"the SGLang server's {first['name']}"
         supervision.wait_for_exit(_CLEANED_UP_S)  # the server's last words may name the reason
-        reason = _reason(self.log_tail())
+        reason = f": {supervisor.LACKED_MEMORY}" if supervision.lacked_memory else _reason(self.log_tail())
         return LaunchError(
             f"{who} {_ended(first['code'])} while it started{reason}",
             hint=f"{_advice(reason)}the full log is {self.spec.log_path}",
@@ -439,7 +442,7 @@ class ServerProcess:
         if not self.exited():
             return None
         if self._supervision is not None and self._supervision.deaths:
-            return supervisor.describe_deaths(self._supervision.deaths)
+            return supervisor.describe_deaths(self._supervision.deaths, lacked_memory=self._supervision.lacked_memory)
         is_ended = self._supervision is None or self._supervision.exit is not None
         return "the server was shut down" if is_ended else "the server's supervisor was killed"
 
