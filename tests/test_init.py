@@ -335,15 +335,16 @@ def test_a_rank_that_waits_in_init_names_those_that_are_missing():
 def announced(monkeypatch, tmp_path):
     """Return a function that announces a server of a job that listens."""
     from tpcolocate import discovery, rendezvous, runtime_folder
-    from tpcolocate.processes import this_process
+    from tpcolocate.processes import start_of, this_process
 
     monkeypatch.setattr(runtime_folder, "SHARED_MEMORY", tmp_path)
     monkeypatch.setattr(discovery, "is_listening", lambda announcement: True)
 
-    def announce(job, slice_index=0, nonce=None):
+    def announce(job, slice_index=0, nonce=None, pid=None):
         nonce = f"{job}-{slice_index}" if nonce is None else nonce
         url = f"http://{job}:1"
-        announcement = rendezvous.Announcement(url, "key", job, slice_index, (slice_index,), *this_process(), nonce)
+        process = this_process() if pid is None else (pid, start_of(pid))
+        announcement = rendezvous.Announcement(url, "key", job, slice_index, (slice_index,), *process, nonce)
         path = rendezvous.path_for(nonce)
         path.parent.mkdir(mode=0o700)
         rendezvous.announce(path, announcement)
@@ -393,6 +394,11 @@ def test_connect_says_what_runs_instead_of_what_it_looks_for(announced):
     announced("b", 0, nonce="judge")
     text = refusal("b", slice_index=0)
     assert "this slice has launched several: tpcolocate.Client(engine.url, api_key=engine.api_key)" in text
+    # Two jobs that were started with one TPCOLOCATE_JOB.
+    announced("a", 0, nonce="other", pid=os.getppid())
+    for text in (refusal("a"), refusal("a", slice_index=0)):
+        assert "several running jobs have one name: start each with its own" in text
+        assert all(f"launched by process {pid}" in text for pid in (os.getpid(), os.getppid()))
 
 
 def left_by_one(rank):

@@ -79,7 +79,8 @@ def _only_one(
     asked = ("" if job is None else f" in job {job}") + ("" if slice_index is None else f" of slice {slice_index}")
     number = f"{len(found)} running servers" if found else "no running server"
     listed = [
-        f"  job {one.job}, slice {one.slice_index} (ranks {','.join(map(str, one.slice_ranks))}): {one.url}"
+        f"  job {one.job}, slice {one.slice_index} (ranks {','.join(map(str, one.slice_ranks))}): {one.url}, "
+        f"launched by process {one.pid}"
         for _, one in found or running
     ]
     raise RendezvousError(
@@ -99,6 +100,11 @@ def _how_to_choose(found: Sequence[Announcement], *, is_any_running: bool) -> st
         return "name one of those that run, connect(job, slice_index=0), or wait until launch() of the other job has returned"
     if len({one.job for one in found}) > 1:
         return "name the job: connect(job)"
+    if len({(one.slice_index, one.pid) for one in found}) > len({one.slice_index for one in found}):
+        return (
+            "several running jobs have one name: start each with its own, init(job=...) or TPCOLOCATE_JOB, or connect with "
+            "tpcolocate.Client(engine.url, api_key=engine.api_key), which the job passes on"
+        )
     if len({one.slice_index for one in found}) > 1:
         return "name the slice: connect(job, slice_index=0)"
     return (

@@ -90,7 +90,9 @@ _PIPE_BYTES = 1 << 20
 _MARK_CHARS = 8
 _EVENT, _EVENT_BYTES = struct.Struct("iIII"), 1 << 16  # inotify_event without its name
 _HIDDEN = b"***"
-LACKED_MEMORY = "since the server started the kernel has killed processes for want of memory (dmesg, or the container's limit)"
+LACKED_MEMORY = (
+    "since the server started the kernel has killed processes for want of memory (dmesg, or the container's limit)"
+)
 """About a server that was killed by the kernel, as far as that can be known."""
 # A beginning of the key that is cut off at the end of the output is hidden from this length on.
 _KEY_BEGINNING = 8
@@ -678,7 +680,9 @@ def main() -> int:
         lacked_memory = was_killed and oom_kills() > kills_before
         report(event="died", processes=deaths, lacked_memory=lacked_memory)
         # Supervisors of other launches may write to the same file.
-        log.add_line(f"{describe_deaths(deaths, lacked_memory=lacked_memory)} [launch {nonce.rpartition('-')[2][:_MARK_CHARS]}]")
+        log.add_line(
+            f"{describe_deaths(deaths, lacked_memory=lacked_memory)} [launch {nonce.rpartition('-')[2][:_MARK_CHARS]}]"
+        )
         grace_s = min(grace_s, _GRACE_AFTER_DEATH_S)
         try:
             server.wait(_LAST_WORDS_S)
