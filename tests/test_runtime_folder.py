@@ -100,8 +100,10 @@ def test_a_machine_without_a_temporary_folder_is_an_error_that_says_what_to_set(
 def test_a_name_that_is_taken_is_an_error_and_is_not_used(folders, which, plant):
     path = folders[which] / f"tpcolocate-{os.getuid()}-1-ab"
     plant(path)
-    with pytest.raises(LaunchError, match="cannot make the files of the launch: .*File exists"):
-        RuntimeFolder.make("1-ab")
+    for log_path in (None, path.parent / "server.log"):
+        with pytest.raises(LaunchError, match="cannot make the files of the launch: .*File exists") as caught:
+            RuntimeFolder.make("1-ab", log_path=log_path)
+        assert "TMPDIR" in caught.value.hint, "not log_path, which can be written"
     assert os.path.lexists(path) and os.listdir(folders[1 - which]) == []
 
 

@@ -105,6 +105,7 @@ class RuntimeFolder:
         """
         shared = folder_of(nonce)
         folders: list[Path] = []
+        hint = f"make space in {SHARED_MEMORY} and in the temporary folder, or set TMPDIR to a folder of this user"
         try:
             temporary = Path(tempfile.gettempdir()) / shared.name
             made = cls(nonce, shared, temporary, temporary / "server.log" if log_path is None else log_path.absolute())
@@ -114,18 +115,14 @@ class RuntimeFolder:
                 folders.append(folder)
                 folder.chmod(0o700)  # whatever the umask is
             made._record_owner()
+            hint = "log_path must be in a folder that this user can write to"
             made.log_path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         except BaseException as error:
             for folder in folders:
                 shutil.rmtree(folder, ignore_errors=True)
             if not isinstance(error, OSError):
                 raise
-            raise LaunchError(
-                f"cannot make the files of the launch: {error}",
-                hint="make space, or set TMPDIR to a folder of this user"
-                if log_path is None
-                else "log_path must be in a folder that this user can write to",
-            ) from error
+            raise LaunchError(f"cannot make the files of the launch: {error}", hint=hint) from error
         return made
 
     def restore(self) -> bool:
