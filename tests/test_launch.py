@@ -36,7 +36,7 @@ from tpcolocate.parallel import in_background
 from tpcolocate.processes import start_of, this_process
 from tpcolocate.runtime_folder import RuntimeFolder, read_processes
 from tpcolocate.server import evidence, process
-from tpcolocate.server.lifecycle import WeightsState
+from tpcolocate.server.lifecycle import Lifecycle, State, WeightsState
 from tpcolocate.server.process import ServerProcess, ServerSpec, check_host, hold_port
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(120)]
@@ -794,9 +794,39 @@ def test_after_an_error_no_server_is_left_even_if_the_group_has_failed_too(monke
     tp_slice = launch.TpSlice(FailedGroup(), 0, torch.device("cpu"), (), False, f"test{os.getpid()}", 0)
     launched = launch.Launch(tp_slice, launch.LaunchRequest("model", {}, {}, "nonce", health_timeout_s=1.0))
     with pytest.raises(OSError, match="disk full"):
-        launched.start_server()
+        launched.start_server(None)
     assert server.stopped == (failing == "announce")
     assert not launched.sync_folder.exists()
+
+
+@pytest.mark.parametrize("load_format, paused, of_engine, expected", [
+    ("auto", None, False, ["announce"]),
+    ("dummy", None, False, ["pause retract", "announce"]),
+    ("auto", None, True, ["version 7", "pause retract", "announce"]),
+    ("auto", "abort", True, ["version 7", "pause abort", "announce"]),
+])  # fmt: skip
+def test_no_other_process_finds_a_server_that_would_answer_with_other_weights_than_the_trainers(
+    monkeypatch, load_format, paused, of_engine, expected
+):
+    """Between its announcement and its pause the ranks meet, and may compile kernels."""
+    done = []
+    api = types.SimpleNamespace(
+        info={"version": "0.5.21", "load_format": load_format},
+        set_weight_version=lambda version, timeout_s: done.append(f"version {version}"),
+        pause_generation=lambda mode, timeout_s: done.append(f"pause {mode}"),
+    )
+    server = types.SimpleNamespace(client=object(), url="http://127.0.0.1:1", api_key="key")
+    monkeypatch.setattr(ServerProcess, "start", lambda *args, **kwargs: server)
+    monkeypatch.setattr(launch, "ServerApi", lambda client, timeout_s: api)
+    monkeypatch.setattr(launch, "read_spec", lambda path: None)
+    monkeypatch.setattr(launch.rendezvous, "announce", lambda path, announcement: done.append("announce"))
+    monkeypatch.setattr(launch.Launch, "share", lambda self, error, running: None)
+    monkeypatch.setattr(launch.Launch, "_server_spec", lambda self: None)
+    lifecycle = Lifecycle(State(paused=paused).restarting(), weight_version="7") if of_engine else None
+    tp_slice = launch.TpSlice(FailedGroup(), 0, torch.device("cpu"), (), False, "job", 0)
+    launched = launch.Launch(tp_slice, launch.LaunchRequest("model", {}, {}, "nonce", health_timeout_s=1.0))
+    launched.start_server(lifecycle)
+    assert done == expected
 
 
 def test_a_server_has_the_whole_launch_to_report_what_it_is(monkeypatch):
@@ -822,7 +852,7 @@ def test_a_server_has_the_whole_launch_to_report_what_it_is(monkeypatch):
     tp_slice = launch.TpSlice(FailedGroup(), 0, torch.device("cpu"), (), False, f"test{os.getpid()}", 0)
     launched = launch.Launch(tp_slice, launch.LaunchRequest("model", {}, {}, "nonce", health_timeout_s=300.0))
     with pytest.raises(DeadlineError, match=r"health_timeout_s=300 of launch\(\)") as caught:
-        launched.start_server()
+        launched.start_server(None)
     assert 290 < limits[0] < 310 and stopped == [1]
     assert "raise health_timeout_s" in caught.value.hint and "a.log" in caught.value.hint
 

@@ -136,7 +136,7 @@ def test_an_interrupt_while_kernels_are_compiled_leaves_no_server(monkeypatch):
         raise error
 
     launch = SimpleNamespace(
-        start_server=lambda: (SimpleNamespace(), server, None),
+        start_server=lambda lifecycle: (SimpleNamespace(), server, None),
         acknowledge=acknowledge,
         undo=lambda server, failed: undone.append((server, type(failed))),
     )

@@ -23,7 +23,7 @@ from tpcolocate.server.api import ServerApi, serves_adapters
 from tpcolocate.server.environment import child_environment, compile_cache, hides_standard_modules, sglang_stub_needed
 from tpcolocate.server.evidence import Evidence
 from tpcolocate.server.http import ServerClient
-from tpcolocate.server.lifecycle import State, WeightsState
+from tpcolocate.server.lifecycle import Lifecycle, State, WeightsState
 from tpcolocate.server.process import ServerProcess, ServerSpec
 from tpcolocate.weights.sources.model_spec import ModelSpec, check_not_quantised, local_folder, read_spec
 
@@ -38,6 +38,7 @@ _ANNOUNCEMENT_S = 30.0
 # the server, is the first to give up.
 _LEAST_S = 5.0
 _GRACE_S = 5.0
+_REQUEST_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,10 +242,13 @@ class Launch:
 
     # --- the owner -----------------------------------------------------------------------------------------------
 
-    def start_server(self) -> tuple[RunningServer, ServerProcess, ServerApi]:
+    def start_server(self, lifecycle: Lifecycle | None) -> tuple[RunningServer, ServerProcess, ServerApi]:
         """Start the server on the owner and report it to the clients; after an error nothing is left running.
 
         Collective: over the slice, whose other ranks call `wait_for_server`.
+
+        Args:
+            lifecycle: Of an engine that gets another server; None for a new engine.
 
         Raises:
             ConfigError, LaunchError, DeadlineError, RankLostError: As `Colocation.launch`.
@@ -263,6 +267,7 @@ class Launch:
             api = self._api_of(server)
             running = self._running_server(server.url, server.api_key, api.info)
             check_not_quantised(self.request.model_path)  # again: now the server has fetched it from the hub
+            _hold(api, running, lifecycle)
             rendezvous.announce(self._announcement_path, self._announcement(running))
         except BaseException as caught:
             error = caught
@@ -402,6 +407,22 @@ def _folder_of(path: object) -> str:
     """Return the absolute path of what is on this machine of a folder or hub id; an empty text if there is nothing."""
     folder = local_folder(path) if isinstance(path, str) else None
     return "" if folder is None else str(folder.absolute())
+
+
+def _hold(api: ServerApi, running: RunningServer, lifecycle: Lifecycle | None) -> None:
+    """Have a server whose weights are not the trainer's hold requests until a sync, before other processes can find it.
+
+    Args:
+        api: Its endpoints.
+        running: The server.
+        lifecycle: Of an engine that gets another server; None for a new engine.
+    """
+    state = running.state if lifecycle is None else lifecycle.state
+    if lifecycle is not None and running.weight_version != lifecycle.weight_version:
+        # Of what it has started with; but no version is reported that is lower than one that was.
+        api.set_weight_version(lifecycle.weight_version, timeout_s=_REQUEST_S)
+    if state.weights is WeightsState.UNSYNCED:
+        api.pause_generation("retract" if state.paused is None else state.paused, timeout_s=_REQUEST_S)
 
 
 def _initial_state(info: Mapping[str, Any], device_type: str) -> State:

@@ -40,7 +40,7 @@ from tpcolocate.processes import OfOneProcess, this_process
 from tpcolocate.server.api import ServerApi
 from tpcolocate.server.arguments import RECEIVER
 from tpcolocate.server.http import ServerClient
-from tpcolocate.server.lifecycle import Lifecycle, State, WeightsState
+from tpcolocate.server.lifecycle import Lifecycle, State
 from tpcolocate.server.process import ServerProcess
 from tpcolocate.weights.sources import low_rank
 from tpcolocate.weights.sync.syncer import WeightSyncer
@@ -50,7 +50,6 @@ logger = logging.getLogger(__name__)
 _WARM_UP_S = 30.0
 # How long a rank with a wrong argument waits for the others, which are to get its error.
 _ERROR_S = 600.0
-_REQUEST_S = 30.0
 # Compiling takes two seconds the first time on a machine, while the server takes a minute to start.
 _KERNEL_S = 10.0
 
@@ -407,7 +406,7 @@ class Colocation(OfOneProcess):
 
         try:
             if self.is_owner:
-                running, server, api = launch.start_server()
+                running, server, api = launch.start_server(lifecycle)
             else:
                 running = launch.wait_for_server()
         except BaseException:
@@ -441,13 +440,6 @@ class Colocation(OfOneProcess):
     ) -> _Started:
         if lifecycle is None:
             lifecycle = Lifecycle(running.state, weight_version=running.weight_version)
-        elif api is not None and running.weight_version != lifecycle.weight_version:
-            # Of what it has started with; but no version is reported that is lower than one that was.
-            api.set_weight_version(lifecycle.weight_version, timeout_s=_REQUEST_S)
-        if api is not None and lifecycle.state.weights is WeightsState.UNSYNCED:
-            # Requests of other processes wait, too, for the first sync.
-            paused = lifecycle.state.paused
-            api.pause_generation("retract" if paused is None else paused, timeout_s=_REQUEST_S)
         owned = None if server is None or api is None else OwnedServer.of(server, api, lifecycle)
         probe = ServerClient(running.url, api_key=running.api_key)
         probe.evidence = launch.evidence(server)
