@@ -644,6 +644,24 @@ def test_a_request_that_is_cancelled_as_it_begins_is_cancelled(server, client, t
     assert asyncio.run(cancel())
 
 
+@every_way
+def test_a_server_that_is_too_busy_to_take_connections_is_not_dead(send):
+    """A kernel has 128 of them wait for it, or as many as the system permits, and lets the rest try again."""
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as busy:
+        waiting = [socket.socket() for _ in range(4)]
+        for each in waiting:
+            each.setblocking(False)
+            each.connect_ex(busy.getsockname())
+        client = ServerClient(f"http://127.0.0.1:{busy.getsockname()[1]}")
+        with pytest.raises(DeadlineError, match=r"no connection within 0\.3 s") as caught:
+            send(client, "/generate", 0.3)
+        assert "nothing was sent" in caught.value.hint
+        client.close()
+        for each in waiting:
+            each.close()
+    assert http_module._connect_timeout(None) >= 60, "which the kernel's tries need"
+
+
 @pytest.mark.parametrize("kind", [TimeoutError, ConnectionError, KeyError])
 @pytest.mark.parametrize("path", ["/slow", "/events_stuck"])
 def test_what_a_signals_handler_raises_is_no_error_of_the_server(client, path, kind):

@@ -41,7 +41,9 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _PROBES = ("/model_info", "/health")
-_CONNECT_TIMEOUT_S = 5.0
+# Of a request without a timeout.  A server that is too busy to take connections has them wait, and once too many do (128 with
+# Linux before 5.4) the kernel lets the others try again and again: that is no death, after which there is nothing to connect to.
+_CONNECT_TIMEOUT_S = 60.0
 _LOOK_TIMEOUT_S = 10.0
 # After a lost connection, however little is left of the request's own time: a busy server may be late.
 _LEAST_LOOKS_S, _LEAST_LOOK_S = 5.0, 0.5
@@ -363,6 +365,8 @@ class ServerClient:
             found = self.evidence()
         if isinstance(failure, _TimedOut) and (found is None or not found.is_dead):
             cause, hint = None, "the request may still be carried out; for more time raise timeout_s"
+            if isinstance(failure, _NotConnected):
+                hint = "nothing was sent: the server is busy, or has too many connections; ask again, with a higher timeout_s"
             if found is not None and found.cause is not None:
                 cause, hint = found.cause, found.hint
             elif path == "/generate" and (cause := self.held()) is not None:
@@ -481,6 +485,10 @@ class _TimedOut(_Failure):
     """There was no answer in time."""
 
 
+class _NotConnected(_TimedOut):
+    """There was no connection in time."""
+
+
 @contextmanager
 def _caught(path: str, timeout_s: float) -> Iterator[None]:
     """Raise a `_Failure` for whatever either library raises."""
@@ -491,7 +499,7 @@ def _caught(path: str, timeout_s: float) -> Iterator[None]:
     except (urllib3.exceptions.ConnectTimeoutError, httpx.ConnectTimeout) as error:
         if isinstance(error, urllib3.exceptions.NewConnectionError):  # refused; for urllib3 a kind of timeout
             raise _Unreachable(path, f"{type(error).__name__}: {error}") from error
-        raise _Unreachable(path, f"no connection within {_connect_timeout(timeout_s):g} s") from error
+        raise _NotConnected(path, f"no connection within {_connect_timeout(timeout_s):g} s") from error
     except (urllib3.exceptions.ReadTimeoutError, httpx.TimeoutException) as error:
         raise _TimedOut(path, f"no answer within {timeout_s:g} s") from error
     except httpx.ConnectError as error:
@@ -546,7 +554,7 @@ def encode(body: Mapping[str, Any]) -> bytes:
 
 
 def _connect_timeout(timeout_s: float | None) -> float:
-    return _CONNECT_TIMEOUT_S if timeout_s is None else min(_CONNECT_TIMEOUT_S, timeout_s)
+    return _CONNECT_TIMEOUT_S if timeout_s is None or timeout_s == math.inf else timeout_s
 
 
 def _timeout(timeout_s: float | None) -> httpx.Timeout:
