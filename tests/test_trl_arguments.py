@@ -168,9 +168,9 @@ class RecordingEngine:
         return call
 
 
-def generation(engine, *, sleeps, logprobs=0):
+def generation(engine, *, sleeps, logprobs=0, **sampling_params):
     return SGLangGeneration(
-        engine, model=torch.nn.Linear(1, 1), accelerator=SimpleNamespace(_models=[]), sampling_params={"n": 1},
+        engine, model=torch.nn.Linear(1, 1), accelerator=SimpleNamespace(_models=[]), sampling_params=sampling_params,
         logprobs=logprobs, sleeps=sleeps, timeout_s=9.0,
     )  # fmt: skip
 
@@ -186,6 +186,25 @@ def test_completions_as_the_trainers_unpack_them():
         None,
         None,
     )
+
+
+@pytest.mark.parametrize("lengths, most, asked", [
+    ((1, 4), 6, 6),
+    ((1, 7), 6, [6, 3]),  # as in a tool loop, whose prompts grow
+    ((9, 12), 6, [1, 1]),  # the engine refuses the second
+    ((9, 12), None, None),
+])  # fmt: skip
+def test_a_completion_ends_where_the_context_does(lengths, most, asked, monkeypatch):
+    engine = RecordingEngine()
+    config = SimpleNamespace(model_config=SimpleNamespace(max_model_len=10))
+    monkeypatch.setattr(SGLangGeneration, "llm", SimpleNamespace(llm_engine=config))
+    made = generation(engine, sleeps=False, max_new_tokens=most, temperature=1.0)
+    made.generate([[3] * length for length in lengths], None, 1)
+    (_, _, params) = engine.calls[-1]
+    each = params if isinstance(params, list) else [params]
+    assert all(one["temperature"] == 1.0 for one in each)
+    given = [one["max_new_tokens"] for one in each]
+    assert (given if isinstance(params, list) else given[0]) == asked
 
 
 def test_images_are_refused():

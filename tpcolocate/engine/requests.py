@@ -554,7 +554,7 @@ def _check_lengths(call: GenerateCall, limits: ServerLimits) -> None:
                 ConfigError(
                     f"{name} has {len(ids)} tokens, and with max_new_tokens={more} more than the {limits.context_tokens} "
                     "of the server's context",
-                    hint="lower max_new_tokens, shorten it, or launch with a larger context_length",
+                    hint="lower max_new_tokens (None: as many as fit), shorten it, or launch with a larger context_length",
                 ),
             )
 

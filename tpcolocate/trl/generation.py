@@ -125,7 +125,10 @@ class SGLangGeneration:
         try:
             with profiler if profiler is not None else nullcontext():
                 answers = self.engine.generate(
-                    [list(prompt) for prompt in prompts], self._sampling_params, timeout_s=self._timeout_s, **fields
+                    [list(prompt) for prompt in prompts],
+                    self._fitting(prompts),
+                    timeout_s=self._timeout_s,
+                    **fields,
                 )
         except Exception:
             # The error may be of this rank alone: the others wait for it in their sleep().
@@ -140,6 +143,22 @@ class SGLangGeneration:
         values = [[[value for value, _ in token] for token in tokens] for tokens in ranked]
         token_ids = [[[token_id for _, token_id in token] for token in tokens] for tokens in ranked]
         return [list(prompt) for prompt in prompts], completions, values, token_ids
+
+    def _fitting(self, prompts: Sequence[Sequence[int]]) -> dict[str, Any] | list[dict[str, Any]]:
+        """Return the sampling parameters, with fewer new tokens for a prompt that leaves no room for all of them.
+
+        vLLM ends such a completion at the end of the context, and SGLang refuses it.  In a trainer's tool loop prompts grow
+        with every turn, up to the context.
+        """
+        most = self._sampling_params.get("max_new_tokens")
+        if most is None:
+            return self._sampling_params
+        context = self.llm.llm_engine.model_config.max_model_len
+        if all(len(prompt) + most <= context for prompt in prompts):
+            return self._sampling_params
+        # At least one: a prompt that fills the context by itself is the engine's to refuse.
+        room = [max(context - len(prompt), 1) for prompt in prompts]
+        return [{**self._sampling_params, "max_new_tokens": min(most, each)} for each in room]
 
     def _sleep(self) -> None:
         if self._sleeps:
