@@ -79,7 +79,7 @@ def lora_beside_each_other(world):
     import peft
 
     engine, base = world.engine, world.model
-    first, second = adapted(base, 1), adapted(base, 2, target_modules=MODULES, r=8, lora_alpha=4)
+    first, second = adapted(base, 1), adapted(base, 2, target_modules=MODULES, r=8, lora_alpha=4, use_rslora=True)
     engine.set_lora("first", first)
     engine.set_lora_from_tensors("second", peft.get_peft_model_state_dict(second), second.peft_config["default"])
     models = {"first": merged(first), "second": merged(second), None: base}
@@ -159,7 +159,6 @@ def lora_refused(world):
         "no name of PEFT's": tensors("kept", {**good, "model.norm.weight": torch.zeros(1)}),
         "rank too high": lambda: engine.set_lora("kept", adapted(world.model, 6, r=16)),
         "dora": tensors("kept", good, use_dora=True),
-        "rslora": tensors("kept", good, use_rslora=True),
         "no adapter": lambda: engine.set_lora("kept", world.model),
         "one rank": lambda: engine.set_lora("kept", world.model if last else model),
         "ranks differ": lambda: engine.set_lora(f"of rank {world.rank}" if world.colo.tp_size > 1 else "", model),
@@ -517,7 +516,7 @@ def test_adapters_that_do_not_fit_are_refused_on_every_rank_and_change_nothing(s
         assert {case: kind for case, (kind, _) in of_rank["outcomes"].items()} == {
             **dict.fromkeys(["wrong in", "wrong out", "wrong r", "half", "a layer less", "unknown layer"], "WeightsMismatchError"),
             "no name of PEFT's": "WeightsMismatchError",
-            **dict.fromkeys(["rank too high", "dora", "rslora", "no adapter", "one rank", "ranks differ"], "ConfigError"),
+            **dict.fromkeys(["rank too high", "dora", "no adapter", "one rank", "ranks differ"], "ConfigError"),
             "one too many": "EngineStateError",
             **({"weights differ": "WeightsMismatchError"} if setup[0] > 1 else {}),
         }  # fmt: skip

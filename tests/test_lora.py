@@ -2,6 +2,7 @@
 
 import base64
 import io
+import math
 import pickle
 from enum import StrEnum
 
@@ -96,7 +97,6 @@ def test_the_configuration_for_the_server_is_json_with_names_of_modules(config):
     ({"lora_alpha": None}, "lora_alpha=None"),
     ({"bias": "lora_only"}, "bias='lora_only'"),
     ({"use_dora": True}, "use_dora"),
-    ({"use_rslora": True}, "use_rslora"),
     ({"rank_pattern": {"q_proj": 4}}, "rank_pattern"),
     ({"alpha_pattern": {"q_proj": 4}}, "alpha_pattern"),
     ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
@@ -281,6 +281,19 @@ def test_the_scale_is_what_the_layers_have():
     with peft.helpers.rescale_adapter_scale(model, 4):
         assert adapter_of(model, "default").config["lora_alpha"] == 4 * 0.5 * 3
     assert adapter_of(model, "default").config["lora_alpha"] == 0.5 * 3
+
+
+@pytest.mark.parametrize("scale", [1, 0.5])
+def test_a_rank_stabilised_adapter_is_scaled_as_peft_does_it(scale):
+    model = wrapped(default=lora(lora_alpha=3, use_rslora=True))
+    for layer in layers_of(model):
+        layer.set_scale("default", scale)
+    of_model = adapter_of(model, "default").config_for_server
+    of_tensors = make_adapter(
+        GOOD, peft.LoraConfig(**{**CONFIG, "lora_alpha": 3, "use_rslora": True})
+    ).config_for_server
+    for served, expected in (of_model, layers_of(model)[0].scaling["default"]), (of_tensors, 3 / math.sqrt(R)):
+        assert not served["use_rslora"] and served["lora_alpha"] / served["r"] == pytest.approx(expected)
 
 
 def test_layers_that_are_scaled_differently_are_refused():

@@ -2,11 +2,13 @@
 
 SGLang loads an adapter of the wrong shape, drops projections that it cannot pair, and always scales by
 ``lora_alpha / r``, each with status 200 (``lora/lora.py`` of releases 0.5.9 to 0.5.21).  So names, shapes and
-configuration are checked before an adapter that is being served is replaced.
+configuration are checked before an adapter that is being served is replaced, and one that PEFT scales in another way gets
+the ``lora_alpha`` that comes to the same.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -31,7 +33,6 @@ _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 # Configuration that changes what an adapter computes, and that SGLang ignores.
 _MUST_BE_OFF = {
     "use_dora": "SGLang does not serve DoRA",
-    "use_rslora": "SGLang scales by lora_alpha / r; pass lora_alpha * sqrt(r) as lora_alpha and use_rslora=False",
     "rank_pattern": "SGLang scales every module by the one r of the configuration",
     "alpha_pattern": "SGLang scales every module by the one lora_alpha of the configuration",
     "lora_bias": "SGLang has no biases in adapters",
@@ -111,6 +112,8 @@ def make_adapter(tensors: Mapping[str, Item], config: Any) -> Adapter:
             hint="pass PEFT's adapter_config.json as a dict, or a peft.LoraConfig",
         )
     _check_config(plain)
+    if plain.get("use_rslora"):  # PEFT then scales by lora_alpha / sqrt(r)
+        plain |= {"use_rslora": False, "lora_alpha": plain["lora_alpha"] * math.sqrt(plain["r"])}
     check_type("tensors", tensors, Mapping, expected="a mapping of names to tensors")
     if not tensors:
         raise ConfigError("the adapter has no tensors", hint="pass peft.get_peft_model_state_dict(model)")
