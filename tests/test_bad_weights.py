@@ -81,7 +81,7 @@ REFUSED = {
     "conjugated when it is read": (torch.ones(2, 2, dtype=torch.complex64).conj(), "holds other values"),
     "not initialised": (nn.LazyLinear(2).weight, "a is not initialised"),
     "empty": (torch.empty(0), "a is empty"),
-    "a number": (1.5, r"\(str, float\)"),
+    "a number": (1.5, "is a float, not a tensor"),
 }
 VALUES = {
     "a view of one row": torch.arange(2.0).expand(2, 2),

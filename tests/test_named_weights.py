@@ -2,6 +2,7 @@
 
 import gc
 import traceback
+from pathlib import Path
 
 import pytest
 import torch
@@ -120,6 +121,10 @@ def test_the_items_of_a_state_dict_are_known_in_advance():
     assert not weights.is_streamed and [name for name, _ in weights] == list(state)
 
 
+def test_pairs_may_be_lists():
+    assert [name for name, _ in NamedWeights.of([["a", torch.zeros(1)], ["b", torch.zeros(2)]])] == ["a", "b"]
+
+
 def test_a_generator_is_read_as_it_is_sent():
     taken = []
 
@@ -140,12 +145,18 @@ def test_a_generator_is_read_as_it_is_sent():
     ({"w": torch.empty(2, device="meta")}, "w is on the meta device"),
     (nn.Linear(2, 2, device="meta"), "weight is on the meta device"),
     ({"w": torch.eye(2).to_sparse()}, "w has layout torch.sparse_coo"),
-    ([("w", 1.0)], r"expected \(name, tensor\), got \(str, float\)"),
+    ([("w", 1.0)], "w is a float, not a tensor"),
     ([torch.zeros(1)], "got Tensor"),
+    ([("w", torch.zeros(1), 1)], r"expected \(name, tensor\), got \(str, Tensor, int\)"),
+    ([nn.Linear(2, 2)], r"got Linear\n.*pass the module itself"),
     ({1: torch.zeros(1)}, r"got \(int, Tensor\)"),
     (7, "cannot take weights from int"),
     (None, "cannot take weights from NoneType"),
-    ("path", "got str"),
+    ("path", r"a path: 'path'\n.*tpcolocate.Checkpoint\('path'\)"),
+    (Path("path"), r"tpcolocate.Checkpoint\('path'\)"),
+    ({"w": torch.zeros(1).numpy()}, r"w is a ndarray, not a tensor\n.*torch.from_numpy"),
+    ({"model": {"w": torch.zeros(1)}, "step": 7}, r"model is a dict, not a tensor\n.*pass what is under 'model'"),
+    ({"w": torch.zeros(1), "_extra_state": None}, r"_extra_state is a NoneType, not a tensor\n.*leave it out"),
 ])  # fmt: skip
 def test_sources_without_dense_named_data_are_refused(source, words):
     with pytest.raises(ConfigError, match=words):

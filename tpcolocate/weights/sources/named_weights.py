@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Collection, ItemsView, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -97,6 +98,11 @@ class NamedWeights:
                 weights, warnings = _of_module(source, expected, asked or rename)
                 named = _untied(_renamed(weights, asked or rename), expected)
                 return replace(named, warnings=warnings, renamed={} if asked is None else asked.answers)
+        if isinstance(source, (str, os.PathLike)):
+            raise ConfigError(
+                f"cannot take weights from a path: {shown(source)}",
+                hint=f"read its safetensors files: tpcolocate.Checkpoint({os.fspath(source)!r})",
+            )
         if isinstance(source, (Mapping, Sequence, ItemsView)):
             given = list(_given(source.items() if isinstance(source, Mapping) else source))
             _check_not_shards(given)
@@ -409,13 +415,16 @@ def _identity(item: Item) -> object:
 
 
 def _checked(item: object) -> tuple[str, torch.Tensor]:
-    if not (
-        isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str) and isinstance(item[1], torch.Tensor)
-    ):
-        found = (
-            f"({', '.join(type(part).__name__ for part in item)})" if isinstance(item, tuple) else type(item).__name__
+    if not (isinstance(item, (tuple, list)) and len(item) == 2 and isinstance(item[0], str)):
+        parts = f"({', '.join(type(part).__name__ for part in item)})" if isinstance(item, (tuple, list)) else None
+        raise ConfigError(
+            f"expected (name, tensor), got {parts or type(item).__name__}",
+            hint="pass the module itself, not in a list"
+            if isinstance(item, nn.Module)
+            else "for example model.state_dict().items()",
         )
-        raise ConfigError(f"expected (name, tensor), got {found}", hint="for example model.state_dict().items()")
+    if not isinstance(item[1], torch.Tensor):
+        raise ConfigError(f"{item[0]} is a {type(item[1]).__name__}, not a tensor", hint=_instead_of(*item))
     name, given = item
     if isinstance(given, ShardedTensor):
         raise ConfigError(
@@ -441,6 +450,15 @@ def _checked(item: object) -> tuple[str, torch.Tensor]:
             f"{name} has layout {tensor.layout}; only dense tensors can be sent", hint="convert it with to_dense()"
         )
     return name, given
+
+
+def _instead_of(name: str, value: object) -> str:
+    """Return what to pass in place of what is no tensor in a source."""
+    if isinstance(value, (Mapping, nn.Module)):
+        return f"pass what is under {name!r} by itself, if that is the model"
+    if hasattr(value, "__array__"):
+        return "make tensors of arrays: torch.from_numpy()"
+    return "leave it out: only tensors are sent"
 
 
 __all__ = [
