@@ -89,3 +89,14 @@ def test_the_parts_of_a_weight_are_not_left_out(parts):
         ModelSpec(SERVED, "the test").check([(name, torch.Size(shape)) for name, shape in given.items()])
     assert "rename=" not in caught.value.hint
     assert ("remove_parametrizations" in caught.value.hint) == parts[0].startswith("parametrizations")
+
+
+@pytest.mark.parametrize("prefix", ["", "policy."])
+def test_the_weights_of_a_further_layer_are_not_left_out(prefix):
+    """Without them the engine would compute something else."""
+    given = {prefix + name: shape for name, shape in SERVED.items()}
+    given |= {name.replace(".11.", ".12."): shape for name, shape in given.items() if ".11." in name}
+    with pytest.raises(WeightsMismatchError) as caught:
+        ModelSpec(SERVED, "the test").check([(name, torch.Size(shape)) for name, shape in given.items()])
+    assert "rename=" not in caught.value.hint
+    assert ("more layers" in caught.value.hint) == (not prefix)

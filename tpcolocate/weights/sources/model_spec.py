@@ -17,7 +17,7 @@ from safetensors import safe_open
 
 from tpcolocate.errors import ConfigError, WeightsMismatchError, some
 from tpcolocate.weights.sources.hf_names import to_checkpoint
-from tpcolocate.weights.sources.rename_hint import rename_hint
+from tpcolocate.weights.sources.rename_hint import is_of_more_layers, rename_hint
 
 FLOATS = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))
 """Dtypes of weights; they are cast to each other as they are copied."""
@@ -83,7 +83,8 @@ class ModelSpec:
         if unknown:
             rename = rename_hint([(name, tuple(shape)) for name, shape in tensors], self.shapes) if hint else None
             raise WeightsMismatchError(
-                f"the served model has no {some(unknown)} (according to {self.origin})", hint=_hint_of(unknown, rename)
+                f"the served model has no {some(unknown)} (according to {self.origin})",
+                hint=_hint_of(unknown, rename, self.shapes),
             )
 
     def check_dtypes(self, tensors: Iterable[tuple[str, torch.dtype]]) -> None:
@@ -143,15 +144,18 @@ class ModelSpec:
         raise WeightsMismatchError(f"weights are missing: {some(missing)} (according to {self.origin})", hint=hint)
 
 
-def _hint_of(unknown: Sequence[str], rename: str | None) -> str:
+def _hint_of(unknown: Sequence[str], rename: str | None, served: Iterable[str]) -> str:
     """Return what to do about names that the served model lacks.
 
     Args:
         unknown: The names.
         rename: The argument that mends them, if it can be seen.
+        served: The names that it has.
     """
     if rename is not None:
         return f"pass {rename}"
+    if is_of_more_layers(unknown, served):
+        return "the trainer's model has more layers or experts: pass launch() the checkpoint that it was loaded from"
     if any(_PARAMETRIZED in name for name in unknown):
         return (
             "a parametrization computes these weights: pass pairs of what is computed, (name, layer.weight), or remove it with "

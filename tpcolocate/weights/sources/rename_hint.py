@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from tpcolocate.weights.sources.wrapper_names import WRAPPER_SEGMENTS
 
@@ -17,6 +18,7 @@ _MOST_DROPPED = 8
 # The part of the served names that must be found before the rest of a source is taken for no weights of that model.
 _MOST_OF_THEM = 0.8
 
+_NUMBER = re.compile(r"\d+")
 Shape = tuple[int, ...]
 
 
@@ -46,7 +48,9 @@ def rename_hint(given: Sequence[tuple[str, Shape]], served: Mapping[str, Shape])
     num_fitting = sum(new in fitting for new in names.values())
     if unknown and len(unknown) <= _MOST_DROPPED and len(fitting) >= _MOST_OF_THEM * len(served):
         missing = [name for name in served if name not in fitting]
-        if any(_may_be(names[name], other) for name in unknown for other in missing):
+        if is_of_more_layers([names[name] for name in unknown], served) or any(
+            _may_be(names[name], other) for name in unknown for other in missing
+        ):
             return None
         dropped = dict.fromkeys(unknown)
         unknown = []
@@ -56,6 +60,15 @@ def rename_hint(given: Sequence[tuple[str, Shape]], served: Mapping[str, Shape])
     if text == "name" or unknown or not fitting or num_fitting > len(fitting):
         return None
     return f"rename=lambda name: {text}"
+
+
+def is_of_more_layers(unknown: Iterable[str], served: Iterable[str]) -> bool:
+    """Return whether a name that the served model lacks is one of its names with another number: of a further layer or expert.
+
+    Without it the engine would compute something else than the trainer.
+    """
+    kinds = {_NUMBER.sub("0", name) for name in served}
+    return any(_NUMBER.sub("0", name) in kinds for name in unknown)
 
 
 def _may_be(unknown: str, missing: str) -> bool:
@@ -127,4 +140,4 @@ def _with_prefix(
     return f"{text} if {text}.startswith({starts!r}) else {changed}", renamed
 
 
-__all__ = ["rename_hint"]
+__all__ = ["is_of_more_layers", "rename_hint"]
