@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from addition import END, TINY, build_model, build_tokenizer, prompt_text, sample_problems
 from torch.distributed.fsdp import fully_shard
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 import tpcolocate
 
@@ -29,7 +29,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, default=None, help="default: a tiny random one, made here")
     parser.add_argument("--fsdp2", action="store_true", help="shard the model by fully_shard, on a CPU too")
     parser.add_argument("--out", type=Path, default=Path("out/accelerate"), help="folder for the tiny model")
-    return parser.parse_args()
+    args = parser.parse_args()
+    for name in ("steps", "every"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1")
+    return args
 
 
 def make_model(folder: Path) -> Path:
@@ -37,6 +41,15 @@ def make_model(folder: Path) -> Path:
     build_model(TINY, eos_token_id=tokenizer.eos_token_id).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def batch_of(tokenizer: PreTrainedTokenizerBase, texts: list[str], device: torch.device) -> dict[str, torch.Tensor]:
+    """Return what the model takes for these texts, which a real tokenizer cuts into different numbers of tokens."""
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    padded = tokenizer(texts, padding=True, return_tensors="pt")
+    ids, mask = padded["input_ids"].to(device), padded["attention_mask"].to(device)
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
 
 
 def largest_gap(model: torch.nn.Module, prompts: list[list[int]], answers: list[dict], device: torch.device) -> float:
@@ -80,8 +93,7 @@ def main() -> None:
         for step in range(1, args.steps + 1):
             problems = sample_problems(32, digits=2, generator=generator)
             texts = [(prompt_text(each, shots=[]) + str(sum(each)) + END).ljust(10, END) for each in problems]
-            ids = torch.tensor(tokenizer(texts)["input_ids"], device=device)
-            loss = model(input_ids=ids, labels=ids).loss
+            loss = model(**batch_of(tokenizer, texts, device)).loss
             accelerator.backward(loss)
             optimizer.step()
             optimizer.zero_grad()

@@ -52,16 +52,34 @@ def run_demo(out: Path, *options: str, script: Path) -> dict[str, Any]:
 
 @pytest.mark.quick
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("options, words", [
-    (["--group-size", "1"], "--group-size must be at least 2"), (["--steps", "0"], "--steps must be at least 1"),
-    (["--prompts", "0"], "--prompts must be at least 1"), (["--digits", "3"], "--digits needs --model"),
+@pytest.mark.parametrize("script, options, words", [
+    ("grpo", ["--group-size", "1"], "--group-size must be at least 2"), ("grpo", ["--steps", "0"], "--steps must be at least 1"),
+    ("grpo", ["--prompts", "0"], "--prompts must be at least 1"), ("grpo", ["--digits", "3"], "--digits needs --model"),
+    ("accelerate_sft", ["--every", "0"], "--every must be at least 1"),
 ])  # fmt: skip
-def test_numbers_with_which_the_demo_cannot_train_are_refused_at_once(options, words, monkeypatch, capsys) -> None:
+def test_numbers_with_which_an_example_cannot_train_are_refused_at_once(
+    script, options, words, monkeypatch, capsys
+) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
-    monkeypatch.setattr(sys, "argv", ["grpo.py", *options])
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *options])
     with pytest.raises(SystemExit):
-        importlib.import_module("grpo").parse_args()
+        importlib.import_module(script).parse_args()
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.quick
+@pytest.mark.timeout(120)
+def test_the_accelerate_example_takes_a_tokenizer_that_joins_characters(tiny_model_dir, monkeypatch) -> None:
+    import torch
+    from transformers import AutoTokenizer
+
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir())
+    texts = ["1+1=2\n", "98+76=174\n98+76=174\n"]
+    lengths = [len(tokenizer(text)["input_ids"]) for text in texts]
+    assert lengths[0] != lengths[1]
+    batch = importlib.import_module("accelerate_sft").batch_of(tokenizer, texts, torch.device("cpu"))
+    assert batch["attention_mask"].sum(1).tolist() == (batch["labels"] != -100).sum(1).tolist() == lengths
 
 
 @pytest.mark.engine
