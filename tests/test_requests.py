@@ -1,11 +1,14 @@
 """The gate of `generate`: what is sent, and what is refused before that, without a server."""
 
+import base64
 import enum
+import io
 import json
 import math
 import pickle
 import typing
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -232,6 +235,7 @@ def test_embeddings(embeds, words):
     ({"json_schema": {"type": "object"}}, {"json_schema": '{"type": "object"}'}),
     ({"json_schema": "$$ANY$$"}, {"json_schema": "$$ANY$$"}),
     ({"logit_bias": {5: -1e9, "6": 1}}, {"logit_bias": {"5": -1e9, "6": 1.0}}),
+    ({"logit_bias": {5: -math.inf}}, {"logit_bias": {"5": -1e30}}),
     ({"ignore_eos": np.bool_(True)}, {"ignore_eos": True}),
     ({"top_k": -1, "n": 4}, {"top_k": -1, "n": 4}),
     ({"custom_params": {"a": [1, 2]}}, {"custom_params": {"a": [1, 2]}}),
@@ -446,6 +450,31 @@ def test_sessions_and_logit_processors_are_taken():
     session = {"id": "a", "rid": None, "offset": -1, "replace": False}
     assert body(session_params=session)["session_params"] == session
     assert body(known=FIELDS, custom_logit_processor=PROCESSOR)["custom_logit_processor"] == PROCESSOR
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "CMYK"])
+def test_images_in_memory_are_sent_as_what_they_contain(mode):
+    image = pytest.importorskip("PIL.Image")
+    given, sees = image.new(mode, (3, 2)), ServerLimits(media=frozenset({"image"}))
+
+    def decoded(sent):
+        kind, _, content = sent.partition(",")
+        assert kind == "data:image/png;base64"
+        return image.open(io.BytesIO(base64.b64decode(content, validate=True)))
+
+    expected = given if mode in ("RGB", "RGBA", "L") else given.convert("RGB")
+    sent = body(image_data=given, limits=sees)["image_data"]
+    assert (decoded(sent).mode, decoded(sent).tobytes()) == (expected.mode, expected.tobytes())
+    assert body(image_data=[given, "x.png"], limits=sees)["image_data"] == [sent, "x.png"]
+    assert body([IDS, [1]], image_data=[[given], None], limits=sees)["image_data"] == [[sent], None]
+
+
+def test_other_forms_of_images():
+    sees = ServerLimits(media=frozenset({"image"}))
+    assert body(image_data=b"ab", limits=sees)["image_data"] == "data:application/octet-stream;base64,YWI="
+    assert body(image_data=Path("/a/x.png"), limits=sees)["image_data"] == "/a/x.png"
+    assert "PIL.Image.fromarray()" in refusal(image_data=np.zeros((2, 2, 3), dtype=np.uint8), limits=sees)
+    assert "image_data of prompt 0 must be" in refusal([IDS], image_data=[5], limits=sees)
 
 
 def test_an_adapter_needs_a_server_for_it():

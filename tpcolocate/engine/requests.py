@@ -6,9 +6,12 @@ a request are checked here, by name, type and range; `sampling` and `prompts` do
 
 from __future__ import annotations
 
+import base64
 import copy
 import difflib
+import io
 import json
+import os
 import pickletools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +27,8 @@ from tpcolocate.errors import ConfigError, TpColocateError, shown, some
 PROMPT_FIELDS = ("text", "input_ids", "input_embeds")
 # Its scheduler drops them while it is busy.
 _HEALTH_CHECK = "HEALTH_CHECK"
+# Of PIL's images; PNG has them, and SGLang's processors know them.
+_PNG_MODES = ("RGB", "RGBA", "L")
 # Samples of one call: each is a request of its own in the server.
 _MOST_SAMPLES = 2**17
 
@@ -58,14 +63,32 @@ def _any(value: Any, where: str, limits: ServerLimits) -> Any:
 
 
 def _media(value: Any, where: str, limits: ServerLimits) -> Any:
-    found = plain(value, where)
     kind = where.split("_")[0]
     if limits.media is not None and kind not in limits.media:
         raise ConfigError(f"{where} is given, and the served model takes no {kind}", hint="SGLang would ignore it")
+    found = plain(_as_urls(value), where)
     for each in found if isinstance(found, list) and found else [found]:
         if not isinstance(each, (str, dict)) or not each:
-            raise refuse(where, "a path, URL, base64 text or dict, or a list of them", value)
+            raise refuse(
+                where,
+                "a path, URL, image of PIL, bytes, base64 text or dict, or a list of them",
+                value,
+                "PIL.Image.fromarray() makes an image of an array" if is_array(value) else None,
+            )
     return found
+
+
+def _as_urls(value: Any) -> Any:
+    """Return images and other content in memory as URLs that contain it, and paths as texts; anything else as it is."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, (bytes, bytearray)):
+        return f"data:application/octet-stream;base64,{base64.b64encode(value).decode()}"
+    if hasattr(value, "convert") and hasattr(value, "save"):  # of PIL, which need not be installed
+        written = io.BytesIO()
+        (value if value.mode in _PNG_MODES else value.convert("RGB")).save(written, format="PNG")
+        return f"data:image/png;base64,{base64.b64encode(written.getvalue()).decode()}"
+    return [_as_urls(each) for each in value] if is_list(value) else value
 
 
 def _dict(value: Any, where: str, limits: ServerLimits) -> dict[str, Any]:

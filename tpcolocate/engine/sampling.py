@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -116,7 +117,8 @@ def _logit_bias(value: Any, where: str, limits: ServerLimits) -> dict[str, float
     for token, bias in value.items():
         plain_id = int(token) if isinstance(token, str) and token.isascii() and token.isdecimal() else token
         checked = integer(plain_id, f"a token of {where}", low=0, high=high)
-        found[str(checked)] = float(number(bias, f"{where}[{checked}]", low=_LEAST_BIAS, high=_MOST_BIAS))
+        least = _LEAST_BIAS if scalar(bias) == -math.inf else bias  # never, as other libraries write it
+        found[str(checked)] = float(number(least, f"{where}[{checked}]", low=_LEAST_BIAS, high=_MOST_BIAS))
     return found
 
 
