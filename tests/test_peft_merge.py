@@ -14,14 +14,14 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
-from tpcolocate.errors import ConfigError
+from tpcolocate.errors import ConfigError, WeightsMismatchError
 from tpcolocate.in_server.tpcolocate_receiver.checksums import word_sum
 from tpcolocate.in_server.tpcolocate_receiver.regions import Region, whole
 from tpcolocate.weights.plan.sharding import ShardFinder
 from tpcolocate.weights.plan.slices import Read, SliceKind, TensorSlice
 from tpcolocate.weights.sources import low_rank
 from tpcolocate.weights.sources.addition import RANK_MULTIPLE
-from tpcolocate.weights.sources.lazy_tensor import LazyTensor, full_tensor
+from tpcolocate.weights.sources.lazy_tensor import LazyTensor, full_tensor, have_same_values
 from tpcolocate.weights.sources.named_weights import NamedWeights
 from tpcolocate.weights.sources.peft_merge import applied_adapters
 from tpcolocate.weights.transport.staging import Placing
@@ -115,6 +115,29 @@ def test_merged_weights_equal_those_of_peft_and_the_model_is_unchanged(kind):
         base = sent(model)
     lazy = {name for name, item in weights if isinstance(item, LazyTensor)}
     assert lazy and all(not torch.equal(expected[name], base[name]) for name in lazy)
+
+
+def test_an_output_layer_with_the_adapter_of_the_embedding_it_is_tied_to_needs_no_name(tiny_model_dir):
+    from transformers import AutoModelForCausalLM
+
+    def weights(**config):
+        base = AutoModelForCausalLM.from_pretrained(tiny_model_dir(tie=True), dtype=torch.float32)
+        served = set(base.state_dict()) - {"lm_head.weight"}
+        model = peft.get_peft_model(base, peft.LoraConfig(r=4, init_lora_weights=False, **config))
+        return model, lambda: NamedWeights.of(model, expected=served)
+
+    model, named = weights(target_modules=["embed_tokens"], ensure_weight_tying=True)
+    assert set(named().extra) == {"lm_head.weight"}
+    named().check_extra()
+    again = {name: item.template()(item.recipe.inputs) for name, item in named() if isinstance(item, LazyTensor)}
+    assert have_same_values(again["model.embed_tokens.weight"], named().extra["lm_head.weight"].item)
+    model.base_model.model.lm_head.set_scale("default", 3)
+    with pytest.raises(WeightsMismatchError, match="differs from model.embed_tokens.weight"):
+        named().check_extra()
+    _, named = weights(target_modules=["embed_tokens"])
+    with pytest.raises(WeightsMismatchError, match="differs from model.embed_tokens.weight") as caught:
+        named().check_extra()
+    assert "tie_word_embeddings=False" in caught.value.hint
 
 
 def test_a_merged_weight_is_computed_when_it_is_read():

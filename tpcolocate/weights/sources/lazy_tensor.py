@@ -109,6 +109,8 @@ class Recipe:
             has and how they are computed; compared by equality.  One object for all tensors of a source.  None: unknown.
             If there is one, it, `compute`, `ingredients` and the lazy tensor's `make` keep nothing of the source alive, and
             have no weak references to its tensors; see `tensor_references`.
+        origin: Returns what it is computed from beside `base`, compared by equality: what is computed from the same is equal,
+            as an embedding and an output layer with tied adapters.  None: unknown.  Keeps nothing alive either.
     """
 
     base: torch.Tensor
@@ -117,6 +119,7 @@ class Recipe:
     extra_itemsize: int = 0
     inputs: tuple[torch.Tensor, ...] = ()
     settings: Callable[[], object] | None = None
+    origin: Callable[[], object] | None = None
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -171,16 +174,17 @@ class LazyTensor:
             self.is_collective,
             self.extra_bytes,
         )
-        compute, ingredients, extra, settings = (
+        compute, ingredients, extra, settings, origin = (
             recipe.compute,
             recipe.ingredients,
             recipe.extra_itemsize,
             recipe.settings,
+            recipe.origin,
         )
 
         # Not `dataclasses.replace`, which takes several times as long; there are hundreds in every sync.
         def again(inputs: Sequence[torch.Tensor]) -> LazyTensor:
-            made = Recipe(inputs[0], compute, ingredients, extra, tuple(inputs), settings)
+            made = Recipe(inputs[0], compute, ingredients, extra, tuple(inputs), settings, origin)
             return LazyTensor(shape, dtype, device, make, is_collective, extra_bytes, recipe=made)
 
         return again
@@ -287,6 +291,8 @@ def have_same_values(a: Item, b: Item) -> bool:
 
     Waits for the device.
     """
+    if isinstance(a, LazyTensor) and isinstance(b, LazyTensor):
+        return a is b or _are_computed_alike(a, b)
     if isinstance(a, LazyTensor) or isinstance(b, LazyTensor) or isinstance(a, DTensor) != isinstance(b, DTensor):
         return False
     if isinstance(a, DTensor) and isinstance(b, DTensor):
@@ -296,6 +302,12 @@ def have_same_values(a: Item, b: Item) -> bool:
     if have_same_memory(a, b):
         return True
     return one.dtype == other.dtype and one.device == other.device and torch.equal(one, other)
+
+
+def _are_computed_alike(a: LazyTensor, b: LazyTensor) -> bool:
+    if a.recipe is None or b.recipe is None or a.recipe.origin is None or b.recipe.origin is None:
+        return False
+    return have_same_memory(a.recipe.base, b.recipe.base) and a.recipe.origin() == b.recipe.origin()
 
 
 def full_bytes(item: Item) -> int:

@@ -342,7 +342,10 @@ def _untied(weights: Iterable[tuple[str, Item]], expected: Collection[str] | Non
 
 def tie_hint(name: str) -> str:
     """Return what to do about a tensor that the served model ties and the trainer does not."""
-    return f"tie the trainer's model as well, or pass rename={{{name!r}: None}} to leave that weight out"
+    return (
+        f"tie the trainer's model as well, serve a checkpoint with tie_word_embeddings=False, or pass rename={{{name!r}: None}} to "
+        "leave that weight out"
+    )
 
 
 def may_equal(name: str, item: Item, weights: Iterable[tuple[str, Item]], others: Collection[str]) -> dict[str, Item]:

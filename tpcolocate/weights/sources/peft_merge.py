@@ -31,6 +31,7 @@ from tpcolocate.weights.sources.lazy_tensor import (
     is_collective,
     local_of,
     reading_bytes,
+    storage_id,
 )
 from tpcolocate.weights.sources.low_rank import LowRankSums, Term
 from tpcolocate.weights.sources.tensor_references import Reference, TensorReferences
@@ -161,6 +162,7 @@ class _PeftLayers:
             extra_itemsize=2 * max(widest, 4),
             inputs=inputs,
             settings=self._settings,
+            origin=merge.origin,
         )
         return LazyTensor(
             shape=base.shape,
@@ -271,6 +273,16 @@ class _Merge:
     number: int | None
     """Of the weight in `sums`, if it is one of them."""
 
+    def origin(self) -> object:
+        """Return where the factors of the adapters are, and their scales.
+
+        With ``ensure_weight_tying`` peft gives an output layer the transposed factors of the embedding that it is tied to.
+        """
+        return [
+            ({_place_of(self.factors.tensor(number)) for number in (adapter.a, adapter.b)}, adapter.scaling())
+            for adapter in self.adapters
+        ]
+
     def make(self) -> torch.Tensor:
         """Return the full sum.  Collective if base or factors are DTensors: base first, then the factors in order."""
         base = self.base()
@@ -298,6 +310,12 @@ class _Merge:
             merged = torch.empty(region.lengths, dtype=weight.dtype, device=weight.device) if out is None else out
             weight = torch.add(weight, delta, out=merged)
         return weight
+
+
+def _place_of(tensor: torch.Tensor) -> object:
+    """Return what a tensor and its transpose share."""
+    local = local_of(tensor)
+    return storage_id(tensor), local.data_ptr(), local.dtype, frozenset(zip(local.shape, local.stride()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -335,9 +353,9 @@ class _Adapter:
 
     def term(self) -> Term:
         """Return the delta as a product."""
-        return Term(self.a, self.b, self._scaling, self._layer().fan_in_fan_out)
+        return Term(self.a, self.b, self.scaling, self._layer().fan_in_fan_out)
 
-    def _scaling(self) -> float:
+    def scaling(self) -> float:
         return float(self._layer().scaling[self.name])
 
     def _layer(self) -> Any:
