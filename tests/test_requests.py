@@ -141,6 +141,21 @@ def test_prompts_by_the_names_of_sglang():
     assert body(None, input_embeds=[[[1, 2]]]) == {"input_embeds": [[[1.0, 2.0]]]}
 
 
+@pytest.mark.parametrize("make", [list, np.array, torch.tensor])
+def test_a_tokenizers_output_may_be_fields(make):
+    """As ``generate(**tokenizer(texts, padding=True))``; without the mask the padding would be a part of the prompts."""
+    padded = {"input_ids": make([[0, 0, 5], [1, 2, 3]]), "attention_mask": make([[0, 0, 1], [1, 1, 1]])}
+    assert checked(None, **padded).body() == {"input_ids": [[5], [1, 2, 3]]}
+    assert body(padded["input_ids"], attention_mask=padded["attention_mask"]) == {"input_ids": [[5], [1, 2, 3]]}
+    assert body([0, 5], attention_mask=[0, 1]) == {"input_ids": [5]}
+    assert "different shapes" in refusal(None, input_ids=padded["input_ids"], attention_mask=[[1]])
+    for texts in ("a", ["a", "b"]):
+        assert "attention_mask is given without token ids" in refusal(texts, attention_mask=[[1], [1]])
+        assert "attention_mask is given without token ids" in refusal(None, text=texts, attention_mask=[[1], [1]])
+    assert "nothing to generate from" in refusal(None, attention_mask=[[1]])
+    assert "pass the tokenizer's output itself" in refusal(None, **padded, token_type_ids=[[0]])
+
+
 @pytest.mark.parametrize("prompts", [[], (), torch.zeros(0, 4, dtype=torch.long), np.zeros((0, 3), dtype=int)])
 def test_no_prompts_are_no_request(prompts):
     assert len(checked(prompts).prompts) == 0

@@ -224,6 +224,10 @@ _ELSEWHERE = {
         ("lora_request", "lora_name", "lora", "adapter", "adapter_name"), "the name given to set_lora is lora_path="
     ),
     **dict.fromkeys(("image", "images"), "the field is image_data="),
+    **dict.fromkeys(
+        ("token_type_ids", "position_ids", "pixel_values"),
+        "pass the tokenizer's output itself: generate(tokenizer(texts))",
+    ),
     "request_id": "the field is rid=",
     "timeout": "the argument is timeout_s=, in seconds",
     "generation_config": 'write what it has as a dict, with SGLang\'s names: generate(prompts, {"max_new_tokens": 64})',
@@ -322,6 +326,7 @@ def check_call(
             hint="a request of generate() would end its server; ask engine.url with engine.api_key, as SGLang's documentation has it",
         )
     given = {name: value for name, value in fields.items() if value is not None}
+    mask = given.pop("attention_mask", None)
     _check_names(given, known)
     named = [name for name in PROMPT_FIELDS if name in given]
     if len(named) + (prompts is not None) > 1:
@@ -330,10 +335,10 @@ def check_call(
         raise ConfigError(
             "there is nothing to generate from", hint="pass prompts, or text=, input_ids= or input_embeds="
         )
-    if named:
-        read = read_prompts(given.pop(named[0]), limits, field=named[0])
-    else:
-        read = read_prompts(prompts, limits)
+    field = named[0] if named else None
+    if field is not None:
+        prompts = given.pop(field)
+    read = read_prompts(prompts if mask is None else _with_mask(prompts, mask, field), limits, field=field)
     common: dict[str, Any] = {}
     own: dict[str, list[Any]] = {}
     if flag(stream, "stream"):
@@ -368,6 +373,14 @@ def check_call(
     call = GenerateCall(read, common, own, samples)
     _check_lengths(call, limits)
     return call
+
+
+def _with_mask(prompts: Any, mask: Any, field: str | None) -> dict[str, Any]:
+    """Return token ids and their mask as a tokenizer does, of ``generate(**tokenizer(texts, padding=True))``."""
+    first = next(iter(prompts), None) if is_list(prompts) else prompts
+    if field not in (None, "input_ids") or isinstance(first, (str, Mapping)):
+        raise ConfigError("attention_mask is given without token ids", hint="leave it out: it is for padded ones")
+    return {"input_ids": prompts, "attention_mask": mask}
 
 
 def _check_names(given: Mapping[str, Any], known: Callable[[], frozenset[str]]) -> None:
