@@ -141,6 +141,23 @@ def test_prompts_by_the_names_of_sglang():
     assert body(None, input_embeds=[[[1, 2]]]) == {"input_embeds": [[[1.0, 2.0]]]}
 
 
+@pytest.mark.parametrize("rows, token", [
+    ([[0, 0, 5], [1, 2, 3]], 0), ([[5, 0, 0], [1, 2, 3]], 0), ([[7, 7, 9], [7, 7, 7], [7, 8, 9], [1, 2, 3]], 7),
+    ([[0, 0, 5], [0, 0, 3]], None), ([[1, 5, 3], [1, 2, 3]], None), ([[0, 0, 5]], None), ([[5], [1]], None),
+    ([[4, 4, 5], [6, 6, 3]], None),
+])  # fmt: skip
+def test_padding_without_a_mask_is_warned_of(rows, token, caplog):
+    """It is a part of the prompts, and the answers are those to other prompts."""
+    for array in (torch.tensor(rows), np.array(rows)):
+        caplog.clear()
+        assert body(array)["input_ids"] == rows
+        assert [record.args for record in caplog.records] == ([] if token is None else [(token,)])
+    caplog.clear()
+    body(rows)  # lists are of any length: nobody pads them
+    body({"input_ids": torch.tensor(rows), "attention_mask": torch.ones(len(rows), len(rows[0]))})
+    assert not caplog.records
+
+
 @pytest.mark.parametrize("make", [list, np.array, torch.tensor])
 def test_a_tokenizers_output_may_be_fields(make):
     """As ``generate(**tokenizer(texts, padding=True))``; without the mask the padding would be a part of the prompts."""

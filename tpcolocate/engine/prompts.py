@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
@@ -10,6 +11,8 @@ from typing import Any
 from tpcolocate.engine.limits import ServerLimits
 from tpcolocate.engine.values import MAX_INT, contents, is_array, is_list, number, scalar, text, unpacked
 from tpcolocate.errors import ConfigError, TpColocateError, shown
+
+logger = logging.getLogger(__name__)
 
 Prompt = str | list[int] | list[list[float]]
 
@@ -71,7 +74,22 @@ def read_prompts(given: Any, limits: ServerLimits, *, field: str | None = None) 
     prompts = Prompts(field, [], is_single)
     for i, row in enumerate(rows):
         prompts.items.append(_read(row, prompts, i, limits))
+    if is_array(given) and (token := _padding([item for item in prompts.items if isinstance(item, list)])) is not None:
+        logger.warning(
+            "prompts of this array begin or end with token %d repeated, others do not: if that is padding, it is a part of these "
+            "prompts; pass the tokenizer's whole output, whose attention_mask leaves it out",
+            token,
+        )
     return prompts
+
+
+def _padding(rows: Sequence[Sequence[Any]]) -> Any:
+    """Return the token that seems to pad some of these rows to the length of the others; None if there is none."""
+    for first, second in ((0, 1), (-1, -2)):
+        repeated = {row[first] for row in rows if len(row) > 1 and row[first] == row[second]}
+        if len(repeated) == 1 and any(row[first] not in repeated for row in rows):
+            return repeated.pop()
+    return None
 
 
 def _read(row: Any, prompts: Prompts, index: int, limits: ServerLimits) -> Prompt | TpColocateError:
