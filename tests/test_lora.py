@@ -1,6 +1,7 @@
 """LoRA adapters: their names in one form, the checks against the served model, and the requests; no server."""
 
 import base64
+import copy
 import io
 import math
 import pickle
@@ -17,7 +18,7 @@ from tpcolocate.errors import ConfigError, RequestError, WeightsMismatchError
 from tpcolocate.server.api import LoraLimits, ServerApi
 from tpcolocate.server.releases import release
 from tpcolocate.weights.lora import adapter_of, check_adapter, check_served, make_adapter
-from tpcolocate.weights.sources.model_spec import ModelSpec
+from tpcolocate.weights.sources.model_spec import ModelSpec, read_spec
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(120)]
 
@@ -322,6 +323,49 @@ def test_the_base_model_is_not_looked_up(monkeypatch):
         save_and_load, "check_file_exists_on_hf_hub", lambda *args, **kwargs: pytest.fail("asked the hub")
     )
     assert adapter_of(model, None).modules().keys() == {"q_proj", "v_proj"}
+
+
+@pytest.mark.parametrize("has_spec", [True, False])
+def test_a_model_that_transformers_names_otherwise_than_its_checkpoint(tmp_path, has_spec):
+    """As most of those that take images."""
+    import transformers
+
+    text = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
+    text |= {"vocab_size": 64, "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32}
+    config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+    model = transformers.Qwen2_5_VLForConditionalGeneration(config)
+    model.save_pretrained(tmp_path)
+    spec = read_spec(str(tmp_path))
+    own = {name for name, _ in model.named_parameters()}
+    assert "model.language_model.layers.0.self_attn.q_proj.weight" in own - set(spec.shapes)
+
+    def adapter(**changes):
+        adapted = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=R, target_modules=["q_proj"], **changes))
+        return adapter_of(adapted, None, served=spec.shapes if has_spec else None)
+
+    path = "model" if has_spec else "model.language_model"
+    assert set(adapter().modules()) == {f"{path}.layers.{i}.self_attn.q_proj" for i in range(2)}
+    if has_spec:
+        check_adapter(adapter(), spec)
+
+
+@pytest.mark.parametrize("module", [
+    "visual.blocks.0.attn.qkv", "vision_tower.vision_model.encoder.layers.0.self_attn.q_proj", "multi_modal_projector.linear_1",
+    "model.audio_tower.layers.0.fc1", "score", "transformer.h.0.attn.c_attn",
+])  # fmt: skip
+def test_adapters_where_sglang_finds_no_layer_are_refused(module):
+    spec = ModelSpec({**SPEC.shapes, f"{module}.weight": (HIDDEN, HIDDEN)}, "somewhere")
+    given = {f"{module}.lora_A.weight": torch.zeros(R, HIDDEN), f"{module}.lora_B.weight": torch.zeros(HIDDEN, R)}
+    config = {**CONFIG, "target_modules": ["q_proj", "v_proj", module.rpartition(".")[2]]}
+    with pytest.raises(ConfigError, match=f"{module}: SGLang serves adapters on the layers of a language model"):
+        check_adapter(make_adapter({**GOOD, **given}, config), spec)
 
 
 def test_ddp_is_unwrapped():

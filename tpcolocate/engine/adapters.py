@@ -45,7 +45,8 @@ class LoraAdapters:
         """Load the adapter of a model in place of one of that name; arguments as of `Engine.set_lora`."""
 
         def make() -> Adapter:
-            adapter = adapter_of(model, adapter_name)
+            spec = self._context.sync.spec
+            adapter = adapter_of(model, adapter_name, served=None if spec is None else spec.shapes)
             self._check_not_merged(layers_with(model, adapter_name))
             return adapter
 

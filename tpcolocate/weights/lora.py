@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -20,14 +20,19 @@ from torch import nn
 
 from tpcolocate.checks import check_type
 from tpcolocate.errors import ConfigError, WeightsMismatchError, shown, some
+from tpcolocate.weights.sources.hf_names import to_checkpoint
 from tpcolocate.weights.sources.lazy_tensor import Item, LazyTensor, full_tensor
 from tpcolocate.weights.sources.model_spec import FLOATS, ModelSpec
 from tpcolocate.weights.sources.named_weights import gathered_state
+from tpcolocate.weights.sources.peft_merge import inner_model
 from tpcolocate.weights.sources.wrapper_names import unwrapped, without_wrappers
 
 _MOST = 2**31
 _PREFIX = "base_model.model."
 _NAME = re.compile(r"^(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.weight$")
+# SGLang finds the layer of an adapter's tensor by the first of these in its name (``get_layer_id``), and nothing else there.
+_LAYER = re.compile(r"\blayers\.\d+\.")
+_TOWER = re.compile(r"(^|\.)(vision|visual|audio)[^.]*\.")
 # SGLang serves these as one projection.  It fails on an adapter with only some of them, or drops those.
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 # Configuration that changes what an adapter computes, and that SGLang ignores.
@@ -140,12 +145,13 @@ def make_adapter(tensors: Mapping[str, Item], config: Any) -> Adapter:
     return Adapter(named, plain)
 
 
-def adapter_of(model: nn.Module, adapter_name: str | None) -> Adapter:
+def adapter_of(model: nn.Module, adapter_name: str | None, *, served: Collection[str] | None = None) -> Adapter:
     """Return the adapter of a model with PEFT layers (also from transformers' ``add_adapter``), without copying it.
 
     Args:
         model: Plain, DDP, compiled, or sharded by FSDP1, FSDP2 or ZeRO-3.
         adapter_name: Which one; may be None if there is only one.
+        served: Names of the served model's weights, if they are known.
 
     Raises:
         ConfigError: Not a PEFT model, no such adapter, layers that are scaled differently, or as `make_adapter`.
@@ -174,7 +180,32 @@ def adapter_of(model: nn.Module, adapter_name: str | None) -> Adapter:
         pattern = re.compile(rf"\.lora_\w+\.{re.escape(adapter_name)}(\.|$)")
         own = {name: item for name, item in state.items() if pattern.search(name)}
     adapter = make_adapter(own, configs[adapter_name])
-    return Adapter(adapter.tensors, {**adapter.config, "lora_alpha": _alpha(model, adapter_name, adapter.config)})
+    tensors = adapter.tensors if served is None else _under_served_names(adapter, model, served)
+    return Adapter(tensors, {**adapter.config, "lora_alpha": _alpha(model, adapter_name, adapter.config)})
+
+
+def _under_served_names(adapter: Adapter, model: nn.Module, served: Collection[str]) -> Mapping[str, Item]:
+    """Return the tensors by the names of modules that the checkpoint has; transformers has others for models with images.
+
+    A sync names their weights in the same way.
+    """
+    blanks: dict[str, torch.Tensor] = {}
+    for module, sides in adapter.modules().items():
+        if f"{module}.weight" not in served and len(sides) == 2:
+            shape = sides["B"].shape[0], sides["A"].shape[-1]
+            blanks[f"{module}.weight"] = torch.empty(shape, device="meta")
+    if not blanks:
+        return adapter.tensors
+    inner = inner_model(model)
+    named = to_checkpoint(model if inner is None else inner, list(blanks.items()), is_served=served.__contains__)
+    if len(named) != len(blanks):  # some are several weights in the checkpoint
+        return adapter.tensors
+    found = {name.removesuffix(".weight"): new.removesuffix(".weight") for name, (new, _) in zip(blanks, named)}
+    return {
+        f"{_PREFIX}{found.get(module, module)}.lora_{side}.weight": tensor
+        for module, sides in adapter.modules().items()
+        for side, tensor in sides.items()
+    }
 
 
 def layers_with(model: nn.Module, adapter_name: str | None) -> list[tuple[str, nn.Module]]:
@@ -223,6 +254,13 @@ def check_adapter(adapter: Adapter, spec: ModelSpec | None) -> Adapter:
     for module, sides in modules.items():
         if ".experts." in module:
             raise ConfigError(f"{module}: adapters on experts are not supported", hint="adapt the attention instead")
+        if _TOWER.search(module) or not (_LAYER.search(module) or _leaf(module) == "lm_head"):
+            raise ConfigError(
+                f"{module}: SGLang serves adapters on the layers of a language model, and would take this one for one of those, "
+                "or ignore it",
+                hint="leave it out by exclude_modules or a regular expression as target_modules, or send the merged weights with "
+                "sync_weights(model)",
+            )
         missing = sorted({"A", "B"} - set(sides))
         if missing:
             wrong.append(f"{module} has no lora_{missing[0]}")
