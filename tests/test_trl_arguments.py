@@ -592,12 +592,18 @@ def test_a_callback_is_checked_before_the_training_begins(given, words):
         GenerationCallback(None, None, ["a", "b"], **{"score": lambda *_: {}, "every_steps": 1, **given})
 
 
-def test_a_score_that_returns_no_figures_is_named():
+@pytest.mark.parametrize("returned, words", [
+    (None, "what score returns must be a dict of means by name, got None"),
+    ({"length": None}, "score returns None as 'length', not a number"),
+    ({"lengths": torch.ones(2)}, r"score returns tensor\(\[1., 1.\]\) as 'lengths'"),
+    ({7: 1.0}, "score returns 1.0 as 7"),
+])  # fmt: skip
+def test_a_score_that_returns_no_figures_is_named(returned, words):
     trainer = SimpleNamespace(model_wrapped=None)
     callback = GenerationCallback(
-        trainer, RecordingEngine(), ["a"], score=lambda *_: None, every_steps=1, on_error="return"
+        trainer, RecordingEngine(), ["a"], score=lambda *_: returned, every_steps=1, on_error="return"
     )
-    with pytest.raises(ConfigError, match="what score returns must be a dict of means by name, got None"):
+    with pytest.raises(ConfigError, match=words):
         callback.evaluate()
 
 

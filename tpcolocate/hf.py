@@ -178,7 +178,16 @@ class GenerationCallback(TrainerCallback):
         prompts, sampling_params, fields = self._request(indices)
         answers = self._engine.generate(prompts, sampling_params, timeout_s=self._timeout_s, **fields)
         figures = check_type("what score returns", self._score(prompts, answers), Mapping, expected=_SCORES)
-        return len(prompts), {name: float(value) for name, value in figures.items()}
+        return len(prompts), {name: _figure(name, value) for name, value in figures.items()}
+
+
+def _figure(name: object, value: Any) -> float:
+    try:
+        if isinstance(name, str):
+            return float(value)
+    except (TypeError, ValueError, RuntimeError):  # of several numbers, for example
+        pass
+    raise ConfigError(f"score returns {shown(value)} as {shown(name)}, not a number by its name", hint=_SCORE_HINT)
 
 
 def _rank_and_size() -> tuple[int, int]:
