@@ -100,3 +100,16 @@ def test_the_weights_of_a_further_layer_are_not_left_out(prefix):
         ModelSpec(SERVED, "the test").check([(name, torch.Size(shape)) for name, shape in given.items()])
     assert "rename=" not in caught.value.hint
     assert ("more layers" in caught.value.hint) == (not prefix)
+
+
+@pytest.mark.parametrize("prefix", ["", "base_model.model."])
+def test_the_weights_of_an_adapter_are_not_left_out(prefix):
+    """Of the state dict of a PEFT model; what it has trained would be missing."""
+    layer = "model.layers.3.mlp.down_proj."
+    given = {
+        prefix + name.replace(f"{layer}weight", f"{layer}base_layer.weight"): shape for name, shape in SERVED.items()
+    }
+    given |= {f"{prefix}{layer}lora_{side}.default.weight": (4, 4) for side in "AB"}
+    with pytest.raises(WeightsMismatchError) as caught:
+        ModelSpec(SERVED, "the test").check([(name, torch.Size(shape)) for name, shape in given.items()])
+    assert "rename" not in caught.value.hint and "pass the PEFT model itself" in caught.value.hint

@@ -7,6 +7,7 @@ zeros) and to one with too many (truncated): see /update_weights_from_tensor in 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,8 @@ from tpcolocate.weights.sources.rename_hint import is_of_more_layers, rename_hin
 FLOATS = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))
 """Dtypes of weights; they are cast to each other as they are copied."""
 _INCOMPLETE_HINT = "pass the whole model, or partial=True to leave the other weights as they are"
+# In names of a PEFT model's state dict.  To leave these weights out would leave out what has been trained.
+_OF_PEFT = re.compile(r"\.(lora_(embedding_)?[AB]|base_layer|modules_to_save)(\.|$)")
 # In names of torch.nn.utils.parametrize.
 _PARAMETRIZED = ".parametrizations."
 # As safetensors names them.
@@ -152,6 +155,11 @@ def _hint_of(unknown: Sequence[str], rename: str | None, served: Iterable[str]) 
         rename: The argument that mends them, if it can be seen.
         served: The names that it has.
     """
+    if any(_OF_PEFT.search(name) for name in unknown):
+        return (
+            "these are PEFT's names: pass the PEFT model itself, whose adapters are merged on the way, or serve an adapter beside its "
+            "base with set_lora() or set_lora_from_tensors()"
+        )
     if rename is not None:
         return f"pass {rename}"
     if is_of_more_layers(unknown, served):
