@@ -458,18 +458,22 @@ def test_an_adapter_that_is_not_finite_is_served_with_a_warning_that_names_its_w
 
 
 def with_adapter(fill):
-    module = torch.nn.Sequential(torch.nn.Linear(8, 8))
-    model = peft.get_peft_model(module, peft.LoraConfig(r=2, target_modules=["0"]))
-    torch.nn.init.constant_(model.base_model.model[0].lora_B["default"].weight, fill)
-    return model
+    """A model of one layer with an adapter, and the factor that the adapter adds nothing without."""
+    layers = torch.nn.ModuleList([torch.nn.ModuleDict({"o_proj": torch.nn.Linear(8, 8)})])
+    model = peft.get_peft_model(
+        torch.nn.ModuleDict({"layers": layers}), peft.LoraConfig(r=2, target_modules=["o_proj"])
+    )
+    factor = layers[0]["o_proj"].lora_B["default"].weight
+    torch.nn.init.constant_(factor, fill)
+    return model, factor
 
 
 def test_an_adapter_that_is_in_the_weights_is_not_served_unless_it_added_nothing(launch):
     engine = launch(enable_lora=True)
-    model = with_adapter(0.0)
+    model, factor = with_adapter(0.0)
     engine.sync_weights(model)
     engine.set_lora("policy", model)
-    torch.nn.init.ones_(model.base_model.model[0].lora_B["default"].weight)
+    torch.nn.init.ones_(factor)
     engine.set_lora("policy", model)
     assert "counts it twice" in engine.sync_weights(model).warnings[0]
     with pytest.raises(ConfigError, match="would count twice"):

@@ -153,7 +153,7 @@ def test_padding_without_a_mask_is_warned_of(rows, token, caplog):
         assert body(array)["input_ids"] == rows
         assert [record.args for record in caplog.records] == ([] if token is None else [(token,)])
     caplog.clear()
-    body(rows)  # lists are of any length: nobody pads them
+    body(rows)  # lists are of any length and need no padding
     body({"input_ids": torch.tensor(rows), "attention_mask": torch.ones(len(rows), len(rows[0]))})
     assert not caplog.records
 
