@@ -1,5 +1,6 @@
 """The private folders of a launch: made for it alone, out of reach of other users, and removed when their owner is dead."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -367,3 +368,19 @@ def test_an_owner_in_another_container_is_not_taken_for_dead(left, change):
     owner.wait()
     remove_remains()
     assert made.shared.exists() and server.poll() is None
+
+
+def test_the_remains_of_a_container_that_has_ended_are_removed_once_nothing_holds_their_lock(left, folders):
+    """It shared /dev/shm, and ended with all its processes, as where the trainer or torchrun is the first one in it."""
+    make, start = left
+    server = start()  # whose pid is of another process there
+    made = make("1-a", owner=server, supervisor=server, server=server, namespace="pid:[1]")
+    (folders[0] / LEFT[0]).touch()
+    made.processes.write_text(json.dumps({"is_locked": True, **json.loads(made.processes.read_text())}))
+    with open(made.processes, "rb") as held_by_its_supervisor:
+        fcntl.flock(held_by_its_supervisor, fcntl.LOCK_SH)
+        remove_remains()
+        assert made.shared.exists()
+    remove_remains()
+    assert not made.shared.exists() and not made.temporary.exists() and not (folders[0] / LEFT[0]).exists()
+    assert server.poll() is None

@@ -4,6 +4,7 @@ The server is replaced by a script that leaves what SGLang leaves: a worker, an 
 a message queue named by pid, and a shared-memory file and semaphores that can only be found by their mappings.
 """
 
+import fcntl
 import itertools
 import json
 import mmap
@@ -244,6 +245,22 @@ def test_stop_ends_all_processes_and_removes_all_files(make):
     assert server.last_event() == {"event": "exited", "code": -signal.SIGTERM, "forced": False}
     assert time.monotonic() - began < 50, "nothing ignored SIGTERM, so the grace period is not used"
     server.assert_gone(0)  # before the event, not after
+
+
+def test_the_record_is_locked_while_the_supervisor_lives(make):
+    """What lives in another container cannot be seen by its pid."""
+    server = make().start()
+    until(server.record.exists, "the record is there")
+    for _ in range(2):
+        with open(server.record, "rb") as record, pytest.raises(BlockingIOError):
+            fcntl.flock(record, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        server.record.unlink()  # as systemd does
+        until(server.record.exists, "the record is there again")
+    server.supervisor.kill()
+    server.supervisor.wait(SOON_S)
+    with open(server.record, "rb") as record:
+        fcntl.flock(record, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    server.record.unlink()
 
 
 def test_a_server_that_ignores_sigterm_is_killed_after_the_grace_and_reported_as_forced(make):

@@ -3,7 +3,7 @@
 Both are made for one launch, under a name that no other user can know before, with mode 0700::
 
     /dev/shm/tpcolocate-<uid>-<nonce>/     owner.json         who made it
-                                           processes.json     the server's processes, written by the supervisor
+                                           processes.json     the server's processes, written and locked by the supervisor
                                            server.yaml        the API key, until SGLang has read it
                                            announcement.json  for other processes, see `tpcolocate.rendezvous`
                                            *.sock, *.safetensors  of weight syncs
@@ -17,6 +17,7 @@ The supervisor removes them when the server has ended; the log stays unless this
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
@@ -71,9 +72,17 @@ class OwnerRecord:
     temporary: str
     log_path: str
 
+    @property
+    def is_here(self) -> bool:
+        """Whether its pids are valid in this process."""
+        return self.namespace == pid_namespace()
+
     def is_running(self) -> bool:
-        """Return whether the owner is alive, as far as this process can know."""
-        return self.namespace != pid_namespace() or start_of(self.pid) == self.started
+        """Return whether the launch goes on, as far as this process can know.
+
+        The owner lives; or, in another pid namespace, where that cannot be seen, the supervisor may still hold its lock.
+        """
+        return start_of(self.pid) == self.started if self.is_here else not _is_left(folder_of(self.nonce))
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,21 +302,43 @@ def remove_remains(*, timeout_s: float = _ENDS_S) -> None:
         if owner is None or owner.is_running():
             continue
         logger.info("removing what the process %d has left in %s", owner.pid, folder)
-        supervisor = read_processes(folder / "processes.json")[:1]
+        supervisor = read_processes(folder / "processes.json")[:1] if owner.is_here else []
         while any(map(_runs, supervisor)) and not deadline.has_passed:
             time.sleep(_POLL_INTERVAL_S)
-        _remove_server(folder)
+        _remove_server(folder, is_here=owner.is_here)
         temporary = Path(owner.temporary)
         if is_private(temporary) and temporary.name == folder.name:
             _remove(temporary)
         _remove(folder)
 
 
-def _remove_server(folder: Path) -> None:
-    """End the processes that a supervisor has recorded, and remove SGLang's files in /dev/shm, and torch's of dead trainers."""
+def _is_left(folder: Path) -> bool:
+    """Return whether the supervisor that has recorded the processes of a launch has ended, and with it the server.
+
+    Its lock shows it, where its pid does not: a container that ends has all its processes killed, in the middle of their cleaning up.
+    """
+    path = folder / "processes.json"
+    try:
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # A supervisor that runs has a new one locked before it lets go of this one.
+            is_last = os.path.samestat(os.fstat(file.fileno()), os.lstat(path))
+    except OSError:
+        return False
+    return is_last and _read_json(path).get("is_locked") is True  # other versions had no lock
+
+
+def _remove_server(folder: Path, *, is_here: bool = True) -> None:
+    """End the processes that a supervisor has recorded, and remove SGLang's files in /dev/shm, and torch's of dead trainers.
+
+    Args:
+        folder: Of the launch.
+        is_here: Whether the recorded pids are valid in this process; the others are of processes that have ended.
+    """
     record = folder / "processes.json"
-    _end(read_processes(record))
-    for name in [*_read_files(record), *_read_handle_counts(record)]:
+    if is_here:
+        _end(read_processes(record))
+    for name in [*_read_files(record), *(_read_handle_counts(record) if is_here else ())]:
         if "/" not in name:
             with suppress(OSError):  # it is gone, or another user's
                 (SHARED_MEMORY / name).unlink()

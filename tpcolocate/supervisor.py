@@ -339,6 +339,9 @@ class Tree:
         """By the last scan."""
         self._record = record
         self._recorded: object = None
+        # The record that lies there now, open and locked for as long as this process lives: a process of another container, which
+        # shares /dev/shm and has pids of its own, sees nothing else of it.
+        self._locked: object = None
         self._trainers = dict(trainers or {})
         self._counts: dict[str, int] = {}
         self._began = time.time() - _JUST_BEGUN_S
@@ -397,6 +400,7 @@ class Tree:
     def _write_record(self, processes: list[dict[str, Any]]) -> None:
         own = stat_of(os.getpid())
         content = {
+            "is_locked": True,
             "supervisor": {"name": "supervisor", "pid": os.getpid(), "started": own.started if own is not None else 0},
             "processes": processes,
             "files": sorted(self.files),
@@ -408,9 +412,14 @@ class Tree:
             return
         self._recorded = content
         try:
-            with open(os.open(self._record + ".new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-                json.dump(content, file)
+            file = open(
+                os.open(self._record + ".new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "w"
+            )
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            json.dump(content, file)
+            file.flush()
             os.rename(self._record + ".new", self._record)
+            self._locked = file
         except OSError:
             pass  # the folder is gone or full; the server runs without
 

@@ -62,8 +62,8 @@ class Leftover:
 def find_leftovers(*, shm: Path = SHM, proc: Path = _PROC) -> list[Leftover]:
     """List what launches of this user whose trainers have ended left behind.
 
-    A launch is judged by the record of its owner, with pid, start and PID namespace: one of another container is left
-    alone, as it cannot be known whether it runs.
+    A launch is judged by the record of its owner, with pid, start and PID namespace: one of another container by the lock of
+    its supervisor.
 
     Args:
         shm: Folder of the launches and of SGLang's queues.
