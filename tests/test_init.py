@@ -1,8 +1,11 @@
 """`init` on real ranks: slices, owners, and the same error on every rank."""
 
+import fcntl
+import json
 import multiprocessing
 import os
 import time
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -343,7 +346,7 @@ def announced(monkeypatch, tmp_path):
     def announce(job, slice_index=0, nonce=None, pid=None):
         nonce = f"{job}-{slice_index}" if nonce is None else nonce
         url = f"http://{job}:1"
-        process = this_process() if pid is None else (pid, start_of(pid))
+        process = this_process() if pid is None else (pid, start_of(pid) or 1)
         announcement = rendezvous.Announcement(url, "key", job, slice_index, (slice_index,), *process, nonce)
         path = rendezvous.path_for(nonce)
         path.parent.mkdir(mode=0o700)
@@ -363,6 +366,22 @@ def test_connect_takes_the_job_that_is_named(announced, monkeypatch, caplog):
     assert caplog.messages == []
     with pytest.raises(errors.ConfigError, match="not the name of a job"):
         tpcolocate.connect("../b")
+
+
+def test_connect_finds_a_job_of_another_container_until_its_supervisor_has_ended(announced):
+    """One that shares network and /dev/shm with this one, but not the PID namespace."""
+    from tpcolocate import rendezvous, runtime_folder
+
+    announced("a", pid=2**22)  # of no process here
+    folder = rendezvous.path_for("a-0").parent
+    owner = runtime_folder.OwnerRecord(2**22, 1, "pid:[1]", "a-0", "/nowhere", "/nowhere/log")
+    (folder / "owner.json").write_text(json.dumps(asdict(owner)))
+    (folder / "processes.json").write_text('{"is_locked": true}')
+    with open(folder / "processes.json", "rb") as held_by_its_supervisor:
+        fcntl.flock(held_by_its_supervisor, fcntl.LOCK_SH)
+        assert tpcolocate.connect("a").url == "http://a:1"
+    with pytest.raises(errors.RendezvousError, match="no running server"):
+        tpcolocate.connect("a")
 
 
 def test_connect_without_a_job_warns_which_server_it_takes(announced, monkeypatch, caplog):

@@ -93,8 +93,8 @@ def _only_one(
 def _how_to_choose(found: Sequence[Announcement], *, is_any_running: bool) -> str:
     if not is_any_running:
         return (
-            "connect() finds a server of the same user on the same host, once launch() has returned there; start that "
-            "job first, and look at its output"
+            "connect() finds a server of the same user on the same host, or in containers with one network and /dev/shm, once "
+            "launch() has returned there; start that job first, and look at its output"
         )
     if not found:
         return "name one of those that run, connect(job, slice_index=0), or wait until launch() of the other job has returned"

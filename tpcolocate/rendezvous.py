@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 from tpcolocate.deadline import Deadline
 from tpcolocate.errors import ConfigError, LaunchError, RendezvousError, shown
 from tpcolocate.processes import start_of
-from tpcolocate.runtime_folder import folder_of, private_folders
+from tpcolocate.runtime_folder import folder_of, private_folders, read_owner
 
 JOB_VARIABLE = "TPCOLOCATE_JOB"
 _NAME = "announcement.json"
@@ -223,9 +223,16 @@ def discover(job: str | None = None) -> list[tuple[Path, Announcement]]:
             announcement = read(path)
         except RendezvousError:
             continue  # read() raises it for its path
-        if announcement is not None and announcement.writer_is_running() and job in (None, announcement.job):
+        if announcement is not None and job in (None, announcement.job) and _runs(folder, announcement):
             found.append((path, announcement))
     return found
+
+
+def _runs(folder: Path, announcement: Announcement) -> bool:
+    owner = read_owner(folder)
+    if owner is None or owner.is_here:
+        return announcement.writer_is_running()
+    return owner.is_running()  # in another container, whose pids are its own
 
 
 __all__ = ["JOB_VARIABLE", "Announcement", "announce", "discover", "job_of", "parse", "path_for", "read", "wait"]
