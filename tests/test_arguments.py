@@ -177,8 +177,26 @@ def test_a_path_that_can_only_be_a_folder_and_is_none_is_refused(path):
 def test_folders_and_hub_ids_are_taken(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a" / "b" / "c").mkdir(parents=True)
+    (tmp_path / "config.json").touch()
+    (tmp_path / "a" / "b" / "c" / "params.json").touch()
     for path in (str(tmp_path), ".", "a/b/c", "gpt2", "Qwen/Qwen3-0.6B", "s3://bucket/a/b"):
         check_model_path(path)
+
+
+@pytest.mark.parametrize("files, words", [
+    ([], "save_pretrained"),
+    (["model.safetensors"], "save_pretrained"),
+    (["adapter_config.json", "adapter_model.safetensors"], "it is a PEFT adapter: launch its base model"),
+    (["checkpoint-100/config.json", "checkpoint-200/config.json"], "such as '.*checkpoint-200'"),
+])  # fmt: skip
+def test_a_folder_without_a_model_is_refused(files, words, tmp_path):
+    """SGLang finds it out in its own start, after many seconds and with a traceback."""
+    for number, name in enumerate(files):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+        os.utime((tmp_path / name).parent, (number, number))
+    with pytest.raises(ConfigError, match=rf"the folder '{tmp_path}' has no config.json\n.*{words}"):
+        check_model_path(str(tmp_path))
 
 
 @pytest.mark.parametrize("elsewhere, ours", rules._ELSEWHERE.items())

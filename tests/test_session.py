@@ -236,6 +236,7 @@ def test_a_restart_is_like_the_launch_whatever_has_changed_since(colo, monkeypat
     monkeypatch.setattr(session, "agree_on_launch", agree)
     monkeypatch.setenv("REPEATED", "1")
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
     env, bias = {"OWN": "1", "REPEATED": "1"}, {"a": [1]}
     engine = colo.launch(
         tmp_path, log_path="logs/server.log", env=env, json_model_override_args=bias, max_loras_per_batch=3

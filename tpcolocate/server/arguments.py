@@ -118,6 +118,8 @@ _ELSEWHERE = {
     "compilation_config": "enable_torch_compile",
 }
 _PORTS = ("port", "nccl_port")
+# Of transformers, and of Mistral's own checkpoints.
+_CONFIGURATIONS = ("config.json", "params.json")
 _QUANTISED_FORMATS = ("bitsandbytes", "gguf", "flash_rl")
 
 
@@ -245,19 +247,31 @@ def _no_value(name: str, value: object) -> ConfigError:
 
 
 def check_model_path(model_path: str) -> None:
-    """Check that a model path which can only be a folder is one.
+    """Check that a model path which can only be a folder is one, and that a folder has a model.
 
     Raises:
-        ConfigError: There is no such folder.
+        ConfigError: There is no such folder, or none with a configuration.
     """
     path = Path(model_path)
     is_hub_id = not path.is_absolute() and model_path.count("/") <= 1 and not model_path.startswith(".")
+    if model_path and path.is_dir() and not any((path / name).exists() for name in _CONFIGURATIONS):
+        raise ConfigError(f"the folder {model_path!r} has no config.json", hint=_instead_of(path))
     if model_path and (path.exists() or "://" in model_path or is_hub_id):
         return
     raise ConfigError(
         f"there is no folder {model_path!r}" + ("" if path.is_absolute() else f" in {os.getcwd()}"),
         hint="launch() takes a checkpoint folder or a hub id (organisation/name)",
     )
+
+
+def _instead_of(folder: Path) -> str:
+    """Return what to pass in place of a folder without a model."""
+    if (folder / "adapter_config.json").exists():
+        return "it is a PEFT adapter: launch its base model, with enable_lora=True, and pass the adapter to set_lora() or as lora_paths"
+    if inside := sorted(config.parent for config in folder.glob("*/config.json")):
+        newest = max(inside, key=lambda path: path.stat().st_mtime)
+        return f"pass the folder of a model, such as {str(newest)!r}"
+    return "pass a folder that save_pretrained() or save_weights() has written, or a hub id (organisation/name)"
 
 
 def check_installed(arguments: Mapping[str, Any], installed: Installed | None) -> None:
