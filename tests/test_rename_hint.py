@@ -91,6 +91,13 @@ def test_the_parts_of_a_weight_are_not_left_out(parts):
     assert ("remove_parametrizations" in caught.value.hint) == parts[0].startswith("parametrizations")
 
 
+def test_the_bias_of_a_layer_is_not_left_out():
+    given = [*((name, torch.Size(shape)) for name, shape in SERVED.items()), ("lm_head.bias", torch.Size((100,)))]
+    with pytest.raises(WeightsMismatchError, match="has no lm_head.bias") as caught:
+        ModelSpec(SERVED, "the test").check(given)
+    assert "rename=" not in caught.value.hint and "or biases" in caught.value.hint
+
+
 @pytest.mark.parametrize("prefix", ["", "policy."])
 def test_the_weights_of_a_further_layer_are_not_left_out(prefix):
     """Without them the engine would compute something else."""

@@ -18,7 +18,7 @@ from safetensors import safe_open
 
 from tpcolocate.errors import ConfigError, WeightsMismatchError, some
 from tpcolocate.weights.sources.hf_names import to_checkpoint
-from tpcolocate.weights.sources.rename_hint import is_of_more_layers, rename_hint
+from tpcolocate.weights.sources.rename_hint import is_of_larger_model, rename_hint
 
 FLOATS = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))
 """Dtypes of weights; they are cast to each other as they are copied."""
@@ -162,8 +162,8 @@ def _hint_of(unknown: Sequence[str], rename: str | None, served: Iterable[str]) 
         )
     if rename is not None:
         return f"pass {rename}"
-    if is_of_more_layers(unknown, served):
-        return "the trainer's model has more layers or experts: pass launch() the checkpoint that it was loaded from"
+    if is_of_larger_model(unknown, served):
+        return "the trainer's model has more layers, experts or biases: pass launch() the checkpoint that it was loaded from"
     if any(_PARAMETRIZED in name for name in unknown):
         return (
             "a parametrization computes these weights: pass pairs of what is computed, (name, layer.weight), or remove it with "

@@ -48,7 +48,7 @@ def rename_hint(given: Sequence[tuple[str, Shape]], served: Mapping[str, Shape])
     num_fitting = sum(new in fitting for new in names.values())
     if unknown and len(unknown) <= _MOST_DROPPED and len(fitting) >= _MOST_OF_THEM * len(served):
         missing = [name for name in served if name not in fitting]
-        if is_of_more_layers([names[name] for name in unknown], served) or any(
+        if is_of_larger_model([names[name] for name in unknown], served) or any(
             _may_be(names[name], other) for name in unknown for other in missing
         ):
             return None
@@ -62,13 +62,19 @@ def rename_hint(given: Sequence[tuple[str, Shape]], served: Mapping[str, Shape])
     return f"rename=lambda name: {text}"
 
 
-def is_of_more_layers(unknown: Iterable[str], served: Iterable[str]) -> bool:
-    """Return whether a name that the served model lacks is one of its names with another number: of a further layer or expert.
+def is_of_larger_model(unknown: Iterable[str], served: Iterable[str]) -> bool:
+    """Return whether a name that the served model lacks is of a further layer or expert, or a bias of a layer that it has.
 
-    Without it the engine would compute something else than the trainer.
+    Without that weight the engine would compute something else than the trainer.
     """
-    kinds = {_NUMBER.sub("0", name) for name in served}
-    return any(_NUMBER.sub("0", name) in kinds for name in unknown)
+    kinds, modules = set(), set()
+    for name in served:
+        kinds.add(_NUMBER.sub("0", name))
+        modules.add(name.rpartition(".")[0])
+    return any(
+        _NUMBER.sub("0", name) in kinds or (name.endswith(".bias") and name.rpartition(".")[0] in modules)
+        for name in unknown
+    )
 
 
 def _may_be(unknown: str, missing: str) -> bool:
@@ -140,4 +146,4 @@ def _with_prefix(
     return f"{text} if {text}.startswith({starts!r}) else {changed}", renamed
 
 
-__all__ = ["is_of_more_layers", "rename_hint"]
+__all__ = ["is_of_larger_model", "rename_hint"]
