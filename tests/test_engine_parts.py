@@ -765,6 +765,7 @@ def test_a_server_whose_model_was_removed_runs_on(launch, tmp_path):
         engine.restart({})
     engine.generate([[1]])
     (tmp_path / "checkpoint-10").mkdir()
+    (tmp_path / "checkpoint-10" / "config.json").write_text("{}")
     engine.restart({})
 
 
