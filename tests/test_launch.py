@@ -504,6 +504,13 @@ def test_a_supervisor_that_cannot_run_is_an_error_with_its_own_words(stand_in, m
         start(SERVE)
 
 
+def cmdline_of(child):
+    try:
+        return child.cmdline()
+    except psutil.ZombieProcess:  # of another test, which its process has not waited for
+        return []
+
+
 def test_a_supervisor_that_does_not_read_is_not_waited_for(stand_in, monkeypatch, tmp_path):
     """As one that is stopped; what it is sent has the environment in it."""
     start, _ = stand_in
@@ -514,7 +521,7 @@ def test_a_supervisor_that_does_not_read_is_not_waited_for(stand_in, monkeypatch
     try:
         supervision = started.result(20.0)
     finally:
-        [child] = [one for one in psutil.Process().children() if "stopped.py" in " ".join(one.cmdline())]
+        [child] = [one for one in psutil.Process().children() if "stopped.py" in " ".join(cmdline_of(one))]
         child.kill()
         server.stop()
     supervision.end(b"stop", timeout_s=5.0)

@@ -89,8 +89,9 @@ def settings(world, *, shards=False, **more):
     }  # fmt: skip
 
 
-def num_unique_chars(completions, **kwargs):
-    return [float(len(set(completion))) for completion in completions]
+def mean_char(completions, **kwargs):
+    """Hardly ever the same for all completions of a prompt, of which there would be no gradient."""
+    return [sum(map(ord, completion)) / (100.0 * max(1, len(completion))) for completion in completions]
 
 
 def rl_trainer(world, kind, *, shards=False, lora=False, **more):
@@ -110,7 +111,7 @@ def rl_trainer(world, kind, *, shards=False, lora=False, **more):
         args.distributed_state.distributed_type = DistributedType.MULTI_GPU
     return trainer(
         model=str(world.model_dir),
-        reward_funcs=num_unique_chars,
+        reward_funcs=mean_char,
         args=args,
         train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
         peft_config=LoraConfig(r=4, target_modules="all-linear") if lora else None,
@@ -253,7 +254,7 @@ def blocks_of_the_pages(world):
             "prompts": [[5, 6], [7, 8, 9]],
             "loader": [{"input_ids": torch.tensor([ids]), "labels": torch.tensor([ids])}] * 2,
             "dataset": Dataset.from_dict({"prompt": PROMPTS}) if "use_sglang" in source else Dataset.from_list(rows),
-            "reward": num_unique_chars,
+            "reward": mean_char,
             "GRPOConfig": config,
             "GRPOTrainer": trl.GRPOTrainer,
         }
