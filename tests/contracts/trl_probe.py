@@ -83,7 +83,14 @@ def train(make, trl, model):
     colo = SimpleNamespace(
         device=torch.device("cpu"), slice_index=0, launch=lambda path, **args: engine, close=lambda: None
     )
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(engines, "init", return_value=colo):
+    llm = SimpleNamespace(
+        llm_engine=SimpleNamespace(model_config=SimpleNamespace(max_model_len=512))
+    )  # asked of a server
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.object(engines, "init", return_value=colo),
+        mock.patch.object(generation.SGLangGeneration, "llm", llm),
+    ):
         built = make(trl, model, folder)
         with tpcolocate.trl.use_sglang() as made:
             trainer = built()

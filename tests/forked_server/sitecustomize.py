@@ -30,7 +30,7 @@ def _fork_from_here():
         with contextlib.suppress(ImportError):
             import sglang.srt.model_executor.model_runner  # noqa: F401  that of each scheduler
 
-        _rest_while_paused()
+            _rest_while_paused()
         # Once, for the processes of SGLang that are started next; what is there is not looked through again.
         gc.freeze()
         gc.enable()
