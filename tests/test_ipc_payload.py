@@ -515,3 +515,31 @@ def test_many_cycles_leak_nothing(reader):
         cycle(i)
     gc.collect()
     assert resources() == before
+
+
+# --- torch's manager of shared memory -----------------------------------------------------------------------------------
+
+LATE = "Shared memory manager connection has timed out"
+
+
+def late(call, times):
+    """As torch on a machine that does not run its manager for a while."""
+    left = [RuntimeError(LATE)] * times
+
+    def made(*args):
+        if left:
+            raise left.pop()
+        return call(*args)
+
+    return made
+
+
+def test_a_manager_of_shared_memory_that_is_late_is_asked_again(monkeypatch):
+    storages = torch.UntypedStorage
+    monkeypatch.setattr(storages, "_new_using_filename_cpu", late(storages._new_using_filename_cpu, 3))
+    monkeypatch.setattr(storages, "_share_filename_cpu_", late(storages._share_filename_cpu_, 3))
+    handle = ipc_payload.export(ipc_payload.allocate(4, torch.device("cpu")))
+    handle.reclaim()
+    monkeypatch.setattr(storages, "_new_using_filename_cpu", late(storages._new_using_filename_cpu, 100))
+    with pytest.raises(RuntimeError, match=LATE):
+        ipc_payload.allocate(4, torch.device("cpu"))

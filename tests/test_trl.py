@@ -83,7 +83,7 @@ def settings(world, *, shards=False, **more):
     sharding = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["Qwen3DecoderLayer"]}}
     return {
         "output_dir": str(world.out / "trainer"), "max_steps": STEPS, "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2, "lr_scheduler_type": "constant", "logging_steps": 1, "save_strategy": "no",
+        "learning_rate": 1e-3, "lr_scheduler_type": "constant", "logging_steps": 1, "save_strategy": "no",
         "report_to": "none", "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "disable_tqdm": True,
         **(sharding if shards else {}), **more,
     }  # fmt: skip
