@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from tpcolocate.supervisor import stat_of
+from tpcolocate.supervisor import mapped_inodes, stat_of
 
 SHM = Path("/dev/shm")
 _PREFIXES = ("sgl_", "sglang_", "torch_", "tpcolocate", "sem.mp-", "sem.loky-", "psm_")
@@ -103,14 +103,12 @@ def _mapped_by_others(names: Iterable[str], ours: Collection[int]) -> set[str]:
     inodes = {}
     for name in names:
         with contextlib.suppress(OSError):
-            inodes[str((SHM / name).stat().st_ino)] = name
+            inodes[(SHM / name).stat().st_ino] = name
     found: set[str] = set()
     for pid in psutil.pids():
-        with contextlib.suppress(OSError):
-            lines = Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines()
-            mapped = {line.split(maxsplit=5)[4] for line in lines if "/dev/shm/" in line}
-            if not mapped.isdisjoint(inodes) and not _is_below(pid, ours):
-                found |= {inodes[inode] for inode in mapped if inode in inodes}
+        mapped = mapped_inodes(pid) & inodes.keys()
+        if mapped and not _is_below(pid, ours):
+            found |= {inodes[inode] for inode in mapped}
     return found
 
 

@@ -192,7 +192,7 @@ def shm_files(pids: Iterable[int], since: float) -> set[str]:
     """
     pids = set(pids)
     # By inode: a semaphore is mapped under a temporary name, before it gets its own.
-    mapped = set().union(*map(_mapped, pids))
+    mapped = set().union(*map(mapped_inodes, pids))
     found = set()
     with os.scandir(_SHM) as entries:
         for entry in entries:
@@ -217,12 +217,12 @@ def handle_counts(pids: Collection[int]) -> dict[str, int]:
                 of_pid.setdefault(int(match["pid"]), {})[entry.name] = entry.inode()
     found: dict[str, int] = {}
     for pid, inodes in of_pid.items():
-        mapped = _mapped(pid)
+        mapped = mapped_inodes(pid)
         found |= {name: pid for name, inode in inodes.items() if inode in mapped}
     return found
 
 
-def _mapped(pid: int) -> set[int]:
+def mapped_inodes(pid: int) -> set[int]:
     """Return the inodes of what a process maps of /dev/shm."""
     try:
         with open(f"/proc/{pid}/maps", "rb") as maps:  # paths need not be text

@@ -268,7 +268,7 @@ def _instead_of(folder: Path) -> str:
     """Return what to pass in place of a folder without a model."""
     if (folder / "adapter_config.json").exists():
         return "it is a PEFT adapter: launch its base model, with enable_lora=True, and pass the adapter to set_lora() or as lora_paths"
-    if inside := sorted(config.parent for config in folder.glob("*/config.json")):
+    if inside := [config.parent for config in folder.glob("*/config.json")]:
         newest = max(inside, key=lambda path: path.stat().st_mtime)
         return f"pass the folder of a model, such as {str(newest)!r}"
     return "pass a folder that save_pretrained() or save_weights() has written, or a hub id (organisation/name)"

@@ -145,7 +145,7 @@ class SGLangGeneration:
         return [list(prompt) for prompt in prompts], completions, values, token_ids
 
     def _fitting(self, prompts: Sequence[Sequence[int]]) -> dict[str, Any] | list[dict[str, Any]]:
-        """Return the sampling parameters, with fewer new tokens for a prompt that leaves no room for all of them.
+        """Return the sampling parameters, with fewer new tokens for a prompt beside which not all of them fit into the context.
 
         vLLM ends such a completion at the end of the context, and SGLang refuses it.  In a trainer's tool loop prompts grow
         with every turn, up to the context.
@@ -157,8 +157,8 @@ class SGLangGeneration:
         if all(len(prompt) + most <= context for prompt in prompts):
             return self._sampling_params
         # At least one: a prompt that fills the context by itself is the engine's to refuse.
-        room = [max(context - len(prompt), 1) for prompt in prompts]
-        return [{**self._sampling_params, "max_new_tokens": min(most, each)} for each in room]
+        fitting = [max(context - len(prompt), 1) for prompt in prompts]
+        return [{**self._sampling_params, "max_new_tokens": min(most, each)} for each in fitting]
 
     def _sleep(self) -> None:
         if self._sleeps:
