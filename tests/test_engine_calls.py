@@ -18,6 +18,7 @@ import torch.distributed as dist
 from footprint import Footprint, leftovers
 from harness import as_another_user, run_ranks
 from rollout_checks import (
+    LONG_ARGS,
     abort_and_flush,
     another_process_asks_while_the_engine_sleeps,
     crossed_calls,
@@ -42,7 +43,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(1500)]
 
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ARGS = {
-    **PLAIN_ARGS, "enable_lora": True, "lora_backend": "torch_native", "max_lora_rank": 8, "max_loras_per_batch": 3,
+    **PLAIN_ARGS, **LONG_ARGS, "enable_lora": True, "lora_backend": "torch_native", "max_lora_rank": 8, "max_loras_per_batch": 3,
     "max_loaded_loras": 3, "lora_target_modules": MODULES,
 }  # fmt: skip
 SAVED_VERSION = "41"

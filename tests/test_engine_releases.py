@@ -15,7 +15,7 @@ import pytest
 from conftest import FORKED_SERVER
 from footprint import Footprint, leftovers
 from harness import run_ranks
-from rollout_checks import another_process_asks_while_the_engine_sleeps, follows, in_flight, outcome_of
+from rollout_checks import LONG_ARGS, another_process_asks_while_the_engine_sleeps, follows, in_flight, outcome_of
 from test_engine import (
     ARGS,
     HEALTH_S,
@@ -88,6 +88,7 @@ def drive(rank, model_dir, release):
     with tpcolocate.init(2, device="cpu", timeout_s=60.0) as colo:
         arguments = {
             **ARGS,
+            **LONG_ARGS,
             **release.arguments,
             "env": {"PYTHONPATH": f"{release.folder}{os.pathsep}{FORKED_SERVER}"},
             "health_timeout_s": HEALTH_S,
