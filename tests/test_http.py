@@ -21,6 +21,7 @@ from tpcolocate.errors import ConfigError, DeadlineError, EngineDeadError, Reque
 from tpcolocate.parallel import in_background
 from tpcolocate.server import connections
 from tpcolocate.server import http as http_module
+from tpcolocate.server.evidence import Finding
 from tpcolocate.server.http import ServerClient
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(60)]
@@ -719,6 +720,47 @@ def test_without_a_timeout_a_request_waits_as_long_as_the_server_is_up(server, c
     with pytest.raises(EngineDeadError, match="the server does not answer"):
         generate(client, {"seconds": 20}, timeout_s=None)
     assert time.monotonic() - began < 15
+
+
+@pytest.mark.parametrize("generate", [generate_blocking, generate_async])
+def test_a_server_whose_processes_run_may_be_silent_for_minutes(
+    server, client, generate, monkeypatch, caplog, tmp_path
+):
+    """While it tokenized a large batch for 20 s it was an EngineDeadError."""
+    for module in (connections, http_module):
+        monkeypatch.setattr(module, "LOOK_S", 0.1)
+    monkeypatch.setattr(client, "_is_up", lambda *_: False)
+    log = tmp_path / "log"
+    client.evidence = lambda: Finding(None, False, log, "its end")
+    assert generate(client, {"i": 1, "seconds": 0.6}, timeout_s=None)["i"] == 1
+    warned = [message for message in caplog.messages if "all its processes run" in message]
+    assert warned and warned[0].startswith(f"{client.url} has not answered for ")
+    client.evidence = lambda: Finding("sglang::scheduler (pid 7) is stopped", False, log, "its end")
+    with pytest.raises(EngineDeadError, match=r"^sglang::scheduler \(pid 7\) is stopped; the server does not answer"):
+        generate(client, {"seconds": 20}, timeout_s=None)
+    client.evidence = lambda: Finding(None, False, log, "its end")
+    monkeypatch.setattr(http_module, "_SILENT_S", 0.3)
+    with pytest.raises(EngineDeadError, match=r"nothing for \d+ s, though its processes run"):
+        generate(client, {"seconds": 20}, timeout_s=None)
+
+
+def test_an_answer_ends_the_silence_of_a_server(client, monkeypatch, tmp_path):
+    now, is_up = [1000.0], [False]
+    monkeypatch.setattr(http_module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(client, "_is_up", lambda *_: is_up[0])
+    client.evidence = lambda: Finding(None, False, tmp_path / "log", "its end")
+
+    def looks(*answers):
+        for is_up[0] in answers:
+            now[0] += 80
+            client._look()
+
+    looks(False, False, False)
+    looks(True, False, False, False)
+    now[0] += 1000  # no request, no looks
+    looks(False, False, False, False)
+    with pytest.raises(EngineDeadError, match="nothing for 320 s"):
+        looks(False)
 
 
 @pytest.mark.parametrize("generate", [generate_blocking, generate_async])

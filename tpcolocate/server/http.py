@@ -45,6 +45,9 @@ _PROBES = ("/model_info", "/health")
 # Linux before 5.4) the kernel lets the others try again and again: that is no death, after which there is nothing to connect to.
 _CONNECT_TIMEOUT_S = 60.0
 _LOOK_TIMEOUT_S = 10.0
+# How long a server whose processes all run may leave such looks unanswered: while its main process tokenizes a large batch, or
+# the machine swaps.  As long as SGLang's watchdog waits for a scheduler.
+_SILENT_S = 300.0
 # After a lost connection, however little is left of the request's own time: a busy server may be late.
 _LEAST_LOOKS_S, _LEAST_LOOK_S = 5.0, 0.5
 # A server that ends closes its connections a little before its port.
@@ -100,6 +103,8 @@ class ServerClient:
         self.evidence: Evidence | None = None
         self.held: Callable[[], str | None] = lambda: None
         self._warned_at = -math.inf
+        # When a look was not answered for the first time, and for the last.
+        self._silent_since = self._silent_at = -math.inf
         _quiet.add(url)
         self._closed = False
         logging.getLogger("httpx").addFilter(_quiet)
@@ -314,9 +319,21 @@ class ServerClient:
             logger.warning("requests to %s wait: %s", self.url, why)
 
     def _raise_if_down(self) -> None:
-        if not self._is_up():
-            found = None if self.evidence is None else self.evidence()
+        began = time.monotonic()
+        if self._is_up():
+            self._silent_at = -math.inf
+            return
+        found, now = None if self.evidence is None else self.evidence(), time.monotonic()
+        if now - self._silent_at > 2 * LOOK_S:  # of another request, or it has answered since
+            self._silent_since = began
+        self._silent_at, silent_s = now, now - self._silent_since
+        if found is None or found.is_dead or found.cause is not None:
             raise self._dead(f"the server does not answer: twice nothing within {_LOOK_TIMEOUT_S:g} s", found)
+        if silent_s > _SILENT_S:
+            raise self._dead(
+                f"the server does not answer: nothing for {silent_s:.0f} s, though its processes run", found
+            )
+        logger.warning("%s has not answered for %.0f s, but all its processes run: waiting on", self.url, silent_s)
 
     @contextmanager
     def _errors(self, path: str, deadline: Deadline, *, of_each_event: bool = False) -> Iterator[None]:
@@ -505,6 +522,8 @@ def _caught(path: str, timeout_s: float) -> Iterator[None]:
     except httpx.ConnectError as error:
         raise _Unreachable(path, f"{type(error).__name__}: {error}") from error
     except (urllib3.exceptions.HTTPError, httpx.TransportError, OSError) as error:
+        if isinstance(error.__context__, TpColocateError):  # of a look; for urllib3 the connection's error
+            raise error.__context__ from None
         raise _ConnectionLost(path, f"{type(error).__name__}: {error}") from error
 
 
