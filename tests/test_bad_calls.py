@@ -120,7 +120,7 @@ def make_engine(group):
     """An engine of two ranks, rank 0 its owner; joined to an update group."""
     lifecycle = Lifecycle(State(), weight_version="5")
     http = Server(enable_lora=True, max_loaded_loras=2)
-    process = SimpleNamespace(exited=lambda: False, stop=lambda: None)
+    process = SimpleNamespace(exited=lambda: False, stop=lambda **_: None)
     owned = OwnedServer.of(process, ServerApi(http), lifecycle) if group.rank == 0 else None
     client = Client("http://somewhere", api_key="key", check=lambda: lifecycle.state.check_generate())
     client.http = http

@@ -9,6 +9,7 @@ import json
 import os
 import socket
 import threading
+import time
 from pathlib import Path
 
 import psutil
@@ -19,11 +20,13 @@ from footprint import Footprint, leftovers
 from harness import as_another_user, run_ranks
 from rollout_checks import (
     LONG_ARGS,
+    InFlight,
     abort_and_flush,
     another_process_asks_while_the_engine_sleeps,
     crossed_calls,
     follows,
     generates_as,
+    in_flight,
     outcome_of,
     request_begun_during_a_sync,
     rollouts_beside_everything,
@@ -359,6 +362,26 @@ def sender_that_leaves(world):
     return {**found, "version": version == engine.weight_version, "equal": generates_as(world, world.model)}
 
 
+def shut_down_while_requests_are_held(world):
+    """As when training fails under a pause; the other requests are those of rollouts that go on."""
+    engine, owned, before = world.engine, world.engine._context.owned, in_flight(world)
+    engine.pause_generation()
+    begun = InFlight(world)
+    begun.start()
+    while engine._context.client.num_in_flight < 2:
+        time.sleep(0.001)
+    engine.shutdown()
+    for request in (before, begun):
+        request.join(60)
+    # The log of a server that had to be killed stays.
+    log_stays = owned is not None and owned.process.spec.log_path.exists()
+    return {
+        "error": (type(before.error).__name__, str(before.error)),
+        "begun": type(begun.error).__name__,
+        "log stays": log_stays,
+    }
+
+
 # --- checkpoints ----------------------------------------------------------------------------------------------------
 
 
@@ -450,7 +473,7 @@ CHECKS = [
     lora_on_synced_weights, lora_that_is_merged_as_well, update_group_guards, update_groups, sync_under_requests,
     request_begun_during_a_sync, crossed_calls, sync_before_the_last_rank_has_its_tokens, rollouts_beside_everything, sleep_beside_rollouts, another_process_asks_while_the_engine_sleeps,
     sync_under_a_pause, abort_and_flush, another_user_intrudes,
-    saved_and_resumed, sender_that_leaves,
+    saved_and_resumed, sender_that_leaves, shut_down_while_requests_are_held,
 ]  # fmt: skip
 
 
@@ -579,6 +602,16 @@ def test_update_groups_are_guarded_on_every_rank(setup):
 def test_a_sync_retracts_requests_in_flight_and_they_go_on_with_the_new_weights(setup):
     for found in results(setup, sync_under_requests):
         assert found == {"handed over": True, "equal": True}
+
+
+def test_a_shutdown_does_not_wait_for_requests_that_the_server_holds(setup):
+    for found in results(setup, shut_down_while_requests_are_held):
+        name, message = found["error"]
+        assert name == "EngineDeadError" and message.startswith("the server was ")
+        assert "there is no log;" in message and not found["log stays"]
+        assert found["begun"] in ("EngineDeadError", "EngineStateError"), (
+            "the second if the shutdown came before it was sent"
+        )
 
 
 def test_a_request_that_is_begun_during_a_sync_waits_for_the_new_weights(setup):

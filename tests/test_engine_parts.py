@@ -116,8 +116,8 @@ def launch():
         http = Http(**info)
         alive = [True]
 
-        def stop():
-            ended.append("stopped")
+        def stop(*, can_answer=True):
+            ended.append("stopped" if can_answer else "stopped at once")
             alive.clear()
 
         process = SimpleNamespace(exited=lambda: bool(ended) or not alive, stop=stop, alive=alive)
@@ -555,6 +555,19 @@ def interrupted_once(function):
     return call
 
 
+@pytest.mark.parametrize("call", ["shutdown", "close", "restart"])
+def test_a_server_that_holds_requests_is_not_waited_for(launch, call):
+    engine = launch()
+    engine.pause_generation()
+    if call == "restart":
+        launch.launch_error = LaunchError("no memory")  # what the fake has noted stays
+        with pytest.raises(LaunchError):
+            engine.restart()
+    else:
+        engine.shutdown(wait=call == "shutdown")
+    assert launch.ended[0] == "stopped at once"
+
+
 @pytest.mark.parametrize("place", ["wait", "stop", "disconnect"])
 @pytest.mark.parametrize("again", [{}, {"wait": False}], ids=["shutdown", "close"])
 def test_a_shutdown_that_was_interrupted_goes_on_where_it_was(launch, monkeypatch, place, again):
@@ -625,11 +638,11 @@ def test_threads_that_shut_down_at_once_end_the_server_once(launch):
     stop = engine._context.owned.process.stop
     entered, may_end = threading.Event(), threading.Event()
 
-    def slowly():
+    def slowly(**options):
         entered.set()
         assert may_end.wait(30)
         if "stopped" not in launch.ended:
-            stop()
+            stop(**options)
 
     engine._context.owned.process.stop = slowly
     threads = [threading.Thread(target=engine.shutdown, kwargs={"wait": wait}) for wait in (True, False, False)]
@@ -646,9 +659,9 @@ def test_a_shutdown_within_a_shutdown_as_by_a_signal_handler_does_not_block(laun
     engine = launch()
     stop = engine._context.owned.process.stop
 
-    def stop_and_be_interrupted():
+    def stop_and_be_interrupted(**options):
         if "stopped" not in launch.ended:
-            stop()
+            stop(**options)
             engine.shutdown(wait=False)
 
     engine._context.owned.process.stop = stop_and_be_interrupted

@@ -61,7 +61,7 @@ def test_a_death_that_is_reported_a_moment_later_is_waited_for(tmp_path, record)
     reports = iter([None, None, None, "sglang::detokenizer (pid 7) was killed by SIGKILL"])
     found = Evidence(tmp_path / "log", record, lambda: next(reports))()
     assert found.is_dead and found.cause == "sglang::detokenizer (pid 7) was killed by SIGKILL"
-    assert found.tail == "(no log was written)"
+    assert found.tail == "(no log)" and found.hint == "there is no log; launch(log_path=...) keeps one"
 
 
 def test_another_process_reads_the_death_from_the_log(tmp_path, record):

@@ -328,7 +328,7 @@ def test_threads_that_look_at_once_lose_no_report_of_a_death():
 def test_the_tail_of_a_log_is_its_last_lines(tmp_path):
     pid, started = this_process()
     server = ServerProcess(ServerSpec("model", {}, {}, RuntimeFolder("0", *[tmp_path / "log"] * 3), pid, started))
-    assert server.log_tail() == "(no log was written)" and server.last_line() == "no output yet"
+    assert server.log_tail() == "(no log)" and server.last_line() == "no output yet"
     server.spec.log_path.touch()
     assert server.last_line() == "no output yet"
     server.spec.log_path.write_text("".join(f"{i}\n" for i in range(100)))

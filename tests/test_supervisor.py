@@ -286,6 +286,18 @@ def test_a_server_that_catches_interrupts_is_interrupted_first(make, mode, code,
     server.assert_gone(0)
 
 
+@pytest.mark.parametrize(("mode", "code"), [
+    ("idle", 3), ("busy", -signal.SIGKILL), ("honest", -signal.SIGTERM),
+])  # fmt: skip
+def test_nothing_waits_for_requests_that_the_server_holds(make, mode, code):
+    """The end of a paused server with a request took all of the grace, and looked like a crash."""
+    server = make(mode, grace_s=600.0).start()
+    server.send(b"stop now\n")
+    assert server.last_event() == {"event": "exited", "code": code, "forced": False}
+    server.assert_gone(0)
+    assert not server.log.exists()
+
+
 def block():
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1})
 

@@ -13,7 +13,7 @@ SIGTERM does not end it: Slurm and ``timeout`` send it to all processes of a job
 step.  If this process is killed, the kernel kills the server (PR_SET_PDEATHSIG), and SGLang's own parent-death signals
 end its workers.
 
-Protocol: one JSON object on standard input (see `main`), then a line: ``stop``; ``stop keep`` to keep the log; ``retry``
+Protocol: one JSON object on standard input (see `main`), then a line: ``stop``, with ``keep`` to keep the log and ``now`` if the server holds all requests; ``retry``
 to keep all files for another try.  JSON lines on standard output:
 
 * ``{"event": "started", "pid": ...}``, or ``{"event": "failed", "error": ...}`` as the last one,
@@ -436,19 +436,24 @@ class Tree:
             found.insert(0, {"name": "main process", "pid": self.server.pid, "code": self.server.returncode})
         return found
 
-    def end(self, grace_s: float) -> bool:
+    def end(self, grace_s: float, *, can_answer: bool = True) -> bool:
         """Let the server end within a grace, SIGKILL the rest, remove files.  Return whether the server had to be killed.
 
         SIGINT ends its HTTP server once the requests in flight are answered, at once if there are none; SGLang looks for a
         SIGTERM every five seconds.  One that still loads ignores SIGINT, and SIGTERM ends it.
+
+        Args:
+            grace_s: For requests in flight, in seconds.
+            can_answer: Whether the server answers them.  If it holds them, SIGKILL after the SIGINT is as it should be.
         """
         self.scan()
         interrupt_s = min(_INTERRUPT_S, grace_s / 2) if catches(self.server.pid, signal.SIGINT) else 0.0
-        forced = not (
-            (interrupt_s > 0 and self._ends_after(signal.SIGINT, interrupt_s))
-            or self._ends_after(signal.SIGTERM, grace_s - interrupt_s)
-        )
-        if forced:
+        has_ended = interrupt_s > 0 and self._ends_after(signal.SIGINT, interrupt_s)
+        forced = False
+        if not has_ended and (can_answer or interrupt_s == 0):
+            has_ended = self._ends_after(signal.SIGTERM, grace_s - interrupt_s)
+            forced = not has_ended
+        if not has_ended:
             self.server.kill()
             self.server.wait()
         deadline = time.monotonic() + 10.0
@@ -639,7 +644,7 @@ def _next_command(owner: tuple[int, int], pidfds: list[int | None], *, limit_ms:
     """Wait a while, or until one of the processes exits, and return a command of the owner.
 
     Returns:
-        ``stop``, ``stop keep``, ``retry``; ``owner`` if it has died; None if there is nothing yet.
+        ``stop`` with its words, ``retry``; ``owner`` if it has died; None if there is nothing yet.
     """
     if not is_running(*owner):
         return "owner"
@@ -697,7 +702,7 @@ def main() -> int:
             server.wait(_LAST_WORDS_S)
         except subprocess.TimeoutExpired:
             pass
-    forced = tree.end(grace_s)
+    forced = tree.end(grace_s, can_answer="now" not in command)
     log.close(timeout_s=2.0)
     exited = partial(report, event="exited", code=server.returncode, forced=forced)
     if deaths:
@@ -705,7 +710,7 @@ def main() -> int:
         exited()
         command = _wait_for_owner(owner)
     if command != "retry":
-        is_crash = bool(deaths) or forced or command == "stop keep"
+        is_crash = bool(deaths) or forced or "keep" in command
         for path in [*job["unlink"], *([] if is_crash else job.get("unlink_log", []))]:
             remove(path, nonce)
     if not deaths:

@@ -33,7 +33,7 @@ from tpcolocate.processes import OfOneProcess
 from tpcolocate.report import SyncReport
 from tpcolocate.server.arguments import check_model_path
 from tpcolocate.server.http import ServerClient
-from tpcolocate.server.lifecycle import Life, State, WeightsState
+from tpcolocate.server.lifecycle import Life, State, can_answer
 from tpcolocate.weights import update_group
 from tpcolocate.weights.lora import make_adapter
 from tpcolocate.weights.sources.checkpoint import Checkpoint
@@ -596,9 +596,7 @@ class Engine(OfOneProcess):
             return Health.DEAD
         if self._client.is_stopped:
             return Health.STOPPED
-        # No token comes out of a paused server.  A sync pauses it too, until its weights are the trainer's again.
-        is_paused = state.paused is not None or state.weights is not WeightsState.CURRENT
-        if state.not_awake or is_paused:
+        if not can_answer(state):
             alive = Health.ASLEEP if state.not_awake else Health.PAUSED
             return alive if self._client.is_listening(timeout_s=HEALTH_TIMEOUT_S) else Health.DEAD
         asked = time.monotonic()

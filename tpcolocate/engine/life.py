@@ -11,7 +11,7 @@ from tpcolocate.deadline import Deadline
 from tpcolocate.engine.context import SERVER_ENDS_S, ServerLink, SliceContext
 from tpcolocate.errors import ConfigError, EngineError, TpColocateError, noted_on
 from tpcolocate.groups import list_ranks
-from tpcolocate.server.lifecycle import Life, State
+from tpcolocate.server.lifecycle import Life, State, can_answer
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +60,7 @@ class EngineLife:
         # A fork of the trainer (a data loader worker) inherits this object, not the engine.
         if lifecycle.state.life is Life.ENDED or os.getpid() != self._pid:
             return
+        answers = can_answer(lifecycle.state)
         lifecycle.state = lifecycle.state.ending()
         if wait:
             self._meet("shut the engine down", timeout_s)
@@ -70,7 +71,7 @@ class EngineLife:
                 owned = self._context.owned
                 if owned is not None:
                     try:
-                        owned.process.stop()
+                        owned.process.stop(can_answer=answers)
                     except EngineError as error:
                         problem = error
             if wait:
@@ -119,12 +120,12 @@ class EngineLife:
             if os.getpid() != self._pid:
                 raise ConfigError(f"cannot {what} in a forked process", hint="call it in the process that launched it")
             check()
-            after = lifecycle.state.restarting()
+            answers, after = can_answer(lifecycle.state), lifecycle.state.restarting()
         lifecycle.state = after  # no request from here on
         with context.going_on():
             with context.group.together("end the old server"), self._lock:
                 if context.owned is not None:
-                    context.owned.process.stop()
+                    context.owned.process.stop(can_answer=answers)
             # Once it is gone on all ranks, as in a shutdown.
             context.server.disconnect()
             link, state = self._relaunch()

@@ -20,6 +20,7 @@ from tpcolocate.runtime_folder import read_processes
 _VERDICT, _MARK_CHARS = "[tpcolocate] ", 8
 _TAIL_BYTES = 16_384
 _TAIL_LINES = 40
+_NO_LOG = "(no log)"
 # The connection to a server that dies is reset before its supervisor has seen the death.
 _NOTICED_WITHIN_S = 2.0
 _POLL_INTERVAL_S = 0.05
@@ -44,6 +45,8 @@ class Finding:
     @property
     def hint(self) -> str:
         """What to do, with the path of the log."""
+        if self.is_dead and self.tail == _NO_LOG:  # it goes with a server that was shut down
+            return "there is no log; launch(log_path=...) keeps one"
         if self.is_dead or self.cause is None:
             return f"see the server's log {self.log_path}"
         return f"kill -CONT continues a stopped process; the server's log is {self.log_path}"
@@ -115,7 +118,7 @@ class Evidence:
     def tail(self) -> str:
         """Return the end of the log, for messages."""
         if not self.log_path.exists():
-            return "(no log was written)"
+            return _NO_LOG
         return "\n".join(["--- last lines of the server's log ---", *self.lines()[-_TAIL_LINES:]])
 
 

@@ -366,4 +366,9 @@ def _number(version: str, otherwise: int) -> int:
     return int(version) if version.isdecimal() and version.isascii() else otherwise
 
 
-__all__ = ["PAUSES", "TAGS", "Life", "Lifecycle", "State", "WeightsState"]
+def can_answer(state: State) -> bool:
+    """Return whether tokens come out of the server.  A sync pauses it too, until its weights are the trainer's again."""
+    return not state.not_awake and state.paused is None and state.weights is WeightsState.CURRENT
+
+
+__all__ = ["PAUSES", "TAGS", "Life", "Lifecycle", "State", "WeightsState", "can_answer"]

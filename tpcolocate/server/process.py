@@ -466,10 +466,11 @@ class ServerProcess:
         lines = self.evidence.lines()
         return lines[-1].strip() if lines else "no output yet"
 
-    def stop(self, *, keep_log: bool = False, keep_folder: bool = False) -> None:
-        """Stop the server: SIGTERM, bounded wait, SIGKILL; removes its process tree and its files.  Idempotent.
+    def stop(self, *, can_answer: bool = True, keep_log: bool = False, keep_folder: bool = False) -> None:
+        """Stop the server: SIGINT and SIGTERM, bounded wait, SIGKILL; removes its process tree and its files.  Idempotent.
 
         Args:
+            can_answer: Whether requests in flight may still be answered; nothing waits for those that the server holds.
             keep_log: Keep the log even if the server did not crash.
             keep_folder: Keep the runtime folder for another try.
 
@@ -480,11 +481,12 @@ class ServerProcess:
             return
         if self.client is not None:
             self.client.close()
-        command = b"retry" if keep_folder else b"stop keep" if keep_log or self.evidence.was_in_trouble else b"stop"
+        keeps_log = keep_log or self.evidence.was_in_trouble
+        command = "retry" if keep_folder else f"stop{' keep' if keeps_log else ''}{'' if can_answer else ' now'}"
         try:
             if self._supervision is not None:
                 # The grace after SIGTERM, then the supervisor's own limit for the rest of the tree.
-                self._supervision.end(command, timeout_s=self.spec.grace_s + 15.0)
+                self._supervision.end(command.encode(), timeout_s=self.spec.grace_s + 15.0)
         except EngineError:
             self._has_ended(keep_folder)
             raise
