@@ -709,6 +709,7 @@ def agree_with(other, monkeypatch, tmp_path, **ours):
     monkeypatch.setattr(launch.TpSlice, "tp_size", 2)
     monkeypatch.setattr(launch_request, "check_installed", lambda arguments, installed: None)
     monkeypatch.setattr(launch_request, "check_model_path", lambda path: None)
+    monkeypatch.setattr(launch_request, "check_model_files", lambda path, arguments: None)
     tp_slice = launch.TpSlice(group, 1, torch.device("cpu"), (), False, "job", 0)
     given = {"env": {}, "server_args": {}, "health_timeout_s": 60.0, "closed": False, **ours}
     return launch_request.agree_on_launch(tp_slice, tmp_path, **given)

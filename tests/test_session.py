@@ -31,7 +31,7 @@ class Process:
     def exited(self):
         return self.calls > 0
 
-    def stop(self):
+    def stop(self, **_):
         self.calls += 1
         if self.errors:
             raise self.errors.pop(0)
@@ -236,7 +236,8 @@ def test_a_restart_is_like_the_launch_whatever_has_changed_since(colo, monkeypat
     monkeypatch.setattr(session, "agree_on_launch", agree)
     monkeypatch.setenv("REPEATED", "1")
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "config.json").write_text("{}")
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        (tmp_path / name).write_text("{}")
     env, bias = {"OWN": "1", "REPEATED": "1"}, {"a": [1]}
     engine = colo.launch(
         tmp_path, log_path="logs/server.log", env=env, json_model_override_args=bias, max_loras_per_batch=3
@@ -270,7 +271,7 @@ fixture = test_session.colo.__wrapped__ if hasattr(test_session.colo, "__wrapped
 colo = next(made := fixture(patch))
 colo.launch("model")
 process = colo.processes[0]
-process.stop = lambda: os.write(1, b"stopped in %d" % os.getpid())
+process.stop = lambda **_: os.write(1, b"stopped in %d" % os.getpid())
 child = os.fork()  # ends first, by the same way out
 if child:
     os.waitpid(child, 0)

@@ -15,7 +15,7 @@ from tpcolocate.agreement import RankGroup
 from tpcolocate.checks import check_integer, check_path, check_text, check_type
 from tpcolocate.deadline import check_timeout
 from tpcolocate.errors import ConfigError, shown, some
-from tpcolocate.server.arguments import check_installed, check_model_path, server_arguments
+from tpcolocate.server.arguments import check_installed, check_model_files, check_model_path, server_arguments
 from tpcolocate.server.installed import find_installed
 from tpcolocate.weights.sources.checkpoint import saved_version
 from tpcolocate.weights.sources.model_spec import check_not_quantised
@@ -167,6 +167,7 @@ def agree_on_launch(
             arguments.setdefault("weight_version", version)
         if tp_slice.is_owner:  # its environment is the server's
             check_model_path(model_path)
+            check_model_files(model_path, arguments)
             check_installed(arguments, find_installed({**os.environ, **env}, folder=working_directory))
     except BaseException as caught:
         error = caught

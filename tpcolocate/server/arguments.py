@@ -1,6 +1,6 @@
 """SGLang's server arguments for one slice: defaults, what is rejected, and what the installed release supports.
 
-Pure except for `check_model_path`.
+Pure except for `check_model_path` and `check_model_files`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -120,6 +120,9 @@ _ELSEWHERE = {
 _PORTS = ("port", "nccl_port")
 # Of transformers, and of Mistral's own checkpoints.
 _CONFIGURATIONS = ("config.json", "params.json")
+# What transformers and SGLang look for in a folder.
+_TOKENIZERS = ("*tokeniz*", "vocab*", "merges*", "*.model", "*.tiktoken", "*.vocab", "spiece*", "tekken.json")
+_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")
 _QUANTISED_FORMATS = ("bitsandbytes", "gguf", "flash_rl")
 
 
@@ -264,6 +267,43 @@ def check_model_path(model_path: str) -> None:
     )
 
 
+def check_model_files(model_path: str, arguments: Mapping[str, Any]) -> None:
+    """Check that a folder has the tokenizer and the weights that a server with these arguments loads.
+
+    SGLang looks for the tokenizer last, once all TP ranks have loaded the weights.
+
+    Raises:
+        ConfigError: It has none.
+    """
+    folder = Path(model_path)
+    if not folder.is_dir():
+        return
+
+    def has(patterns: Iterable[str]) -> bool:
+        return any(True for pattern in patterns for _ in folder.glob(pattern))
+
+    reads_tokenizer = not arguments.get("skip_tokenizer_init") and arguments.get("tokenizer_path") is None
+    if reads_tokenizer and not has(_TOKENIZERS) and not _names_a_tokenizer(folder):
+        raise ConfigError(
+            f"the folder {model_path!r} has no tokenizer",
+            hint=f"tokenizer.save_pretrained({model_path!r}) saves it with the model; tokenizer_path=... names another folder, and "
+            "with skip_tokenizer_init=True the server takes and gives tokens alone",
+        )
+    if arguments.get("load_format") in (None, "auto") and not has(_WEIGHTS):
+        raise ConfigError(
+            f"the folder {model_path!r} has no weights (none of {', '.join(_WEIGHTS)})",
+            hint='pass the folder of a saved model, or load_format="dummy", which leaves all weights to the first sync',
+        )
+
+
+def _names_a_tokenizer(folder: Path) -> bool:
+    """Return whether the configuration refers to a tokenizer of remote code, which may come from elsewhere."""
+    try:
+        return '"AutoTokenizer"' in (folder / "config.json").read_text(errors="replace")
+    except OSError:
+        return False
+
+
 def _instead_of(folder: Path) -> str:
     """Return what to pass in place of a folder without a model."""
     if (folder / "adapter_config.json").exists():
@@ -351,4 +391,4 @@ def to_argv(arguments: Mapping[str, Any]) -> list[str]:
     return argv
 
 
-__all__ = ["RECEIVER", "check_installed", "check_model_path", "server_arguments", "to_argv"]
+__all__ = ["RECEIVER", "check_installed", "check_model_files", "check_model_path", "server_arguments", "to_argv"]
