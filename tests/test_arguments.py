@@ -175,6 +175,16 @@ def test_what_no_command_line_can_have_is_refused(value):
         server_arguments({"some_argument": value}, tp_size=1, device_type="cuda")
 
 
+@pytest.mark.parametrize(("name", "off"), [
+    *((name, off) for name in rules._UNSUPPORTED for off in (None, False)), *rules._OFF.items(), ("cpu_offload_gb", 0),
+])  # fmt: skip
+def test_what_leaves_an_unsupported_argument_off_is_taken(name, off):
+    """The defaults, which scripts write out; their argument is one of the installed release."""
+    assert server_arguments({name: off}, tp_size=1, device_type="cuda").get(name) == off
+    if off is not None and off is not False:
+        assert name.replace("_", "-") in find_installed(os.environ).arguments()
+
+
 @pytest.mark.parametrize("path", ["/no/such/folder", "./nowhere", "../nowhere", "a/b/c", ""])
 def test_a_path_that_can_only_be_a_folder_and_is_none_is_refused(path):
     with pytest.raises(ConfigError, match=f"there is no folder {path!r}"):

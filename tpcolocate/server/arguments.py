@@ -72,6 +72,9 @@ _MUST_BE_ONE = (
 _QUANTISED = "a sync would write the trainer's values into quantised parameters"
 _NO_DRAFT = "the draft model's weights are not synced, and no speculative algorithm was tested with a sync"
 _NOT_HTTP = "this library speaks plain HTTP with its server, on this host, and would wait for it until health_timeout_s"
+_OFFLOADED = "a sync does not reach the copies of weights that the server makes while it generates"
+_MOVED = "experts change their places while the server runs, and a sync would write them where they were"
+_NO_SERVER = "such a server generates nothing by itself"
 # Not tested, or known not to work, with changing weights or this library; False leaves them off.
 _UNSUPPORTED = {
     "ssl_certfile": _NOT_HTTP,
@@ -87,10 +90,30 @@ _UNSUPPORTED = {
     "speculative_algorithm": _NO_DRAFT,
     "speculative_draft_model_path": _NO_DRAFT,
     "weight_cache_mode": "SGLang shares cached weights between servers and refuses to change them",
+    "cpu_offload_gb": _OFFLOADED,
+    "offload_group_size": _OFFLOADED,
+    "kt_weight_path": "a sync does not reach the experts that KTransformers keeps in host memory",
+    "enable_eplb": _MOVED,
+    "elastic_ep_backend": _MOVED,
+    "enable_elastic_expert_backup": _MOVED,
+    "enable_w4a4_mxfp4_megamoe": _QUANTISED,
+    "modelopt_checkpoint_restore_path": _QUANTISED,
+    "disaggregation_mode": _NO_SERVER,
+    "encoder_only": _NO_SERVER,
+    "checkpoint_engine_wait_weights_before_ready": 'its start would wait for weights; load_format="dummy" leaves them to a sync',
+    "gated_launch_port": "its start would wait until health_timeout_s has passed",
+    "delete_ckpt_after_loading": "a restart loads the checkpoint again",
+    "use_ray": "its processes would outlive the trainer",
     "tokenizer_worker_num": "SGLang takes no key with several, and every launch has one",
 }
 # Values that leave them off, beside False.
-_OFF = {"weight_cache_mode": "off", "tokenizer_worker_num": 1}
+_OFF = {
+    "weight_cache_mode": "off",
+    "tokenizer_worker_num": 1,
+    "offload_group_size": -1,
+    "elastic_ep_backend": "none",
+    "disaggregation_mode": "null",
+}
 # Names of other engines, and SGLang's for the same.
 _ELSEWHERE = {
     "max_model_len": "context_length",
