@@ -744,23 +744,19 @@ def test_what_another_container_has_named_by_the_same_pid_is_kept(make):
         folder.rmdir()
 
 
-def test_only_files_that_a_server_may_leave_are_noticed():
+def test_only_files_that_a_server_may_leave_are_noticed(monkeypatch, tmp_path):
     """Data loaders of the trainer make files all the time, and each scan looks at every process of the machine."""
-    files, made = supervisor.NewFiles(), []
+    # In place of /dev/shm, where the processes of other tests make such files at any moment.
+    monkeypatch.setattr(supervisor, "_SHM", f"{tmp_path}/")
+    files = supervisor.NewFiles()
     try:
         for name, is_seen in {"torch_1_2": False, "sglang_loads_1": True, "psm_1": False, "sgl_shm_1": True}.items():
-            path = Path(f"/dev/shm/{name}_{os.getpid()}")
-            path.touch()
-            made.append(path)
+            (tmp_path / name).touch()
             assert files.seen() == is_seen, name
         for kind in ("mp", "loky"):
-            semaphore = Path(f"/dev/shm/sem.{kind}-{os.getpid()}")
-            os.link(made[0], semaphore)  # as sem_open() gives a semaphore its name
-            made.append(semaphore)
+            os.link(tmp_path / "torch_1_2", tmp_path / f"sem.{kind}-1")  # as sem_open() gives a semaphore its name
             assert files.seen() and not files.seen()
     finally:
-        for path in made:
-            path.unlink()
         for fd in files.fds:
             os.close(fd)
 
