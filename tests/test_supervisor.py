@@ -55,9 +55,10 @@ if os.fork() == 0:
         os.chdir(folder)
         os.execv("/bin/sh", ["sglang::scheduler_TP1", "-c", forks])
     if mode == "fails":  # a process that ends soon after it has its title
+        os.mkfifo(f"{folder}/end")
         while not os.path.exists(f"{folder}/fail"):
             time.sleep(0.005)
-        os.execv("/bin/sleep", ["sglang::detokenizer", "1.0"])
+        os.execv("/bin/sh", ["sglang::detokenizer", "-c", f"read x < '{folder}/end'"])
     os.execv("/bin/sleep", ["sglang::detokenizer" if mode != "plain" else "sleep", "600"])
 if os.fork() == 0:
     os.setsid()
@@ -69,15 +70,15 @@ if os.fork() == 0:
     shared.close()
     semaphores = [_multiprocessing.SemLock(0, 1, 1, f"/{kind}-test{os.getpid()}", False) for kind in ("mp", "loky")]
     note("orphan")
-    if mode == "brief":  # a process that makes a file once the server is up, and does not live long
+    if mode == "brief":  # a process that makes a file once the server is up, and ends before it
         while not os.path.exists(f"{folder}/make"):
             time.sleep(0.005)
         path = f"/dev/shm/sglang_loads_test_brief_{os.getpid()}.shm"
         with open(path, "w+b") as file:
             file.truncate(4096)
             brief = mmap.mmap(file.fileno(), 4096)
-        note("made")
-        time.sleep(0.8)
+        while not os.path.exists(f"{folder}/end"):
+            time.sleep(0.005)
         os._exit(0)
     rest()
 os.wait()
@@ -274,10 +275,10 @@ def test_a_server_that_ignores_sigterm_is_killed_after_the_grace_and_reported_as
 
 
 @pytest.mark.parametrize(("mode", "code", "least_s", "most_s"), [
-    ("idle", 3, 0.0, 10.0), ("busy", -signal.SIGTERM, supervisor._INTERRUPT_S, 20.0),
+    ("idle", 3, 0.0, 50.0), ("busy", -signal.SIGTERM, supervisor._INTERRUPT_S, 50.0),
 ])  # fmt: skip
 def test_a_server_that_catches_interrupts_is_interrupted_first(make, mode, code, least_s, most_s):
-    server = make(mode, grace_s=30.0).start()
+    server = make(mode, grace_s=60.0).start()
     began = time.monotonic()
     server.supervisor.stdin.write(b"stop\n")
     server.supervisor.stdin.flush()
@@ -327,39 +328,64 @@ def test_signals_that_the_trainer_blocks_ignores_or_handles(make, before):
     )
 
 
+# A supervisor that scans after new files alone, in place of one whose next scan comes after what a test waits for.
+SCANS_SELDOM = """
+import re, sys
+sys.argv = sys.argv[1:]
+with open(sys.argv[0]) as file:
+    code, number = re.subn(r"^_SCAN_INTERVAL_S = .*", "_SCAN_INTERVAL_S = 6000.0", file.read(), flags=re.MULTILINE)
+assert number == 1
+exec(compile(code, sys.argv[0], "exec"))
+"""
+
+
+def recorded(server):
+    """What the supervisor knew at its last scan."""
+    return json.loads(server.record.read_text()) if server.record.exists() else {"processes": [], "files": []}
+
+
+def watched_by(supervisor):
+    """The pids of the processes whose ends a supervisor is waiting for."""
+    found = set()
+    for info in Path(f"/proc/{supervisor.pid}/fdinfo").iterdir():
+        try:
+            lines = info.read_text().splitlines()
+        except OSError:  # closed meanwhile
+            continue
+        found |= {int(line.split()[1]) for line in lines if line.startswith("Pid:")}
+    return found
+
+
 def test_a_process_that_ends_soon_after_it_has_its_title_is_noticed_while_the_server_starts(make, tmp_path):
-    server = make("fails").start()
+    server = make("fails", supervisor=("-c", SCANS_SELDOM, str(SUPERVISOR))).start()
     pids = {process.pid for process in server.processes.values()}
-
-    def is_scanned():
-        found = json.loads(server.record.read_text()) if server.record.exists() else {"processes": []}
-        return pids <= {entry["pid"] for entry in found["processes"]}
-
-    until(is_scanned, "a scan is over")
-    time.sleep(
-        3 * supervisor._SCAN_AFTER_FILE_S
-    )  # and one for files made meanwhile: the next is after that process's end
+    until(lambda: pids <= {entry["pid"] for entry in recorded(server)["processes"]}, "a scan is over")
+    worker = server.processes["worker"].pid
+    assert worker not in watched_by(server.supervisor)
     (tmp_path / "fail").touch()
+    until(lambda: worker in watched_by(server.supervisor), "the supervisor has seen the title, without a scan")
+    assert supervisor._LOOK_FOR_TITLES_S < 0.5, "soon enough for a process that lives for a second with it"
+    with open(tmp_path / "end", "w"):
+        pass
     assert server.next_event()["event"] == "started"
     [died] = server.next_event()["processes"]
-    assert died["name"] == "sglang::detokenizer" and died["pid"] == server.processes["worker"].pid
+    assert died["name"] == "sglang::detokenizer" and died["pid"] == worker
     server.send(b"stop\n")
     assert server.next_event()["event"] == "exited"
 
 
 def test_a_file_of_a_process_that_does_not_live_long_is_removed(make, tmp_path):
-    server = make("brief").start()
-    time.sleep(supervisor._SCAN_INTERVAL_S / 4)  # not shortly before a scan of all
-    (tmp_path / "make").touch()
+    server = make("brief", supervisor=("-c", SCANS_SELDOM, str(SUPERVISOR))).start()
     orphan = server.processes["orphan"]
-    deadline = time.monotonic() + SOON_S
-    while alive(orphan) and time.monotonic() < deadline:  # a zombie until the supervisor ends: not `psutil.wait_procs`
-        time.sleep(0.02)
-    [path] = Path("/dev/shm").glob(f"sglang_loads_test_brief_{orphan.pid}.shm")
+    path = Path(f"/dev/shm/sglang_loads_test_brief_{orphan.pid}.shm")
     server.shm.append(path)
-    assert path.name in json.loads(server.record.read_text())["files"], (
-        "for who comes after a supervisor that is killed"
-    )
+    (tmp_path / "make").touch()
+    # For who comes after a supervisor that is killed; and it must know of the file while the process maps it.
+    until(lambda: path.name in recorded(server)["files"], "the supervisor has scanned for the new file")
+    assert supervisor._SCAN_AFTER_FILE_S < 0.5, "soon enough for a process that lives for a second with it"
+    (tmp_path / "end").touch()
+    until(lambda: not alive(orphan), "the process has ended")  # a zombie until the supervisor ends
+    assert path.exists()
     server.supervisor.stdin.write(b"stop\n")
     server.supervisor.stdin.flush()
     server.last_event()
@@ -424,7 +450,7 @@ def test_a_killed_process_of_sglangs_is_named_and_ends_the_server(make, pidfd):
         "event": "died", "processes": [{"name": "sglang::detokenizer", "pid": worker.pid, "code": -signal.SIGKILL}],
         "lacked_memory": lacked_memory,
     }  # fmt: skip
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < SOON_S
     assert server.next_event()["event"] == "exited"
     why = f"; {supervisor.LACKED_MEMORY}" if lacked_memory else ""
     verdict = f"[tpcolocate] sglang::detokenizer (pid {worker.pid}) was killed by SIGKILL{why} [launch "
