@@ -7,12 +7,13 @@ import signal
 import socket
 import threading
 import time
+from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
 from harness import run_ranks
-from test_agreement import group_of
+from test_agreement import group_of, store
 
 from tpcolocate import errors, launch, rendezvous
 from tpcolocate.agreement import RankGroup
@@ -130,7 +131,7 @@ def test_an_error_of_the_owner_reaches_the_clients_past_a_broken_group():
 
 def without_a_way_back(rank):
     """The group is broken, and the other way as well."""
-    with launched(rank, timeout_s=2.0, health_timeout_s=1.0, reset=True) as (made, group, running):
+    with launched(rank, timeout_s=30.0, health_timeout_s=30.0, reset=True) as (made, group, running):
 
         def fail(*args, **options):
             raise RuntimeError("no device")
@@ -146,16 +147,18 @@ def test_a_group_that_cannot_be_made_anew_is_an_error_on_every_rank():
 
 
 def stalling(rank, who):
+    """One rank comes once the other has given up."""
     with launched(rank, timeout_s=1.5, health_timeout_s=1.5) as (made, group, running):
-        began = time.monotonic()
         launch._LEAST_S = launch._GRACE_S = 0.5
         if rank == who:
-            time.sleep(5.0)
+            store().wait(["the other gave up"], timedelta(seconds=40))
         try:
             share(made, rank, running)
             made.acknowledge(None, None)
         except errors.TpColocateError as error:
-            return type(error).__name__, str(error), time.monotonic() - began
+            if rank != who:
+                store().set("the other gave up", "1")
+            return type(error).__name__, str(error)
         return "launched"
 
 
@@ -163,8 +166,8 @@ def stalling(rank, who):
 @pytest.mark.slow
 def test_a_rank_that_stalls_costs_the_launch_on_every_rank_and_the_limits_are_named(who, awaited):
     found = run_ranks(stalling, 2, who)
-    kind, text, seconds = found[1 - who]
-    assert kind == "DeadlineError" and awaited in text and seconds < 4.9
+    kind, text = found[1 - who]
+    assert kind == "DeadlineError" and awaited in text
     assert "within 3 s: health_timeout_s=1.5 of launch() and timeout_s=1.5 of init()" in text
     assert found[who] != "launched", "an engine whose collective calls would all fail"
 
