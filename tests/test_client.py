@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import json
-import time
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -111,10 +110,9 @@ def test_a_client_is_a_context_manager_that_closes_it(server, error):
 @every_entry
 def test_the_first_call_asks_what_the_server_is_within_its_own_time(server, client, generate):
     server.delay_s = 0.7  # each request for itself is in time
-    began = time.monotonic()
     with pytest.raises(DeadlineError, match="no answer within 1 s"):
         generate(client, "a", new_field=5, timeout_s=1.0)
-    assert time.monotonic() - began < 1.6 and asked(server) == []
+    assert len(asked(server, "GET")) <= 2 and asked(server) == [], "four requests take 2.8 s"
     server.delay_s = 0.0
     assert generate(client, "a", new_field=5, timeout_s=10.0) == {"of": "a"}
 
