@@ -191,7 +191,7 @@ def test_what_another_user_makes_under_our_names_stops_and_delays_nothing(folder
     remove_remains()
     made = RuntimeFolder.make("1-ab")
     assert list(runtime_folder.private_folders()) == [made.shared]
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30
     assert len(os.listdir(shared)) == 6, "nothing of theirs was touched"
 
 
