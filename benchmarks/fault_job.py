@@ -33,7 +33,7 @@ TAG = "TPC_FAULT_JOB"
 START_S = 120.0
 # For what is ended to be gone: the supervisor's grace, and its limit for the rest of the tree.
 GONE_S = 30.0
-FILES_GONE_S = 3.0
+FILES_GONE_S = 20.0  # torch's manager of shared memory may be late
 # On GPUs, after all jobs.  A context takes hundreds.
 MOST_LEFT_MIB = 16.0
 # Folders of other libraries that a process may make in the temporary folder and keep.
