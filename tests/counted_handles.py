@@ -17,6 +17,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from tpcolocate import ipc_payload
 from tpcolocate.in_server.tpcolocate_receiver import session as receiver
+from tpcolocate.in_server.tpcolocate_receiver.handles import asked_again
 
 _HEADER_BYTES = 64
 """torch's own, before the contents of the file."""
@@ -35,7 +36,7 @@ class CountedHandle(ipc_payload.Handle):
 
     def __init__(self, storage):
         super().__init__(storage)
-        _, name, self.num_bytes = storage._share_filename_cpu_()
+        _, name, self.num_bytes = asked_again(storage._share_filename_cpu_)
         self._name = name.decode().lstrip("/")
         self._counter = self.folder / f"count-{os.getpid()}-{next(_numbers)}"
         _write(self._counter, 1)

@@ -25,6 +25,7 @@ from torch.multiprocessing import reductions
 from tpcolocate import ipc_payload
 from tpcolocate.deadline import Deadline
 from tpcolocate.errors import ConfigError, DeadlineError, SyncError
+from tpcolocate.in_server.tpcolocate_receiver.handles import open_handle
 from tpcolocate.ipc_payload import Fate
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(120)]
@@ -538,8 +539,13 @@ def test_a_manager_of_shared_memory_that_is_late_is_asked_again(monkeypatch):
     storages = torch.UntypedStorage
     monkeypatch.setattr(storages, "_new_using_filename_cpu", late(storages._new_using_filename_cpu, 3))
     monkeypatch.setattr(storages, "_share_filename_cpu_", late(storages._share_filename_cpu_, 3))
-    handle = ipc_payload.export(ipc_payload.allocate(4, torch.device("cpu")))
-    handle.reclaim()
+    monkeypatch.setattr(storages, "_new_shared_filename_cpu", late(storages._new_shared_filename_cpu, 3))
+    flat = ipc_payload.allocate(4, torch.device("cpu"))
+    handle = ipc_payload.export(flat)
+    opened = open_handle(handle.describe(), torch.device("cpu"))
+    assert opened.copy_(torch.arange(4)).tolist() == flat.tolist() and handle.count() == 1
+    del opened
+    assert handle.count() == 0
     monkeypatch.setattr(storages, "_new_using_filename_cpu", late(storages._new_using_filename_cpu, 100))
     with pytest.raises(RuntimeError, match=LATE):
         ipc_payload.allocate(4, torch.device("cpu"))

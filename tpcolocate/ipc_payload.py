@@ -36,7 +36,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -44,8 +44,8 @@ from torch.multiprocessing import reductions
 
 from tpcolocate.deadline import Deadline
 from tpcolocate.errors import ConfigError, DeadlineError, SyncError, some
+from tpcolocate.in_server.tpcolocate_receiver.handles import asked_again
 
-T = TypeVar("T")
 ALIGNMENT = 256
 """In bytes; every tensor of a bucket starts at a multiple, which suits any dtype's view and any copy kernel."""
 
@@ -55,8 +55,6 @@ SHARED_MEMORY_HINT = (
     "run, or mount -o remount,size=8G /dev/shm"
 )
 _MANAGER = "torch_shm_manager"
-_MANAGER_IS_LATE = "Shared memory manager connection has timed out"
-_MANAGER_TRIES = 10
 # Where it looks for a folder, in this order (c10/util/tempfile.cpp), and how long the path may be for its socket in there.
 _TEMPORARY = ("TMPDIR", "TMP", "TEMP", "TEMPDIR")
 _MOST_FOLDER = 107 - len("/torch-shm-dir-XXXXXX/manager.sock")
@@ -113,26 +111,12 @@ def allocate(num_bytes: int, device: torch.device) -> torch.Tensor:
     """
     if device.type == "cpu":
         with _shared_memory(num_bytes):
-            storage = _asked_again(lambda: torch.UntypedStorage._new_using_filename_cpu(max(num_bytes, 1)))
+            storage = asked_again(lambda: torch.UntypedStorage._new_using_filename_cpu(max(num_bytes, 1)))
         return torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage)[:num_bytes]
     if num_bytes == 0:
         # A reader maps the one byte, too, and its checksum has to be that of an empty bucket.
         return torch.zeros(1, dtype=torch.uint8, device=device)[:0]
     return torch.empty(num_bytes, dtype=torch.uint8, device=device)
-
-
-def _asked_again(make: Callable[[], T]) -> T:
-    """Have torch share memory, again if its manager was late: it waits for a second, and makes the file after that.
-
-    Upstream: libshm/socket.h and manager's `THManagedMapAllocatorInit`, torch 2.13.
-    """
-    for _ in range(_MANAGER_TRIES - 1):
-        try:
-            return make()
-        except RuntimeError as error:  # of a process that a busy machine has not run in that time
-            if _MANAGER_IS_LATE not in str(error):
-                raise
-    return make()
 
 
 @contextlib.contextmanager
@@ -212,7 +196,7 @@ class CpuHandle(Handle):
     def __init__(self, storage: torch.UntypedStorage) -> None:
         super().__init__(storage)
         with _shared_memory(storage.nbytes()):
-            self.manager, self.name, self.num_bytes = _asked_again(storage._share_filename_cpu_)
+            self.manager, self.name, self.num_bytes = asked_again(storage._share_filename_cpu_)
         self._file = _SHM / self.name.decode().lstrip("/")
         # The reader's rebuild takes over one count; the other is the producer's own mapping.
         storage._shared_incref()

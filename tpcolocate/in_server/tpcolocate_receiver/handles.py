@@ -3,11 +3,29 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch.multiprocessing import reductions
+
+T = TypeVar("T")
+_MANAGER_IS_LATE = "Shared memory manager connection has timed out"
+_MANAGER_TRIES = 10
+
+
+def asked_again(make: Callable[[], T]) -> T:
+    """Have torch share or map memory of a CPU, again if the manager of it was late: torch waits a second for its answer.
+
+    Upstream: libshm/socket.h and manager's `THManagedMapAllocatorInit`, torch 2.13.
+    """
+    for _ in range(_MANAGER_TRIES - 1):
+        try:
+            return make()
+        except RuntimeError as error:  # of a process that a busy machine has not run in that time
+            if _MANAGER_IS_LATE not in str(error):
+                raise
+    return make()
 
 
 def device_uuid() -> str | None:
@@ -36,9 +54,8 @@ def open_handle(handle: Mapping[str, Any], device: torch.device) -> torch.Tensor
 
         return load_file(handle["path"])["bucket"].to(device)
     if kind == "cpu":
-        storage = reductions.rebuild_storage_filename(
-            torch.UntypedStorage, _bytes(handle["manager"]), _bytes(handle["name"]), handle["num_bytes"]
-        )
+        name = _bytes(handle["manager"]), _bytes(handle["name"]), handle["num_bytes"]
+        storage = asked_again(lambda: reductions.rebuild_storage_filename(torch.UntypedStorage, *name))
         return torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage)
     return _open_cuda(handle, torch.cuda.current_device() if device.index is None else device.index)
 
