@@ -72,14 +72,14 @@ class Owner:
         self.updates = WeightUpdates(self.api, self.generation, self.lifecycle)
 
     def pause(self, mode):
-        self.api.pause_generation(mode, timeout_s=1)
+        self.api.pause_generation(mode, timeout_s=30)
         self.lifecycle.state = self.lifecycle.state.pausing(mode)
 
     def continue_generation(self):
-        self.generation.continue_generation(timeout_s=1)
+        self.generation.continue_generation(timeout_s=30)
         self.lifecycle.state = self.lifecycle.state.continuing()
 
-    def sleep(self, tags, *, timeout_s=1):
+    def sleep(self, tags, *, timeout_s=30):
         chosen, self.lifecycle.state = self.lifecycle.state.sleeping(tags)
         try:
             self.generation.release_memory(chosen, timeout_s=timeout_s)
@@ -89,15 +89,15 @@ class Owner:
 
     def wake(self, tags):
         chosen, after = self.lifecycle.state.waking(tags)
-        self.generation.resume_memory(chosen, after, timeout_s=1)
+        self.generation.resume_memory(chosen, after, timeout_s=30)
         self.lifecycle.state = after
 
     def sync(self, *, partial=False):
-        self.updates.begin_sync(timeout_s=1)
+        self.updates.begin_sync(timeout_s=30)
         self.client.answers["/model_info"] = {"weight_version": "7"}
         with self.lifecycle.weight_update("7", partial=partial) as modified:
             modified()
-            self.updates.end_sync("7", timeout_s=1)
+            self.updates.end_sync("7", timeout_s=30)
 
 
 @pytest.mark.parametrize("version, expected", [
@@ -139,7 +139,7 @@ def test_a_sync_leaves_the_users_pause_alone(mode):
     client.asked.clear()
     owner.sync()
     assert sorted(client.paths) == sorted([FLUSH, BEGIN, END, VERSION]) and owner.lifecycle.state.paused == mode
-    owner.updates.cancel_sync(timeout_s=1)
+    owner.updates.cancel_sync(timeout_s=30)
     assert GO_ON not in client.paths
     owner.continue_generation()
     assert client.paths.count(GO_ON) == 1
@@ -172,16 +172,16 @@ def test_a_session_is_opened_beside_the_flush():
 def test_generation_is_held_before_the_cache_is_dropped_and_a_sync_is_begun_after_it():
     client = FlushLater("0.5.20", "/update_weights_from_tensor")
     updates = Owner(client).updates
-    dropped = updates.hold_generation(timeout_s=1)
+    dropped = updates.hold_generation(timeout_s=30)
     assert client.paths[0] == PAUSE and not dropped.done()
-    updates.push(["payload"], load_format="a.loader", timeout_s=1)
+    updates.push(["payload"], load_format="a.loader", timeout_s=30)
     dropped.result()
-    updates.begin_sync(timeout_s=1)
+    updates.begin_sync(timeout_s=30)
     assert client.paths[-1] == FLUSH
     client.other_came.clear()
     client.patience_s = 0.1
     with pytest.raises(EngineStateError):
-        updates.begin_sync(timeout_s=1)  # it has waited for the answer
+        updates.begin_sync(timeout_s=30)  # it has waited for the answer
 
 
 def test_the_flush_is_sent_before_any_request_that_must_not_overtake_it():
@@ -192,7 +192,7 @@ def test_the_flush_is_sent_before_any_request_that_must_not_overtake_it():
             return super().post(path, body, **options)
 
     client = Slow()
-    Owner(client).updates.hold_generation(timeout_s=1)
+    Owner(client).updates.hold_generation(timeout_s=30)
     assert client.paths[:3] == [PAUSE, FLUSH, BEGIN]
 
 
@@ -201,7 +201,7 @@ def test_a_cache_that_cannot_be_dropped_is_an_error_before_the_weights_change(ve
     """0.5.10 to 0.5.20 count retracted requests among those that run."""
     client = Captured(version, {"/flush_cache": refused()})
     with pytest.raises(EngineStateError, match=f"SGLang {version} keeps the cache"):
-        Owner(client).updates.begin_sync(timeout_s=1)
+        Owner(client).updates.begin_sync(timeout_s=30)
     without_begin = [path for path in client.paths if path != BEGIN]
     assert without_begin == [PAUSE, FLUSH, *ended, GO_ON], "and generation goes on"
 
@@ -213,9 +213,9 @@ def test_under_a_pause_in_place_the_old_cache_stays_and_is_remembered_until_a_fl
     owner.sync()
     assert owner.generation.cache_is_stale
     with pytest.raises(EngineStateError, match="requests are in flight"):
-        owner.generation.flush_cache(timeout_s=1)
+        owner.generation.flush_cache(timeout_s=30)
     assert owner.generation.cache_is_stale
-    owner.generation.flush_cache(timeout_s=1)
+    owner.generation.flush_cache(timeout_s=30)
     assert not owner.generation.cache_is_stale
     owner.sync()
     assert not owner.generation.cache_is_stale
@@ -224,7 +224,7 @@ def test_under_a_pause_in_place_the_old_cache_stays_and_is_remembered_until_a_fl
 def test_a_flush_that_fails_otherwise_is_an_error_of_its_own():
     client = Captured(answers={"/flush_cache": refused("broken", status=500)})
     with pytest.raises(RequestError, match="broken"):
-        Owner(client).updates.begin_sync(timeout_s=1)
+        Owner(client).updates.begin_sync(timeout_s=30)
     assert client.paths[-2:] == [END, GO_ON]
 
 
@@ -232,30 +232,30 @@ def test_a_flush_that_fails_otherwise_is_an_error_of_its_own():
 def test_a_server_that_does_not_answer_is_not_asked_to_go_on(error):
     client = Captured(answers={"/flush_cache": error})
     with pytest.raises(type(error)):
-        Owner(client).updates.begin_sync(timeout_s=1)
+        Owner(client).updates.begin_sync(timeout_s=30)
     assert sorted(client.paths) == sorted([PAUSE, FLUSH, BEGIN])
 
 
 def test_a_session_that_a_failed_sync_left_open_is_closed_first():
     client = Captured(answers={"/begin_weight_update": [refused("a session is already open"), {"success": True}]})
-    Owner(client).updates.begin_sync(timeout_s=1)
+    Owner(client).updates.begin_sync(timeout_s=30)
     assert [path for path in client.paths if path != FLUSH] == [PAUSE, BEGIN, END, BEGIN]
     other = Captured(answers={"/begin_weight_update": refused("something else")})
     with pytest.raises(RequestError, match="something else"):
-        Owner(other).updates.begin_sync(timeout_s=1)
+        Owner(other).updates.begin_sync(timeout_s=30)
     assert [path for path in other.paths if path != FLUSH] == [PAUSE, BEGIN, GO_ON]
 
 
 def test_a_cancelled_sync_lets_generation_go_on_whether_or_not_a_session_was_opened():
     client = Captured()
     updates = Owner(client).updates
-    updates.cancel_sync(timeout_s=1)
+    updates.cancel_sync(timeout_s=30)
     assert client.paths == [GO_ON]
-    updates.begin_sync(timeout_s=1)
+    updates.begin_sync(timeout_s=30)
     client.asked.clear()
-    updates.cancel_sync(timeout_s=1)
+    updates.cancel_sync(timeout_s=30)
     assert client.paths == [END, GO_ON]
-    updates.cancel_sync(timeout_s=1)
+    updates.cancel_sync(timeout_s=30)
     assert client.paths == [END, GO_ON, GO_ON], "a session is closed once"
 
 
@@ -263,10 +263,10 @@ def test_a_cancelled_sync_lets_generation_go_on_whether_or_not_a_session_was_ope
 def test_only_a_full_sync_lets_generation_go_on_with_weights_that_were_not_the_trainers(weights):
     client = Captured("0.5.17", {"/flush_cache": ["flushed", refused(), "flushed", "flushed"]})
     owner = Owner(client, State(weights=weights))
-    owner.updates.begin_sync(timeout_s=1)
-    owner.updates.cancel_sync(timeout_s=1)
+    owner.updates.begin_sync(timeout_s=30)
+    owner.updates.cancel_sync(timeout_s=30)
     with pytest.raises(EngineStateError):
-        owner.updates.begin_sync(timeout_s=1)
+        owner.updates.begin_sync(timeout_s=30)
     owner.sync(partial=True)
     assert GO_ON not in client.paths
     owner.sync()
@@ -280,18 +280,18 @@ def test_only_a_full_sync_lets_generation_go_on_with_weights_that_were_not_the_t
 def test_a_version_that_the_server_does_not_report_is_an_error():
     client = Captured(answers={"/model_info": {"weight_version": "6"}})
     with pytest.raises(SyncError, match="'6' after '7' was set"):
-        Owner(client).updates.end_sync("7", timeout_s=1)
+        Owner(client).updates.end_sync("7", timeout_s=30)
 
 
 def test_a_version_that_is_asked_for_before_it_is_set_is_asked_for_again():
     client = Captured(answers={"/model_info": [{"weight_version": "6"}, {"weight_version": "7"}]})
-    Owner(client).updates.end_sync("7", timeout_s=1)
+    Owner(client).updates.end_sync("7", timeout_s=30)
 
 
 def test_a_version_that_cannot_be_set_is_an_error_with_the_servers_message():
     answers = {"/update_weight_version": refused("no such thing"), "/model_info": {"weight_version": "6"}}
     with pytest.raises(RequestError, match="no such thing"):
-        Owner(Captured(answers=answers)).updates.end_sync("7", timeout_s=1)
+        Owner(Captured(answers=answers)).updates.end_sync("7", timeout_s=30)
 
 
 def test_nothing_waits_for_the_version_to_be_set_but_it_leaves_first():
@@ -314,7 +314,7 @@ WEIGHTS = [("a", torch.Size([2, 3]), "bfloat16"), ("b", torch.Size([]), "int8")]
 
 def test_broadcast_weights_are_asked_for_without_a_flush_and_for_the_target_alone():
     client = Captured()
-    ServerApi(client).receive(WEIGHTS, group_name="g", timeout_s=1)
+    ServerApi(client).receive(WEIGHTS, group_name="g", timeout_s=30)
     assert client.asked == [(
         "/update_weights_from_distributed",
         {"names": ["a", "b"], "shapes": [[2, 3], []], "dtypes": ["bfloat16", "int8"], "group_name": "g",
@@ -352,8 +352,8 @@ def test_a_sync_called_off_before_memory_is_released_lets_requests_from_elsewher
     client = Captured()
     owner = Owner(client)
     _, owner.lifecycle.state = owner.lifecycle.state.sleeping(["weights"])
-    owner.updates.begin_sync(timeout_s=1)
-    owner.updates.cancel_sync(timeout_s=1)
+    owner.updates.begin_sync(timeout_s=30)
+    owner.updates.cancel_sync(timeout_s=30)
     assert client.paths[0] == PAUSE and client.paths[-1] == GO_ON
 
 
@@ -384,8 +384,8 @@ def test_a_server_whose_weights_are_lost_goes_on_with_the_sync_that_brings_them(
     client = Captured("0.5.20")
     owner = asleep(client, ["weights"])
     owner.wake(["weights"])
-    owner.updates.begin_sync(timeout_s=1)
-    owner.updates.cancel_sync(timeout_s=1)
+    owner.updates.begin_sync(timeout_s=30)
+    owner.updates.cancel_sync(timeout_s=30)
     assert client.paths == [RESUME, FLUSH]
     owner.sync(partial=True)
     assert GO_ON not in client.paths
@@ -397,17 +397,17 @@ def test_a_sleep_or_wake_that_only_the_server_has_seen_can_be_made_again():
     """As after a rank was interrupted before it could agree on it: the state of the engine is that of before."""
     client = Captured("0.5.20")
     owner = Owner(client)
-    owner.generation.release_memory(["weights", "kv_cache"], timeout_s=1)
+    owner.generation.release_memory(["weights", "kv_cache"], timeout_s=30)
     client.asked.clear()
     with pytest.raises(EngineStateError, match="has released their memory"):
-        owner.updates.begin_sync(timeout_s=1)
+        owner.updates.begin_sync(timeout_s=30)
     assert RELEASE not in client.paths and PAUSE not in client.paths
     assert GO_ON not in client.paths, "a forward without its weights would end the server"
     client.asked.clear()
     owner.sleep(["weights", "kv_cache"])
     assert client.paths == [], "it is released"
     _, after = owner.lifecycle.state.waking(None)
-    owner.generation.resume_memory(["weights", "kv_cache"], after, timeout_s=1)
+    owner.generation.resume_memory(["weights", "kv_cache"], after, timeout_s=30)
     owner.wake(None)
     assert client.paths.count(RESUME) == 1
     owner.sync()

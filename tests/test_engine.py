@@ -615,7 +615,7 @@ def key_is_hidden(world):
     import httpx
 
     lines = [" ".join(p.info["cmdline"] or ()) for p in psutil.process_iter(["cmdline"])]
-    bare = httpx.post(f"{world.engine.url}/generate", json={"text": "a"}, trust_env=False, timeout=10).status_code
+    bare = httpx.post(f"{world.engine.url}/generate", json={"text": "a"}, trust_env=False, timeout=60).status_code
     found = {"in_ps": any(world.engine.api_key in line for line in lines), "without_key": bare}
     if world.colo.is_owner:
         runtime = world.engine._context.owned.process.spec.runtime
@@ -1101,7 +1101,7 @@ def test_a_stopped_and_a_dead_process_and_a_dead_owner_are_reported_and_leave_no
     message = client.value
     assert message["before"] == "ready" and message["after"] == "dead"
     kind, text, seconds = message["stopped"]
-    assert seconds < 15
+    assert seconds < 40
     assert kind == "DeadlineError" and "sglang::detokenizer (pid " in text and text.endswith("is stopped")
     [folder] = short_path.glob("tpcolocate-*")
     kind, text, hint, tail = message["generate"]

@@ -259,7 +259,7 @@ def two_agreements_swapped_on_one_rank(world):
         names[number] = what
         return what, error
 
-    planted(world, "plain", "staged", meddle=note)
+    planted(world, "plain", "staged", meddle=note, timeout_s=20.0)  # nothing is wrong with this one
     assert names[3] != names[4]
     meddle = lambda number, what, error: (names.get({3: 4, 4: 3}.get(number), what), error)
     return planted(world, "plain", "staged", meddle=meddle if world.rank == 1 else None)

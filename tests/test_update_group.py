@@ -139,12 +139,12 @@ def test_the_name_of_a_group_whose_joining_was_interrupted_can_be_used_again(mon
 
     with hold_port() as held:
         port = held.getsockname()[1]
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(distributed_c10d, "_new_process_group_helper", interrupted)
-        join(port, world_size=1)
-    assert distributed_c10d._world.pg_names == {}
-    gc.collect()
-    dist.destroy_process_group(join(port, world_size=1))
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(distributed_c10d, "_new_process_group_helper", interrupted)
+            join(port, world_size=1)
+        assert distributed_c10d._world.pg_names == {}
+        gc.collect()
+        dist.destroy_process_group(join(port, world_size=1))
 
 
 @quick
