@@ -102,7 +102,7 @@ def parse_args() -> argparse.Namespace:
 def end_one_by_one(self: WeightUpdates, version: str, *, workers: Any = None, timeout_s: float) -> None:
     deadline = Deadline.after(timeout_s)
     if workers is not None:
-        workers.finish()
+        workers.finish(timeout_s=deadline.left(at_least=1.0))
     self._close_session(deadline)
     self._api.set_weight_version(version, timeout_s=deadline.left(at_least=1.0))
     if (reported := self._reported_version(deadline)) != version:

@@ -40,8 +40,9 @@ class Workers:
     def greet(self, *, timeout_s):
         return self.greetings
 
-    def finish(self):
+    def finish(self, *, timeout_s):
         self.num_finished += 1
+        self.limits.append(timeout_s)
 
     def close(self, *, timeout_s):
         self.limits.append(timeout_s)
@@ -236,6 +237,7 @@ def test_the_end_lets_the_workers_go_unless_they_have_left():
         connection.wait()
         if leaves:
             connection.leave()
+            assert 5 < server.workers.limits[0] <= 30, "what is left of the sync's time: a busy server is late"
         connection.end("7", timeout_s=1)
         assert server.asked[-1] == ("end_sync", "7", not leaves) and server.workers.num_finished == leaves
         connection.leave()

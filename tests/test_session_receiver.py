@@ -73,7 +73,7 @@ class Session:
         return self
 
     def __exit__(self, *exc):
-        self.channel.finish()
+        self.channel.finish(timeout_s=20)
 
     def ask(self, command):
         number = next(self.numbers)
@@ -124,7 +124,7 @@ def test_after_the_last_command_a_worker_answers_and_leaves(tmp_path, succeeds):
     worker.join(20)
     assert not worker.is_alive(), "it leaves without another command"
     assert (channel.collect(0, timeout_s=20)[0].error is None) == succeeds
-    channel.finish()
+    channel.finish(timeout_s=20)
 
 
 def test_a_reply_to_a_load_is_complete(tmp_path):
@@ -536,7 +536,7 @@ def session_with(worker, tmp_path, command):
     channel.greet(timeout_s=30)
     channel.post({0: Addressed(0, command)}, 0)
     reply = channel.collect(0, timeout_s=30)[0]
-    channel.finish()
+    channel.finish(timeout_s=20)
     return reply, held[0]
 
 

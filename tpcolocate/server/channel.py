@@ -29,7 +29,6 @@ _POLL_MS = 20
 # A reply may still be on its way through ZeroMQ's threads when SGLang's answer, sent after it, is there: on a busy machine
 # for more than a second.
 _LATE_MS = 10_000
-_LEAVE_S = 5.0
 # sun_path holds 108 bytes with its end.
 _LONGEST_PATH = 107
 _UNANSWERED = -1
@@ -61,7 +60,7 @@ class Channel:
         try:
             self._socket.bind(self.endpoint)
         except BaseException:
-            self.close()
+            self.close(timeout_s=0.0)
             raise
 
     @property
@@ -160,7 +159,7 @@ class Channel:
             except zmq.ZMQError:
                 pass  # it has left
 
-    def close(self, *, timeout_s: float = _LEAVE_S) -> None:
+    def close(self, *, timeout_s: float) -> None:
         """Dismiss the workers, and wait so long until SGLang has answered."""
         if self._socket.closed:
             return
@@ -173,18 +172,21 @@ class Channel:
             self._context.term()
             self._path.unlink(missing_ok=True)
 
-    def finish(self) -> None:
-        """Close the channel, and raise what SGLang's request raised.
+    def finish(self, *, timeout_s: float) -> None:
+        """Close the channel once SGLang has answered, and raise what its request raised.
+
+        Args:
+            timeout_s: For the answer, which on a busy machine takes seconds: what is left for the sync.
 
         Raises:
             EngineError: The request failed, or was not answered.
         """
-        self.close()
+        self.close(timeout_s=timeout_s)
         if self._failure is not None:
             raise self._failure
         if self._is_asking:
             raise DeadlineError(
-                f"the engine did not answer within {_LEAVE_S:g} s after the end of the weight sync",
+                "the engine did not answer in time after the end of the weight sync",
                 hint="see the server's log",
             )
 

@@ -26,7 +26,7 @@ class ConnectedWorkers(Protocol):
     """What ends with a sync: a `Channel`."""
 
     def dismiss(self) -> None: ...
-    def finish(self) -> None: ...
+    def finish(self, *, timeout_s: float) -> None: ...
 
 
 class WeightUpdates:
@@ -173,12 +173,12 @@ class WeightUpdates:
         published = begun_in_background(publish, name="tpcolocate version")
         if self._session_open:  # nothing may be generated before it is closed
             if workers is not None:
-                workers.finish()
+                workers.finish(timeout_s=deadline.left(at_least=LEAST_S))
             self._close_session(deadline)
         going_on = begun_in_background(go_on, name="tpcolocate go on")
         beside([going_on, published], confirm)
         if workers is not None:
-            workers.finish()
+            workers.finish(timeout_s=deadline.left(at_least=LEAST_S))
 
     def _reported_version(self, deadline: Deadline) -> object:
         return self._api.weight_version(timeout_s=deadline.left(at_least=LEAST_S))

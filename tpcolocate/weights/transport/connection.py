@@ -40,7 +40,7 @@ class Workers(Protocol):
     def post(self, commands: Mapping[int, Addressed], number: int) -> None: ...
     def collect(self, number: int, *, timeout_s: float) -> dict[int, Reply]: ...
     def dismiss(self) -> None: ...
-    def finish(self) -> None: ...
+    def finish(self, *, timeout_s: float) -> None: ...
     def close(self, *, timeout_s: float) -> None: ...
 
 
@@ -162,7 +162,7 @@ class OwnerConnection(WorkerConnection):
     def _let_go(self) -> None:
         with self._lock:  # `abandon` may act on the same workers
             assert self._workers is not None
-            self._workers.finish()
+            self._workers.finish(timeout_s=self._left())
             self._workers = None
         self.session = ipc_payload.new_session()  # the receiver takes none twice
 
@@ -184,7 +184,7 @@ class OwnerConnection(WorkerConnection):
     def leave(self) -> None:
         if not self._has_left and self._workers is not None:
             self._has_left = True
-            self._workers.finish()
+            self._workers.finish(timeout_s=self._deadline.left(at_least=_LEAST_S))
 
     def end(self, version: str, *, timeout_s: float) -> None:
         workers = None if self._has_left else self._workers
