@@ -29,7 +29,7 @@ from tpcolocate.server.api import ServerApi
 from tpcolocate.server.lifecycle import Lifecycle, State
 from tpcolocate.weights.sources.named_weights import NamedWeights
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(450)
 quick = pytest.mark.quick
 
 
@@ -198,7 +198,7 @@ def bad_calls(rank, folder):
 
 
 def test_every_wrong_argument_is_an_error_of_ours_on_all_ranks_or_a_value(tmp_path):
-    ours, theirs = run_ranks(bad_calls, 2, str(tmp_path), timeout_s=200)
+    ours, theirs = run_ranks(bad_calls, 2, str(tmp_path), timeout_s=400)
     assert len(ours) >= 1000
     problems = [
         f"{call}: {one} and {theirs[call][0]}" for call, (one, _) in ours.items() if not same(one, theirs[call][0])
@@ -248,7 +248,7 @@ def entry_points(rank, folder):
 
 
 def test_wrong_arguments_of_the_entry_points(tmp_path):
-    ours, theirs = run_ranks(entry_points, 2, str(tmp_path), timeout_s=200)
+    ours, theirs = run_ranks(entry_points, 2, str(tmp_path), timeout_s=400)
     problems = [
         f"{call}: {one} and {theirs[call][0]}" for call, (one, _) in ours.items() if not same(one, theirs[call][0])
     ]

@@ -72,7 +72,7 @@ def run_pytest(folder, source, *options, env=None):
     command = [sys.executable, "-m", "pytest", "-p", "conftest", "-p", "no:cacheprovider", "-o", "markers=gpu"]
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "CUDA_VISIBLE_DEVICES": ""} | (env or {})
     return subprocess.run(
-        [*command, *options], cwd=folder, env=env, capture_output=True, text=True, timeout=120, check=False
+        [*command, *options], cwd=folder, env=env, capture_output=True, text=True, timeout=270, check=False
     )
 
 
@@ -142,6 +142,6 @@ def test_only_a_cpu_server_of_the_tests_forks_its_processes(tmp_path, env, modul
     path = os.pathsep.join([str(tmp_path), os.environ["PYTHONPATH"]])
     done = subprocess.run(
         [sys.executable, "-m", module], env=os.environ | env | {"PYTHONPATH": path},
-        capture_output=True, text=True, timeout=60, check=True,
+        capture_output=True, text=True, timeout=270, check=True,
     )  # fmt: skip
     assert str(conftest.FORKED_SERVER) in done.stdout and expected in done.stdout
