@@ -66,6 +66,12 @@ class Plain(torch.Tensor):
     """A subclass that is a tensor in memory like any other."""
 
 
+def without_memory(tensor, num_bytes=0):
+    """As what moves weights away between steps leaves them."""
+    tensor.untyped_storage().resize_(num_bytes)
+    return tensor
+
+
 REFUSED = {
     "quantised": (torch.quantize_per_tensor(torch.ones(2, 2), 0.1, 0, torch.qint8), "quantised tensor"),
     "quantised per channel": (
@@ -81,6 +87,9 @@ REFUSED = {
     "conjugated when it is read": (torch.ones(2, 2, dtype=torch.complex64).conj(), "holds other values"),
     "not initialised": (nn.LazyLinear(2).weight, "a is not initialised"),
     "empty": (torch.empty(0), "a is empty"),
+    "freed": (without_memory(torch.ones(2, 2)), "a has no memory any more"),
+    "a freed view": (without_memory(torch.ones(4, 4)[1:, ::2]), "a has no memory any more"),
+    "freed in part": (without_memory(torch.ones(4, 4)[1:], 32), "a is larger than the 32 bytes of its memory"),
     "a number": (1.5, "is a float, not a tensor"),
 }
 VALUES = {
@@ -159,6 +168,15 @@ def test_a_sync_that_refuses_names_the_weights():
 def test_adapters_of_no_rank_are_refused(r):
     with pytest.raises(ConfigError, match="configuration has r="):
         make_adapter(adapter_tensors("o_proj"), {**CONFIG, "r": r})
+
+
+@pytest.mark.parametrize("words", ["sparse", "without data", "a wrapper", "freed", "freed in part"])
+def test_adapters_that_cannot_be_read_are_refused_by_name(words):
+    tensor, message = REFUSED[words]
+    given = adapter_tensors("q_proj")
+    name = next(iter(given))
+    with pytest.raises(ConfigError, match=f"^{name} .*{message.removeprefix('a ')}"):
+        make_adapter({**given, name: tensor}, CONFIG)
 
 
 def test_adapters_in_float8_are_refused():

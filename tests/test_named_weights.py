@@ -10,7 +10,7 @@ from harness import run_ranks
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from tpcolocate.errors import ConfigError
+from tpcolocate.errors import ConfigError, WeightsMismatchError
 from tpcolocate.weights.lora import check_adapter, make_adapter
 from tpcolocate.weights.sources.lazy_tensor import full_tensor
 from tpcolocate.weights.sources.named_weights import NamedWeights
@@ -168,6 +168,15 @@ def test_a_generator_is_checked_as_it_is_read():
     assert next(stream)[0] == "a"
     with pytest.raises(ConfigError, match="b is on the meta device"):
         next(stream)
+
+
+def test_a_generator_may_give_a_name_once():
+    pairs = [("a", torch.zeros(1)), ("b", torch.zeros(1)), ("a", torch.ones(1))]
+    for expected in (None, ["a", "b"]):
+        stream = iter(NamedWeights.of(iter(pairs), expected=expected))
+        assert [next(stream)[0], next(stream)[0]] == ["a", "b"]
+        with pytest.raises(WeightsMismatchError, match="a is given twice"):
+            next(stream)
 
 
 class Elsewhere(torch.Tensor):

@@ -134,6 +134,19 @@ def trained(stage, tie):
     }
 
 
+def read_stream(module, served):
+    """Names that a generator's pairs have, with those of tied parameters, and those that it sends twice."""
+    names = [
+        [name for name in served if name != "scale"],
+        [name for name in served if name not in ("scale", "head.weight")],
+    ]
+    found = []
+    for expected in names:
+        weights = NamedWeights.of(iter(module.named_parameters(remove_duplicate=False)), expected=expected)
+        found.append(([name for name, _ in weights] == expected, weights.doubles))
+    return found
+
+
 def refusals(state):
     """A state dict of ZeRO-3 passed as a mapping, with and without a spec, and as a generator."""
     messages = []
@@ -250,6 +263,7 @@ def with_a_double(rank):
             "aliases": weights.aliases,
             "warnings": weights.warnings,
             "by name": same(read(dict(made.module.named_parameters()))[1], {n: 2 * expected[n] for n, _ in made.module.named_parameters()}),
+            "generator": read_stream(made.module, expected),
             "refused": refusals(empty),
             "by the spec": "embed.weight has shape (0,)" in (message or ""),
         })  # fmt: skip
@@ -260,7 +274,10 @@ def with_a_double(rank):
 def test_a_double_of_zero3():
     plain = {
         "equal": True, "fresh": True, "one by one": True, "bytes": True, "lazy": 7, "aliases": {}, "warnings": (WARNING,),
-        "by name": True, "refused": ["embed.weight is empty"], "by the spec": True,
+        "by name": True, "refused": ["embed.weight is empty"], "by the spec": True, "generator": [(True, set()), (False, set())],
     }  # fmt: skip
-    tied = {**plain, "lazy": 6, "aliases": {"head.weight": "embed.weight"}}
+    tied = {
+        **plain, "lazy": 6, "aliases": {"head.weight": "embed.weight"},
+        "generator": [(True, {"head.weight"}), (True, set())],
+    }  # fmt: skip
     assert run_ranks(with_a_double, 2) == [[plain, tied]] * 2

@@ -23,7 +23,7 @@ from tpcolocate.errors import ConfigError, WeightsMismatchError, shown, some
 from tpcolocate.weights.sources.hf_names import to_checkpoint
 from tpcolocate.weights.sources.lazy_tensor import Item, LazyTensor, full_tensor
 from tpcolocate.weights.sources.model_spec import FLOATS, ModelSpec
-from tpcolocate.weights.sources.named_weights import gathered_state
+from tpcolocate.weights.sources.named_weights import check_readable, gathered_state
 from tpcolocate.weights.sources.peft_merge import inner_model
 from tpcolocate.weights.sources.wrapper_names import unwrapped, without_wrappers
 
@@ -107,7 +107,7 @@ def make_adapter(tensors: Mapping[str, Item], config: Any) -> Adapter:
         config: ``adapter_config.json`` as a mapping, or a `peft.LoraConfig`.
 
     Raises:
-        ConfigError: Not a LoRA adapter, or one that SGLang would not compute as PEFT does.
+        ConfigError: Not a LoRA adapter, one that SGLang would not compute as PEFT does, or tensors that cannot be read.
         WeightsMismatchError: Names that no LoRA adapter has.
     """
     plain = _plain(config.to_dict() if hasattr(config, "to_dict") else config)
@@ -129,6 +129,8 @@ def make_adapter(tensors: Mapping[str, Item], config: Any) -> Adapter:
         if matched is None or not isinstance(tensor, (torch.Tensor, LazyTensor)):
             unknown.append(str(name))
             continue
+        if isinstance(tensor, torch.Tensor):
+            check_readable(name, tensor)
         adapters.add(matched["adapter"])
         named[f"{_PREFIX}{matched['module']}.lora_{matched['side']}.weight"] = tensor
     if unknown:
@@ -267,8 +269,8 @@ def check_adapter(adapter: Adapter, spec: ModelSpec | None) -> Adapter:
             continue
         for side, tensor in sorted(sides.items()):
             expected = _shape(module, side, adapter.rank, spec)
-            if tensor.dtype not in FLOATS or tensor.device.type == "meta":
-                wrong.append(f"{module}.lora_{side} is {tensor.dtype} on {tensor.device}, expected floating-point data")
+            if tensor.dtype not in FLOATS:
+                wrong.append(f"{module}.lora_{side} is {tensor.dtype}, expected floating-point data")
             elif len(tensor.shape) != 2 or any(w not in (None, n) for w, n in zip(expected, tensor.shape)):
                 want = ", ".join("any" if n is None else str(n) for n in expected)
                 wrong.append(f"{module}.lora_{side} has shape {tuple(tensor.shape)}, expected ({want})")

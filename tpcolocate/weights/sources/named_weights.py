@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable, Collection, ItemsView, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -32,6 +33,7 @@ from tpcolocate.weights.sources.wrapper_names import unwrapped, without_wrappers
 
 Source = nn.Module | Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]
 Rename = Callable[[str], str | None] | Mapping[str, str | None]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -115,7 +117,7 @@ class NamedWeights:
                 hint="pass an nn.Module, a state dict, or (name, tensor) pairs",
             )
         doubles: set[str] = set()
-        pairs = _renamed(_given(source), rename)
+        pairs = _each_once(_renamed(_given(source), rename))
         return cls(None, stream=pairs if expected is None else _streamed(pairs, expected, doubles), doubles=doubles)
 
     def __iter__(self) -> Iterator[tuple[str, Item]]:
@@ -179,11 +181,18 @@ def check_unique(names: Iterable[str]) -> None:
     Raises:
         WeightsMismatchError: One is.
     """
+    for _ in _each_once((name, None) for name in names):
+        pass
+
+
+def _each_once(named: Iterable[tuple[str, T]]) -> Iterator[tuple[str, T]]:
+    """Yield the same; raises, as `check_unique`, where a name comes for the second time."""
     seen: set[str] = set()
-    for name in names:
+    for name, item in named:
         if name in seen:
             raise WeightsMismatchError(f"{name} is given twice", hint="names must be unique")
         seen.add(name)
+        yield name, item
 
 
 def check_rename(rename: object) -> None:
@@ -400,8 +409,12 @@ def _streamed(
 
 
 def _content(item: Item) -> object:
-    """Return a key of what this rank has of a tensor; waits for the device."""
-    assert isinstance(item, torch.Tensor)
+    """Return a key of what this rank has of a tensor; waits for the device.
+
+    What ZeRO-3 has partitioned is one object under both names; see `zero3.gathering`.
+    """
+    if isinstance(item, LazyTensor):
+        return id(item)
     local = local_of(item).detach()
     sums = torch.stack([word_sum(local), word_sum(local[: len(local) // 2])]).tolist()
     return item.shape, item.dtype, local.shape, tuple(sums)
@@ -428,7 +441,20 @@ def _checked(item: object) -> tuple[str, torch.Tensor]:
         )
     if not isinstance(item[1], torch.Tensor):
         raise ConfigError(f"{item[0]} is a {type(item[1]).__name__}, not a tensor", hint=_instead_of(*item))
-    name, given = item
+    check_readable(*item)
+    return item[0], item[1]
+
+
+def check_readable(name: str, given: torch.Tensor) -> None:
+    """Check that a tensor can be read and sent; local for a DTensor.
+
+    Args:
+        name: For the error.
+        given: A tensor, or one that is sharded.
+
+    Raises:
+        ConfigError: It cannot.
+    """
     if isinstance(given, ShardedTensor):
         raise ConfigError(
             f"{name} is a ShardedTensor, as in a sharded state dict of FSDP1",
@@ -452,7 +478,23 @@ def _checked(item: object) -> tuple[str, torch.Tensor]:
         raise ConfigError(
             f"{name} has layout {tensor.layout}; only dense tensors can be sent", hint="convert it with to_dense()"
         )
-    return name, given
+    _check_memory(name, tensor)
+
+
+def _check_memory(name: str, tensor: torch.Tensor) -> None:
+    """Check that all elements of a dense tensor are in its memory: to read beyond it ends the process, or its use of the GPU."""
+    num_bytes = tensor.untyped_storage().nbytes()
+    if not tensor.numel() or (tensor.is_contiguous() and not tensor.storage_offset() and num_bytes >= tensor.nbytes):
+        return
+    last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride()))
+    if num_bytes < (int(tensor.storage_offset()) + last + 1) * tensor.element_size():
+        raise ConfigError(
+            f"{name} has no memory any more"
+            if not num_bytes
+            else f"{name} is larger than the {num_bytes} bytes of its memory",
+            hint="something has freed it, as where weights are moved away between steps by storage.resize_(0): bring them back "
+            "before",
+        )
 
 
 def _instead_of(name: str, value: object) -> str:
@@ -469,6 +511,7 @@ __all__ = [
     "NamedWeights",
     "Rename",
     "Source",
+    "check_readable",
     "check_rename",
     "check_unique",
     "gathered_state",
