@@ -1,6 +1,7 @@
 """Syncs of weights that are wrong in themselves, lie unusually or come in an unusual way, without a server, see `sync_harness`."""
 
 import contextlib
+import functools
 import gc
 import math
 import tempfile
@@ -12,6 +13,8 @@ from harness import run_ranks
 from sync_harness import Engine, World, record_everything, serve_worker, shapes_of, stop_worker
 from sync_models import policy, served_weights
 from test_full_syncs import Given, adapted_policy, shared
+
+from tpcolocate.weights.sync.buckets import differences
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -121,6 +124,21 @@ def generators_that_fail(world):
     return found
 
 
+def renamed_on_one_rank(world, name):
+    k, v = (f"layers.0.self_attn.{which}_proj.weight" for which in "kv")
+    return {k: v, v: k}.get(name, name) if world.rank else name
+
+
+def weights_that_differ_between_ranks(world):
+    """In what cannot be seen from the first of them."""
+    found = {}
+    for words in ("state dict", "generator"):
+        engine, source = Engine(world), Given(policy(), GIVE[words])
+        found[words] = [engine.run(source, rename=functools.partial(renamed_on_one_rank, world)), engine.run(source)]
+        engine.close()
+    return found
+
+
 FORMS = {
     "one row many times": lambda tensor: tensor[:1].expand(tensor.shape),
     "one column many times": lambda tensor: tensor[:, :1].expand(tensor.shape),
@@ -186,6 +204,7 @@ SCENARIOS = [
     a_merged_weight_that_is_not_finite,
     other_kinds_of_dtype,
     generators_that_fail,
+    weights_that_differ_between_ranks,
     unusual_memory,
     modes_of_torch,
 ]
@@ -281,6 +300,32 @@ def test_a_generator_changes_the_engine_once_it_has_given_something(of_ranks):
             assert failed.error == ("RankFailedError", "ValueError: no more")
             assert failed.modified is (number > 0)
             assert healed.error is None and not healed.differing
+
+
+def test_the_error_of_ranks_with_other_weights_names_which(of_ranks):
+    for found in on_all(of_ranks, weights_that_differ_between_ranks):
+        for refused, good in found.values():
+            words = "rank 0 has layers.0.self_attn.k_proj.weight where rank 1 has layers.0.self_attn.v_proj.weight"
+            assert refused.error == ("WeightsMismatchError", f"the ranks have different weights: {words}")
+            assert good.error is None and not good.differing
+
+
+A, B, C = ("a", "(2,) torch.float32"), ("b", "(3,) torch.float32"), ("c", "(2,) torch.float32")
+
+
+@pytest.mark.parametrize("lists, words", [
+    ([[A, B], [A, B], [A]], "rank 4 has no b"),
+    ([[A], [A, B, C], [A]], "rank 2 has no b, c"),
+    ([[A, C], [A, B]], "rank 2 has no b; rank 3 has no c"),
+    ([[A, B], [B, A]], "rank 2 has a where rank 3 has b"),
+    ([[A, B], [A, ("b", "(3,) torch.bfloat16")]], "b is (3,) torch.float32 on rank 2, (3,) torch.bfloat16 on rank 3"),
+    ([[A, B], [A, B]], "rank 2: 2 tensors; rank 3: 2 tensors"),
+    ([None, [A]], "rank 2: no more weights; rank 3: 1 tensors"),
+    ([[A], None], "rank 2: 1 tensors; rank 3: no more weights"),
+])  # fmt: skip
+def test_differences_are_put_into_words(lists, words):
+    views = [(2 + i, "no more weights" if one is None else f"{len(one)} tensors") for i, one in enumerate(lists)]
+    assert differences(views, lists) == words
 
 
 def test_unusual_memory_arrives_as_its_values(of_ranks):

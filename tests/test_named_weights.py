@@ -195,11 +195,15 @@ def refused_shards(mesh):
     from torch.distributed.tensor import DTensor, Shard
 
     shard = DTensor.from_local(Elsewhere(torch.ones(2, 2)), mesh, [Shard(0)], run_check=False)
-    try:
-        list(NamedWeights.of({"a": shard}))
-    except ConfigError as error:
-        return error.message
-    return None
+    rows = 3 if mesh.get_rank() == 0 else 1  # as frameworks cut that fill their buffers
+    uneven = DTensor.from_local(torch.ones(rows, 2), mesh, [Shard(0)], run_check=False, shape=(4, 2), stride=(2, 1))
+    found = []
+    for source in ({"a": shard}, {"a": uneven}, iter([("a", uneven)])):
+        try:
+            list(NamedWeights.of(source))
+        except ConfigError as error:
+            found.append(error.message)
+    return found
 
 
 def fsdp(rank):
@@ -227,7 +231,13 @@ def fsdp(rank):
 
 
 def test_fsdp2_is_gathered_and_shards_without_memory_are_refused():
-    refused = "a is a Elsewhere, which has no memory of its own that could be sent"
+    refused = [
+        [
+            "a is a Elsewhere, which has no memory of its own that could be sent",
+            *[f"a has a shard of shape ({rows}, 2) on this rank, where (Shard(dim=0),) gives one of shape (2, 2)"] * 2,
+        ]
+        for rows in (3, 1)
+    ]
     expected = (
         True,
         {"layer.weight": "embed.weight"},
@@ -235,9 +245,8 @@ def test_fsdp2_is_gathered_and_shards_without_memory_are_refused():
         True,
         True,
         (),
-        refused,
     )
-    assert run_ranks(fsdp, 2) == [expected] * 2
+    assert run_ranks(fsdp, 2) == [(*expected, of_rank) for of_rank in refused]
 
 
 def strip_actor(name):

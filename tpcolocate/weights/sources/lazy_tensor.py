@@ -248,6 +248,23 @@ def _full_of_uneven(item: DTensor) -> torch.Tensor:
     return tensor
 
 
+def shape_of_shard(item: DTensor) -> tuple[int, ...] | None:
+    """Return the shape that this rank's shard has if it is cut as torch cuts; None if that is not known here.
+
+    What torch gathers is of no use if it has another one, and the ranks may wait for each other.
+    """
+    coordinate, lengths = item.device_mesh.get_coordinate(), list(item.shape)
+    if coordinate is None:
+        return None
+    for axis, placement in enumerate(item.placements):
+        if type(placement) is Shard:
+            longest = -(-lengths[placement.dim] // item.device_mesh.size(axis))
+            lengths[placement.dim] = max(0, min(longest, lengths[placement.dim] - coordinate[axis] * longest))
+        elif type(placement) is not Replicate:
+            return None
+    return tuple(lengths)
+
+
 def is_plain_tensor(item: Item) -> TypeGuard[torch.Tensor]:
     """Return whether the item is a full tensor in this process's memory, neither sharded nor lazy."""
     return isinstance(item, torch.Tensor) and not isinstance(item, DTensor)
@@ -409,5 +426,6 @@ __all__ = [
     "is_plain_tensor",
     "local_of",
     "reading_bytes",
+    "shape_of_shard",
     "storage_id",
 ]

@@ -11,6 +11,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torch.distributed.tensor import DTensor
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from tpcolocate.checks import check_text
@@ -27,6 +28,7 @@ from tpcolocate.weights.sources.lazy_tensor import (
     is_collective,
     local_of,
     reading_bytes,
+    shape_of_shard,
     storage_id,
 )
 from tpcolocate.weights.sources.wrapper_names import unwrapped, without_wrappers
@@ -477,6 +479,11 @@ def check_readable(name: str, given: torch.Tensor) -> None:
     if tensor.layout is not torch.strided:
         raise ConfigError(
             f"{name} has layout {tensor.layout}; only dense tensors can be sent", hint="convert it with to_dense()"
+        )
+    if isinstance(given, DTensor) and (shape := shape_of_shard(given)) not in (None, tuple(tensor.shape)):
+        raise ConfigError(
+            f"{name} has a shard of shape {tuple(tensor.shape)} on this rank, where {given.placements} gives one of shape {shape}",
+            hint="such a DTensor cannot be gathered by torch: gather it by the means of what has cut it, or shard with fully_shard (FSDP2)",
         )
     _check_memory(name, tensor)
 

@@ -8,9 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from tpcolocate import ipc_payload
-from tpcolocate.errors import ConfigError, SyncError, TpColocateError, WeightsMismatchError
+from tpcolocate.errors import ConfigError, SyncError, TpColocateError, WeightsMismatchError, some
 from tpcolocate.in_server.tpcolocate_receiver.checksums import word_sum
 from tpcolocate.in_server.tpcolocate_receiver.protocol import Addressed, LoadBucket
 from tpcolocate.weights.buckets import split_into_buckets
@@ -102,7 +103,8 @@ def _next_bucket(session: SyncSession, stream: Iterator[Items], error: BaseExcep
                 error = caught
         mine = None if bucket is None else [(n, tuple(t.shape), t.dtype) for n, t in bucket]
         digest = hashlib.sha256(repr(mine).encode()).digest()
-        check_same_weights(session, session.agree(error, (digest, summary(mine)), what="choose the next weights"))
+        of_ranks = session.agree(error, (digest, summary(mine)), what="choose the next weights")
+        check_same_weights(session, of_ranks, bucket)
     return bucket
 
 
@@ -294,17 +296,61 @@ def largest_bytes(items: Items) -> int:
     return max((padded_bytes(item) for _, item in items), default=0)
 
 
-def check_same_weights(session: SyncSession, of_ranks: Sequence[tuple[bytes, str]]) -> None:
+def check_same_weights(session: SyncSession, of_ranks: Sequence[tuple[bytes, str]], mine: Items | None) -> None:
     """Refuse ranks whose weights differ.  Every rank comes to the same error.
+
+    Collective: over the slice, if they differ.
 
     Args:
         of_ranks: Digest and summary of each rank's weights.
+        mine: Those of this rank; None if it has none, or does not know them yet.
+
+    Raises:
+        WeightsMismatchError: They do.
     """
-    if len({digest for digest, _ in of_ranks}) > 1:
-        views = "; ".join(f"rank {rank}: {text}" for rank, (_, text) in zip(session.context.group.ranks, of_ranks))
-        raise WeightsMismatchError(
-            f"the ranks have different weights: {views}", hint="every rank must pass the same names in the same order"
-        )
+    if len({digest for digest, _ in of_ranks}) == 1:
+        return
+    error: BaseException | None = None
+    described: list[tuple[str, str]] | None = None
+    try:
+        described = None if mine is None else [(name, _description(item)) for name, item in mine]
+    except BaseException as caught:
+        error = caught
+    lists = session.agree(error, described, what="find what weights differ in")
+    views = [(rank, text) for rank, (_, text) in zip(session.context.group.ranks, of_ranks)]
+    raise WeightsMismatchError(
+        f"the ranks have different weights: {differences(views, lists)}",
+        hint="every rank must pass the same names in the same order, in the same shapes and dtypes",
+    )
+
+
+def _description(item: Item) -> str:
+    layout = f" {item.placements}" if isinstance(item, DTensor) else ""
+    return f"{tuple(item.shape)} {item.dtype}{layout}"
+
+
+def differences(views: Sequence[tuple[int, str]], lists: Sequence[Sequence[tuple[str, str]] | None]) -> str:
+    """Return in words how the weights of a rank differ from those of the first rank: which names, or else what of them.
+
+    Args:
+        views: Global ranks, and in a few words the weights of each.
+        lists: Of each, name and description of every tensor; None where they are not known.
+    """
+    other = next((i for i, one in enumerate(lists) if one is not None and one != lists[0]), None)
+    if lists[0] is None or other is None:
+        return "; ".join(f"rank {rank}: {text}" for rank, text in views)
+    a, b = views[0][0], views[other][0]
+    of_a, of_b = dict(lists[0]), dict(lists[other] or ())
+    found = [
+        f"rank {rank} has no {some([name for name in there if name not in here], between=', ')}"
+        for rank, here, there in ((a, of_a, of_b), (b, of_b, of_a))
+        if not there.keys() <= here.keys()
+    ]
+    if not found:
+        found = [f"{n} is {of_a[n]} on rank {a}, {of_b[n]} on rank {b}" for n in of_a if of_a[n] != of_b[n]]
+    if not found:
+        found = [f"rank {a} has {m} where rank {b} has {n}" for m, n in zip(of_a, of_b) if m != n][:1]
+    return some(found)
 
 
 def summary(weights: Sequence[Description] | None) -> str:
@@ -315,4 +361,13 @@ def summary(weights: Sequence[Description] | None) -> str:
     return f"{len(weights)} tensors from {name} {shape} {dtype}"
 
 
-__all__ = ["buckets", "check_same_weights", "largest_bytes", "padded_bytes", "send_buckets", "send_stream", "summary"]
+__all__ = [
+    "buckets",
+    "check_same_weights",
+    "differences",
+    "largest_bytes",
+    "padded_bytes",
+    "send_buckets",
+    "send_stream",
+    "summary",
+]

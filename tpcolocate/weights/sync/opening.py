@@ -64,7 +64,7 @@ def open_sync(session: SyncSession, source: Source) -> tuple[Prepared, Opened]:
     assert prepared is not None
     views = [view for view, *_ in of_ranks if view is not None]
     has_mapped = any(has_mapped for *_, has_mapped in of_ranks)
-    check_same_weights(session, [(view.digest, view.summary) for view in views])
+    check_same_weights(session, [(view.digest, view.summary) for view in views], prepared.weights.items)
     check_excerpts(session, [view.excerpt for view in views])
     _, name, plan_ids, worker_ids, _ = of_ranks[session.context.owner]
     is_current = plan_ids is not None and session.state.loader_map.is_current(plan_ids)
