@@ -11,6 +11,7 @@ import pytest
 
 from tpcolocate import ConfigError, plot
 from tpcolocate.__main__ import main
+from tpcolocate.bench import command
 from tpcolocate.bench.page import render
 from tpcolocate.bench.results import Measured, Results, conclusions
 
@@ -91,12 +92,38 @@ def test_what_cannot_be_measured_is_an_error_without_a_traceback(arguments, word
     [], ["--model", "m", "--rounds", "0"], ["--model", "m", "--launch-timeout", "nan"],
     ["--model", "m", "--server-args", "[1]"], ["--model", "m", "--server-args", "{"],
     ["--model", "m", "--json", "/no/such/folder/x.json"], ["--model", "m", "--json", "/"], ["--model", "m", "--plot", "/no/x.png"],
+    ["--model", "m", "--plot", "bench.xyz"],
 ])  # fmt: skip
 def test_wrong_options_are_refused(arguments, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["tpcolocate", "bench", *arguments])
     with pytest.raises(SystemExit, match="2"):
         main()
     assert "usage" in capsys.readouterr().err
+
+
+@pytest.mark.quick
+def test_a_file_that_is_there_and_cannot_be_written_is_refused(monkeypatch, capsys, tmp_path):
+    path = tmp_path / "of_another_user.json"
+    path.touch()
+    monkeypatch.setattr(command.os, "access", lambda given, mode: given != path)
+    monkeypatch.setattr(sys, "argv", ["tpcolocate", "bench", "--model", "m", "--json", str(path)])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert "of_another_user.json cannot be written" in capsys.readouterr().err
+
+
+@pytest.mark.quick
+def test_files_that_cannot_be_written_in_the_end_are_an_error_after_the_page(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(command, "_results", lambda *_: results(LOST))
+    monkeypatch.delenv("RANK", raising=False)
+    full = Path("/dev/full")
+    arguments = ["--device", "cpu", "--json", str(full), "--plot", str(tmp_path / "bench.png")]
+    monkeypatch.setattr(sys, "argv", ["tpcolocate", "bench", "--model", "m", *arguments])
+    assert main() == 1
+    written = capsys.readouterr()
+    assert "the server did not start" in written.out and "bench: [Errno 28]" in written.err
+    monkeypatch.setattr(command, "_results", lambda *_: results(ONE))
+    assert main() == 1 and (tmp_path / "bench.png").exists(), "the other one is written"
 
 
 @pytest.mark.quick

@@ -123,6 +123,8 @@ ERRORS = [
     ("device-order", 2, 2, ["cuda:0", "cuda:1"], lambda rank: {"CUDA_VISIBLE_DEVICES": "3,1", "CUDA_DEVICE_ORDER": ["PCI_BUS_ID", "FASTEST_FIRST"][rank]},
      errors.LayoutError, "CUDA_DEVICE_ORDER"),
     ("nonsense-device", 2, 2, ["cpu", "toaster:1"], {}, errors.DeviceError, "toaster"),
+    ("other-devices", 2, 2, ["xpu:0", "xpu:1"], {}, errors.DeviceError, "'xpu:0' is of no kind"),
+    ("no-device-at-all", 2, 1, ["cpu", "meta"], {}, errors.DeviceError, "'meta' is of no kind"),
 ]  # fmt: skip
 
 

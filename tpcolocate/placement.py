@@ -17,6 +17,9 @@ from tpcolocate.interfaces import GlooAddress, check_reachable, is_address
 # What a rank reports of itself.
 _FACTS = {"kind", "physical", "order", "job", "job_name", "gloo", "version", "shared"}
 
+# As torch has them; those of AMD are "cuda", too.
+_KINDS = ("cuda", "npu")
+
 
 def inspect_device(device: torch.device | str | None) -> tuple[torch.device, dict[str, Any], ConfigError | None]:
     """Find this rank's device.
@@ -33,6 +36,11 @@ def inspect_device(device: torch.device | str | None) -> tuple[torch.device, dic
             found = torch.device(device)
         if found.type == "cpu":
             return found, facts, None
+        if found.type not in _KINDS:  # an index of another kind would be taken for that of a GPU
+            raise DeviceError(
+                f"device {str(found)!r} is of no kind that a server can share with its trainer",
+                hint="train on GPUs, torch.device('cuda', local_rank), on NPUs, or on the CPU",
+            )
         if found.type == "cuda" and found.index is None:
             found = torch.device("cuda", torch.cuda.current_device())
         kind = "npu" if found.type == "npu" else "hip" if torch.version.hip else "cuda"

@@ -74,7 +74,7 @@ def run(options: argparse.Namespace) -> int:
     Collective: over the ranks that torchrun started, or this process alone.
 
     Returns:
-        1 if no size could be measured, otherwise 0; the same on all ranks.
+        1 if no size could be measured, otherwise 0, the same on all ranks; 1 on rank 0 if it cannot write a file.
     """
     device = _device(options.device)
     with _group(device, options.launch_timeout):
@@ -86,11 +86,28 @@ def run(options: argparse.Namespace) -> int:
             return 1
         if rank == 0:
             print(render(results))
-            if options.json is not None:
-                options.json.write_text(json.dumps(results.to_dict(), indent=1) + "\n")
-            if options.plot is not None:
-                plot.bench(results.to_dict()).savefig(options.plot)
+            try:
+                _write(results, options)
+            except (TpColocateError, OSError) as error:
+                print(f"bench: {error}", file=sys.stderr)
+                return 1
     return 0 if any(one.error is None for one in results.measured) else 1
+
+
+def _write(results: Results, options: argparse.Namespace) -> None:
+    """Write the files; where one cannot be written, such as on a full disk, the other one still is."""
+    errors: list[TpColocateError | OSError] = []
+    for path, write in (
+        (options.json, lambda path: path.write_text(json.dumps(results.to_dict(), indent=1) + "\n")),
+        (options.plot, lambda path: plot.bench(results.to_dict()).savefig(path)),
+    ):
+        try:
+            if path is not None:
+                write(path)
+        except (TpColocateError, OSError) as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
 
 
 def _device(kind: str | None) -> torch.device:
@@ -226,7 +243,7 @@ def _software() -> dict[str, str]:
 
 
 def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """End with a usage error if a number is not positive, or a file cannot be written."""
+    """End with a usage error if a number is not positive, or a file cannot be written or has the name of no figure."""
     try:
         check_timeout(options.launch_timeout, name="--launch-timeout")
     except ConfigError as error:
@@ -237,10 +254,16 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
             parser.error(f"--{name.replace('_', '-')} must be positive, got {value:g}")
     for name in ("json", "plot") if os.environ.get("RANK", "0") == "0" else ():  # which writes them, at the very end
         path = getattr(options, name)
-        if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):
+        if path is not None and (path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK)):
             parser.error(f"--{name}: {path} cannot be written")
-    if options.plot is not None and find_spec("matplotlib") is None:
-        parser.error("--plot needs matplotlib: pip install matplotlib")
+    if options.plot is not None:
+        if find_spec("matplotlib") is None:
+            parser.error("--plot needs matplotlib: pip install matplotlib")
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+        kinds = [f".{kind}" for kind in sorted(FigureCanvasAgg.get_supported_filetypes())]
+        if options.plot.suffix.lower() not in ("", *kinds):  # without one it becomes a PNG
+            parser.error(f"--plot: {options.plot} has none of the endings {', '.join(kinds)}")
 
 
 __all__ = ["add_arguments", "check", "run"]
