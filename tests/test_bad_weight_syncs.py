@@ -319,7 +319,7 @@ A, B, C = ("a", "(2,) torch.float32"), ("b", "(3,) torch.float32"), ("c", "(2,) 
     ([[A, C], [A, B]], "rank 2 has no b; rank 3 has no c"),
     ([[A, B], [B, A]], "rank 2 has a where rank 3 has b"),
     ([[A, B], [A, ("b", "(3,) torch.bfloat16")]], "b is (3,) torch.float32 on rank 2, (3,) torch.bfloat16 on rank 3"),
-    ([[A, B], [A, B]], "rank 2: 2 tensors; rank 3: 2 tensors"),
+    ([[A, B], [A, B]], "some of them are sharded in another way"),
     ([None, [A]], "rank 2: no more weights; rank 3: 1 tensors"),
     ([[A], None], "rank 2: 1 tensors; rank 3: no more weights"),
 ])  # fmt: skip

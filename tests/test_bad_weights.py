@@ -1,6 +1,7 @@
 """Weights that are wrong in themselves: other kinds of dtype, forms without memory of their own, numbers that are not finite."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from tpcolocate.weights.sources.lazy_tensor import full_tensor
 from tpcolocate.weights.sources.model_spec import FLOATS, ModelSpec, read_spec
 from tpcolocate.weights.sources.named_weights import NamedWeights
 from tpcolocate.weights.sources.nonfinite import refuse_nonfinite
+from tpcolocate.weights.sync import prepare
+from tpcolocate.weights.sync.options import SyncOptions
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(120)]
 
@@ -110,6 +113,12 @@ def test_tensors_that_cannot_be_sent_are_refused_by_name(words, form):
     source = {"mapping": {"a": tensor}, "pairs": [("a", tensor)], "generator": iter([("a", tensor)])}[form]
     with pytest.raises(ConfigError, match=message):
         list(NamedWeights.of(source))
+
+
+def test_a_state_dict_that_one_rank_has_gathered_is_explained_on_the_others():
+    session = SimpleNamespace(context=SimpleNamespace(spec=None), options=SyncOptions())
+    with pytest.raises(ConfigError, match=r"no weights to sync\n.*cpu_offload"):
+        prepare._check(session, NamedWeights.of({}))
 
 
 @pytest.mark.parametrize("words", VALUES)

@@ -322,6 +322,33 @@ def sharded_strays(world):
     return {"good": found, "one slice failed": [failed], "after that": [again]}
 
 
+def a_rank_that_cannot_read_its_weights(world):
+    """In a first sync, and in one that would have repeated another."""
+    failing = []
+
+    def rename(name):
+        if failing and world.rank == 3:
+            raise ValueError("not now")
+        return name
+
+    engine = Engine(world)
+    model = sharded(policy())
+    for parameter in model.parameters():
+        parameter.to_local().untyped_storage().share_memory_()
+    source = Given(model, expected=served_weights(policy()))
+    source.train = lambda: None
+    failing.append(True)
+    found = {"first": [engine.run(source, rename=rename)]}
+    failing.clear()
+    found["good"] = synced(engine, source, 3, rename=rename)
+    failing.append(True)
+    found["repeated"] = [engine.run(source, rename=rename)]
+    failing.clear()
+    found["good"] += synced(engine, source, 2, rename=rename)
+    engine.close()
+    return found
+
+
 SCENARIOS = {
     a_tied_checkpoint_with_both_names: 2,
     a_loader_that_ties_and_cannot_be_traced: 2,
@@ -337,6 +364,7 @@ SCENARIOS = {
     differing_replicas: 2,
     differing_adapters: 2,
     sharded_strays: 4,
+    a_rank_that_cannot_read_its_weights: 4,
 }
 
 
@@ -524,3 +552,16 @@ def test_slices_drop_alike_what_their_ranks_gather_together(of_ranks):
         check_good(of_rank["after that"])
     failed = [of_rank["one slice failed"][0] for of_rank in found(of_ranks, sharded_strays)]
     assert [one.error is None for one in failed] == [True, True, False, False]
+
+
+def test_no_slice_waits_for_a_rank_that_cannot_read_its_weights(of_ranks):
+    for rank, found_here in enumerate(found(of_ranks, a_rank_that_cannot_read_its_weights)):
+        check_good(found_here["good"])
+        assert found_here["good"][2].facts["buckets"] == 1, "it was a repeated one"
+        for when in ("first", "repeated"):
+            [failed] = found_here[when]
+            assert not failed.modified
+            if rank < 2:
+                assert failed.error[0] == "SyncError" and "another slice has failed" in failed.error[1]
+            else:
+                assert failed.error == ("RankFailedError", "ValueError: not now")

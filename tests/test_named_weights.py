@@ -198,12 +198,21 @@ def refused_shards(mesh):
     rows = 3 if mesh.get_rank() == 0 else 1  # as frameworks cut that fill their buffers
     uneven = DTensor.from_local(torch.ones(rows, 2), mesh, [Shard(0)], run_check=False, shape=(4, 2), stride=(2, 1))
     found = []
-    for source in ({"a": shard}, {"a": uneven}, iter([("a", uneven)])):
+    for source in ({"a": shard}, {"a": uneven}, iter([("a", uneven)]), reordered()):
         try:
             list(NamedWeights.of(source))
+            found.append(None)
         except ConfigError as error:
             found.append(error.message)
     return found
+
+
+def reordered():
+    """As FSDP2 shards over a mesh that has the ranks in another order: by their places in the process group."""
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import fully_shard
+
+    return fully_shard(nn.Linear(2, 3), mesh=DeviceMesh("cpu", [1, 0]))
 
 
 def fsdp(rank):
@@ -235,6 +244,7 @@ def test_fsdp2_is_gathered_and_shards_without_memory_are_refused():
         [
             "a is a Elsewhere, which has no memory of its own that could be sent",
             *[f"a has a shard of shape ({rows}, 2) on this rank, where (Shard(dim=0),) gives one of shape (2, 2)"] * 2,
+            None,
         ]
         for rows in (3, 1)
     ]

@@ -253,13 +253,15 @@ def shape_of_shard(item: DTensor) -> tuple[int, ...] | None:
 
     What torch gathers is of no use if it has another one, and the ranks may wait for each other.
     """
-    coordinate, lengths = item.device_mesh.get_coordinate(), list(item.shape)
-    if coordinate is None:
+    mesh, lengths = item.device_mesh, list(item.shape)
+    if mesh.get_coordinate() is None:
         return None
     for axis, placement in enumerate(item.placements):
         if type(placement) is Shard:
-            longest = -(-lengths[placement.dim] // item.device_mesh.size(axis))
-            lengths[placement.dim] = max(0, min(longest, lengths[placement.dim] - coordinate[axis] * longest))
+            longest = -(-lengths[placement.dim] // mesh.size(axis))
+            # Not the coordinate, which is another one where a mesh of all ranks has them in another order.
+            start = mesh.get_local_rank(axis) * longest
+            lengths[placement.dim] = max(0, min(longest, lengths[placement.dim] - start))
         elif type(placement) is not Replicate:
             return None
     return tuple(lengths)

@@ -337,6 +337,8 @@ def differences(views: Sequence[tuple[int, str]], lists: Sequence[Sequence[tuple
         lists: Of each, name and description of every tensor; None where they are not known.
     """
     other = next((i for i, one in enumerate(lists) if one is not None and one != lists[0]), None)
+    if other is None and None not in lists:
+        return "some of them are sharded in another way"
     if lists[0] is None or other is None:
         return "; ".join(f"rank {rank}: {text}" for rank, text in views)
     a, b = views[0][0], views[other][0]

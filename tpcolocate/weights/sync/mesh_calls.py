@@ -19,6 +19,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from tpcolocate.errors import SyncError
 from tpcolocate.weights.buckets import arranged
 from tpcolocate.weights.plan.sharding import mesh_groups
 from tpcolocate.weights.plan.transfer_plan import (
@@ -40,6 +41,8 @@ from tpcolocate.weights.transport.staging import PlannedTransfer, SourceBlock, T
 HALVES, HALVES_ELSEWHERE = -3, -4
 """Stand for a bucket's number in errors about staging memory: that of workers of this slice, and of other slices."""
 SLICE_FAILED = "another slice has failed"
+_NOT_READ = -1
+"""In `route`, in place of whether a slice transfers anything."""
 _NO_ROUTE = Route({}, repeats=False, verified=False)
 _NOTHING = MapView(None)
 _NO_BLOCK = SourceBlock((), (), 0)
@@ -81,17 +84,24 @@ def route_call(session: SyncSession, items: Callable[[], Items], groups: Sequenc
         items: Returns all weights.
         groups: Among whose ranks they are sharded.
     """
-    spanning = [group for group in groups if session.context.layout.spans_slices(group)]
+    spanning = _spanning(session, groups)
 
     def run(mine: Route = _NO_ROUTE, digest: int = 0, opened: Opened | None = None) -> Route:
         ready, repeats, verified, alike = bool(mine.shards), mine.repeats, mine.verified, True
+        is_read = True
         for group in spanning:  # within a slice the ranks have agreed
-            flags = (int(ready), digest, -digest, int(repeats), int(verified))
+            flags = (int(ready) if is_read else _NOT_READ, digest, -digest, int(repeats), int(verified))
             all_ready, low, high, all_repeat, all_verified = session.mesh.min(group, flags)
+            is_read = all_ready != _NOT_READ
             alike = alike and low == -high
-            ready = ready and bool(all_ready) and low == -high
+            ready = ready and all_ready > 0 and low == -high
             repeats = repeats and bool(all_repeat)
             verified = verified and bool(all_verified)
+        if not is_read:
+            raise SyncError(
+                f"{SLICE_FAILED}: a rank of it cannot read its weights, so they cannot be gathered",
+                hint="see the error of that rank; the engine goes on with the weights that it has",
+            )
         route = Route(mine.shards if ready else {}, repeats and ready, verified)
         if not route.repeats:  # a sync that repeats another transfers everything that the loader does not ignore
             # The order of gathers is the same in all slices: they drop and move only what they all know alike.
@@ -111,6 +121,25 @@ def route_call(session: SyncSession, items: Callable[[], Items], groups: Sequenc
         return route
 
     return MeshCall("route", run, is_collective=bool(spanning))
+
+
+def unread_call(session: SyncSession, groups: Sequence[dist.ProcessGroup]) -> MeshCall:
+    """What a rank makes in place of `route` if it has failed before it knew its weights: no rank of a mesh goes on then.
+
+    Args:
+        groups: Among whose ranks the weights are sharded, as far as that can be seen.
+    """
+    spanning = _spanning(session, groups)
+
+    def run() -> None:
+        for group in spanning:
+            session.mesh.min(group, (_NOT_READ, 0, 0, 0, 0))
+
+    return MeshCall("route", run, is_collective=bool(spanning))
+
+
+def _spanning(session: SyncSession, groups: Sequence[dist.ProcessGroup]) -> list[dist.ProcessGroup]:
+    return [group for group in groups if session.context.layout.spans_slices(group)]
 
 
 def sample_items(session: SyncSession, items: Items, route: Route) -> Items:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 
 import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
 
 from tpcolocate.errors import ConfigError
 from tpcolocate.garbage import collector_paused
@@ -15,7 +20,7 @@ from tpcolocate.weights.sources.named_weights import NamedWeights, Source, check
 from tpcolocate.weights.sources.nonfinite import refuse_nonfinite
 from tpcolocate.weights.sync.buckets import summary
 from tpcolocate.weights.sync.completeness import check_again, check_before_trace
-from tpcolocate.weights.sync.mesh_calls import route_call
+from tpcolocate.weights.sync.mesh_calls import route_call, unread_call
 from tpcolocate.weights.sync.records import CachedSync, Prepared, RankView
 from tpcolocate.weights.sync.replicas import excerpt_sum, has_new_replicas
 from tpcolocate.weights.sync.session import SyncSession
@@ -40,12 +45,11 @@ def prepare(session: SyncSession, source: Source) -> Prepared:
         WeightsMismatchError: Names or shapes are not the served model's, are missing, or are given twice.
     """
     spec, options = session.context.spec, session.options
-    weights = NamedWeights.of(source, expected=None if spec is None else spec.shapes, rename=options.rename)
+    with _reading(session, source):
+        weights = NamedWeights.of(source, expected=None if spec is None else spec.shapes, rename=options.rename)
+        shards: Shards = session.state.shard_finder.find_all(weights.items or ()) if _has_shards(session) else {}
     if session.state.loader_map.is_empty:  # said once: with the first report
         session.stats.warnings += weights.warnings
-    shards: Shards = {}
-    if options.parts and options.payloads == "per_rank" and options.transport in ("auto", "ipc"):
-        shards = session.state.shard_finder.find_all(weights.items or ())
     groups = mesh_groups(shards)
     session.schedule.enter([route_call(session, lambda: weights.items or [], groups)])
     if weights.items is not None:
@@ -70,10 +74,47 @@ def prepare(session: SyncSession, source: Source) -> Prepared:
     return Prepared(weights, shards, groups, view)
 
 
+def _has_shards(session: SyncSession) -> bool:
+    options = session.options
+    return options.parts and options.payloads == "per_rank" and options.transport in ("auto", "ipc")
+
+
+@contextlib.contextmanager
+def _reading(session: SyncSession, source: object) -> Iterator[None]:
+    """Find out what the weights are; if that fails, ranks of other slices are not to wait for this one."""
+    try:
+        yield
+    except BaseException:
+        if _has_shards(session):
+            session.schedule.enter([unread_call(session, _groups_of(session, source))])
+        raise
+
+
+def _groups_of(session: SyncSession, source: object) -> list[dist.ProcessGroup]:
+    """Return the groups among which the tensors of a source are sharded; those of the last sync if it has none."""
+    tensors: Iterable[object] = ()
+    if isinstance(source, nn.Module):
+        tensors = chain(source.parameters(), source.buffers())
+    elif isinstance(source, (Mapping, Sequence)):
+        pairs = source.items() if isinstance(source, Mapping) else source
+        tensors = [pair[1] for pair in pairs if isinstance(pair, (tuple, list)) and len(pair) == 2]
+    shards: dict[str, LocalShard] = {}
+    for tensor in tensors:
+        with contextlib.suppress(Exception):  # it may be what the rank has failed at
+            if isinstance(tensor, DTensor) and (shard := session.state.shard_finder.find(tensor)) is not None:
+                shards[str(len(shards))] = shard
+    cached = session.state.cached_sync
+    return mesh_groups(shards) or ([] if cached is None else cached.groups)
+
+
 def _check(session: SyncSession, weights: NamedWeights) -> None:
     spec, items = session.context.spec, weights.items or []
     if not items:
-        raise ConfigError("there are no weights to sync", hint="pass a module with parameters")
+        raise ConfigError(
+            "there are no weights to sync",
+            hint="pass the module itself, whose shards are read where they lie; a full state dict that is gathered for one rank "
+            "(cpu_offload, rank0_only) is empty on the others",
+        )
     names = [name for name, _ in items]
     check_unique(names)
     if spec is not None:
@@ -97,7 +138,8 @@ def _memory_uses(session: SyncSession, shards: Shards) -> list[str]:
 
 def prepare_again(session: SyncSession, source: Source, cached: CachedSync) -> Prepared | None:
     """Return the same, if this rank finds everything as it was in the last sync."""
-    match = cached.source.match(source, session.options.rename)
+    with _reading(session, source):
+        match = cached.source.match(source, session.options.rename)
     if match is None:
         return None
     # Thousands of items may never be needed, so they are not made here.
