@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from typing import Protocol, TypeGuard, cast
 
 import torch
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from tpcolocate.in_server.tpcolocate_receiver.regions import Region, region_of, strides_of
@@ -248,15 +249,31 @@ def _full_of_uneven(item: DTensor) -> torch.Tensor:
     return tensor
 
 
-def shape_of_shard(item: DTensor) -> tuple[int, ...] | None:
+ShapesOfShards = dict[object, tuple[int, ...] | None]
+"""What `shape_of_shard` has returned, by mesh, placements and shape; it asks torch for this rank's place, which is slow."""
+
+
+def shape_of_shard(item: DTensor, known: ShapesOfShards | None = None) -> tuple[int, ...] | None:
     """Return the shape that this rank's shard has if it is cut as torch cuts; None if that is not known here.
 
     What torch gathers is of no use if it has another one, and the ranks may wait for each other.
+
+    Args:
+        item: The tensor.
+        known: Of other tensors; added to.
     """
-    mesh, lengths = item.device_mesh, list(item.shape)
+    key = item.device_mesh, item.placements, item.shape
+    known = {} if known is None else known
+    if key not in known:
+        known[key] = _shape_of_shard(*key)
+    return known[key]
+
+
+def _shape_of_shard(mesh: DeviceMesh, placements: Sequence[Placement], shape: Sequence[int]) -> tuple[int, ...] | None:
+    lengths = list(shape)
     if mesh.get_coordinate() is None:
         return None
-    for axis, placement in enumerate(item.placements):
+    for axis, placement in enumerate(placements):
         if type(placement) is Shard:
             longest = -(-lengths[placement.dim] // mesh.size(axis))
             # Not the coordinate, which is another one where a mesh of all ranks has them in another order.
@@ -418,6 +435,7 @@ __all__ = [
     "LazyTensor",
     "PartOf",
     "Recipe",
+    "ShapesOfShards",
     "SharedGather",
     "View",
     "full_bytes",

@@ -24,6 +24,7 @@ from tpcolocate.weights.sources.lazy_tensor import (
     Item,
     Items,
     LazyTensor,
+    ShapesOfShards,
     have_same_values,
     is_collective,
     local_of,
@@ -268,7 +269,8 @@ def _checked_state(module: nn.Module, outermost: nn.Module) -> tuple[Items, tupl
         outermost: With all wrappers: one of them may be an FSDP1 unit that has parameters of `module`.
     """
     state, is_fsdp1 = _held(module, outermost)
-    checked = ((name, item) if isinstance(item, LazyTensor) else _checked((name, item)) for name, item in state)
+    shapes: ShapesOfShards = {}
+    checked = ((name, item) if isinstance(item, LazyTensor) else _checked((name, item), shapes) for name, item in state)
     items = list(zero3.gathering(checked))
     return items, (fsdp1.WARNING,) if is_fsdp1 else _warnings(items)
 
@@ -303,7 +305,8 @@ def _state(module: nn.Module) -> Items:
 
 def _given(pairs: Iterable[object]) -> Iterator[tuple[str, Item]]:
     """Yield what a user gave, checked; what belongs to ZeRO-3 can be gathered as long as it is the parameter itself."""
-    for name, item in zero3.gathering(map(_checked, pairs)):
+    shapes: ShapesOfShards = {}
+    for name, item in zero3.gathering(_checked(pair, shapes) for pair in pairs):
         if isinstance(item, torch.Tensor) and item.shape == (0,):
             raise ConfigError(
                 f"{name} is empty; DeepSpeed ZeRO-3 and FSDP1 leave such tensors in a module and its state dict",
@@ -432,7 +435,7 @@ def _identity(item: Item) -> object:
     return address, item.dtype, item.shape, local.stride()
 
 
-def _checked(item: object) -> tuple[str, torch.Tensor]:
+def _checked(item: object, shapes: ShapesOfShards) -> tuple[str, torch.Tensor]:
     if not (isinstance(item, (tuple, list)) and len(item) == 2 and isinstance(item[0], str)):
         parts = f"({', '.join(type(part).__name__ for part in item)})" if isinstance(item, (tuple, list)) else None
         raise ConfigError(
@@ -443,16 +446,17 @@ def _checked(item: object) -> tuple[str, torch.Tensor]:
         )
     if not isinstance(item[1], torch.Tensor):
         raise ConfigError(f"{item[0]} is a {type(item[1]).__name__}, not a tensor", hint=_instead_of(*item))
-    check_readable(*item)
+    check_readable(*item, shapes=shapes)
     return item[0], item[1]
 
 
-def check_readable(name: str, given: torch.Tensor) -> None:
+def check_readable(name: str, given: torch.Tensor, *, shapes: ShapesOfShards | None = None) -> None:
     """Check that a tensor can be read and sent; local for a DTensor.
 
     Args:
         name: For the error.
         given: A tensor, or one that is sharded.
+        shapes: See `shape_of_shard`; for a source with many tensors.
 
     Raises:
         ConfigError: It cannot.
@@ -480,7 +484,7 @@ def check_readable(name: str, given: torch.Tensor) -> None:
         raise ConfigError(
             f"{name} has layout {tensor.layout}; only dense tensors can be sent", hint="convert it with to_dense()"
         )
-    if isinstance(given, DTensor) and (shape := shape_of_shard(given)) not in (None, tuple(tensor.shape)):
+    if isinstance(given, DTensor) and (shape := shape_of_shard(given, shapes)) not in (None, tuple(tensor.shape)):
         raise ConfigError(
             f"{name} has a shard of shape {tuple(tensor.shape)} on this rank, where {given.placements} gives one of shape {shape}",
             hint="such a DTensor cannot be gathered by torch: gather it by the means of what has cut it, or shard with fully_shard (FSDP2)",
