@@ -588,9 +588,10 @@ print("done")
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(200)
 def test_hundreds_of_requests_under_a_low_limit_of_descriptors(server):
     done = subprocess.run(
-        [sys.executable, "-c", UNDER_A_LIMIT, server.url], capture_output=True, text=True, timeout=100
+        [sys.executable, "-c", UNDER_A_LIMIT, server.url], capture_output=True, text=True, timeout=180
     )
     assert done.stdout == "done\n", done.stderr
 

@@ -80,6 +80,7 @@ def test_full_shared_memory_is_an_error_with_what_to_do_and_another_problem_is_t
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(250)
 def test_a_temporary_folder_with_a_path_too_long_for_torch_is_an_error_that_says_so(short_path):
     """In a process that has not shared memory before; the path of a socket has at most 107 characters."""
     for length, expected in ((73, "64"), (74, "ConfigError 74 characters, may have at most 73")):
@@ -90,7 +91,7 @@ def test_a_temporary_folder_with_a_path_too_long_for_torch_is_an_error_that_says
             env={**os.environ, "TMPDIR": str(folder)},
             capture_output=True,
             text=True,
-            timeout=50,
+            timeout=120,
             check=True,
         )
         assert done.stdout.strip() == expected, done.stdout + done.stderr

@@ -281,9 +281,10 @@ if child:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(150)
 def test_an_engine_that_still_runs_is_ended_with_its_process_and_not_with_a_fork():
     command = [sys.executable, "-c", AT_EXIT]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=os.path.dirname(__file__), timeout=50)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=os.path.dirname(__file__), timeout=120)
     pid, _, rest = done.stdout.partition(" ")
     assert rest == f"stopped in {pid}", done.stdout + done.stderr
     assert "was not shut down before the end of its process" in done.stderr
