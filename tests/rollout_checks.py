@@ -16,10 +16,10 @@ import tpcolocate
 from tpcolocate import errors
 from tpcolocate.server.lifecycle import PAUSES
 
-# Of seconds of work, so that on a busy machine too it is not over before what is called meanwhile; it is aborted then.
-LONG = {"temperature": 0, "max_new_tokens": 1900, "ignore_eos": True}
+# Of half a minute of work at least, so that on a busy machine too it is not over before it is aborted.
+LONG = {"temperature": 0, "max_new_tokens": 16000, "ignore_eos": True}
 # What a server needs to run one of each rank, and another after it.
-LONG_ARGS = {"context_length": 2048, "max_total_tokens": 10000}
+LONG_ARGS = {"context_length": 16384, "max_total_tokens": 80000}
 
 
 def outcome_of(call):

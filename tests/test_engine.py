@@ -956,6 +956,8 @@ def launch_and_fail(rank, tp_size, kwargs):
 
 def test_a_checkpoint_that_cannot_be_read_is_the_same_error_on_every_rank_within_seconds(tmp_path, no_leftovers):
     (tmp_path / "config.json").write_text('{"model_type": "none"}')
+    for name in ("tokenizer.json", "model.safetensors"):
+        (tmp_path / name).touch()
     kwargs = {"model_path": str(tmp_path), "log_path": str(tmp_path / "server.log")}
     found = run_ranks(launch_and_fail, 2, 2, kwargs, timeout_s=200)
     assert found[0][:2] == found[1][:2]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 VOCAB_SIZE = 512
-MAX_POSITIONS = 2048
+MAX_POSITIONS = 16384
 PAD, EOS = "<|pad|>", "<|eos|>"
 
 _SHAPE: dict[str, Any] = {
