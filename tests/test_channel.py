@@ -186,13 +186,22 @@ def test_a_worker_that_has_left_gets_no_more_commands(opened):
             time.sleep(0.01)
 
 
-def test_a_request_that_does_not_end_is_an_error(tmp_path):
+@pytest.mark.parametrize("least_s, timeout_s", [(0.1, 0.0), (0.0, 3.1)])
+def test_a_request_that_does_not_end_is_an_error(tmp_path, monkeypatch, least_s, timeout_s):
+    monkeypatch.setattr(module, "_LEAVE_S", least_s)
     over = threading.Event()
     channel = Channel(tmp_path / "s.sock", tp_size=1)
     channel.call(lambda: over.wait(20))
     with pytest.raises(DeadlineError, match="did not answer in time after the end"):
-        channel.finish(timeout_s=0.1)
+        channel.finish(timeout_s=timeout_s)
     over.set()
+
+
+def test_an_answer_that_comes_late_is_waited_for_while_the_sync_has_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_LEAVE_S", 0.1)
+    channel = Channel(tmp_path / "s.sock", tp_size=1)
+    channel.call(lambda: time.sleep(0.5))
+    channel.finish(timeout_s=30)
 
 
 def test_a_folder_that_is_not_there_leaves_nothing_behind(tmp_path):

@@ -29,6 +29,9 @@ _POLL_MS = 20
 # A reply may still be on its way through ZeroMQ's threads when SGLang's answer, sent after it, is there: on a busy machine
 # for more than a second.
 _LATE_MS = 10_000
+# For SGLang's answer after the end: at least so long, and with more time until so long before the end of the sync's own, when the
+# others give up this rank.
+_LEAVE_S, _CLOSING_S = 5.0, 3.0
 # sun_path holds 108 bytes with its end.
 _LONGEST_PATH = 107
 _UNANSWERED = -1
@@ -176,12 +179,12 @@ class Channel:
         """Close the channel once SGLang has answered, and raise what its request raised.
 
         Args:
-            timeout_s: For the answer, which on a busy machine takes seconds: what is left for the sync.
+            timeout_s: What is left for the sync: on a busy machine the answer takes seconds.
 
         Raises:
             EngineError: The request failed, or was not answered.
         """
-        self.close(timeout_s=timeout_s)
+        self.close(timeout_s=max(_LEAVE_S, timeout_s - _CLOSING_S))
         if self._failure is not None:
             raise self._failure
         if self._is_asking:
