@@ -520,12 +520,12 @@ def test_many_cycles_leak_nothing(reader):
 
 # --- torch's manager of shared memory -----------------------------------------------------------------------------------
 
-LATE = "Shared memory manager connection has timed out"
+LATE = "Shared memory manager connection has timed out", "No such file or directory"
 
 
-def late(call, times):
-    """As torch on a machine that does not run its manager for a while."""
-    left = [RuntimeError(LATE)] * times
+def late(call, times, text):
+    """As torch on a machine that does not run its manager, or this process, for a while."""
+    left = [RuntimeError(text)] * times
 
     def made(*args):
         if left:
@@ -535,17 +535,18 @@ def late(call, times):
     return made
 
 
-def test_a_manager_of_shared_memory_that_is_late_is_asked_again(monkeypatch):
+@pytest.mark.parametrize("text", LATE)
+def test_a_manager_of_shared_memory_that_is_late_is_asked_again(monkeypatch, text):
     storages = torch.UntypedStorage
-    monkeypatch.setattr(storages, "_new_using_filename_cpu", late(storages._new_using_filename_cpu, 3))
-    monkeypatch.setattr(storages, "_share_filename_cpu_", late(storages._share_filename_cpu_, 3))
-    monkeypatch.setattr(storages, "_new_shared_filename_cpu", late(storages._new_shared_filename_cpu, 3))
+    monkeypatch.setattr(storages, "_new_using_filename_cpu", late(storages._new_using_filename_cpu, 3, text))
+    monkeypatch.setattr(storages, "_share_filename_cpu_", late(storages._share_filename_cpu_, 3, text))
+    monkeypatch.setattr(storages, "_new_shared_filename_cpu", late(storages._new_shared_filename_cpu, 3, text))
     flat = ipc_payload.allocate(4, torch.device("cpu"))
     handle = ipc_payload.export(flat)
     opened = open_handle(handle.describe(), torch.device("cpu"))
     assert opened.copy_(torch.arange(4)).tolist() == flat.tolist() and handle.count() == 1
     del opened
     assert handle.count() == 0
-    monkeypatch.setattr(storages, "_new_using_filename_cpu", late(storages._new_using_filename_cpu, 100))
-    with pytest.raises(RuntimeError, match=LATE):
+    monkeypatch.setattr(storages, "_new_using_filename_cpu", late(storages._new_using_filename_cpu, 100, text))
+    with pytest.raises(RuntimeError, match=text):
         ipc_payload.allocate(4, torch.device("cpu"))

@@ -10,20 +10,22 @@ import torch
 from torch.multiprocessing import reductions
 
 T = TypeVar("T")
-_MANAGER_IS_LATE = "Shared memory manager connection has timed out"
+# The first words of torch's errors: its manager did not answer in a second; or one that was just started has ended again, since this
+# process took more than two to connect to it.
+_MANAGER_IS_LATE = ("Shared memory manager connection has timed out", "No such file or directory")
 _MANAGER_TRIES = 10
 
 
 def asked_again(make: Callable[[], T]) -> T:
-    """Have torch share or map memory of a CPU, again if the manager of it was late: torch waits a second for its answer.
+    """Have torch share or map memory of a CPU, again if the manager of it was late, or this process was.
 
-    Upstream: libshm/socket.h and manager's `THManagedMapAllocatorInit`, torch 2.13.
+    Upstream: libshm/socket.h, manager.cpp and `THManagedMapAllocatorInit`, torch 2.13.
     """
     for _ in range(_MANAGER_TRIES - 1):
         try:
             return make()
         except RuntimeError as error:  # of a process that a busy machine has not run in that time
-            if _MANAGER_IS_LATE not in str(error):
+            if not str(error).startswith(_MANAGER_IS_LATE):
                 raise
     return make()
 
