@@ -192,8 +192,21 @@ def test_a_request_that_does_not_end_is_an_error(tmp_path, monkeypatch, least_s,
     over = threading.Event()
     channel = Channel(tmp_path / "s.sock", tp_size=1)
     channel.call(lambda: over.wait(20))
-    with pytest.raises(DeadlineError, match="did not answer in time after the end"):
+    with pytest.raises(
+        DeadlineError, match="did not answer in time after the end of the weight sync\n.*the server's log"
+    ):
         channel.finish(timeout_s=timeout_s)
+    over.set()
+
+
+def test_a_stopped_process_is_named_where_the_server_is_too_late(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_LEAVE_S", 0.1)
+    over, stopped = threading.Event(), lambda: ["sglang::scheduler (pid 7) is stopped"]
+    channel = Channel(tmp_path / "s.sock", tp_size=1, stopped=stopped)
+    channel.call(lambda: over.wait(20))
+    for call in (channel.greet, channel.finish):
+        with pytest.raises(DeadlineError, match=r"in time.*: sglang::scheduler \(pid 7\) is stopped\n.*kill -CONT"):
+            call(timeout_s=0.1)
     over.set()
 
 

@@ -44,13 +44,15 @@ class Channel:
     Args:
         path: Of the socket, which exists from now on; its folder is private to this user.
         tp_size: Number of workers.
+        stopped: Returns which processes of the server are stopped, for errors.
     """
 
-    def __init__(self, path: Path, *, tp_size: int) -> None:
+    def __init__(self, path: Path, *, tp_size: int, stopped: Callable[[], list[str]] = list) -> None:
         if len(str(path)) > _LONGEST_PATH:
             raise SyncError(f"the socket's path is longer than {_LONGEST_PATH} bytes: {path}")
         self._path = path
         self._tp_size = tp_size
+        self._stopped = stopped
         self._due: dict[int, set[int]] = {}
         self._received: dict[tuple[int | None, int], Reply] = {}
         self._request: Future[None] | None = None
@@ -147,9 +149,14 @@ class Channel:
                         hint="see the server's log",
                     )
             elif deadline.has_passed:
-                raise DeadlineError(f"the TP workers did not {what} in time", hint="see the server's log")
+                raise self._late(f"the TP workers did not {what} in time")
         name, content = self._socket.recv_multipart()
         return int(name), decode_reply(content)
+
+    def _late(self, what: str) -> DeadlineError:
+        if stopped := self._stopped():
+            return DeadlineError(f"{what}: {'; '.join(stopped)}", hint="kill -CONT continues a stopped process")
+        return DeadlineError(what, hint="see the server's log")
 
     def dismiss(self) -> None:
         """Have the workers leave, unless they do so by themselves."""
@@ -188,10 +195,7 @@ class Channel:
         if self._failure is not None:
             raise self._failure
         if self._is_asking:
-            raise DeadlineError(
-                "the engine did not answer in time after the end of the weight sync",
-                hint="see the server's log",
-            )
+            raise self._late("the engine did not answer in time after the end of the weight sync")
 
 
 __all__ = ["Channel"]
