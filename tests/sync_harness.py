@@ -335,6 +335,7 @@ class StandIn:
     """
 
     url = "http://stand-in"
+    evidence = None
 
     def __init__(self, version, workers):
         self.version, self.workers = version, workers

@@ -25,6 +25,7 @@ class Captured:
     """
 
     url = "http://somewhere"
+    evidence = None
 
     def __init__(self, version="0.5.21", answers=None, **info):
         self.info = {"version": version, **info}

@@ -118,8 +118,10 @@ class WeightUpdates:
             path: Of the socket, in a folder of this user alone.
             tp_size: Number of workers.
         """
-        evidence = self._api.client.evidence
-        return Channel(path, tp_size=tp_size, stopped=list if evidence is None else evidence.stopped)
+        client = self._api.client
+        return Channel(
+            path, tp_size=tp_size, stopped=lambda: [] if client.evidence is None else client.evidence.stopped()
+        )
 
     def call_workers(self, workers: Channel, session: str, *, loader: str, tp_size: int, timeout_s: float) -> None:
         """Reach our receiver in every TP worker, by one request that lasts as long as the sync.
