@@ -1,6 +1,7 @@
 """Imports go down through layers, no class is too wide, and a light import stays light."""
 
 import ast
+import functools
 import subprocess
 import sys
 import types
@@ -198,10 +199,15 @@ def cycles_of(edges):
 
 
 MODULES = modules_below(PACKAGE)
-IMPORTS = {
-    module: list(imports_of(path.read_text(), module, MODULES, is_package=path.name == "__init__.py"))
-    for module, path in MODULES.items()
-}
+
+
+@functools.cache  # not where it is imported: a second, in each process of the tests
+def all_imports():
+    """Return module -> (line, module) of each of its imports."""
+    return {
+        module: list(imports_of(path.read_text(), module, MODULES, is_package=path.name == "__init__.py"))
+        for module, path in MODULES.items()
+    }
 
 
 def test_every_module_has_its_layer_and_every_layer_its_modules():
@@ -218,7 +224,7 @@ def test_every_module_has_its_layer_and_every_layer_its_modules():
 def test_imports_go_down_only():
     upward = {
         (module, target): f"{MODULES[module].relative_to(PACKAGE)}:{line}: {module} imports {target or 'tpcolocate'}"
-        for module, imports in IMPORTS.items()
+        for module, imports in all_imports().items()
         for line, target in imports
         if not goes_down(module, target, LAYERS)
     }
@@ -226,13 +232,13 @@ def test_imports_go_down_only():
 
 
 def test_no_modules_import_each_other():
-    assert not cycles_of({name: {target for _, target in imports} for name, imports in IMPORTS.items()})
+    assert not cycles_of({name: {target for _, target in imports} for name, imports in all_imports().items()})
 
 
 def test_what_runs_in_the_server_imports_nothing_else_of_the_package():
     outside = {
         target
-        for module, imports in IMPORTS.items()
+        for module, imports in all_imports().items()
         for _, target in imports
         if module.startswith("in_server") and not target.startswith("in_server.")
     }

@@ -268,6 +268,7 @@ def save_sharded(rank, folder):
     return want
 
 
+@pytest.mark.slow
 def test_sharded_weights_are_written_in_full(tmp_path):
     want, _ = run_ranks(save_sharded, 2, str(tmp_path / "x"))
     found = Checkpoint(tmp_path / "x")

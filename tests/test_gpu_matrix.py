@@ -74,6 +74,7 @@ def test_a_layout_reorders_the_devices_that_it_is_given(name, expected):
     assert ",".join(gpu_matrix.LAYOUTS[name].devices(["7", "5", "6", "4"])) == expected
 
 
+@pytest.mark.slow
 def test_jobs_share_the_gpus_and_larger_layouts_say_what_they_lack(tmp_path, stand_in):
     had, _ = stand_in
     matrix = gpu_matrix.Matrix(arguments(tmp_path), ["7", "GPU-a", "5"])

@@ -86,6 +86,7 @@ class Actor(nn.Module):
         self.value_head = nn.Linear(4, 1)
 
 
+@pytest.mark.slow
 def test_a_model_inside_a_module_is_converted_under_its_prefix(tiny_model_dir):
     saved = checkpoint(tiny_model_dir(family="mixtral"))
     actor = Actor(load(tiny_model_dir(family="mixtral")))

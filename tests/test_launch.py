@@ -410,6 +410,7 @@ def found_in_a_fork(server):
     return found
 
 
+@pytest.mark.slow
 def test_a_fork_of_the_trainer_takes_no_server_for_dead_and_no_report_from_the_trainer(stand_in, monkeypatch):
     """As a data loader's worker that generates: the supervisor is no child of it, and the pipe is the trainer's."""
     monkeypatch.setattr(evidence, "_NOTICED_WITHIN_S", 0.2)

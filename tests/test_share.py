@@ -116,6 +116,7 @@ def with_a_broken_group(rank, how, error):
         return found.weight_version, found.url, group.all_gather(rank, what="meet in a later call")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "how", [{"reset": True}, {"broken_on": (0, 1)}, {"broken_on": (1,)}], ids=["reset", "both ranks", "a client alone"]
 )

@@ -287,6 +287,7 @@ def test_a_server_that_catches_interrupts_is_interrupted_first(make, mode, code,
     server.assert_gone(0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mode", "code"), [
     ("idle", 3), ("busy", -signal.SIGKILL), ("honest", -signal.SIGTERM),
 ])  # fmt: skip

@@ -23,6 +23,7 @@ def test_a_command_runs_beside_the_load_and_its_exit_code_is_returned():
     assert process.communicate(timeout=100)[0] == "2\n" and process.returncode == 3
 
 
+@pytest.mark.slow
 def test_a_killed_script_leaves_no_load():
     process = start(f"{COUNT}; input()")
     assert process.stdout.readline() == "2\n"

@@ -4,6 +4,7 @@
 """
 
 import ast
+import functools
 import re
 import sys
 from dataclasses import dataclass
@@ -113,6 +114,16 @@ UNCONVERTED = set("""
 """.split())  # fmt: skip
 
 
+@functools.cache  # most names come many times
+def is_in(pattern, name):
+    return re.search(pattern, normalised_name(name)) is not None
+
+
+@functools.cache
+def normalised_name(name):
+    return normalised(name)
+
+
 def normalised(text):
     """Return the text in lower case, with the words inside identifiers separated, and without indentation."""
     text = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", text)
@@ -160,13 +171,13 @@ def hits(path, source):
         nodes = list(ast.walk(ast.parse(source)))
         names += names_in(nodes)
         text = without_strings(source, nodes) if path.startswith("tests/") else source
-    names = [(line, normalised(name)) for line, name in names]
     plain = f"{normalised(Path(path).stem)}\n{normalised(text)}"
     for word in WORDS:
         if re.match(word.where, path) is None:
             continue
         if word.names:
-            yield from ((line, name, word.instead) for line, name in names if re.search(word.pattern, name))
+            found = {name for name in {name for _, name in names} if is_in(word.pattern, name)}
+            yield from ((line, normalised_name(name), word.instead) for line, name in names if name in found)
             continue
         searched = f"\n{text}" if word.raw else plain
         for match in re.finditer(word.pattern.replace(" ", r"\s"), searched):
