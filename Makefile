@@ -20,7 +20,7 @@ help:
 	@echo 'make demo    GRPO on a real SGLang server, two training ranks, on the CPU; writes a plot to out/'
 	@echo 'make test    every test that this machine can run (without CUDA: all but those marked gpu), in three processes'
 	@echo 'make test-loaded  the same in one process, beside busy ones, two for each core'
-	@echo 'make quick   the tests that need no server and not long, in three processes: some of them wait; two to three minutes on two cores'
+	@echo 'make quick   the tests that need no server and not long, in four processes: some of them wait; under two minutes on two cores'
 	@echo 'make coverage   which lines of weights/ and of the receiver the quick tests run, in all of their processes'
 	@echo 'make contracts  what we rely on in SGLang, asked of the code of its releases; fetches them, the newest too'
 	@echo 'make faults  every fault at every moment in every process; hours on two cores; FAULT_ARGS="--only idle/ --resume"'
@@ -50,7 +50,7 @@ test-loaded: venv
 	$(BIN)/python scripts/under_load.py $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 quick: venv
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m 'quick and not slow and not engine and not gpu' $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder -m 'quick and not slow and not engine and not gpu' $(PYTEST_ARGS)
 
 # Into out/coverage; the sources and what counts are in setup.cfg.
 coverage: venv
