@@ -67,7 +67,7 @@ LAYERS = {
         {"generation"},
         {"api", "process"},
         {"arguments", "channel"},
-        {"http", "releases", "installed", "environment", "lifecycle"},
+        {"http", "releases", "installed", "environment", "lifecycle", "model_folder"},
         {"connections", "evidence"},
     ),
     "engine": (

@@ -15,8 +15,9 @@ from tpcolocate.agreement import RankGroup
 from tpcolocate.checks import check_integer, check_path, check_text, check_type
 from tpcolocate.deadline import check_timeout
 from tpcolocate.errors import ConfigError, shown, some
-from tpcolocate.server.arguments import check_installed, check_model_files, check_model_path, server_arguments
+from tpcolocate.server.arguments import check_installed, server_arguments
 from tpcolocate.server.installed import find_installed
+from tpcolocate.server.model_folder import check_model_files, check_model_path
 from tpcolocate.weights.sources.checkpoint import saved_version
 from tpcolocate.weights.sources.model_spec import check_not_quantised
 

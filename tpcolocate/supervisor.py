@@ -13,8 +13,9 @@ SIGTERM does not end it: Slurm and ``timeout`` send it to all processes of a job
 step.  If this process is killed, the kernel kills the server (PR_SET_PDEATHSIG), and SGLang's own parent-death signals
 end its workers.
 
-Protocol: one JSON object on standard input (see `main`), then a line: ``stop``, with ``keep`` to keep the log and ``now`` if the server holds all requests; ``retry``
-to keep all files for another try.  JSON lines on standard output:
+Protocol: one JSON object on standard input (see `main`), then a line: ``stop``, with ``keep`` to keep
+the log and ``now`` if the server holds all requests; ``retry`` to keep all files for another try.  JSON lines on standard
+output:
 
 * ``{"event": "started", "pid": ...}``, or ``{"event": "failed", "error": ...}`` as the last one,
 * ``{"event": "died", "processes": [{"name": ..., "pid": ..., "code": ...}], "lacked_memory": ...}`` at once, before anything
@@ -448,11 +449,10 @@ class Tree:
         """
         self.scan()
         interrupt_s = min(_INTERRUPT_S, grace_s / 2) if catches(self.server.pid, signal.SIGINT) else 0.0
-        has_ended = interrupt_s > 0 and self._ends_after(signal.SIGINT, interrupt_s)
-        forced = False
-        if not has_ended and (can_answer or interrupt_s == 0):
-            has_ended = self._ends_after(signal.SIGTERM, grace_s - interrupt_s)
-            forced = not has_ended
+        ways = {signal.SIGINT: interrupt_s} if interrupt_s > 0 else {}
+        if can_answer or not ways:
+            ways[signal.SIGTERM] = grace_s - interrupt_s
+        has_ended = any(self._ends_after(signum, wait_s) for signum, wait_s in ways.items())
         if not has_ended:
             self.server.kill()
             self.server.wait()
@@ -464,7 +464,7 @@ class Tree:
         for name in self.files | shm_files(gone, self._began):
             _unlink(_SHM + name)
         self.remove_handle_counts()
-        return forced
+        return not has_ended and signal.SIGTERM in ways
 
     def _ends_after(self, signum: signal.Signals, wait_s: float) -> bool:
         """Send a signal to the main process, and return whether it has exited in time."""

@@ -31,9 +31,9 @@ from tpcolocate.engine.update_groups import UpdateGroups
 from tpcolocate.errors import ConfigError, noted_on
 from tpcolocate.processes import OfOneProcess
 from tpcolocate.report import SyncReport
-from tpcolocate.server.arguments import check_model_path
 from tpcolocate.server.http import ServerClient
 from tpcolocate.server.lifecycle import Life, State, can_answer
+from tpcolocate.server.model_folder import check_model_path
 from tpcolocate.weights import update_group
 from tpcolocate.weights.lora import make_adapter
 from tpcolocate.weights.sources.checkpoint import Checkpoint

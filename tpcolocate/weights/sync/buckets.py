@@ -310,13 +310,8 @@ def check_same_weights(session: SyncSession, of_ranks: Sequence[tuple[bytes, str
     """
     if len({digest for digest, _ in of_ranks}) == 1:
         return
-    error: BaseException | None = None
-    described: list[tuple[str, str]] | None = None
-    try:
-        described = None if mine is None else [(name, _description(item)) for name, item in mine]
-    except BaseException as caught:
-        error = caught
-    lists = session.agree(error, described, what="find what weights differ in")
+    described = None if mine is None else [(name, _description(item)) for name, item in mine]
+    lists = session.agree(None, described, what="find what weights differ in")
     views = [(rank, text) for rank, (_, text) in zip(session.context.group.ranks, of_ranks)]
     raise WeightsMismatchError(
         f"the ranks have different weights: {differences(views, lists)}",
