@@ -564,6 +564,18 @@ def test_another_try_keeps_the_files(make, tmp_path):
     assert server.unlinked.exists() and server.log.exists()
 
 
+def test_a_server_that_was_shut_down_has_no_log_once_its_folder_is_gone(make, tmp_path):
+    """Requests in flight look for the folder, and name the log in their error if it is there."""
+    server = make("exits").start()
+    for number in range(3000):  # to remove them takes longer than to look
+        (server.logs / str(number)).touch()
+    (tmp_path / "exit").touch()
+    server.send(b"stop\n")
+    until(lambda: not server.unlinked.exists(), "the runtime folder is gone")
+    assert not server.logs.exists()
+    server.supervisor.wait(SOON_S)
+
+
 def test_sigterm_to_the_supervisor_does_not_end_the_server_of_a_live_trainer(make):
     """Slurm and timeout send it to all processes of a job, and the trainer may want to finish its step."""
     server = make().start()

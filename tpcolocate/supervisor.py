@@ -711,7 +711,9 @@ def main() -> int:
         command = _wait_for_owner(owner)
     if command != "retry":
         is_crash = bool(deaths) or forced or "keep" in command
-        for path in [*job["unlink"], *([] if is_crash else job.get("unlink_log", []))]:
+        # The log first: to processes without a supervision of their own, a folder that is gone says that the server was ended,
+        # and the error of a request in flight then names the log if it is there.
+        for path in [*([] if is_crash else job.get("unlink_log", [])), *job["unlink"]]:
             remove(path, nonce)
     if not deaths:
         exited()
