@@ -50,7 +50,7 @@ class Target:
 TARGETS = {
     "cpu": Target("float32", 1e-3),
     # Memory for several jobs on one GPU.  SGLang's norms have no float32 there.
-    "cuda": Target("bfloat16", 0.3, {**WITHOUT_COMPILER, "mem_fraction_static": 0.5}),
+    "cuda": Target("bfloat16", 0.3, {**WITHOUT_COMPILER, "mem_fraction_static": 0.5, "enable_memory_saver": True}),
 }
 ARGS = {"context_length": 256, "max_total_tokens": 2048, "max_running_requests": 8}
 PROMPTS = [[5, 6, 7], [100, 200, 300, 400], [17], [9, 8, 7, 6, 5, 4, 3, 2]]
