@@ -175,6 +175,8 @@ def problems_of(cell: Cell, result: Mapping[str, Any]) -> list[str]:
             found.append(f"{who}: {one['kind']} is no error of this library: {one['message']}")
     if must_be_reported(cell) and not any(one["outcome"] in ("error", "hangs") for one in result["calls"]):
         found.append("no rank had an error")
+    if cell.fault == "exception" and not any("planted" in one["message"] for one in result["calls"]):
+        found.append("the exception did not come: the call had failed before it")
     survivors = {
         one["rank"]: one for one in result["calls"] if one["outcome"] == "error" and one["ours"] and one["shared"]
     }

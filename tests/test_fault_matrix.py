@@ -167,6 +167,16 @@ def test_the_rank_that_has_the_exception_may_raise_what_it_raised_and_a_shutdown
 
 
 @pytest.mark.quick
+def test_a_call_that_fails_by_itself_is_no_result_of_an_exception():
+    cell = Cell("sleep", "exception", "client rank")
+    of_itself = call(kind="EngineStateError", message="sleep() would free nothing")
+    planted = call(kind="RankFailedError", message="PlantedError: planted")
+    assert fault_cells.problems_of(cell, {**WELL, "calls": [planted]}) == []
+    [problem] = fault_cells.problems_of(cell, {**WELL, "calls": [of_itself]})
+    assert "the exception did not come" in problem
+
+
+@pytest.mark.quick
 def test_only_before_a_call_begins_a_stopped_rank_is_waited_for():
     waiting = {**WELL, "calls": [call(outcome="hangs", after_s=65.0)], "goes_on": "job over"}
     assert fault_cells.problems_of(Cell("idle", "SIGSTOP", "client rank"), waiting) == []

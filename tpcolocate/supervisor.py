@@ -13,9 +13,8 @@ SIGTERM does not end it: Slurm and ``timeout`` send it to all processes of a job
 step.  If this process is killed, the kernel kills the server (PR_SET_PDEATHSIG), and SGLang's own parent-death signals
 end its workers.
 
-Protocol: one JSON object on standard input (see `main`), then a line: ``stop``, with ``keep`` to keep
-the log and ``now`` if the server holds all requests; ``retry`` to keep all files for another try.  JSON lines on standard
-output:
+Protocol: one JSON object on standard input (see `main`), then a line: ``stop``, with ``keep`` to keep the log and ``now`` if the
+server holds all requests; ``retry`` to keep all files for another try.  JSON lines on standard output:
 
 * ``{"event": "started", "pid": ...}``, or ``{"event": "failed", "error": ...}`` as the last one,
 * ``{"event": "died", "processes": [{"name": ..., "pid": ..., "code": ...}], "lacked_memory": ...}`` at once, before anything

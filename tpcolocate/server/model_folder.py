@@ -1,4 +1,4 @@
-"""Whether a model path leads to what a server can load, asked on the owner before anything is started."""
+"""Whether a model path leads to what a server can load, asked before a server is started."""
 
 from __future__ import annotations
 
